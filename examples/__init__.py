@@ -1,0 +1,1 @@
+"""Programs that show the library at work, and the models and texts that the tests use."""

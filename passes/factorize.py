@@ -1,0 +1,100 @@
+"""Put the planned cores in place of the dense weights."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from tensorize import tt
+from tensorize.errors import AnalysisError
+from tensorize.ir import RankPlan, Site
+from tensorize.passes.pipeline import Program
+from tensorize.passes.spectra import Spectrum, as_matrix
+from tensorize.weight import install, owner_of
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """Program whose ``model`` (changed in place) holds cores, with the measured ``errors``.
+
+    Each dense weight is released as soon as its cores exist. An interrupt takes effect between two
+    weights, so the model can always run.
+    """
+
+    name: str = "factorize"
+
+    def run(self, program: Program) -> Program:
+        assert program.plan is not None
+        sites = {site.name: site for site in program.sites}
+        errors: dict[str, float] = {}
+        chosen = [choice for choice in program.plan.sites if choice.spec is not None]
+        for done, choice in enumerate(chosen):
+            program.progress("factorize", done, len(chosen))
+            curve = program.spectra[choice.name]
+            errors[choice.name] = replace_weight(program.model, sites[choice.name], choice, curve)
+        program.progress("factorize", len(chosen), len(chosen))
+        worst = max(errors.values(), default=0.0)
+        summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"
+        return replace(program, errors=errors, summary=summary)
+
+
+def replace_weight(model: nn.Module, site: Site, choice: RankPlan, curve: Spectrum) -> float:
+    """Swap one dense parameter for its cores; the relative error that they really have."""
+    assert choice.spec is not None
+    owner, leaf = owner_of(model, site.name)
+    dense = owner._parameters.get(leaf)
+    if dense is None or tuple(dense.shape) != site.shape:
+        raise AnalysisError(
+            "the model has no such weight any more",
+            site=site.name,
+            way_out="apply a plan to the model that it was made for",
+        )
+    weight = as_matrix(site, dense.detach())
+    cores = [
+        nn.Parameter(
+            _own(core, weight),
+            requires_grad=dense.requires_grad,
+        )
+        for core in curve.factors(choice.spec, weight)
+    ]
+    for core in cores:
+        if not torch.isfinite(core).all():
+            raise AnalysisError(
+                f"its cores do not fit into {site.dtype}: they overflow",
+                site=site.name,
+                way_out="exclude it, or convert the model to bfloat16 or float32 first",
+            )
+    rebuilt = tt.reconstruct(choice.spec, [core.detach().double() for core in cores])
+    error = curve.measured_error(weight, rebuilt)
+    with _uninterrupted():
+        install(model, site.names, choice.spec, cores)
+    return error
+
+
+def _own(core: Tensor, weight: Tensor) -> Tensor:
+    """A contiguous copy in the weight's dtype and place: the analysis keeps its factors."""
+    copy = torch.empty(core.shape, dtype=weight.dtype, device=weight.device)
+    return copy.copy_(core)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C until the block is done (on the main thread; elsewhere it never arrives)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived and callable(before):
+        before(*arrived[0])

@@ -1,0 +1,200 @@
+"""Find every parameter that is used by a matmul-like op, and why the others cannot be factorized.
+
+With inputs, the model is run once under an observer (``tensorize.uses``). A parameter that the run
+does not use, and every parameter where there are no inputs, is read by the type of its module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tensorize.errors import AnalysisError, CaptureError
+from tensorize.forward import untouched
+from tensorize.ir import Site, Use
+from tensorize.passes.pipeline import Program
+from tensorize.uses import Frame, Matmul, Observer
+
+Select = str | Sequence[str] | Callable[[Site], bool] | None
+
+_UNKNOWN = "no use of it was seen: pass example_inputs that reach it"
+
+
+@dataclass(frozen=True)
+class FindSites:
+    """Program with ``sites``: one a parameter of at least two dimensions, blocked ones included."""
+
+    include: Select = None
+    exclude: Select = None
+    name: str = "sites"
+
+    def run(self, program: Program) -> Program:
+        model = program.model
+        names = _names(model)
+        seen, other = _observe(program) if program.inputs is not None else ({}, {})
+        sites: list[Site] = []
+        for parameter, aliases in names.values():
+            if parameter.dim() < 2 and not seen.get(aliases[0]):
+                continue  # a bias or a scale
+            uses = tuple(seen.get(aliases[0], ())) or _uses_by_type(model, aliases)
+            site = Site(
+                name=aliases[0],
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                uses=uses,
+                aliases=tuple(aliases[1:]),
+            )
+            blocked = _blocked(site, parameter, other.get(aliases[0]))
+            sites.append(replace(site, blocked=blocked))
+        sites = _selected(sites, self.include, self.exclude)
+        free = sum(site.blocked is None for site in sites)
+        summary = f"{free} of {len(sites)} weights can be factorized"
+        sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
+        return replace(program, sites=tuple(sites), sizes=sizes, summary=summary)
+
+
+def _names(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
+    """Every parameter once, with all of its names: told apart by identity, never by name."""
+    names: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return names
+
+
+def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
+    """Matmul uses, and one other use, of every parameter in a run of the model."""
+    rows: dict[str, dict[tuple[str, str], int]] = defaultdict(lambda: defaultdict(int))
+    other: dict[str, str] = {}
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        if matmul.contract == "lookup":
+            count = matmul.x.numel()
+        else:
+            count = _row_count(matmul.to_rows(output))
+        rows[name][matmul.kind, matmul.contract] += count
+        return output
+
+    def on_other(name: str, function: str) -> None:
+        other.setdefault(name, function)
+
+    model, batch = program.model, program.inputs
+    assert batch is not None
+    observer = Observer(model.named_parameters(), on_matmul, on_other)
+    try:
+        with untouched(model), observer:
+            model(*batch.args, **batch.kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"the example inputs do not fit the model's forward: {type(error).__name__}: {error}",
+            way_out="example_inputs= is a tuple of positional or a dict of keyword arguments; "
+            "without it the first calibration batch is used",
+        ) from error
+    uses = {
+        name: [Use(kind, contract, count) for (kind, contract), count in table.items()]
+        for name, table in rows.items()
+    }
+    return uses, other
+
+
+def _row_count(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[Use, ...]:
+    """What the types of the modules that own the parameter say of its use."""
+    uses: list[Use] = []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if leaf != "weight":
+            continue
+        if type(owner).forward is nn.Linear.forward:
+            uses.append(Use("linear", "columns"))
+        elif type(owner).forward is nn.Embedding.forward and owner.max_norm is None:
+            uses.append(Use("embedding", "lookup"))
+        elif type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
+            uses.append(Use("addmm", "rows"))
+        elif type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and owner.groups == 1:
+            uses.append(Use(f"conv{owner.weight.dim() - 2}d", "columns"))
+    return tuple(dict.fromkeys(uses))
+
+
+def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | None:
+    """Why a parameter cannot be factorized; None where it can."""
+    if not parameter.is_floating_point():
+        return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
+    if type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
+        return f"it is a {type(parameter.data).__name__}, already in another form"
+    if other is not None and other.startswith("conv"):
+        return "a grouped, depthwise or transposed convolution is kept as it is"
+    if other is not None:
+        return f"it is used by {other}, which is no matmul against it"
+    if not site.uses:
+        return _UNKNOWN
+    if len(site.shape) not in (2, 3) and not site.convolution:
+        return f"a weight of {len(site.shape)} dimensions is not factorized yet"
+    if len(site.shape) == 3 and any(use.contract == "lookup" for use in site.uses):
+        return "a lookup in a stack of tables is not factorized"
+    return None
+
+
+def matches(site: Site, select: Select) -> bool:
+    """Whether a site is named by shell patterns (parameter or owner), or chosen by a predicate."""
+    if select is None:
+        return False
+    if callable(select):
+        return bool(select(site))
+    patterns = [select] if isinstance(select, str) else list(select)
+    candidates = [*site.names, *(name.rpartition(".")[0] for name in site.names)]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in candidates)
+
+
+def require_match(sites: Sequence[Site], patterns: Sequence[str], option: str) -> None:
+    """Raises AnalysisError, with near names, for a pattern that names no site."""
+    names = [name for site in sites for name in site.names]
+    for pattern in patterns:
+        if any(matches(site, pattern) for site in sites):
+            continue
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+        raise AnalysisError(
+            f"{option}={pattern!r} matches no weight of the model",
+            way_out=f"near names: {', '.join(near)}" if near else "the model has no weights",
+        )
+
+
+def _selected(sites: list[Site], include: Select, exclude: Select) -> list[Site]:
+    for option, select in (("include", include), ("exclude", exclude)):
+        if select is not None and not callable(select):
+            require_match(sites, [select] if isinstance(select, str) else list(select), option)
+    chosen: list[Site] = []
+    for site in sites:
+        blocked = site.blocked
+        if blocked is None and include is not None and not matches(site, include):
+            blocked = "not named by include"
+        if blocked is None and matches(site, exclude):
+            blocked = "excluded by the caller"
+        chosen.append(replace(site, blocked=blocked))
+    if include is not None and all(site.blocked for site in chosen):
+        reason = next((s.blocked for s in chosen if s.blocked != "not named by include"), None)
+        raise AnalysisError(
+            "include leaves no weight that can be factorized" + (f": {reason}" if reason else ""),
+            way_out="widen include=",
+        )
+    return chosen
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises AnalysisError for a parameter that holds NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise AnalysisError(
+                "the parameter holds NaN or infinite values",
+                site=name,
+                way_out="repair the checkpoint: no factorization of such a weight means anything",
+            )

@@ -1,0 +1,45 @@
+"""tensorize: a compiler that makes dense PyTorch models small and fast.
+
+    model = tensorize.compile(model, budget=0.1)
+"""
+
+from tensorize.analysis import Analysis
+from tensorize.api import analyze, apply, compile, densify, graphs, load, report, save
+from tensorize.budget import Budget
+from tensorize.errors import (
+    AnalysisError,
+    BudgetError,
+    CaptureError,
+    CheckpointError,
+    TensorizeError,
+)
+from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
+from tensorize.passes.order import plan_contraction
+from tensorize.report import Report
+from tensorize.version import __version__
+
+__all__ = [
+    "Analysis",
+    "AnalysisError",
+    "Budget",
+    "BudgetError",
+    "CaptureError",
+    "CheckpointError",
+    "ContractionPlan",
+    "Plan",
+    "Prediction",
+    "Report",
+    "Site",
+    "TTSpec",
+    "TensorizeError",
+    "__version__",
+    "analyze",
+    "apply",
+    "compile",
+    "densify",
+    "graphs",
+    "load",
+    "plan_contraction",
+    "report",
+    "save",
+]

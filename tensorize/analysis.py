@@ -1,0 +1,128 @@
+"""The expensive stage, done once: every weight's curve, and the plans that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from tensorize.budget import Budget
+from tensorize.errors import BudgetError
+from tensorize.ir import Plan
+from tensorize.passes.allocate import Allocate, RanksOption
+from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.spectra import FormatsOption, formats_by_site
+from tensorize.report import Curve, CurvePoint
+
+CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What was learned of one model: its sites, their curves, and how to predict the loss.
+
+    Made by ``tensorize.analyze``; it keeps neither the model nor the data alive.
+    """
+
+    program: Program
+    fingerprint: str
+    cache: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """``frobenius``, ``input`` or ``loss``."""
+        return self.program.metric
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.program.notes
+
+    def plan(
+        self,
+        budget: float | Budget | None,
+        *,
+        formats: FormatsOption = None,
+        ranks: RanksOption = None,
+        batch_sizes: Sequence[int] = (1, 16, 256),
+    ) -> Plan:
+        """The best formats and ranks within a budget, in milliseconds.
+
+        Args:
+            budget: a share of the parameters, a ``Budget``, or None where ``ranks`` says it all.
+            formats: which formats may be used, among those that were analysed.
+            ranks: pattern → rank or ``"full"``; overrides the allocation.
+            batch_sizes: input rows at which FLOPs are counted; the worst counts.
+
+        Raises:
+            BudgetError: no choice satisfies the budget; it names the nearest feasible value.
+        """
+        if budget is None and ranks is None:
+            raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
+        if not batch_sizes or any(not isinstance(b, int) or b < 1 for b in batch_sizes):
+            raise BudgetError(f"batch_sizes must be positive integers, got {batch_sizes!r}")
+        chosen = None
+        if formats is not None:
+            free = [site for site in self.program.sites if site.blocked is None]
+            chosen = formats_by_site(free, formats)
+            for site in free:
+                self.program.spectra[site.name].require(chosen[site.name])
+        allocate = Allocate(
+            None if budget is None else Budget.of(budget),
+            ranks=ranks,
+            formats=chosen,
+            batch_sizes=tuple(batch_sizes),
+            fingerprint=self.fingerprint,
+        )
+        plan = run_passes(self.program, (allocate,)).plan
+        assert plan is not None
+        return replace(plan, analysis=self, cache=self.cache)
+
+    def curve(self, budgets: Sequence[float] | None = None) -> Curve:
+        """Predicted quality, parameters, bytes and FLOPs for several budgets.
+
+        With ``budgets=None`` a ladder from 0.05 to 0.9 of which the feasible part is shown.
+
+        Raises:
+            BudgetError: one of the given budgets is not feasible.
+        """
+        points: list[CurvePoint] = []
+        for budget in CURVE_BUDGETS if budgets is None else budgets:
+            try:
+                predicted = self.plan(budget).predicted
+            except BudgetError:
+                if budgets is not None:
+                    raise
+                continue
+            points.append(
+                CurvePoint(
+                    budget=budget,
+                    parameters=predicted.parameters,
+                    bytes=predicted.bytes,
+                    flops=predicted.flops,
+                    output_error=predicted.output_error,
+                    loss=predicted.loss,
+                    loss_interval=predicted.loss_interval,
+                )
+            )
+        return Curve(tuple(points), self.metric)
+
+    def __str__(self) -> str:
+        free = sum(site.blocked is None for site in self.program.sites)
+        return (
+            f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
+            f"can be factorized\n{self.curve()}"
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of every parameter's name, shape, dtype and values."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
+        values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
+

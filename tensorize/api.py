@@ -1,0 +1,442 @@
+"""The driver: from a dense model to a compressed one. The only file that knows passes and codegen.
+
+``analyze`` → ``Analysis.plan`` → ``apply`` are the three stages; ``compile`` is all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorize import cache as disk
+from tensorize import capture, checkpoint, ops, weight
+from tensorize.analysis import Analysis, fingerprint
+from tensorize.budget import Budget
+from tensorize.codegen import aten
+from tensorize.errors import AnalysisError, CaptureError, TensorizeError
+from tensorize.graphs import Graphs
+from tensorize.ir import Batch, Plan, TTSpec
+from tensorize.passes.allocate import RanksOption
+from tensorize.passes.factorize import Factorize
+from tensorize.passes.order import plan_contraction
+from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.predict import CalibratePrediction
+from tensorize.passes.preserved import LossFunction, PreservedLoss
+from tensorize.passes.sites import FindSites, Select, check_weights
+from tensorize.passes.spectra import ComputeSpectra, FormatsOption
+from tensorize.passes.statistics import CollectStatistics
+from tensorize.passes.verify import VerifyResult
+from tensorize.progress import Progress, announce, shown
+from tensorize.report import Figures, Report, ReportTotals, SiteReport, Stage
+from tensorize.version import __version__
+
+METRICS = ("frobenius", "input", "loss")
+BACKENDS = ("auto", "aten")
+
+
+def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
+    return aten.build(plan_contraction(spec, contract))
+
+
+ops.register_backend(_contraction)
+
+
+def compile(
+    model: nn.Module,
+    budget: float | Budget | None = 0.1,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    loss_fn: LossFunction | None = None,
+    metric: str | None = None,
+    include: Select = None,
+    exclude: Select = None,
+    formats: FormatsOption = None,
+    ranks: RanksOption = None,
+    backend: str = "auto",
+    inplace: bool = False,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
+    """The same model, smaller: matmul weights replaced by low-rank or tensor-train factors.
+
+    Args:
+        model: a dense module; it is left bit for bit as it was (``inplace=True``: it is rewritten
+            itself, each dense weight released as soon as its cores exist).
+        budget: the share of the model's parameters to keep, in (0, 1], or a ``tensorize.Budget``;
+            ``None`` where ``ranks`` says it all.
+        example_inputs: what forward takes: a tuple of positional or a dict of keyword arguments.
+        calibration: an iterable of such inputs, or of strings with ``tokenizer=``: the errors are
+            then weighed by what they do to the model's outputs.
+        loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
+        metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
+        include, exclude: shell patterns over parameter and module names, or a predicate on sites.
+        formats: which of ``"dense"``, ``"low_rank"``, ``"tt"`` may be used; a name, several, or
+            pattern → names.
+        ranks: pattern → rank or ``"full"``; overrides the allocation.
+        backend: ``"auto"`` or ``"aten"``: contractions run as torch operations.
+        seed: of the probes; same seed, same inputs, same machine: the same bits.
+        cache_dir: where analyses are kept on disk; None: nowhere.
+        progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
+
+    Raises:
+        BudgetError: the budget is malformed or not feasible (it names the nearest that is).
+        CaptureError: the model or its inputs cannot be used.
+        AnalysisError: weights or options do not allow an analysis.
+    """
+    if budget is not None:
+        budget = Budget.of(budget)
+    if backend not in BACKENDS:
+        raise TensorizeError(
+            f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}",
+            way_out='backend="auto"',
+        )
+    with shown(progress) as tell:
+        analysis = analyze(
+            model,
+            example_inputs=example_inputs,
+            calibration=capture.calibration_batches(calibration, model, tokenizer) or None,
+            loss_fn=loss_fn,
+            metric=metric,
+            include=include,
+            exclude=exclude,
+            formats=formats,
+            seed=seed,
+            cache_dir=cache_dir,
+            progress=tell,
+        )
+        return _apply(model, analysis.plan(budget, ranks=ranks), analysis, inplace, tell)
+
+
+def analyze(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    metric: str | None = None,
+    include: Select = None,
+    exclude: Select = None,
+    formats: FormatsOption = None,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
+) -> Analysis:
+    """Learn, once, what every rank of every weight costs; the arguments are those of ``compile``.
+
+    Raises:
+        CaptureError: the model, the example inputs or a calibration batch (it says which) do not
+            fit.
+        AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
+    """
+    capture.check_model(model)
+    check_weights(model)
+    batches = capture.calibration_batches(calibration, model)
+    metric = _metric(metric, batches, loss_fn)
+    inputs, source = capture.find_inputs(model, example_inputs, batches)
+    program = Program(
+        model=model,
+        inputs=inputs,
+        calibration=batches,
+        metric=metric,
+        seed=seed,
+        notes=(f"uses of the weights were seen with {source}",),
+    )
+    identity = fingerprint(model)
+    with shown(progress) as tell:
+        program = replace(program, progress=tell)
+        program = run_passes(program, (FindSites(include, exclude),))
+        key = None
+        if cache_dir is not None:
+            key = disk.key(program, identity, formats, loss_fn, __version__)
+            if key is not None and (found := disk.read(cache_dir, key, program)) is not None:
+                return Analysis(found, identity, disk.location(cache_dir, key))
+        announce(_cost(program))
+        program = run_passes(program, _analysis_passes(program, loss_fn, formats))
+    released = program.without_model()
+    if cache_dir is None or key is None:
+        return Analysis(released, identity)
+    disk.write(cache_dir, key, released)
+    return Analysis(released, identity, disk.location(cache_dir, key))
+
+
+def _analysis_passes(
+    program: Program, loss_fn: LossFunction | None, formats: FormatsOption
+) -> tuple[CollectStatistics, ComputeSpectra, CalibratePrediction]:
+    """The expensive passes, in order; a quarter of the batches is held out to measure on."""
+    batches = program.calibration
+    held_out = batches[3::4]
+    learn = tuple(b for k, b in enumerate(batches) if k % 4 != 3)
+    loss = None
+    if program.metric == "loss":
+        loss = PreservedLoss.fit(program.model, batches, loss_fn)
+    return (
+        CollectStatistics(learn, loss),
+        ComputeSpectra(formats),
+        CalibratePrediction(held_out or learn, loss, held_out=bool(held_out)),
+    )
+
+
+def _metric(metric: str | None, batches: tuple[Batch, ...], loss_fn: Any) -> str:
+    if metric is None:
+        metric = "loss" if batches else "frobenius"
+    if metric not in METRICS:
+        raise AnalysisError(
+            f"metric={metric!r} is not one of {', '.join(map(repr, METRICS))}",
+        )
+    if metric != "frobenius" and not batches:
+        raise AnalysisError(
+            f"metric={metric!r} needs calibration data", way_out="pass calibration="
+        )
+    if loss_fn is not None and not batches:
+        raise AnalysisError("loss_fn needs calibration data", way_out="pass calibration=")
+    return metric
+
+
+def _cost(program: Program) -> str:
+    """One line: what the analysis will do, and roughly for how long."""
+    free = [site for site in program.sites if site.blocked is None]
+    flops = 0.0
+    for site in free:
+        m, n = site.matrix
+        k = min(m, n)
+        flops += (4 * m * n * k + 12 * k**3) * max(site.experts, 1)
+    rate = 2e10 * max(torch.get_num_threads(), 1)  # float64 matrix work, a cautious figure
+    seconds = flops / rate
+    data = f", {len(program.calibration)} calibration batches" if program.calibration else ""
+    return (
+        f"analysing {len(free)} weights ({sum(s.parameters for s in free) / 1e6:.1f} M "
+        f"parameters{data}): roughly {max(seconds, 1):.0f} s of decompositions"
+    )
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    calibration: Iterable[Any] | None = None,
+    inplace: bool = False,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
+    """Put a plan into effect: the mechanical stage.
+
+    A plan from ``Analysis.plan`` carries its analysis. One read from JSON needs the cache that
+    holds it, or ``calibration=`` to make it again; a plan of the weights alone needs neither.
+
+    Raises:
+        AnalysisError: the plan was made for other weights, or its analysis cannot be had.
+    """
+    capture.check_model(model)
+    analysis = plan.analysis
+    with shown(progress) as tell:
+        if analysis is None:
+            analysis = _analysis_of(model, plan, calibration, tell)
+        return _apply(model, plan, analysis, inplace, tell)
+
+
+def _analysis_of(
+    model: nn.Module, plan: Plan, calibration: Iterable[Any] | None, tell: Progress
+) -> Analysis:
+    if plan.cache is not None and (found := disk.read_location(plan.cache)) is not None:
+        return Analysis(found, plan.fingerprint, plan.cache)
+    if plan.metric != "frobenius" and calibration is None:
+        raise AnalysisError(
+            f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
+            way_out="pass calibration=, or analyse with cache_dir= so that the plan finds it",
+        )
+    formats = {
+        site.name: site.format for site in plan.sites if site.spec is not None
+    } or None
+    return analyze(
+        model,
+        calibration=None if plan.metric == "frobenius" else calibration,
+        metric=plan.metric,
+        formats=formats,
+        seed=plan.seed,
+        progress=tell,
+    )
+
+
+def _apply(
+    model: nn.Module, plan: Plan, analysis: Analysis, inplace: bool, tell: Progress
+) -> nn.Module:
+    if fingerprint(model) != plan.fingerprint:
+        raise AnalysisError(
+            "the plan was made for a model with other weights",
+            way_out="analyse this model: tensorize.analyze(model)",
+        )
+    target = model if inplace else _copy(model, plan)
+    program = replace(analysis.program, model=target, plan=plan, progress=tell)
+    program = run_passes(program, (Factorize(), VerifyResult()))
+    target.__dict__["_tensorize"] = _report(program, analysis)
+    return target
+
+
+def _copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """A deep copy that shares the dense weights which are about to be replaced."""
+    replaced = {site.name for site in plan.sites if site.spec is not None}
+    memo = {id(p): p for name, p in model.named_parameters() if name in replaced}
+    try:
+        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied: {type(error).__name__}: {error}",
+            way_out="pass inplace=True",
+        ) from error
+
+
+def _report(program: Program, analysis: Analysis) -> Report:
+    plan = program.plan
+    assert plan is not None
+    aliases = {site.name: site.aliases for site in program.sites}
+    sites = tuple(
+        SiteReport(
+            name=choice.name,
+            aliases=aliases.get(choice.name, ()),
+            kind=choice.kind,
+            shape=choice.shape,
+            format=choice.format,
+            ranks=choice.ranks,
+            parameters_before=choice.parameters_before,
+            parameters_after=choice.parameters_after,
+            predicted_error=choice.predicted_error,
+            actual_error=program.errors.get(choice.name, 0.0),
+            predicted_loss=choice.predicted_loss,
+            reason=choice.reason,
+        )
+        for choice in plan.sites
+    )
+    before, after = plan.dense, plan.predicted
+    parameters = {id(p): p for p in program.model.parameters()}.values()
+    totals = ReportTotals(
+        before=Figures(before.parameters, before.bytes, before.flops),
+        after=Figures(
+            sum(p.numel() for p in parameters),
+            sum(p.numel() * p.element_size() for p in parameters),
+            after.flops,
+        ),
+    )
+    return Report(
+        plan=replace(plan, analysis=None),
+        sites=sites,
+        totals=totals,
+        curve=analysis.curve(),
+        history=tuple(Stage(s.name, s.seconds, s.summary) for s in program.history),
+        notes=program.notes,
+        environment=_environment(),
+    )
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return (
+        ("tensorize", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("machine", f"{platform.machine()} {platform.system()}"),
+        ("threads", str(torch.get_num_threads())),
+    )
+
+
+# ----------------------------------------------------------------------------- looking at a result
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to a compiled model: ``str()`` is a table, ``to_html(path)`` a page."""
+    found = getattr(model, "_tensorize", None)
+    if not isinstance(found, Report):
+        raise TensorizeError(
+            "the model was not made by tensorize",
+            way_out="model = tensorize.compile(model, budget=0.1)",
+        )
+    return found
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """A copy of a compiled model with plain dense modules, holding the reconstructed weights."""
+    capture.check_model(model)
+    dense = copy.deepcopy(model)
+    dense.__dict__.pop("_tensorize", None)
+
+    def build(factored: weight.FactoredWeight) -> nn.Parameter:
+        # Rebuilt in float64, so that the one rounding is the storage dtype's own.
+        cores = tuple(core.detach().double() for core in factored.cores)
+        values = weight.FactoredWeight(factored.spec, cores, factored.frame).dense()
+        return nn.Parameter(values.to(factored.dtype).contiguous(), factored.requires_grad)
+
+    weight.restore(dense, build)
+    return dense
+
+
+def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
+    """The model's FX graphs before and after, at the level of aten operations.
+
+    Args:
+        example_inputs: as in ``compile``; without them, inputs are found as ``compile`` finds them.
+
+    Raises:
+        CaptureError: no inputs are known, or ``torch.export`` cannot trace the model.
+    """
+    found = report(model)
+    batch, _ = capture.find_inputs(model, example_inputs, ())
+    if batch is None:
+        raise CaptureError(
+            "graphs need inputs to trace the model with", way_out="pass example_inputs="
+        )
+    before = capture.export_graph(densify(model), batch)
+    after = capture.export_graph(model, batch)
+    choices = {name: site for site in found.sites for name in (site.name, *site.aliases)}
+    owned = {}
+    for name, factored in weight.factored(model):
+        for parameter in weight.core_names(model, name):
+            owned[parameter] = name
+    for graph, sites in ((before, {name: name for name in choices}), (after, {**owned})):
+        dense_names = {name: name for name, site in choices.items() if site.format == "dense"}
+        capture.mark_sites(
+            graph,
+            {
+                parameter: (name, choices[name].format, choices[name].ranks)
+                for parameter, name in {**dense_names, **sites}.items()
+                if name in choices
+            },
+        )
+    if _debug() >= 3:
+        print(Graphs(before, after).print_readable(), file=sys.stderr)
+    return Graphs(before, after)
+
+
+def _debug() -> int:
+    from tensorize.passes.pipeline import debug_level
+
+    return debug_level()
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write a compiled model as safetensors and JSON, atomically.
+
+    Raises:
+        CheckpointError: the model was not made by tensorize, or the directory cannot be written.
+    """
+    checkpoint.save(model, directory)
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Read a saved model: a Hugging Face one by itself, any other into ``model``.
+
+    No pickle, no network, no dense weights. Returns the model, in evaluation mode.
+
+    Raises:
+        CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
+    """
+    return checkpoint.load(directory, model)
+
+

@@ -1,0 +1,91 @@
+"""What the caller is ready to spend: one budget for the whole model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from tensorize.errors import BudgetError
+from tensorize.ir import Totals
+
+_COSTS = ("params", "bytes", "flops")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits that the result must satisfy, alone or together.
+
+    Args:
+        params, bytes, flops: a float in (0, 1] is a share of the dense model, an int an absolute
+            value (FLOPs are per input row, matmuls against parameters only, the worst over the
+            ``batch_sizes`` of the plan).
+        error: largest relative error of any site's weight, in the metric of the analysis.
+        loss: largest predicted rise of the loss to preserve (needs calibration data).
+
+    With a limit on costs the predicted distortion is minimised; with ``error`` or ``loss`` alone,
+    the number of parameters is.
+
+    Raises:
+        BudgetError: an entry is not a positive finite number, or none is given.
+    """
+
+    params: float | int | None = None
+    bytes: float | int | None = None
+    flops: float | int | None = None
+    error: float | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            raise BudgetError(
+                "a budget needs at least one limit",
+                way_out="for example Budget(params=0.1) or Budget(error=0.05)",
+            )
+        for name, value in given.items():
+            _check(name, value)
+
+    @classmethod
+    def of(cls, value: float | Budget) -> Budget:
+        """A float in (0, 1] as the share of parameters kept; a Budget as it is."""
+        if isinstance(value, Budget):
+            return value
+        if not isinstance(value, float):
+            raise BudgetError(
+                f"budget must be a float in (0, 1] or a tensorize.Budget, got {value!r}",
+                way_out="0.1 keeps at most 10 % of the parameters; Budget(params=1_000_000) is "
+                "an absolute number",
+            )
+        return cls(params=value)
+
+    def limits(self, dense: Totals) -> dict[str, float]:
+        """The absolute limit of every cost that is limited, given the dense model's own."""
+        whole = {"params": dense.parameters, "bytes": dense.bytes, "flops": dense.flops}
+        limits: dict[str, float] = {}
+        for name in _COSTS:
+            value = getattr(self, name)
+            if value is not None:
+                share = isinstance(value, float)
+                # The product is rounded before the floor: 0.07 * 100 must allow 7, not 6.
+                limits[name] = math.floor(round(value * whole[name], 6)) if share else value
+        return limits
+
+    def __str__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return ", ".join(f"{name}={value:,}" for name, value in given if value is not None)
+
+
+def _check(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BudgetError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise BudgetError(
+            f"{name} must be positive and finite, got {value!r}",
+            way_out="a share is a float in (0, 1]",
+        )
+    if name in _COSTS and isinstance(value, float) and value > 1:
+        raise BudgetError(
+            f"{name}={value!r} is a float above 1, and a float is a share of the dense model",
+            way_out=f"give a share in (0, 1], or the absolute value as an int: {name}={value:.0f}",
+        )

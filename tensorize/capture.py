@@ -1,0 +1,228 @@
+"""What the caller gives, made ready: inputs, calibration batches, and FX graphs for showing.
+
+Example inputs are only needed to see how parameters are used. Without them a model's own
+``dummy_inputs`` serve (Hugging Face), then calibration data, then inputs guessed from the shapes of
+the first layers; where nothing runs, modules are read by their type (``passes/sites.py``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tensorize.errors import CaptureError
+from tensorize.forward import run, untouched
+from tensorize.ir import Batch
+
+log = logging.getLogger("tensorize")
+
+_TEXT_BATCH = 16
+_TEXT_TOKENS = 512
+
+
+def check_model(model: Any) -> None:
+    """Raises CaptureError unless ``model`` is a module with real parameters."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}",
+            way_out="pass the module itself, not a function, a path or a state dict",
+        )
+    if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
+        raise CaptureError(
+            f"a {type(model).__name__} is already a captured program",
+            way_out="pass the eager module that it was made from",
+        )
+    count = 0
+    for name, parameter in model.named_parameters():
+        count += parameter.numel()
+        if parameter.is_meta:
+            raise CaptureError(
+                "the parameter is on the meta device: it has no values to analyse",
+                site=name,
+                way_out="load the weights first",
+            )
+    if count == 0:
+        raise CaptureError("the model has no parameters", way_out="there is nothing to compress")
+
+
+def batch_of(value: Any) -> Batch:
+    """One batch: a dict (or mapping) is keyword arguments, a tuple or list positional ones."""
+    if isinstance(value, Batch):
+        return value
+    if isinstance(value, Mapping):
+        return Batch((), dict(value), value)
+    if isinstance(value, tuple | list):
+        return Batch(tuple(value), {}, value)
+    return Batch((value,), {}, value)
+
+
+def calibration_batches(
+    calibration: Iterable[Any] | None, model: nn.Module, tokenizer: Any = None
+) -> tuple[Batch, ...]:
+    """The calibration data as a tuple of batches, strings tokenized in batches of 16."""
+    if calibration is None:
+        return ()
+    if isinstance(calibration, Tensor | Mapping | str):
+        raise CaptureError(
+            f"calibration must be an iterable of batches, got one {type(calibration).__name__}",
+            way_out="wrap it in a list: calibration=[batch]",
+        )
+    items = list(calibration)
+    if not items:
+        raise CaptureError("calibration is empty", way_out="pass at least one batch, or None")
+    if all(isinstance(item, str) for item in items):
+        items = list(_tokenized(items, model, tokenizer))
+    return tuple(batch_of(item) for item in items)
+
+
+def _tokenized(texts: list[str], model: nn.Module, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+    if tokenizer is None:
+        raise CaptureError(
+            "calibration holds strings, and there is no tokenizer",
+            way_out="pass tokenizer=, or batches of what the model's forward takes",
+        )
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
+    longest = min(longest, _TEXT_TOKENS, getattr(tokenizer, "model_max_length", _TEXT_TOKENS))
+    if getattr(tokenizer, "pad_token", "") is None:
+        # Batches of one need no padding, and a tokenizer without a pad token is left as it is.
+        groups = [[text] for text in texts]
+    else:
+        groups = [texts[i : i + _TEXT_BATCH] for i in range(0, len(texts), _TEXT_BATCH)]
+    accepted = inspect.signature(model.forward).parameters
+    for group in groups:
+        tokens = tokenizer(
+            group,
+            padding=len(group) > 1,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        yield {name: tokens[name] for name in tokens if name in accepted}
+
+
+def find_inputs(
+    model: nn.Module, example_inputs: Any, calibration: tuple[Batch, ...]
+) -> tuple[Batch | None, str]:
+    """Inputs to see the model's parameters in use, and where they come from.
+
+    Raises:
+        CaptureError: the caller's own example inputs do not fit the model's forward.
+    """
+    if example_inputs is not None:
+        return batch_of(example_inputs), "example_inputs"
+    if calibration:
+        return calibration[0], "the first calibration batch"
+    own = getattr(model, "dummy_inputs", None)
+    candidates: list[tuple[Any, str]] = [] if own is None else [(own, "the model's dummy_inputs")]
+    candidates += [(guess, "inputs guessed from the first layers") for guess in _guesses(model)]
+    for candidate, source in candidates:
+        batch = batch_of(candidate)
+        try:
+            run(model, batch)
+        except Exception as error:  # whatever a wrong guess raises, the next one is tried
+            log.debug("%s do not fit: %s", source, error)
+            continue
+        return batch, source
+    return None, "none: modules are read by their type"
+
+
+def _guesses(model: nn.Module) -> Iterator[Any]:
+    """Inputs that a model with one required argument may take, by its first weights."""
+    required = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 1:
+        return
+    first = next(model.parameters())
+    device = first.device
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield torch.zeros(2, 8, dtype=torch.long, device=device)
+            break
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    if channels is not None:
+        for side in (32, 64, 224):
+            yield torch.zeros(2, channels, side, side, dtype=dtype, device=device)
+    widths = [p.shape[-1] for p in model.parameters() if p.dim() == 2]
+    widths += [p.shape[0] for p in model.parameters() if p.dim() == 2]
+    for width in dict.fromkeys(widths):
+        yield torch.zeros(2, width, dtype=dtype, device=device)
+        yield torch.zeros(2, 8, width, dtype=dtype, device=device)
+
+
+# --------------------------------------------------------------------------- graphs for showing
+
+
+def export_graph(model: nn.Module, batch: Batch) -> fx.GraphModule:
+    """The aten-level graph of one forward pass, by ``torch.export`` (non-strict).
+
+    Raises:
+        CaptureError: the model cannot be exported with these inputs.
+    """
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    try:
+        if cached:
+            config.use_cache = False  # a key-value cache is no tensor that a graph can return
+        with untouched(model):
+            program = torch.export.export(model, batch.args, dict(batch.kwargs), strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot trace the model: {type(error).__name__}: {error}",
+            way_out="graphs() needs a model that torch.export accepts; everything else works",
+        ) from error
+    finally:
+        if cached:
+            config.use_cache = cached
+    graph = program.graph_module
+    signature = program.graph_signature
+    graph.meta["tensorize_names"] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+    }
+    return graph
+
+
+def placeholder_inputs(batch: Batch) -> Batch:
+    """The same arguments without their values: zeros of the same shapes, for a later trace."""
+
+    def blank(value: Any) -> Any:
+        return torch.zeros_like(value) if isinstance(value, Tensor) else value
+
+    args, kwargs = torch.utils._pytree.tree_map(blank, (batch.args, dict(batch.kwargs)))
+    return Batch(args, kwargs, None)
+
+
+_VIEWS = ("aten.t.", "aten.permute.", "aten.transpose.", "aten.view.", "aten.detach.", "aten.to.")
+
+
+def mark_sites(
+    graph: fx.GraphModule, parameters: Mapping[str, tuple[str, str, tuple[int, ...]]]
+) -> None:
+    """Note in ``graph.meta["tensorize_sites"]`` which nodes compute with which site.
+
+    ``parameters``: qualified name of a graph's parameter → (site, format, ranks).
+    """
+    names: Mapping[str, str] = graph.meta.get("tensorize_names", {})
+    marks: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    for node in graph.graph.nodes:
+        site = parameters.get(names.get(node.name, ""))
+        if node.op != "placeholder" or site is None:
+            continue
+        waiting = list(node.users)
+        while waiting:
+            user = waiting.pop()
+            if str(user.target).startswith(_VIEWS):
+                waiting.extend(user.users)
+            else:
+                marks[user.name] = site
+    graph.meta["tensorize_sites"] = marks

@@ -1,0 +1,35 @@
+"""The errors that tensorize raises: each names the site, the cause and the way out."""
+
+from __future__ import annotations
+
+
+class TensorizeError(Exception):
+    """Base of every error that tensorize raises on purpose.
+
+    Args:
+        cause: what is wrong, in one sentence.
+        site: the qualified name of the parameter or module it concerns, if there is one.
+        way_out: what the caller can do about it.
+    """
+
+    def __init__(self, cause: str, *, site: str | None = None, way_out: str | None = None) -> None:
+        self.cause, self.site, self.way_out = cause, site, way_out
+        where = f"{site}: " if site else ""
+        out = f"\n  way out: {way_out}" if way_out else ""
+        super().__init__(f"{where}{cause}{out}")
+
+
+class BudgetError(TensorizeError):
+    """The budget is malformed, or no choice of formats and ranks satisfies it."""
+
+
+class CaptureError(TensorizeError):
+    """The model, its inputs or its calibration data cannot be used."""
+
+
+class AnalysisError(TensorizeError):
+    """Weights, statistics or plan do not allow the analysis or its application."""
+
+
+class CheckpointError(TensorizeError):
+    """A saved artefact is missing, damaged, foreign or of a newer format."""

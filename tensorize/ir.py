@@ -1,0 +1,457 @@
+"""The data that every stage speaks: factor specs, sites, plans. All of it is frozen and hashable.
+
+Shape suffixes used in this project: B batch rows, M rows and N columns of a weight, R rank,
+E experts (a leading batch of matrices).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import sympy
+
+DENSE, LOW_RANK, TT = "dense", "low_rank", "tt"
+FORMATS = (DENSE, LOW_RANK, TT)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class TTSpec:
+    """A factorization of a matrix as cores with named indices.
+
+    ``TTSpec(row_modes, column_modes, ranks)`` is the tensor-train family (Oseledets 2011; in
+    matrix form also called MPO): core k has shape (ranks[k-1], row_modes[k], column_modes[k],
+    ranks[k]); the two outer ranks are 1 and are left out, so ``ranks`` has one entry less than
+    there are cores. Low rank is the two-core case ``[m | n]``.
+
+    The weight's row index is the tuple of all row modes, major first, and so is the column index.
+    Axes of size 1 (outer ranks, absent modes) are not stored: ``core_shapes`` is what the tensors
+    really have, ``cores`` the names of their axes.
+
+    Args:
+        row_modes: factors of the number of rows, one a core (1 where a core has none).
+        column_modes: factors of the number of columns, one a core.
+        ranks: the inner ranks.
+        experts: how many matrices of this form are stacked in front (0: one plain matrix).
+
+    Raises:
+        ValueError: lengths do not fit, or an entry is not a positive integer.
+    """
+
+    cores: tuple[tuple[str, ...], ...]
+    sizes: tuple[tuple[str, int], ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    batch: tuple[str, ...]
+
+    def __init__(
+        self,
+        row_modes: Sequence[int],
+        column_modes: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        experts: int = 0,
+    ) -> None:
+        row_modes, column_modes, ranks = tuple(row_modes), tuple(column_modes), tuple(ranks)
+        count = len(row_modes)
+        if count == 0 or len(column_modes) != count or len(ranks) != count - 1:
+            raise ValueError(
+                f"a chain of d cores needs d row modes, d column modes and d-1 ranks, got "
+                f"{row_modes}, {column_modes}, {ranks}"
+            )
+        for value in (*row_modes, *column_modes, *ranks):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"modes and ranks are positive integers, got {value!r}")
+        sizes: dict[str, int] = {"e": experts} if experts else {}
+        batch = ("e",) if experts else ()
+        # One row and one column axis always stay, so that a 1 x n matrix is still a matrix.
+        keep_row = {k for k, mode in enumerate(row_modes) if mode > 1} or {0}
+        keep_column = {k for k, mode in enumerate(column_modes) if mode > 1} or {count - 1}
+        cores: list[tuple[str, ...]] = []
+        for k in range(count):
+            axes = list(batch)
+            if k > 0:
+                sizes[f"r{k}"] = ranks[k - 1]
+                axes.append(f"r{k}")
+            if k in keep_row:
+                sizes[f"m{k}"] = row_modes[k]
+                axes.append(f"m{k}")
+            if k in keep_column:
+                sizes[f"n{k}"] = column_modes[k]
+                axes.append(f"n{k}")
+            if k < count - 1:
+                sizes[f"r{k + 1}"] = ranks[k]
+                axes.append(f"r{k + 1}")
+            cores.append(tuple(axes))
+        self._set(
+            tuple(cores),
+            tuple(sizes.items()),
+            tuple(f"m{k}" for k in sorted(keep_row)),
+            tuple(f"n{k}" for k in sorted(keep_column)),
+            batch,
+        )
+
+    def _set(self, cores, sizes, rows, columns, batch) -> None:  # type: ignore[no-untyped-def]
+        for name, value in zip(
+            ("cores", "sizes", "rows", "columns", "batch"),
+            (cores, sizes, rows, columns, batch),
+            strict=True,
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def low_rank(cls, m: int, n: int, r: int, *, experts: int = 0) -> TTSpec:
+        """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
+        return cls((m, 1), (1, n), (r,), experts=experts)
+
+    @cached_property
+    def size(self) -> Mapping[str, int]:
+        """Size of every index, by name."""
+        return dict(self.sizes)
+
+    def _product(self, names: Sequence[str]) -> int:
+        return math.prod(self.size[name] for name in names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that the cores stand for: (m, n), or (experts, m, n)."""
+        lead = tuple(self.size[name] for name in self.batch)
+        return (*lead, self._product(self.rows), self._product(self.columns))
+
+    @property
+    def core_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(self.size[name] for name in core) for core in self.cores)
+
+    @property
+    def row_modes(self) -> tuple[int, ...]:
+        return tuple(self._product([i for i in core if i in self.rows]) for core in self.cores)
+
+    @property
+    def column_modes(self) -> tuple[int, ...]:
+        return tuple(self._product([i for i in core if i in self.columns]) for core in self.cores)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        outer = {*self.rows, *self.columns, *self.batch}
+        return tuple(
+            self._product([i for i in left if i in right and i not in outer])
+            for left, right in zip(self.cores, self.cores[1:], strict=False)
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all cores together."""
+        return sum(math.prod(shape) for shape in self.core_shapes)
+
+    @property
+    def format(self) -> str:
+        """``"low_rank"`` for ``[m | n]``, ``"tt"`` for every other chain."""
+        two = len(self.cores) == 2
+        split = two and not (set(self.cores[0]) & set(self.columns))
+        return LOW_RANK if split and not (set(self.cores[1]) & set(self.rows)) else TT
+
+    def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
+        """The same modes with other inner ranks."""
+        return TTSpec(
+            self.row_modes,
+            self.column_modes,
+            ranks,
+            experts=self.size["e"] if self.batch else 0,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        experts = self.size["e"] if self.batch else 0
+        return {
+            "row_modes": list(self.row_modes),
+            "column_modes": list(self.column_modes),
+            "ranks": list(self.ranks),
+            "experts": experts,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TTSpec:
+        return cls(
+            data["row_modes"], data["column_modes"], data["ranks"], experts=data.get("experts", 0)
+        )
+
+    def __repr__(self) -> str:
+        data = self.to_dict()
+        experts = f", experts={data['experts']}" if data["experts"] else ""
+        return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{experts})"
+
+
+# ---------------------------------------------------------------------------- contraction orders
+
+Tree = int | str | tuple["Tree", "Tree"]
+"""A contraction tree: ``"x"`` is the input, an integer k is core k, a pair is a contraction."""
+
+
+@dataclass(frozen=True)
+class ContractionPiece:
+    """One contraction tree and the batches for which it is the cheapest.
+
+    Its cost is ``constant + slope * B`` FLOPs and its largest intermediate has
+    ``peak_constant`` or ``peak_slope * B`` elements, whichever is more.
+    """
+
+    tree: Tree
+    first_batch: int
+    last_batch: int | None
+    constant: int
+    slope: int
+    peak_constant: int
+    peak_slope: int
+
+    def flops(self, batch: int) -> int:
+        return self.constant + self.slope * batch
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """The cheapest contraction order for every batch: the lower envelope of lines in B.
+
+    ``contract`` says which side of the weight meets the input: ``"columns"`` for y = x Wᵀ (a
+    linear layer), ``"rows"`` for y = x W. FLOPs are counted as opt_einsum does: the product of all
+    index sizes of a pairwise contraction, twice when an index is summed.
+    """
+
+    spec: TTSpec
+    contract: str
+    pieces: tuple[ContractionPiece, ...]
+
+    def piece(self, batch: int) -> ContractionPiece:
+        """The piece that is used for ``batch`` rows (at least 1)."""
+        for piece in self.pieces:
+            if piece.last_batch is None or batch <= piece.last_batch:
+                return piece
+        raise AssertionError("the last piece of a contraction plan has no end")
+
+    def flops(self, batch: int) -> int:
+        """FLOPs of the cheapest order for ``batch`` rows."""
+        return self.piece(batch).flops(batch)
+
+    def peak_elements(self, batch: int) -> int:
+        """Elements of the largest intermediate or output of that order."""
+        piece = self.piece(batch)
+        return max(piece.peak_constant, piece.peak_slope * batch)
+
+    @property
+    def breakpoints(self) -> tuple[int, ...]:
+        """The first batch of every piece but the first."""
+        return tuple(piece.first_batch for piece in self.pieces[1:])
+
+    @cached_property
+    def expression(self) -> sympy.Expr:
+        """FLOPs as a sympy expression in the batch symbol ``B``."""
+        batch = sympy.Symbol("B", positive=True, integer=True)
+        lines = [sympy.Integer(p.constant) + p.slope * batch for p in self.pieces]
+        conditions = [
+            batch <= p.last_batch if p.last_batch is not None else sympy.true for p in self.pieces
+        ]
+        return sympy.Piecewise(*zip(lines, conditions, strict=True))
+
+    def __str__(self) -> str:
+        lines = [f"contraction of {self.spec} with its {self.contract}"]
+        lines.append(f"{'batch':>16}  {'FLOPs':>28}  {'peak elements':>22}  order")
+        for p in self.pieces:
+            end = "…" if p.last_batch is None else str(p.last_batch)
+            flops = f"{p.constant} + {p.slope} B"
+            peak = f"max({p.peak_constant}, {p.peak_slope} B)"
+            span = f"{p.first_batch}–{end}"
+            lines.append(f"{span:>16}  {flops:>28}  {peak:>22}  {p.tree}")
+        return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------- sites
+
+
+@dataclass(frozen=True)
+class Use:
+    """One way in which the model uses a weight.
+
+    ``contract``: ``"columns"`` (y = x Wᵀ), ``"rows"`` (y = x W) or ``"lookup"`` (rows of W).
+    ``rows`` is the number of input rows of one forward pass of the example inputs (0: unknown).
+    """
+
+    kind: str
+    contract: str
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter and every matmul-like use of it; a tied weight has several names and uses.
+
+    ``shape`` is the parameter's own: (m, n), (experts, m, n), or a convolution's (m, in, *kernel),
+    whose matrix has the columns in x kernel. ``blocked`` is the reason why it cannot be factorized,
+    ``None`` where it can.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+    aliases: tuple[str, ...] = ()
+    blocked: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def kind(self) -> str:
+        """The kinds of its uses, such as ``"linear"`` or ``"embedding+linear"``."""
+        return "+".join(dict.fromkeys(use.kind for use in self.uses)) or "unknown"
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def convolution(self) -> bool:
+        return any(use.kind.startswith("conv") for use in self.uses)
+
+    @property
+    def experts(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 and not self.convolution else 0
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the weight, of one expert where there are several."""
+        if self.convolution:
+            return self.shape[0], math.prod(self.shape[1:])
+        return self.shape[-2], self.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One call of the model: its arguments, and what the caller gave (a ``loss_fn`` gets that)."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    given: Any
+
+
+# --------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What is done with one site, and why.
+
+    ``predicted_error`` is the relative error of the weight in the metric of the analysis,
+    ``predicted_loss`` its share of the predicted rise of the loss (0.0 without a ``loss`` metric).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    spec: TTSpec | None
+    predicted_error: float
+    predicted_loss: float
+    reason: str
+
+    @property
+    def format(self) -> str:
+        return DENSE if self.spec is None else self.spec.format
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return () if self.spec is None else self.spec.ranks
+
+    @property
+    def parameters_before(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def parameters_after(self) -> int:
+        return self.parameters_before if self.spec is None else self.spec.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["shape"] = list(self.shape)
+        data["spec"] = None if self.spec is None else self.spec.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
+        spec = None if data["spec"] is None else TTSpec.from_dict(data["spec"])
+        return cls(**{**data, "shape": tuple(data["shape"]), "spec": spec})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan is expected to give.
+
+    ``loss`` is the rise of the loss to preserve on unseen data (nats for a model with logits,
+    squared error relative to the outputs' variance otherwise), ``loss_interval`` its 90 % interval;
+    both are ``None`` where the analysis saw no data. ``output_error`` is the largest relative
+    error of a site's weight in the metric where there are no data, and the relative error of the
+    outputs (a norm) where there are. ``flops`` are per input row of a site, the worst over
+    ``batch_sizes``.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+    output_error: float
+    loss: float | None = None
+    loss_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The dense model's own figures, for shares. Each parameter counts once."""
+
+    parameters: int
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice of formats and ranks for a whole model: hashable, printable, kept as JSON.
+
+    ``fingerprint`` identifies the model and analysis that it was made for. A plan that comes from
+    ``Analysis.plan`` also carries that analysis; it is no part of equality, hash or JSON.
+    """
+
+    sites: tuple[RankPlan, ...]
+    budget: str
+    metric: str
+    predicted: Prediction
+    dense: Totals
+    batch_sizes: tuple[int, ...]
+    seed: int
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+    cache: str | None = None
+    analysis: Any = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> str:
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "analysis"}
+        data["sites"] = [site.to_dict() for site in self.sites]
+        data["predicted"] = {f.name: getattr(self.predicted, f.name) for f in fields(Prediction)}
+        data["dense"] = {f.name: getattr(self.dense, f.name) for f in fields(Totals)}
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        data = json.loads(text)
+        predicted = data["predicted"]
+        if predicted["loss_interval"] is not None:
+            predicted["loss_interval"] = tuple(predicted["loss_interval"])
+        return cls(
+            **{
+                **data,
+                "sites": tuple(RankPlan.from_dict(site) for site in data["sites"]),
+                "predicted": Prediction(**predicted),
+                "dense": Totals(**data["dense"]),
+                "batch_sizes": tuple(data["batch_sizes"]),
+                "notes": tuple(data["notes"]),
+            }
+        )

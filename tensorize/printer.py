@@ -1,0 +1,683 @@
+"""Plain text for people: tables, quantities, FX graphs and their differences.
+
+The text of a graph is ours, so that golden files survive a new torch: no addresses, no versions,
+no overload names, symbols of dynamic shapes numbered by appearance, defaults left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import itertools
+import math
+import re
+import textwrap
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+Align = Literal["left", "right", "keep", "wrap", "end"]
+"""How a column is set: ``left`` (too long: shortened in the middle, for names), ``right`` (for
+numbers) and ``keep`` (for figures set left), which give way last, ``wrap`` (prose over several
+lines), ``end`` (prose cut at its end)."""
+
+GAP = "  "
+FORMAT_LABELS: Mapping[str, str] = {
+    "dense": "dense",
+    "low_rank": "low rank",
+    "tt": "TT",
+    "block": "block",
+}
+# Stroke and fill of every format, and of what is no site; apart for colour-blind readers too.
+FORMAT_COLORS: Mapping[str, tuple[str, str]] = {
+    "dense": ("#b45309", "#fdf0dc"),
+    "low_rank": ("#1d5fbf", "#e3eefc"),
+    "tt": ("#0f7b6c", "#dcf4ef"),
+    "block": ("#7e3fb3", "#f1e6fa"),
+    "other": ("#b8bec9", "#f6f7f9"),
+}
+
+# ------------------------------------------------------------------------------------ quantities
+
+
+def _digits(value: float, digits: int = 3) -> str:
+    """``value`` with three significant digits and no exponent unless it is below 1e-4."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = f"{value:.{digits - 1}e}"
+    power = int(rounded.partition("e")[2])  # of the rounded value: 0.9999 is "1.00"
+    return rounded if power < -4 else f"{value:.{max(0, digits - 1 - power)}f}"
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    """``value`` over the largest power of 1000 that leaves at least 1, with that power's unit."""
+    if not math.isfinite(value):
+        return f"{value:g} {units[0]}".strip()
+    step = 0
+    # 999.5 is already "1.00" of the next unit: three digits are all that is shown.
+    while abs(value) >= (999.5 if step else 1000) and step < len(units) - 1:
+        value, step = value / 1000, step + 1
+    text = _digits(value) if step else f"{value:g}"
+    return f"{text} {units[step]}".strip()
+
+
+def count(n: float) -> str:
+    """A number of parameters or FLOPs: ``"768"``, ``"590 K"``, ``"11.7 M"``, ``"1.30 G"``."""
+    return _scaled(n, ("", "K", "M", "G", "T", "P", "E"))
+
+
+def bytes_(n: float) -> str:
+    """A size in bytes, in powers of 1000: ``"26.5 MB"``."""
+    return _scaled(n, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+
+
+def percent(x: float) -> str:
+    """A share: ``percent(0.1) == "10.0 %"``."""
+    return f"{_digits(100 * x)} %"
+
+
+def seconds(s: float) -> str:
+    """A duration: ``"85.0 µs"``, ``"312 ms"``, ``"4.21 s"``, ``"2 min 05 s"``, ``"1 h 03 min"``."""
+    if not math.isfinite(s):
+        return f"{s:g} s"
+    if s >= 3599.5:
+        hours, minutes = divmod(round(s / 60), 60)
+        return f"{hours} h {minutes:02d} min"
+    if s >= 59.95:
+        minutes, rest = divmod(round(s), 60)
+        return f"{minutes} min {rest:02d} s"
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if s * scale >= 0.9995:
+            return f"{_digits(s * scale)} {unit}"
+    return f"{_digits(s * 1e9)} ns" if s else "0 s"
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    """An error or a loss with that many significant digits; ``"–"`` where there is none."""
+    return "–" if x is None else _digits(x, digits)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """``"3072×768"``."""
+    return "×".join(str(size) for size in shape)
+
+
+def format_text(format: str, ranks: Sequence[int]) -> str:
+    """A format with its ranks: ``"dense"``, ``"low rank 64"``, ``"TT 8·12·8"``."""
+    label = FORMAT_LABELS.get(format, format.replace("_", " "))
+    return f"{label} {'·'.join(map(str, ranks))}" if ranks else label
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def shorten_middle(text: str, width: int) -> str:
+    """``text`` in at most ``width`` characters, the middle replaced by one …"""
+    if len(text) <= width:
+        return text
+    # The end of a qualified name tells more than its beginning.
+    head = (width - 1) // 2
+    tail = width - 1 - head
+    return text[:head] + "…" + (text[-tail:] if tail else "")
+
+
+def shorten_name(name: str, width: int) -> str:
+    """A qualified name in at most ``width`` characters, whole parts of it replaced by …
+
+    The numbers (which layer) and the two last parts (which weight) tell names apart, then the first
+    part: ``bert.encoder.layer.0.attention.self.query.weight`` becomes
+    ``bert.…0.attention.self.query.weight``, then ``…0.…query.weight``.
+    """
+    parts = name.split(".")
+    last = len(parts) - 2
+    for k in (*range(1, last), 0, last):
+        if len(name) <= width:
+            break
+        if 0 <= k <= last and not parts[k].isdigit():
+            parts[k] = ""
+            name = re.sub(r"^\.+|(?<=\.)\.+", "…", ".".join(parts))
+    return shorten_middle(name, width)
+
+
+def shorten_end(text: str, width: int) -> str:
+    """``text`` in at most ``width`` characters, the end replaced by one …"""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.match(r"[-+−]?\d", text)) or text in ("", "–", "nan", "inf", "-inf")
+
+
+def _fit(natural: Sequence[int], align: Sequence[Align], room: int) -> list[int]:
+    """Column widths that sum to at most ``room``.
+
+    Text gives way in proportion to its length, down to 8 characters; figures give way last.
+    """
+    widths = list(natural)
+    text = [k for k, how in enumerate(align) if how not in ("right", "keep")]
+    for least, columns in ((8, text), (1, text), (1, list(range(len(align))))):
+        while sum(widths) > room:
+            open_ = [k for k in columns if widths[k] > least]
+            if not open_:
+                break
+            widths[max(open_, key=lambda k: (widths[k] / min(natural[k], 60), widths[k]))] -= 1
+    return widths
+
+
+def table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    width: int = 100,
+    align: Sequence[Align] | None = None,
+) -> str:
+    """A plain text table of at most ``width`` columns.
+
+    Args:
+        headers: one title a column.
+        rows: cells, by row; anything with a ``str()``.
+        width: the largest length of a line.
+        align: how each column is set (see ``Align``); without it columns of numbers are set right,
+            others left.
+
+    Raises:
+        ValueError: a row or ``align`` has another length than ``headers``, or ``width`` leaves
+            less than one character a column.
+    """
+    titles = [" ".join(str(title).split()) for title in headers]
+    cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
+    size = len(titles)
+    if not size or any(len(row) != size for row in cells):
+        raise ValueError(f"every row of a table needs {size} cells, one for each of {titles}")
+    columns = list(zip(*cells, strict=True)) if cells else [()] * size
+    if align is None:
+        align = ["right" if c and all(map(_is_number, c)) else "left" for c in columns]
+    if len(align) != size:
+        raise ValueError(f"align needs {size} entries, one a column, got {list(align)}")
+    room = width - len(GAP) * (size - 1)
+    if room < size:
+        raise ValueError(f"{size} columns do not fit into a width of {width}")
+    natural = [max(map(len, (title, *c))) for title, c in zip(titles, columns, strict=True)]
+    widths = _fit(natural, align, room)
+
+    def lines_of(text: str, how: Align, fit: int) -> list[str]:
+        if how == "wrap":
+            return textwrap.wrap(text, fit) or [""]
+        return [shorten_name(text, fit) if how == "left" else shorten_end(text, fit)]
+
+    def set_row(row: Sequence[str], how: Sequence[Align]) -> Iterator[str]:
+        parts = [lines_of(t, a, w) for t, a, w in zip(row, how, widths, strict=True)]
+        for k in range(max(map(len, parts))):
+            line = [p[k] if k < len(p) else "" for p in parts]
+            yield GAP.join(
+                text.rjust(w) if a == "right" else text.ljust(w)
+                for text, a, w in zip(line, align, widths, strict=True)
+            ).rstrip()
+
+    cut: list[Align] = ["end"] * size
+    lines = list(set_row(titles, cut))
+    lines.append(GAP.join("─" * w for w in widths))
+    for row in cells:
+        lines.extend(set_row(row, align))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------- graphs
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """The short name of a dtype: ``"f32"``, ``"bf16"``, ``"i64"``, ``"f8_e4m3fn"``, ``"c64"``."""
+    text = str(dtype).removeprefix("torch.")
+    return re.sub(r"^(b?)float(?=\d)|^(u?)int(?=\d)|^complex(?=\d)", _short_kind, text)
+
+
+def _short_kind(match: re.Match[str]) -> str:
+    return match[0].replace("float", "f").replace("int", "i").replace("complex", "c")
+
+
+_LAST = 2**63 - 1  # what aten.slice means by "to the end"
+
+
+class _Symbols:
+    """Sizes of dynamic shapes under names that do not depend on torch: s0, s1, … by appearance."""
+
+    def __init__(self) -> None:
+        self.names: dict[sympy.Symbol, sympy.Symbol] = {}
+
+    def text(self, size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> str:
+        if isinstance(size, (bool, int)):
+            return str(size)
+        expr = sympy.sympify(size.node.expr)
+        for symbol in sorted(expr.free_symbols, key=str):
+            if isinstance(symbol, sympy.Symbol) and symbol not in self.names:
+                self.names[symbol] = sympy.Symbol(f"s{len(self.names)}", integer=True)
+        return str(expr.xreplace(self.names))
+
+
+def _value_of(node: fx.Node) -> Any:
+    """What is known of a node's result: a (fake) tensor, its metadata, a number, or ``None``."""
+    for key in ("val", "example_value", "tensor_meta"):
+        if node.meta.get(key) is not None:
+            return node.meta[key]
+    return None
+
+
+def _type_text(value: Any, symbols: _Symbols) -> str:
+    """``f32[2, 16]`` for a tensor or its metadata, a tuple of such for several, "" for unknown."""
+    if isinstance(getattr(value, "dtype", None), torch.dtype) and hasattr(value, "shape"):
+        sizes = ", ".join(symbols.text(size) for size in value.shape)
+        return f"{dtype_text(value.dtype)}[{sizes}]"
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return symbols.text(value)
+    if isinstance(value, (bool, int, float)):
+        return type(value).__name__
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_type_text(v, symbols) or '–' for v in value)})"
+    return ""
+
+
+def target_text(node: fx.Node) -> str:
+    """Short name of what a node calls: ``aten.linear``, ``getitem``, ``.view``, ``module fc1``."""
+    target = node.target
+    if node.op == "call_module":
+        return f"module {target}"
+    if node.op == "call_method":
+        return f".{target}"
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return str(schema.name).replace("::", ".")
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name).replace("::", ".")
+    name = getattr(target, "__name__", None) or getattr(target, "_name", None)
+    return str(name or type(target).__name__)
+
+
+def parameter_name(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """The qualified name of the parameter, buffer or submodule that a node reads, if it reads one.
+
+    A ``get_attr`` node reads its target; a placeholder does where ``gm.meta["tensorize_names"]``
+    (placeholder name → qualified name) has it, as with the lifted parameters of torch.export.
+    """
+    if node.op == "get_attr":
+        return str(node.target)
+    if node.op == "placeholder":
+        return gm.meta.get("tensorize_names", {}).get(node.name)
+    return None
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Whether a node only checks the inputs; where torch puts such nodes differs by version."""
+    return node.op == "call_module" and node.target == "_guards_fn" and not node.users
+
+
+def _submodule(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The graph that a ``get_attr`` node hands to a higher-order operator."""
+    if node.op != "get_attr":
+        return None
+    value = _attribute(gm, str(node.target))
+    return value if isinstance(value, fx.GraphModule) else None
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+class _GraphText:
+    """The lines of one graph."""
+
+    def __init__(self, gm: fx.GraphModule, symbols: _Symbols | None = None) -> None:
+        self.gm, self.symbols = gm, symbols or _Symbols()
+        self.sites: Mapping[str, tuple[str, str, Sequence[int]]]
+        self.sites = gm.meta.get("tensorize_sites", {})
+
+    def name(self, node: fx.Node) -> str:
+        return parameter_name(self.gm, node) or node.name
+
+    def type(self, node: fx.Node) -> str:
+        value = _value_of(node)
+        if value is None and node.op == "get_attr":
+            value = _attribute(self.gm, str(node.target))
+        return _type_text(value, self.symbols)
+
+    def value(self, value: Any, name: Callable[[fx.Node], str]) -> str:
+        """An argument, without anything that differs between runs or versions."""
+
+        def again(item: Any) -> str:
+            return self.value(item, name)
+
+        if isinstance(value, fx.Node):
+            return name(value)
+        if isinstance(value, slice):
+            parts = ["" if part is None else again(part) for part in (value.start, value.stop)]
+            return ":".join(parts if value.step is None else [*parts, again(value.step)])
+        if isinstance(value, (list, tuple)):
+            inner = ", ".join(map(again, value))
+            if isinstance(value, list):
+                return f"[{inner}]"
+            return f"({inner},)" if len(value) == 1 else f"({inner})"
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{k}: {again(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, torch.dtype):
+            return dtype_text(value)
+        if isinstance(value, (torch.layout, torch.memory_format)):
+            return str(value).removeprefix("torch.")
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.symbols.text(value)
+        if isinstance(value, enum.Enum):
+            return value.name
+        if isinstance(value, torch.Tensor):
+            return f"tensor {_type_text(value, self.symbols)}"
+        if type(value) is int and value == _LAST:
+            return "end"
+        if value is None or isinstance(value, (bool, int, float, complex, str)):
+            return repr(value)
+        if isinstance(value, torch.device):
+            return str(value)
+        return str(getattr(value, "__name__", type(value).__name__))
+
+    def call(self, node: fx.Node, name: Callable[[fx.Node], str]) -> str:
+        """Target and arguments of a call; the nodes among the arguments are named by ``name``."""
+        args, kwargs = _without_defaults(node)
+        texts = [self.value(arg, name) for arg in args]
+        target = target_text(node)
+        if target == "getitem" and len(texts) == 2:
+            index = texts[1].removeprefix("(").removesuffix(")")
+            return f"{texts[0]}[{index}]"
+        texts += [f"{key}={self.value(kwargs[key], name)}" for key in sorted(kwargs)]
+        return f"{target}({', '.join(texts)})"
+
+    def line(self, node: fx.Node, *, site: bool = True) -> str:
+        """A node's line; ``site`` adds what was done to its site."""
+        if node.op == "output":
+            leaves = [self.value(leaf, self.name) for leaf in _leaves(node.args)]
+            return f"return {', '.join(leaves)}"
+        own = self.type(node)
+        label = f"{self.name(node)}: {own}" if own else self.name(node)
+        if node.op == "placeholder":
+            return f"{label} = {'input' if parameter_name(self.gm, node) is None else 'parameter'}"
+        if node.op == "get_attr":
+            return f"{label} = {self.kind(node)}"
+        line = f"{label} = {self.call(node, self.name)}"
+        return f"{line}  # {self.site(node)}" if site and node.name in self.sites else line
+
+    def kind(self, node: fx.Node) -> str:
+        value = _attribute(self.gm, str(node.target))
+        if isinstance(value, torch.nn.Parameter):
+            return "parameter"
+        if isinstance(value, torch.Tensor):
+            return "buffer"
+        return "graph" if isinstance(value, torch.nn.Module) else "constant"
+
+    def site(self, node: fx.Node) -> str:
+        name, format, ranks = self.sites[node.name]
+        return f"{name}: {format_text(format, ranks)}"
+
+    def lines(self, indent: str = "  ") -> Iterator[str]:
+        read: set[str] = set()
+        inner: list[tuple[str, fx.GraphModule]] = []
+        for node in self.gm.graph.nodes:
+            if _is_check(node):
+                continue
+            # A parameter that is read twice is still one parameter.
+            if node.op == "get_attr":
+                if str(node.target) in read:
+                    continue
+                read.add(str(node.target))
+                if (graph := _submodule(self.gm, node)) is not None:
+                    inner.append((str(node.target), graph))
+            yield indent + self.line(node)
+        for path, graph in inner:
+            yield f"{indent}graph {path}:"
+            yield from _GraphText(graph, self.symbols).lines(indent + "  ")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The entries of nested tuples, lists and dicts, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _without_defaults(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of a node less those that only repeat the operator's defaults."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return args, kwargs
+
+    def repeats(value: Any, argument: Any) -> bool:
+        if not argument.has_default_value() or isinstance(value, fx.Node):
+            return False
+        default = argument.default_value
+        if isinstance(value, torch.dtype):  # schemas keep dtypes as numbers
+            return False
+        return type(value) is type(default) and value == default
+
+    while args and len(args) <= len(schema.arguments):
+        if not repeats(args[-1], schema.arguments[len(args) - 1]):
+            break
+        args.pop()
+    by_name = {argument.name: argument for argument in schema.arguments}
+    kwargs = {k: v for k, v in kwargs.items() if k not in by_name or not repeats(v, by_name[k])}
+    return args, kwargs
+
+
+def print_graph(gm: fx.GraphModule) -> str:
+    """A stable text of an FX graph: one line a node, in topological order.
+
+    ``linear: f32[2, 16] = aten.linear(x, fc1.weight, fc1.bias)``: name, dtype and shape of the
+    result (from ``meta["val"]`` or ``meta["tensor_meta"]``), short name of the operator, arguments.
+    Parameters carry their qualified names, whether the graph reads them with ``get_attr`` or as
+    placeholders that ``gm.meta["tensorize_names"]`` (placeholder name → qualified name) maps.
+    Where ``gm.meta["tensorize_sites"]`` names a node, its site, format and ranks follow it. Graphs
+    inside (of higher-order operators) follow the graph that uses them, indented.
+    """
+    text = _GraphText(gm)
+    inputs = [
+        node.name
+        for node in gm.graph.nodes
+        if node.op == "placeholder" and parameter_name(gm, node) is None
+    ]
+    return "\n".join([f"graph({', '.join(inputs)}):", *text.lines()]) + "\n"
+
+
+# ----------------------------------------------------------------------------------- differences
+
+
+@dataclass
+class _Side:
+    """One of two graphs: its calls, and what makes two of them the same operation."""
+
+    gm: fx.GraphModule
+    text: _GraphText = field(init=False)
+    nodes: list[fx.Node] = field(init=False)
+    keys: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = _GraphText(self.gm)
+        for node in self.gm.graph.nodes:  # symbols by appearance, parameters' included
+            self.text.type(node)
+        self.nodes = [
+            node
+            for node in self.gm.graph.nodes
+            if not (_is_check(node) or parameter_name(self.gm, node) is not None)
+        ]
+        self.keys = [self.key(node) for node in self.nodes]
+
+    def key(self, node: fx.Node) -> str:
+        """A node's line with no names in it but those of parameters, which do not depend on how
+        many nodes come before."""
+
+        def nameless(other: fx.Node) -> str:
+            return parameter_name(self.gm, other) or f"%{self.text.type(other)}"
+
+        if node.op == "placeholder":
+            return f"input {self.text.type(node)}"
+        if node.op == "output":
+            return f"return {len(list(_leaves(node.args)))}"
+        return f"{self.text.type(node)} = {self.text.call(node, nameless)}"
+
+    def parameters(self, start: int, stop: int) -> dict[str, str]:
+        """Qualified name → type of the parameters that a stretch of nodes reads."""
+        read = (n for node in self.nodes[start:stop] for n in node.all_input_nodes)
+        found = {parameter_name(self.gm, node): self.text.type(node) for node in read}
+        return {name: text for name, text in found.items() if name is not None}
+
+    def leaving(self, start: int, stop: int) -> list[fx.Node]:
+        """The nodes of a stretch that are used outside of it."""
+        inside = set(self.nodes[start:stop])
+        return [node for node in self.nodes[start:stop] if set(node.users) - inside]
+
+
+_Block = tuple[bool, int, int, int, int]
+"""Whether a stretch is the same on both sides, and its ends before and after."""
+
+
+def _anchors(a: list[str], b: list[str]) -> list[tuple[int, int]]:
+    """The longest increasing series of lines that occur exactly once on both sides.
+
+    Layers of a model look alike, so matching the longest stretch first can pair one layer with
+    another; a norm with its own parameters can not be mistaken (the idea of patience diff).
+    """
+    in_a, in_b = Counter(a), Counter(b)
+    where = {key: k for k, key in enumerate(b) if in_b[key] == 1}
+    pairs = [(k, where[key]) for k, key in enumerate(a) if in_a[key] == 1 and key in where]
+    tails: list[int] = []
+    best: list[int] = []  # index into pairs that ends the best series of each length
+    before: list[int] = []
+    for index, (_, position) in enumerate(pairs):
+        length = bisect_left(tails, position)
+        before.append(best[length - 1] if length else -1)
+        if length == len(tails):
+            tails.append(position)
+            best.append(index)
+        else:
+            tails[length], best[length] = position, index
+    series: list[tuple[int, int]] = []
+    index = best[-1] if best else -1
+    while index >= 0:
+        series.append(pairs[index])
+        index = before[index]
+    return series[::-1]
+
+
+def _blocks(a: list[str], b: list[str]) -> Iterator[_Block]:
+    """Stretches of equal and of different lines, in order."""
+    start_a = start_b = 0
+    for end_a, end_b in [*_anchors(a, b), (len(a), len(b))]:
+        matcher = difflib.SequenceMatcher(None, a[start_a:end_a], b[start_b:end_b], autojunk=False)
+        for tag, i1, i2, j1, j2 in matcher.get_opcodes():
+            yield tag == "equal", start_a + i1, start_a + i2, start_b + j1, start_b + j2
+        if end_a < len(a) and end_b < len(b):
+            yield True, end_a, end_a + 1, end_b, end_b + 1
+        start_a, start_b = end_a + 1, end_b + 1
+
+
+def _merged(blocks: Sequence[_Block]) -> list[_Block]:
+    """Neighbours of the same sort made one."""
+    merged: list[_Block] = []
+    for same, i1, i2, j1, j2 in blocks:
+        if merged and merged[-1][0] == same:
+            _, start_a, _, start_b, _ = merged.pop()
+            i1, j1 = start_a, start_b
+        merged.append((same, i1, i2, j1, j2))
+    return merged
+
+
+def _rewired(before: _Side, after: _Side, blocks: Sequence[_Block]) -> list[_Block]:
+    """``blocks`` with every node taken out that looks the same but reads other results."""
+    partner: dict[fx.Node, fx.Node] = {}
+    for same, i1, i2, j1, j2 in blocks:
+        old, new = before.nodes[i1:i2], after.nodes[j1:j2]
+        if not same:  # what a rewritten stretch hands on takes the place of what it handed on
+            old, new = before.leaving(i1, i2), after.leaving(j1, j2)
+            if [before.text.type(n) for n in old] != [after.text.type(n) for n in new]:
+                continue
+        partner.update(zip(old, new, strict=True))
+
+    def reads_same(old: fx.Node, new: fx.Node) -> bool:
+        inputs = [
+            [n for n in node.all_input_nodes if parameter_name(side.gm, n) is None]
+            for side, node in ((before, old), (after, new))
+        ]
+        return [partner.get(node) for node in inputs[0]] == inputs[1]
+
+    result: list[_Block] = []
+    for same, i1, i2, j1, j2 in blocks:
+        if not same:
+            result.append((same, i1, i2, j1, j2))
+            continue
+        for i, j in zip(range(i1, i2), range(j1, j2), strict=True):
+            same_reads = reads_same(before.nodes[i], after.nodes[j])
+            result.append((same_reads, i, i + 1, j, j + 1))
+    return _merged(result)
+
+
+def _hunk(before: _Side, after: _Side, block: _Block) -> Iterator[str]:
+    """A rewritten stretch under what it does to the parameters: names, shapes, format, ranks."""
+    _, i1, i2, j1, j2 = block
+    old, new = before.parameters(i1, i2), after.parameters(j1, j2)
+    gone = [f"{name} {text}" for name, text in old.items() if name not in new]
+    come = [f"{name} {text}" for name, text in new.items() if name not in old]
+    owners = [text.split(" ")[0].split(".")[:-1] for text in (*gone, *come)]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
+    lead = "".join(f"{parts[0]}." for parts in same)
+    before_text, after_text = (
+        ", ".join(text.removeprefix(lead) for text in side) for side in (gone, come)
+    )
+    sites = [
+        after.text.sites[node.name] for node in after.nodes[j1:j2] if node.name in after.text.sites
+    ]
+    formats = ", ".join(dict.fromkeys(format_text(site[1], site[2]) for site in sites))
+    right = ": ".join(part for part in (formats, after_text) if part)
+    if gone or right:
+        heading = f"@@ {lead and lead[:-1] + ': '}{before_text or 'nothing'} → {right or 'nothing'}"
+        yield heading if len(heading) <= 100 else heading.replace(" → ", "\n   → ")
+    else:
+        yield "@@"
+    several = len({site[0] for site in sites}) > 1
+    yield from (f"- {before.text.line(node, site=False)}" for node in before.nodes[i1:i2])
+    yield from (f"+ {after.text.line(node, site=several)}" for node in after.nodes[j1:j2])
+
+
+def diff_graphs(before: fx.GraphModule, after: fx.GraphModule) -> str:
+    """What a rewrite changed: ``-`` lines of ``before``, ``+`` lines of ``after``.
+
+    Operations are matched by what they compute and which parameters they read, not by the names of
+    nodes, so a node that is only numbered otherwise is no difference; one that reads another result
+    is. Unchanged stretches are folded. Parameters have no lines of their own: the heading of a
+    rewritten stretch (``@@``) says which went and which came, with shapes, format and ranks.
+    """
+    old, new = _Side(before), _Side(after)
+    blocks = _rewired(old, new, _merged(list(_blocks(old.keys, new.keys))))
+    changes = [block for block in blocks if not block[0]]
+    if not changes:
+        return f"no differences: {_nodes(len(old.nodes))} unchanged\n"
+    places = f"{len(changes)} place{'s' if len(changes) > 1 else ''}"
+    lines = [f"{_nodes(len(old.nodes))} → {_nodes(len(new.nodes))}, changed in {places}"]
+    for block in blocks:
+        same, _, _, j1, j2 = block
+        if same and j2 - j1 > 1:
+            lines.append(f"  … {_nodes(j2 - j1)} unchanged")
+        elif same:
+            lines += [f"  {new.text.line(node)}" for node in new.nodes[j1:j2]]
+        else:
+            lines += _hunk(old, new, block)
+    return "\n".join(lines) + "\n"
+
+
+def _nodes(n: int) -> str:
+    return f"{n} node{'' if n == 1 else 's'}"

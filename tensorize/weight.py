@@ -1,0 +1,405 @@
+"""What a module holds in place of its dense weight.
+
+``install`` rewrites the modules that own a parameter: the parameter is deleted, its cores are
+attached, and the module object stays the same one (so hooks, references and its name stay). Two
+forms cover everything:
+
+* a plain linear with a low-rank weight becomes a ``LowRankLinear`` with two real ``nn.Linear``
+  children, so that other tools find what they look for;
+* every other owner keeps its own forward and gets a ``weight`` that is a ``FactoredWeight``: not a
+  tensor, but something that answers ``F.linear``, ``embedding``, ``matmul`` … by a contraction.
+  Any other function gets the dense matrix, built for that call.
+
+Tied weights share their cores as they shared the dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorize import ops, tt, uses
+from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.uses import Frame, Matmul
+
+
+class FactoredWeight:
+    """Stands for a dense matrix W that is never stored; ``frame`` says how W is looked at.
+
+    Shape, dtype and device cost nothing. ``dense()`` builds the matrix, differentiably.
+    """
+
+    __slots__ = ("cores", "frame", "spec")
+
+    def __init__(self, spec: TTSpec, cores: tuple[Tensor, ...], frame: Frame) -> None:
+        self.spec, self.cores, self.frame = spec, cores, frame
+
+    @property
+    def shape(self) -> torch.Size:
+        if self.frame.shape is not None:
+            return torch.Size(self.frame.shape)
+        shape = list(self.spec.shape)
+        if self.frame.expert is not None:
+            shape = shape[1:]
+        if self.frame.transposed:
+            shape[-2:] = shape[:-3:-1]
+        return torch.Size(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cores[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.cores[0].device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(core.requires_grad for core in self.cores)
+
+    @property
+    def is_meta(self) -> bool:
+        return self.cores[0].is_meta
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def T(self) -> FactoredWeight | Tensor:
+        return self.t()
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (M, N) or (experts, M, N), built from the cores."""
+        spec, cores = self.spec, self.cores
+        if self.frame.expert is not None:
+            spec, cores = self._one_expert()
+        weight = tt.reconstruct(spec, cores)
+        if self.frame.shape is not None:
+            return weight.reshape(self.frame.shape)
+        return weight.transpose(-1, -2) if self.frame.transposed else weight
+
+    def _one_expert(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
+        spec = TTSpec(self.spec.row_modes, self.spec.column_modes, self.spec.ranks)
+        return spec, tuple(core[self.frame.expert] for core in self.cores)
+
+    def t(self) -> FactoredWeight | Tensor:
+        return torch.t(self)  # type: ignore[arg-type]
+
+    def transpose(self, dim0: int, dim1: int) -> FactoredWeight | Tensor:
+        return torch.transpose(self, dim0, dim1)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> FactoredWeight | Tensor:
+        return FactoredWeight.__torch_function__(torch.Tensor.__getitem__, (), (self, index))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return torch.matmul(self, other)  # type: ignore[arg-type]
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return torch.matmul(other, self)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else a tensor can do is done by the dense matrix.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        view = ", transposed" if self.frame.transposed else ""
+        return f"FactoredWeight({tuple(self.shape)}, {self.spec}{view})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weight = next(_factored(args, kwargs))
+        matmul = uses.read(func, args, kwargs, weight)
+        if matmul is not None and weight._can_run(matmul):
+            return weight._run(weight.frame.turn(matmul))
+        frame = uses.view(func, args, kwargs, weight.frame, weight)
+        if frame is not None:
+            return FactoredWeight(weight.spec, weight.cores, frame)
+        dense = {id(w): w.dense() for w in _factored(args, kwargs)}
+        args, kwargs = torch.utils._pytree.tree_map(
+            lambda v: dense[id(v)] if isinstance(v, FactoredWeight) else v, (args, kwargs)
+        )
+        return func(*args, **kwargs)
+
+    def _can_run(self, matmul: Matmul) -> bool:
+        stacked = bool(self.spec.batch) and self.frame.expert is None
+        if (self.frame.shape is not None) != (matmul.convolution is not None):
+            return False
+        if matmul.convolution is not None and self.spec.format != LOW_RANK:
+            return False
+        return stacked == (matmul.offsets is not None) and not isinstance(matmul.x, FactoredWeight)
+
+    def _run(self, matmul: Matmul) -> Tensor:
+        spec, cores = self.spec, self.cores
+        if self.frame.expert is not None:
+            spec, cores = self._one_expert()
+        if matmul.contract == "lookup":
+            return ops.lookup(spec, cores, matmul.x, matmul.padding_idx)
+        if matmul.offsets is not None:
+            return ops.grouped_matmul(spec, cores, matmul.x, matmul.offsets, matmul.contract)
+        if matmul.convolution is not None:
+            shape, call = self.shape, matmul.convolution
+            return ops.convolution(spec, cores, matmul.x, shape, call, matmul.bias)
+        return matmul.from_rows(ops.matmul(spec, cores, matmul.x, matmul.contract, matmul.bias))
+
+
+def _factored(args: tuple, kwargs: dict) -> Iterator[FactoredWeight]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, FactoredWeight):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (v for v in value if isinstance(v, FactoredWeight))
+
+
+class Cores(nn.Module):
+    """The cores of one weight, as parameters ``core_0``, ``core_1``, … in the stored shapes.
+
+    ``frame`` says how the owner sees the matrix (a convolution in its own shape).
+    """
+
+    def __init__(
+        self, spec: TTSpec, cores: Sequence[nn.Parameter], frame: Frame | None = None
+    ) -> None:
+        super().__init__()
+        self.spec, self.frame = spec, frame or Frame()
+        for k, core in enumerate(cores):
+            self.register_parameter(f"core_{k}", core)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer y = second(first(x)) whose weight has rank ``first.out_features``.
+
+    ``stored_transposed`` is True where the dense layer kept its weight as (in, out).
+    """
+
+    first: nn.Linear
+    second: nn.Linear
+    stored_transposed: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+    @property
+    def weight(self) -> FactoredWeight:
+        """The dense layer's weight, lazily."""
+        first, second = self.first, self.second
+        spec = TTSpec.low_rank(second.out_features, first.in_features, first.out_features)
+        cores = (second.weight, first.weight)
+        return FactoredWeight(spec, cores, Frame(transposed=self.stored_transposed))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.second.bias
+
+
+# --------------------------------------------------------------- owners with their own forward
+
+
+def _cores_name(parameter: str) -> str:
+    return f"{parameter}_cores"
+
+
+def _lazy_weight(parameter: str) -> property:
+    holder = _cores_name(parameter)
+
+    def get(owner: nn.Module) -> FactoredWeight:
+        cores: Cores = owner._modules[holder]  # type: ignore[assignment]
+        return FactoredWeight(cores.spec, cores.tensors(), cores.frame)
+
+    def put(owner: nn.Module, value: Any) -> None:
+        # Code that ties weights assigns one module's weight to another: the tie is already there.
+        own = get(owner)
+        same = isinstance(value, FactoredWeight) and all(
+            a is b for a, b in zip(value.cores, own.cores, strict=True)
+        )
+        if not same:
+            raise TypeError(
+                f"{parameter} of {type(owner).__name__} is factorized and cannot be assigned; "
+                "use tensorize.densify(model) first"
+            )
+
+    return property(get, put)
+
+
+@lru_cache(maxsize=None)
+def _factored_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+    """``base`` with lazy weights in place of ``parameters``; one class for each pair."""
+
+    def reduce(owner: nn.Module, protocol: int) -> tuple:
+        return _blank, (base, parameters), owner.__dict__
+
+    body: dict[str, Any] = {name: _lazy_weight(name) for name in parameters}
+    body |= {
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_dense_class": base,
+        "_factored_parameters": parameters,
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _blank(base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
+    """An empty instance for pickle and deepcopy, which fill it."""
+    cls = _factored_class(base, parameters)
+    return cls.__new__(cls)
+
+
+# ------------------------------------------------------------------------- install, restore
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter ``name``, and the parameter's own name in it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _is_plain_linear(owner: nn.Module, parameter: str) -> bool:
+    """Whether the owner does nothing but x Wᵀ + b (or x W + b, as GPT-2's Conv1D)."""
+    if parameter != "weight" or len(owner._modules) > 0:
+        return False
+    kind = type(owner)
+    return kind is nn.Linear or _is_conv1d(kind)
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def install(
+    model: nn.Module, names: Sequence[str], spec: TTSpec, cores: Sequence[nn.Parameter]
+) -> None:
+    """Replace one dense parameter, under all of its names, by its cores.
+
+    Args:
+        model: the model to change in place.
+        names: every qualified name of the parameter (several where it is tied).
+        spec, cores: the factorization; the cores in the shapes of ``spec.core_shapes``.
+    """
+    owners = [owner_of(model, name) for name in names]
+    holder: Cores | None = None
+    tied = len(owners) > 1
+    seen: set[tuple[int, str]] = set()
+    for owner, parameter in owners:
+        if (id(owner), parameter) in seen:
+            continue  # one module under several names
+        seen.add((id(owner), parameter))
+        plain = _is_plain_linear(owner, parameter) and spec.format == LOW_RANK and not spec.batch
+        if plain and not (tied and _is_conv1d(type(owner))):
+            _become_low_rank_linear(owner, cores)
+            continue
+        shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
+        frame = Frame() if shape == spec.shape else Frame(shape=shape)
+        holder = holder or Cores(spec, cores, frame)
+        _become_factored(owner, parameter, holder)
+
+
+def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> None:
+    left, right = cores
+    transposed = _is_conv1d(type(owner))
+    if transposed:  # W is (in, out): the layer's own matrix is Wᵀ = Vᵀ Uᵀ
+        left, right = (
+            nn.Parameter(core.detach().t().contiguous(), requires_grad=core.requires_grad)
+            for core in (right, left)
+        )
+    first, second = _linear(right), _linear(left)
+    second.bias = owner._parameters.pop("bias", None)
+    del owner._parameters["weight"]
+    first.training = second.training = owner.training
+    owner._modules["first"], owner._modules["second"] = first, second
+    owner.__dict__["stored_transposed"] = transposed
+    owner.__dict__["_dense_class"] = type(owner)
+    owner.__class__ = LowRankLinear
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = weight
+    return linear
+
+
+def _become_factored(owner: nn.Module, parameter: str, holder: Cores) -> None:
+    del owner._parameters[parameter]
+    owner._modules[_cores_name(parameter)] = holder
+    base = getattr(owner, "_dense_class", type(owner))
+    parameters = (*getattr(owner, "_factored_parameters", ()), parameter)
+    owner.__class__ = _factored_class(base, parameters)
+
+
+def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
+    """Every factorized weight of a model, by the qualified name its dense parameter had."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, LowRankLinear):
+            yield f"{prefix}weight", module.weight
+        for parameter in getattr(module, "_factored_parameters", ()):
+            yield f"{prefix}{parameter}", getattr(module, parameter)
+
+
+def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The qualified names of the parameters that stand for the dense parameter ``name``."""
+    owner, leaf = owner_of(model, name)
+    prefix = name.removesuffix(leaf)
+    if isinstance(owner, LowRankLinear):
+        return f"{prefix}first.weight", f"{prefix}second.weight"
+    holder = _cores_name(leaf)
+    return tuple(f"{prefix}{holder}.{core}" for core, _ in owner._modules[holder].named_parameters())  # type: ignore[union-attr]
+
+
+def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:
+    """Put a dense parameter back wherever there are cores; tied weights stay tied."""
+    made: dict[tuple[int, ...], nn.Parameter] = {}
+
+    def dense(weight: FactoredWeight) -> nn.Parameter:
+        key = tuple(id(core) for core in weight.cores)
+        if key not in made:
+            made[key] = build(weight)
+        return made[key]
+
+    for module in list(model.modules()):
+        if isinstance(module, LowRankLinear):
+            weight, bias = dense(module.weight), module.bias
+            del module._modules["first"], module._modules["second"]
+            base = module.__dict__.pop("_dense_class")
+            del module.__dict__["stored_transposed"]
+            module.__class__ = base
+            module._parameters["weight"] = weight
+            module._parameters["bias"] = bias
+            continue
+        for parameter in getattr(module, "_factored_parameters", ()):
+            module._parameters[parameter] = dense(getattr(module, parameter))
+            del module._modules[_cores_name(parameter)]
+        if hasattr(module, "_factored_parameters"):
+            module.__class__ = module._dense_class  # type: ignore[assignment]
