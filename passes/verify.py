@@ -42,9 +42,11 @@ class VerifyResult:
             largest = max(largest, check_weight(name, weight))
         notes = list(program.notes)
         for site in plan.sites:
+            if site.spec is None:
+                continue
             actual = program.errors.get(site.name, 0.0)
             rounding = torch.finfo(getattr(torch, _dtype(program, site.name))).eps
-            if site.spec is not None and actual > 1.05 * site.predicted_error + 8 * rounding:
+            if actual > 1.05 * site.predicted_error + 8 * rounding:
                 notes.append(
                     f"{site.name}: its error is {actual:.4g}, {site.predicted_error:.4g} predicted"
                 )

@@ -59,6 +59,18 @@ class Analysis:
         Raises:
             BudgetError: no choice satisfies the budget; it names the nearest feasible value.
         """
+        allocate = self._allocation(budget, formats, ranks, batch_sizes)
+        plan = run_passes(self.program, (allocate,)).plan
+        assert plan is not None
+        return replace(plan, analysis=self, cache=self.cache)
+
+    def _allocation(
+        self,
+        budget: float | Budget | None,
+        formats: FormatsOption,
+        ranks: RanksOption,
+        batch_sizes: Sequence[int],
+    ) -> Allocate:
         if budget is None and ranks is None:
             raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
         if not batch_sizes or any(not isinstance(b, int) or b < 1 for b in batch_sizes):
@@ -69,16 +81,13 @@ class Analysis:
             chosen = formats_by_site(free, formats)
             for site in free:
                 self.program.spectra[site.name].require(chosen[site.name])
-        allocate = Allocate(
+        return Allocate(
             None if budget is None else Budget.of(budget),
             ranks=ranks,
             formats=chosen,
             batch_sizes=tuple(batch_sizes),
             fingerprint=self.fingerprint,
         )
-        plan = run_passes(self.program, (allocate,)).plan
-        assert plan is not None
-        return replace(plan, analysis=self, cache=self.cache)
 
     def curve(self, budgets: Sequence[float] | None = None) -> Curve:
         """Predicted quality, parameters, bytes and FLOPs for several budgets.
@@ -91,11 +100,13 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                predicted = self.plan(budget).predicted
+                plan = self._allocation(budget, None, None, (1, 16, 256)).run(self.program).plan
             except BudgetError:
                 if budgets is not None:
                     raise
                 continue
+            assert plan is not None
+            predicted = plan.predicted
             points.append(
                 CurvePoint(
                     budget=budget,

@@ -111,9 +111,7 @@ def read_location(base: str) -> Program | None:
         predictor = None
         if data["predictor"] is not None:
             trials = tuple(Trial(*values) for values in data["predictor"]["trials"])
-            predictor = Predictor(
-                trials, data["predictor"]["unit"], data["predictor"]["held_out"]
-            )
+            predictor = Predictor(trials, data["predictor"]["unit"], data["predictor"]["held_out"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         log.warning("the cached analysis %s is damaged and is made again: %s", base, error)
         return None

@@ -147,10 +147,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     report = model.__dict__.get("_tensorize")
     if not isinstance(report, Report):
-        inner = next((n for n in ("_orig_mod", "module") if n in model._modules), None)
+        inner = [n for n, m in model.named_children() if "_tensorize" in m.__dict__]
         raise CheckpointError(
             f"this {type(model).__name__} carries no tensorize report, so it cannot be saved",
-            way_out=f"pass the model inside the wrapper (model.{inner})"
+            way_out=f"pass the model that it wraps (model.{inner[0]})"
             if inner
             else "make it with tensorize.compile or tensorize.apply first",
         )
@@ -167,7 +167,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     draft = directory / f".tensorize-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(stored, draft, metadata={"format": "pt"})
+        _write_tensors(stored, draft)
         sha256 = _sha256(draft)
         weights = directory / f"tensorize-{sha256[:16]}.safetensors"
         _into_place(draft, weights)
@@ -178,14 +178,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         }
         if manifest["model"]["huggingface"]:
             _save_configs(model, directory, draft)
-        draft.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+        draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _into_place(draft, directory / MANIFEST)
-    except KeyError as error:  # what safetensors says of a dtype that it does not know
-        raise CheckpointError(
-            f"{directory}: safetensors cannot store {error}",
-            way_out="cast these parameters or buffers to another dtype",
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written: {type(error).__name__}: {error}",
             way_out="choose a directory with room that you may write to; what was saved there "
@@ -196,6 +191,22 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for old in (*directory.glob("tensorize-*.safetensors"), *directory.glob(_DRAFTS)):
         if old.name != weights.name and (_WEIGHTS.fullmatch(old.name) or old.suffix == ".tmp"):
             _remove(old)
+
+
+def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:
+    draft.touch()
+    usual = draft.stat().st_mode
+    try:
+        save_file(tensors, draft, metadata={"format": "pt"})
+        draft.chmod(usual)  # safetensors makes files that only their owner may read
+    except KeyError as error:  # what safetensors says of a dtype that it does not know
+        dtypes = {name: _dtype_name(tensor) for name, tensor in tensors.items()}
+        unknown = str(error).removeprefix("torch.")
+        raise CheckpointError(
+            f"safetensors cannot store {unknown}",
+            site=next((name for name, dtype in dtypes.items() if dtype == unknown), None),
+            way_out="cast it to another dtype",
+        ) from error
 
 
 def _into_place(draft: Path, target: Path) -> None:
@@ -693,7 +704,7 @@ def _fill(slots: Sequence[_Slot], manifest: _Manifest) -> None:
                     objects[first] = nn.Parameter(value, requires_grad=entry.requires_grad)
                 else:
                     objects[first] = value
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         _fail(manifest.weights, f"cannot be read: {type(error).__name__}: {error}", _SAVE_AGAIN)
     for slot in slots:
         slot.put(objects[firsts[slot.key]])
@@ -781,7 +792,7 @@ def _build(manifest: _Manifest) -> nn.Module:
     kind = _architecture(manifest)
     try:
         with _damage_named(manifest.path):
-            config = kind.config_class.from_dict(dict(about["config"]))
+            config = kind.config_class.from_dict(_plain_floats(about["config"]))
             for name, known in _IMPLEMENTATIONS.items():
                 chosen = about["implementations"].get(name)
                 if chosen in known:
@@ -801,6 +812,15 @@ def _build(manifest: _Manifest) -> nn.Module:
             "use the transformers version named in it, or pass model=",
         )
     return model
+
+
+def _plain_floats(data: Any) -> Any:
+    """Infinity and NaN as floats: transformers writes them as ``{"__float__": "Infinity"}``."""
+    if isinstance(data, dict):
+        if data.keys() == {"__float__"}:
+            return float(data["__float__"])
+        return {key: _plain_floats(value) for key, value in data.items()}
+    return [_plain_floats(value) for value in data] if isinstance(data, list) else data
 
 
 def _architecture(manifest: _Manifest) -> Any:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import tensorize
+from tensorize import printer
 from tensorize.budget import Budget
 from tensorize.checkpoint import MANIFEST, read_report
 from tensorize.errors import BudgetError, CaptureError, CheckpointError, TensorizeError
@@ -152,7 +153,7 @@ def compile_command(
     with _errors_told():
         limits = parse_budget(budget)
         chosen = parse_formats(formats)
-        _check_target(html)
+        _check_target(html, "--html")
         _check_out(out, source)
         with contextlib.redirect_stdout(sys.stderr):
             loaded = _load_source(source, dtype)
@@ -222,7 +223,7 @@ def analyze_command(
     with _errors_told():
         shares = None if budgets is None else parse_shares(budgets)
         chosen = parse_formats(formats)
-        _check_target(plot)
+        _check_target(plot, "--plot")
         with contextlib.redirect_stdout(sys.stderr):
             loaded = _load_source(source, dtype)
             batches = _calibration(calibration, loaded, batch_size, max_length)
@@ -264,7 +265,7 @@ def report_command(
 ) -> None:
     """Show what was done to a saved model; reads the manifest only."""
     with _errors_told():
-        _check_target(html)
+        _check_target(html, "--html")
         report = read_report(directory)
         if html is not None:
             report.to_html(html)
@@ -343,10 +344,14 @@ def parse_formats(texts: Sequence[str] | None) -> list[str] | dict[str, list[str
     return chosen
 
 
-def _check_target(path: Path | None) -> None:
+def _check_target(path: Path | None, option: str) -> None:
     """Found out before the long work: whether the file can be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path} cannot be written: no such directory, or it is one")
+    if path is None:
+        return
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory", param_hint=option)
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {path.parent}", param_hint=option)
 
 
 def _check_out(out: Path, source: str) -> None:
@@ -586,8 +591,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def _size(directory: Path) -> str:
-    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-    return f"{size / 1e6:,.1f} MB"
+    return printer.bytes_(sum(p.stat().st_size for p in directory.iterdir() if p.is_file()))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """The graphs of a model before and after, to read, to compare and to look at.
 
-The picture is drawn in four steps, each a plain function: ``_collapse`` makes boxes of nodes (a
-site with its cores is one box, views vanish, chains of other operations are one box),
-``_repeats`` finds blocks that follow each other with the same structure, ``_fold`` keeps one copy
-of each, ``_layout`` gives every box a row and a place (a layered drawing: Sugiyama, Tagawa, Toda
-1981), and ``_svg`` writes it down.
+The picture is drawn in steps, each a plain function: ``_collapse`` makes boxes of nodes (a site
+with its cores is one box, views vanish), ``_fold`` finds blocks that follow each other with the
+same structure and keeps one copy of each, ``_chained`` joins the other operations, ``_layout``
+gives every box a row and a place (a layered drawing: Sugiyama, Tagawa, Toda 1981), and ``_svg``
+writes it down.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Graphs:
             TensorizeError: the directory of ``path`` does not exist or cannot be written.
         """
         boxes = _collapse(self.after, _shapes(self.before))
-        write_text(path, _svg(_layout(_fold(boxes))))
+        write_text(path, _svg(_layout(_chained(_fold(boxes)))))
 
     def __repr__(self) -> str:
         before, after = len(self.before.graph.nodes), len(self.after.graph.nodes)
@@ -100,9 +100,10 @@ class _Box:
     parameters: list[str] = field(default_factory=list)
 
     def absorb(self, other: _Box) -> None:
-        pairs = sorted([(self.first, self), (other.first, other)], key=lambda pair: pair[0])
-        self.operations = [name for _, box in pairs for name in box.operations]
-        self.parameters = [name for _, box in pairs for name in box.parameters]
+        ours, theirs = (self, other) if self.first < other.first else (other, self)
+        self.operations = ours.operations + theirs.operations
+        self.parameters = ours.parameters + theirs.parameters
+        self.first = ours.first
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -140,6 +141,8 @@ class _Box:
 def _listed(operations: Sequence[str]) -> str:
     """The operations of a box: all of a few, of many the one with the longest name, which is most
     often the one with the most in it."""
+    text = re.sub(r"\bpow mean add rsqrt( mul){1,2}\b", "rms_norm", " ".join(operations))
+    operations = text.split()
     runs = [(name, len(list(run))) for name, run in itertools.groupby(operations)]
     if len(runs) > 4:
         return f"{max(operations, key=len)} + {len(operations) - 1} operations"
@@ -190,7 +193,7 @@ def _collapse(gm: fx.GraphModule, shapes: Mapping[str, tuple[str, ...]]) -> nx.D
             graph.nodes[home]["box"].absorb(box)
         owner[node] = home
         graph.add_edges_from((k, home) for k in inputs if k != home)
-    return _numbered(_chained(_prepared(graph)))
+    return _numbered(_prepared(graph))
 
 
 def _box(
@@ -244,21 +247,6 @@ def _prepared(graph: nx.DiGraph) -> nx.DiGraph:
     return graph
 
 
-def _chained(graph: nx.DiGraph) -> nx.DiGraph:
-    """Other operations that are read by one other box only become a part of that.
-
-    Every path from such a box leads through its reader, so no circle can come of it.
-    """
-    for k in sorted(graph, reverse=True):
-        box = graph.nodes[k]["box"]
-        if box.kind != OTHER or box.name or graph.out_degree(k) != 1:
-            continue
-        (reader,) = graph.successors(k)
-        if graph.nodes[reader]["box"].kind == OTHER:
-            _merge(graph, reader, k)
-    return graph
-
-
 def _numbered(graph: nx.DiGraph) -> nx.DiGraph:
     order = nx.lexicographical_topological_sort(graph)
     return nx.relabel_nodes(graph, {k: number for number, k in enumerate(order)})
@@ -300,7 +288,10 @@ class _View:
 def _repeats(graph: nx.DiGraph, low: int, high: int) -> Iterator[_Repeat]:
     """The repeats among the boxes from ``low`` to ``high``: the one that saves most, then those
     before and after it."""
-    signatures = {k: graph.nodes[k]["box"].signature for k in range(low, high)}
+    kinds: dict[tuple[object, ...], int] = {}
+    signatures = {
+        k: kinds.setdefault(graph.nodes[k]["box"].signature, len(kinds)) for k in range(low, high)
+    }
     inputs = {k: set(graph.predecessors(k)) for k in range(low, high)}
 
     def follows(number: int, period: int, start: int) -> bool:
@@ -318,10 +309,13 @@ def _repeats(graph: nx.DiGraph, low: int, high: int) -> Iterator[_Repeat]:
             and all(start <= k < start + period for k in passed)
         )
 
-    best = _Repeat(low, 1, 1)
+    best, slack = _Repeat(low, 1, 1), 0
     for period in range(1, (high - low) // 2 + 1):
         start = low
         while start + 2 * period <= high:
+            if signatures[start] != signatures[start + period]:
+                start += 1
+                continue
             stop = start
             while stop + period < high and follows(stop, period, start):
                 stop += 1
@@ -331,19 +325,32 @@ def _repeats(graph: nx.DiGraph, low: int, high: int) -> Iterator[_Repeat]:
             start = stop if stop - start >= period else start + 1
     if best.saved < 4:  # a frame around so little is no gain
         return
-    # A run of equal boxes does not say where a block begins; the names of the sites do.
-    for found in (
-        _Repeat(best.start + shift, best.period, best.count - fewer)
-        for fewer in range(best.count - 1)
-        for shift in range(slack + 1 + fewer * best.period)
-    ):
-        copied = range(found.start, found.stop - found.period)
-        if _prefixes(graph, found) and all(follows(k, found.period, found.start) for k in copied):
-            best = found
+    # A run of equal boxes does not say where a block begins. The names of the sites do, and that a
+    # whole block hands on little more than one value.
+    for fewer in range(best.count - 1):
+        fitting = [
+            found
+            for shift in range(slack + 1 + fewer * best.period)
+            if _prefixes(
+                graph, found := _Repeat(best.start + shift, best.period, best.count - fewer)
+            )
+            and all(
+                follows(k, found.period, found.start)
+                for k in range(found.start, found.stop - found.period)
+            )
+        ]
+        if fitting:
+            best = min(fitting, key=lambda found: (_handed_on(graph, found), found.start))
             break
     yield from _repeats(graph, low, best.start)
     yield best
     yield from _repeats(graph, best.stop, high)
+
+
+def _handed_on(graph: nx.DiGraph, repeat: _Repeat) -> int:
+    """How many results of the first copy are read after it."""
+    stop = repeat.start + repeat.period
+    return sum(any(k >= stop for k in graph.successors(n)) for n in range(repeat.start, stop))
 
 
 def _prefixes(graph: nx.DiGraph, repeat: _Repeat) -> list[str]:
@@ -351,15 +358,16 @@ def _prefixes(graph: nx.DiGraph, repeat: _Repeat) -> list[str]:
     and those of other copies do not; empty where there is nothing like it."""
     prefixes: list[set[str]] = [set() for _ in range(repeat.count)]
     for k in range(repeat.start, repeat.start + repeat.period):
-        numbers = range(k, repeat.stop, repeat.period)
-        parts = [graph.nodes[number]["box"].name.split(".") for number in numbers]
-        if graph.nodes[k]["box"].kind != SITE:
-            continue
-        differ = next((i for i, column in enumerate(zip(*parts)) if len(set(column)) > 1), None)
-        if differ is None:
-            return []
-        for found, name in zip(prefixes, parts, strict=True):
-            found.add(".".join(name[: differ + 1]))
+        copies = [graph.nodes[n]["box"] for n in range(k, repeat.stop, repeat.period)]
+        names = [[box.name] if box.kind == SITE else box.parameters for box in copies]
+        for same in zip(*names, strict=True):
+            parts = [name.split(".") for name in same]
+            columns = enumerate(zip(*parts, strict=False))
+            differ = next((i for i, column in columns if len(set(column)) > 1), None)
+            if differ is None:
+                return []
+            for found, part in zip(prefixes, parts, strict=True):
+                found.add(".".join(part[: differ + 1]))
     if any(len(found) != 1 for found in prefixes):
         return []
     return [found.pop() for found in prefixes]
@@ -402,6 +410,24 @@ def _fold(graph: nx.DiGraph) -> _View:
     return _View(folded, repeats, titles)
 
 
+def _chained(view: _View) -> _View:
+    """Other operations that are read by one other box only become a part of that.
+
+    Every path from such a box leads through its reader, so no circle can come of it. What is
+    inside a frame stays inside.
+    """
+    graph = view.graph
+    for k in sorted(graph, reverse=True):
+        box = graph.nodes[k]["box"]
+        if box.kind != OTHER or box.name or graph.out_degree(k) != 1:
+            continue
+        (reader,) = graph.successors(k)
+        inside = [(k in repeat) == (reader in repeat) for repeat in view.repeats]
+        if graph.nodes[reader]["box"].kind == OTHER and all(inside):
+            _merge(graph, reader, k)
+    return view
+
+
 # ------------------------------------------------------------------------------------ layout
 
 _CHARACTER, _SMALL = 7.3, 6.7  # widths of a title's and a subtitle's character
@@ -438,7 +464,7 @@ class _Drawing:
 def _levels(view: _View) -> dict[int, int]:
     """A row for every box: below all that it reads, and the rows of a frame are its own."""
     graph, level, base, current = view.graph, {}, 0, None
-    for number in sorted(graph):
+    for number in nx.lexicographical_topological_sort(graph):
         segment = sum(number >= edge for r in view.repeats for edge in (r.start, r.stop))
         if segment != current and level:
             base = max(level.values()) + 2  # a row between, for what enters a frame
@@ -461,8 +487,8 @@ def _layout(view: _View) -> _Drawing:
     cells: dict[int, _Cell] = {}
     for number in sorted(view.graph):
         box = view.graph.nodes[number]["box"]
-        lines = [(_title(box), _CHARACTER), (box.subtitle, _SMALL)]
-        width = max(len(text) * size for text, size in lines) + 26
+        texts = [(_title(box), _CHARACTER), (box.subtitle, _SMALL)]
+        width = max(len(text) * size for text, size in texts) + 26
         height = 44.0 if box.subtitle else 27.0
         cells[number] = _Cell(number, level[number], box, width, height)
         rows[level[number]].append(cells[number])
@@ -515,15 +541,31 @@ def _mean(cells: Sequence[_Cell], otherwise: float) -> float:
 
 
 def _place(rows: list[list[_Cell]]) -> None:
-    """Draws every cell to its neighbours, as far as the order of its row allows."""
+    """Draws every cell to its neighbours, as far as the order of its row allows.
+
+    Long edges are to be straight, and so is the way from box to box; an edge that skips rows may
+    bend where it begins and ends.
+    """
+
+    def pull(cell: _Cell, other: _Cell) -> float:
+        return (1.0, 0.25, 5.0)[(cell.box is None) + (other.box is None)]
+
+    def wanted(cell: _Cell, around: Sequence[_Cell]) -> float:
+        total = sum(pull(cell, other) for other in around)
+        return sum(pull(cell, other) * other.x for other in around) / total if around else cell.x
+
     for cell in itertools.chain.from_iterable(rows):
         cell.x = 0.0
-    for turn in range(24):
+    for turn in range(120):
         for row in rows if turn % 2 == 0 else reversed(rows):
-            wanted = [
-                _mean(cell.above + cell.below if turn > 3 else cell.above, 0.0) for cell in row
-            ]
-            _spread(row, wanted)
+            _spread(row, [wanted(c, c.above if turn < 2 else c.above + c.below) for c in row])
+        # Rows alone straighten a long drawing slowly: all that is below a row moves at once.
+        for number, row in enumerate(rows):
+            pulls = [(pull(c, other), other.x - c.x) for c in row for other in c.above]
+            if pulls:
+                shift = sum(a * b for a, b in pulls) / sum(a for a, _ in pulls)
+                for cell in itertools.chain.from_iterable(rows[number:]):
+                    cell.x += shift
 
 
 def _spread(row: list[_Cell], wanted: Sequence[float]) -> None:
@@ -538,7 +580,7 @@ def _spread(row: list[_Cell], wanted: Sequence[float]) -> None:
         shifts.append(shift)
     pools: list[tuple[float, float, int]] = []  # mean, weight, length
     for cell, want, move in zip(row, wanted, shifts, strict=True):
-        mean, weight, length = want - move, (1.0 if cell.box else 4.0), 1
+        mean, weight, length = want - move, (1.0 if cell.box else 2.0), 1
         while pools and pools[-1][0] > mean:
             other, other_weight, other_length = pools.pop()
             mean = (mean * weight + other * other_weight) / (weight + other_weight)
@@ -561,14 +603,20 @@ def _stack(drawing: _Drawing) -> None:
         drawing.heights.append((y, y + height))
         for cell in row:
             cell.y = y + height / 2
-        y += height + (_GAP_Y if height else 4.0) + (_FRAME if number in last else 0.0)
+        y += height + (_GAP_Y if height else _GAP_Y / 2) + (_FRAME if number in last else 0.0)
     for repeat in drawing.view.repeats:
         inside = [cell for k, cell in drawing.cells.items() if k in repeat]
+        first_row, last_row = min(c.row for c in inside), max(c.row for c in inside)
+        for cell in itertools.chain.from_iterable(drawing.rows[first_row : last_row + 1]):
+            readers = drawing.view.graph.successors(cell.number)
+            below = [k for k in readers if drawing.cells[k].row > cell.row]
+            if cell.box is None and (cell.number in repeat or all(k in repeat for k in below)):
+                inside.append(cell)
         left = min(cell.x - cell.width / 2 for cell in inside) - _FRAME
         right = max(cell.x + cell.width / 2 for cell in inside) + _FRAME
         right = max(right, left + len(drawing.view.titles[repeat]) * _CHARACTER + 2 * _FRAME)
-        top = min(cell.y - cell.height / 2 for cell in inside) - _FRAME_TITLE - 8
-        bottom = max(cell.y + cell.height / 2 for cell in inside) + _FRAME
+        top = drawing.heights[first_row][0] - _FRAME_TITLE - 8
+        bottom = drawing.heights[last_row][1] + _FRAME
         drawing.frames.append((repeat, left, top, right, bottom))
 
 
@@ -606,14 +654,18 @@ def _svg(drawing: _Drawing) -> str:
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="#ffffff"/>',
         f'<g transform="translate({left:.1f} {-head - 4:.1f})">{legend}</g>',
     ]
-    for repeat, x0, y0, x1, y1 in drawing.frames:
+    for _, x0, y0, x1, y1 in drawing.frames:
         lines.append(
             f'<rect x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}" rx="12" '
             'fill="#fafbfc" stroke="#c6ccd6" stroke-dasharray="5 4"/>'
-            f'<text x="{x0 + 14:.1f}" y="{y0 + 20:.1f}" font-weight="600" fill="#3c4657">'
-            f"{_escape(drawing.view.titles[repeat])}</text>"
         )
     lines += [_edge(drawing, upper, lower) for upper, lower in drawing.lines]
+    for repeat, x0, y0, _, _ in drawing.frames:
+        lines.append(
+            f'<text x="{x0 + 14:.1f}" y="{y0 + 20:.1f}" font-weight="600" fill="#3c4657" '
+            'stroke="#fafbfc" stroke-width="5" paint-order="stroke">'
+            f"{_escape(drawing.view.titles[repeat])}</text>"
+        )
     lines += [_box_svg(cell) for cell in boxes]
     return "\n".join([*lines, "</svg>", ""])
 
@@ -630,7 +682,9 @@ def _edge(drawing: _Drawing, upper: _Cell, lower: _Cell) -> str:
         middle = (top + bottom) / 2
         path += f" V{top:.1f} C{upper.x:.1f} {middle:.1f} {lower.x:.1f} {middle:.1f}"
         path += f" {lower.x:.1f} {bottom:.1f}"
-    path += f" V{y1 if lower.box else lower.y:.1f}"
+    end = y1 if lower.box else lower.y
+    if end != y0 and not path.endswith(f" {end:.1f}"):  # a part of no length would turn the tip
+        path += f" V{end:.1f}"
     tip = ' marker-end="url(#tip)"' if lower.box else ""
     return f'<path d="{path}" fill="none" stroke="#8b94a5"{tip}/>'
 

@@ -132,9 +132,9 @@ def shorten_name(name: str, width: int) -> str:
 
     The numbers (which layer) and the two last parts (which weight) tell names apart, then the first
     part: ``bert.encoder.layer.0.attention.self.query.weight`` becomes
-    ``bert.…0.attention.self.query.weight``, then ``…0.…query.weight``.
+    ``bert.…0.attention.self.query.weight``, then ``bert.…0.…self.query.weight``.
     """
-    parts = name.split(".")
+    parts = name.split(".") if " " not in name else [name]
     last = len(parts) - 2
     for k in (*range(1, last), 0, last):
         if len(name) <= width:
@@ -234,11 +234,9 @@ def table(
 def dtype_text(dtype: torch.dtype) -> str:
     """The short name of a dtype: ``"f32"``, ``"bf16"``, ``"i64"``, ``"f8_e4m3fn"``, ``"c64"``."""
     text = str(dtype).removeprefix("torch.")
-    return re.sub(r"^(b?)float(?=\d)|^(u?)int(?=\d)|^complex(?=\d)", _short_kind, text)
-
-
-def _short_kind(match: re.Match[str]) -> str:
-    return match[0].replace("float", "f").replace("int", "i").replace("complex", "c")
+    for long, short in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
+        text = re.sub(rf"^(b?){long}(?=\d)", rf"\g<1>{short}", text)
+    return text
 
 
 _LAST = 2**63 - 1  # what aten.slice means by "to the end"
@@ -382,6 +380,8 @@ class _GraphText:
             return repr(value)
         if isinstance(value, torch.device):
             return str(value)
+        if value is ...:
+            return "..."
         return str(getattr(value, "__name__", type(value).__name__))
 
     def call(self, node: fx.Node, name: Callable[[fx.Node], str]) -> str:
@@ -423,19 +423,13 @@ class _GraphText:
 
     def lines(self, indent: str = "  ") -> Iterator[str]:
         read: set[str] = set()
-        inner: list[tuple[str, fx.GraphModule]] = []
         for node in self.gm.graph.nodes:
-            if _is_check(node):
-                continue
             # A parameter that is read twice is still one parameter.
-            if node.op == "get_attr":
-                if str(node.target) in read:
-                    continue
-                read.add(str(node.target))
-                if (graph := _submodule(self.gm, node)) is not None:
-                    inner.append((str(node.target), graph))
+            if _is_check(node) or (node.op == "get_attr" and str(node.target) in read):
+                continue
+            read.update([str(node.target)] if node.op == "get_attr" else [])
             yield indent + self.line(node)
-        for path, graph in inner:
+        for path, graph in _inner_graphs(self.gm).items():
             yield f"{indent}graph {path}:"
             yield from _GraphText(graph, self.symbols).lines(indent + "  ")
 
@@ -659,24 +653,44 @@ def diff_graphs(before: fx.GraphModule, after: fx.GraphModule) -> str:
     Operations are matched by what they compute and which parameters they read, not by the names of
     nodes, so a node that is only numbered otherwise is no difference; one that reads another result
     is. Unchanged stretches are folded. Parameters have no lines of their own: the heading of a
-    rewritten stretch (``@@``) says which went and which came, with shapes, format and ranks.
+    rewritten stretch (``@@``) says which went and which came, with shapes, format and ranks. Graphs
+    inside (of higher-order operators) follow where they differ.
     """
     old, new = _Side(before), _Side(after)
     blocks = _rewired(old, new, _merged(list(_blocks(old.keys, new.keys))))
-    changes = [block for block in blocks if not block[0]]
-    if not changes:
-        return f"no differences: {_nodes(len(old.nodes))} unchanged\n"
-    places = f"{len(changes)} place{'s' if len(changes) > 1 else ''}"
-    lines = [f"{_nodes(len(old.nodes))} → {_nodes(len(new.nodes))}, changed in {places}"]
+    lines = list(_changes(old, new, blocks))
+    for path, inner in _inner_graphs(before).items():
+        other = _inner_graphs(after).get(path)
+        text = "" if other is None else diff_graphs(inner, other)
+        if text and not text.startswith(_SAME):
+            lines.append(f"graph {path}: {text.rstrip()}")
+    return "\n".join(lines or [f"{_SAME}: {_nodes(len(old.nodes))} unchanged"]) + "\n"
+
+
+_SAME = "no differences"
+
+
+def _changes(old: _Side, new: _Side, blocks: Sequence[_Block]) -> Iterator[str]:
+    """The lines of a difference, none where there is none."""
+    changed = sum(not same for same, *_ in blocks)
+    if not changed:
+        return
+    places = f"{changed} place{'s' if changed > 1 else ''}"
+    yield f"{_nodes(len(old.nodes))} → {_nodes(len(new.nodes))}, changed in {places}"
     for block in blocks:
-        same, _, _, j1, j2 = block
-        if same and j2 - j1 > 1:
-            lines.append(f"  … {_nodes(j2 - j1)} unchanged")
-        elif same:
-            lines += [f"  {new.text.line(node)}" for node in new.nodes[j1:j2]]
+        same, _, _, start, stop = block
+        if not same:
+            yield from _hunk(old, new, block)
+        elif stop - start > 1:
+            yield f"  … {_nodes(stop - start)} unchanged"
         else:
-            lines += _hunk(old, new, block)
-    return "\n".join(lines) + "\n"
+            yield f"  {new.text.line(new.nodes[start], site=False)}"
+
+
+def _inner_graphs(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """The graphs that a graph hands to higher-order operators, by path."""
+    found = {str(node.target): _submodule(gm, node) for node in gm.graph.nodes}
+    return {path: graph for path, graph in found.items() if graph is not None}
 
 
 def _nodes(n: int) -> str:

@@ -17,7 +17,6 @@ from examples.gpt import (
     WEIGHTS_FILE,
     GPTConfig,
     GPTOutput,
-    encode,
     evaluate,
     load_pretrained,
     load_record,
@@ -164,13 +163,13 @@ def test_held_out_loss_is_the_recorded_one(model: GPT) -> None:
 
 def test_the_trained_model_writes_python(model: GPT) -> None:
     tokenizer = load_tokenizer()
-    ids = encode(tokenizer, ["class Reader:\n    def __init__(self, name):\n        self.name ="])
-    out = model.generate(ids[None, :-1], 2)
-    assert tokenizer.decode(out[0].tolist()).endswith("self.name = name")
+    beginning = "class Reader:\n    def __init__(self, name):\n        self.name ="
+    out = model.generate(torch.tensor([tokenizer.encode(beginning).ids]), 2)
+    assert tokenizer.decode(out[0].tolist()).startswith(beginning + " name")
 
 
 def test_training_writes_what_loading_reads(tmp_path: Path) -> None:
-    arguments = ["--steps", "2", "--batch", "2", "--characters", "30000", "--warmup", "1"]
+    arguments = ["--steps", "2", "--batch", "2", "--characters", "8000", "--warmup", "1"]
     record = train([*arguments, "--directory", str(tmp_path)])
     assert record["steps"] == 2
     assert record["finished"]

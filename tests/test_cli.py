@@ -1,0 +1,435 @@
+"""The command line: what it prints where, its exit codes, and what it leaves in the directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import tensorize
+from tensorize import cli
+from tensorize.budget import Budget
+from tensorize.errors import BudgetError
+
+ROOT = Path(tensorize.__file__).absolute().parents[1]
+NET = """
+    import torch
+    from torch import nn
+
+    print("a module that talks")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(32, 48)
+            self.down = nn.Linear(48, 12)
+
+        def forward(self, x, shift=None):
+            y = self.down(torch.relu(self.up(x)))
+            return y if shift is None else y + shift
+
+    def make():
+        torch.manual_seed(0)
+        return Net()
+
+    def with_inputs():
+        return make(), (torch.zeros(3, 32),)
+
+    def attribute():
+        return make()
+
+    attribute.example_inputs = lambda: {"x": torch.zeros(3, 32)}
+
+    def nothing():
+        return 3
+
+    def broken():
+        raise RuntimeError("no such weights")
+
+    def interrupted():
+        import os, signal
+        os.kill(os.getpid(), signal.SIGINT)
+        return make()
+
+    instance = make()
+"""
+TEXT = "\n\n".join(
+    f"the cat number {n} sat on the mat and\nlooked at dog {n + 1}" for n in range(12)
+)
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty directory to work in, with a module of models; nothing is left behind in Python."""
+    (tmp_path / "clinet.py").write_text(textwrap.dedent(NET))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("TENSORIZE_DEBUG", raising=False)
+    monkeypatch.delitem(sys.modules, "clinet", raising=False)
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def execute(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tensorize.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+def test_budget_texts() -> None:
+    assert cli.parse_budget("0.3") == Budget(params=0.3)
+    assert cli.parse_budget("1") == Budget(params=1.0)
+    assert cli.parse_budget("params=0.3, error=0.05,bytes=2e6") == Budget(
+        params=0.3, error=0.05, bytes=2_000_000
+    )
+    assert cli.parse_budget("flops=1,loss=2") == Budget(flops=1.0, loss=2.0)
+    for text in ("much", "params=", "size=3", "params=0.1,params=0.2", "params=0.1;error=2", "="):
+        with pytest.raises(typer.BadParameter):
+            cli.parse_budget(text)
+    for text in ("0", "7", "nan", "params=-1", "params=1.5"):
+        with pytest.raises(BudgetError):
+            cli.parse_budget(text)
+
+
+def test_format_texts() -> None:
+    assert cli.parse_formats(None) is None
+    assert cli.parse_formats(["tt"]) == ["tt"]
+    assert cli.parse_formats(["tt,dense", "low_rank"]) == ["tt", "dense", "low_rank"]
+    assert cli.parse_formats(["*.up=tt, dense"]) == {"*.up": ["tt", "dense"]}
+    with pytest.raises(typer.BadParameter):
+        cli.parse_formats(["*.up=tt", "dense"])
+
+
+def test_documents_are_paragraphs_or_lines() -> None:
+    assert cli.documents("a\nb\n \nc\n\n\n\nd\n") == ["a\nb", "c", "d"]
+    assert cli.documents("a\n b\nc") == ["a", "b", "c"]
+    assert cli.documents(" \n\n") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compile", "clinet:make"],
+        ["compile", "clinet:make", "--out", "o", "--budget", "much"],
+        ["compile", "clinet:make", "--out", "o", "--metric", "taste"],
+        ["compile", "clinet:make", "--out", "o", "--batch-size", "0"],
+        ["compile", "clinet:make", "--out", "o", "--html", "nowhere/page.html"],
+        ["compile", "--out", "o"],
+        ["analyze", "clinet:make", "--budgets", "0.1,some"],
+        ["report"],
+        ["polish"],
+    ],
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == cli.USAGE, result.output
+    assert "Traceback" not in result.output
+    assert not Path("o").exists()
+
+
+# -------------------------------------------------------------------------------------- compile
+
+
+def test_compile_a_factory() -> None:
+    result = invoke(
+        "compile", "clinet:make", "--budget", "0.5", "--out", "small", "--html", "page.html"
+    )
+    assert result.exit_code == 0, result.output
+    assert "up.weight" in result.stdout
+    assert "saved in small" in result.stdout
+    assert 'tensorize.load("small", model=make())' in result.stdout
+    assert "a module that talks" not in result.stdout
+    assert Path("page.html").read_text().lstrip().lower().startswith("<!doctype html>")
+    import clinet  # type: ignore[import-not-found]
+
+    dense = clinet.make()
+    count = sum(p.numel() for p in dense.parameters())
+    model = tensorize.load("small", model=dense)
+    assert sum(p.numel() for p in model.parameters()) <= 0.5 * count
+    assert model(torch.zeros(3, 32)).shape == (3, 12)
+
+
+@pytest.mark.parametrize("source", ["with_inputs", "attribute", "instance", "Net"])
+def test_example_inputs_come_with_the_factory(source: str) -> None:
+    result = invoke("compile", f"clinet:{source}", "--budget", "0.5", "--out", "small")
+    assert result.exit_code == 0, result.output
+    given = source in ("with_inputs", "attribute")
+    assert ("example_inputs" in result.stdout) == given
+    assert f"model={source}{'' if source == 'instance' else '()'})" in result.stdout
+
+
+def test_options_reach_the_library() -> None:
+    result = invoke(
+        "compile", "clinet:make", "--budget", "params=0.9,bytes=7000", "--out", "small", "--json",
+        "--exclude", "down*", "--formats", "up*=tt", "--seed", "3", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["directory"] == "small"
+    report = tensorize.Report.from_dict(data["report"])
+    assert report == cli.read_report("small")
+    assert {site.name: site.format for site in report.sites}["up.weight"] in ("tt", "dense")
+    assert report.totals.after.bytes <= 7000
+    assert report.plan.seed == 3
+    model = tensorize.load("small", model=_net())
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_cache_is_kept() -> None:
+    for _ in range(2):
+        result = invoke(
+            "compile", "clinet:make", "--budget", "0.5", "--out", "small", "--cache", "kept"
+        )
+        assert result.exit_code == 0, result.output
+    assert list(Path("kept").iterdir())
+
+
+def _net() -> torch.nn.Module:
+    import clinet  # type: ignore[import-not-found]
+
+    return clinet.make()
+
+
+def test_calibration_from_tensors() -> None:
+    samples = torch.randn(40, 32)
+    save_file({"x": samples, "shift": torch.randn(40, 12)}, "both.safetensors")
+    save_file({"anything": samples}, "one.safetensors")
+    for file in ("both", "one"):
+        result = invoke(
+            "compile", "clinet:make", "--budget", "0.5", "--out", file, "--batch-size", "16",
+            "--calibration", f"{file}.safetensors",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert "3 batches" in result.stderr
+        assert cli.read_report(file).plan.metric == "loss"
+
+
+def test_unusable_calibration() -> None:
+    save_file({"x": torch.zeros(4, 32), "shift": torch.zeros(3, 12)}, "uneven.safetensors")
+    save_file({"x": torch.zeros(4, 32), "y": torch.zeros(4, 1)}, "unknown.safetensors")
+    save_file({"x": torch.zeros(4, 31)}, "narrow.safetensors")
+    save_file({"x": torch.tensor(1.0)}, "point.safetensors")
+    Path("broken.safetensors").write_text("x")
+    Path("text.txt").write_text(TEXT)
+    expected = {
+        "uneven.safetensors": "different numbers of samples",
+        "unknown.safetensors": "holds y, which the model's forward does not take",
+        "narrow.safetensors": "the first calibration batch",
+        "point.safetensors": "numbers of samples",
+        "broken.safetensors": "no safetensors file",
+        "text.txt": "no tokenizer",
+        "missing.txt": "no calibration file",
+    }
+    for file, message in expected.items():
+        result = invoke("compile", "clinet:make", "--out", "small", "--calibration", file)
+        assert result.exit_code == cli.CAPTURE, (file, result.output)
+        assert message in result.stderr
+        assert "way out" in result.stderr
+    assert not Path("small").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["clinet:nothing"], cli.CAPTURE, "gave a int, not a torch.nn.Module"),
+        (["clinet:broken"], cli.CAPTURE, "no such weights"),
+        (["clinet:missing"], cli.CAPTURE, "AttributeError"),
+        (["no_such_module:make"], cli.CAPTURE, "ModuleNotFoundError"),
+        (["./no/such/dir"], cli.CAPTURE, "there is no directory"),
+        (["clinet:make", "--include", "nothing*"], cli.CAPTURE, "nothing*"),
+        (["clinet:make", "--formats", "quantized"], cli.CAPTURE, "quantized"),
+        (["clinet:make", "--metric", "loss"], cli.CAPTURE, "needs calibration data"),
+        (["clinet:make", "--budget", "0.001"], cli.BUDGET, "smallest feasible"),
+        (["clinet:make", "--budget", "12"], cli.BUDGET, "share"),
+        (["clinet:make", "--out", "clinet.py"], cli.CHECKPOINT, "not a directory"),
+    ],
+)
+def test_errors_are_one_message(arguments: list[str], code: int, message: str) -> None:
+    out = [] if "--out" in arguments else ["--out", "small"]
+    result = invoke("compile", *arguments, *out)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "error: " in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert not Path("small").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORIZE_DEBUG", "1")
+    result = invoke("compile", "clinet:broken", "--out", "small")
+    assert result.exit_code == cli.CAPTURE
+    assert "Traceback" in result.stderr
+
+
+def test_a_defect_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(tensorize, "compile", defect)
+    result = invoke("compile", "clinet:make", "--out", "small")
+    assert result.exit_code == cli.DEFECT
+    assert "ZeroDivisionError: by zero" in result.stderr
+    assert "TENSORIZE_DEBUG=1" in result.stderr
+
+
+# ------------------------------------------------------------------------------ analyze, report
+
+
+def test_analyze_prints_and_draws_the_curve() -> None:
+    result = invoke("analyze", "clinet:make", "--budgets", "0.3,0.6", "--plot", "curve.svg")
+    assert result.exit_code == 0, result.output
+    assert "30.0 %" in result.stdout
+    assert "60.0 %" in result.stdout
+    assert "<svg" in Path("curve.svg").read_text()
+    result = invoke("analyze", "clinet:make", "--json")
+    data = json.loads(result.stdout)
+    assert len(data["curve"]["points"]) > 3
+    assert invoke("analyze", "clinet:make", "--budgets", "0.0001").exit_code == cli.BUDGET
+    assert invoke("analyze", "clinet:make", "--budgets", "2").exit_code == cli.BUDGET
+
+
+def test_report_reads_the_manifest_only() -> None:
+    assert invoke("compile", "clinet:make", "--budget", "0.5", "--out", "small").exit_code == 0
+    (weights,) = Path("small").glob("*.safetensors")
+    weights.unlink()
+    result = invoke("report", "small", "--html", "page.html")
+    assert result.exit_code == 0, result.output
+    assert "up.weight" in result.stdout
+    assert Path("page.html").is_file()
+    result = invoke("report", "small", "--json")
+    assert tensorize.Report.from_dict(json.loads(result.stdout)) == cli.read_report("small")
+    Path("small/tensorize.json").write_text("{")
+    result = invoke("report", "small")
+    assert result.exit_code == cli.CHECKPOINT
+    assert "not valid JSON" in result.stderr
+    assert invoke("report", "nowhere").exit_code == cli.CHECKPOINT
+
+
+# --------------------------------------------------------------------------------- Hugging Face
+
+
+def tiny_llama(directory: Path, *, tokenizer: bool = True, eos: str | None = None) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = sorted({"<unk>", "<s>", *TEXT.split()})
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(words), max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    if tokenizer:
+        raw = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
+        raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        PreTrainedTokenizerFast(
+            tokenizer_object=raw, unk_token="<unk>", eos_token=eos, model_max_length=32
+        ).save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize("eos", ["<s>", None], ids=["padded by its end token", "one by one"])
+def test_compile_a_language_model(eos: str | None, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny_llama(tmp_path / "llama", eos=eos)
+    Path("text.txt").write_text(TEXT)
+    result = invoke(
+        "compile", "llama", "--budget", "0.6", "--out", "small", "--calibration", "text.txt",
+        "--batch-size", "5", "--max-length", "8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert ("3 batches" if eos else "12 batches") in result.stderr
+    assert 'load it with tensorize.load("small")' in result.stdout
+    report = cli.read_report("small")
+    assert report.plan.metric == "loss"
+    assert report.totals.share.parameters <= 0.6
+    model: Any = tensorize.load("small")
+    tokens = AutoTokenizer.from_pretrained("small")("the cat sat", return_tensors="pt")
+    logits = model(input_ids=tokens["input_ids"]).logits
+    assert logits.shape[:2] == (1, 3)
+    assert AutoTokenizer.from_pretrained("small").pad_token is None
+
+
+def test_hugging_face_errors(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "llama", tokenizer=False)
+    Path("text.txt").write_text(TEXT)
+    cases = [
+        (["llama", "--calibration", "text.txt", "--out", "small"], cli.CAPTURE, "no tokenizer"),
+        (["llama", "--out", "llama"], cli.USAGE, "choose another"),
+        (["not-a-model", "--out", "small"], cli.CAPTURE, "transformers cannot load not-a-model"),
+        (["llama", "--budget", "0.9", "--out", "small"], 0, ""),
+        (["small", "--out", "smaller"], cli.CAPTURE, "compressed already"),
+    ]
+    for arguments, code, message in cases:
+        result = invoke("compile", *arguments)
+        assert result.exit_code == code, result.output
+        assert message in result.output.replace("\n", " ")
+
+
+# ------------------------------------------------------------------------------ real processes
+
+
+def test_help_in_a_process() -> None:
+    for command in ((), ("compile",), ("analyze",), ("report",)):
+        result = invoke(*command, "--help")
+        assert result.exit_code == 0
+        assert not command or f"Example: tensorize {command[0]}" in result.stdout
+    done = execute("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, tensorize.__version__)
+
+
+def test_only_json_on_standard_output() -> None:
+    done = execute("compile", "clinet:make", "--budget", "0.5", "--out", "small", "--json")
+    assert done.returncode == 0, done.stderr
+    report = tensorize.Report.from_dict(json.loads(done.stdout)["report"])
+    assert report == cli.read_report("small")
+    assert "a module that talks" in done.stderr
+    assert "\r" not in done.stderr  # no bar where there is no terminal
+
+
+def test_interrupt_and_errors_in_a_process() -> None:
+    done = execute("compile", "clinet:interrupted", "--out", "small")
+    assert done.returncode == cli.INTERRUPTED, done.stderr
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = execute("compile", "clinet:make", "--budget", "0.001", "--out", "small")
+    assert done.returncode == cli.BUDGET
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert not Path("small").exists()
+
+
+def test_a_language_model_in_a_process(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "llama", eos="<s>")
+    Path("text.txt").write_text(TEXT)
+    done = execute(
+        "compile", "llama", "--budget", "0.6", "--out", "small", "--calibration", "text.txt"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mlp.down_proj" in done.stdout
+    assert sorted(p.suffix for p in Path("small").iterdir()).count(".safetensors") == 1
+    assert Path("small/tokenizer.json").is_file()

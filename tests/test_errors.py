@@ -1,0 +1,145 @@
+"""Bad input: a clear error that names the site, the cause and the way out; the model untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tensorize
+from tests.models import CASES, MLP
+
+
+@pytest.mark.parametrize(
+    "budget", [0, 0.0, -0.1, float("nan"), float("inf"), 1.5, "0.1", True, 2, [0.1]]
+)
+def test_a_malformed_budget(budget: Any) -> None:
+    with pytest.raises(tensorize.BudgetError):
+        tensorize.compile(MLP(), budget=budget)
+
+
+def test_an_impossible_budget_names_what_is_in_the_way_and_the_smallest_value() -> None:
+    with pytest.raises(tensorize.BudgetError, match="smallest feasible value is") as caught:
+        tensorize.compile(MLP(), budget=0.01)
+    assert "biases" in str(caught.value)
+    share = float(str(caught.value.way_out).split("budget=")[1].split(",")[0])
+    small = tensorize.compile(MLP(), budget=share)
+    assert tensorize.report(small).totals.share.parameters <= share
+
+
+def test_an_excluded_weight_is_named_when_it_is_in_the_way() -> None:
+    with pytest.raises(tensorize.BudgetError, match=r"middle.*excluded by the caller"):
+        tensorize.compile(MLP(), budget=0.1, exclude="middle")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    model = MLP()
+    with torch.no_grad():
+        model.middle[3, 4] = value
+    with pytest.raises(tensorize.AnalysisError, match="middle.*NaN or infinite"):
+        tensorize.compile(model, budget=0.5)
+
+
+def test_calibration_that_does_not_fit_says_which_batch() -> None:
+    good, bad = torch.randn(4, 48), torch.randn(4, 47)
+    with pytest.raises(tensorize.CaptureError, match="calibration batch 2"):
+        tensorize.compile(MLP(), budget=0.5, calibration=[good, good, bad])
+
+
+def test_example_inputs_that_do_not_fit() -> None:
+    with pytest.raises(tensorize.CaptureError, match="example inputs do not fit"):
+        tensorize.compile(MLP(), budget=0.5, example_inputs=(torch.randn(2, 3),))
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_shows_near_names(option: str) -> None:
+    with pytest.raises(tensorize.AnalysisError, match=r"'midle' matches no weight") as caught:
+        tensorize.compile(MLP(), budget=0.5, **{option: "midle"})
+    assert "middle" in str(caught.value.way_out)
+
+
+def test_something_that_is_no_module() -> None:
+    with pytest.raises(tensorize.CaptureError, match=r"must be a torch\.nn\.Module, got function"):
+        tensorize.compile(lambda x: x, budget=0.5)  # type: ignore[arg-type]
+
+
+def test_a_module_without_parameters() -> None:
+    with pytest.raises(tensorize.CaptureError, match="no parameters"):
+        tensorize.compile(nn.ReLU(), budget=0.5)
+
+
+def test_parameters_on_meta() -> None:
+    with pytest.raises(tensorize.CaptureError, match="middle: the parameter is on the meta"):
+        tensorize.compile(MLP().to("meta"), budget=0.5)
+
+
+def test_complex_and_integer_weights_are_kept_dense_with_the_reason() -> None:
+    model = MLP()
+    model.phase = nn.Parameter(torch.randn(8, 8, dtype=torch.complex64))
+    model.table = nn.Parameter(torch.zeros(8, 8, dtype=torch.int32), requires_grad=False)
+    small = tensorize.compile(model, budget=0.5)
+    reasons = {site.name: site.reason for site in tensorize.report(small).sites}
+    assert "complex64" in reasons["phase"]
+    assert "int32" in reasons["table"]
+
+
+def test_metrics_and_losses_that_lack_their_data() -> None:
+    with pytest.raises(tensorize.AnalysisError, match="needs calibration"):
+        tensorize.compile(MLP(), budget=0.5, metric="input")
+    with pytest.raises(tensorize.AnalysisError, match="is not one of"):
+        tensorize.compile(MLP(), budget=0.5, metric="entropy")
+    with pytest.raises(tensorize.BudgetError, match="loss"):
+        tensorize.compile(MLP(), budget=tensorize.Budget(loss=0.1))
+
+
+def test_strings_without_a_tokenizer() -> None:
+    with pytest.raises(tensorize.CaptureError, match="tokenizer"):
+        tensorize.compile(CASES["bert"].model(), budget=0.5, calibration=["some text"])
+
+
+def test_one_batch_instead_of_an_iterable_of_batches() -> None:
+    with pytest.raises(tensorize.CaptureError, match="wrap it in a list"):
+        tensorize.compile(MLP(), budget=0.5, calibration=torch.randn(4, 48))
+
+
+def test_empty_calibration() -> None:
+    with pytest.raises(tensorize.CaptureError, match="empty"):
+        tensorize.compile(MLP(), budget=0.5, calibration=[])
+
+
+def test_unknown_formats_ranks_and_backends() -> None:
+    with pytest.raises(tensorize.AnalysisError, match="no format"):
+        tensorize.compile(MLP(), budget=0.5, formats="cp")
+    with pytest.raises(tensorize.AnalysisError, match="positive integer or 'full'"):
+        tensorize.compile(MLP(), budget=None, ranks={"*": 0})
+    with pytest.raises(tensorize.AnalysisError, match="matches no weight"):
+        tensorize.compile(MLP(), budget=None, ranks={"nothing": 3})
+    with pytest.raises(tensorize.TensorizeError, match="backend"):
+        tensorize.compile(MLP(), budget=0.5, backend="tpu")
+    with pytest.raises(tensorize.BudgetError, match="needs ranks"):
+        tensorize.compile(MLP(), budget=None)
+
+
+def test_a_plan_for_other_weights() -> None:
+    torch.manual_seed(0)
+    plan = tensorize.analyze(MLP()).plan(0.5)
+    with pytest.raises(tensorize.AnalysisError, match="other weights"):
+        tensorize.apply(MLP(), plan)
+
+
+def test_looking_at_a_model_that_is_not_ours() -> None:
+    for look in (tensorize.report, tensorize.graphs):
+        with pytest.raises(tensorize.TensorizeError, match="not made by tensorize"):
+            look(MLP())
+
+
+def test_cores_that_overflow_their_dtype() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(64, 64) * 1e4)
+    with pytest.raises(tensorize.TensorizeError) as caught:
+        tensorize.compile(model, budget=None, ranks={"*": "full"})
+    assert "0.weight" in str(caught.value)
