@@ -116,7 +116,9 @@ class Allocate:
                 result.append(_dense_point(site, itemsize, site.blocked or "no curve"))
                 continue
             if forced is not None:
-                result.append(_forced_point(curve, forced, itemsize, self.batch_sizes, self.formats))
+                result.append(
+                    _forced_point(curve, forced, itemsize, self.batch_sizes, self.formats)
+                )
             elif self.budget is None:
                 result.append(_dense_point(site, itemsize, "not named by ranks="))
             else:
@@ -505,9 +507,7 @@ def _repair(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> li
                 if best is None or rate < best[0]:
                     best = (rate, i, int(k))
         if best is None:
-            raise BudgetError(
-                "the limits cannot be met together", way_out="relax one of them"
-            )
+            raise BudgetError("the limits cannot be met together", way_out="relax one of them")
         choice[best[1]] = best[2]
     return choice
 

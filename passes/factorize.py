@@ -19,6 +19,8 @@ from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum, as_matrix
 from tensorize.weight import install, owner_of
 
+_SMALL = 4_000_000
+
 
 @dataclass(frozen=True)
 class Factorize:
@@ -71,7 +73,9 @@ def replace_weight(model: nn.Module, site: Site, choice: RankPlan, curve: Spectr
                 site=site.name,
                 way_out="exclude it, or convert the model to bfloat16 or float32 first",
             )
-    rebuilt = tt.reconstruct(choice.spec, [core.detach().double() for core in cores])
+    # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
+    exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
+    rebuilt = tt.reconstruct(choice.spec, [core.detach().to(exact) for core in cores])
     error = curve.measured_error(weight, rebuilt)
     with _uninterrupted():
         install(model, site.names, choice.spec, cores)

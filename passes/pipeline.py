@@ -108,7 +108,9 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
         )
         log.info("%s: %.2f s: %s", step.name, seconds, program.summary)
         if debug_level() >= 1:
-            print(f"tensorize: {step.name:<12} {seconds:8.2f} s  {program.summary}", file=sys.stderr)
+            print(
+                f"tensorize: {step.name:<12} {seconds:8.2f} s  {program.summary}", file=sys.stderr
+            )
     if debug_level() >= 2 and program.plan is not None:
         for site in program.plan.sites:
             shape = "x".join(map(str, site.shape))

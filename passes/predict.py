@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tensorize import tt
+from tensorize.budget import Budget
 from tensorize.errors import BudgetError
 from tensorize.forward import untouched
 from tensorize.ir import Batch, RankPlan
 from tensorize.passes.allocate import Allocate
-from tensorize.budget import Budget
 from tensorize.passes.pipeline import Program
-from tensorize.passes.spectra import as_matrix
 from tensorize.passes.preserved import PreservedLoss, call, outputs_of
+from tensorize.passes.spectra import as_matrix
 
 TRIAL_SHARES = (0.75, 0.5, 0.25, 0.1)
 _NORMAL_90 = 1.645

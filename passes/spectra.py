@@ -21,35 +21,20 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import DENSE, FORMATS, LOW_RANK, TT, Site, TTSpec
+from tensorize.passes.metric import (
+    Metric,
+    average,
+    root_times,
+    site_metrics,
+    solve_root,
+    times_root,
+)
 from tensorize.passes.pipeline import Program
 from tensorize.passes.sites import matches, require_match
-from tensorize.passes.statistics import Moments
 
-# Share of the mean eigenvalue added to a second moment: between 1 % and 30 % changes little.
-DAMPING = 0.05
 _TT_POINTS = 12
 _PROBE_RANK = 8
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One term ``scale · ‖R^½ ΔW K^½‖²``; R and K damped, full, diagonal (1-D) or None (identity).
-
-    ``left`` and ``right`` are L_R and L_K: Cholesky factors, or the square roots of a diagonal.
-    """
-
-    scale: float
-    left: Tensor | None
-    right: Tensor | None
-
-    def whiten(self, weight: Tensor) -> Tensor:
-        """L_Rᵀ W L_K."""
-        return _times_root(_root_times(self.left, weight), self.right)
-
-    def norm(self, weight: Tensor) -> float:
-        """scale · ‖R^½ W K^½‖² of a matrix, or the sum over a stack of them."""
-        return self.scale * float(self.whiten(weight.double()).square().sum())
 
 
 @dataclass(frozen=True)
@@ -134,15 +119,17 @@ class Spectrum:
 
     def measured_error(self, weight: Tensor, approximation: Tensor) -> float:
         """The relative error in the metric of an approximation (M, N) of the dense weight."""
-        delta = approximation.double() - weight.double()
-        lost = sum(metric.norm(delta) for metric in self.metrics)
-        whole = sum(metric.norm(weight.double()) for metric in self.metrics)
-        return (lost / whole) ** 0.5 if whole > 0 else 0.0
+        delta = approximation - weight.to(approximation.dtype)
+        return self.error(sum(metric.norm(delta) for metric in self.metrics))
 
 
 @dataclass(frozen=True)
 class ComputeSpectra:
-    """Program with ``spectra``: the curve of every free site, in the program's metric."""
+    """Program with ``spectra``: the curve of every free site, in the program's metric.
+
+    The second moments are given up one site at a time, as their roots are made: only one of the
+    two is ever held.
+    """
 
     formats: FormatsOption = None
     name: str = "spectra"
@@ -154,101 +141,23 @@ class ComputeSpectra:
         spectra = {}
         for done, site in enumerate(free):
             program.progress("spectra", done, len(free))
-            metrics = site_metrics(site, program.statistics.get(site.name), program.metric)
+            moments = program.statistics.get(site.name)
+            known = moments is not None and bool(moments.terms)
+            metrics = site_metrics(site, moments, program.metric)
+            if known:
+                moments.terms.clear()
             weight = as_matrix(site, parameters[site.name].detach())
-            known = bool(getattr(program.statistics.get(site.name), "terms", None))
             curve = spectrum(site, weight, metrics, allowed[site.name])
             spectra[site.name] = replace(curve, in_nats=known and program.metric == "loss")
         program.progress("spectra", len(free), len(free))
         trains = sum(bool(s.trains) for s in spectra.values())
         summary = f"{len(spectra)} curves in the {program.metric} metric, {trains} with TT points"
-        return replace(program, spectra=spectra, summary=summary)
+        return replace(program, spectra=spectra, statistics={}, summary=summary)
 
 
 def as_matrix(site: Site, weight: Tensor) -> Tensor:
     """The weight as (M, N), or (experts, M, N): a convolution's kernel is part of its columns."""
     return weight.reshape(site.matrix) if site.convolution else weight
-
-
-# ------------------------------------------------------------------------------------- metrics
-
-
-def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metric, ...]:
-    """The terms of a site's metric, damped and factored; the plain norm where there are no data."""
-    terms = list(moments.terms.values()) if moments is not None else []
-    if not terms:
-        return (Metric(1.0, None, None),)
-    scale = 0.5 if metric == "loss" else 1.0
-    return tuple(Metric(scale, _root(t.rows, site), _root(t.columns, site)) for t in terms)
-
-
-def _root(moment: Tensor | None, site: Site) -> Tensor | None:
-    """L with L Lᵀ = moment + damping; the square root of a diagonal."""
-    if moment is None:
-        return None
-    moment = moment.double()
-    diagonal = moment if moment.dim() == 1 else moment.diagonal()
-    mean = float(diagonal.mean())
-    if not mean > 0:
-        return torch.full_like(diagonal, 1e-12)
-    if moment.dim() == 1:
-        return (moment + DAMPING * mean).sqrt()
-    identity = torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device)
-    for damping in (DAMPING, 10 * DAMPING):
-        factor, info = torch.linalg.cholesky_ex(moment + damping * mean * identity)
-        if int(info) == 0:
-            return factor
-    raise AnalysisError(
-        "the second moment of its inputs or gradients is not positive semi-definite",
-        site=site.name,
-        way_out="check the calibration data for huge or non-finite values",
-    )
-
-
-def _average(metrics: Sequence[Metric]) -> Metric:
-    """One metric for several: each term's two sides at unit mean, weighted by its size."""
-    if len(metrics) == 1:
-        return metrics[0]
-
-    def gram(root: Tensor | None) -> Tensor | None:
-        if root is None:
-            return None
-        return root.square() if root.dim() == 1 else root @ root.t()
-
-    def mean(moment: Tensor | None) -> float:
-        if moment is None:
-            return 1.0
-        return float(moment.mean() if moment.dim() == 1 else moment.diagonal().mean())
-
-    pairs = [(gram(metric.left), gram(metric.right)) for metric in metrics]
-    sizes = [m.scale * mean(a) * mean(b) for m, (a, b) in zip(metrics, pairs, strict=True)]
-    total = sum(sizes)
-
-    def side(index: int) -> Tensor | None:
-        moments = [pair[index] for pair in pairs]
-        if all(moment is None for moment in moments):
-            return None
-        known = next(m for m in moments if m is not None)
-        width = known.shape[0]
-        full = any(m is not None and m.dim() == 2 for m in moments)
-        diagonal_only = any(m is not None and m.dim() == 1 for m in moments) and width > 4096
-        summed = torch.zeros(width, dtype=torch.float64)
-        dense = torch.zeros(width, width, dtype=torch.float64) if full and not diagonal_only else None
-        for moment, size in zip(moments, sizes, strict=True):
-            share = size / total if total > 0 else 1 / len(moments)
-            part = torch.ones(width, dtype=torch.float64) if moment is None else moment
-            part = part * (share / mean(moment))
-            if part.dim() == 1:
-                summed += part
-            elif dense is not None:
-                dense += part
-            else:
-                summed += part.diagonal()
-        if dense is None:
-            return summed.sqrt()
-        return torch.linalg.cholesky(dense + summed.diag())
-
-    return Metric(total, side(0), side(1))
 
 
 # -------------------------------------------------------------------------------- decompositions
@@ -259,37 +168,41 @@ def exact_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
     m, n = weight.shape[-2:]
     basis = gram_eigenvectors(weight.double(), min(m, n))[0]
     if n <= m:
-        return weight.double() @ basis, _transposed(basis)
-    return basis, _transposed(basis) @ weight.double()
+        return weight.double() @ basis, basis.mT
+    return basis, basis.mT @ weight.double()
 
 
-def gram_eigenvectors(weight: Tensor, pay: int) -> tuple[Tensor, Tensor]:
-    """Right (N ≤ M) or left singular vectors of W, and all squared singular values, descending.
+def gram_eigenvectors(
+    weight: Tensor, pay: int, metric: Metric | None = None
+) -> tuple[Tensor, Tensor]:
+    """Right (N ≤ M) or left singular vectors of the whitened W, and all σ², descending.
 
-    Through the smaller Gram matrix, several times faster than an SVD. A Gram matrix in the
-    weight's own precision loses what is below sqrt(eps) of the largest singular value, so where
-    the energy beyond rank ``pay`` is too small for it, it is taken in float64, and where that is
-    not enough, by a full SVD.
+    Through the smaller Gram matrix, several times faster than an SVD. A Gram matrix loses what is
+    below sqrt(eps) of the largest singular value, so without a metric it is taken in the weight's
+    own precision only where the energy beyond rank ``pay`` survives that, else in float64, and
+    where that is not enough by a full SVD.
     """
     m, n = weight.shape[-2:]
-
-    def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        gram = _transposed(matrix) @ matrix if n <= m else matrix @ _transposed(matrix)
+    plain = metric is None or metric.plain
+    for dtype in dict.fromkeys((weight.dtype, torch.float64) if plain else (torch.float64,)):
+        if plain or metric is None:
+            matrix = weight.to(dtype)
+            gram = matrix.mT @ matrix if n <= m else matrix @ matrix.mT
+        else:
+            gram = metric.gram(weight) if n <= m else metric.transposed().gram(weight.mT)
         values, vectors = torch.linalg.eigh(gram)
-        return vectors.flip(-1), values.flip(-1).clamp_min(0)
-
-    for dtype in dict.fromkeys((weight.dtype, torch.float64)):
-        vectors, values = decompose(weight.to(dtype))
+        vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0)
         tail = values[..., pay:].sum(-1) if pay < values.shape[-1] else values[..., -1]
-        reliable = tail / values.sum(-1).clamp_min(1e-300)
+        share = tail / values.sum(-1).clamp_min(1e-300)
         # Four digits of the tail: its rounding noise is about eps of the total.
-        if bool((reliable > 1e4 * torch.finfo(dtype).eps).all()):
+        if bool((share > 1e4 * torch.finfo(dtype).eps).all()):
             return vectors, values
+    white = weight.double() if plain or metric is None else metric.whiten(weight)
     try:
-        left, sigma, right = torch.linalg.svd(weight.double(), full_matrices=False)
+        left, sigma, right = torch.linalg.svd(white, full_matrices=False)
     except torch.linalg.LinAlgError:
         return vectors, values  # the float64 Gram is right to sqrt(eps) of the largest
-    return (_transposed(right) if n <= m else left), sigma.square()
+    return (right.mT if n <= m else left), sigma.square()
 
 
 def spectrum(
@@ -298,29 +211,34 @@ def spectrum(
     """The curve of one weight in its metric."""
     m, n = site.matrix
     work = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-    metric = _average(metrics)
-    if metric.left is not None or metric.right is not None:
-        work = work.double()
-    white = metric.whiten(work)
+    metric = average(metrics)
     pay = max(1, (m * n - 1) // (m + n))
-    vectors, values = gram_eigenvectors(white, pay)
-    vectors = vectors.to(white.dtype)
+    vectors, values = gram_eigenvectors(work, pay, metric)
     basis = vectors[..., :pay]
+    # The weight meets only the small matrix that is final: its error is that of its own dtype.
     if n <= m:  # W̃ V Vᵀ with V (N, r): U = L_R⁻ᵀ W̃ V = W L_K V, V = Vᵀ L_K⁻¹
-        left = _times_root(work, metric.right) @ basis
-        right = _transposed(_solve(metric.right, basis))
+        left = work @ _left_times(metric.right, basis).to(work.dtype)
+        right = solve_root(metric.right, basis).mT
     else:  # Q Qᵀ W̃ with Q (M, r): U = L_R⁻ᵀ Q, V = Qᵀ L_Rᵀ W
-        left = _solve(metric.left, basis)
-        right = _transposed(basis) @ _root_times(metric.left, work)
-    left, right = _balanced(left, right)
+        left = solve_root(metric.left, basis)
+        right = _left_times(metric.left, basis).mT.to(work.dtype) @ work
+    left, right = _balanced(left.to(work.dtype), right.to(work.dtype))
     if len(metrics) == 1:
-        tails = _tails(values.double().reshape(-1, values.shape[-1]).sum(0)) * metric.scale
+        squares = values.double().reshape(-1, values.shape[-1]).sum(0)
+        tails = _tails(squares) * metric.scale
     else:
         tails = _summed_tails(work, metrics, left, right, min(m, n))
-    dtype = torch.float32 if weight.dtype != torch.float64 else torch.float64
-    curve = Spectrum(site, formats, metrics, left.to(dtype), right.to(dtype), tails)
+    curve = Spectrum(site, formats, metrics, left, right, tails)
     plain = not site.experts and not site.convolution
     return _with_trains(curve, weight) if plain else curve
+
+
+def _left_times(root: Tensor | None, basis: Tensor) -> Tensor:
+    """L B."""
+    if root is None:
+        return basis
+    root = root.to(basis.dtype)
+    return root.unsqueeze(-1) * basis if root.dim() == 1 else root @ basis
 
 
 def _tails(squares: Tensor) -> Tensor:
@@ -338,14 +256,14 @@ def _summed_tails(
     loss is quadratic: the sums of the trailing blocks of one Gram matrix of components.
     """
     stored = left.shape[-1]
-    rest = weight - left @ right
+    rest = (weight - left @ right).double()
     total = torch.zeros(stored + 1, dtype=torch.float64)
     for metric in metrics:
-        u = _root_times(metric.left, left.double())
-        v = _times_root(right.double(), metric.right)
+        u = root_times(metric.left, left.double())
+        v = times_root(right.double(), metric.right)
         blocks = (u.t() @ u) * (v @ v.t())
         trailing = blocks.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-        whitened_rest = metric.whiten(rest.double())
+        whitened_rest = metric.whiten(rest)
         cross = ((u.t() @ whitened_rest) * v).sum(1)
         cross_tail = torch.cat([cross.flip(0).cumsum(0).flip(0), cross.new_zeros(1)])
         own = torch.cat([trailing, trailing.new_zeros(1)])
@@ -362,33 +280,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     a, b = left.norm(dim=-2), right.norm(dim=-1)
     ratio = (b / a.clamp_min(1e-30)).clamp(1e-15, 1e15).sqrt()
     return left * ratio.unsqueeze(-2), right / ratio.unsqueeze(-1)
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    return matrix.transpose(-1, -2)
-
-
-def _times_root(weight: Tensor, root: Tensor | None) -> Tensor:
-    """W L."""
-    if root is None:
-        return weight
-    return weight * root if root.dim() == 1 else weight @ root
-
-
-def _root_times(root: Tensor | None, weight: Tensor) -> Tensor:
-    """Lᵀ W."""
-    if root is None:
-        return weight
-    return root.unsqueeze(-1) * weight if root.dim() == 1 else root.t() @ weight
-
-
-def _solve(root: Tensor | None, basis: Tensor) -> Tensor:
-    """L⁻ᵀ B."""
-    if root is None:
-        return basis
-    if root.dim() == 1:
-        return basis / root.unsqueeze(-1)
-    return torch.linalg.solve_triangular(root.t(), basis, upper=True)
 
 
 # ----------------------------------------------------------------------------------- tensor trains
@@ -477,4 +368,3 @@ def _checked(names: str | Sequence[str]) -> tuple[str, ...]:
                 f"formats={name!r} is no format", way_out=f"one of {', '.join(FORMATS)}"
             )
     return names
-

@@ -1,6 +1,6 @@
 """tensorize: a compiler that makes dense PyTorch models small and fast.
 
-    model = tensorize.compile(model, budget=0.1)
+model = tensorize.compile(model, budget=0.1)
 """
 
 from tensorize.analysis import Analysis

@@ -136,4 +136,3 @@ def fingerprint(model: nn.Module) -> str:
         values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(values.numpy().data)
     return digest.hexdigest()
-

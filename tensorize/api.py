@@ -254,9 +254,7 @@ def _analysis_of(
             f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
             way_out="pass calibration=, or analyse with cache_dir= so that the plan finds it",
         )
-    formats = {
-        site.name: site.format for site in plan.sites if site.spec is not None
-    } or None
+    formats = {site.name: site.format for site in plan.sites if site.spec is not None} or None
     return analyze(
         model,
         calibration=None if plan.metric == "frobenius" else calibration,
@@ -438,5 +436,3 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
         CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
     """
     return checkpoint.load(directory, model)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
 from tensorize.errors import BudgetError
 from tensorize.ir import Totals
@@ -65,10 +66,11 @@ class Budget:
         limits: dict[str, float] = {}
         for name in _COSTS:
             value = getattr(self, name)
-            if value is not None:
-                share = isinstance(value, float)
-                # The product is rounded before the floor: 0.07 * 100 must allow 7, not 6.
-                limits[name] = math.floor(round(value * whole[name], 6)) if share else value
+            if isinstance(value, float):
+                # The decimal that was written, not its nearest float: 0.29 of 100 allows 29.
+                limits[name] = math.floor(Fraction(str(float(value))) * whole[name])
+            elif value is not None:
+                limits[name] = value
         return limits
 
     def __str__(self) -> str:
@@ -77,13 +79,15 @@ class Budget:
 
 
 def _check(name: str, value: object) -> None:
+    way_out = (
+        f"a float in (0, 1] is a share of the dense model, an int an absolute value: {name}=0.1"
+        if name in _COSTS
+        else f"for example Budget({name}=0.05)"
+    )
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BudgetError(f"{name} must be a number, got {value!r}")
+        raise BudgetError(f"{name} must be a number, got {value!r}", way_out=way_out)
     if not math.isfinite(value) or value <= 0:
-        raise BudgetError(
-            f"{name} must be positive and finite, got {value!r}",
-            way_out="a share is a float in (0, 1]",
-        )
+        raise BudgetError(f"{name} must be positive and finite, got {value!r}", way_out=way_out)
     if name in _COSTS and isinstance(value, float) and value > 1:
         raise BudgetError(
             f"{name}={value!r} is a float above 1, and a float is a share of the dense model",

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tensorize.ir import Batch, Site, TTSpec, Use
+from tensorize.passes.metric import Metric
 from tensorize.passes.pipeline import Program
 from tensorize.passes.predict import Predictor, Trial
-from tensorize.passes.spectra import FormatsOption, Metric, Spectrum, TensorTrain
+from tensorize.passes.spectra import FormatsOption, Spectrum, TensorTrain
 
 log = logging.getLogger("tensorize")
 

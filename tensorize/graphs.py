@@ -166,13 +166,21 @@ def _collapse(gm: fx.GraphModule, shapes: Mapping[str, tuple[str, ...]]) -> nx.D
     shapes = {**_shapes(gm), **shapes}
     graph = nx.DiGraph()
     owner: dict[fx.Node, int] = {}
+    reads: dict[fx.Node, list[str]] = {}  # nodes that are parameters, or views of such
     for position, node in enumerate(gm.graph.nodes):
         operation = printer.target_text(node).removeprefix("aten.").removeprefix(".")
         unused = not node.users and node.op != "output"
-        if printer.parameter_name(gm, node) is not None or (unused and node.op != "placeholder"):
+        name = printer.parameter_name(gm, node)
+        if name is not None:
+            reads[node] = [name]
+        if name is not None or (unused and node.op != "placeholder"):
             continue
         # Inputs in the order of the arguments: a repeated block is known by them.
         inputs = list(dict.fromkeys(owner[n] for n in node.all_input_nodes if n in owner))
+        parameters = [name for n in node.all_input_nodes for name in reads.get(n, ())]
+        if operation in _PLUMBING and parameters and not inputs:
+            reads[node] = parameters
+            continue
         site = sites.get(node.name)
         home: int | None = None
         if site is not None:
@@ -183,9 +191,8 @@ def _collapse(gm: fx.GraphModule, shapes: Mapping[str, tuple[str, ...]]) -> nx.D
                 home = None
         elif operation in _PLUMBING and len(inputs) == 1:
             home = inputs[0]
-        read = [printer.parameter_name(gm, n) for n in node.all_input_nodes]
         box = _box(node, position, operation, site, shapes)
-        box.parameters = [name for name in read if name is not None]
+        box.parameters = parameters
         if home is None:
             home = position
             graph.add_node(home, box=box)
@@ -603,7 +610,7 @@ def _stack(drawing: _Drawing) -> None:
         drawing.heights.append((y, y + height))
         for cell in row:
             cell.y = y + height / 2
-        y += height + (_GAP_Y if height else _GAP_Y / 2) + (_FRAME if number in last else 0.0)
+        y += height + _GAP_Y + (_FRAME if number in last else 0.0)
     for repeat in drawing.view.repeats:
         inside = [cell for k, cell in drawing.cells.items() if k in repeat]
         first_row, last_row = min(c.row for c in inside), max(c.row for c in inside)
@@ -676,9 +683,10 @@ def _edge(drawing: _Drawing, upper: _Cell, lower: _Cell) -> str:
     y1 = lower.y - lower.height / 2 if lower.box else drawing.heights[lower.row][0]
     path = f"M{upper.x:.1f} {upper.y:.1f} V{y0:.1f}"
     if abs(upper.x - lower.x) > 0.05:
-        # However far the row's tallest box reaches, the curve stays between the rows.
-        top = max(y0, drawing.heights[upper.row][1])
+        # The curve stays between the rows, however tall their tallest boxes are, and below the
+        # title of a frame that begins there.
         bottom = min(y1, drawing.heights[lower.row][0])
+        top = max(y0, drawing.heights[upper.row][1], bottom - _GAP_Y)
         middle = (top + bottom) / 2
         path += f" V{top:.1f} C{upper.x:.1f} {middle:.1f} {lower.x:.1f} {middle:.1f}"
         path += f" {lower.x:.1f} {bottom:.1f}"

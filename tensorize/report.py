@@ -552,7 +552,7 @@ def _bars(sites: Sequence[SiteReport]) -> list[_Bar]:
 
 
 # The drawing area of the curve inside its picture, in the picture's own units.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 92.0, 736.0, 24.0, 330.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 92.0, 736.0, 44.0, 330.0
 
 
 @dataclass(frozen=True)
@@ -619,9 +619,9 @@ def _chart(curve: Curve, report: Report) -> dict[str, Any] | None:
 def _log_ends(low: float, high: float) -> tuple[float, float]:
     """The round values (1, 2 or 5 of a decade) around a range, at least a decade apart."""
     steps = [digit * 10.0**power for power in range(-300, 300) for digit in (1, 2, 5)]
-    below = max(step for step in steps if step <= max(low, steps[0]) * (1 + 1e-9))
-    above = min(step for step in steps if step >= max(high, 10 * below) * (1 - 1e-9))
-    return below, above
+    above = min(step for step in steps if step >= max(high, 10 * steps[0]) * (1 - 1e-9))
+    low = min(max(low, steps[0]), above / 10)
+    return max(step for step in steps if step <= low * (1 + 1e-9)), above
 
 
 def _log_ticks(scale: _Scale) -> list[tuple[float, str, bool]]:

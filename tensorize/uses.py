@@ -101,9 +101,7 @@ _EMBEDDING = _parameters(
     "scale_grad_by_freq=False, sparse=False"
 )
 _GROUPED = _parameters("mat_a, mat_b, *, offs=None, bias=None, out_dtype=None")
-_CONVOLUTION = _parameters(
-    "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
-)
+_CONVOLUTION = _parameters("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
 _GROUPED_FALLBACK = _parameters("input, weight, offs")
 
 

@@ -16,7 +16,7 @@ Tied weights share their cores as they shared the dense weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -251,7 +251,7 @@ def _lazy_weight(parameter: str) -> property:
     return property(get, put)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _factored_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
     """``base`` with lazy weights in place of ``parameters``; one class for each pair."""
 
@@ -375,7 +375,9 @@ def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
     if isinstance(owner, LowRankLinear):
         return f"{prefix}first.weight", f"{prefix}second.weight"
     holder = _cores_name(leaf)
-    return tuple(f"{prefix}{holder}.{core}" for core, _ in owner._modules[holder].named_parameters())  # type: ignore[union-attr]
+    return tuple(
+        f"{prefix}{holder}.{core}" for core, _ in owner._modules[holder].named_parameters()
+    )  # type: ignore[union-attr]
 
 
 def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:

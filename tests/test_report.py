@@ -165,12 +165,12 @@ GOLDEN = """\
 tensorize: 2 sites, 1 factorized, 1 dense; budget params ≤ 20 %. Errors are relative, of a site's
 weight, in the metric loss: predicted, then measured.
 
-site        kind    shape    format       parameters       error  actual  why
-──────────  ──────  ───────  ───────────  ───────────────  ─────  ──────  ───
-fc1.weight  linear  512×512  low rank 32  262 K → 32.8 K   0.081   0.079  [1]
-fc2.weight  linear  10×512   dense        5.12 K               –       –  [2]
+site        kind    shape    format       parameters      error  actual  why
+──────────  ──────  ───────  ───────────  ──────────────  ─────  ──────  ───
+fc1.weight  linear  512×512  low rank 32  262 K → 32.8 K  0.081   0.079  [1]
+fc2.weight  linear  10×512   dense        5.12 K              –       –  [2]
 
-total        before    after   share
+total         before   after   share
 ───────────  ───────  ──────  ──────
 parameters     477 K   248 K  51.9 %
 bytes        1.91 MB  992 kB  51.9 %
