@@ -43,7 +43,8 @@ test-all: $(STAMP)
 
 # Several test processes share the cores, so each gets one thread.
 SEVERAL := $(filter-out 0 1,$(WORKERS))
-pytest = $(if $(SEVERAL),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(SEVERAL),-n $(WORKERS)) $(1) $(ARGS)
+pytest = $(if $(SEVERAL),OMP_NUM_THREADS=1) $(BIN)/python -m pytest \
+	$(if $(SEVERAL),-n $(WORKERS)) $(1) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

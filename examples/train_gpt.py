@@ -40,10 +40,6 @@ from examples.gpt import (
     next_token_loss,
 )
 
-# Windows of held-out text whose loss is recorded for the tests: enough to be telling, few enough
-# to take a second.
-SLICE_WINDOWS = 64
-
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer: no text is out of its vocabulary."""
@@ -89,7 +85,7 @@ def schedule(step: int, progress: float, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def held_out_slice(tokenizer: Tokenizer, context: int, windows: int = SLICE_WINDOWS) -> Tensor:
+def held_out_slice(tokenizer: Tokenizer, context: int, windows: int) -> Tensor:
     """The first windows of the held-out text, (windows · context + 1,).
 
     It is taken from the running Python, so it differs a little between versions of Python.
@@ -129,6 +125,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--characters", type=int, help="use only this much text of each split")
+    # Enough held-out text for its loss to be telling, little enough for a test to repeat it.
+    parser.add_argument("--slice-windows", type=int, default=64)
     parser.add_argument("--checkpoint-seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
@@ -165,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         # Losses are of the weights as they are stored, that is rounded to float16.
         stored = GPT(config).eval()
         stored.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
-        slice_tokens = held_out_slice(tokenizer, config.context)
+        slice_tokens = held_out_slice(tokenizer, config.context, options.slice_windows)
         return {
             "config": config.to_dict(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -180,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "validation_loss": evaluate(stored, tokens["validation"]),
             "held_out_loss": evaluate(stored, tokens["held_out"]),
             "held_out_slice": {
+                "windows": options.slice_windows,
                 "tokens": len(slice_tokens),
                 "sha256": digest(slice_tokens),
                 "loss": evaluate(stored, slice_tokens),

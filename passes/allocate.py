@@ -116,9 +116,8 @@ class Allocate:
                 result.append(_dense_point(site, itemsize, site.blocked or "no curve"))
                 continue
             if forced is not None:
-                result.append(
-                    _forced_point(curve, forced, itemsize, self.batch_sizes, self.formats)
-                )
+                allowed = curve.formats if self.formats is None else self.formats[site.name]
+                result.append(_forced_point(curve, forced, itemsize, self.batch_sizes, allowed))
             elif self.budget is None:
                 result.append(_dense_point(site, itemsize, "not named by ranks="))
             else:
@@ -341,12 +340,11 @@ def _forced_point(
     rank: int | str,
     itemsize: int,
     batch_sizes: Sequence[int],
-    formats: Mapping[str, tuple[str, ...]] | None,
+    allowed: Sequence[str],
 ) -> Points:
     """The one point that ``ranks=`` asks for."""
     site = curve.site
     m, n = site.matrix
-    allowed = curve.formats if formats is None else formats[site.name]
     if TT in allowed and LOW_RANK not in allowed and curve.trains:
         exact = curve.trains[0].spec
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]

@@ -32,9 +32,10 @@ class VerifyResult:
         plan = program.plan
         assert plan is not None
         counted = sum({id(p): p.numel() for p in program.model.parameters()}.values())
-        if counted != plan.predicted.parameters:
+        planned = plan.predicted.parameters
+        if counted != planned:
             raise AnalysisError(
-                f"the model has {counted:,} parameters, the plan said {plan.predicted.parameters:,}",
+                f"the model has {counted:,} parameters, the plan said {planned:,}",
                 way_out="this is a defect in tensorize: please report it",
             )
         largest = 0.0

@@ -27,7 +27,7 @@ from tensorize.ir import Batch, Plan, TTSpec
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize
 from tensorize.passes.order import plan_contraction
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import Program, debug_level, run_passes
 from tensorize.passes.predict import CalibratePrediction
 from tensorize.passes.preserved import LossFunction, PreservedLoss
 from tensorize.passes.sites import FindSites, Select, check_weights
@@ -390,32 +390,18 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
         raise CaptureError(
             "graphs need inputs to trace the model with", way_out="pass example_inputs="
         )
+    sites = {name: site for site in found.sites for name in (site.name, *site.aliases)}
+    marks = {name: (name, site.format, site.ranks) for name, site in sites.items()}
     before = capture.export_graph(densify(model), batch)
+    capture.mark_sites(before, marks)
+    for name, _ in weight.factored(model):
+        marks |= dict.fromkeys(weight.core_names(model, name), marks[name])
     after = capture.export_graph(model, batch)
-    choices = {name: site for site in found.sites for name in (site.name, *site.aliases)}
-    owned = {}
-    for name, factored in weight.factored(model):
-        for parameter in weight.core_names(model, name):
-            owned[parameter] = name
-    for graph, sites in ((before, {name: name for name in choices}), (after, {**owned})):
-        dense_names = {name: name for name, site in choices.items() if site.format == "dense"}
-        capture.mark_sites(
-            graph,
-            {
-                parameter: (name, choices[name].format, choices[name].ranks)
-                for parameter, name in {**dense_names, **sites}.items()
-                if name in choices
-            },
-        )
-    if _debug() >= 3:
-        print(Graphs(before, after).print_readable(), file=sys.stderr)
-    return Graphs(before, after)
-
-
-def _debug() -> int:
-    from tensorize.passes.pipeline import debug_level
-
-    return debug_level()
+    capture.mark_sites(after, marks)
+    result = Graphs(before, after)
+    if debug_level() >= 3:
+        print(result.print_readable(), file=sys.stderr)
+    return result
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:

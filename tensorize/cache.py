@@ -1,4 +1,4 @@
-"""Analyses kept on disk: safetensors and JSON, found again by the content of what they depend on."""
+"""Analyses kept on disk as safetensors and JSON, found by the content of what they depend on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tensorize.ir import Batch, Site, TTSpec, Use
 from tensorize.passes.metric import Metric
@@ -43,7 +44,7 @@ def key(
 
 
 def _hash_batch(digest: Any, batch: Batch) -> None:
-    leaves, structure = torch.utils._pytree.tree_flatten((batch.args, dict(batch.kwargs)))
+    leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
     digest.update(str(structure).encode())
     for leaf in leaves:
         if isinstance(leaf, Tensor):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tensorize.errors import CaptureError
 from tensorize.forward import run, untouched
@@ -171,7 +172,7 @@ def export_graph(model: nn.Module, batch: Batch) -> fx.GraphModule:
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     try:
-        if cached:
+        if cached and config is not None:
             config.use_cache = False  # a key-value cache is no tensor that a graph can return
         with untouched(model):
             program = torch.export.export(model, batch.args, dict(batch.kwargs), strict=False)
@@ -181,7 +182,7 @@ def export_graph(model: nn.Module, batch: Batch) -> fx.GraphModule:
             way_out="graphs() needs a model that torch.export accepts; everything else works",
         ) from error
     finally:
-        if cached:
+        if cached and config is not None:
             config.use_cache = cached
     graph = program.graph_module
     signature = program.graph_signature
@@ -198,7 +199,7 @@ def placeholder_inputs(batch: Batch) -> Batch:
     def blank(value: Any) -> Any:
         return torch.zeros_like(value) if isinstance(value, Tensor) else value
 
-    args, kwargs = torch.utils._pytree.tree_map(blank, (batch.args, dict(batch.kwargs)))
+    args, kwargs = pytree.tree_map(blank, (batch.args, dict(batch.kwargs)))
     return Batch(args, kwargs, None)
 
 

@@ -175,7 +175,6 @@ def _collapse(gm: fx.GraphModule, shapes: Mapping[str, tuple[str, ...]]) -> nx.D
             reads[node] = [name]
         if name is not None or (unused and node.op != "placeholder"):
             continue
-        # Inputs in the order of the arguments: a repeated block is known by them.
         inputs = list(dict.fromkeys(owner[n] for n in node.all_input_nodes if n in owner))
         parameters = [name for n in node.all_input_nodes for name in reads.get(n, ())]
         if operation in _PLUMBING and parameters and not inputs:
@@ -242,15 +241,17 @@ def _prepared(graph: nx.DiGraph) -> nx.DiGraph:
 
     No path can leave these boxes and come back: what they read is among them, or is an input.
     """
-    boxes: dict[int, _Box] = dict(graph.nodes(data="box"))  # type: ignore[arg-type]
+    boxes: dict[int, _Box] = {k: graph.nodes[k]["box"] for k in graph}
     sites = [k for k, box in boxes.items() if box.kind == SITE]
     later = set(sites).union(*(nx.descendants(graph, k) for k in sites))
     early = [k for k, box in boxes.items() if box.kind == OTHER and k not in later]
-    if sites:
-        for k in early[1:]:
-            _merge(graph, early[0], k)
-        if len(boxes[early[0]].operations if early else ()) > 4:
-            boxes[early[0]].name = f"preparation: {len(boxes[early[0]].operations)} operations"
+    if not sites or not early:
+        return graph
+    for k in early[1:]:
+        _merge(graph, early[0], k)
+    box = boxes[early[0]]
+    if len(box.operations) > 4:
+        box.name = f"preparation: {len(box.operations)} operations"
     return graph
 
 
@@ -371,8 +372,8 @@ def _prefixes(graph: nx.DiGraph, repeat: _Repeat) -> list[str]:
             parts = [name.split(".") for name in same]
             columns = enumerate(zip(*parts, strict=False))
             differ = next((i for i, column in columns if len(set(column)) > 1), None)
-            if differ is None:
-                return []
+            if differ is None:  # all copies share it
+                continue
             for found, part in zip(prefixes, parts, strict=True):
                 found.add(".".join(part[: differ + 1]))
     if any(len(found) != 1 for found in prefixes):
@@ -567,12 +568,13 @@ def _place(rows: list[list[_Cell]]) -> None:
         for row in rows if turn % 2 == 0 else reversed(rows):
             _spread(row, [wanted(c, c.above if turn < 2 else c.above + c.below) for c in row])
         # Rows alone straighten a long drawing slowly: all that is below a row moves at once.
-        for number, row in enumerate(rows):
-            pulls = [(pull(c, other), other.x - c.x) for c in row for other in c.above]
+        shift = 0.0
+        for row in rows:
+            pulls = [(pull(c, other), other.x - c.x - shift) for c in row for other in c.above]
             if pulls:
-                shift = sum(a * b for a, b in pulls) / sum(a for a, _ in pulls)
-                for cell in itertools.chain.from_iterable(rows[number:]):
-                    cell.x += shift
+                shift += sum(a * b for a, b in pulls) / sum(a for a, _ in pulls)
+            for cell in row:
+                cell.x += shift
 
 
 def _spread(row: list[_Cell], wanted: Sequence[float]) -> None:
@@ -600,8 +602,11 @@ def _spread(row: list[_Cell], wanted: Sequence[float]) -> None:
 
 def _stack(drawing: _Drawing) -> None:
     """Heights of the rows, places of the frames."""
-    first = {_first_row(drawing, r): r for r in drawing.view.repeats}
-    last = {max(c.row for k, c in drawing.cells.items() if k in r) for r in drawing.view.repeats}
+    spans = {
+        repeat: sorted({cell.row for k, cell in drawing.cells.items() if k in repeat})
+        for repeat in drawing.view.repeats
+    }
+    first, last = ({span[end] for span in spans.values()} for end in (0, -1))
     y = 0.0
     for number, row in enumerate(drawing.rows):
         if number in first:
@@ -613,7 +618,7 @@ def _stack(drawing: _Drawing) -> None:
         y += height + _GAP_Y + (_FRAME if number in last else 0.0)
     for repeat in drawing.view.repeats:
         inside = [cell for k, cell in drawing.cells.items() if k in repeat]
-        first_row, last_row = min(c.row for c in inside), max(c.row for c in inside)
+        first_row, last_row = spans[repeat][0], spans[repeat][-1]
         for cell in itertools.chain.from_iterable(drawing.rows[first_row : last_row + 1]):
             readers = drawing.view.graph.successors(cell.number)
             below = [k for k in readers if drawing.cells[k].row > cell.row]
@@ -625,10 +630,6 @@ def _stack(drawing: _Drawing) -> None:
         top = drawing.heights[first_row][0] - _FRAME_TITLE - 8
         bottom = drawing.heights[last_row][1] + _FRAME
         drawing.frames.append((repeat, left, top, right, bottom))
-
-
-def _first_row(drawing: _Drawing, repeat: _Repeat) -> int:
-    return min(cell.row for k, cell in drawing.cells.items() if k in repeat)
 
 
 # --------------------------------------------------------------------------------------- SVG

@@ -67,13 +67,13 @@ class TTSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"modes and ranks are positive integers, got {value!r}")
         sizes: dict[str, int] = {"e": experts} if experts else {}
-        batch = ("e",) if experts else ()
+        batch: tuple[str, ...] = ("e",) if experts else ()
         # One row and one column axis always stay, so that a 1 x n matrix is still a matrix.
         keep_row = {k for k, mode in enumerate(row_modes) if mode > 1} or {0}
         keep_column = {k for k, mode in enumerate(column_modes) if mode > 1} or {count - 1}
         cores: list[tuple[str, ...]] = []
         for k in range(count):
-            axes = list(batch)
+            axes: list[str] = list(batch)
             if k > 0:
                 sizes[f"r{k}"] = ranks[k - 1]
                 axes.append(f"r{k}")

@@ -47,7 +47,7 @@ FORMAT_COLORS: Mapping[str, tuple[str, str]] = {
 
 
 def _digits(value: float, digits: int = 3) -> str:
-    """``value`` with three significant digits and no exponent unless it is below 1e-4."""
+    """``value`` with that many significant digits, and no exponent unless it is below 1e-4."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     rounded = f"{value:.{digits - 1}e}"

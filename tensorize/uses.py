@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -65,6 +66,12 @@ class Frame:
     expert: Any = None
     shape: tuple[int, ...] | None = None
 
+    def allows(self, matmul: Matmul) -> bool:
+        """Whether a call on what this frame shows can be told in terms of the parameter itself."""
+        if matmul.contract == "lookup":
+            return not self.transposed
+        return matmul.convolution is None or (not self.transposed and self.expert is None)
+
     def turn(self, matmul: Matmul) -> Matmul:
         """The same call, told in terms of the parameter itself."""
         if not self.transposed or matmul.contract == "lookup":
@@ -100,7 +107,7 @@ _EMBEDDING = _parameters(
     "input, weight, padding_idx=None, max_norm=None, norm_type=2.0, "
     "scale_grad_by_freq=False, sparse=False"
 )
-_GROUPED = _parameters("mat_a, mat_b, *, offs=None, bias=None, out_dtype=None")
+_GROUPED = _parameters("mat_a, mat_b, offs=None, bias=None, out_dtype=None")
 _CONVOLUTION = _parameters("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
 _GROUPED_FALLBACK = _parameters("input, weight, offs")
 
@@ -134,8 +141,10 @@ def _matmul(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
 
 
 def _einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    operands = args[1:] if len(args) > 2 else (args[1] if len(args) == 2 else ())
-    if kwargs or not isinstance(args[0], str) or len(operands) != 2:
+    if kwargs or len(args) < 2 or not isinstance(args[0], str):
+        return None
+    operands = args[1:] if len(args) > 2 else args[1]
+    if not isinstance(operands, list | tuple) or len(operands) != 2:
         return None
     equation = args[0].replace(" ", "")
     if "->" not in equation or "." in equation:
@@ -150,6 +159,8 @@ def _einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     kept = [axis for axis in w_axes if axis not in x_axes and axis in output]
     if len(summed) != 1 or len(kept) != 1:
         return None
+    if x.shape[x_axes.index(summed[0])] != weight.shape[w_axes.index(summed[0])]:
+        return None  # einsum repeats an axis of size 1
     free = [axis for axis in x_axes if axis != summed[0]]
     if set(free) | set(kept) != set(output):
         return None
@@ -182,6 +193,8 @@ def _grouped(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
         return None
     if call["bias"] is not None or call["out_dtype"] is not None:
         return None
+    if call["mat_a"].dim() != 2 or weight.dim() != 3:
+        return None  # a sum cut at the offsets, not one matrix for each part of the rows
     return Matmul("grouped_mm", "rows", call["mat_a"], offsets=call["offs"])
 
 
@@ -217,16 +230,15 @@ def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
     """
     assert matmul.convolution is not None
     stride, padding, dilation = matmul.convolution
-    x = matmul.x
-    if len(kernel) > 2 or isinstance(padding, str):
+    x, dims = matmul.x, len(kernel)
+    if dims > 2 or isinstance(padding, str):
         return None
 
     def both(value: Any, absent: int) -> tuple[int, ...]:
-        values = (value,) * len(kernel) if isinstance(value, int) else tuple(value)
-        values = values * len(kernel) if len(values) == 1 else values
-        return (absent, *values) if len(kernel) == 1 else values
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return (absent, *values) if dims == 1 else values * (2 // len(values))
 
-    if len(kernel) == 1:
+    if dims == 1:
         x, kernel = x.unsqueeze(-2), (1, *kernel)
     columns = F.unfold(x, kernel, both(dilation, 1), both(padding, 0), both(stride, 1))
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
@@ -257,27 +269,31 @@ _READERS: dict[Any, Reader] = {
 }
 
 
-def read(func: Any, args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    """The call as a matmul against ``weight`` (compared by identity), or None if it is not one."""
+def read(
+    func: Any, args: tuple, kwargs: dict, weight: Any, frame: Frame | None = None
+) -> Matmul | None:
+    """The call as a matmul against ``weight`` (compared by identity), or None if it is not one.
+
+    ``frame`` says how ``weight`` looks at its parameter; a lazy weight brings its own.
+    """
+    if weight.dim() < 2:
+        return None  # a bias, a scale: no matrix
+    frame = frame or getattr(weight, "frame", None) or Frame()
     try:
         reader = _READERS.get(func)
     except TypeError:  # an unhashable callable is none of ours
         return None
     if reader is None and "grouped_mm_fallback" in str(func):
         reader = _grouped_fallback
-    return None if reader is None else reader(args, kwargs, weight)
+    matmul = None if reader is None else reader(args, kwargs, weight)
+    return matmul if matmul is not None and frame.allows(matmul) else None
 
 
 # ------------------------------------------------------------------- calls that are views
 
 _TRANSPOSES = (torch.t, torch.Tensor.t, torch.transpose, torch.Tensor.transpose)
-_TRANSPOSED_PROPERTIES = ("T", "mT")
-_IDENTITIES = (
-    torch.Tensor.contiguous,
-    torch.Tensor.detach,
-    torch.detach,
-    torch.Tensor.view_as,
-)
+_TRANSPOSED_PROPERTIES = {2: ("T", "mT"), 3: ("mT",)}
+_IDENTITIES = (torch.Tensor.contiguous, torch.Tensor.detach, torch.detach)
 _CASTS = (torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.type)
 
 
@@ -288,8 +304,14 @@ def view(func: Any, args: tuple, kwargs: dict, frame: Frame, weight: Any) -> Fra
     dims = weight.dim()
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__", None)
-    if name == "__get__" and getattr(owner, "__name__", "") in _TRANSPOSED_PROPERTIES:
-        return replace(frame, transposed=not frame.transposed) if dims == 2 else None
+    if func in _IDENTITIES or (func in _CASTS and _keeps_dtype(func, args, kwargs, weight)):
+        return frame
+    if func is torch.Tensor.view_as and args[1].shape == weight.shape:
+        return frame
+    if dims not in (2, 3) or frame.shape is not None:
+        return None  # a convolution's weight
+    if name == "__get__" and getattr(owner, "__name__", "") in _TRANSPOSED_PROPERTIES[dims]:
+        return replace(frame, transposed=not frame.transposed)
     if func in _TRANSPOSES:
         axes = sorted(a % dims for a in args[1:3] if isinstance(a, int)) or [0, 1]
         axes = sorted(a % dims for a in kwargs.values()) or axes
@@ -298,10 +320,6 @@ def view(func: Any, args: tuple, kwargs: dict, frame: Frame, weight: Any) -> Fra
         return None
     if func is torch.Tensor.__getitem__ and dims == 3 and _is_one(args[1]):
         return replace(frame, expert=args[1])
-    if func in _IDENTITIES:
-        return frame
-    if func in _CASTS and _keeps_dtype(func, args, kwargs, weight):
-        return frame
     return None
 
 
@@ -309,7 +327,10 @@ def _is_one(index: Any) -> bool:
     if isinstance(index, bool):
         return False
     return isinstance(index, int) or (
-        isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()
+        isinstance(index, Tensor)
+        and index.dim() == 0
+        and not index.is_floating_point()
+        and index.dtype != torch.bool  # a mask: it adds an axis
     )
 
 
@@ -362,18 +383,21 @@ class Observer(TorchFunctionMode):
         if not self._frozen:
             result = func(*args, **kwargs)
         else:
-            free = torch.utils._pytree.tree_map(_detach, (args, kwargs)) if args else (args, kwargs)
-            result = func(*free[0], **free[1])
-        for weight in watched:
-            result = self._tell(func, args, kwargs, weight, result)
+            free_args, free_kwargs = pytree.tree_map(_detach, (args, kwargs))
+            result = func(*free_args, **free_kwargs)
+        names = [self._names[id(weight)][0] for weight in watched]
+        for weight, name in zip(watched, names, strict=True):
+            result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
         return result
 
-    def _tell(self, func: Any, args: tuple, kwargs: dict, weight: Tensor, result: Any) -> Any:
+    def _tell(
+        self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
+    ) -> Any:
         name, frame = self._names[id(weight)]
-        matmul = read(func, args, kwargs, weight)
-        if matmul is not None:
+        matmul = read(func, args, kwargs, weight, frame)
+        if matmul is not None and once:  # W Wᵀ is no matmul against a constant
             return self._on_matmul(name, frame, frame.turn(matmul), result)
-        if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(result)):
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return result  # asked for a shape, a dtype, a flag
         derived = view(func, args, kwargs, frame, weight)
         if derived is not None:

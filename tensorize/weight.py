@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tensorize import ops, tt, uses
 from tensorize.ir import LOW_RANK, TTSpec
@@ -140,10 +141,12 @@ class FactoredWeight:
         if frame is not None:
             return FactoredWeight(weight.spec, weight.cores, frame)
         dense = {id(w): w.dense() for w in _factored(args, kwargs)}
-        args, kwargs = torch.utils._pytree.tree_map(
-            lambda v: dense[id(v)] if isinstance(v, FactoredWeight) else v, (args, kwargs)
-        )
-        return func(*args, **kwargs)
+
+        def plain(value: Any) -> Any:
+            return dense[id(value)] if isinstance(value, FactoredWeight) else value
+
+        args, keywords = pytree.tree_map(plain, (args, kwargs))
+        return func(*args, **keywords)
 
     def _can_run(self, matmul: Matmul) -> bool:
         stacked = bool(self.spec.batch) and self.frame.expert is None
@@ -374,10 +377,9 @@ def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
     prefix = name.removesuffix(leaf)
     if isinstance(owner, LowRankLinear):
         return f"{prefix}first.weight", f"{prefix}second.weight"
-    holder = _cores_name(leaf)
-    return tuple(
-        f"{prefix}{holder}.{core}" for core, _ in owner._modules[holder].named_parameters()
-    )  # type: ignore[union-attr]
+    holder = owner.get_submodule(_cores_name(leaf))
+    path = f"{prefix}{_cores_name(leaf)}"
+    return tuple(f"{path}.{core}" for core, _ in holder.named_parameters())
 
 
 def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:

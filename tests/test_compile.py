@@ -49,9 +49,7 @@ def test_compiled_model_is_within_its_budget_and_equals_its_dense_form(
 def test_full_rank_is_exact(name: str) -> None:
     case = CASES[name]
     model = case.model()
-    full = tensorize.compile(
-        model, budget=None, ranks={"*": "full"}, example_inputs=case.batch()
-    )
+    full = tensorize.compile(model, budget=None, ranks={"*": "full"}, example_inputs=case.batch())
     formats = {site.format for site in tensorize.report(full).sites}
     assert "low_rank" in formats
     assert relative(case.output(full), case.output(model)) < 1e-4

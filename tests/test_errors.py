@@ -39,7 +39,7 @@ def test_weights_that_are_not_finite(value: float) -> None:
     model = MLP()
     with torch.no_grad():
         model.middle[3, 4] = value
-    with pytest.raises(tensorize.AnalysisError, match="middle.*NaN or infinite"):
+    with pytest.raises(tensorize.AnalysisError, match=r"middle.*NaN or infinite"):
         tensorize.compile(model, budget=0.5)
 
 

@@ -150,7 +150,7 @@ def test_the_tokenizer_loses_nothing() -> None:
 def test_held_out_loss_is_the_recorded_one(model: GPT) -> None:
     record = load_record()
     recorded = record["held_out_slice"]
-    tokens = held_out_slice(load_tokenizer(), model.config.context)
+    tokens = held_out_slice(load_tokenizer(), model.config.context, recorded["windows"])
     same_text = digest(tokens) == recorded["sha256"]
     loss = evaluate(model, tokens, context=model.config.context)
     # Float32 sums in another order move a mean over 16,000 tokens by far less than 1e-4; another
@@ -169,13 +169,13 @@ def test_the_trained_model_writes_python(model: GPT) -> None:
 
 
 def test_training_writes_what_loading_reads(tmp_path: Path) -> None:
-    arguments = ["--steps", "2", "--batch", "2", "--characters", "8000", "--warmup", "1"]
-    record = train([*arguments, "--directory", str(tmp_path)])
+    sizes = "--steps 2 --batch 2 --warmup 1 --characters 8000 --slice-windows 4"
+    record = train([*sizes.split(), "--directory", str(tmp_path)])
     assert record["steps"] == 2
     assert record["finished"]
     assert record == json.loads(json.dumps(load_record(tmp_path)))
     trained = load_pretrained(tmp_path)
-    assert evaluate(trained, held_out_slice(load_tokenizer(tmp_path), 256)) == pytest.approx(
+    assert evaluate(trained, held_out_slice(load_tokenizer(tmp_path), 256, 4)) == pytest.approx(
         record["held_out_slice"]["loss"], abs=1e-4
     )
     # Two steps from N(0, 0.02²) already leave the uniform prediction.

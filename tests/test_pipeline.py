@@ -75,7 +75,9 @@ def test_a_spec_of_another_shape_is_caught_and_the_pass_is_named() -> None:
         lambda p: replace(p, statistics={"ghost": object()}),
         lambda p: replace(p, errors={p.sites[0].name: float("nan")}),
         lambda p: replace(p, sites=tuple(replace(s, blocked="no") for s in p.sites)),
-        lambda p: replace(p, sites=tuple(replace(s, name=s.name + "x") for s in p.sites), spectra={}),
+        lambda p: replace(
+            p, sites=tuple(replace(s, name=s.name + "x") for s in p.sites), spectra={}
+        ),
     ],
     ids=["twice the same site", "unknown site", "NaN error", "blocked", "unknown in the plan"],
 )
