@@ -578,7 +578,6 @@ def minimise_cost(points: Sequence[Points], ceiling: float | None) -> list[int]:
 def _reason(points: Points, k: int) -> str:
     if points.fixed is not None:
         return points.fixed
-    spec = points.spec(k)
-    if spec is None:
+    if points.spec(k) is None:
         return "dense: its parameters are worth more here than in other weights"
-    return f"keeps {100 * spec.parameters / points.site.parameters:.3g} % of its parameters"
+    return "rank chosen by the budget"

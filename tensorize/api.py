@@ -23,7 +23,7 @@ from tensorize.budget import Budget
 from tensorize.codegen import aten
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import Batch, Plan, TTSpec
+from tensorize.ir import DENSE, Batch, Plan, TTSpec
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize
 from tensorize.passes.order import plan_contraction
@@ -391,9 +391,9 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
             "graphs need inputs to trace the model with", way_out="pass example_inputs="
         )
     sites = {name: site for site in found.sites for name in (site.name, *site.aliases)}
-    marks = {name: (name, site.format, site.ranks) for name, site in sites.items()}
     before = capture.export_graph(densify(model), batch)
-    capture.mark_sites(before, marks)
+    capture.mark_sites(before, {name: (name, DENSE, ()) for name in sites})
+    marks = {name: (name, site.format, site.ranks) for name, site in sites.items()}
     for name, _ in weight.factored(model):
         marks |= dict.fromkeys(weight.core_names(model, name), marks[name])
     after = capture.export_graph(model, batch)

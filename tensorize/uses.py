@@ -306,7 +306,7 @@ def view(func: Any, args: tuple, kwargs: dict, frame: Frame, weight: Any) -> Fra
     owner = getattr(func, "__self__", None)
     if func in _IDENTITIES or (func in _CASTS and _keeps_dtype(func, args, kwargs, weight)):
         return frame
-    if func is torch.Tensor.view_as and args[1].shape == weight.shape:
+    if func is torch.Tensor.view_as and len(args) == 2 and args[1].shape == weight.shape:
         return frame
     if dims not in (2, 3) or frame.shape is not None:
         return None  # a convolution's weight

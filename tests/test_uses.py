@@ -441,7 +441,7 @@ def test_grouped_mm_of_two_matrices_is_no_matmul_against_a_stack() -> None:
         lambda: F.grouped_mm(draw((16, 16), dtype=torch.float32), weight, offs=ends), weight
     )
     assert seen.matmuls == []
-    assert seen.others == ["grouped_mm"]
+    assert len(seen.others) == 1
 
 
 def test_asking_for_shape_dtype_and_device_is_no_use() -> None:
