@@ -7,14 +7,15 @@ the first layers; where nothing runs, modules are read by their type (``passes/s
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from tensorize.errors import CaptureError
 from tensorize.forward import run, untouched
@@ -164,28 +165,31 @@ def _guesses(model: nn.Module) -> Iterator[Any]:
 
 
 def export_graph(model: nn.Module, batch: Batch) -> fx.GraphModule:
-    """The aten-level graph of one forward pass, by ``torch.export`` (non-strict).
+    """The aten-level graph of one forward pass, by ``torch.export``.
+
+    Non-strict first; strict, through dynamo, where a model takes another way when it is compiled.
 
     Raises:
         CaptureError: the model cannot be exported with these inputs.
     """
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    try:
-        if cached and config is not None:
-            config.use_cache = False  # a key-value cache is no tensor that a graph can return
-        with untouched(model):
-            program = torch.export.export(model, batch.args, dict(batch.kwargs), strict=False)
-    except Exception as error:
+    kwargs = dict(batch.kwargs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        kwargs["use_cache"] = False  # a key-value cache is no tensor that a graph can return
+    failures: list[Exception] = []
+    for strict in (False, True):
+        try:
+            with untouched(model), _silent("torch._subclasses", "torch._dynamo", "torch.export"):
+                program = torch.export.export(model, batch.args, kwargs, strict=strict)
+            break
+        except Exception as error:  # export raises errors of many kinds
+            failures.append(error)
+    else:
+        first = failures[0]
         raise CaptureError(
-            f"torch.export cannot trace the model: {type(error).__name__}: {error}",
+            f"torch.export cannot trace the model: {type(first).__name__}: {first}",
             way_out="graphs() needs a model that torch.export accepts; everything else works",
-        ) from error
-    finally:
-        if cached and config is not None:
-            config.use_cache = cached
-    graph = program.graph_module
-    signature = program.graph_signature
+        ) from first
+    graph, signature = program.graph_module, program.graph_signature
     graph.meta["tensorize_names"] = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -193,14 +197,20 @@ def export_graph(model: nn.Module, batch: Batch) -> fx.GraphModule:
     return graph
 
 
-def placeholder_inputs(batch: Batch) -> Batch:
-    """The same arguments without their values: zeros of the same shapes, for a later trace."""
-
-    def blank(value: Any) -> Any:
-        return torch.zeros_like(value) if isinstance(value, Tensor) else value
-
-    args, kwargs = pytree.tree_map(blank, (batch.args, dict(batch.kwargs)))
-    return Batch(args, kwargs, None)
+@contextlib.contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Keep loggers and warnings quiet about an attempt whose failure is handled."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 _VIEWS = ("aten.t.", "aten.permute.", "aten.transpose.", "aten.view.", "aten.detach.", "aten.to.")

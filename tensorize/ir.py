@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 
@@ -30,7 +30,9 @@ class TTSpec:
 
     The weight's row index is the tuple of all row modes, major first, and so is the column index.
     Axes of size 1 (outer ranks, absent modes) are not stored: ``core_shapes`` is what the tensors
-    really have, ``cores`` the names of their axes.
+    really have, ``cores`` the names of their axes, ``size`` the size of each by name. ``shape`` is
+    that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]`` and
+    ``"tt"`` for every other chain; ``single`` is the spec of one expert.
 
     Args:
         row_modes: factors of the number of rows, one a core (1 where a core has none).
@@ -47,6 +49,12 @@ class TTSpec:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     batch: tuple[str, ...]
+
+    if TYPE_CHECKING:
+        size: Mapping[str, int] = field(init=False, compare=False)
+        shape: tuple[int, ...] = field(init=False, compare=False)
+        format: str = field(init=False, compare=False)
+        single: TTSpec = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -102,25 +110,28 @@ class TTSpec:
             strict=True,
         ):
             object.__setattr__(self, name, value)
+        # Derived once, as plain attributes: they are read at every call of a rewritten module, and
+        # by dynamo, which traces plain attributes best.
+        size = dict(sizes)
+        lead = tuple(size[name] for name in batch)
+        m, n = (math.prod(size[name] for name in names) for names in (rows, columns))
+        split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
+        for name, value in (
+            ("size", size),
+            ("shape", (*lead, m, n)),
+            ("format", LOW_RANK if split else TT),
+        ):
+            object.__setattr__(self, name, value)
+        single = TTSpec(self.row_modes, self.column_modes, self.ranks) if batch else self
+        object.__setattr__(self, "single", single)
 
     @classmethod
     def low_rank(cls, m: int, n: int, r: int, *, experts: int = 0) -> TTSpec:
         """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
         return cls((m, 1), (1, n), (r,), experts=experts)
 
-    @cached_property
-    def size(self) -> Mapping[str, int]:
-        """Size of every index, by name."""
-        return dict(self.sizes)
-
     def _product(self, names: Sequence[str]) -> int:
         return math.prod(self.size[name] for name in names)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that the cores stand for: (m, n), or (experts, m, n)."""
-        lead = tuple(self.size[name] for name in self.batch)
-        return (*lead, self._product(self.rows), self._product(self.columns))
 
     @property
     def core_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -146,13 +157,6 @@ class TTSpec:
     def parameters(self) -> int:
         """Number of elements of all cores together."""
         return sum(math.prod(shape) for shape in self.core_shapes)
-
-    @property
-    def format(self) -> str:
-        """``"low_rank"`` for ``[m | n]``, ``"tt"`` for every other chain."""
-        two = len(self.cores) == 2
-        split = two and not (set(self.cores[0]) & set(self.columns))
-        return LOW_RANK if split and not (set(self.cores[1]) & set(self.rows)) else TT
 
     def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
         """The same modes with other inner ranks."""

@@ -7,8 +7,9 @@ know: ``api`` registers the backends when tensorize is imported.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from tensorize.ir import LOW_RANK, TTSpec
 
 Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
+Contractions = Mapping[str, Contraction]
+"""The callables of one spec by what they contract: ``"columns"`` and ``"rows"``."""
+
 _backend: Callable[[TTSpec, str], Contraction] | None = None
 
 
@@ -25,30 +29,38 @@ def register_backend(build: Callable[[TTSpec, str], Contraction]) -> None:
     """Say how the callable for (spec, contract) is made."""
     global _backend
     _backend = build
-    _contraction.cache_clear()
+    contractions.cache_clear()
 
 
 @lru_cache(maxsize=4096)
-def _contraction(spec: TTSpec, contract: str) -> Contraction:
+def contractions(spec: TTSpec) -> Contractions:
+    """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order."""
+    if spec.format == LOW_RANK:
+        return {}
     if _backend is None:
         raise RuntimeError("no contraction backend is registered: import tensorize first")
-    return _backend(spec, contract)
+    return {contract: _backend(spec, contract) for contract in ("columns", "rows")}
 
 
 def matmul(
-    spec: TTSpec, cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None = None
+    contractions: Contractions,
+    cores: Sequence[Tensor],
+    x: Tensor,
+    contract: str,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + bias (``contract="columns"``) or x W + bias (``"rows"``), W never built for low rank.
 
-    ``x`` is (..., N) or (..., M), the result (..., M) or (..., N).
+    ``x`` is (..., N) or (..., M), the result (..., M) or (..., N); ``contractions`` are those of
+    the weight's spec.
     """
-    if spec.format == LOW_RANK and not spec.batch:
-        left, right = cores
-        if contract == "columns":
-            return F.linear(F.linear(x, right), left, bias)
-        return F.linear(F.linear(x, left.t()), right.t(), bias)
-    y = _contraction(spec, contract)(x, cores)
-    return y if bias is None else y + bias
+    if contractions:
+        y = contractions[contract](x, cores)
+        return y if bias is None else y + bias
+    left, right = cores
+    if contract == "columns":
+        return F.linear(F.linear(x, right), left, bias)
+    return F.linear(F.linear(x, left.t()), right.t(), bias)
 
 
 def lookup(
@@ -61,12 +73,23 @@ def lookup(
     """
     if spec.format == LOW_RANK:
         left, right = cores
-        return F.linear(F.embedding(rows, left, padding_idx), right.t())
+        result = F.linear(F.embedding(rows, left), right.t())
+    else:
+        result = _lookup_train(spec, cores, rows)
+    if padding_idx is None or not result.requires_grad:
+        return result
+    # As nn.Embedding: what arrives at the padding row changes nothing.
+    padding = rows == padding_idx % math.prod(spec.row_modes)
+    return torch.where(padding.unsqueeze(-1), result.detach(), result)
+
+
+def _lookup_train(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
     remaining = rows.reshape(-1)
     digits: list[Tensor] = []
-    for mode in reversed(spec.row_modes):
+    for mode in reversed(spec.row_modes[1:]):
         digits.append(remaining % mode)
         remaining = torch.div(remaining, mode, rounding_mode="floor")
+    digits.append(remaining)  # not reduced: the first core refuses a row that the table lacks
     digits.reverse()
     # result: (B, columns so far, rank); a core's slice: (B, rank, columns, next rank)
     result: Tensor | None = None
@@ -79,34 +102,73 @@ def lookup(
         if result is None:
             result = part
         else:
-            result = torch.bmm(result.reshape(part.shape[0], -1, ranks[k]), part)
+            so_far = math.prod(spec.column_modes[:k])
+            result = torch.bmm(result.reshape(-1, so_far, ranks[k]), part)
     assert result is not None
-    width = math.prod(spec.column_modes)
-    result = result.reshape(*rows.shape, width)
-    if padding_idx is None:
-        return result
-    # As nn.Embedding: the padding row gets no gradient.
-    return torch.where((rows == padding_idx).unsqueeze(-1), result.detach(), result)
+    return result.reshape(*rows.shape, math.prod(spec.column_modes))
 
 
-def grouped_matmul(
-    spec: TTSpec, cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str
-) -> Tensor:
-    """Each expert's rows of ``x`` (S, N) against its own low-rank weight; offsets: row ends (E,).
-
-    ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros.
-    """
+def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
+    """Each expert's rows of x (S, N) against its own low-rank weight; offsets: ends of rows (E,)."""
     left, right = cores
+    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros.
     missing = -left.shape[-1] % (16 // left.element_size())
     if missing:
         left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
     if contract == "columns":
-        left, right = right.transpose(1, 2), left.transpose(1, 2)
-    return F.grouped_mm(F.grouped_mm(x, left, offs=offsets), right, offs=offsets)
+        left, right = right.mT, left.mT
+    # Compiled graphs know ``grouped_mm`` in bfloat16 only: for others it is one opaque operation.
+    opaque = torch.compiler.is_compiling() and x.dtype != torch.bfloat16
+    multiply = _grouped_mm if opaque else _torch_grouped_mm
+    return multiply(multiply(x, left, offsets), right, offsets)
+
+
+def _torch_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight, offs=offsets)
+
+
+@torch.library.custom_op("tensorize::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of x (S, K) between two offsets times their expert's weight (E, K, N)."""
+    return F.grouped_mm(x, weight, offs=offsets)
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("tensorize::grouped_outer", mutates_args=())
+def _grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """Xᵀ Y of every expert's rows: (E, K, N)."""
+    result = x.new_zeros(offsets.shape[0], x.shape[1], y.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        torch.mm(x[start:end].t(), y[start:end], out=result[expert])
+        start = end
+    return result
+
+
+@_grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
+
+
+def _save_grouped(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, offsets = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_x = _grouped_mm(gradient, weight.mT, offsets)
+    return of_x, _grouped_outer(x, gradient, offsets), None
+
+
+_grouped_mm.register_autograd(_grouped_backward, setup_context=_save_grouped)
 
 
 def convolution(
-    spec: TTSpec,
     cores: Sequence[Tensor],
     x: Tensor,
     shape: Sequence[int],

@@ -11,7 +11,6 @@ meets the input: ``"columns"`` for y = x Wᵀ, ``"rows"`` for y = x W, ``"lookup
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,42 +84,71 @@ class Frame:
 Reader = Callable[[tuple, dict, Any], "Matmul | None"]
 
 
-def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any] | None:
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError:
-        return None
-    bound.apply_defaults()
-    return bound.arguments
+@dataclass(frozen=True)
+class _Signature:
+    """Names of a function's arguments in order, and what the optional ones default to.
+
+    Not ``inspect.Signature``: this is read at every call, and traced by dynamo.
+    """
+
+    names: tuple[str, ...]
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def bind(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """Arguments by name; None where they do not fit."""
+        if len(args) > len(self.names):
+            return None
+        call = dict(self.defaults)
+        for name, value in zip(self.names, args, strict=False):
+            call[name] = value
+        for name, value in kwargs.items():
+            if name not in self.names and name not in call:
+                return None
+            call[name] = value
+        return call if all(name in call for name in self.names) else None
 
 
-def _parameters(text: str) -> inspect.Signature:
-    namespace: dict[str, Any] = {}
-    exec(f"def call({text}): ...", namespace)  # the tables below are the only callers
-    return inspect.signature(namespace["call"])
-
-
-_LINEAR = _parameters("input, weight, bias=None")
-_ADDMM = _parameters("input, mat1, mat2, *, beta=1, alpha=1, out=None")
-_MATMUL = _parameters("input, other, *, out=None")
-_EMBEDDING = _parameters(
-    "input, weight, padding_idx=None, max_norm=None, norm_type=2.0, "
-    "scale_grad_by_freq=False, sparse=False"
+_LINEAR = _Signature(("input", "weight", "bias"), (("bias", None),))
+_ADDMM = _Signature(("input", "mat1", "mat2"), (("beta", 1), ("alpha", 1), ("out", None)))
+_MATMUL = _Signature(("input", "other"), (("out", None),))
+_EMBEDDING = _Signature(
+    (
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    ),
+    (
+        ("padding_idx", None),
+        ("max_norm", None),
+        ("norm_type", 2.0),
+        ("scale_grad_by_freq", False),
+        ("sparse", False),
+    ),
 )
-_GROUPED = _parameters("mat_a, mat_b, offs=None, bias=None, out_dtype=None")
-_CONVOLUTION = _parameters("input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1")
-_GROUPED_FALLBACK = _parameters("input, weight, offs")
+_GROUPED = _Signature(
+    ("mat_a", "mat_b", "offs", "bias", "out_dtype"),
+    (("offs", None), ("bias", None), ("out_dtype", None)),
+)
+_CONVOLUTION = _Signature(
+    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    (("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)),
+)
+_GROUPED_FALLBACK = _Signature(("input", "weight", "offs"))
 
 
 def _linear(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_LINEAR, args, kwargs)
+    call = _LINEAR.bind(args, kwargs)
     if call is None or call["weight"] is not weight or call["input"] is weight:
         return None
     return Matmul("linear", "columns", call["input"], bias=call["bias"])
 
 
 def _addmm(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_ADDMM, args, kwargs)
+    call = _ADDMM.bind(args, kwargs)
     if call is None or call["mat2"] is not weight or call["out"] is not None:
         return None
     if call["mat1"] is weight or call["input"] is weight or (call["beta"], call["alpha"]) != (1, 1):
@@ -129,7 +157,7 @@ def _addmm(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
 
 
 def _matmul(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_MATMUL, args, kwargs)
+    call = _MATMUL.bind(args, kwargs)
     if call is None or call["out"] is not None or call["input"] is call["other"]:
         return None
     if call["other"] is weight:
@@ -179,7 +207,7 @@ def _einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
 
 
 def _embedding(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_EMBEDDING, args, kwargs)
+    call = _EMBEDDING.bind(args, kwargs)
     if call is None or call["weight"] is not weight or call["max_norm"] is not None:
         return None
     if call["sparse"] or call["scale_grad_by_freq"]:
@@ -188,7 +216,7 @@ def _embedding(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
 
 
 def _grouped(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_GROUPED, args, kwargs)
+    call = _GROUPED.bind(args, kwargs)
     if call is None or call["mat_b"] is not weight or call["offs"] is None:
         return None
     if call["bias"] is not None or call["out_dtype"] is not None:
@@ -199,14 +227,14 @@ def _grouped(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
 
 
 def _grouped_fallback(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_GROUPED_FALLBACK, args, kwargs)
+    call = _GROUPED_FALLBACK.bind(args, kwargs)
     if call is None or call["weight"] is not weight:
         return None
     return Matmul("grouped_mm", "rows", call["input"], offsets=call["offs"])
 
 
 def _convolution(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
-    call = _bind(_CONVOLUTION, args, kwargs)
+    call = _CONVOLUTION.bind(args, kwargs)
     if call is None or call["weight"] is not weight or call["groups"] != 1:
         return None
     x, dims = call["input"], weight.dim() - 2
@@ -276,9 +304,9 @@ def read(
 
     ``frame`` says how ``weight`` looks at its parameter; a lazy weight brings its own.
     """
-    if weight.dim() < 2:
+    if isinstance(weight, Tensor) and weight.dim() < 2:
         return None  # a bias, a scale: no matrix
-    frame = frame or getattr(weight, "frame", None) or Frame()
+    looked_at = frame or getattr(weight, "frame", None) or Frame()
     try:
         reader = _READERS.get(func)
     except TypeError:  # an unhashable callable is none of ours
@@ -286,7 +314,7 @@ def read(
     if reader is None and "grouped_mm_fallback" in str(func):
         reader = _grouped_fallback
     matmul = None if reader is None else reader(args, kwargs, weight)
-    return matmul if matmul is not None and frame.allows(matmul) else None
+    return matmul if matmul is not None and looked_at.allows(matmul) else None
 
 
 # ------------------------------------------------------------------- calls that are views

@@ -34,21 +34,23 @@ class FactoredWeight:
     Shape, dtype and device cost nothing. ``dense()`` builds the matrix, differentiably.
     """
 
-    __slots__ = ("cores", "frame", "spec")
+    __slots__ = ("contractions", "cores", "frame", "shape", "spec")
 
-    def __init__(self, spec: TTSpec, cores: tuple[Tensor, ...], frame: Frame) -> None:
+    def __init__(
+        self,
+        spec: TTSpec,
+        cores: tuple[Tensor, ...],
+        frame: Frame,
+        contractions: ops.Contractions | None = None,
+    ) -> None:
         self.spec, self.cores, self.frame = spec, cores, frame
-
-    @property
-    def shape(self) -> torch.Size:
-        if self.frame.shape is not None:
-            return torch.Size(self.frame.shape)
-        shape = list(self.spec.shape)
-        if self.frame.expert is not None:
-            shape = shape[1:]
-        if self.frame.transposed:
-            shape[-2:] = shape[:-3:-1]
-        return torch.Size(shape)
+        self.contractions = contractions or {}
+        shape = spec.shape if frame.expert is None else spec.single.shape
+        if frame.shape is not None:
+            shape = frame.shape
+        if frame.transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        self.shape = torch.Size(shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,8 +99,7 @@ class FactoredWeight:
         return weight.transpose(-1, -2) if self.frame.transposed else weight
 
     def _one_expert(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
-        spec = TTSpec(self.spec.row_modes, self.spec.column_modes, self.spec.ranks)
-        return spec, tuple(core[self.frame.expert] for core in self.cores)
+        return self.spec.single, tuple(core[self.frame.expert] for core in self.cores)
 
     def t(self) -> FactoredWeight | Tensor:
         return torch.t(self)  # type: ignore[arg-type]
@@ -139,7 +140,7 @@ class FactoredWeight:
             return weight._run(weight.frame.turn(matmul))
         frame = uses.view(func, args, kwargs, weight.frame, weight)
         if frame is not None:
-            return FactoredWeight(weight.spec, weight.cores, frame)
+            return FactoredWeight(weight.spec, weight.cores, frame, weight.contractions)
         dense = {id(w): w.dense() for w in _factored(args, kwargs)}
 
         def plain(value: Any) -> Any:
@@ -163,11 +164,12 @@ class FactoredWeight:
         if matmul.contract == "lookup":
             return ops.lookup(spec, cores, matmul.x, matmul.padding_idx)
         if matmul.offsets is not None:
-            return ops.grouped_matmul(spec, cores, matmul.x, matmul.offsets, matmul.contract)
+            return ops.grouped_matmul(cores, matmul.x, matmul.offsets, matmul.contract)
         if matmul.convolution is not None:
             shape, call = self.shape, matmul.convolution
-            return ops.convolution(spec, cores, matmul.x, shape, call, matmul.bias)
-        return matmul.from_rows(ops.matmul(spec, cores, matmul.x, matmul.contract, matmul.bias))
+            return ops.convolution(cores, matmul.x, shape, call, matmul.bias)
+        y = ops.matmul(self.contractions, cores, matmul.x, matmul.contract, matmul.bias)
+        return matmul.from_rows(y)
 
 
 def _factored(args: tuple, kwargs: dict) -> Iterator[FactoredWeight]:
@@ -189,11 +191,20 @@ class Cores(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.frame = spec, frame or Frame()
+        self.contractions = ops.contractions(spec)
         for k, core in enumerate(cores):
             self.register_parameter(f"core_{k}", core)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The contractions are compiled functions: they are found again by the spec.
+        return {k: v for k, v in self.__dict__.items() if k != "contractions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.contractions = ops.contractions(self.spec)
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -237,7 +248,7 @@ def _lazy_weight(parameter: str) -> property:
 
     def get(owner: nn.Module) -> FactoredWeight:
         cores: Cores = owner._modules[holder]  # type: ignore[assignment]
-        return FactoredWeight(cores.spec, cores.tensors(), cores.frame)
+        return FactoredWeight(cores.spec, cores.tensors(), cores.frame, cores.contractions)
 
     def put(owner: nn.Module, value: Any) -> None:
         # Code that ties weights assigns one module's weight to another: the tie is already there.

@@ -99,6 +99,19 @@ def test_gradients_reach_every_core(name: str) -> None:
     assert [n for n in without if "pooler" not in n] == []
 
 
+@ALL
+def test_graphs_show_what_became_of_every_factorized_site(name: str) -> None:
+    case = CASES[name]
+    small = tensorize.compile(case.model(), budget=0.4, example_inputs=case.batch())
+    graphs = tensorize.graphs(small, case.batch())
+    diff = graphs.diff()
+    shown = {site[0] for site in graphs.after.meta["tensorize_sites"].values()}
+    for site in tensorize.report(small).sites:
+        if site.format == "low_rank":
+            assert shown & {site.name, *site.aliases}, site.name
+            assert f"low rank {site.ranks[0]}" in diff
+
+
 def test_inplace_frees_every_dense_weight_as_its_cores_come() -> None:
     case = CASES["llama"]
     model = case.model()
