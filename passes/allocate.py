@@ -134,23 +134,29 @@ class Allocate:
             return [0] * len(points)
         budget = self.budget
         if budget.error is not None:
-            points[:] = [_within_error(p, budget.error) for p in points]
+            points[:] = _within_error(points, budget.error)
         limits = budget.limits(dense)
         caps = np.array([limits.get(cost, np.inf) for cost in COSTS]) - overhead
         _check_feasible(points, caps, overhead, limits, dense)
         ceiling = self._distortion_limit(program)
-        if limits:
+        try:
             choice = minimise_distortion(points, caps)
-            if ceiling is not None and _lost(points, choice) > ceiling:
-                reached = program.predictor.predict(_lost(points, choice))[0]
-                raise BudgetError(
-                    f"no choice within {budget} keeps the predicted rise of the loss: the "
-                    f"smallest reached is {reached:.4g}",
-                    site=_largest(points, choice),
-                    way_out=f"allow loss={reached * 1.01:.4g}, or a larger size",
-                )
-            return choice
-        return minimise_cost(points, ceiling)
+        except _TooTight as tight:
+            j, need = tight.cost, int(tight.total + overhead[tight.cost])
+            raise BudgetError(
+                f"the limits of {budget} cannot be met together: within the others, the smallest "
+                f"{COSTS[j]} found is {need:,}",
+                way_out=f"{COSTS[j]}={need}, or a larger limit on what it is traded for",
+            ) from None
+        if ceiling is not None and _lost(points, choice) > ceiling:
+            reached = program.predictor.predict(_lost(points, choice))[0]
+            raise BudgetError(
+                f"no choice within {budget} keeps the predicted rise of the loss: the "
+                f"smallest reached is {reached:.4g}",
+                site=_largest(points, choice),
+                way_out=f"allow loss={reached * 1.01:.4g}, a larger size, or more formats=",
+            )
+        return choice if limits else minimise_cost(points, ceiling)
 
     def _distortion_limit(self, program: Program) -> float | None:
         """The largest sum of distortions whose predicted loss is within the budget."""
@@ -387,17 +393,17 @@ def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str
 # ------------------------------------------------------------------------------ optimisation
 
 
-def _within_error(points: Points, error: float) -> Points:
-    """Only the points of a weight whose relative error is within the limit."""
-    keep = np.flatnonzero(points.errors <= error)
-    if len(keep) == 0:
+def _within_error(points: Sequence[Points], error: float) -> list[Points]:
+    """Only the points of each weight whose relative error is within the limit."""
+    worst = max(points, key=lambda p: p.errors.min(), default=None)
+    if worst is not None and worst.errors.min() > error:
+        least = worst.errors.min() * 1.001  # printed with few digits, it must still be enough
         raise BudgetError(
-            f"no allowed point has an error within {error:g}: the smallest is "
-            f"{points.errors.min():.4g}",
-            site=points.site.name,
-            way_out="allow 'dense' in formats=, or a larger error",
+            f"no allowed point has an error within {error:g}: the smallest is {least:.4g}",
+            site=worst.site.name,
+            way_out=f"error={least:.4g}, or allow 'dense' in formats=",
         )
-    return points.only(keep)
+    return [p.only(np.flatnonzero(p.errors <= error)) for p in points]
 
 
 def _check_feasible(
@@ -420,13 +426,15 @@ def _check_feasible(
         blocking = [f"{p.site.name} ({int(v):,}: {p.fixed})" for v, p in fixed[:3] if v > 0]
         if overhead[j]:
             blocking.append(f"biases, norms and other small parameters ({int(overhead[j]):,})")
+        share = np.ceil(need / whole[j] * 1e4) / 1e4  # with four digits, still enough
+        short = cost == "params" and share <= 1
         raise BudgetError(
             f"{cost} cannot be within {limits[cost]:,.0f}: the smallest feasible value is "
             f"{need:,} ({need / whole[j]:.4f} of the dense model); in the way: "
             f"{'; '.join(blocking) or 'every weight is at its smallest rank already'}",
             site=fixed[0][1].site.name if fixed else None,
-            way_out=f"budget={np.ceil(need / whole[j] * 1e4) / 1e4:.4f}, or allow more weights "
-            "to be factorized (include=, exclude=, formats=)",
+            way_out=f"budget={f'{share:.4f}' if short else f'tensorize.Budget({cost}={need})'}, "
+            "or allow more weights to be factorized (include=, exclude=, formats=)",
         )
 
 
@@ -463,8 +471,16 @@ def minimise_distortion(points: Sequence[Points], caps: np.ndarray) -> list[int]
         if len(active) == 1 or np.allclose(before, multipliers, rtol=1e-3):
             break
     if not np.all(_total(points, choice) <= caps):
-        choice = _repair(points, choice, caps)
+        choice = _repair(points, choice, caps) or _tightest(points, caps, active)
     return _spend(points, choice, caps)
+
+
+class _TooTight(Exception):
+    """No choice was found within all caps; within the others, ``cost`` can be as low as ``total``."""
+
+    def __init__(self, cost: int, total: float) -> None:
+        super().__init__(cost, total)
+        self.cost, self.total = cost, total
 
 
 def _bisect(points: Sequence[Points], multipliers: np.ndarray, j: int, cap: float) -> list[int]:
@@ -492,22 +508,51 @@ def _bisect(points: Sequence[Points], multipliers: np.ndarray, j: int, cap: floa
     return at(high)
 
 
-def _repair(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> list[int]:
-    """Step down, least harm for what it saves first, until every cap holds."""
+def _repair(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> list[int] | None:
+    """Step down, least harm for what it saves first, until every cap holds; None where stuck."""
     choice = list(choice)
-    while np.any(over := _total(points, choice) > caps):
+    unit = np.where(np.isfinite(caps), np.maximum(caps, 1.0), np.inf)
+    total = _total(points, choice)
+    while (excess := _excess(total, caps, unit)) > 0:
         best: tuple[float, int, int] | None = None
         for i, p in enumerate(points):
-            saved = (p.costs[choice[i]] - p.costs)[:, over].sum(1)
-            harm = p.objective - p.objective[choice[i]]
-            for k in np.flatnonzero(saved > 0):
-                rate = max(harm[k], 0.0) / saved[k]
+            # What limits are traded for each other: only steps that lower the whole excess count.
+            saved = excess - _excess(total + p.costs - p.costs[choice[i]], caps, unit)
+            harm = np.maximum(p.objective - p.objective[choice[i]], 0.0)
+            for k in np.flatnonzero(saved > 1e-12 * excess):
+                rate = float(harm[k] / saved[k])
                 if best is None or rate < best[0]:
                     best = (rate, i, int(k))
         if best is None:
-            raise BudgetError("the limits cannot be met together", way_out="relax one of them")
-        choice[best[1]] = best[2]
+            return None
+        _, i, k = best
+        choice[i] = k
+        total = _total(points, choice)
     return choice
+
+
+def _excess(total: np.ndarray, caps: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """By how much the caps are exceeded, in shares of each, together."""
+    return (np.maximum(total - caps, 0.0) / unit).sum(-1)
+
+
+def _tightest(points: Sequence[Points], caps: np.ndarray, active: Sequence[int]) -> list[int]:
+    """A choice within the caps, looked for as the least of one cost within the other caps.
+
+    Raises:
+        _TooTight: none was found; it tells the limit that is missed by least.
+    """
+    missed: list[tuple[float, int, float]] = []
+    for j in active:
+        others = caps.copy()
+        others[j] = np.inf
+        choice = minimise_distortion([replace(p, objective=p.costs[:, j]) for p in points], others)
+        total = float(_total(points, choice)[j])
+        if total <= caps[j]:
+            return choice
+        missed.append((total / max(caps[j], 1.0), j, total))
+    _, j, total = min(missed)
+    raise _TooTight(j, total)
 
 
 def _spend(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> list[int]:
@@ -550,21 +595,16 @@ def _spend(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> lis
 
 
 def minimise_cost(points: Sequence[Points], ceiling: float | None) -> list[int]:
-    """The fewest parameters with the sum of distortions within ``ceiling`` (None: no limit)."""
+    """The fewest parameters with the sum of distortions within ``ceiling`` (None: no limit).
+
+    Where even the least distortion is above the ceiling, that is the choice.
+    """
     smallest = [int(np.argmin(p.costs[:, 0])) for p in points]
     if ceiling is None or _lost(points, smallest) <= ceiling:
         return smallest
-    low, high = 0.0, float(_total(points, [len(p.labels) - 1 for p in points])[0])
     caps = np.full(len(COSTS), np.inf)
-    choice = minimise_distortion(points, np.full(len(COSTS), np.inf))
-    if _lost(points, choice) > ceiling:
-        raise BudgetError(
-            "no choice keeps the predicted rise of the loss",
-            site=_largest(points, choice),
-            way_out="allow a larger loss, or 'dense' in formats=",
-        )
-    least = float(_total(points, smallest)[0])
-    low = max(low, least)
+    choice = minimise_distortion(points, caps)
+    low, high = (float(_total(points, found)[0]) for found in (smallest, choice))
     while high - low > max(1.0, 1e-5 * high):
         caps[0] = (low + high) / 2
         trial = minimise_distortion(points, caps)

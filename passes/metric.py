@@ -6,6 +6,7 @@ for ``input``; for ``loss`` the other is the gradients', and ½ of the sum is a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -120,11 +121,11 @@ def _root(moment: Tensor | None, site: Site) -> Tensor | None:
     moment = moment.double()
     diagonal = moment if moment.dim() == 1 else moment.diagonal()
     mean = float(diagonal.mean())
-    if not mean > 0:
+    if mean <= 0:
         return torch.full_like(diagonal, 1e-12).float()
-    if moment.dim() == 1:
+    if moment.dim() == 1 and math.isfinite(mean):
         return (moment + DAMPING * mean).sqrt().float()
-    for damping in (DAMPING, 10 * DAMPING):
+    for damping in (DAMPING, 10 * DAMPING) if torch.isfinite(moment).all() else ():
         damped = moment.clone()
         damped.diagonal().add_(damping * mean)
         factor, info = torch.linalg.cholesky_ex(damped)

@@ -127,6 +127,8 @@ def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
             continue
         if lead == tuple(mask.shape) or lead == (mask.numel(),):
             return (mask != 0).reshape(-1)
+        if contract == "lookup" and lead in (mask.shape[1:], (1, mask.shape[1])):
+            return (mask != 0).any(0)  # a table of positions: one row for the whole batch
     return None
 
 
@@ -211,7 +213,8 @@ class PreservedLoss:
             share = count / max(a.rows.shape[0], 1)
             if a.logits:
                 p, q = a.rows.float().log_softmax(-1), b.rows.float().log_softmax(-1)
-                total += share * float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                terms = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss
+                total += share * float(terms.sum(dtype=torch.float64))
             else:
                 error = float((a.rows - b.rows).double().square().sum())
                 total += share * error / max(self.variances[a.name], 1e-30)

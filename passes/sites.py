@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.forward import untouched
 from tensorize.ir import Site, Use
+from tensorize.observer import Observer
 from tensorize.passes.pipeline import Program
-from tensorize.uses import Frame, Matmul, Observer
+from tensorize.uses import Frame, Matmul
 
 Select = str | Sequence[str] | Callable[[Site], bool] | None
 
@@ -69,15 +70,20 @@ def _names(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
 
 def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
     """Matmul uses, and one other use, of every parameter in a run of the model."""
-    rows: dict[str, dict[tuple[str, str], int]] = defaultdict(lambda: defaultdict(int))
+    seen: dict[str, dict[Use, int]] = defaultdict(lambda: defaultdict(int))
     other: dict[str, str] = {}
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
-        if matmul.contract == "lookup":
-            count = matmul.x.numel()
-        else:
-            count = _row_count(matmul.to_rows(output))
-        rows[name][matmul.kind, matmul.contract] += count
+        call = matmul.convolution
+        use = Use(
+            matmul.kind,
+            matmul.contract,
+            split=matmul.split,
+            groups=1 if call is None else call.groups,
+            partial=frame.rows is not None,
+        )
+        lookup = matmul.contract == "lookup"
+        seen[name][use] += matmul.x.numel() if lookup else _row_count(matmul.to_rows(output))
         return output
 
     def on_other(name: str, function: str) -> None:
@@ -96,8 +102,8 @@ def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
             "without it the first calibration batch is used",
         ) from error
     uses = {
-        name: [Use(kind, contract, count) for (kind, contract), count in table.items()]
-        for name, table in rows.items()
+        name: [replace(use, rows=count) for use, count in table.items()]
+        for name, table in seen.items()
     }
     return uses, other
 
@@ -121,7 +127,7 @@ def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[Use, ...]:
         elif type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
             uses.append(Use("addmm", "rows"))
         elif type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and owner.groups == 1:
-            uses.append(Use(f"conv{owner.weight.dim() - 2}d", "columns"))
+            uses.append(Use(f"conv{owner.weight.dim() - 2}d", "columns", split=1))
     return tuple(dict.fromkeys(uses))
 
 
@@ -132,15 +138,21 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
     if type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
         return f"it is a {type(parameter.data).__name__}, already in another form"
     if other is not None and other.startswith("conv"):
-        return "a grouped, depthwise or transposed convolution is kept as it is"
+        return f"a {other} of this kind (grouped and transposed, or without batch) is kept as it is"
+    if other is not None and other in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return f"{other} takes all of its weights at once: no factors fit into its kernel"
     if other is not None:
         return f"it is used by {other}, which is no matmul against it"
     if not site.uses:
         return _UNKNOWN
-    if len(site.shape) not in (2, 3) and not site.convolution:
-        return f"a weight of {len(site.shape)} dimensions is not factorized yet"
-    if len(site.shape) == 3 and any(use.contract == "lookup" for use in site.uses):
+    if len({(use.split, use.groups) for use in site.uses}) > 1:
+        return "its uses read it as different matrices"
+    if len(site.shape) > 3 and not site.split:
+        return f"a weight of {len(site.shape)} dimensions used as a stack is not factorized"
+    if site.experts and any(use.contract == "lookup" for use in site.uses):
         return "a lookup in a stack of tables is not factorized"
+    if site.groups > 1 and min(site.matrix) == 1:
+        return "a depthwise convolution: each of its matrices is a single row"
     return None
 
 

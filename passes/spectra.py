@@ -12,6 +12,7 @@ the factors, and the sum itself is evaluated at every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ from tensorize.passes.metric import (
 )
 from tensorize.passes.pipeline import Program
 from tensorize.passes.sites import matches, require_match
+
+_LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 _TT_POINTS = 12
 _PROBE_RANK = 8
@@ -104,6 +107,8 @@ class Spectrum:
             (rank,) = spec.ranks
             if rank <= self.left.shape[-1]:
                 return self.left[..., :rank], self.right[..., :rank, :]
+            if rank < len(self.distortion) - 1:  # it does not pay, and is not stored
+                return _best_factors(weight, average(self.metrics), rank)[:2]
             return exact_factors(weight)
         return tuple(self._train(spec).rounded(spec.ranks)[1])
 
@@ -157,7 +162,8 @@ class ComputeSpectra:
 
 def as_matrix(site: Site, weight: Tensor) -> Tensor:
     """The weight as (M, N), or (experts, M, N): a convolution's kernel is part of its columns."""
-    return weight.reshape(site.matrix) if site.convolution else weight
+    lead = (site.experts,) if site.experts else ()
+    return weight.reshape(*lead, *site.matrix)
 
 
 # -------------------------------------------------------------------------------- decompositions
@@ -184,24 +190,31 @@ def gram_eigenvectors(
     """
     m, n = weight.shape[-2:]
     plain = metric is None or metric.plain
+    found: tuple[Tensor, Tensor] | None = None
     for dtype in dict.fromkeys((weight.dtype, torch.float64) if plain else (torch.float64,)):
         if plain or metric is None:
             matrix = weight.to(dtype)
             gram = matrix.mT @ matrix if n <= m else matrix @ matrix.mT
         else:
             gram = metric.gram(weight) if n <= m else metric.transposed().gram(weight.mT)
-        values, vectors = torch.linalg.eigh(gram)
+        try:
+            values, vectors = torch.linalg.eigh(gram)
+        except _LinAlgError:
+            continue  # squares that overflow, or a solver that does not converge
         vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0)
+        found = vectors, values
         tail = values[..., pay:].sum(-1) if pay < values.shape[-1] else values[..., -1]
         share = tail / values.sum(-1).clamp_min(1e-300)
         # Four digits of the tail: its rounding noise is about eps of the total.
         if bool((share > 1e4 * torch.finfo(dtype).eps).all()):
-            return vectors, values
+            return found
     white = weight.double() if plain or metric is None else metric.whiten(weight)
     try:
         left, sigma, right = torch.linalg.svd(white, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        return vectors, values  # the float64 Gram is right to sqrt(eps) of the largest
+    except _LinAlgError:
+        if found is None:
+            raise
+        return found  # the float64 Gram is right to sqrt(eps) of the largest
     return (right.mT if n <= m else left), sigma.square()
 
 
@@ -210,11 +223,23 @@ def spectrum(
 ) -> Spectrum:
     """The curve of one weight in its metric."""
     m, n = site.matrix
-    work = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-    metric = average(metrics)
     pay = max(1, (m * n - 1) // (m + n))
-    vectors, values = gram_eigenvectors(work, pay, metric)
-    basis = vectors[..., :pay]
+    left, right, values = _best_factors(weight, average(metrics), pay)
+    if len(metrics) == 1:
+        squares = values.double().reshape(-1, values.shape[-1]).sum(0)
+        tails = _tails(squares) * metrics[0].scale
+    else:
+        tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
+    curve = Spectrum(site, formats, metrics, left, right, tails)
+    return _with_trains(curve, weight) if site.takes_trains else curve
+
+
+def _best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best U and V of a rank in one metric, at least in float32, and all whitened σ²."""
+    m, n = weight.shape[-2:]
+    work = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    vectors, values = gram_eigenvectors(work, rank, metric)
+    basis = vectors[..., :rank]
     # The weight meets only the small matrix that is final: its error is that of its own dtype.
     if n <= m:  # W̃ V Vᵀ with V (N, r): U = L_R⁻ᵀ W̃ V = W L_K V, V = Vᵀ L_K⁻¹
         left = work @ _left_times(metric.right, basis).to(work.dtype)
@@ -222,15 +247,7 @@ def spectrum(
     else:  # Q Qᵀ W̃ with Q (M, r): U = L_R⁻ᵀ Q, V = Qᵀ L_Rᵀ W
         left = solve_root(metric.left, basis)
         right = _left_times(metric.left, basis).mT.to(work.dtype) @ work
-    left, right = _balanced(left.to(work.dtype), right.to(work.dtype))
-    if len(metrics) == 1:
-        squares = values.double().reshape(-1, values.shape[-1]).sum(0)
-        tails = _tails(squares) * metric.scale
-    else:
-        tails = _summed_tails(work, metrics, left, right, min(m, n))
-    curve = Spectrum(site, formats, metrics, left, right, tails)
-    plain = not site.experts and not site.convolution
-    return _with_trains(curve, weight) if plain else curve
+    return *_balanced(left.to(work.dtype), right.to(work.dtype)), values
 
 
 def _left_times(root: Tensor | None, basis: Tensor) -> Tensor:
@@ -261,10 +278,11 @@ def _summed_tails(
     for metric in metrics:
         u = root_times(metric.left, left.double())
         v = times_root(right.double(), metric.right)
-        blocks = (u.t() @ u) * (v @ v.t())
-        trailing = blocks.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         whitened_rest = metric.whiten(rest)
-        cross = ((u.t() @ whitened_rest) * v).sum(1)
+        # Experts, where there are several, are summed over: they are cut at one rank.
+        blocks = ((u.mT @ u) * (v @ v.mT)).reshape(-1, stored, stored).sum(0)
+        cross = ((u.mT @ whitened_rest) * v).sum(-1).reshape(-1, stored).sum(0)
+        trailing = blocks.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         cross_tail = torch.cat([cross.flip(0).cumsum(0).flip(0), cross.new_zeros(1)])
         own = torch.cat([trailing, trailing.new_zeros(1)])
         total += metric.scale * (own + 2 * cross_tail + whitened_rest.square().sum())
@@ -299,8 +317,9 @@ def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
     for count in counts:
         row_modes = tt.balanced_modes(m, count)
         column_modes = tuple(reversed(tt.balanced_modes(n, count)))
-        if sum(a * b > 1 for a, b in zip(row_modes, column_modes, strict=True)) < 2:
-            continue  # a prime by a prime: nothing to split
+        split = TTSpec(row_modes, column_modes, (1,) * (count - 1))
+        if split.format == LOW_RANK or 1 in map(math.prod, split.core_shapes):
+            continue  # primes: nothing to split, or a core that holds no mode
         spec, cores = tt.tt_svd(work, row_modes, column_modes)
         train = TensorTrain(spec, tuple(cores))
         trains.append(train)
@@ -332,8 +351,11 @@ def _has_kronecker_structure(weight: Tensor) -> bool:
     (m1, m2), (n1, n2) = tt.balanced_modes(m, 2), tuple(reversed(tt.balanced_modes(n, 2)))
     if min(m1, m2, n1, n2) < 2:
         return False
-    terms = min(_PROBE_RANK, m1 * n1, m2 * n2)
-    rank = max(1, terms * (m1 * n1 + m2 * n2) // (m + n))
+    size = m1 * n1 + m2 * n2
+    terms = min(_PROBE_RANK, m * n // (2 * size))
+    if terms == 0:
+        return False  # so small that a single term saves little
+    rank = max(1, terms * size // (m + n))
     rearranged = weight.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -344,7 +366,7 @@ def _has_kronecker_structure(weight: Tensor) -> bool:
 
 
 def formats_by_site(sites: Sequence[Site], option: FormatsOption) -> dict[str, tuple[str, ...]]:
-    """The formats that each site may take; dense is always among them."""
+    """The formats that each site may take: dense and low rank where nothing else is asked for."""
     default = (DENSE, LOW_RANK)
     if option is None:
         return {site.name: default for site in sites}

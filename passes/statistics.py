@@ -8,19 +8,20 @@ Martens & Grosse 2015). No gradient of a weight is ever computed, and the model 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tensorize.errors import AnalysisError
 from tensorize.forward import untouched
-from tensorize.ir import Batch
+from tensorize.ir import Batch, Site
+from tensorize.observer import Observer
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call, row_mask
-from tensorize.uses import Frame, Matmul, Observer, patches
+from tensorize.uses import Frame, Matmul, patches
 
 # A side with more entries than this keeps only the diagonal of its second moment (float64: a full
 # one of 8192 takes 512 MB).
@@ -68,19 +69,31 @@ class CollectStatistics:
             return replace(program, summary="none needed: the weights alone")
         free = {site.name for site in program.sites if site.blocked is None}
         wanted = [(n, p) for n, p in program.model.named_parameters() if n in free]
+        sites = {site.name: site for site in program.sites}
         generator = torch.Generator().manual_seed(program.seed)
         moments: dict[str, Moments] = {name: Moments() for name in sorted(free)}
         output_rows = 0
+        changed: set[str] = set()
         for position, batch in enumerate(self.batches):
             program.progress("statistics", position, len(self.batches))
             if program.metric == "loss":
                 assert self.loss is not None
+                if position == 0:
+                    changed = _changed_after_use(program.model, batch, wanted)
                 rows = _add_gradients(
-                    program.model, batch, position, wanted, moments, self.loss, generator
+                    program.model,
+                    batch,
+                    position,
+                    wanted,
+                    sites,
+                    moments,
+                    self.loss,
+                    generator,
+                    changed,
                 )
                 output_rows += rows
             else:
-                _add_inputs(program.model, batch, position, wanted, moments)
+                _add_inputs(program.model, batch, position, wanted, sites, moments)
         program.progress("statistics", len(self.batches), len(self.batches))
         notes = [*program.notes, *_normalise(moments, output_rows, program.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
@@ -92,17 +105,32 @@ def _add_inputs(
     batch: Batch,
     position: int,
     wanted: Sequence[tuple[str, nn.Parameter]],
+    sites: Mapping[str, Site],
     moments: Mapping[str, Moments],
 ) -> None:
-    shapes = _shapes(wanted)
-
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         mask = row_mask(matmul.x, batch, matmul.contract)
-        _add_term(moments[name].term(matmul.contract), shapes[name], matmul, None, mask)
+        _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, None, mask)
         return output
 
     with untouched(model), Observer(wanted, on_matmul):
         call(model, batch, position)
+
+
+def _changed_after_use(
+    model: nn.Module, batch: Batch, wanted: Sequence[tuple[str, nn.Parameter]]
+) -> set[str]:
+    """Weights whose input the model changes in place later on, before the gradients are there."""
+    used: list[tuple[str, Tensor, int]] = []
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        if not matmul.x.is_inference():
+            used.append((name, matmul.x, matmul.x._version))
+        return output
+
+    with untouched(model), Observer(wanted, on_matmul):
+        call(model, batch, 0)
+    return {name for name, x, version in used if x._version != version}
 
 
 def _add_gradients(
@@ -110,16 +138,22 @@ def _add_gradients(
     batch: Batch,
     position: int,
     wanted: Sequence[tuple[str, nn.Parameter]],
+    sites: Mapping[str, Site],
     moments: Mapping[str, Moments],
     loss: PreservedLoss,
     generator: torch.Generator,
+    changed: set[str],
 ) -> int:
-    shapes = _shapes(wanted)
     roots: list[Tensor] = []
+    # Inputs may carry gradients of the caller's own: backward passes end at the weights.
+    args, kwargs = pytree.tree_map(_detached, (batch.args, dict(batch.kwargs)))
+    batch = replace(batch, args=args, kwargs=kwargs)
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
+        if name in changed:
+            matmul = replace(matmul, x=matmul.x.detach().clone())
         if not output.requires_grad:
             # No weight asks for a gradient here: a zero that does is where backward passes end.
             roots.append(torch.zeros_like(output[..., :1]).requires_grad_())
@@ -128,7 +162,7 @@ def _add_gradients(
 
         def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad():
-                _add_term(term, shapes[name], matmul, matmul.to_rows(gradient), None)
+                _add_term(term, sites[name], frame, matmul, matmul.to_rows(gradient), None)
 
         output.register_hook(on_gradient)
         return output
@@ -146,42 +180,55 @@ def _add_gradients(
     return rows
 
 
-def _shapes(wanted: Sequence[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in wanted}
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _add_term(
     term: Term,
-    shape: tuple[int, ...],
+    site: Site,
+    frame: Frame,
     matmul: Matmul,
     gradient: Tensor | None,
     mask: Tensor | None,
 ) -> None:
     """Add the rows of one call: x (and g) to the two sides of the weight's metric."""
-    lookup = matmul.contract == "lookup"
-    convolution = matmul.convolution is not None
-    if convolution:
-        x = patches(matmul, shape[2:])
+    lookup, (rows, columns) = matmul.contract == "lookup", site.matrix
+    if matmul.convolution is not None:
+        x = patches(matmul, site.shape[2:])
         x = None if x is None else x.detach()
+        # What a transposed convolution adds up into one pixel is not told apart: no gradients.
+        transposed = matmul.convolution.output_padding is not None
+        g = None if gradient is None or transposed else gradient.reshape(-1, rows)
     else:
         x = matmul.x.detach().reshape(-1) if lookup else _as_rows(matmul.x.detach())
-    g = None if gradient is None else _as_rows(gradient)
+        g = None if gradient is None else _as_rows(gradient)
     if g is not None:
         # A row that no counted output depends on has a gradient of exactly zero: padding.
         mask = (g != 0).any(-1)
     if mask is not None and x is not None and mask.numel() == x.shape[0]:
         x = x[mask]
         g = None if g is None else g[mask]
-    rows, columns = (shape[0], math.prod(shape[1:])) if convolution else shape[-2:]
     term.input_rows += x.shape[0] if x is not None else int(matmul.x.shape[0])
-    if matmul.contract == "columns":
-        term.columns = term.columns if x is None else _plus(term.columns, _moment(x, columns))
-        term.rows = term.rows if g is None else _plus(term.rows, _moment(g, rows))
-    else:
-        assert x is not None
-        own = torch.bincount(x, minlength=rows).double() if lookup else _moment(x, rows)
-        term.rows = _plus(term.rows, own)
-        term.columns = term.columns if g is None else _plus(term.columns, _moment(g, columns))
+    own = None
+    if lookup and x is not None:
+        own = torch.bincount(x, minlength=rows).double().cpu()
+    elif x is not None:
+        own = _moment(x, columns if matmul.contract == "columns" else rows)
+    other = None if g is None else _moment(g, g.shape[-1])
+    of_rows, of_columns = (other, own) if matmul.contract == "columns" else (own, other)
+    if frame.rows is not None and of_rows is not None:
+        of_rows = _among(of_rows, frame.rows, rows)
+    term.rows, term.columns = _plus(term.rows, of_rows), _plus(term.columns, of_columns)
+
+
+def _among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
+    """The moment of some rows of a weight as one of all of them."""
+    first, end = rows
+    if moment.dim() == 1 or width > LARGEST_FULL_MOMENT:
+        diagonal = moment if moment.dim() == 1 else moment.diagonal()
+        return torch.nn.functional.pad(diagonal, (first, width - end))
+    return torch.nn.functional.pad(moment, (first, width - end, first, width - end))
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -196,8 +243,10 @@ def _moment(rows: Tensor, width: int) -> Tensor:
     return (rows.t() @ rows).double().cpu()
 
 
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
+def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if part is None or total is None:
+        return part if total is None else total
+    return total.add_(part)
 
 
 def _normalise(moments: Mapping[str, Moments], output_rows: int, metric: str) -> list[str]:

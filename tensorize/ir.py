@@ -279,20 +279,25 @@ class Use:
 
     ``contract``: ``"columns"`` (y = x Wᵀ), ``"rows"`` (y = x W) or ``"lookup"`` (rows of W).
     ``rows`` is the number of input rows of one forward pass of the example inputs (0: unknown).
+    ``split``: how many leading axes of the weight make up its rows; 0: its last two axes are the
+    matrix. ``groups`` of a convolution. ``partial``: it uses some of the weight's rows.
     """
 
     kind: str
     contract: str
     rows: int = 0
+    split: int = 0
+    groups: int = 1
+    partial: bool = False
 
 
 @dataclass(frozen=True)
 class Site:
     """One parameter and every matmul-like use of it; a tied weight has several names and uses.
 
-    ``shape`` is the parameter's own: (m, n), (experts, m, n), or a convolution's (m, in, *kernel),
-    whose matrix has the columns in x kernel. ``blocked`` is the reason why it cannot be factorized,
-    ``None`` where it can.
+    ``shape`` is the parameter's own: (m, n), a stack (experts, m, n), or any other whose leading
+    axes make up the rows (a convolution's (m, in, *kernel), a projection of several heads).
+    ``blocked`` is the reason why it cannot be factorized, ``None`` where it can.
     """
 
     name: str
@@ -316,19 +321,36 @@ class Site:
         return math.prod(self.shape)
 
     @property
-    def convolution(self) -> bool:
-        return any(use.kind.startswith("conv") for use in self.uses)
+    def split(self) -> int:
+        """How many leading axes make up the rows; 0: the last two axes are the matrix."""
+        return self.uses[0].split if self.uses else 0
+
+    @property
+    def groups(self) -> int:
+        """The groups of a convolution: as many matrices."""
+        return self.uses[0].groups if self.uses else 1
 
     @property
     def experts(self) -> int:
-        return self.shape[0] if len(self.shape) == 3 and not self.convolution else 0
+        """How many matrices the weight stacks; 0: it is one."""
+        if self.groups > 1:
+            return self.groups
+        return self.shape[0] if len(self.shape) == 3 and not self.split else 0
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the weight, of one expert where there are several."""
-        if self.convolution:
-            return self.shape[0], math.prod(self.shape[1:])
-        return self.shape[-2], self.shape[-1]
+        """Rows and columns of the weight, of one of them where there are several."""
+        if not self.split:
+            return self.shape[-2], self.shape[-1]
+        rows, columns = math.prod(self.shape[: self.split]), math.prod(self.shape[self.split :])
+        return rows // self.groups, columns
+
+    @property
+    def takes_trains(self) -> bool:
+        """Whether a tensor train can run every use of it; low rank always can."""
+        only_low_rank = ("conv", "embedding_bag", "grouped_mm")
+        plain = not self.experts and not any(use.partial for use in self.uses)
+        return plain and not any(use.kind.startswith(only_low_rank) for use in self.uses)
 
 
 @dataclass(frozen=True, eq=False)

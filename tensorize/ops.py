@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.uses import Convolution
 
 Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -109,7 +110,7 @@ def _lookup_train(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor
 
 
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
-    """Each expert's rows of x (S, N) against its own low-rank weight; offsets: ends of rows (E,)."""
+    """Each expert's rows of x (S, N) against its own low-rank weight; offsets: their ends (E,)."""
     left, right = cores
     # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros.
     missing = -left.shape[-1] % (16 // left.element_size())
@@ -168,19 +169,50 @@ def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]
 _grouped_mm.register_autograd(_grouped_backward, setup_context=_save_grouped)
 
 
+def stacked_matmul(
+    cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None = None
+) -> Tensor:
+    """A stack of low-rank weights against x (..., E, B, N): as ``torch.matmul`` broadcasts."""
+    left, right = cores
+    if contract == "columns":
+        left, right = right.mT, left.mT
+    y = torch.matmul(torch.matmul(x, left), right)
+    return y if bias is None else y + bias
+
+
+def bag_lookup(cores: Sequence[Tensor], rows: Tensor, bag: Mapping[str, Any]) -> Tensor:
+    """Sums or means of rows of a low-rank table: of the narrow rows first, then widened once."""
+    left, right = cores
+    return F.linear(F.embedding_bag(rows, left, **bag), right.t())
+
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
 def convolution(
     cores: Sequence[Tensor],
     x: Tensor,
     shape: Sequence[int],
-    call: tuple,
+    call: Convolution,
     bias: Tensor | None,
 ) -> Tensor:
-    """A convolution of rank r: the kernel's own with r outputs, then one of size 1.
+    """A convolution of rank r: the kernel's own with r outputs (a group), then one of size 1.
 
-    ``shape`` is the dense weight's (out, in, *kernel), ``call`` its (stride, padding, dilation).
+    ``shape`` is the dense weight's: (out, in / groups, *kernel), or (in, out, *kernel) where the
+    convolution is transposed; then the one of size 1 comes first.
     """
-    convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[len(shape)]
+    dims = len(shape) - 2
+    convolve, ones = _CONVOLVE[dims], (1,) * dims
     left, right = cores
-    rank, ones = right.shape[0], (1,) * (len(shape) - 2)
-    inner = convolve(x, right.reshape(rank, *shape[1:]), None, *call)
-    return convolve(inner, left.reshape(shape[0], rank, *ones), bias)
+    rank = right.shape[-2]
+    if call.output_padding is not None:
+        narrow = convolve(x, left.t().reshape(rank, shape[0], *ones))
+        kernel = right.reshape(rank, *shape[1:])
+        sizes = (call.stride, call.padding, call.output_padding, 1, call.dilation)
+        return _TRANSPOSED[dims](narrow, kernel, bias, *sizes)
+    groups = call.groups
+    kernel = right.reshape(groups * rank, *shape[1:])
+    narrow = convolve(x, kernel, None, call.stride, call.padding, call.dilation, groups)
+    widen = left.reshape(shape[0], rank, *ones)
+    return convolve(narrow, widen, bias, groups=groups)

@@ -1,6 +1,6 @@
 """How torch functions use a weight: each call is read as one matmul against a matrix.
 
-Two readers stand on this one table. The observer (``Observer``) watches a dense model run and
+Two readers stand on this one table. The observer (``observer.py``) watches a dense model run and
 learns which parameters are used by matmuls, on which inputs; the lazy weight (``weight.py``)
 stands in for a parameter and answers the same calls with a contraction. So whatever is found can
 also be run, and whatever is run was found in the same way.
@@ -11,15 +11,13 @@ meets the input: ``"columns"`` for y = x Wᵀ, ``"rows"`` for y = x W, ``"lookup
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -33,14 +31,27 @@ def _swap(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """The arguments of a convolution; ``output_padding`` is not None where it is transposed."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int = 1
+    output_padding: Any = None
+
+
+@dataclass(frozen=True)
 class Matmul:
     """A call read as ``from_rows(x · W) + bias``.
 
     ``x`` has the contracted index last (or holds row numbers, for a lookup). ``from_rows`` turns
     the product, whose last index is the output's, into the layout that the call returns, and
-    ``to_rows`` turns it back. ``offsets`` are the ends of each expert's rows in a grouped matmul;
-    ``convolution`` holds (stride, padding, dilation), and then x is the image and its patches are
-    the rows.
+    ``to_rows`` turns it back. ``split`` is the number of leading axes of the weight that make up
+    its rows, 0 where its last two axes are the matrix; then a third axis in front stacks several,
+    and x meets each of them: ``stacked``, or by the ends of each one's rows, ``offsets``.
+    ``convolution``: x is the image, and its patches are the rows. ``bag``: the other arguments of
+    an ``embedding_bag``.
     """
 
     kind: str
@@ -51,25 +62,32 @@ class Matmul:
     to_rows: Layout = _same
     offsets: Tensor | None = None
     padding_idx: int | None = None
-    convolution: tuple[Any, Any, Any] | None = None
+    split: int = 0
+    stacked: bool = False
+    convolution: Convolution | None = None
+    bag: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How a tensor that the model holds derives from a matrix.
+    """How a tensor that the model holds derives from a parameter's matrix.
 
-    It may be transposed, of one expert in a stack, or (a convolution's) in another ``shape``.
+    It may be transposed, of one expert in a stack, some of the ``rows`` (first, end), or in another
+    ``shape`` than the matrix (a convolution's, a projection of several heads).
     """
 
     transposed: bool = False
     expert: Any = None
     shape: tuple[int, ...] | None = None
+    rows: tuple[int, int] | None = None
 
     def allows(self, matmul: Matmul) -> bool:
         """Whether a call on what this frame shows can be told in terms of the parameter itself."""
         if matmul.contract == "lookup":
-            return not self.transposed
-        return matmul.convolution is None or (not self.transposed and self.expert is None)
+            return not self.transposed and self.rows is None
+        if matmul.split:
+            return not self.transposed and self.expert is None and self.rows is None
+        return True
 
     def turn(self, matmul: Matmul) -> Matmul:
         """The same call, told in terms of the parameter itself."""
@@ -77,6 +95,11 @@ class Frame:
             return matmul
         flipped = "rows" if matmul.contract == "columns" else "columns"
         return replace(matmul, contract=flipped)
+
+    def slice_rows(self, first: int, end: int) -> Frame:
+        """Rows first … end of what this frame shows."""
+        start = 0 if self.rows is None else self.rows[0]
+        return replace(self, rows=(start + first, start + end))
 
 
 # ------------------------------------------------------------------- calls that are matmuls
@@ -137,6 +160,30 @@ _CONVOLUTION = _Signature(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     (("bias", None), ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)),
 )
+_CONVOLUTION_TRANSPOSE = _Signature(
+    ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    (
+        ("bias", None),
+        ("stride", 1),
+        ("padding", 0),
+        ("output_padding", 0),
+        ("groups", 1),
+        ("dilation", 1),
+    ),
+)
+_BAG_DEFAULTS = (
+    ("offsets", None),
+    ("max_norm", None),
+    ("norm_type", 2),
+    ("scale_grad_by_freq", False),
+    ("mode", "mean"),
+    ("sparse", False),
+    ("per_sample_weights", None),
+    ("include_last_offset", False),
+    ("padding_idx", None),
+)
+_BAG = _Signature(("input", "weight", *(name for name, _ in _BAG_DEFAULTS)), _BAG_DEFAULTS)
+_BAGGED = ("offsets", "mode", "per_sample_weights", "include_last_offset", "padding_idx")
 _GROUPED_FALLBACK = _Signature(("input", "weight", "offs"))
 
 
@@ -160,15 +207,24 @@ def _matmul(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     call = _MATMUL.bind(args, kwargs)
     if call is None or call["out"] is not None or call["input"] is call["other"]:
         return None
+    stacked = weight.dim() == 3
     if call["other"] is weight:
-        return Matmul("matmul", "rows", call["input"])
+        x = call["input"]
+        if stacked and x.dim() < 3:
+            return None  # one x for all matrices: no row of it belongs to one
+        return Matmul("matmul", "rows", x, stacked=stacked)
     x = call["other"]
-    if x.dim() == 1:
-        return Matmul("matmul", "columns", x)
-    return Matmul("matmul", "columns", _swap(x), from_rows=_swap, to_rows=_swap)
+    if x.dim() < weight.dim():
+        return Matmul("matmul", "columns", x) if x.dim() == 1 and not stacked else None
+    return Matmul("matmul", "columns", _swap(x), None, _swap, _swap, stacked=stacked)
 
 
 def _einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
+    """Any two operands of which one is the weight, its axes split into summed and kept ones.
+
+    The summed axes must stand together at one end of the weight's term, so that the weight is a
+    matrix without a copy; one more axis in front may be shared by both operands and the output.
+    """
     if kwargs or len(args) < 2 or not isinstance(args[0], str):
         return None
     operands = args[1:] if len(args) > 2 else args[1]
@@ -181,28 +237,41 @@ def _einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     terms = inputs.split(",")
     position = 1 if operands[1] is weight else 0
     x, w_axes, x_axes = operands[1 - position], terms[position], terms[1 - position]
-    if x is weight or len(w_axes) != 2 or any(len(set(t)) != len(t) for t in (*terms, output)):
+    if x is weight or any(len(set(term)) != len(term) for term in (*terms, output)):
         return None
+    shared = [axis for axis in w_axes if axis in x_axes and axis in output]
     summed = [axis for axis in w_axes if axis in x_axes and axis not in output]
     kept = [axis for axis in w_axes if axis not in x_axes and axis in output]
-    if len(summed) != 1 or len(kept) != 1:
+    matrix = w_axes[len(shared) :]
+    if not summed or not kept or len(shared) > 1 or w_axes[: len(shared)] != "".join(shared):
         return None
-    if x.shape[x_axes.index(summed[0])] != weight.shape[w_axes.index(summed[0])]:
-        return None  # einsum repeats an axis of size 1
-    free = [axis for axis in x_axes if axis != summed[0]]
-    if set(free) | set(kept) != set(output):
+    if shared and (len(summed), len(kept)) != (1, 1):
         return None
-    rows = "".join(free) + kept[0]
-    to_output = [rows.index(axis) for axis in output]
-    to_rows = [output.index(axis) for axis in rows]
-    x = x.permute([x_axes.index(axis) for axis in (*free, summed[0])])
-    contract = "rows" if w_axes[0] == summed[0] else "columns"
+    if matrix not in ("".join(summed + kept), "".join(kept + summed)):
+        return None
+    for axis in (*summed, *shared):
+        if x.shape[x_axes.index(axis)] != weight.shape[w_axes.index(axis)]:
+            return None  # einsum repeats an axis of size 1
+    free = [axis for axis in x_axes if axis not in summed and axis not in shared]
+    lead = [*shared, *free]
+    if {*lead, *kept} != set(output):
+        return None
+    sizes = [weight.shape[w_axes.index(axis)] for axis in kept]
+    order = [*lead, *kept]
+    to_output, to_rows = [order.index(a) for a in output], [output.index(a) for a in order]
+    x = x.permute([x_axes.index(axis) for axis in (*lead, *summed)])
+    if len(summed) > 1:
+        x = x.flatten(-len(summed))
+    if shared and len(free) != 1:  # the stack's axis right before the rows: (E, rows, width)
+        return None
     return Matmul(
         "einsum",
-        contract,
+        "rows" if matrix[0] == summed[0] else "columns",
         x,
-        from_rows=lambda y: y.permute(to_output),
-        to_rows=lambda y: y.permute(to_rows),
+        from_rows=lambda y: y.unflatten(-1, sizes).permute(to_output),
+        to_rows=lambda y: y.permute(to_rows).flatten(-len(kept)),
+        split=0 if len(matrix) == 2 else len(summed if matrix[0] == summed[0] else kept),
+        stacked=bool(shared),
     )
 
 
@@ -233,33 +302,64 @@ def _grouped_fallback(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     return Matmul("grouped_mm", "rows", call["input"], offsets=call["offs"])
 
 
+def _bag(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
+    call = _BAG.bind(args, kwargs)
+    if call is None or call["weight"] is not weight or call["max_norm"] is not None:
+        return None
+    if call["sparse"] or call["scale_grad_by_freq"] or call["mode"] == "max":
+        return None  # the largest of several rows is not linear in them
+    bag = {name: call[name] for name in _BAGGED}
+    return Matmul("embedding_bag", "lookup", call["input"], bag=bag)
+
+
 def _convolution(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     call = _CONVOLUTION.bind(args, kwargs)
-    if call is None or call["weight"] is not weight or call["groups"] != 1:
-        return None
-    x, dims = call["input"], weight.dim() - 2
-    if x.dim() != weight.dim():
+    if call is None or call["weight"] is not weight or call["input"].dim() != weight.dim():
         return None
     return Matmul(
-        f"conv{dims}d",
+        f"conv{weight.dim() - 2}d",
         "columns",
-        x,
+        call["input"],
         bias=call["bias"],
         from_rows=lambda y: y.movedim(-1, 1),
         to_rows=lambda y: y.movedim(1, -1),
-        convolution=(call["stride"], call["padding"], call["dilation"]),
+        split=1,
+        convolution=Convolution(call["stride"], call["padding"], call["dilation"], call["groups"]),
+    )
+
+
+def _convolution_transpose(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
+    call = _CONVOLUTION_TRANSPOSE.bind(args, kwargs)
+    if call is None or call["weight"] is not weight or call["input"].dim() != weight.dim():
+        return None
+    if call["groups"] != 1:
+        return None
+    return Matmul(
+        f"conv_transpose{weight.dim() - 2}d",
+        "rows",
+        call["input"],
+        bias=call["bias"],
+        split=1,
+        convolution=Convolution(
+            call["stride"],
+            call["padding"],
+            call["dilation"],
+            output_padding=call["output_padding"],
+        ),
     )
 
 
 def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
-    """The rows (B·L, in·kernel) that a 1- or 2-dimensional convolution multiplies its weight by.
+    """The rows that a convolution multiplies its matrix by: (B·L·groups, in / groups · kernel).
 
-    None where they cannot be told: three dimensions, or padding given as a word.
+    For a transposed one its input's pixels, (B·L, in). None where they cannot be told: three
+    dimensions, or padding given as a word.
     """
-    assert matmul.convolution is not None
-    stride, padding, dilation = matmul.convolution
-    x, dims = matmul.x, len(kernel)
-    if dims > 2 or isinstance(padding, str):
+    call, x, dims = matmul.convolution, matmul.x, len(kernel)
+    assert call is not None
+    if call.output_padding is not None:
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
+    if dims > 2 or isinstance(call.padding, str):
         return None
 
     def both(value: Any, absent: int) -> tuple[int, ...]:
@@ -268,21 +368,28 @@ def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
 
     if dims == 1:
         x, kernel = x.unsqueeze(-2), (1, *kernel)
-    columns = F.unfold(x, kernel, both(dilation, 1), both(padding, 0), both(stride, 1))
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    sizes = (both(call.dilation, 1), both(call.padding, 0), both(call.stride, 1))
+    columns = F.unfold(x, kernel, *sizes)
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1] // call.groups)
 
 
 _READERS: dict[Any, Reader] = {
     F.linear: _linear,
     F.embedding: _embedding,
+    F.embedding_bag: _bag,
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
     torch.einsum: _einsum,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
     **dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution_transpose
+    ),
+    **dict.fromkeys(
         (
             torch.mm,
             torch.Tensor.mm,
+            torch.bmm,
+            torch.Tensor.bmm,
             torch.matmul,
             torch.Tensor.matmul,
             torch.Tensor.__matmul__,
@@ -315,136 +422,3 @@ def read(
         reader = _grouped_fallback
     matmul = None if reader is None else reader(args, kwargs, weight)
     return matmul if matmul is not None and looked_at.allows(matmul) else None
-
-
-# ------------------------------------------------------------------- calls that are views
-
-_TRANSPOSES = (torch.t, torch.Tensor.t, torch.transpose, torch.Tensor.transpose)
-_TRANSPOSED_PROPERTIES = {2: ("T", "mT"), 3: ("mT",)}
-_IDENTITIES = (torch.Tensor.contiguous, torch.Tensor.detach, torch.detach)
-_CASTS = (torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.type)
-
-
-def view(func: Any, args: tuple, kwargs: dict, frame: Frame, weight: Any) -> Frame | None:
-    """The frame of the result if the call only looks at ``weight`` in another way, else None."""
-    if not args or args[0] is not weight:
-        return None
-    dims = weight.dim()
-    name = getattr(func, "__name__", "")
-    owner = getattr(func, "__self__", None)
-    if func in _IDENTITIES or (func in _CASTS and _keeps_dtype(func, args, kwargs, weight)):
-        return frame
-    if func is torch.Tensor.view_as and len(args) == 2 and args[1].shape == weight.shape:
-        return frame
-    if dims not in (2, 3) or frame.shape is not None:
-        return None  # a convolution's weight
-    if name == "__get__" and getattr(owner, "__name__", "") in _TRANSPOSED_PROPERTIES[dims]:
-        return replace(frame, transposed=not frame.transposed)
-    if func in _TRANSPOSES:
-        axes = sorted(a % dims for a in args[1:3] if isinstance(a, int)) or [0, 1]
-        axes = sorted(a % dims for a in kwargs.values()) or axes
-        if axes == [dims - 2, dims - 1] and (dims == 2 or len(args) + len(kwargs) == 3):
-            return replace(frame, transposed=not frame.transposed)
-        return None
-    if func is torch.Tensor.__getitem__ and dims == 3 and _is_one(args[1]):
-        return replace(frame, expert=args[1])
-    return None
-
-
-def _is_one(index: Any) -> bool:
-    if isinstance(index, bool):
-        return False
-    return isinstance(index, int) or (
-        isinstance(index, Tensor)
-        and index.dim() == 0
-        and not index.is_floating_point()
-        and index.dtype != torch.bool  # a mask: it adds an axis
-    )
-
-
-def _keeps_dtype(func: Any, args: tuple, kwargs: dict, weight: Any) -> bool:
-    if func is torch.Tensor.float:
-        return weight.dtype == torch.float32
-    wanted = [a for a in (*args[1:], *kwargs.values()) if a is not None]
-    for value in wanted:
-        dtype = value.dtype if isinstance(value, Tensor) else value
-        device = value.device if isinstance(value, Tensor) else value
-        if isinstance(dtype, torch.dtype) and dtype != weight.dtype:
-            return False
-        if isinstance(device, torch.device | str) and torch.device(device) != weight.device:
-            return False
-    return bool(wanted) and func in (torch.Tensor.to, torch.Tensor.type_as)
-
-
-# ------------------------------------------------------------------------------- the observer
-
-
-class Observer(TorchFunctionMode):
-    """Watches a model run and tells of every use of its parameters.
-
-    Args:
-        parameters: the parameters to watch, by qualified name.
-        on_matmul: called with (name, frame, matmul, output) for each matmul against a parameter;
-            what it returns is what the model goes on with.
-        on_other: called with (name, function name) for every other use that gives a tensor.
-        frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
-    """
-
-    def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        on_matmul: Callable[[str, Frame, Matmul, Tensor], Tensor],
-        on_other: Callable[[str, str], None] | None = None,
-        *,
-        frozen: bool = False,
-    ) -> None:
-        super().__init__()
-        self._names = {id(p): (name, Frame()) for name, p in parameters}
-        self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
-        self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        watched = [t for t in _tensors(args, kwargs) if id(t) in self._names]
-        if not self._frozen:
-            result = func(*args, **kwargs)
-        else:
-            free_args, free_kwargs = pytree.tree_map(_detach, (args, kwargs))
-            result = func(*free_args, **free_kwargs)
-        names = [self._names[id(weight)][0] for weight in watched]
-        for weight, name in zip(watched, names, strict=True):
-            result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
-        return result
-
-    def _tell(
-        self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
-    ) -> Any:
-        name, frame = self._names[id(weight)]
-        matmul = read(func, args, kwargs, weight, frame)
-        if matmul is not None and once:  # W Wᵀ is no matmul against a constant
-            return self._on_matmul(name, frame, frame.turn(matmul), result)
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            return result  # asked for a shape, a dtype, a flag
-        derived = view(func, args, kwargs, frame, weight)
-        if derived is not None:
-            self._names[id(result)] = (name, derived)
-            self._alive.append(result)
-        elif self._on_other is not None:
-            self._on_other(name, getattr(func, "__name__", str(func)))
-        return result
-
-
-def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
-    leaves = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            leaves.append(value)
-        elif isinstance(value, list | tuple):
-            leaves.extend(v for v in value if isinstance(v, Tensor))
-    return leaves
-
-
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, nn.Parameter) else value

@@ -15,6 +15,7 @@ Tied weights share their cores as they shared the dense weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize import ops, tt, uses
+from tensorize import ops, tt, uses, views
 from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.uses import Frame, Matmul
 
@@ -48,6 +49,8 @@ class FactoredWeight:
         shape = spec.shape if frame.expert is None else spec.single.shape
         if frame.shape is not None:
             shape = frame.shape
+        if frame.rows is not None:
+            shape = (frame.rows[1] - frame.rows[0], shape[1])
         if frame.transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
         self.shape = torch.Size(shape)
@@ -89,17 +92,27 @@ class FactoredWeight:
         return True
 
     def dense(self) -> Tensor:
-        """The matrix itself, (M, N) or (experts, M, N), built from the cores."""
-        spec, cores = self.spec, self.cores
-        if self.frame.expert is not None:
-            spec, cores = self._one_expert()
+        """The weight as the model looks at it, built from the cores."""
+        spec, cores = self.looked_at()
         weight = tt.reconstruct(spec, cores)
         if self.frame.shape is not None:
             return weight.reshape(self.frame.shape)
         return weight.transpose(-1, -2) if self.frame.transposed else weight
 
-    def _one_expert(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
-        return self.spec.single, tuple(core[self.frame.expert] for core in self.cores)
+    def looked_at(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
+        """Spec and cores of the expert or the rows that the frame shows."""
+        spec, cores = self.spec, self.cores
+        if self.frame.expert is not None:
+            spec, cores = spec.single, tuple(core[self.frame.expert] for core in cores)
+        if self.frame.rows is None:
+            return spec, cores
+        first, end = self.frame.rows
+        if spec.format == LOW_RANK:
+            rows = TTSpec.low_rank(end - first, spec.shape[1], spec.ranks[0])
+            return rows, (cores[0][first:end], cores[1])
+        weight = tt.reconstruct(spec, cores)[first:end]  # rows of a train are no train
+        exact = TTSpec((end - first,), (spec.shape[1],), ())
+        return exact, (weight,)
 
     def t(self) -> FactoredWeight | Tensor:
         return torch.t(self)  # type: ignore[arg-type]
@@ -117,10 +130,15 @@ class FactoredWeight:
         return torch.matmul(other, self)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        # Whatever else a tensor can do is done by the dense matrix.
-        if name.startswith("__"):
+        # Whatever else a tensor can do: a view, or an operation on the dense matrix.
+        method = getattr(torch.Tensor, name, None)
+        if name.startswith("__") or method is None:
             raise AttributeError(name)
-        return getattr(self.dense(), name)
+        if not callable(method):
+            return getattr(self.dense(), name)
+        return lambda *args, **kwargs: FactoredWeight.__torch_function__(
+            method, (), (self, *args), kwargs
+        )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -134,13 +152,17 @@ class FactoredWeight:
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in views.COMPOSITES:
+            return views.COMPOSITES[func](*args, **kwargs)
         weight = next(_factored(args, kwargs))
         matmul = uses.read(func, args, kwargs, weight)
         if matmul is not None and weight._can_run(matmul):
             return weight._run(weight.frame.turn(matmul))
-        frame = uses.view(func, args, kwargs, weight.frame, weight)
+        frame = views.view(func, args, kwargs, weight.frame, weight)
+        if isinstance(frame, tuple):
+            return tuple(weight._seen(part) for part in frame)
         if frame is not None:
-            return FactoredWeight(weight.spec, weight.cores, frame, weight.contractions)
+            return weight._seen(frame)
         dense = {id(w): w.dense() for w in _factored(args, kwargs)}
 
         def plain(value: Any) -> Any:
@@ -149,26 +171,45 @@ class FactoredWeight:
         args, keywords = pytree.tree_map(plain, (args, kwargs))
         return func(*args, **keywords)
 
+    def _seen(self, frame: Frame) -> FactoredWeight:
+        return FactoredWeight(self.spec, self.cores, frame, self.contractions)
+
     def _can_run(self, matmul: Matmul) -> bool:
-        stacked = bool(self.spec.batch) and self.frame.expert is None
-        if (self.frame.shape is not None) != (matmul.convolution is not None):
+        """Whether the cores can answer the call; else the dense weight does."""
+        low_rank, frame = self.spec.format == LOW_RANK, self.frame
+        if isinstance(matmul.x, FactoredWeight):
             return False
-        if matmul.convolution is not None and self.spec.format != LOW_RANK:
+        if matmul.convolution is not None:
+            return low_rank and frame.shape is not None
+        if matmul.split:
+            rows = math.prod(self.shape[: matmul.split])
+            return frame.shape is not None and not self.spec.batch and rows == self.spec.shape[0]
+        if frame.shape is not None or (frame.rows is not None and not low_rank):
             return False
-        return stacked == (matmul.offsets is not None) and not isinstance(matmul.x, FactoredWeight)
+        if matmul.bag is not None:
+            return low_rank and not self.spec.batch
+        if not self.spec.batch or frame.expert is not None:
+            return not matmul.stacked and matmul.offsets is None
+        return low_rank and (matmul.stacked or matmul.offsets is not None)
 
     def _run(self, matmul: Matmul) -> Tensor:
-        spec, cores = self.spec, self.cores
-        if self.frame.expert is not None:
-            spec, cores = self._one_expert()
-        if matmul.contract == "lookup":
-            return ops.lookup(spec, cores, matmul.x, matmul.padding_idx)
-        if matmul.offsets is not None:
-            return ops.grouped_matmul(cores, matmul.x, matmul.offsets, matmul.contract)
+        x, contract = matmul.x, matmul.contract
         if matmul.convolution is not None:
             shape, call = self.shape, matmul.convolution
-            return ops.convolution(cores, matmul.x, shape, call, matmul.bias)
-        y = ops.matmul(self.contractions, cores, matmul.x, matmul.contract, matmul.bias)
+            return ops.convolution(self.cores, x, shape, call, matmul.bias)
+        if matmul.offsets is not None:
+            return ops.grouped_matmul(self.cores, x, matmul.offsets, contract)
+        if matmul.stacked:
+            y = ops.stacked_matmul(self.cores, x, contract, matmul.bias)
+            return matmul.from_rows(y)
+        spec, cores = self.spec, self.cores
+        if self.frame.expert is not None or self.frame.rows is not None:
+            spec, cores = self.looked_at()
+        if matmul.bag is not None:
+            return ops.bag_lookup(cores, x, matmul.bag)
+        if contract == "lookup":
+            return ops.lookup(spec, cores, x, matmul.padding_idx)
+        y = ops.matmul(self.contractions, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensorize import checkpoint, tt, weight
-from tensorize.checkpoint import MANIFEST, load, read_report, save
+from tensorize.checkpoint import load, save
 from tensorize.errors import CheckpointError
 from tensorize.ir import Plan, Prediction, RankPlan, Totals, TTSpec
+from tensorize.manifest import MANIFEST, read_report
 from tensorize.report import Figures, Report, ReportTotals, SiteReport
 
 # ------------------------------------------------------------------------- models and helpers

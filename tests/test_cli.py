@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import tensorize
-from tensorize import cli
+from tensorize import cli, sources
 from tensorize.budget import Budget
 from tensorize.errors import BudgetError
+from tensorize.manifest import read_report
 
 ROOT = Path(tensorize.__file__).absolute().parents[1]
 NET = """
@@ -98,33 +99,33 @@ def execute(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_budget_texts() -> None:
-    assert cli.parse_budget("0.3") == Budget(params=0.3)
-    assert cli.parse_budget("1") == Budget(params=1.0)
-    assert cli.parse_budget("params=0.3, error=0.05,bytes=2e6") == Budget(
+    assert sources.parse_budget("0.3") == Budget(params=0.3)
+    assert sources.parse_budget("1") == Budget(params=1.0)
+    assert sources.parse_budget("params=0.3, error=0.05,bytes=2e6") == Budget(
         params=0.3, error=0.05, bytes=2_000_000
     )
-    assert cli.parse_budget("flops=1,loss=2") == Budget(flops=1.0, loss=2.0)
+    assert sources.parse_budget("flops=1,loss=2") == Budget(flops=1.0, loss=2.0)
     for text in ("much", "params=", "size=3", "params=0.1,params=0.2", "params=0.1;error=2", "="):
         with pytest.raises(typer.BadParameter):
-            cli.parse_budget(text)
+            sources.parse_budget(text)
     for text in ("0", "7", "nan", "params=-1", "params=1.5"):
         with pytest.raises(BudgetError):
-            cli.parse_budget(text)
+            sources.parse_budget(text)
 
 
 def test_format_texts() -> None:
-    assert cli.parse_formats(None) is None
-    assert cli.parse_formats(["tt"]) == ["tt"]
-    assert cli.parse_formats(["tt,dense", "low_rank"]) == ["tt", "dense", "low_rank"]
-    assert cli.parse_formats(["*.up=tt, dense"]) == {"*.up": ["tt", "dense"]}
+    assert sources.parse_formats(None) is None
+    assert sources.parse_formats(["tt"]) == ["tt"]
+    assert sources.parse_formats(["tt,dense", "low_rank"]) == ["tt", "dense", "low_rank"]
+    assert sources.parse_formats(["*.up=tt, dense"]) == {"*.up": ["tt", "dense"]}
     with pytest.raises(typer.BadParameter):
-        cli.parse_formats(["*.up=tt", "dense"])
+        sources.parse_formats(["*.up=tt", "dense"])
 
 
 def test_documents_are_paragraphs_or_lines() -> None:
-    assert cli.documents("a\nb\n \nc\n\n\n\nd\n") == ["a\nb", "c", "d"]
-    assert cli.documents("a\n b\nc") == ["a", "b", "c"]
-    assert cli.documents(" \n\n") == []
+    assert sources.documents("a\nb\n \nc\n\n\n\nd\n") == ["a\nb", "c", "d"]
+    assert sources.documents("a\n b\nc") == ["a", "b", "c"]
+    assert sources.documents(" \n\n") == []
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_options_reach_the_library() -> None:
     data = json.loads(result.stdout)
     assert data["directory"] == "small"
     report = tensorize.Report.from_dict(data["report"])
-    assert report == cli.read_report("small")
+    assert report == read_report("small")
     assert {site.name: site.format for site in report.sites}["up.weight"] in ("tt", "dense")
     assert report.totals.after.bytes <= 7000
     assert report.plan.seed == 3
@@ -222,7 +223,7 @@ def test_calibration_from_tensors() -> None:
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         assert "3 batches" in result.stderr
-        assert cli.read_report(file).plan.metric == "loss"
+        assert read_report(file).plan.metric == "loss"
 
 
 def test_unusable_calibration() -> None:
@@ -319,7 +320,7 @@ def test_report_reads_the_manifest_only() -> None:
     assert "up.weight" in result.stdout
     assert Path("page.html").is_file()
     result = invoke("report", "small", "--json")
-    assert tensorize.Report.from_dict(json.loads(result.stdout)) == cli.read_report("small")
+    assert tensorize.Report.from_dict(json.loads(result.stdout)) == read_report("small")
     Path("small/tensorize.json").write_text("{")
     result = invoke("report", "small")
     assert result.exit_code == cli.CHECKPOINT
@@ -364,7 +365,7 @@ def test_compile_a_language_model(eos: str | None, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert ("3 batches" if eos else "12 batches") in result.stderr
     assert 'load it with tensorize.load("small")' in result.stdout
-    report = cli.read_report("small")
+    report = read_report("small")
     assert report.plan.metric == "loss"
     assert report.totals.share.parameters <= 0.6
     model: Any = tensorize.load("small")
@@ -406,7 +407,7 @@ def test_only_json_on_standard_output() -> None:
     done = execute("compile", "clinet:make", "--budget", "0.5", "--out", "small", "--json")
     assert done.returncode == 0, done.stderr
     report = tensorize.Report.from_dict(json.loads(done.stdout)["report"])
-    assert report == cli.read_report("small")
+    assert report == read_report("small")
     assert "a module that talks" in done.stderr
     assert "\r" not in done.stderr  # no bar where there is no terminal
 

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parent.parent
 # Layers from the ground up; a file may import its own layer's files and the layers before it.
 # passes and codegen never import each other: see NEIGHBOURS.
 LAYERS = (
-    ("errors", "version", "printer"),
+    ("errors", "version", "printer", "graph_text"),
     ("ir",),
-    ("tt", "budget", "uses", "forward", "progress"),
+    ("tt", "budget", "uses", "views", "observer", "forward", "progress"),
     ("interpret", "ops"),
-    ("weight", "report"),
+    ("weight", "report", "page"),
     ("passes", "codegen"),
-    ("capture", "graphs", "checkpoint", "analysis", "cache"),
+    ("capture", "drawing", "graphs", "manifest", "huggingface", "checkpoint", "analysis", "cache"),
     ("api",),
-    ("cli", "__init__"),
+    ("sources", "cli", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from tensorize import printer
+from tensorize import graph_text, printer
 
 
 class Block(nn.Module):
@@ -170,7 +170,7 @@ def test_table_never_exceeds_its_width(rows: list[tuple[str, int, str]], width: 
 
 
 def test_graph_golden(before: fx.GraphModule) -> None:
-    assert printer.print_graph(before) == (
+    assert graph_text.print_graph(before) == (
         "graph(x):\n"
         "  fc1.weight: f32[16, 8] = parameter\n"
         "  fc1.bias: f32[16] = parameter\n"
@@ -186,7 +186,7 @@ def test_graph_golden(before: fx.GraphModule) -> None:
 
 
 def test_graph_shows_sites(after: fx.GraphModule) -> None:
-    text = printer.print_graph(after)
+    text = graph_text.print_graph(after)
     line = "linear: f32[2, 4] = aten.linear(x, fc1.0.weight)  # fc1.weight: low rank 4\n"
     assert line in text
 
@@ -195,12 +195,12 @@ def test_lifted_and_unlifted_parameters_print_the_same(before: fx.GraphModule) -
     model = Block(low_rank=False)
     module = torch.export.export(model, (torch.zeros(2, 8),)).module()
     assert isinstance(module, fx.GraphModule)
-    assert printer.print_graph(module) == printer.print_graph(before)
+    assert graph_text.print_graph(module) == graph_text.print_graph(before)
 
 
 def test_dynamic_sizes_are_numbered_by_appearance() -> None:
     graph = export(Block(low_rank=False), torch.zeros(3, 8), dynamic=True)
-    text = printer.print_graph(graph)
+    text = graph_text.print_graph(graph)
     assert "x: f32[s0, 8] = input" in text
     assert "softmax: f32[s0, 4]" in text
 
@@ -217,7 +217,7 @@ def test_graph_of_modules_methods_and_functions() -> None:
             y = self.inner(x * self.scale + self.shift).to(torch.float64)
             return {"first": y[:, None, ..., 0], "second": torch.clamp(y, min=0.5)}
 
-    assert printer.print_graph(fx.symbolic_trace(Traced())) == (
+    assert graph_text.print_graph(fx.symbolic_trace(Traced())) == (
         "graph(x):\n"
         "  x = input\n"
         "  scale: f32[3] = parameter\n"
@@ -239,7 +239,7 @@ def test_graphs_inside_follow() -> None:
                 y = x + 1
             return y * x
 
-    text = printer.print_graph(export(Branch(), torch.zeros(3)))
+    text = graph_text.print_graph(export(Branch(), torch.zeros(3)))
     assert "wrap_with_set_grad_enabled(False, submod_1, x)" in text
     assert "  graph submod_1:\n    x: f32[3] = input\n    add: f32[3] = aten.add(x, 1)\n" in text
     assert "0x" not in text
@@ -248,15 +248,15 @@ def test_graphs_inside_follow() -> None:
 def test_dtypes() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
     names = ["f32", "bf16", "i64", "u8", "bool", "c64"]
-    assert [printer.dtype_text(dtype) for dtype in dtypes] == names
-    assert printer.dtype_text(torch.float8_e4m3fn) == "f8_e4m3fn"
+    assert [graph_text.dtype_text(dtype) for dtype in dtypes] == names
+    assert graph_text.dtype_text(torch.float8_e4m3fn) == "f8_e4m3fn"
 
 
 # ----------------------------------------------------------------------------------- differences
 
 
 def test_diff_golden(before: fx.GraphModule, after: fx.GraphModule) -> None:
-    assert printer.diff_graphs(before, after) == (
+    assert graph_text.diff_graphs(before, after) == (
         "6 nodes → 7 nodes, changed in 1 place\n"
         "  x: f32[2, 8] = input\n"
         "@@ fc1: weight f32[16, 8], bias f32[16]\n"
@@ -276,7 +276,7 @@ def test_renumbered_nodes_are_no_difference(before: fx.GraphModule) -> None:
         if node.op == "call_function":
             names[node].name = f"other_{number}"
     copy.meta.update(before.meta)
-    assert printer.diff_graphs(before, copy) == "no differences: 6 nodes unchanged\n"
+    assert graph_text.diff_graphs(before, copy) == "no differences: 6 nodes unchanged\n"
 
 
 class Wired(nn.Module):
@@ -291,7 +291,7 @@ class Wired(nn.Module):
 
 def test_a_node_that_reads_another_result_is_a_difference() -> None:
     x = torch.zeros(3)
-    text = printer.diff_graphs(export(Wired(False), x), export(Wired(True), x))
+    text = graph_text.diff_graphs(export(Wired(False), x), export(Wired(True), x))
     assert "changed in 1 place" in text
     assert "- tanh: f32[3] = aten.tanh(sin)\n+ tanh: f32[3] = aten.tanh(cos)\n" in text
 
@@ -315,7 +315,7 @@ class Layers(nn.Module):
 
 def test_layers_that_look_alike_are_not_mixed_up() -> None:
     x = torch.zeros(2, 8)
-    text = printer.diff_graphs(export(Layers(5, set()), x), export(Layers(5, {0, 3}), x))
+    text = graph_text.diff_graphs(export(Layers(5, set()), x), export(Layers(5, {0, 3}), x))
     assert "changed in 2 places" in text
     headings = [line for line in text.split("\n") if line.startswith("@@")]
     assert [heading.split(":")[0] for heading in headings] == ["@@ linears.0", "@@ linears.3"]

@@ -1,0 +1,165 @@
+"""Small configurations of every architecture in transformers.
+
+A configuration is made small by rules over the names and values of its fields: widths become 64,
+heads 4, layers one of each kind, and so on, in sub-configurations too. ``OVERRIDES`` holds what no
+rule can know, by model type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY, IMAGE, PATCH = 64, 4, 16, 96, 160, 32, 8
+
+# The first pattern that matches the whole name gives the largest value that the field may keep.
+_LIMITS: tuple[tuple[str, int], ...] = (
+    (r".*vocab_size.*|.*vocabulary.*|head_out_channels", VOCABULARY),
+    (r".*num_key_value_heads|num_kv_heads", 2),
+    (r".*(attention_heads|num_heads|n_heads|n_head|_heads|attn_heads)", HEADS),
+    (r"d_kv|.*head_dim|.*head_size|dim_head|.*d_head", HEAD_WIDTH),
+    (r"(num_)?experts_per_tok|moe_top_?k|top_k|.*num_experts_per_tok|moe_k", 2),
+    (r".*(num_experts|routed_experts|local_experts)", 4),
+    (r".*shared_experts", 1),
+    (r"n_group|topk_group", 1),
+    (r"moe_.*intermediate_size|.*expert.*(size|dim)", 32),
+    (r".*(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|dim_ff|dim_feedforward)", INNER),
+    (r".*(kv_lora_rank|q_lora_rank|o_lora_rank)", 32),
+    (r"(num|n)?_?(encoder|decoder|hidden|text|coda|mtp)?_?(num_)?(hidden_)?(layers?|depth|blocks)", 2),
+    (r".*(_layers|num_layers|n_layers|n_layer|depth|num_blocks|_num_blocks)", 2),
+    (r".*(max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx|max_seq_len)", 256),
+    (r"image_size|img_size|.*image_size|crop_size|resolution", IMAGE),
+    (r"patch_size|.*_patch_size", PATCH),
+    (r"num_queries|num_query_tokens|.*num_latents", 8),
+    (r"num_frames", 4),
+    (r"codebook_size|num_embeddings|num_codevectors_per_group", 64),
+    (r"num_codebooks|num_quantizers", 4),
+    (r"(sliding_window|chunk_size|.*_window|mamba_chunk_size|attention_chunk_size)", 8),
+    (r".*state_size|.*d_state|ssm_state_size", 8),
+    (r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|embedding_dim|projection_dim|projection_size|_dim|width|_channels|_filters|_units|_hidden_size.*|emb_dim|hidden|output_dim|out_dim|dim|channels|_planes|projector_.*size)", WIDTH),
+)
+_LAYERS = re.compile(
+    r"(num_)?(hidden_layers|layers|n_layer|n_layers|num_layers|num_hidden_layers)|depth"
+)
+_TOKEN = re.compile(r".*(token_id|token_index|_token)|(pad|bos|eos|unk|mask)_index|(boi|eoi|boa|eoa).*")
+_KEEP = re.compile(r".*(in_chans|num_channels|num_labels|ratio|rate|stride|kernel|dilation|input_channels|layer_idx).*")
+
+
+def small_config(
+    kind: str | PreTrainedConfig, overrides: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
+    """The small configuration of a model type."""
+    config = CONFIG_MAPPING[kind]() if isinstance(kind, str) else kind
+    if overrides is None:
+        overrides = OVERRIDES.get(config.model_type, {})
+    return _shrink(config, overrides, {})
+
+
+def fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every declared field and its value."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        try:
+            found[field.name] = getattr(config, field.name)
+        except Exception:  # differs between layers, or is derived
+            continue
+    return found
+
+
+def _shrink(
+    config: PreTrainedConfig, overrides: Mapping[str, Any], tokens: dict[int, int]
+) -> PreTrainedConfig:
+    cls = type(config)
+    values = fields(config)
+    try:
+        standard = fields(cls())
+    except Exception:
+        standard = {}
+    small: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in overrides:
+            continue
+        if isinstance(value, PreTrainedConfig):
+            inner = OVERRIDES.get(value.model_type, {})
+            small[name] = _shrink(value, inner, tokens)
+        elif (new := _value(name, value, tokens)) != value:
+            small[name] = new
+        elif name in standard and standard[name] != value and not name.startswith("_"):
+            small[name] = value
+    small |= _layer_lists(values, small)
+    for name, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), PreTrainedConfig):
+            inner = {**OVERRIDES.get(values[name].model_type, {}), **value}
+            value = _shrink(values[name], inner, tokens)
+        if value is None and name in small and name not in values:
+            del small[name]
+        else:
+            small[name] = value
+    return cls(**small)
+
+
+def _value(name: str, value: Any, tokens: dict[int, int]) -> Any:
+    if isinstance(value, bool) or name.startswith("_"):
+        return value
+    if isinstance(value, int) and _TOKEN.fullmatch(name):
+        return value if value < 100 else tokens.setdefault(value, VOCABULARY - 1 - len(tokens))
+    if isinstance(value, int):
+        return min(value, _limit(name, value))
+    if isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
+        return _list(name, value, tokens)
+    return value
+
+
+def _limit(name: str, value: int) -> int:
+    if _KEEP.fullmatch(name):
+        return value
+    for pattern, limit in _LIMITS:
+        if re.fullmatch(pattern, name):
+            return limit
+    return value
+
+
+def _list(name: str, value: Any, tokens: dict[int, int]) -> Any:
+    if _TOKEN.fullmatch(name):
+        return type(value)(_value("x_token_id", v, tokens) for v in value)
+    if _KEEP.fullmatch(name):
+        return value
+    if name in ("depths", "num_layers", "layers", "num_blocks", "stage_num_blocks", "layer_depths"):
+        return type(value)(min(v, 2) for v in value)
+    if re.fullmatch(r".*image_size|patch_size", name):
+        return type(value)(min(v, IMAGE if "image" in name else PATCH) for v in value)
+    if re.fullmatch(r".*(sizes|dims?|channels|hidden_size|embed_dim|out_features|widths)", name):
+        top = max(value)
+        if top > WIDTH:
+            return type(value)(max(8, -(-v * WIDTH // top // 8) * 8) for v in value)
+    return value
+
+
+_PER_LAYER = re.compile(r"(mlp_)?layer_types|layers_block_type|.*block_types?|indexer_types")
+
+
+def _layer_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists with one entry a layer, cut to one layer of each kind (two at least)."""
+    count = next((n for n in small if n == "num_hidden_layers"), None)
+    if count is None:
+        return {}
+    old = values[count]
+    lists = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list | tuple) and len(value) == old and old > 2
+    }
+    kinds = list(dict.fromkeys(zip(*lists.values(), strict=True))) if lists else []
+    if all(isinstance(v, str) for row in kinds for v in row):
+        rows = (kinds * 2)[: max(2, len(kinds))]
+    else:
+        rows = kinds[:2] * (2 if len(kinds) == 1 else 1)
+    cut = {name: type(v)(row[k] for row in rows) for k, (name, v) in enumerate(lists.items())}
+    return {**cut, count: len(rows)} if cut else {}
+
+
+OVERRIDES: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,196 @@
+"""Hugging Face models: described in a manifest, saved with their configurations, built again.
+
+transformers is imported only where a model is built. No code is taken from an artefact, and the
+network is never asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from tensorize.errors import CheckpointError
+from tensorize.manifest import (
+    PARAMETER,
+    Manifest,
+    damage_named,
+    dtype_name,
+    dtype_of,
+    fail,
+    into_place,
+)
+from tensorize.report import decode
+
+# Those that every machine has; the others are chosen anew where the model is loaded.
+_IMPLEMENTATIONS = {"attn": ("eager", "sdpa"), "experts": ("eager", "batched_mm", "grouped_mm")}
+
+
+# ------------------------------------------------------------------------------------- describing
+
+
+def class_path(model: nn.Module) -> str:
+    """``"module:class"`` of a model, as it was before its weights were factorized."""
+    kind = getattr(model, "_dense_class", type(model))
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The model's class, and for a Hugging Face model what it takes to build it again."""
+    config: Any = getattr(model, "config", None)
+    if not (hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")):
+        return {"class": class_path(model), "huggingface": False}
+    generation = getattr(model, "generation_config", None)
+    # The configuration is kept here as well, complete: config.json alone could be of another save.
+    return {
+        "class": class_path(model),
+        "huggingface": True,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "generation_config": None
+        if generation is None
+        else json.loads(generation.to_json_string(use_diff=False)),
+        "implementations": {
+            name: getattr(config, f"_{name}_implementation", None) for name in _IMPLEMENTATIONS
+        },
+    }
+
+
+def save_configs(model: nn.Module, directory: Path, draft: Path) -> None:
+    """``config.json`` and ``generation_config.json``, for other tools that look for them."""
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [class_path(model).rpartition(":")[2]]
+    config.dtype = dtype_name(next(model.parameters()).dtype)
+    config.to_json_file(draft)
+    into_place(draft, directory / "config.json")
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(draft)
+        into_place(draft, directory / "generation_config.json")
+
+
+# --------------------------------------------------------------------------------------- building
+
+
+def build(manifest: Manifest) -> nn.Module:
+    """The architecture of a Hugging Face model with its parameters on the meta device."""
+    about = manifest.model
+    if not about.get("huggingface"):
+        fail(
+            manifest.path,
+            f"is of a {about['class']}, and only Hugging Face models are built from an artefact",
+            "pass model=, one of the same architecture; its weights are not needed, so it may be "
+            "built under torch.device('meta')",
+        )
+    kind = _architecture(manifest)
+    try:
+        with damage_named(manifest.path):
+            # transformers writes infinity and NaN as {"__float__": "Infinity"}.
+            config = kind.config_class.from_dict(decode(about["config"], "__float__"))
+            for name, known in _IMPLEMENTATIONS.items():
+                chosen = about["implementations"].get(name)
+                if chosen in known:
+                    setattr(config, f"_{name}_implementation", chosen)
+        with _quiet_build(manifest, getattr(config, "dtype", None)):
+            model = kind(config)
+        if about["generation_config"] is not None:
+            generation: Any = type(model.generation_config)
+            model.generation_config = generation.from_dict(dict(about["generation_config"]))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever an architecture raises on a config that does not fit it
+        fail(
+            manifest.path,
+            f"describes a {about['class']} that this transformers cannot build: "
+            f"{type(error).__name__}: {error}",
+            "use the transformers version named in it, or pass model=",
+        )
+    return model
+
+
+def _architecture(manifest: Manifest) -> Any:
+    """The class to build; only transformers' own are taken by name."""
+    home, _, name = manifest.model["class"].partition(":")
+    if home.partition(".")[0] != "transformers":
+        fail(
+            manifest.path,
+            f"is of a {manifest.model['class']}, which is not in transformers",
+            "pass model=; it may be built under torch.device('meta')",
+        )
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{manifest.path} is of a Hugging Face model, and transformers is not installed",
+            way_out="pip install transformers",
+        ) from error
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        with contextlib.suppress(ImportError):
+            kind = getattr(importlib.import_module(home), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        fail(
+            manifest.path,
+            f"is of a {name}, which transformers {transformers.__version__} does not have",
+            "use the transformers version named in it, or pass model=",
+        )
+    return kind
+
+
+@contextlib.contextmanager
+def _quiet_build(manifest: Manifest, dtype: Any) -> Iterator[None]:
+    """Build without initial values, with parameters on meta, and leave the random state alone."""
+    entries = manifest.contents.entries.values()
+    shapes = {entry.shape for entry in entries if entry.kind == PARAMETER}
+    shapes |= {site.shape for site in manifest.contents.sites}
+    matrices = {shape for shape in shapes if len(shape) > 1}
+    try:
+        no_init: Any = importlib.import_module("transformers.initialization").no_init_weights
+    except (ImportError, AttributeError):
+        no_init = importlib.import_module("transformers.modeling_utils").no_init_weights
+    before = torch.get_default_dtype()
+    # As from_pretrained does; a model that is not in its config's dtype was not built with it.
+    name = dtype_name(dtype)
+    built_with = any(entry.dtype == name for entry in entries)
+    if built_with and dtype_of(name).is_floating_point:
+        torch.set_default_dtype(dtype_of(name))
+    try:
+        with torch.random.fork_rng(devices=[]), no_init(), _ParametersOnMeta(matrices):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+_MADE_FOR_PARAMETERS = (torch.empty,)
+_FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.normal)
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Sends to the meta device the tensors that become parameters, and keeps the rest real.
+
+    Layers make their weights with ``torch.empty``. What other factories make is a weight where it
+    has the shape of one; tables that are computed, such as those of rotary embeddings, stay real.
+    """
+
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self._shapes = shapes
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _MADE_FOR_PARAMETERS or func in _FACTORIES:
+            with contextlib.suppress(RuntimeError, TypeError):  # a generator of another device
+                blank = func(*args, **{**kwargs, "device": "meta"})
+                known = func in _MADE_FOR_PARAMETERS or tuple(blank.shape) in self._shapes
+                if known and blank.is_floating_point():
+                    return blank
+        return func(*args, **kwargs)

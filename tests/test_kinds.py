@@ -1,0 +1,205 @@
+"""Every kind of site is really factorized: it equals its dense form, and no weight is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tensorize
+from tensorize import tt
+from tests.models import parameters, relative
+
+
+class Uses(nn.Module):
+    """One weight and one way to use it."""
+
+    def __init__(self, shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.weight)
+
+
+def packed(x: Tensor, w: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, part) for part in w.chunk(3))
+    return q * k + v
+
+
+def sliced(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w[:24]) * F.linear(x, w[24:])[..., :24]
+
+
+def split(x: Tensor, w: Tensor) -> Tensor:
+    small, large = torch.split(w, [16, 32])
+    return torch.cat([x @ small.t(), x @ large.T], -1)
+
+
+def one_by_one(x: Tensor, w: Tensor) -> Tensor:
+    return torch.stack([F.linear(x[k], w[k]) for k in range(len(w))])
+
+
+X = (6, 5, 32)
+KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "F.linear": ((48, 32), X, F.linear),
+    "chunks of a packed projection": ((96, 32), X, packed),
+    "slices": ((48, 32), X, sliced),
+    "split and transposed": ((48, 32), X, split),
+    "x @ W": ((32, 48), X, lambda x, w: x @ w),
+    "x @ W.T": ((48, 32), X, lambda x, w: x @ w.T),
+    "W @ x": ((48, 32), (6, 32, 5), lambda x, w: w @ x),
+    "W @ vector": ((48, 32), (32,), lambda x, w: w @ x),
+    "mm": ((32, 48), (7, 32), torch.mm),
+    "addmm": ((32, 48), (7, 32), lambda x, w: torch.addmm(torch.ones(48), x, w)),
+    "matmul": ((32, 48), X, torch.matmul),
+    "bmm": ((6, 32, 48), X, torch.bmm),
+    "stacked matmul": ((6, 32, 48), (2, 6, 5, 32), torch.matmul),
+    "per-head projection": ((6, 32, 48), (2, 1, 5, 32), torch.matmul),
+    "stack @ x": ((6, 48, 32), (6, 32, 5), lambda x, w: w @ x),
+    "one matrix of a stack at a time": ((6, 48, 32), X, one_by_one),
+    "einsum": ((48, 32), X, lambda x, w: torch.einsum("btd,kd->btk", x, w)),
+    "einsum, several heads out": ((32, 4, 12), X, lambda x, w: torch.einsum("btd,dhk->bhtk", x, w)),
+    "einsum, several heads in": (
+        (4, 8, 48),
+        (6, 5, 4, 8),
+        lambda x, w: torch.einsum("bthk,hkd->btd", x, w),
+    ),
+    "einsum, weight first": ((48, 32), X, lambda x, w: torch.einsum("kd,btd->btk", w, x)),
+    "einsum, experts": ((6, 32, 48), X, lambda x, w: torch.einsum("ebd,edf->ebf", x, w)),
+    "conv1d": ((48, 32, 3), (2, 32, 20), lambda x, w: F.conv1d(x, w, stride=2, padding=1)),
+    "conv2d": ((48, 16, 3, 3), (2, 16, 9, 9), lambda x, w: F.conv2d(x, w, None, 2, 1, 2)),
+    "conv3d": ((24, 8, 3, 3, 3), (2, 8, 6, 6, 6), lambda x, w: F.conv3d(x, w, padding="same")),
+    "grouped conv2d": ((48, 16, 3, 3), (2, 32, 9, 9), lambda x, w: F.conv2d(x, w, groups=2)),
+    "grouped conv1d": ((48, 16, 5), (2, 32, 20), lambda x, w: F.conv1d(x, w, groups=2)),
+    "conv_transpose1d": ((32, 24, 3), (2, 32, 9), lambda x, w: F.conv_transpose1d(x, w, stride=2)),
+    "conv_transpose2d": (
+        (32, 24, 3, 3),
+        (2, 32, 5, 5),
+        lambda x, w: F.conv_transpose2d(x, w, torch.ones(24), 2, 1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "calibrated"])
+@pytest.mark.parametrize("name", KINDS)
+def test_kind(name: str, calibrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, input_shape, use = KINDS[name]
+    model, x = Uses(shape, use), torch.randn(input_shape)
+    calibration = [torch.randn(input_shape) for _ in range(4)] if calibrated else None
+    small = tensorize.compile(model, budget=0.5, example_inputs=(x,), calibration=calibration)
+    (site,) = tensorize.report(small).sites
+    assert site.format == "low_rank", site.reason
+    assert parameters(small) <= 0.5 * parameters(model)
+    dense = tensorize.densify(small)
+    assert dense.weight.shape == model.weight.shape
+    want = dense(x)
+    monkeypatch.setattr(tt, "reconstruct", None)  # the dense weight must not be built
+    got = small(x)
+    assert got.shape == want.shape
+    assert relative(got.detach(), want.detach()) < 1e-5
+    got.square().sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_is_exact_at_full_rank(name: str) -> None:
+    shape, input_shape, use = KINDS[name]
+    model, x = Uses(shape, use), torch.randn(input_shape)
+    full = tensorize.compile(model, None, ranks={"*": "full"}, example_inputs=(x,))
+    assert relative(full(x).detach(), model(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["packed", "separate"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_multi_head_attention(separate: bool, cross: bool) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = {"kdim": 24, "vdim": 40} if separate else {}
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True, **widths)
+
+        def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.attention(x, k, v)[0]
+
+    model = Attends().eval()
+    x = torch.randn(2, 7, 32)
+    k, v = (torch.randn(2, 7, w) for w in (24, 40)) if separate else (x, x)
+    if cross and not separate:
+        k = v = torch.randn(2, 5, 32)
+    small = tensorize.compile(model, budget=0.5, example_inputs=(x, k, v), formats="low_rank")
+    sites = tensorize.report(small).sites
+    assert {site.format for site in sites} == {"low_rank"}
+    with torch.no_grad():
+        assert relative(small(x, k, v), tensorize.densify(small)(x, k, v)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_transformer_encoder_and_its_fast_path(layers: int) -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, layers).eval()
+    x = torch.randn(2, 7, 32)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 5:] = True
+    small = tensorize.compile(
+        model, budget=0.5, calibration=[x, torch.randn(2, 7, 32)], formats="low_rank"
+    )
+    assert {site.format for site in tensorize.report(small).sites} == {"low_rank"}
+    dense = tensorize.densify(small)
+    with torch.no_grad():
+        assert relative(small(x), dense(x)) < 1e-5
+        masked = [m(x, src_key_padding_mask=padding)[~padding] for m in (small, dense)]
+        assert relative(*masked) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_embedding_bag(mode: str, offsets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.EmbeddingBag(64, 24, mode=mode, padding_idx=0)
+    ids = torch.randint(0, 64, (30,) if offsets else (5, 6))
+    inputs = (ids, torch.tensor([0, 4, 19])) if offsets else (ids,)
+    small = tensorize.compile(model, budget=0.5, calibration=[inputs] * 2)
+    (site,) = tensorize.report(small).sites
+    assert site.format == "low_rank"
+    want = tensorize.densify(small)(*inputs)
+    monkeypatch.setattr(tt, "reconstruct", None)
+    assert relative(small(*inputs).detach(), want.detach()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "reason"),
+    [
+        (nn.Conv1d(32, 32, 3, groups=32), (torch.randn(2, 32, 9),), "depthwise"),
+        (nn.EmbeddingBag(64, 24, mode="max"), (torch.zeros(5, 6, dtype=torch.long),), "embed"),
+        (nn.LSTM(16, 24), (torch.randn(5, 2, 16),), "lstm takes all of its weights at once"),
+        (nn.GRU(16, 24), (torch.randn(5, 2, 16),), "gru takes all of its weights at once"),
+        (nn.Bilinear(8, 8, 4), (torch.randn(3, 8), torch.randn(3, 8)), "bilinear"),
+    ],
+    ids=["depthwise", "bag of maxima", "LSTM", "GRU", "bilinear"],
+)
+def test_what_stays_dense_says_why(model: nn.Module, inputs: tuple, reason: str) -> None:
+    full = tensorize.compile(model, budget=1.0, example_inputs=inputs)
+    for site in tensorize.report(full).sites:
+        assert site.format == "dense"
+        assert reason in site.reason
+
+
+def test_a_lookup_and_a_head_of_one_table_in_a_train() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(64, 36)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.table(ids), self.table.weight)
+
+    model, ids = Tied(), torch.randint(0, 64, (3, 5))
+    small = tensorize.compile(model, budget=0.5, formats="tt", calibration=[ids] * 4)
+    (site,) = tensorize.report(small).sites
+    assert site.format == "tt"
+    assert relative(small(ids).detach(), tensorize.densify(small)(ids).detach()) < 1e-5
