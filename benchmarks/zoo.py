@@ -198,6 +198,8 @@ class Outcome:
     dense: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     without_inputs: str = ""
+    every: str = ""
+    every_dense: dict[str, int] = field(default_factory=dict)
 
 
 def examine(kind: str, debug: bool = False, without: bool = True) -> Outcome:
@@ -219,6 +221,16 @@ def examine(kind: str, debug: bool = False, without: bool = True) -> Outcome:
             traceback.print_exc()
         result.status, result.reason = "failed", _where(error)
     result.seconds = time.perf_counter() - start
+    if True:
+        other = Outcome(kind)
+        try:
+            _compare(model, batch, {"example_inputs": batch, "ranks": {"*": 4}}, other, None)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            other.status, other.reason = "failed", _where(error)
+        result.every = other.status if other.status == "ok" else other.reason
+        result.every_dense = other.dense
     if without:
         other = Outcome(kind)
         try:
@@ -234,8 +246,8 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} [{os.path.basename(frame.filename)}:{frame.lineno}]"
 
 
-def _compare(model: nn.Module, batch: dict, given: dict, result: Outcome) -> None:
-    compiled = tensorize.compile(model, budget=BUDGET, progress=False, **given)
+def _compare(model: nn.Module, batch: dict, given: dict, result: Outcome, budget=BUDGET) -> None:
+    compiled = tensorize.compile(model, budget=budget, progress=False, **given)
     report = tensorize.report(compiled)
     total = sum(p.numel() for p in compiled.parameters())
     result.kept = total / max(sum(p.numel() for p in model.parameters()), 1)
@@ -248,7 +260,7 @@ def _compare(model: nn.Module, batch: dict, given: dict, result: Outcome) -> Non
     got = run(compiled, batch)
     want = run(tensorize.densify(compiled), batch)
     result.difference = difference(got, want)
-    if result.kept > BUDGET:
+    if budget is not None and result.kept > BUDGET:
         result.status, result.reason = "failed", f"keeps {result.kept:.3f}"
     elif not result.difference <= TOLERANCE:
         result.status, result.reason = "failed", f"differs by {result.difference:.1e}"

@@ -91,6 +91,7 @@ def _shrink(
         elif name in standard and standard[name] != value and not name.startswith("_"):
             small[name] = value
     small |= _layer_lists(values, small)
+    small |= _attention(config, values, small)
     for name, value in overrides.items():
         if isinstance(value, Mapping) and isinstance(values.get(name), PreTrainedConfig):
             inner = {**OVERRIDES.get(values[name].model_type, {}), **value}
@@ -137,6 +138,28 @@ def _list(name: str, value: Any, tokens: dict[int, int]) -> Any:
         if top > WIDTH:
             return type(value)(max(8, -(-v * WIDTH // top // 8) * 8) for v in value)
     return value
+
+
+def _attention(
+    config: PreTrainedConfig, values: Mapping[str, Any], small: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Grouped heads stay grouped, others stay as many; sections of a rotary embedding add up."""
+    found: dict[str, Any] = {}
+    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and groups >= heads:
+        found["num_key_value_heads"] = small.get("num_attention_heads", heads)
+    if "head_dim" in values and values["head_dim"] is None and "hidden_size" in small:
+        found["head_dim"] = HEAD_WIDTH
+    if "num_key_value_heads" in values and groups is None and "num_attention_heads" in small:
+        found["num_key_value_heads"] = small["num_attention_heads"]
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in getattr(
+        config, "ignore_keys_at_rope_validation", ()
+    ):
+        half = int(HEAD_WIDTH // 2 * rope.get("partial_rotary_factor", 1.0))
+        third = (half + 1) // 3
+        found["rope_parameters"] = {**rope, "mrope_section": [half - 2 * third, third, third]}
+    return found
 
 
 _PER_LAYER = re.compile(r"(mlp_)?layer_types|layers_block_type|.*block_types?|indexer_types")

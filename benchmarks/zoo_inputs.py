@@ -53,6 +53,21 @@ def _ids(config: PreTrainedConfig, tokens: int = TOKENS) -> Tensor:
     return torch.randint(min(8, top // 2), top, (BATCH, tokens))
 
 
+GRID = 4
+
+
+def _grid(config: PreTrainedConfig) -> Tensor:
+    return torch.tensor([[1, GRID, GRID]] * BATCH)
+
+
+def _patches(config: PreTrainedConfig) -> Tensor:
+    size = find(config, "patch_size", default=8)
+    size = size if isinstance(size, int) else size[-1]
+    channels = find(config, "in_channels", "num_channels", "in_chans", default=3)
+    time = find(config, "temporal_patch_size", default=1)
+    return torch.randn(BATCH * GRID * GRID, channels * time * size * size)
+
+
 def _image(config: PreTrainedConfig) -> Tensor:
     height, width = pair(find(config, "image_size", "img_size", default=64))
     channels = find(config, "num_channels", "in_channels", "in_chans", default=3)
@@ -102,7 +117,14 @@ MAKERS: dict[str, Maker] = {
 def inputs(model: nn.Module, config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """Inputs to try, the fullest first."""
     accepted = inspect.signature(model.forward).parameters
-    known = [name for name in MAKERS if name in accepted]
+    grid = next((n for n in ("grid_thw", "image_grid_thw") if n in accepted), None)
+    makers = dict(MAKERS)
+    if grid is not None:
+        makers |= {grid: _grid, "pixel_values": _patches}
+        makers.pop("pixel_values_videos")
+        if "pixel_values" not in accepted:
+            makers["hidden_states"] = _patches
+    known = [name for name in makers if name in accepted]
     required = [
         p.name
         for p in accepted.values()
@@ -112,11 +134,11 @@ def inputs(model: nn.Module, config: PreTrainedConfig) -> Iterator[dict[str, Any
     mains = [main] if isinstance(main, str) else list(main)
     tried = []
     for names in (known, [*mains, *required], ["input_ids", *required]):
-        chosen = sorted({n for n in names if n in MAKERS})
+        chosen = sorted({n for n in names if n in makers})
         if chosen and chosen not in tried:
             tried.append(chosen)
             torch.manual_seed(1)
-            yield {name: MAKERS[name](config) for name in chosen}
+            yield {name: makers[name](config) for name in chosen}
 
 
 _MISMATCH = re.compile(r"tokens: (\d+),? features:? (\d+)")
@@ -134,7 +156,9 @@ def repaired(
     token = find(config, f"{kind}_token_id", f"{kind}_token_index", "image_token_id", "image_token_index", "audio_token_id")
     if token is None:
         return None
-    features = int(found.group(2))
+    tokens, features = int(found.group(1)), int(found.group(2))
+    if tokens == features:  # the message counts entries, not vectors
+        features //= find(config, "hidden_size", default=1)
     if features % BATCH or features > 4000:
         return None
     count = features // BATCH

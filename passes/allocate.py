@@ -573,24 +573,25 @@ def _spend(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> lis
         best = int(np.argmax(rate))
         return float(rate[best]), best
 
-    heap: list[tuple[float, int, int]] = []
-    for i in range(len(points)):
-        found = improvement(i)
-        if found:
-            heapq.heappush(heap, (-found[0], i, found[1]))
-    while heap:
-        rate, i, _ = heapq.heappop(heap)
-        found = improvement(i)
-        if found is None:
-            continue
-        if -found[0] > rate + 1e-12 * abs(rate):  # it got worse since it was queued
-            heapq.heappush(heap, (-found[0], i, found[1]))
-            continue
-        left = left - (points[i].costs[found[1]] - points[i].costs[choice[i]])
-        choice[i] = found[1]
-        again = improvement(i)
-        if again:
-            heapq.heappush(heap, (-again[0], i, again[1]))
+    def queue() -> list[tuple[float, int, int]]:
+        improved = ((i, improvement(i)) for i in range(len(points)))
+        return sorted((-found[0], i, found[1]) for i, found in improved if found)
+
+    # Queued again at the end: a step may have freed what another limit counts.
+    while heap := queue():
+        while heap:
+            rate, i, _ = heapq.heappop(heap)
+            found = improvement(i)
+            if found is None:
+                continue
+            if -found[0] > rate + 1e-12 * abs(rate):  # it got worse since it was queued
+                heapq.heappush(heap, (-found[0], i, found[1]))
+                continue
+            left = left - (points[i].costs[found[1]] - points[i].costs[choice[i]])
+            choice[i] = found[1]
+            again = improvement(i)
+            if again:
+                heapq.heappush(heap, (-again[0], i, again[1]))
     return choice
 
 

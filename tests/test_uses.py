@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.uses import Frame, Matmul, Observer, patches
+from tensorize.observer import Observer
+from tensorize.uses import Frame, Matmul, patches
 
 B, T, M, N, E = 4, 3, 6, 5, 3
 

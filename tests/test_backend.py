@@ -1,0 +1,271 @@
+"""torch.compile(model, backend="tensorize"): a lowering, and a preview for dense models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import tensorize
+from tensorize import backend
+from tensorize.passes.cleanup import RemoveDead
+from tensorize.passes.group import GroupedLinears, GroupProjections
+from tensorize.passes.lowering import Lowered, lower, own_graph
+from tests.models import CASES, relative
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "_told", False)
+    yield
+    torch._dynamo.reset()
+
+
+class Attention(nn.Module):
+    """Projections of one input, as q, k, v have them."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.q(x) * self.k(x) + self.v(x))
+
+
+def compressed(width: int = 32, rank: int = 4) -> nn.Module:
+    return tensorize.compile(Attention(width), None, ranks={"*": rank}, example_inputs=(X,)).eval()
+
+
+X = torch.randn(1, 1, 32)
+
+
+def traced(model: nn.Module, x: Tensor) -> Lowered:
+    """The graph that dynamo hands a backend, and the parameters behind its placeholders."""
+    seen: list[Lowered] = []
+
+    def keep(graph: fx.GraphModule, inputs: list) -> object:
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        named = zip(nodes, inputs, strict=True)
+        parameters = {n.name: v for n, v in named if isinstance(v, nn.Parameter)}
+        seen.append(Lowered(own_graph(graph), parameters))
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep)(x)
+    return seen[0]
+
+
+def calls(graph: fx.GraphModule) -> list[str]:
+    """What a graph computes, a word a node."""
+    words = []
+    for node in graph.graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module"):
+            words.append(node.target if isinstance(node.target, str) else node.target.__name__)
+    return words
+
+
+def test_the_backend_is_found_by_its_entry_point() -> None:
+    assert "tensorize" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "gpt2", "bert", "vit", "t5", "mixtral"])
+def test_a_compressed_model_computes_the_same(name: str) -> None:
+    case = CASES[name]
+    small = tensorize.compile(case.model(), budget=0.4, example_inputs=case.batch())
+    lowered = torch.compile(small, backend="tensorize")
+    assert relative(case.output(lowered), case.output(small)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "bert"])
+def test_a_dense_model_is_previewed_with_the_numbers_of_compile(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = CASES[name]
+    model = case.model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    small = tensorize.compile(model, budget=0.4, example_inputs=case.batch())
+    with caplog.at_level(logging.WARNING, logger="tensorize"):
+        preview = torch.compile(model, backend="tensorize", options={"budget": 0.4})
+        assert relative(case.output(preview), case.output(small)) < 1e-5
+        case.output(preview)
+    told = [record for record in caplog.records if "dense weights stay" in record.message]
+    assert len(told) == 1
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_projections_of_one_token_become_two_calls() -> None:
+    program = traced(compressed(), X)
+    assert calls(program.graph).count("linear") == 8
+    lowered = lower(program, (GroupProjections(), RemoveDead()))
+    # q, k and v (first and second factors) are one call; the output projection is left.
+    assert calls(lowered.graph) == [
+        "_grouped_0",
+        "_item",
+        "_item",
+        "_item",
+        "mul",
+        "add",
+        "linear",
+        "linear",
+    ]
+
+
+def test_grouping_does_not_fire_for_many_rows_or_unknown_ones() -> None:
+    many = traced(compressed(), torch.randn(1, 7, 32))
+    assert "_grouped_0" not in calls(lower(many, (GroupProjections(),)).graph)
+    assert "_grouped_0" in calls(lower(many, (GroupProjections(most_rows=7),)).graph)
+
+
+def test_grouping_does_not_fire_where_the_input_is_written_to() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            first = self.a(x)
+            x.mul_(2)
+            return first + self.b(x)
+
+    model = Writes()
+    lowered = torch.compile(model, backend="tensorize")
+    with torch.no_grad():
+        assert relative(lowered(X), model(X)) < 1e-6
+    program = lower(traced(model, X), (GroupProjections(),))
+    assert "_grouped_0" not in calls(program.graph)
+
+
+def test_grouping_does_not_fire_while_training_and_training_is_the_same() -> None:
+    model = compressed().train()
+    lowered = torch.compile(model, backend="tensorize")
+    lowered(X).square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(X).square().sum().backward()
+    assert all(relative(got[n], p.grad) < 1e-5 for n, p in model.named_parameters())
+
+
+def test_packed_weights_follow_changes_in_place() -> None:
+    model = compressed()
+    lowered = torch.compile(model, backend="tensorize")
+    with torch.no_grad():
+        lowered(X)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert relative(lowered(X), model(X)) < 1e-5
+        other = compressed()
+        model.load_state_dict(other.state_dict())
+        assert relative(lowered(X), other(X)) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
+def test_grouped_linears_are_the_linears(bias: bool, chained: bool) -> None:
+    def pair(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        return torch.randn(rows, columns), torch.randn(rows) if bias else None
+
+    first = [pair(4, 32) for _ in range(3)] if chained else [pair(r, 32) for r in (3, 5, 7)]
+    second = [pair(24, 4) for _ in range(3)] if chained else []
+    x = torch.randn(2, 3, 32)
+    got = GroupedLinears(first, second)(x)
+    for k, y in enumerate(got):
+        want = F.linear(x, *first[k])
+        want = F.linear(want, *second[k]) if chained else want
+        assert y.shape == want.shape
+        assert relative(y, want) < 1e-6
+
+
+def test_unequal_shapes_are_grouped_apart() -> None:
+    """Grouped-query attention: k and v are narrower than q."""
+    case = CASES["llama"]
+    small = tensorize.compile(
+        case.model(), None, ranks={"*self_attn*": 4}, example_inputs=case.batch()
+    )
+    lowered = torch.compile(small, backend="tensorize")
+    with torch.no_grad():
+        one = torch.randint(3, 128, (1, 1))
+        got = lowered(input_ids=one, use_cache=False).logits
+        assert relative(got, small(input_ids=one, use_cache=False).logits) < 1e-5
+
+
+def test_dynamic_shapes_compile_at_most_three_times() -> None:
+    small = compressed()
+    count = 0
+
+    def counted(graph: fx.GraphModule, inputs: list) -> object:
+        nonlocal count
+        count += 1
+        return backend.tensorize(graph, inputs)
+
+    lowered = torch.compile(small, backend=counted, dynamic=True)
+    with torch.no_grad():
+        for rows in (1, 2, 3, 5, 16, 17, 64, 256, 300):
+            x = torch.randn(1, rows, 32)
+            assert relative(lowered(x), small(x)) < 1e-5
+    assert count <= 3
+
+
+def test_recompiles_of_a_preview_share_their_factors() -> None:
+    model = Attention().eval()
+    preview = torch.compile(model, backend="tensorize", options={"budget": 0.5}, dynamic=False)
+    with torch.no_grad():
+        preview(X)
+        made = {id(c) for p in model.parameters() for c in _cores(p)}
+        preview(torch.randn(2, 5, 32))
+        assert made == {id(c) for p in model.parameters() for c in _cores(p)}
+    assert made
+
+
+def _cores(parameter: nn.Parameter) -> list[nn.Parameter]:
+    found = backend._made.get(parameter) or {}
+    return [core for factors in found.values() if factors for core in factors[1]]
+
+
+def test_a_budget_on_a_compressed_model_is_told_and_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small = compressed()
+    with caplog.at_level(logging.WARNING, logger="tensorize"), torch.no_grad():
+        lowered = torch.compile(small, backend="tensorize", options={"budget": 0.1})
+        assert relative(lowered(X), small(X)) < 1e-5
+    assert any("compressed already" in record.message for record in caplog.records)
+
+
+def test_graph_breaks_are_seen_through() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    preview = torch.compile(Breaks().eval(), backend="tensorize", options={"budget": 0.9})
+    with torch.no_grad():
+        assert preview(X).shape == X.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"bugdet": 0.1}, "bugdet"), ({"inner": "tpu"}, "inner")]
+)
+def test_an_unknown_option_is_an_error_that_names_it(options: dict, message: str) -> None:
+    with pytest.raises(tensorize.TensorizeError, match=message):
+        backend.BackendOptions.of(options)
+
+
+@pytest.mark.slow
+def test_inductor_takes_what_is_left() -> None:
+    small = compressed()
+    lowered = torch.compile(small, backend="tensorize", options={"inner": "inductor"})
+    with torch.no_grad():
+        assert relative(lowered(X), small(X)) < 1e-5
