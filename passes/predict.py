@@ -89,10 +89,10 @@ class Predictor:
         """The relative error of the outputs (a norm) that goes with a rise of the loss."""
         if not self.trials or loss <= 0:
             return 0.0
-        x = math.log(loss)
-        known = [math.log(t.measured) for t in self.trials]
-        factors = [t.output_error / math.sqrt(t.measured) for t in self.trials]
-        return float(np.interp(x, known, factors)) * math.sqrt(loss)
+        trials = sorted(self.trials, key=lambda trial: trial.measured)
+        known = [math.log(t.measured) for t in trials]
+        factors = [t.output_error / math.sqrt(t.measured) for t in trials]
+        return float(np.interp(math.log(loss), known, factors)) * math.sqrt(loss)
 
 
 @dataclass(frozen=True)

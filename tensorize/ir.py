@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -54,6 +55,10 @@ class TTSpec:
         size: Mapping[str, int] = field(init=False, compare=False)
         shape: tuple[int, ...] = field(init=False, compare=False)
         format: str = field(init=False, compare=False)
+        core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
+        row_modes: tuple[int, ...] = field(init=False, compare=False)
+        column_modes: tuple[int, ...] = field(init=False, compare=False)
+        ranks: tuple[int, ...] = field(init=False, compare=False)
         single: TTSpec = field(init=False, compare=False)
 
     def __init__(
@@ -116,10 +121,24 @@ class TTSpec:
         lead = tuple(size[name] for name in batch)
         m, n = (math.prod(size[name] for name in names) for names in (rows, columns))
         split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
+
+        def product(names: Iterable[str]) -> int:
+            return math.prod(size[name] for name in names)
+
         for name, value in (
             ("size", size),
             ("shape", (*lead, m, n)),
             ("format", LOW_RANK if split else TT),
+            ("core_shapes", tuple(tuple(size[name] for name in core) for core in cores)),
+            ("row_modes", tuple(product(i for i in core if i in rows) for core in cores)),
+            ("column_modes", tuple(product(i for i in core if i in columns) for core in cores)),
+            (
+                "ranks",
+                tuple(
+                    product(i for i in left if i in right and i not in (*rows, *columns, *batch))
+                    for left, right in pairwise(cores)
+                ),
+            ),
         ):
             object.__setattr__(self, name, value)
         single = TTSpec(self.row_modes, self.column_modes, self.ranks) if batch else self
@@ -129,29 +148,6 @@ class TTSpec:
     def low_rank(cls, m: int, n: int, r: int, *, experts: int = 0) -> TTSpec:
         """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
         return cls((m, 1), (1, n), (r,), experts=experts)
-
-    def _product(self, names: Sequence[str]) -> int:
-        return math.prod(self.size[name] for name in names)
-
-    @property
-    def core_shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(self.size[name] for name in core) for core in self.cores)
-
-    @property
-    def row_modes(self) -> tuple[int, ...]:
-        return tuple(self._product([i for i in core if i in self.rows]) for core in self.cores)
-
-    @property
-    def column_modes(self) -> tuple[int, ...]:
-        return tuple(self._product([i for i in core if i in self.columns]) for core in self.cores)
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        outer = {*self.rows, *self.columns, *self.batch}
-        return tuple(
-            self._product([i for i in left if i in right and i not in outer])
-            for left, right in zip(self.cores, self.cores[1:], strict=False)
-        )
 
     @property
     def parameters(self) -> int:

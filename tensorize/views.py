@@ -21,7 +21,8 @@ _TRANSPOSED_PROPERTIES = {2: ("T", "mT"), 3: ("mT",)}
 _NARROWS = (torch.narrow, torch.Tensor.narrow)
 _CHUNKS = (torch.chunk, torch.Tensor.chunk)
 _SPLITS = (torch.split, torch.Tensor.split, torch.functional.split)
-_IDENTITIES = (torch.Tensor.contiguous, torch.Tensor.detach, torch.detach)
+DETACHES = (torch.Tensor.detach, torch.detach)
+_IDENTITIES = (torch.Tensor.contiguous, *DETACHES)
 _CASTS = (torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.type)
 
 
@@ -68,22 +69,21 @@ def _parts(
         first, end, step = index.indices(rows)
         return frame.slice_rows(first, end) if step == 1 and end > first else None
     given = [*args[1:], *kwargs.values()]
-    dim = kwargs.get("dim", args[2] if func not in _NARROWS and len(args) > 2 else 0)
     if func in _NARROWS and len(given) == 3 and not kwargs and given[0] == 0:
         return frame.slice_rows(given[1], given[1] + given[2])
-    if dim != 0 or not given:
+    if func not in (*_CHUNKS, *_SPLITS) or not given:
+        return None
+    if kwargs.get("dim", args[2] if len(args) > 2 else 0) != 0:
         return None
     if func in _CHUNKS:
         size = -(-rows // given[0])
-    elif func in _SPLITS and isinstance(given[0], int):
+    elif isinstance(given[0], int):
         size = given[0]
-    elif func in _SPLITS:
+    else:
         ends = [0]
         for length in given[0]:
             ends.append(ends[-1] + length)
         return tuple(frame.slice_rows(a, b) for a, b in pairwise(ends))
-    else:
-        return None
     return tuple(frame.slice_rows(a, min(a + size, rows)) for a in range(0, rows, size))
 
 

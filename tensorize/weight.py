@@ -67,6 +67,28 @@ class FactoredWeight:
     def requires_grad(self) -> bool:
         return any(core.requires_grad for core in self.cores)
 
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        for core in self.cores:
+            core.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> FactoredWeight:
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def grad(self) -> None:
+        """Always None: gradients are those of the cores."""
+        return None
+
+    @property
+    def data(self) -> Tensor:
+        return self.dense().detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise _cannot_be_assigned("data of a weight")
+
     @property
     def is_meta(self) -> bool:
         return self.cores[0].is_meta
@@ -155,6 +177,8 @@ class FactoredWeight:
         if func in views.COMPOSITES:
             return views.COMPOSITES[func](*args, **kwargs)
         weight = next(_factored(args, kwargs))
+        if _writes(func, args, kwargs):
+            raise _cannot_be_assigned(f"weight that {func.__name__} writes to")
         matmul = uses.read(func, args, kwargs, weight)
         if matmul is not None and weight._can_run(matmul):
             return weight._run(weight.frame.turn(matmul))
@@ -162,7 +186,7 @@ class FactoredWeight:
         if isinstance(frame, tuple):
             return tuple(weight._seen(part) for part in frame)
         if frame is not None:
-            return weight._seen(frame)
+            return weight._seen(frame, detach=func in views.DETACHES)
         dense = {id(w): w.dense() for w in _factored(args, kwargs)}
 
         def plain(value: Any) -> Any:
@@ -171,8 +195,9 @@ class FactoredWeight:
         args, keywords = pytree.tree_map(plain, (args, kwargs))
         return func(*args, **keywords)
 
-    def _seen(self, frame: Frame) -> FactoredWeight:
-        return FactoredWeight(self.spec, self.cores, frame, self.contractions)
+    def _seen(self, frame: Frame, *, detach: bool = False) -> FactoredWeight:
+        cores = tuple(core.detach() for core in self.cores) if detach else self.cores
+        return FactoredWeight(self.spec, cores, frame, self.contractions)
 
     def _can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
@@ -211,6 +236,34 @@ class FactoredWeight:
             return ops.lookup(spec, cores, x, matmul.padding_idx)
         y = ops.matmul(self.contractions, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator of tensors, on the dense matrix."""
+    method = getattr(torch.Tensor, name)
+
+    def operate(weight: FactoredWeight, *others: Any) -> Any:
+        return FactoredWeight.__torch_function__(method, (), (weight, *others))
+
+    return operate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg"):
+    setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _writes(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a call would write into a lazy weight, where what is written has no place to stay."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.startswith("_")
+    target = args[0] if in_place and args else kwargs.get("out")
+    return isinstance(target, FactoredWeight)
+
+
+def _cannot_be_assigned(what: str) -> TypeError:
+    return TypeError(
+        f"the {what} is factorized and cannot be assigned; use tensorize.densify(model) first"
+    )
 
 
 def _factored(args: tuple, kwargs: dict) -> Iterator[FactoredWeight]:
@@ -276,6 +329,14 @@ class LowRankLinear(nn.Module):
     def bias(self) -> nn.Parameter | None:
         return self.second.bias
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            _check_tie(self.weight, value, f"weight of {type(self).__name__}")
+        elif name == "bias":
+            self.second.bias = value
+        else:
+            super().__setattr__(name, value)
+
 
 # --------------------------------------------------------------- owners with their own forward
 
@@ -291,19 +352,18 @@ def _lazy_weight(parameter: str) -> property:
         cores: Cores = owner._modules[holder]  # type: ignore[assignment]
         return FactoredWeight(cores.spec, cores.tensors(), cores.frame, cores.contractions)
 
-    def put(owner: nn.Module, value: Any) -> None:
-        # Code that ties weights assigns one module's weight to another: the tie is already there.
-        own = get(owner)
-        same = isinstance(value, FactoredWeight) and all(
-            a is b for a, b in zip(value.cores, own.cores, strict=True)
-        )
-        if not same:
-            raise TypeError(
-                f"{parameter} of {type(owner).__name__} is factorized and cannot be assigned; "
-                "use tensorize.densify(model) first"
-            )
+    return property(get)
 
-    return property(get, put)
+
+def _check_tie(own: FactoredWeight, value: Any, what: str) -> None:
+    """Code that ties weights assigns one module's to another; here the tie must be there already.
+
+    Raises:
+        TypeError: it is any other value.
+    """
+    cores = value.cores if isinstance(value, FactoredWeight) else ()
+    if len(cores) != len(own.cores) or any(a is not b for a, b in zip(cores, own.cores, strict=True)):
+        raise _cannot_be_assigned(what)
 
 
 @cache
@@ -313,9 +373,16 @@ def _factored_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[
     def reduce(owner: nn.Module, protocol: int) -> tuple:
         return _blank, (base, parameters), owner.__dict__
 
+    def assign(owner: nn.Module, name: str, value: Any) -> None:
+        if name in parameters:
+            _check_tie(getattr(owner, name), value, f"{name} of {base.__name__}")
+        else:
+            base.__setattr__(owner, name, value)
+
     body: dict[str, Any] = {name: _lazy_weight(name) for name in parameters}
     body |= {
         "__reduce_ex__": reduce,
+        "__setattr__": assign,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -269,3 +269,14 @@ def test_inductor_takes_what_is_left() -> None:
     lowered = torch.compile(small, backend="tensorize", options={"inner": "inductor"})
     with torch.no_grad():
         assert relative(lowered(X), small(X)) < 1e-5
+
+
+def test_cleanup_removes_dead_views_and_keeps_writes() -> None:
+    def forward(x: Tensor) -> Tensor:
+        x.transpose(0, 1).reshape(-1)  # dead
+        x.view(-1).add_(1)  # dead to the graph, not to x
+        return x * 2
+
+    graph = fx.symbolic_trace(forward)
+    cleaned = lower(Lowered(graph, {}), (RemoveDead(),)).graph
+    assert calls(cleaned) == ["view", "add_", "mul"]

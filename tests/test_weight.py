@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tensorize  # noqa: F401  (registers the backend of the contractions)
-from tensorize import tt, weight
+from tensorize import ops, tt, weight
 from tensorize.ir import TTSpec
 from tensorize.uses import Frame
 from tensorize.weight import Cores, FactoredWeight, LowRankLinear
@@ -48,7 +48,7 @@ def specs_for(shape: tuple[int, ...]) -> list[TTSpec]:
 
 def lazy(spec: TTSpec, cores: Sequence[Tensor], shape: tuple[int, ...] | None = None) -> Any:
     frame = Frame() if shape in (None, spec.shape) else Frame(shape=shape)
-    return FactoredWeight(spec, tuple(cores), frame)
+    return FactoredWeight(spec, tuple(cores), frame, ops.contractions(spec))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,284 @@
+"""The prediction of the loss: what was measured comes out again, and between it nothing jumps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tensorize
+from benchmarks.quality import text
+from examples.gpt import load_pretrained
+from tensorize.capture import batch_of
+from tensorize.errors import BudgetError
+from tensorize.ir import TTSpec
+from tensorize.passes.predict import TRIAL_SHARES, Predictor, Trial, approximations
+from tensorize.passes.preserved import PreservedLoss, call
+from tests.models import CASES, MLP, Case
+
+quick = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def predictor(*points: tuple[float, float], spread: float = 0.0, held_out: bool = True) -> Predictor:
+    """From (sum of distortions, measured rise) of each trial."""
+    trials = tuple(Trial(raw, measured, spread, math.sqrt(measured)) for raw, measured in points)
+    return Predictor(trials, "nats", held_out)
+
+
+@st.composite
+def rising(draw: st.DrawFn) -> Predictor:
+    """One to four trials whose measured rise grows with the sum of distortions."""
+    count = draw(st.integers(1, 4))
+    steps = st.lists(st.floats(0.01, 3.0), min_size=count, max_size=count)
+    raws, measured = draw(steps), draw(steps)
+    start, ratio = draw(st.floats(-8, 1)), draw(st.floats(-2, 2))
+    points = [
+        (math.exp(start + sum(raws[:k])), math.exp(start + ratio + sum(measured[:k])))
+        for k in range(count)
+    ]
+    return predictor(*points, spread=draw(st.floats(0, 0.5)), held_out=draw(st.booleans()))
+
+
+sums = st.floats(-20, 8).map(math.exp)
+
+
+# -------------------------------------------------------------------------------- the predictor
+
+
+@quick
+@given(rising())
+def test_measured_points_come_out_again(found: Predictor) -> None:
+    for trial in found.trials:
+        assert found.predict(trial.raw)[0] == pytest.approx(trial.measured, rel=1e-9)
+
+
+@quick
+@given(rising(), sums, sums)
+def test_more_damage_is_never_predicted_to_cost_less(
+    found: Predictor, one: float, two: float
+) -> None:
+    less, more = sorted((one, two))
+    assert found.predict(less)[0] <= found.predict(more)[0] * (1 + 1e-12)
+
+
+@quick
+@given(rising(), sums)
+def test_the_interval_holds_the_expected_value(found: Predictor, raw: float) -> None:
+    expected, (low, high) = found.predict(raw)
+    assert 0 < low < expected < high
+    assert expected / low == pytest.approx(high / expected, rel=1e-9)
+
+
+@quick
+@given(rising(), st.floats(-15, 5).map(math.exp))
+def test_the_inverse_is_the_largest_sum_within_a_loss(found: Predictor, loss: float) -> None:
+    raw = found.inverse(loss)
+    assert found.predict(raw)[0] <= loss
+    assert found.predict(raw * (1 + 1e-9))[0] > loss * (1 - 1e-9)
+
+
+@quick
+@given(rising(), sums)
+def test_the_inverse_inverts(found: Predictor, raw: float) -> None:
+    assert found.inverse(found.predict(raw)[0]) == pytest.approx(raw, rel=1e-6)
+
+
+def test_between_two_trials_the_ratio_is_interpolated_on_logarithmic_scales() -> None:
+    found = predictor((0.01, 0.02), (1.0, 8.0))
+    assert found.predict(0.1)[0] == pytest.approx(0.1 * math.sqrt(2 * 8))
+    # Beyond them it stays as it was there.
+    assert found.predict(0.001)[0] == pytest.approx(0.002)
+    assert found.predict(10.0)[0] == pytest.approx(80.0)
+
+
+def test_nothing_lost_is_nothing_risen() -> None:
+    assert predictor((0.01, 0.02)).predict(0.0) == (0.0, (0.0, 0.0))
+    assert predictor((0.01, 0.02)).output_error(0.0) == 0.0
+
+
+def test_without_trials_the_sum_itself_is_expected_and_little_is_promised() -> None:
+    found = predictor()
+    assert found.predict(0.5) == (0.5, (0.0, 2.0))
+    assert found.inverse(0.5) == pytest.approx(0.5)
+    assert found.output_error(0.5) == 0.0
+
+
+def width(found: Predictor, raw: float) -> float:
+    expected, (_, high) = found.predict(raw)
+    return high / expected
+
+
+def test_the_interval_says_how_little_is_known() -> None:
+    points = (0.01, 0.02), (1.0, 8.0)
+    base = predictor(*points)
+    assert width(predictor(*points, spread=0.3), 0.01) > width(base, 0.01)
+    assert width(predictor(*points, held_out=False), 0.01) > width(base, 0.01)
+    assert width(base, 0.1) > width(base, 0.01), "between two trials that disagree"
+    assert width(base, 1e-4) > width(base, 0.01), "far from every trial"
+    assert width(base, 1e2) > width(base, 1.0)
+    # A scatter of 8 %, alone: exp(1.645 · 0.08).
+    assert width(predictor((1.0, 1.0)), 1.0) == pytest.approx(math.exp(1.645 * 0.08))
+
+
+def test_the_error_of_the_outputs_goes_with_the_root_of_the_loss() -> None:
+    trials = (Trial(0.01, 0.02, 0.0, 0.1), Trial(1.0, 2.0, 0.0, 1.0))
+    found = Predictor(trials, "nats", held_out=True)
+    for trial in trials:
+        assert found.output_error(trial.measured) == pytest.approx(trial.output_error)
+    assert found.output_error(0.2) == pytest.approx(0.1 * math.sqrt(10))
+    assert found.output_error(0.0002) == pytest.approx(0.01)
+
+
+def test_measurements_out_of_order_do_not_confuse_the_error_of_the_outputs() -> None:
+    """Noise: a larger sum may be measured to cost less."""
+    trials = (Trial(0.01, 0.03, 0.0, 0.2), Trial(0.02, 0.02, 0.0, 0.1), Trial(1.0, 2.0, 0.0, 1.0))
+    found = Predictor(trials, "nats", held_out=True)
+    for trial in trials:
+        assert found.output_error(trial.measured) == pytest.approx(trial.output_error)
+
+
+# -------------------------------------------------------------------------------- the trial plans
+
+
+def rise(dense: nn.Module, small: nn.Module, given: Sequence[Any], loss: PreservedLoss) -> float:
+    """The rise of the preserved loss over batches, directly."""
+    total, rows = 0.0, 0
+    with torch.no_grad():
+        for k, batch in enumerate(map(batch_of, given)):
+            part, count = loss.rise(call(dense, batch, k), call(small, batch, k), batch, dense)
+            total, rows = total + part, rows + count
+    return total / rows
+
+
+def calibration(case: Case, batches: int = 8) -> list[Any]:
+    return [case.batch(seed) for seed in range(batches)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt", "gpt2", "bert", "vit", "mixtral"])
+def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> None:
+    case = CASES[name]
+    model, given = case.model(), calibration(case)
+    analysis = tensorize.analyze(model, calibration=given)
+    found: Predictor = analysis.program.predictor
+    assert found.held_out
+    assert found.unit == ("relative squared error" if name in ("mlp", "bert") else "nats")
+    raws = [trial.raw for trial in found.trials]
+    assert raws == sorted(raws)
+    loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
+    checked = 0
+    for share in TRIAL_SHARES:
+        try:
+            plan = analysis.plan(share)
+        except BudgetError:
+            continue
+        raw = sum(site.predicted_loss for site in plan.sites)
+        trial = next(t for t in found.trials if t.raw == pytest.approx(raw, rel=1e-12))
+        small = tensorize.apply(model, plan)
+        # Cores in float32 against weights rebuilt from them: the rounding of a few hundred sums.
+        assert rise(model, small, given[3::4], loss) == pytest.approx(trial.measured, rel=1e-3)
+        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9)
+        assert plan.predicted.output_error == pytest.approx(trial.output_error, rel=1e-9)
+        checked += 1
+    assert checked == len(found.trials) > 1
+
+
+def test_too_few_batches_to_hold_one_out_are_measured_on_themselves() -> None:
+    model = MLP()
+    found = tensorize.analyze(model, calibration=[torch.randn(32, 48) for _ in range(3)])
+    assert not found.program.predictor.held_out
+    assert found.program.predictor.trials
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 32))
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    analysis = tensorize.analyze(model, calibration=[torch.randn(16, 32) for _ in range(4)])
+    assert analysis.program.predictor.trials
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in model.modules())
+
+
+def test_shares_that_are_not_feasible_are_left_out() -> None:
+    class Heavy(nn.Module):
+        """Half of the parameters are no matmul's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(48, 48, bias=False)
+            self.scale = nn.Parameter(torch.ones(48 * 48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.scale.mean()
+
+    analysis = tensorize.analyze(Heavy(), calibration=[torch.randn(32, 48) for _ in range(4)])
+    assert len(analysis.program.predictor.trials) == 1  # 0.75 alone: 0.5 and less cannot be
+    assert analysis.plan(0.75).predicted.loss == pytest.approx(
+        analysis.program.predictor.trials[0].measured
+    )
+
+
+@pytest.mark.parametrize("metric", ["frobenius", "input"])
+def test_without_a_loss_nothing_is_predicted(metric: str) -> None:
+    data = [torch.randn(32, 48) for _ in range(4)]
+    analysis = tensorize.analyze(MLP(), calibration=data, metric=metric)
+    assert analysis.program.predictor is None
+    assert analysis.plan(0.5).predicted.loss is None
+
+
+def test_a_loss_of_the_caller_is_predicted_in_its_own_unit() -> None:
+    model = MLP()
+    data = [(torch.randn(64, 48),) for _ in range(8)]
+    with torch.no_grad():
+        targets = {id(batch): model(*batch) for batch in data}
+
+    def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs - targets[id(batch)]).square().sum(-1).mean()
+
+    analysis = tensorize.analyze(model, calibration=data, loss_fn=loss_fn)
+    assert analysis.program.predictor.unit == "loss_fn"
+    # At its minimum the loss has no gradient: the Fisher is zero, and nothing can be predicted.
+    assert analysis.program.predictor.trials == () or analysis.plan(0.5).predicted.loss > 0
+
+
+def test_approximations_are_the_weights_of_the_plan() -> None:
+    case = CASES["gpt"]
+    model = case.model()
+    analysis = tensorize.analyze(model, calibration=calibration(case, 4))
+    plan = analysis.plan(0.4)
+    program = analysis.program
+    program = tensorize.passes.pipeline.replace(program, model=model)
+    weights = approximations(program, plan.sites)
+    assert set(weights) == {site.name for site in plan.sites if site.spec is not None}
+    dense = dict(tensorize.densify(tensorize.apply(model, plan)).named_parameters())
+    for name, value in weights.items():
+        torch.testing.assert_close(value, dense[name].detach(), rtol=1e-4, atol=1e-6)
+        assert isinstance(next(s.spec for s in plan.sites if s.name == name), TTSpec)
+
+
+# ------------------------------------------------------------------------------ trained weights
+
+
+def test_predictions_for_trained_weights_are_right_within_a_factor_of_two() -> None:
+    model = load_pretrained().eval()
+    context = 128
+    analysis = tensorize.analyze(model, calibration=list(text("validation", 16, context).split(2)))
+    unseen = [part for part in text("held_out", 16, context).split(4)]
+    loss = PreservedLoss.fit(model, [batch_of(part) for part in unseen], None)
+    for budget in (0.4, 0.5, 0.6):  # two of them are no trial
+        plan = analysis.plan(budget)
+        measured = rise(model, tensorize.apply(model, plan), unseen, loss)
+        assert plan.predicted.loss is not None
+        assert 0.5 * measured < plan.predicted.loss < 2 * measured
+        assert plan.predicted.loss_interval is not None
+        low, high = plan.predicted.loss_interval
+        assert low < plan.predicted.loss < high
