@@ -107,6 +107,8 @@ class CalibratePrediction:
     def run(self, program: Program) -> Program:
         if program.metric != "loss" or self.loss is None:
             return replace(program, summary="no loss to predict: weights and inputs alone")
+        if not any(curve.in_nats for curve in program.spectra.values()):
+            return replace(program, summary="no loss to predict: its gradients say nothing")
         model = program.model
         with untouched(model):
             dense = [call(model, batch, k) for k, batch in enumerate(self.batches)]

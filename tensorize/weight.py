@@ -177,8 +177,6 @@ class FactoredWeight:
         if func in views.COMPOSITES:
             return views.COMPOSITES[func](*args, **kwargs)
         weight = next(_factored(args, kwargs))
-        if _writes(func, args, kwargs):
-            raise _cannot_be_assigned(f"weight that {func.__name__} writes to")
         matmul = uses.read(func, args, kwargs, weight)
         if matmul is not None and weight._can_run(matmul):
             return weight._run(weight.frame.turn(matmul))
@@ -187,6 +185,8 @@ class FactoredWeight:
             return tuple(weight._seen(part) for part in frame)
         if frame is not None:
             return weight._seen(frame, detach=func in views.DETACHES)
+        if not torch.compiler.is_compiling() and _writes(func, args, kwargs):
+            raise _cannot_be_assigned(f"weight that {func.__name__} writes to")
         dense = {id(w): w.dense() for w in _factored(args, kwargs)}
 
         def plain(value: Any) -> Any:
@@ -205,7 +205,8 @@ class FactoredWeight:
         if isinstance(matmul.x, FactoredWeight):
             return False
         if matmul.convolution is not None:
-            return low_rank and frame.shape is not None
+            groups = self.spec.size.get("e", 1)
+            return low_rank and frame.shape is not None and matmul.convolution.groups == groups
         if matmul.split:
             rows = math.prod(self.shape[: matmul.split])
             return frame.shape is not None and not self.spec.batch and rows == self.spec.shape[0]
