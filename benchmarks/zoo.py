@@ -117,44 +117,51 @@ def build(kind: str, debug: bool = False) -> Small:
     Raises:
         NotBuildable: it says why.
     """
-    try:
-        config = small_config(kind)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        raise NotBuildable(f"no small configuration: {_short(error)}") from error
     failures: list[str] = []
-    for cls in classes(kind, config):
+    for keep_lists in (False, True):
         try:
-            model = _construct(cls, config)
+            config = small_config(kind, keep_lists)
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            failures.append(f"{cls.__name__} cannot be built: {_short(error)}")
+            failures.append(f"no small configuration: {_short(error)}")
             continue
-        for batch in zoo_inputs.inputs(model, model.config):
-            for _ in range(4):
-                try:
-                    output = run(model, batch)
-                    break
-                except Exception as error:
-                    if debug:
-                        traceback.print_exc()
-                    again = zoo_inputs.repaired(batch, error, model.config)
-                    if again is None:
-                        failures.append(f"{cls.__name__}({', '.join(batch)}) {_short(error)}")
-                        break
-                    batch = again
-            else:
+        for cls in classes(kind, config):
+            try:
+                model = _construct(cls, config)
+            except Exception as error:
+                if debug:
+                    traceback.print_exc()
+                failures.append(f"{cls.__name__} cannot be built: {_short(error)}")
                 continue
-            if "output" not in locals():
-                continue
-            if not output or not all(not torch.isnan(t).any() for t in output):
-                failures.append(f"{cls.__name__}: no finite floating-point output")
-                del output
-                continue
-            return Small(kind, model, batch)
+            for batch in zoo_inputs.inputs(kind, model):
+                found = _that_runs(model, batch, failures, debug)
+                if found is not None:
+                    return Small(kind, model, found)
     raise NotBuildable("; ".join(dict.fromkeys(failures)) or "no model class has this configuration")
+
+
+def _that_runs(
+    model: PreTrainedModel, batch: dict[str, Any], failures: list[str], debug: bool
+) -> dict[str, Any] | None:
+    """The batch, mended if need be, where the model runs on it."""
+    for _ in range(4):
+        try:
+            output = run(model, batch)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            failures.append(f"{type(model).__name__}({', '.join(batch)}) {_short(error)}")
+            again = zoo_inputs.repaired(batch, error, model.config)
+            if again is None:
+                return None
+            batch = again
+            continue
+        if output and not any(torch.isnan(t).any() for t in output):
+            return batch
+        failures.append(f"{type(model).__name__}: no finite floating-point output")
+        return None
+    return None
 
 
 def _short(error: BaseException) -> str:
@@ -174,12 +181,28 @@ def _construct(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrain
     size = sum(p.numel() for p in model.parameters())
     if size > LARGEST:
         raise NotBuildable(f"{size / 1e6:.0f} M parameters")
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.reshape(-1)
-        if parameter.is_floating_point() and parameter.dim() > 1:
-            if not torch.isfinite(flat).all() or (flat == flat[0]).all() or flat.abs().max() > 1e4:
-                parameter.data.normal_(0.0, 0.1)
+    _liven(model)
     return model
+
+
+def _liven(model: nn.Module) -> None:
+    """Raise what starts as zero or nearly so, such as gates: every weight then shows in the output."""
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        values = parameter.data
+        broken = not torch.isfinite(values).all() or values.abs().max() > 1e4
+        constant = values.numel() > 1 and bool((values == values.reshape(-1)[0]).all())
+        if parameter.dim() < 2:
+            if broken or (values.abs().max() < 0.01 and (constant or values.numel() == 1)):
+                values.uniform_(-0.5, 0.5)
+            continue
+        wanted = (values.shape[0] / values.numel()) ** 0.5
+        spread = 0.0 if broken or constant else float(values.std())
+        if spread < 1e-12:
+            values.normal_(0.0, wanted)
+        elif spread < wanted:
+            values.mul_(wanted / spread)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -46,17 +46,17 @@ _LAYERS = re.compile(
     r"(num_)?(hidden_layers|layers|n_layer|n_layers|num_layers|num_hidden_layers)|depth"
 )
 _TOKEN = re.compile(r".*(token_id|token_index|_token)|(pad|bos|eos|unk|mask)_index|(boi|eoi|boa|eoa).*")
-_KEEP = re.compile(r".*(in_chans|num_channels|num_labels|ratio|rate|stride|kernel|dilation|input_channels|layer_idx).*")
+_KEEP = re.compile(r".*(in_chans|num_channels|num_labels|ratio|rate|stride|kernel|dilation|input_channels|layer_idx|num_encoder_blocks|num_stages).*")
 
 
 def small_config(
-    kind: str | PreTrainedConfig, overrides: Mapping[str, Any] | None = None
+    kind: str, keep_lists: bool = False
 ) -> PreTrainedConfig:
-    """The small configuration of a model type."""
-    config = CONFIG_MAPPING[kind]() if isinstance(kind, str) else kind
-    if overrides is None:
-        overrides = OVERRIDES.get(config.model_type, {})
-    return _shrink(config, overrides, {})
+    """The small configuration of a model type; ``keep_lists``: widths given as lists stay."""
+    if kind in MADE:
+        return MADE[kind]()
+    config = CONFIG_MAPPING[kind]()
+    return _shrink(config, OVERRIDES.get(config.model_type, {}), {}, keep_lists)
 
 
 def fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -71,7 +71,10 @@ def fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _shrink(
-    config: PreTrainedConfig, overrides: Mapping[str, Any], tokens: dict[int, int]
+    config: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+    tokens: dict[int, int],
+    keep_lists: bool = False,
 ) -> PreTrainedConfig:
     cls = type(config)
     values = fields(config)
@@ -85,17 +88,21 @@ def _shrink(
             continue
         if isinstance(value, PreTrainedConfig):
             inner = OVERRIDES.get(value.model_type, {})
-            small[name] = _shrink(value, inner, tokens)
-        elif (new := _value(name, value, tokens)) != value:
+            small[name] = _shrink(value, inner, tokens, keep_lists)
+        elif (new := _value(name, value, tokens, keep_lists)) != value:
             small[name] = new
         elif name in standard and standard[name] != value and not name.startswith("_"):
             small[name] = value
+    small |= _backbone(values, standard)
+    if isinstance(values.get("patch_size"), int) and values["patch_size"] < PATCH and "image_size" in small:
+        small["image_size"] = 2 * IMAGE if isinstance(small["image_size"], int) else small["image_size"]
+    small |= _head_lists(values, small)
     small |= _layer_lists(values, small)
     small |= _attention(config, values, small)
     for name, value in overrides.items():
         if isinstance(value, Mapping) and isinstance(values.get(name), PreTrainedConfig):
             inner = {**OVERRIDES.get(values[name].model_type, {}), **value}
-            value = _shrink(values[name], inner, tokens)
+            value = _shrink(values[name], inner, tokens, keep_lists)
         if value is None and name in small and name not in values:
             del small[name]
         else:
@@ -103,7 +110,7 @@ def _shrink(
     return cls(**small)
 
 
-def _value(name: str, value: Any, tokens: dict[int, int]) -> Any:
+def _value(name: str, value: Any, tokens: dict[int, int], keep_lists: bool = False) -> Any:
     if isinstance(value, bool) or name.startswith("_"):
         return value
     if isinstance(value, int) and _TOKEN.fullmatch(name):
@@ -111,7 +118,7 @@ def _value(name: str, value: Any, tokens: dict[int, int]) -> Any:
     if isinstance(value, int):
         return min(value, _limit(name, value))
     if isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
-        return _list(name, value, tokens)
+        return _list(name, value, tokens, keep_lists)
     return value
 
 
@@ -124,19 +131,24 @@ def _limit(name: str, value: int) -> int:
     return value
 
 
-def _list(name: str, value: Any, tokens: dict[int, int]) -> Any:
+def _narrow(width: int) -> int:
+    """A width that depends on the old one only, so that what was equal stays equal."""
+    return width if width <= 16 else max(16, 8 * round((16 * width) ** 0.5 / 8))
+
+
+def _list(name: str, value: Any, tokens: dict[int, int], keep_lists: bool) -> Any:
     if _TOKEN.fullmatch(name):
         return type(value)(_value("x_token_id", v, tokens) for v in value)
     if _KEEP.fullmatch(name):
         return value
-    if name in ("depths", "num_layers", "layers", "num_blocks", "stage_num_blocks", "layer_depths"):
+    if name in ("depths", "num_layers", "layers", "num_blocks", "stage_num_blocks", "layer_depths", "depth", "n_attn_blocks", "num_block_repeats"):
         return type(value)(min(v, 2) for v in value)
     if re.fullmatch(r".*image_size|patch_size", name):
         return type(value)(min(v, IMAGE if "image" in name else PATCH) for v in value)
+    if keep_lists:
+        return value
     if re.fullmatch(r".*(sizes|dims?|channels|hidden_size|embed_dim|out_features|widths)", name):
-        top = max(value)
-        if top > WIDTH:
-            return type(value)(max(8, -(-v * WIDTH // top // 8) * 8) for v in value)
+        return type(value)(_narrow(v) for v in value)
     return value
 
 
@@ -165,6 +177,31 @@ def _attention(
 _PER_LAYER = re.compile(r"(mlp_)?layer_types|layers_block_type|.*block_types?|indexer_types")
 
 
+def _backbone(values: Mapping[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
+    """As many outputs of a backbone as before, from as few layers as that takes."""
+    indices = values.get("_out_indices")
+    if not indices or indices == standard.get("_out_indices"):
+        return {}
+    if any(name in values for name in ("depths", "stage_configs", "block_configs", "stage_blocks", "num_hidden_layers_per_stage")) or "num_hidden_layers" not in values:
+        return {"out_indices": list(indices)}
+    count = max(2, len(indices))
+    return {"num_hidden_layers": count, "out_indices": list(range(count - len(indices) + 1, count + 1))}
+
+
+def _head_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Widths a stage beside heads a stage: 8 entries a head."""
+    heads = next((v for n, v in values.items() if n in ("num_attention_heads", "num_heads") and isinstance(v, list | tuple)), None)
+    if heads is None:
+        return {}
+    if isinstance(values.get("embed_dim"), int):
+        return {"embed_dim": 8 * heads[0]}
+    return {
+        name: type(value)(8 * h for h in heads)
+        for name, value in values.items()
+        if name in ("hidden_sizes", "embed_dim", "embed_dims") and isinstance(value, list | tuple) and len(value) == len(heads)
+    }
+
+
 def _layer_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
     """Lists with one entry a layer, cut to one layer of each kind (two at least)."""
     count = next((n for n in small if n == "num_hidden_layers"), None)
@@ -185,4 +222,15 @@ def _layer_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[st
     return {**cut, count: len(rows)} if cut else {}
 
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+MADE: dict[str, Callable[[], PreTrainedConfig]] = {}
+SWIN = {"window_size": 4, "image_size": 64}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "efficientnet": {
+        "image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 128,
+        "in_channels": (32, 16, 24, 24), "out_channels": (16, 24, 24, 32), "kernel_sizes": (3, 3, 5, 3),
+        "strides": (1, 2, 2, 2), "num_block_repeats": (1, 1, 2, 1), "expand_ratios": (1, 4, 4, 4),
+    },
+    "swin": SWIN, "swinv2": SWIN, "donut-swin": SWIN, "maskformer-swin": SWIN, "clap_audio_model": {},
+    "levit": {"image_size": 64, "patch_size": 16},
+    "bit": {"num_groups": 8},
+}

@@ -114,8 +114,13 @@ MAKERS: dict[str, Maker] = {
 }
 
 
-def inputs(model: nn.Module, config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+def inputs(kind: str, model: nn.Module) -> Iterator[dict[str, Any]]:
     """Inputs to try, the fullest first."""
+    config = model.config
+    if kind in GIVEN:
+        torch.manual_seed(1)
+        yield GIVEN[kind](config)
+        return
     accepted = inspect.signature(model.forward).parameters
     grid = next((n for n in ("grid_thw", "image_grid_thw") if n in accepted), None)
     makers = dict(MAKERS)
@@ -134,11 +139,14 @@ def inputs(model: nn.Module, config: PreTrainedConfig) -> Iterator[dict[str, Any
     mains = [main] if isinstance(main, str) else list(main)
     tried = []
     for names in (known, [*mains, *required], ["input_ids", *required]):
-        chosen = sorted({n for n in names if n in makers})
+        chosen = sorted({n for n in names if n in makers and n in accepted})
         if chosen and chosen not in tried:
             tried.append(chosen)
             torch.manual_seed(1)
             yield {name: makers[name](config) for name in chosen}
+
+
+GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {}
 
 
 _MISMATCH = re.compile(r"tokens: (\d+),? features:? (\d+)")

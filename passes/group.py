@@ -52,18 +52,17 @@ class GroupedLinears(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._versions != [source._version for source in self._sources]:
             self._pack()
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self._weight
-        y = y if self._bias is None else y + self._bias
-        lead = x.shape[:-1]
+        lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        y = torch.mm(rows, self._weight)
+        y = y if self._bias is None else y.add_(self._bias)
         if not self._second:
-            return tuple(part.reshape(*lead, -1) for part in y.split(self._widths, -1))
-        inner = y.reshape(y.shape[0], len(self._second), -1).transpose(0, 1)
+            return y.view(*lead, y.shape[-1]).split(self._widths, -1)
+        inner = y.view(y.shape[0], len(self._second), -1).transpose(0, 1)
         if self._biases is None:
             z = torch.bmm(inner, self._weights)
         else:
             z = torch.baddbmm(self._biases, inner, self._weights)
-        return tuple(part.reshape(*lead, -1) for part in z.unbind(0))
+        return z.view(len(self._second), *lead, z.shape[-1]).unbind(0)
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class CollectStatistics:
             else:
                 _add_inputs(program.model, batch, position, wanted, sites, moments)
         program.progress("statistics", len(self.batches), len(self.batches))
-        notes = [*program.notes, *_normalise(moments, output_rows, program.metric)]
+        notes = [*program.notes, *_normalise(moments, sites, output_rows, program.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
         return replace(program, statistics=moments, summary=summary, notes=tuple(notes))
 
@@ -194,32 +195,81 @@ def _add_term(
 ) -> None:
     """Add the rows of one call: x (and g) to the two sides of the weight's metric."""
     lookup, (rows, columns) = matmul.contract == "lookup", site.matrix
-    if matmul.convolution is not None:
-        x = patches(matmul, site.shape[2:])
-        x = None if x is None else x.detach()
-        # What a transposed convolution adds up into one pixel is not told apart: no gradients.
-        transposed = matmul.convolution.output_padding is not None
-        g = None if gradient is None or transposed else gradient.reshape(-1, rows)
-    else:
-        x = matmul.x.detach().reshape(-1) if lookup else _as_rows(matmul.x.detach())
-        g = None if gradient is None else _as_rows(gradient)
+    x, g = _rows(site, matmul, gradient)
     if g is not None:
         # A row that no counted output depends on has a gradient of exactly zero: padding.
         mask = (g != 0).any(-1)
     if mask is not None and x is not None and mask.numel() == x.shape[0]:
         x = x[mask]
         g = None if g is None else g[mask]
-    term.input_rows += x.shape[0] if x is not None else int(matmul.x.shape[0])
-    own = None
-    if lookup and x is not None:
+    count = int(matmul.x.shape[0]) if x is None else x.shape[0]
+    term.input_rows += count
+    width, other_width = (columns, rows) if matmul.contract == "columns" else (rows, columns)
+    if x is None:
+        own = _alike(matmul.x, width, count)
+    elif lookup:
         own = torch.bincount(x, minlength=rows).double().cpu()
-    elif x is not None:
-        own = _moment(x, columns if matmul.contract == "columns" else rows)
+    else:
+        own = _moment(x, width)
     other = None if g is None else _moment(g, g.shape[-1])
+    if other is None and gradient is not None:
+        other = _alike(gradient, other_width, count)
     of_rows, of_columns = (other, own) if matmul.contract == "columns" else (own, other)
     if frame.rows is not None and of_rows is not None:
         of_rows = _among(of_rows, frame.rows, rows)
     term.rows, term.columns = _plus(term.rows, of_rows), _plus(term.columns, of_columns)
+
+
+def _rows(
+    site: Site, matmul: Matmul, gradient: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows that one call multiplies the matrix by, and what arrives at each product.
+
+    None for a side whose rows cannot be told (a convolution in three dimensions).
+    """
+    x, call, kernel = matmul.x.detach(), matmul.convolution, site.shape[2:]
+    if matmul.bag is not None:
+        return _bag_rows(x, matmul.bag, site.matrix[0], gradient)
+    if call is None:
+        x = x.reshape(-1) if matmul.contract == "lookup" else _as_rows(x)
+        return x, None if gradient is None else _as_rows(gradient)
+    x = patches(matmul, kernel)
+    x = None if x is None else x.detach()
+    if gradient is None:
+        return x, None
+    if call.output_padding is None:
+        return x, gradient.reshape(-1, site.matrix[0])
+    # Transposed: a pixel's product is a patch of the output.
+    forward = replace(matmul, x=gradient, convolution=replace(call, output_padding=None))
+    return x, patches(forward, kernel)
+
+
+def _bag_rows(
+    ids: Tensor, bag: Mapping[str, Any], rows: int, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Row numbers in all bags, and what arrives at each of them: its share of the bag's."""
+    if ids.dim() == 2:
+        owner = torch.arange(ids.numel(), device=ids.device) // ids.shape[1]
+    else:
+        places = torch.arange(ids.numel(), device=ids.device)
+        owner = torch.bucketize(places, bag["offsets"], right=True) - 1
+    ids, padding = ids.reshape(-1), bag["padding_idx"]
+    kept = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding % rows
+    ids, owner = ids[kept], owner[kept]
+    if gradient is None:
+        return ids, None
+    g = gradient[owner]
+    if bag["mode"] == "mean":
+        g = g / torch.bincount(owner).to(g.dtype)[owner].unsqueeze(-1)
+    elif bag["per_sample_weights"] is not None:
+        g = g * bag["per_sample_weights"].detach().reshape(-1)[kept].unsqueeze(-1)
+    return ids, g
+
+
+def _alike(values: Tensor, width: int, count: int) -> Tensor:
+    """The diagonal for ``count`` rows of which only the mean square of an entry is known."""
+    size = float(values.detach().double().square().mean()) * count
+    return torch.full((width,), size, dtype=torch.float64)
 
 
 def _among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
@@ -249,11 +299,14 @@ def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return total.add_(part)
 
 
-def _normalise(moments: Mapping[str, Moments], output_rows: int, metric: str) -> list[str]:
+def _normalise(
+    moments: Mapping[str, Moments], sites: Mapping[str, Site], output_rows: int, metric: str
+) -> list[str]:
     """Turn sums into moments, in place: inputs a mean over their rows, gradients a sum over theirs.
 
     The gradients' sum is divided by the number of output rows, so that ½ tr(G ΔW C ΔWᵀ) is the
-    mean rise of the loss over output rows, whatever the number of rows that the site sees.
+    mean rise of the loss over output rows, whatever the number of rows that the site sees. Of
+    several matrices each is taken to see its part of the rows: the sum over them is the rise.
     """
     notes = []
     for name, moment in moments.items():
@@ -265,7 +318,7 @@ def _normalise(moments: Mapping[str, Moments], output_rows: int, metric: str) ->
                 sums.div_(max(term.input_rows, 1))
             sums = getattr(term, gradients)
             if sums is not None:
-                sums.div_(max(output_rows, 1))
+                sums.div_(max(output_rows, 1) * max(sites[name].experts, 1))
         moment.terms = {c: t for c, t in moment.terms.items() if t.input_rows > 0}
         if not moment.terms:
             why = "no counted output depends on it" if metric == "loss" else "it was not used"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tensorize import cache as disk
-from tensorize import capture, checkpoint, ops, weight
+from tensorize import capture, checkpoint, huggingface, ops, weight
 from tensorize.analysis import Analysis, fingerprint
 from tensorize.budget import Budget
 from tensorize.codegen import aten
@@ -47,6 +47,7 @@ def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
 
 
 ops.register_backend(_contraction)
+huggingface.register()
 
 
 def compile(
@@ -277,6 +278,7 @@ def _apply(
     program = replace(analysis.program, model=target, plan=plan, progress=tell)
     program = run_passes(program, (Factorize(), VerifyResult()))
     target.__dict__["_tensorize"] = _report(program, analysis)
+    huggingface.note_factors(target)
     return target
 
 
@@ -372,6 +374,7 @@ def densify(model: nn.Module) -> nn.Module:
         return nn.Parameter(values.to(factored.dtype).contiguous(), factored.requires_grad)
 
     weight.restore(dense, build)
+    huggingface.forget_factors(dense)
     return dense
 
 
@@ -413,12 +416,22 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     checkpoint.save(model, directory)
 
 
-def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Read a saved model: a Hugging Face one by itself, any other into ``model``.
 
     No pickle, no network, no dense weights. Returns the model, in evaluation mode.
 
+    Args:
+        device: where it goes; None: where ``model`` is, or the CPU.
+        dtype: of its floating-point weights; None: as they were saved.
+
     Raises:
         CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
     """
-    return checkpoint.load(directory, model)
+    return checkpoint.load(directory, model, device=device, dtype=dtype)

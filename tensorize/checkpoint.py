@@ -99,7 +99,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "bytes": weights.stat().st_size,
         }
         if manifest["model"]["huggingface"]:
-            huggingface.save_configs(model, directory, draft)
+            huggingface.save_configs(model, directory, weights.name, draft)
         draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         into_place(draft, directory / MANIFEST)
     except (OSError, SafetensorError) as error:
@@ -150,20 +150,30 @@ def _sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------ load
 
 
-def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Read what ``save`` wrote; the result is in evaluation mode.
 
     Args:
         directory: where it was saved.
         model: a model of the same architecture, dense (it may be on the meta device) or already
-            factorized alike. It is filled and returned: its parameters are new objects in the
-            dtypes of the artefact, on the device where the old ones were. Only a Hugging Face
-            model can do without: it is then built from the saved configuration, on the CPU.
+            factorized alike. It is filled and returned: its parameters are new objects. Only a
+            Hugging Face model can do without: it is then built from the saved configuration.
+        device: where parameters and buffers go. None: where those of ``model`` are, or the CPU.
+        dtype: of the floating-point entries of the state dict. None: as they were saved. Buffers
+            outside the state dict keep theirs, as in ``from_pretrained``.
 
     Raises:
         CheckpointError: a file is missing, damaged, foreign or of a newer format, or it does not
             fit ``model``, which is then exactly as it was.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise CheckpointError(f"dtype={dtype} is no floating-point dtype", way_out="dtype=None")
     manifest = read_manifest(Path(directory))
     _check_weights(manifest)
     if model is None:
@@ -174,10 +184,11 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     with _all_or_nothing(target):
         _install_sites(target, manifest)
         slots = _matched_slots(target, manifest)
-        _fill(slots, manifest)
-        _finish_transient(target, manifest)
+        _fill(slots, manifest, device, dtype)
+        _finish_transient(target, manifest, device)
         target.eval()
         target.__dict__["_tensorize"] = manifest.report
+        huggingface.note_factors(target)
     return target
 
 
@@ -319,12 +330,18 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _fill(slots: Sequence[Slot], manifest: Manifest) -> None:
+def _fill(
+    slots: Sequence[Slot],
+    manifest: Manifest,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
     """Put the stored tensors in, one object for all the keys of a tied one."""
     contents = manifest.contents
     firsts = {slot.key: contents.aliases.get(slot.key, slot.key) for slot in slots}
     parameters = {firsts[slot.key] for slot in slots if slot.kind == PARAMETER}
-    devices = {slot.key: slot.tensor.device for slot in slots}
+    # What is on meta is put on the CPU.
+    places = {s.key: "cpu" if s.tensor.is_meta else s.tensor.device for s in slots}
     values: dict[str, Tensor] = {}
     objects: dict[str, Tensor] = {}
     try:
@@ -332,9 +349,9 @@ def _fill(slots: Sequence[Slot], manifest: Manifest) -> None:
             for first in dict.fromkeys(firsts.values()):
                 stored = contents.same_memory.get(first, first)
                 if stored not in values:
-                    device = devices[stored]
                     value = _read(file, stored, contents.entries[stored])
-                    values[stored] = value if device.type == "meta" else value.to(device)
+                    cast = dtype if value.is_floating_point() else None
+                    values[stored] = value.to(device or places[stored], cast)
                 # detach() gives another object on the same memory.
                 value, entry = values[stored].detach(), contents.entries[first]
                 if first in parameters:
@@ -360,7 +377,9 @@ def _read(file: Any, key: str, entry: Entry) -> Tensor:
     return torch.empty_strided(entry.shape, entry.stride, dtype=tensor.dtype).copy_(tensor)
 
 
-def _finish_transient(model: nn.Module, manifest: Manifest) -> None:
+def _finish_transient(
+    model: nn.Module, manifest: Manifest, device: torch.device | str | None
+) -> None:
     """Buffers outside the state dict are the model's own; only their dtype is restored."""
     for slot in transient_buffers(model):
         if slot.tensor.is_meta:
@@ -372,5 +391,5 @@ def _finish_transient(model: nn.Module, manifest: Manifest) -> None:
                 "its values before loading",
             )
         name = manifest.contents.transient.get(slot.key)
-        if name is not None and slot.tensor.is_floating_point():
-            slot.put(slot.tensor.to(dtype_of(name)))
+        floats = name is not None and slot.tensor.is_floating_point()
+        slot.put(slot.tensor.to(device, dtype_of(name) if floats else None))

@@ -1,7 +1,9 @@
 """Hugging Face models: described in a manifest, saved with their configurations, built again.
 
-transformers is imported only where a model is built. No code is taken from an artefact, and the
-network is never asked.
+Their configurations tell transformers what was factorized, under ``quantization_config``, so that
+``from_pretrained`` builds the model again (``pretrained.py``) from what ``tensorize.save`` or
+``save_pretrained`` wrote. transformers is imported only where a model is built. No code is taken
+from an artefact, and the network is never asked.
 """
 
 from __future__ import annotations
@@ -9,9 +11,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.abc
+import importlib.util
 import json
-from collections.abc import Iterator
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,15 +28,21 @@ from torch.overrides import TorchFunctionMode
 
 from tensorize.errors import CheckpointError
 from tensorize.manifest import (
+    FORMAT_VERSION,
     PARAMETER,
     Manifest,
+    aliases_of,
     damage_named,
     dtype_name,
     dtype_of,
     fail,
     into_place,
+    site_records,
+    sites_to_list,
 )
 from tensorize.report import decode
+
+log = logging.getLogger("tensorize")
 
 # Those that every machine has; the others are chosen anew where the model is loaded.
 _IMPLEMENTATIONS = {"attn": ("eager", "sdpa"), "experts": ("eager", "batched_mm", "grouped_mm")}
@@ -43,17 +57,22 @@ def class_path(model: nn.Module) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def _is_huggingface(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")
+
+
 def describe(model: nn.Module) -> dict[str, Any]:
     """The model's class, and for a Hugging Face model what it takes to build it again."""
-    config: Any = getattr(model, "config", None)
-    if not (hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")):
+    if not _is_huggingface(model):
         return {"class": class_path(model), "huggingface": False}
+    config: Any = model.config
     generation = getattr(model, "generation_config", None)
     # The configuration is kept here as well, complete: config.json alone could be of another save.
     return {
         "class": class_path(model),
         "huggingface": True,
-        "config": json.loads(config.to_json_string(use_diff=False)),
+        "config": _without_factors(json.loads(config.to_json_string(use_diff=False))),
         "generation_config": None
         if generation is None
         else json.loads(generation.to_json_string(use_diff=False)),
@@ -63,17 +82,112 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def save_configs(model: nn.Module, directory: Path, draft: Path) -> None:
-    """``config.json`` and ``generation_config.json``, for other tools that look for them."""
+def _without_factors(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in config.items()
+        if key != "quantization_config" or not _is_ours(value)
+    }
+
+
+def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -> None:
+    """``config.json`` and ``generation_config.json``, for ``from_pretrained`` and other tools."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = [class_path(model).rpartition(":")[2]]
     config.dtype = dtype_name(next(model.parameters()).dtype)
+    config.quantization_config = {**factors_to_dict(model), "weights": weights}
     config.to_json_file(draft)
     into_place(draft, directory / "config.json")
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.to_json_file(draft)
         into_place(draft, directory / "generation_config.json")
+
+
+# ------------------------------------------------------------------------- what transformers reads
+
+METHOD = "tensorize"
+
+
+def factors_to_dict(model: nn.Module) -> dict[str, Any]:
+    """What was factorized in a model, as transformers keeps it in a configuration."""
+    return {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "sites": sites_to_list(site_records(model)),
+        "aliases": aliases_of(model),
+    }
+
+
+def note_factors(model: nn.Module) -> None:
+    """Keep in the configurations what was factorized, so that ``save_pretrained`` writes it too.
+
+    A model that some other method quantized keeps the note of that one.
+    """
+    for part in _huggingface_models(model):
+        noted = getattr(part.config, "quantization_config", None)
+        if noted is None or _is_ours(noted):
+            part.config.quantization_config = factors_to_dict(part)  # type: ignore[union-attr]
+
+
+def forget_factors(model: nn.Module) -> None:
+    """Take the note away again."""
+    for part in _huggingface_models(model):
+        if _is_ours(getattr(part.config, "quantization_config", None)):
+            del part.config.quantization_config  # type: ignore[union-attr]
+
+
+def _is_ours(noted: Any) -> bool:
+    return isinstance(noted, Mapping) and noted.get("quant_method") == METHOD
+
+
+def _huggingface_models(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost ones: a part of another model goes by that one's configuration."""
+    if _is_huggingface(model):
+        yield model
+        return
+    for child in model.children():
+        yield from _huggingface_models(child)
+
+
+_REGISTRY = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Teach ``from_pretrained`` our format: now, or as soon as transformers is imported."""
+    if _REGISTRY in sys.modules:
+        _register_now()
+    else:
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _register_now() -> None:
+    try:
+        importlib.import_module("tensorize.pretrained")
+    except ImportError as error:
+        log.warning("from_pretrained cannot read tensorize's models: %s", error)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Finds transformers' registry as ever, and registers our format once it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _register_now()
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
 
 
 # --------------------------------------------------------------------------------------- building

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -184,7 +184,14 @@ def contents_of(model: nn.Module) -> tuple[Contents, dict[str, Tensor]]:
         for slot in transient_buffers(model)
         if slot.tensor.is_floating_point()
     }
-    return Contents(entries, aliases, same_memory, transient, _site_records(model)), stored
+    return Contents(entries, aliases, same_memory, transient, site_records(model)), stored
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Key → first key of the same parameter."""
+    first: dict[int, str] = {}
+    keys = [(slot.key, id(slot.tensor)) for slot in slots_of(model) if slot.kind == PARAMETER]
+    return {key: first[i] for key, i in keys if first.setdefault(i, key) != key}
 
 
 def _check_storable(key: str, tensor: Tensor) -> None:
@@ -236,7 +243,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.permute(order).is_contiguous()
 
 
-def _site_records(model: nn.Module) -> tuple[SiteRecord, ...]:
+def site_records(model: nn.Module) -> tuple[SiteRecord, ...]:
+    """Every factorized parameter of a model."""
     groups: dict[tuple[int, ...], SiteRecord] = {}
     for name, factors in weight.factored(model):
         key = tuple(id(core) for core in factors.cores)
@@ -296,15 +304,27 @@ def _contents_to_dict(contents: Contents) -> dict[str, Any]:
         if entry.stride is None:
             del tensors[key]["stride"]
     return {
-        "sites": [
-            {"names": list(site.names), "shape": list(site.shape), "spec": site.spec.to_dict()}
-            for site in contents.sites
-        ],
+        "sites": sites_to_list(contents.sites),
         "tensors": tensors,
         "aliases": dict(contents.aliases),
         "same_memory": dict(contents.same_memory),
         "transient": dict(contents.transient),
     }
+
+
+def sites_to_list(sites: Iterable[SiteRecord]) -> list[dict[str, Any]]:
+    """Site records as JSON data."""
+    return [
+        {"names": list(site.names), "shape": list(site.shape), "spec": site.spec.to_dict()}
+        for site in sites
+    ]
+
+
+def sites_from_list(data: Iterable[Mapping[str, Any]]) -> tuple[SiteRecord, ...]:
+    """What ``sites_to_list`` made."""
+    return tuple(
+        SiteRecord(tuple(s["names"]), tuple(s["shape"]), TTSpec.from_dict(s["spec"])) for s in data
+    )
 
 
 def into_place(draft: Path, target: Path) -> None:
@@ -402,10 +422,7 @@ def _contents_from_dict(data: Mapping[str, Any]) -> Contents:
             raise ValueError(f"{key!r} stands for {first!r}, and one of them is not there")
     for name in data["transient"].values():
         dtype_of(name)
-    sites = tuple(
-        SiteRecord(tuple(s["names"]), tuple(s["shape"]), TTSpec.from_dict(s["spec"]))
-        for s in data["sites"]
-    )
+    sites = sites_from_list(data["sites"])
     return Contents(entries, data["aliases"], data["same_memory"], data["transient"], sites)
 
 

@@ -352,14 +352,13 @@ def _convolution_transpose(args: tuple, kwargs: dict, weight: Any) -> Matmul | N
 def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
     """The rows that a convolution multiplies its matrix by: (B·L·groups, in / groups · kernel).
 
-    For a transposed one its input's pixels, (B·L, in). None where they cannot be told: three
-    dimensions, or padding given as a word.
+    For a transposed one its input's pixels, (B·L, in). None in three dimensions.
     """
     call, x, dims = matmul.convolution, matmul.x, len(kernel)
     assert call is not None
     if call.output_padding is not None:
         return x.movedim(1, -1).reshape(-1, x.shape[1])
-    if dims > 2 or isinstance(call.padding, str):
+    if dims > 2:
         return None
 
     def both(value: Any, absent: int) -> tuple[int, ...]:
@@ -368,8 +367,12 @@ def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
 
     if dims == 1:
         x, kernel = x.unsqueeze(-2), (1, *kernel)
-    sizes = (both(call.dilation, 1), both(call.padding, 0), both(call.stride, 1))
-    columns = F.unfold(x, kernel, *sizes)
+    padding, dilation = call.padding, both(call.dilation, 1)
+    if isinstance(padding, str):
+        missing = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        sides = [(both_sides // 2, both_sides - both_sides // 2) for both_sides in missing]
+        x, padding = F.pad(x, (*sides[1], *sides[0])), 0
+    columns = F.unfold(x, kernel, dilation, both(padding, 0), both(call.stride, 1))
     return columns.transpose(1, 2).reshape(-1, columns.shape[1] // call.groups)
 
 

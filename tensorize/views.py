@@ -68,7 +68,7 @@ def _parts(
             return None
         first, end, step = index.indices(rows)
         return frame.slice_rows(first, end) if step == 1 and end > first else None
-    given = [*args[1:], *kwargs.values()]
+    given = [*args[1:], *(value for name, value in kwargs.items() if name != "dim")]
     if func in _NARROWS and len(given) == 3 and not kwargs and given[0] == 0:
         return frame.slice_rows(given[1], given[1] + given[2])
     if func not in (*_CHUNKS, *_SPLITS) or not given:
@@ -101,6 +101,8 @@ def _is_one(index: Any) -> bool:
 def _keeps_dtype(func: Any, args: tuple, kwargs: dict, weight: Any) -> bool:
     if func is torch.Tensor.float:
         return weight.dtype == torch.float32
+    if func is torch.Tensor.type:
+        return len(args) == 2 and args[1] is weight.dtype
     wanted = [a for a in (*args[1:], *kwargs.values()) if a is not None]
     for value in wanted:
         dtype = value.dtype if isinstance(value, Tensor) else value

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize import ops, tt, uses, views
+from tensorize import ops, ties, tt, uses, views
 from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.uses import Frame, Matmul
 
@@ -100,6 +100,10 @@ class FactoredWeight:
     @property
     def T(self) -> FactoredWeight | Tensor:
         return self.t()
+
+    @property
+    def mT(self) -> FactoredWeight | Tensor:
+        return self.transpose(-1, -2)
 
     def dim(self) -> int:
         return len(self.shape)
@@ -446,6 +450,7 @@ def install(
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
         holder = holder or Cores(spec, cores, frame)
         _become_factored(owner, parameter, holder)
+    ties.follow(model, names_now)
 
 
 def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> None:
@@ -475,9 +480,10 @@ def _linear(weight: nn.Parameter) -> nn.Linear:
 
 def _become_factored(owner: nn.Module, parameter: str, holder: Cores) -> None:
     del owner._parameters[parameter]
+    holder.training = owner.training
     owner._modules[_cores_name(parameter)] = holder
     base = getattr(owner, "_dense_class", type(owner))
-    parameters = (*getattr(owner, "_factored_parameters", ()), parameter)
+    parameters = (*_lazy_parameters(owner), parameter)
     owner.__class__ = _factored_class(base, parameters)
 
 
@@ -487,8 +493,15 @@ def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
         prefix = f"{path}." if path else ""
         if isinstance(module, LowRankLinear):
             yield f"{prefix}weight", module.weight
-        for parameter in getattr(module, "_factored_parameters", ()):
+        for parameter in _lazy_parameters(module):
             yield f"{prefix}{parameter}", getattr(module, parameter)
+
+
+def rewritten(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module that owns a factorized weight."""
+    for module in model.modules():
+        if isinstance(module, LowRankLinear) or _lazy_parameters(module):
+            yield module
 
 
 def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
@@ -500,6 +513,22 @@ def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
     holder = owner.get_submodule(_cores_name(leaf))
     path = f"{prefix}{_cores_name(leaf)}"
     return tuple(f"{path}.{core}" for core, _ in holder.named_parameters())
+
+
+def names_now(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names of what stands for any parameter of the dense model: its own where it was left."""
+    try:
+        owner, leaf = owner_of(model, name)
+    except AttributeError:  # a pattern, or a module that is not there
+        return (name,)
+    if isinstance(owner, LowRankLinear) and leaf == "bias":
+        return (f"{name.removesuffix(leaf)}second.bias",)
+    lazy = ("weight",) if isinstance(owner, LowRankLinear) else _lazy_parameters(owner)
+    return core_names(model, name) if leaf in lazy else (name,)
+
+
+def _lazy_parameters(owner: nn.Module) -> tuple[str, ...]:
+    return getattr(type(owner), "_factored_parameters", ())
 
 
 def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:
@@ -522,8 +551,9 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             module._parameters["weight"] = weight
             module._parameters["bias"] = bias
             continue
-        for parameter in getattr(module, "_factored_parameters", ()):
+        for parameter in _lazy_parameters(module):
             module._parameters[parameter] = dense(getattr(module, parameter))
             del module._modules[_cores_name(parameter)]
         if hasattr(module, "_factored_parameters"):
             module.__class__ = module._dense_class  # type: ignore[assignment]
+    ties.undo(model)

@@ -17,10 +17,11 @@ LAYERS = (
     ("errors", "version", "printer", "graph_text"),
     ("ir",),
     ("tt", "budget", "uses", "views", "observer", "forward", "progress"),
-    ("interpret", "ops"),
+    ("interpret", "ops", "ties"),
     ("weight", "report", "page"),
     ("passes", "codegen"),
-    ("capture", "drawing", "graphs", "manifest", "huggingface", "checkpoint", "analysis", "cache"),
+    ("capture", "drawing", "graphs", "manifest", "analysis", "cache"),
+    ("huggingface", "pretrained", "checkpoint"),
     ("api",),
     ("sources", "cli", "__init__"),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,14 +60,21 @@ def the_matmul(run: Callable[[], Any], weight: nn.Parameter) -> tuple[Frame, Mat
 
 
 def product(frame: Frame, matmul: Matmul, weight: Tensor, absolute: bool = False) -> Tensor:
-    """x · W as ``Matmul`` promises it: the output's index last, in terms of the parameter itself."""
+    """x · W as ``Matmul`` promises it: the output's index last, W the parameter's own matrix."""
     x = matmul.x.detach()
     if frame.expert is not None:
         weight = weight[frame.expert]
+    if frame.rows is not None:
+        weight = weight[slice(*frame.rows)]
     if matmul.convolution is not None:
         rows = patches(matmul, tuple(weight.shape[2:]))
         assert rows is not None
-        x, weight = rows, weight.flatten(1)
+        groups = matmul.convolution.groups
+        # Of every place, one row for each group of channels, against its group's outputs.
+        x = rows.reshape(-1, groups, 1, rows.shape[-1])
+        weight = weight.reshape(groups, weight.shape[0] // groups, -1)
+    elif matmul.split:
+        weight = weight.reshape(math.prod(weight.shape[: matmul.split]), -1)
     if absolute:
         x, weight = (x if matmul.contract == "lookup" else x.abs()), weight.abs()
     if matmul.contract == "lookup":
@@ -110,6 +118,8 @@ class Call:
     contract: str
     weight: tuple[int, ...]
     run: Callable[[Any], Tensor]
+    split: int = 0
+    groups: int = 1
 
 
 def einsum(equation: str, x: tuple[int, ...], *, weight_first: bool = False) -> Callable:
@@ -154,7 +164,14 @@ CALLS = {
     "@, left": Call("matmul", "columns", (M, N), lambda w: w @ draw((2, B, N, T))),
     "@, a stack, right": Call("matmul", "rows", (E, M, N), lambda w: draw((E, B, M)) @ w),
     "@, a stack, left": Call("matmul", "columns", (E, M, N), lambda w: w @ draw((E, N, B))),
-    "@, a stack, shared input": Call("matmul", "rows", (E, M, N), lambda w: draw((B, M)) @ w),
+    "@, a stack under another axis": Call(
+        "matmul", "rows", (E, M, N), lambda w: draw((2, E, B, M)) @ w
+    ),
+    "@, a stack, one axis for all": Call(
+        "matmul", "rows", (E, M, N), lambda w: draw((2, 1, B, M)) @ w
+    ),
+    "bmm, right": Call("matmul", "rows", (E, M, N), lambda w: torch.bmm(draw((E, B, M)), w)),
+    "bmm, left": Call("matmul", "columns", (E, M, N), lambda w: w.bmm(draw((E, N, B)))),
     "einsum of a linear": Call("einsum", "columns", (M, N), einsum("btn,mn->btm", (B, T, N))),
     "einsum, rows": Call("einsum", "rows", (M, N), einsum("btm,mn->btn", (B, T, M))),
     "einsum, weight first": Call(
@@ -163,6 +180,25 @@ CALLS = {
     "einsum, permuted output": Call("einsum", "rows", (M, N), einsum("bmt,mn->nbt", (B, M, T))),
     "einsum, output in front": Call(
         "einsum", "columns", (M, N), einsum("on, n x y -> o x y", (N, 3, 4), weight_first=True)
+    ),
+    "einsum, several axes out": Call(
+        "einsum", "rows", (N, 2, 3), einsum("btd,dhk->bhtk", (B, T, N)), split=1
+    ),
+    "einsum, several axes in": Call(
+        "einsum", "rows", (2, 3, N), einsum("bthk,hkd->btd", (B, T, 2, 3)), split=2
+    ),
+    "einsum, several axes out, in front": Call(
+        "einsum", "columns", (2, 3, N), einsum("hkd,btd->bkth", (B, T, N), weight_first=True), 2
+    ),
+    "einsum, several axes in, at the end": Call(
+        "einsum", "columns", (N, 2, 3), einsum("bkth,dhk->btd", (B, 3, T, 2)), split=1
+    ),
+    "einsum, a stack for one x": Call(
+        "einsum", "columns", (E, M, N), einsum("bn,emn->bem", (B, N)), split=2
+    ),
+    "einsum, a stack": Call("einsum", "rows", (E, M, N), einsum("ebm,emn->ebn", (E, B, M))),
+    "einsum, a stack turned": Call(
+        "einsum", "columns", (E, M, N), einsum("emn,ben->bme", (B, E, N), weight_first=True)
     ),
     "einsum, one row": Call("einsum", "columns", (M, N), einsum("n,mn->m", (N,))),
     "einsum, a list": Call(
@@ -181,34 +217,54 @@ CALLS = {
     "embedding, one": Call(
         "embedding", "lookup", (M, N), lambda w: F.embedding(torch.tensor(2), weight=w)
     ),
-    "conv1d": Call("conv1d", "columns", (M, 2, 3), lambda w: F.conv1d(draw((B, 2, 11)), w)),
+    "conv1d": Call("conv1d", "columns", (M, 2, 3), lambda w: F.conv1d(draw((B, 2, 11)), w), 1),
     "conv1d, all options": Call(
         "conv1d",
         "columns",
         (M, 2, 3),
         lambda w: F.conv1d(draw((B, 2, 11)), w, draw((M,)), stride=2, padding=3, dilation=2),
+        split=1,
     ),
     "conv1d, tuples": Call(
         "conv1d",
         "columns",
         (M, 2, 3),
         lambda w: F.conv1d(draw((B, 2, 11)), w, None, (2,), (1,), (1,)),
+        split=1,
     ),
-    "conv2d": Call("conv2d", "columns", (M, 2, 3, 2), lambda w: F.conv2d(draw((B, 2, 7, 8)), w)),
+    "conv1d, groups": Call(
+        "conv1d",
+        "columns",
+        (M, 2, 3),
+        lambda w: F.conv1d(draw((B, 6, 11)), w, draw((M,)), 2, 1, groups=3),
+        split=1,
+        groups=3,
+    ),
+    "conv2d, groups": Call(
+        "conv2d",
+        "columns",
+        (M, 2, 3, 2),
+        lambda w: F.conv2d(draw((B, 4, 7, 8)), w, draw((M,)), padding=1, groups=2),
+        split=1,
+        groups=2,
+    ),
+    "conv2d": Call("conv2d", "columns", (M, 2, 3, 2), lambda w: F.conv2d(draw((B, 2, 7, 8)), w), 1),
     "conv2d, bias": Call(
         "conv2d",
         "columns",
         (M, 2, 3, 2),
         lambda w: F.conv2d(draw((B, 2, 7, 8)), w, bias=draw((M,)), padding=2),
+        split=1,
     ),
     "conv2d, all options": Call(
         "conv2d",
         "columns",
         (M, 2, 3, 2),
         lambda w: F.conv2d(draw((B, 2, 9, 8)), w, draw((M,)), (2, 1), (1, 2), (1, 3)),
+        split=1,
     ),
     "conv2d, patches of a picture": Call(
-        "conv2d", "columns", (M, 3, 4, 4), lambda w: F.conv2d(draw((B, 3, 8, 8)), w, stride=4)
+        "conv2d", "columns", (M, 3, 4, 4), lambda w: F.conv2d(draw((B, 3, 8, 8)), w, stride=4), 1
     ),
 }
 
@@ -219,7 +275,58 @@ def test_a_call_is_read_as_the_matmul_that_it_is(name: str) -> None:
     weight = parameter(*call.weight)
     frame, matmul, output = the_matmul(lambda: call.run(weight), weight)
     assert (matmul.kind, matmul.contract, frame) == (call.kind, call.contract, Frame())
+    assert matmul.split == call.split
     check(frame, matmul, output, weight)
+
+
+def test_a_transposed_convolution_is_a_matmul_of_its_pixels() -> None:
+    """Each pixel times W is a patch of the output; patches that overlap are added up."""
+    weight = parameter(N, M, 3, 2)
+    x, size = draw((B, N, 5, 4)), (5 * 2 + 1, 4 * 2)
+    frame, matmul, output = the_matmul(
+        lambda: F.conv_transpose2d(x, weight, draw((M,)), stride=2), weight
+    )
+    assert (matmul.kind, matmul.contract, frame) == ("conv_transpose2d", "rows", Frame())
+    rows = patches(matmul, (3, 2))
+    assert rows is not None
+    columns = (rows @ weight.detach().reshape(N, -1)).reshape(B, 20, -1).transpose(1, 2)
+    expected = F.fold(columns, size, (3, 2), stride=2) + draw((M,))[:, None, None]
+    torch.testing.assert_close(output.detach(), expected)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_a_bag_is_a_lookup_of_several_rows(mode: str) -> None:
+    weight, ends = parameter(M, N), torch.tensor([0, 4])
+    frame, matmul, output = the_matmul(
+        lambda: F.embedding_bag(IDS.flatten(), weight, ends, mode=mode, padding_idx=1), weight
+    )
+    assert (matmul.kind, matmul.contract, frame) == ("embedding_bag", "lookup", Frame())
+    assert matmul.bag is not None
+    assert torch.equal(F.embedding_bag(matmul.x, weight, **matmul.bag), output)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["packed", "separate"])
+def test_attention_is_looked_into(separate: bool) -> None:
+    widths = {"kdim": 6, "vdim": 10} if separate else {}
+    model = nn.MultiheadAttention(8, 2, batch_first=True, **widths).double()
+    x, k, v = draw((2, T, 8)), draw((2, T, 6)), draw((2, T, 10))
+    given = (x, k, v) if separate else (x, x, x)
+    expected, told, others = model(*given)[0], [], []
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        told.append(name)
+        check(frame, matmul, output, dict(model.named_parameters())[name])
+        return output
+
+    with Observer(model.named_parameters(), on_matmul, lambda name, _: others.append(name)):
+        got = model(*given)[0]
+    torch.testing.assert_close(got, expected)
+    if separate:
+        inside = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    else:
+        inside = ["in_proj_weight"]
+    assert list(dict.fromkeys(told)) == [*inside, "out_proj.weight"]
+    assert [name for name in others if "weight" in name] == []
 
 
 def test_grouped_mm_is_read_as_one_matmul_an_expert() -> None:
@@ -244,10 +351,19 @@ def test_grouped_mm_against_transposed_experts() -> None:
     check(frame, matmul, output, weight)
 
 
-def test_patches_are_told_only_where_they_are_simple() -> None:
-    weight = parameter(M, 2, 3, 3)
-    _, matmul, _ = the_matmul(lambda: F.conv2d(draw((B, 2, 7, 7)), weight, padding="same"), weight)
-    assert patches(matmul, (3, 3)) is None
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 3)])
+def test_patches_of_a_padding_in_words(padding: str, kernel: tuple[int, int]) -> None:
+    weight = parameter(M, 2, *kernel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch copies to pad unevenly
+        frame, matmul, output = the_matmul(
+            lambda: F.conv2d(draw((B, 2, 7, 7)), weight, padding=padding, dilation=2), weight
+        )
+    check(frame, matmul, output, weight)
+
+
+def test_patches_in_three_dimensions_are_not_told() -> None:
     weight = parameter(M, 2, 3, 3, 3)
     _, matmul, _ = the_matmul(lambda: F.conv3d(draw((1, 2, 5, 5, 5)), weight), weight)
     assert (matmul.kind, patches(matmul, (3, 3, 3))) == ("conv3d", None)
@@ -295,6 +411,38 @@ def test_an_unchanged_weight_is_still_the_parameter(look: Callable[[Tensor], Ten
     weight = parameter(M, N)
     frame, matmul, output = the_matmul(lambda: F.linear(draw((B, N)), look(weight)), weight)
     assert (frame, matmul.contract) == (Frame(), "columns")
+    check(frame, matmul, output, weight)
+
+
+ROWS: dict[str, tuple[Callable[[Any], Any], tuple[int, int]]] = {
+    "[a:b]": (lambda w: w[2:5], (2, 5)),
+    "[a:]": (lambda w: w[4:], (4, 6)),
+    "[:-a]": (lambda w: w[:-1], (0, 5)),
+    "[a:b, :]": (lambda w: w[1:3, :], (1, 3)),
+    "twice": (lambda w: w[1:][1:3], (2, 4)),
+    "narrow": (lambda w: w.narrow(0, 1, 3), (1, 4)),
+    "torch.narrow": (lambda w: torch.narrow(w, 0, 0, 2), (0, 2)),
+    "chunk": (lambda w: w.chunk(3)[1], (2, 4)),
+    "uneven chunks": (lambda w: torch.chunk(w, 4, dim=0)[2], (4, 6)),
+    "split": (lambda w: w.split(4)[1], (4, 6)),
+    "split by lengths": (lambda w: torch.split(w, [1, 3, 2])[1], (1, 4)),
+    "split, keywords": (lambda w: w.split(dim=0, split_size=2)[1], (2, 4)),
+    "detached": (lambda w: w.detach()[2:5].contiguous(), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_some_rows_of_a_weight_are_seen(name: str) -> None:
+    look, rows = ROWS[name]
+    weight, width = parameter(M, N), rows[1] - rows[0]
+    frame, matmul, output = the_matmul(lambda: F.linear(draw((B, N)), look(weight)), weight)
+    assert (frame, matmul.contract) == (Frame(rows=rows), "columns")
+    check(frame, matmul, output, weight)
+    frame, matmul, output = the_matmul(lambda: draw((B, N)) @ look(weight).t(), weight)
+    assert (frame, matmul.contract) == (Frame(transposed=True, rows=rows), "columns")
+    check(frame, matmul, output, weight)
+    frame, matmul, output = the_matmul(lambda: draw((B, width)) @ look(weight), weight)
+    assert (frame, matmul.contract) == (Frame(rows=rows), "rows")
     check(frame, matmul, output, weight)
 
 
@@ -377,25 +525,13 @@ NO_MATMULS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
         (M, N),
         lambda w: torch.einsum("bn,mn->bm", draw((B, 1)), w),
     ),
-    "einsum, a stack": (
-        (E, M, N),
-        lambda w: torch.einsum("bn,emn->bem", draw((B, N)), w),
-    ),
     "a bare vector": ((N,), lambda w: draw((B, N)) @ w),
     "two bare vectors": ((N,), lambda w: draw((N,)) @ w),
     "a linear of one output without an axis": ((N,), lambda w: F.linear(draw((B, N)), w)),
-    "grouped convolution": (
-        (4, 1, 3),
-        lambda w: F.conv1d(draw((B, 2, 9)), w, groups=2),
-    ),
     "convolution without a batch": ((4, 2, 3), lambda w: F.conv1d(draw((2, 9)), w)),
     "convolution, the weight as input": (
         (4, 2, 3),
         lambda w: F.conv1d(w, draw((5, 2, 1))),
-    ),
-    "transposed convolution": (
-        (2, 4, 3),
-        lambda w: F.conv_transpose1d(draw((B, 2, 9)), w),
     ),
     "convolution by a turned kernel": (
         (4, 2, 3, 3),
@@ -422,6 +558,27 @@ NO_MATMULS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
         lambda w: F.linear(draw((B, N)), w.transpose(0, 1)[1]),
     ),
     "a row": ((M, N), lambda w: w[1]),
+    "every second row": ((M, N), lambda w: F.linear(draw((B, N)), w[::2])),
+    "some columns": ((M, N), lambda w: F.linear(draw((B, 2)), w[:, 1:3])),
+    "chunks of columns": ((M, 4), lambda w: F.linear(draw((B, 2)), w.chunk(2, dim=1)[0])),
+    "rows of a transposed weight": ((N, M), lambda w: F.linear(draw((B, N)), w.t()[1:3])),
+    "an embedding in some rows": ((9, N), lambda w: F.embedding(IDS, w[2:])),
+    "one x for a stack": ((E, M, N), lambda w: draw((B, M)) @ w),
+    "a stack for one column": ((E, M, N), lambda w: w @ draw((N,))),
+    "einsum, summed axes apart": (
+        (2, N, 3),
+        lambda w: torch.einsum("bhk,hdk->bd", draw((B, 2, 3)), w),
+    ),
+    "einsum, summed axes in another order of a turned weight": (
+        (N, M),
+        lambda w: torch.einsum("bhk,hkd->bd", draw((B, 2, 3)), w.t().reshape(2, 3, N)),
+    ),
+    "transposed convolution, groups": (
+        (4, 3, 3),
+        lambda w: F.conv_transpose1d(draw((B, 4, 9)), w, groups=2),
+    ),
+    "bag of maxima": ((M, N), lambda w: F.embedding_bag(IDS, w, mode="max")),
+    "bag, max_norm": ((M, N), lambda w: F.embedding_bag(IDS, w.detach(), max_norm=1.0)),
 }
 
 

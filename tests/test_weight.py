@@ -25,7 +25,7 @@ from tensorize import ops, tt, weight
 from tensorize.ir import TTSpec
 from tensorize.uses import Frame
 from tensorize.weight import Cores, FactoredWeight, LowRankLinear
-from tests.test_uses import CALLS, NO_MATMULS
+from tests.test_uses import CALLS, IDS, NO_MATMULS, ROWS
 
 B, T, M, N, E = 4, 3, 6, 5, 3
 
@@ -38,9 +38,12 @@ def draw_cores(spec: TTSpec, dtype: torch.dtype = torch.float64) -> list[nn.Para
     return [nn.Parameter(draw(s, seed, dtype)) for seed, s in enumerate(spec.core_shapes)]
 
 
-def specs_for(shape: tuple[int, ...]) -> list[TTSpec]:
+def specs_for(shape: tuple[int, ...], split: int = 0, groups: int = 1) -> list[TTSpec]:
     """Low rank, and for a plain (M, N) also tensor trains of two and three cores."""
-    low = TTSpec.low_rank(shape[0], math.prod(shape[1:]), 2)
+    if split:
+        m, n = math.prod(shape[:split]), math.prod(shape[split:])
+        return [TTSpec.low_rank(m // groups, n, 2, experts=groups if groups > 1 else 0)]
+    low = TTSpec.low_rank(*shape[-2:], 2, experts=shape[0] if len(shape) == 3 else 0)
     if shape != (M, N):
         return [low]
     return [low, TTSpec((2, 3), (5, 1), (4,)), TTSpec((2, 1, 3), (1, 5, 1), (2, 3))]
@@ -87,14 +90,11 @@ def same_gradients(got: Tensor, want: Tensor, cores: Sequence[Tensor]) -> None:
 
 # ------------------------------------------------------------------------- the table of uses.py
 
-# A stack of matrices multiplied as one has no contraction of its own: it is built.
-CONTRACTED = [name for name in CALLS if not name.startswith("@, a stack")]
 
-
-@pytest.mark.parametrize("name", CONTRACTED)
+@pytest.mark.parametrize("name", CALLS)
 def test_every_call_of_the_table_is_a_contraction(name: str) -> None:
     call = CALLS[name]
-    for spec in specs_for(call.weight):
+    for spec in specs_for(call.weight, call.split, call.groups):
         cores = draw_cores(spec)
         with no_dense():
             got = call.run(lazy(spec, cores, call.weight))
@@ -102,12 +102,48 @@ def test_every_call_of_the_table_is_a_contraction(name: str) -> None:
         same_gradients(got, want, cores)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in CONTRACTED])
-def test_a_stack_multiplied_as_one_is_right(name: str) -> None:
-    call = CALLS[name]
-    spec = TTSpec.low_rank(M, N, 2, experts=E)
+def test_a_transposed_convolution_is_a_contraction() -> None:
+    spec, shape = TTSpec.low_rank(N, M * 3 * 2, 2), (N, M, 3, 2)
     cores = draw_cores(spec)
-    same_gradients(call.run(lazy(spec, cores)), call.run(tt.reconstruct(spec, cores)), cores)
+
+    def run(w: Any) -> Tensor:
+        return F.conv_transpose2d(draw((B, N, 5, 4)), w, draw((M,)), stride=2, padding=1)
+
+    with no_dense():
+        got = run(lazy(spec, cores, shape))
+    same_gradients(got, run(tt.reconstruct(spec, cores).reshape(shape)), cores)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 1])
+def test_a_bag_is_a_contraction(mode: str, padding: int | None) -> None:
+    spec = TTSpec.low_rank(M, N, 2)
+    cores, ends = draw_cores(spec), torch.tensor([0, 4])
+
+    def run(w: Any) -> Tensor:
+        return F.embedding_bag(IDS.flatten(), w, ends, mode=mode, padding_idx=padding)
+
+    with no_dense():
+        got = run(lazy(spec, cores))
+    same_gradients(got, run(tt.reconstruct(spec, cores)), cores)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_some_rows_are_a_contraction(name: str) -> None:
+    look, rows = ROWS[name]
+    if "detach" in name:
+        return
+    for spec in specs_for((M, N)):
+        cores = draw_cores(spec)
+        for run in (
+            lambda w: F.linear(draw((B, N)), w),
+            lambda w: draw((B, rows[1] - rows[0])) @ w,
+            lambda w: draw((B, N)) @ w.t(),
+        ):
+            # Rows of a train are no train: they are built.
+            with no_dense() if spec.format == "low_rank" else contextlib.nullcontext():
+                got = run(look(lazy(spec, cores)))
+            same_gradients(got, run(look(tt.reconstruct(spec, cores))), cores)
 
 
 LOOKS: dict[str, Callable[[Any], Any]] = {
@@ -233,9 +269,11 @@ def test_shape_dtype_and_device_cost_nothing() -> None:
         w = lazy(spec, draw_cores(spec, torch.bfloat16))
         with no_dense():
             assert w.shape == w.size() == shape
-            assert (w.size(0), w.size(-1), len(w), w.numel(), w.ndim, w.dim()) == (6, 5, 6, 30, 2, 2)
-            assert w.t().shape == w.T.shape == (N, M)
-            assert (w.dtype, w.device, w.requires_grad) == (torch.bfloat16, torch.device("cpu"), True)
+            assert (w.size(0), w.size(-1), len(w), w.numel()) == (M, N, M, M * N)
+            assert w.ndim == w.dim() == 2
+            assert w.t().shape == w.T.shape == w.mT.shape == (N, M)
+            assert (w.dtype, w.device) == (torch.bfloat16, torch.device("cpu"))
+            assert w.requires_grad
             assert w.is_floating_point()
             assert not w.is_meta
             assert repr(w).startswith("FactoredWeight((6, 5), TTSpec(")
@@ -311,9 +349,6 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([F.linear(x, self.stack[e]) for e in range(E)])
-
-
-IDS = torch.tensor([[0, 3, 5], [1, 1, 4]])
 
 
 def linear() -> tuple[nn.Module, dict[str, tuple[str, ...]], Tensor]:
@@ -692,7 +727,7 @@ def test_assigning_anything_else_says_what_to_do(owner: str, value: Callable[[],
     factorize(model, names)
     before = model(IDS)
     with pytest.raises(TypeError, match=r"weight of .* is factorized .* tensorize\.densify"):
-        setattr(getattr(model, owner), "weight", value())
+        getattr(model, owner).weight = value()
     assert torch.equal(model(IDS), before)
 
 
