@@ -134,11 +134,20 @@ def build(kind: str, debug: bool = False) -> Small:
                     traceback.print_exc()
                 failures.append(f"{cls.__name__} cannot be built: {_short(error)}")
                 continue
-            for batch in zoo_inputs.inputs(kind, model):
+            batches = list(zoo_inputs.inputs(kind, model))
+            if not batches:
+                failures.append(f"{cls.__name__} takes {_taken(model)}")
+            for batch in batches:
                 found = _that_runs(model, batch, failures, debug)
                 if found is not None:
                     return Small(kind, model, found)
     raise NotBuildable("; ".join(dict.fromkeys(failures)) or "no model class has this configuration")
+
+
+def _taken(model: nn.Module) -> str:
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return ", ".join(names) or "nothing known here"
 
 
 def _that_runs(

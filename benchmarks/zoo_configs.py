@@ -19,8 +19,15 @@ WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY, IMAGE, PATCH = 64, 4, 16, 96, 160, 
 # The first pattern that matches the whole name gives the largest value that the field may keep.
 _LIMITS: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|.*vocabulary.*|head_out_channels", VOCABULARY),
+    (r"mamba_n_heads|mamba_num_heads", 8),
+    (r"max_source_positions", 32),
     (r".*num_key_value_heads|num_kv_heads", 2),
     (r".*(attention_heads|num_heads|n_heads|n_head|_heads|attn_heads)", HEADS),
+    (r"rotary_dim|rel_extent", 8),
+    (r"num_filters|num_residual_layers", 8),
+    (r"upsample_groups|hidden_size_global|lru_width|embed_size", WIDTH),
+    (r"hidden_size_per_layer_input", 16),
+    (r"axial_pos_embds_dim", 32),
     (r"d_kv|.*head_dim|.*head_size|dim_head|.*d_head", HEAD_WIDTH),
     (r"(num_)?experts_per_tok|moe_top_?k|top_k|.*num_experts_per_tok|moe_k", 2),
     (r".*(num_experts|routed_experts|local_experts)", 4),
@@ -224,9 +231,62 @@ def _layer_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[st
 
 MADE: dict[str, Callable[[], PreTrainedConfig]] = {}
 SWIN = {"window_size": 4, "image_size": 64}
+SWIN = {"window_size": 4, "image_size": 64}
+_MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_GEMMA3N = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "laurel_rank": 16,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 257, "local_attention_window_len": 16},
+    "clvp_encoder": {"hidden_size": 128, "projection_dim": 128},
+    "cohere_compass_text": {"rope_parameters": {
+        k: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        for k in ("full_attention", "sliding_attention")}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
+    "deepseek_v2": {**_MOE, "n_group": 1, "topk_group": 1},
+    "dots1": _MOE,
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 24], "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "gemma3n_text": _GEMMA3N,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"max_2d_position_embeddings": 128, "hidden_size": 96},
+    "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "mimi": {"hidden_size": 64, "upsampling_ratios": [4, 2], "codebook_dim": 32, "vector_quantization_hidden_dimension": 32},
+    "nemotron_h": {"n_groups": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
+    "reformer": {
+        "attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 48],
+        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "feed_forward_size": 96, "num_buckets": 4,
+        "is_decoder": True, "hash_seed": 0,
+    },
+    "step3p5": {"sliding_window": 8},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": 128,
+        "attention_head_dim": 32, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+    },
+    "perceiver": {
+        "d_latents": 64, "d_model": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4, "max_position_embeddings": 64, "train_size": [16, 16],
+    },
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2,
+        "hc_lowrank": 8, "ngram_vocab_size_base": 64,
+    },
+    "wav2vec2-bert": {"vocab_size": 64, "feature_projection_input_dim": 80, "max_source_positions": 128},
     "efficientnet": {
-        "image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 128,
+        "image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280,
         "in_channels": (32, 16, 24, 24), "out_channels": (16, 24, 24, 32), "kernel_sizes": (3, 3, 5, 3),
         "strides": (1, 2, 2, 2), "num_block_repeats": (1, 1, 2, 1), "expand_ratios": (1, 4, 4, 4),
     },
@@ -234,3 +294,4 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "levit": {"image_size": 64, "patch_size": 16},
     "bit": {"num_groups": 8},
 }
+OVERRIDES["align_vision_model"] = OVERRIDES["efficientnet"]

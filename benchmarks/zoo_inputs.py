@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def _image(config: PreTrainedConfig) -> Tensor:
 
 
 def _video(config: PreTrainedConfig) -> Tensor:
-    frames = find(config, "num_frames", "frames_per_clip", default=4)
+    frames = find(config, "num_frames", "frames_per_clip", default=2)
     height, width = pair(find(config, "image_size", "crop_size", default=64))
     return torch.randn(BATCH, frames, find(config, "num_channels", default=3), height, width)
 
@@ -89,29 +89,52 @@ def _wave(config: PreTrainedConfig) -> Tensor:
 def _mel_bins(config: PreTrainedConfig) -> int:
     return find(
         config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_feat_size",
-        "input_dim", "n_mels", default=80,
+        "input_dim", "n_mels", "feature_projection_input_dim", default=80,
     )
 
 
-def _features(config: PreTrainedConfig) -> Tensor:
-    bins = _mel_bins(config)
-    positions = find(config, "max_source_positions")
-    if positions is not None and find(config, "input_feat_per_channel") is None:
-        return torch.randn(BATCH, bins, 2 * positions)
-    return torch.randn(BATCH, 64, bins)
+FRAMES = 64
+
+
+def _ones(config: PreTrainedConfig) -> Tensor:
+    return torch.ones(BATCH, FRAMES, dtype=torch.long)
 
 
 Maker = Callable[[PreTrainedConfig], Any]
 
-MAKERS: dict[str, Maker] = {
-    "input_ids": _ids,
-    "decoder_input_ids": lambda c: _ids(c, 7),
-    "pixel_values": _image,
-    "pixel_values_videos": _video,
-    "input_values": _wave,
-    "input_features": _features,
-    "bbox": lambda c: torch.randint(0, 20, (BATCH, TOKENS, 4)).sort(-1).values,
+MAKERS: dict[str, tuple[Maker, ...]] = {
+    "input_ids": (_ids,),
+    "decoder_input_ids": (lambda c: _ids(c, 7),),
+    "pixel_values": (_image, _video),
+    "pixel_values_videos": (_video,),
+    "input_values": (_wave,),
+    "input_features": (
+        lambda c: torch.randn(BATCH, _mel_bins(c), FRAMES),
+        lambda c: torch.randn(BATCH, FRAMES, _mel_bins(c)),
+    ),
+    "input_features_mask": (_ones,),
+    "bbox": (lambda c: torch.randint(0, 20, (BATCH, TOKENS, 4)).sort(-1).values,),
 }
+
+
+def _with_grid(grid: str, accepted: Mapping[str, Any]) -> dict[str, tuple[Maker, ...]]:
+    """Makers for models that take an image as a list of patches and a grid."""
+
+    def squares(config: PreTrainedConfig) -> Tensor:
+        size = find(config, "patch_size", default=8)
+        return _patches(config).reshape(BATCH * GRID * GRID, -1, size, size)
+
+    makers = {**MAKERS, grid: (_grid,)}
+    makers["pixel_values"] = (
+        _patches,
+        squares,
+        lambda c: squares(c).unsqueeze(0),
+        lambda c: _patches(c).reshape(BATCH, GRID * GRID, -1),
+    )
+    del makers["pixel_values_videos"]
+    if "pixel_values" not in accepted:
+        makers["hidden_states"] = (_patches,)
+    return makers
 
 
 def inputs(kind: str, model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -123,27 +146,27 @@ def inputs(kind: str, model: nn.Module) -> Iterator[dict[str, Any]]:
         return
     accepted = inspect.signature(model.forward).parameters
     grid = next((n for n in ("grid_thw", "image_grid_thw") if n in accepted), None)
-    makers = dict(MAKERS)
-    if grid is not None:
-        makers |= {grid: _grid, "pixel_values": _patches}
-        makers.pop("pixel_values_videos")
-        if "pixel_values" not in accepted:
-            makers["hidden_states"] = _patches
+    makers = MAKERS if grid is None else _with_grid(grid, accepted)
     known = [name for name in makers if name in accepted]
     required = [
         p.name
         for p in accepted.values()
         if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     ]
+    if not set(required) <= set(makers):
+        return
     main = model.main_input_name
     mains = [main] if isinstance(main, str) else list(main)
-    tried = []
-    for names in (known, [*mains, *required], ["input_ids", *required]):
+    tried: list[list[str]] = []
+    without_video = [n for n in known if n != "pixel_values_videos"]
+    for names in (known, without_video, [*mains, *required], ["input_ids", *required]):
         chosen = sorted({n for n in names if n in makers and n in accepted})
-        if chosen and chosen not in tried:
-            tried.append(chosen)
+        if not chosen or chosen in tried:
+            continue
+        tried.append(chosen)
+        for k in range(max(len(makers[name]) for name in chosen)):
             torch.manual_seed(1)
-            yield {name: makers[name](config) for name in chosen}
+            yield {name: makers[name][min(k, len(makers[name]) - 1)](config) for name in chosen}
 
 
 GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {}

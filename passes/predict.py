@@ -28,7 +28,7 @@ from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call, outputs_of
 from tensorize.passes.spectra import as_matrix
 
-TRIAL_SHARES = (0.75, 0.5, 0.25, 0.1)
+TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
 _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.08

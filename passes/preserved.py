@@ -79,7 +79,7 @@ def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
     elif is_dataclass(result):
         items = [(f.name, getattr(result, f.name)) for f in dataclass_fields(result)]
     elif isinstance(result, tuple) and hasattr(result, "_fields"):
-        items = [(name, getattr(result, name)) for name in result._fields]
+        items = [(name, getattr(result, name)) for name in getattr(result, "_fields")]  # noqa: B009
     elif isinstance(result, Sequence):
         items = [(f"output {k}", value) for k, value in enumerate(result)]
     elif hasattr(result, "logits"):

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from tensorize.errors import AnalysisError, CaptureError
@@ -20,6 +19,7 @@ from tensorize.forward import untouched
 from tensorize.ir import Site, Use
 from tensorize.observer import Observer
 from tensorize.passes.pipeline import Program
+from tensorize.tensors import adapted_layers, is_finite, is_plain
 from tensorize.uses import Frame, Matmul
 
 Select = str | Sequence[str] | Callable[[Site], bool] | None
@@ -40,6 +40,7 @@ class FindSites:
         names = _names(model)
         seen, other = _observe(program) if program.inputs is not None else ({}, {})
         sites: list[Site] = []
+        adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():
             if parameter.dim() < 2 and not seen.get(aliases[0]):
                 continue  # a bias or a scale
@@ -52,6 +53,8 @@ class FindSites:
                 aliases=tuple(aliases[1:]),
             )
             blocked = _blocked(site, parameter, other.get(aliases[0]))
+            if any(name.startswith(adapted) for name in aliases):
+                blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
         sites = _selected(sites, self.include, self.exclude)
         free = sum(site.blocked is None for site in sites)
@@ -133,10 +136,10 @@ def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[Use, ...]:
 
 def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | None:
     """Why a parameter cannot be factorized; None where it can."""
+    if not is_plain(parameter):
+        return f"it is a {type(parameter.data).__name__}, already in another form"
     if not parameter.is_floating_point():
         return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
-    if type(parameter) is not nn.Parameter and type(parameter.data) is not Tensor:
-        return f"it is a {type(parameter.data).__name__}, already in another form"
     if other is not None and other.startswith("conv"):
         return f"a {other} of this kind (grouped and transposed, or without batch) is kept as it is"
     if other is not None and other in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
@@ -204,7 +207,7 @@ def _selected(sites: list[Site], include: Select, exclude: Select) -> list[Site]
 def check_weights(model: nn.Module) -> None:
     """Raises AnalysisError for a parameter that holds NaN or an infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise AnalysisError(
                 "the parameter holds NaN or infinite values",
                 site=name,

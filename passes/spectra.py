@@ -149,7 +149,7 @@ class ComputeSpectra:
             moments = program.statistics.get(site.name)
             known = moments is not None and bool(moments.terms)
             metrics = site_metrics(site, moments, program.metric)
-            if known:
+            if moments is not None:
                 moments.terms.clear()
             weight = as_matrix(site, parameters[site.name].detach())
             curve = spectrum(site, weight, metrics, allowed[site.name])

@@ -16,6 +16,7 @@ from tensorize.passes.allocate import Allocate, RanksOption
 from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.spectra import FormatsOption, formats_by_site
 from tensorize.report import Curve, CurvePoint
+from tensorize.tensors import plain_parts
 
 CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 
@@ -133,6 +134,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        values = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(values.numpy().data)
+        for part in plain_parts(parameter.detach()):
+            values = part.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(values.numpy().data)
     return digest.hexdigest()

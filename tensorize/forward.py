@@ -16,7 +16,8 @@ from tensorize.ir import Batch
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes, buffers and random state are put back after."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with torch.random.fork_rng(), torch.no_grad():
             model.eval()
@@ -24,8 +25,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module, own in buffers:  # a forward may write into buffers, or put others in place
+            module._buffers.clear()
+            module._buffers.update(own)
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in values:
                 buffer.copy_(value)
 
 

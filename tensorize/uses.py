@@ -369,7 +369,9 @@ def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
         x, kernel = x.unsqueeze(-2), (1, *kernel)
     padding, dilation = call.padding, both(call.dilation, 1)
     if isinstance(padding, str):
-        missing = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        missing = [
+            d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)
+        ]
         sides = [(both_sides // 2, both_sides - both_sides // 2) for both_sides in missing]
         x, padding = F.pad(x, (*sides[1], *sides[0])), 0
     columns = F.unfold(x, kernel, dilation, both(padding, 0), both(call.stride, 1))

@@ -6,9 +6,10 @@ forms cover everything:
 
 * a plain linear with a low-rank weight becomes a ``LowRankLinear`` with two real ``nn.Linear``
   children, so that other tools find what they look for;
-* every other owner keeps its own forward and gets a ``weight`` that is a ``FactoredWeight``: not a
-  tensor, but something that answers ``F.linear``, ``embedding``, ``matmul`` … by a contraction.
-  Any other function gets the dense matrix, built for that call.
+* every other owner keeps its own forward (a linear in the form of a train becomes a
+  ``FactoredLinear``) and gets a ``weight`` that is a ``FactoredWeight``: not a tensor, but
+  something that answers ``F.linear``, ``embedding``, ``matmul`` … by a contraction. Any other
+  function gets the dense matrix, built for that call.
 
 Tied weights share their cores as they shared the dense weight.
 """
@@ -21,6 +22,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -343,6 +345,24 @@ class LowRankLinear(nn.Module):
             super().__setattr__(name, value)
 
 
+class FactoredLinear(nn.Module):
+    """A linear layer y = x Wᵀ + b with a lazy weight.
+
+    It is no ``nn.Linear``: tools that look for those want to read and replace a dense weight.
+    """
+
+    in_features: int
+    out_features: int
+    weight: FactoredWeight
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
 # --------------------------------------------------------------- owners with their own forward
 
 
@@ -367,16 +387,18 @@ def _check_tie(own: FactoredWeight, value: Any, what: str) -> None:
         TypeError: it is any other value.
     """
     cores = value.cores if isinstance(value, FactoredWeight) else ()
-    if len(cores) != len(own.cores) or any(a is not b for a, b in zip(cores, own.cores, strict=True)):
+    if [id(core) for core in cores] != [id(core) for core in own.cores]:
         raise _cannot_be_assigned(what)
 
 
 @cache
-def _factored_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
-    """``base`` with lazy weights in place of ``parameters``; one class for each pair."""
+def _factored_class(
+    dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]
+) -> type[nn.Module]:
+    """``base`` with lazy weights in place of the ``parameters`` of a module of class ``dense``."""
 
     def reduce(owner: nn.Module, protocol: int) -> tuple:
-        return _blank, (base, parameters), owner.__dict__
+        return _blank, (dense, parameters, base), owner.__dict__
 
     def assign(owner: nn.Module, name: str, value: Any) -> None:
         if name in parameters:
@@ -391,15 +413,17 @@ def _factored_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "_dense_class": base,
+        "_dense_class": dense,
         "_factored_parameters": parameters,
     }
     return type(base.__name__, (base,), body)
 
 
-def _blank(base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
+def _blank(
+    dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]
+) -> nn.Module:
     """An empty instance for pickle and deepcopy, which fill it."""
-    cls = _factored_class(base, parameters)
+    cls = _factored_class(dense, parameters, base)
     return cls.__new__(cls)
 
 
@@ -413,7 +437,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _is_plain_linear(owner: nn.Module, parameter: str) -> bool:
-    """Whether the owner does nothing but x Wᵀ + b (or x W + b, as GPT-2's Conv1D)."""
+    """Whether the owner does nothing but x Wᵀ + b, or x W + b as GPT-2's Conv1D."""
     if parameter != "weight" or len(owner._modules) > 0:
         return False
     kind = type(owner)
@@ -442,14 +466,16 @@ def install(
         if (id(owner), parameter) in seen:
             continue  # one module under several names
         seen.add((id(owner), parameter))
-        plain = _is_plain_linear(owner, parameter) and spec.format == LOW_RANK and not spec.batch
-        if plain and not (tied and _is_conv1d(type(owner))):
+        # The module that the caller holds keeps its class.
+        plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
+        if plain and spec.format == LOW_RANK and not (tied and _is_conv1d(type(owner))):
             _become_low_rank_linear(owner, cores)
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
         holder = holder or Cores(spec, cores, frame)
-        _become_factored(owner, parameter, holder)
+        alone = plain and type(owner) is nn.Linear
+        _become_factored(owner, parameter, holder, FactoredLinear if alone else None)
     ties.follow(model, names_now)
 
 
@@ -478,13 +504,15 @@ def _linear(weight: nn.Parameter) -> nn.Linear:
     return linear
 
 
-def _become_factored(owner: nn.Module, parameter: str, holder: Cores) -> None:
+def _become_factored(
+    owner: nn.Module, parameter: str, holder: Cores, kind: type[nn.Module] | None
+) -> None:
     del owner._parameters[parameter]
     holder.training = owner.training
     owner._modules[_cores_name(parameter)] = holder
-    base = getattr(owner, "_dense_class", type(owner))
+    dense = getattr(owner, "_dense_class", type(owner))
     parameters = (*_lazy_parameters(owner), parameter)
-    owner.__class__ = _factored_class(base, parameters)
+    owner.__class__ = _factored_class(dense, parameters, kind or dense)
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:

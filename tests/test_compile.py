@@ -159,6 +159,24 @@ def test_calibration_leaves_modes_buffers_and_random_state() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_buffer_that_forward_replaces_is_put_back() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls = self.calls + 1
+            return self.linear(x)
+
+    model = Counts()
+    calls = model.calls
+    tensorize.compile(model, budget=0.5, calibration=[torch.randn(4, 32)])
+    assert model.calls is calls
+    assert model.calls == 0
+
+
 def test_hooks_and_references_to_a_rewritten_module_stay() -> None:
     model = MLP().eval()
     calls: list[str] = []

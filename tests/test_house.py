@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "version", "printer", "graph_text"),
     ("ir",),
-    ("tt", "budget", "uses", "views", "observer", "forward", "progress"),
+    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
     ("interpret", "ops", "ties"),
     ("weight", "report", "page"),
     ("passes", "codegen"),

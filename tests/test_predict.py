@@ -27,7 +27,9 @@ from tests.models import CASES, MLP, Case
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def predictor(*points: tuple[float, float], spread: float = 0.0, held_out: bool = True) -> Predictor:
+def predictor(
+    *points: tuple[float, float], spread: float = 0.0, held_out: bool = True
+) -> Predictor:
     """From (sum of distortions, measured rise) of each trial."""
     trials = tuple(Trial(raw, measured, spread, math.sqrt(measured)) for raw, measured in points)
     return Predictor(trials, "nats", held_out)
@@ -180,7 +182,9 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
         except BudgetError:
             continue
         raw = sum(site.predicted_loss for site in plan.sites)
-        trial = next(t for t in found.trials if t.raw == pytest.approx(raw, rel=1e-12))
+        trial = next((t for t in found.trials if t.raw == pytest.approx(raw, rel=1e-12)), None)
+        if trial is None:
+            continue  # its damage was below rounding: nothing to calibrate with
         small = tensorize.apply(model, plan)
         # Logarithms of probabilities in float32, at most some hundred roundings each.
         measured = rise(model, small, given[3::4], loss)
@@ -224,10 +228,8 @@ def test_shares_that_are_not_feasible_are_left_out() -> None:
             return self.layer(x) * self.scale.mean()
 
     analysis = tensorize.analyze(Heavy(), calibration=[torch.randn(32, 48) for _ in range(4)])
-    assert len(analysis.program.predictor.trials) == 1  # 0.75 alone: 0.5 and less cannot be
-    assert analysis.plan(0.75).predicted.loss == pytest.approx(
-        analysis.program.predictor.trials[0].measured
-    )
+    _, trial = analysis.program.predictor.trials  # 0.9 and 0.75: 0.5 and less cannot be
+    assert analysis.plan(0.75).predicted.loss == pytest.approx(trial.measured)
 
 
 @pytest.mark.parametrize("metric", ["frobenius", "input"])

@@ -159,9 +159,7 @@ def test_no_factorization_of_a_rank_loses_less(
     st.integers(0, 99),
     st.floats(1e-3, 1.0),
 )
-def test_nearby_factors_lose_no_less(
-    m: int, n: int, metric: str, seed: int, step: float
-) -> None:
+def test_nearby_factors_lose_no_less(m: int, n: int, metric: str, seed: int, step: float) -> None:
     weight, moments = draw((m, n), seed), moments_of(m, n, metric, seed=seed)
     found = curve(weight, moments, metric)
     rank = 1 + seed % found.left.shape[1]
@@ -263,6 +261,18 @@ def test_the_factors_of_a_tied_weight_beat_those_of_either_use_alone() -> None:
         assert ours < lost(delta, moments, "loss")
 
 
+def test_how_a_term_is_split_between_its_two_sides_makes_no_difference() -> None:
+    """Inputs a thousand times as large with gradients as much smaller: the same loss."""
+    weight, moments = draw((14, 6)), tied_moments(14, 6, diagonal=False)
+    head = moments.terms["columns"]
+    assert head.rows is not None
+    assert head.columns is not None
+    other = Term("columns", head.rows * 1e-3, head.columns * 1e3, 70)
+    one = curve(weight, moments, "loss")
+    two = curve(weight, Moments({"lookup": moments.terms["lookup"], "columns": other}), "loss")
+    torch.testing.assert_close(one.distortion, two.distortion, rtol=1e3 * ROOTS, atol=0)
+
+
 def test_experts_used_in_two_ways_lose_the_sum() -> None:
     weight = draw((3, 8, 5))
     rows = Term("rows", moment(8, 3), moment(5, 4), 50)
@@ -291,7 +301,7 @@ def test_exact_factors_are_exact(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12), (3, 12, 9)])
 def test_ranks_that_do_not_pay_are_there_too(shape: tuple[int, ...], metric: str) -> None:
-    """More parameters than the dense weight, asked for by ``ranks=``: still the best of its rank."""
+    """Larger than the dense weight, but asked for by ``ranks=``: still the best of its rank."""
     weight, (m, n) = draw(shape), shape[-2:]
     moments = moments_of(m, n, metric)
     found = curve(weight, moments, metric)
@@ -398,7 +408,11 @@ def test_weights_whose_squares_leave_float32_are_done_in_float64(scale: float) -
     assert torch.isfinite(found.left @ found.right).all()
 
 
-def test_an_eigensolver_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("always", [False, True], ids=["in float32", "always"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_eigensolver_that_fails_is_not_the_end(
+    dtype: torch.dtype, always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = draw((12, 9))
     exact = torch.linalg.svdvals(weight).square()
     eigh = torch.linalg.eigh
@@ -409,10 +423,8 @@ def test_an_eigensolver_that_fails_is_not_the_end(monkeypatch: pytest.MonkeyPatc
         return eigh(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    for always in (False, True):
-        for w in (weight.float(), weight):
-            _, squares = gram_eigenvectors(w, 5)
-            torch.testing.assert_close(squares.double(), exact, rtol=1e-5, atol=0)
+    _, squares = gram_eigenvectors(weight.to(dtype), 5)
+    torch.testing.assert_close(squares.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

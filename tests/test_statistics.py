@@ -144,9 +144,7 @@ def test_inputs_of_a_convolution_are_its_patches(stride: Any, padding: Any, dila
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 3, 1), (1, 2, 2)])
-def test_inputs_of_a_convolution_in_one_dimension(
-    stride: int, padding: int, dilation: int
-) -> None:
+def test_inputs_of_a_convolution_in_one_dimension(stride: int, padding: int, dilation: int) -> None:
     model = nn.Conv1d(2, 3, 3, stride, padding, dilation).double()
     x = draw((4, 2, 11))
     units = torch.eye(6, dtype=torch.float64).reshape(6, 2, 3)

@@ -1,0 +1,206 @@
+"""The points of every weight: what each format and rank costs, and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tensorize.ir import DENSE, LOW_RANK, TT, Site, Totals, TTSpec
+from tensorize.passes.order import plan_contraction
+from tensorize.passes.pipeline import Program
+from tensorize.passes.spectra import Spectrum
+
+COSTS = ("params", "bytes", "flops")
+
+# Without a loss, errors of different weights have no common unit. Distortion is divided by the
+# weight's own size to this power: 0 compares absolute errors, 1 relative ones; each of the two
+# fails badly on some trained model (docs/design.md), the geometric mean of both on none tried.
+_RELATIVE = 0.5
+
+
+@dataclass(frozen=True)
+class Points:
+    """The points of one weight, by growing parameters.
+
+    ``costs`` is (P, 3), ``distortion`` what a point adds to the predicted loss, ``objective`` what
+    the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a point
+    is: 0 dense, r > 0 low rank of rank r, -k the k-th of ``others``.
+    """
+
+    site: Site
+    costs: np.ndarray
+    distortion: np.ndarray
+    objective: np.ndarray
+    errors: np.ndarray
+    labels: np.ndarray
+    others: tuple[TTSpec, ...] = ()
+    fixed: str | None = None
+
+    def spec(self, k: int) -> TTSpec | None:
+        """The factorization at point k; None is the dense weight."""
+        label = int(self.labels[k])
+        if label > 0:
+            return TTSpec.low_rank(*self.site.matrix, label, experts=self.site.experts)
+        return None if label == 0 else self.others[-label - 1]
+
+    def only(self, keep: np.ndarray) -> Points:
+        """The same weight with fewer points."""
+        return replace(
+            self,
+            costs=self.costs[keep],
+            distortion=self.distortion[keep],
+            objective=self.objective[keep],
+            errors=self.errors[keep],
+            labels=self.labels[keep],
+        )
+
+
+def element_size(site: Site) -> int:
+    return torch.empty(0, dtype=getattr(torch, site.dtype)).element_size()
+
+
+def dense_flops(site: Site) -> int:
+    """FLOPs of one input row of every matmul use of the dense weight; a lookup costs none."""
+    m, n = site.matrix if len(site.shape) >= 2 else (1, site.parameters)
+    return sum(2 * m * n for use in site.uses if use.contract != "lookup")
+
+
+def spec_flops(site: Site, spec: TTSpec, batch_sizes: Sequence[int]) -> int:
+    """FLOPs of one input row through the cores, the worst over the batch sizes."""
+    m, n = site.matrix
+    if spec.format == LOW_RANK:
+        (rank,) = spec.ranks
+        return sum(2 * rank * (n if u.contract == "lookup" else m + n) for u in site.uses)
+    total = 0
+    for use in site.uses:
+        if use.contract == "lookup":
+            total += _lookup_flops(spec)
+            continue
+        plan = plan_contraction(spec, use.contract)
+        total += max(-(-plan.flops(batch) // batch) for batch in batch_sizes)
+    return total
+
+
+def _lookup_flops(spec: TTSpec) -> int:
+    flops, columns = 0, spec.column_modes[0]
+    for k, rank in enumerate(spec.ranks):
+        after = spec.ranks[k + 1] if k + 1 < len(spec.ranks) else 1
+        flops += 2 * columns * rank * spec.column_modes[k + 1] * after
+        columns *= spec.column_modes[k + 1]
+    return flops
+
+
+def dense_totals(program: Program) -> Totals:
+    """Parameters and bytes of the whole dense model, each parameter once; FLOPs of its matmuls."""
+    return Totals(
+        parameters=sum(elements for elements, _ in program.sizes.values()),
+        bytes=sum(size for _, size in program.sizes.values()),
+        flops=sum(dense_flops(site) for site in program.sites),
+    )
+
+
+def other_costs(program: Program) -> np.ndarray:
+    """Parameters and bytes of everything that is no site: biases, norms, scales."""
+    listed = {site.name for site in program.sites}
+    rest = [size for name, size in program.sizes.items() if name not in listed]
+    return np.array([sum(n for n, _ in rest), sum(b for _, b in rest), 0.0])
+
+
+def _costs(site: Site, spec: TTSpec, itemsize: int, batch_sizes: Sequence[int]) -> list[int]:
+    return [
+        spec.parameters,
+        spec.parameters * itemsize,
+        spec_flops(site, spec, batch_sizes),
+    ]
+
+
+def _dense_costs(site: Site, itemsize: int) -> list[int]:
+    return [site.parameters, site.parameters * itemsize, dense_flops(site)]
+
+
+def dense_point(site: Site, itemsize: int, reason: str) -> Points:
+    zero = np.zeros(1)
+    costs = np.array([_dense_costs(site, itemsize)], dtype=float)
+    return Points(site, costs, zero, zero, zero, np.zeros(1, int), fixed=reason)
+
+
+def _scale(curve: Spectrum) -> float:
+    """What turns a curve's distortion into the unit in which weights are compared."""
+    if curve.in_nats:
+        return 1.0
+    whole = float(curve.distortion[0])
+    return whole**-_RELATIVE if whole > 0 else 1.0
+
+
+def curve_points(
+    curve: Spectrum, allowed: Sequence[str], itemsize: int, batch_sizes: Sequence[int]
+) -> Points:
+    site = curve.site
+    m, n = site.matrix
+    count = max(site.experts, 1)
+    ranks = np.arange(1, curve.left.shape[-1] + 1) if LOW_RANK in allowed else np.arange(0)
+    ranks = ranks[ranks * (m + n) < m * n]
+    others = tuple(spec for spec, _ in curve.train_points) if TT in allowed else ()
+    flops = sum(n if use.contract == "lookup" else m + n for use in site.uses)
+    parameters = ranks * (m + n) * count
+    rows = [np.stack([parameters, parameters * itemsize, 2 * ranks * flops], axis=1)]
+    lost = [curve.distortion.numpy()[ranks]]
+    labels = [ranks]
+    if others:
+        rows.append(np.array([_costs(site, spec, itemsize, batch_sizes) for spec in others]))
+        lost.append(np.array([loss for _, loss in curve.train_points]))
+        labels.append(-1 - np.arange(len(others)))
+    reason = None
+    if len(ranks) + len(others) == 0:
+        reason = f"no rank of {', '.join(f for f in allowed if f != DENSE)} saves parameters"
+    if DENSE in allowed or reason:
+        rows.append(np.array([_dense_costs(site, itemsize)]))
+        lost.append(np.zeros(1))
+        labels.append(np.zeros(1, int))
+    costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
+    order = np.lexsort((distortion, costs[:, 0]))
+    costs, distortion = costs[order], distortion[order]
+    whole = float(curve.distortion[0])
+    return Points(
+        site,
+        costs,
+        distortion if curve.in_nats else np.zeros_like(distortion),
+        distortion * _scale(curve),
+        np.sqrt(np.maximum(distortion, 0) / whole) if whole > 0 else np.zeros_like(distortion),
+        np.concatenate(labels)[order],
+        others,
+        fixed=reason,
+    )
+
+
+def forced_point(
+    curve: Spectrum,
+    rank: int | str,
+    itemsize: int,
+    batch_sizes: Sequence[int],
+    allowed: Sequence[str],
+) -> Points:
+    """The one point that ``ranks=`` asks for."""
+    site = curve.site
+    m, n = site.matrix
+    if TT in allowed and LOW_RANK not in allowed and curve.trains:
+        exact = curve.trains[0].spec
+        cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
+        spec = exact.with_ranks(cut)
+    else:
+        size = min(m, n) if rank == "full" else min(int(rank), m, n)
+        spec = TTSpec.low_rank(m, n, size, experts=site.experts)
+    lost = curve.distortion_of(spec)
+    return Points(
+        site,
+        np.array([_costs(site, spec, itemsize, batch_sizes)], dtype=float),
+        np.array([lost if curve.in_nats else 0.0]),
+        np.array([lost]),
+        np.array([curve.error(lost)]),
+        np.array([-1]),
+        (spec,),
+        fixed=f"ranks={rank!r}",
+    )

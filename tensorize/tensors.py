@@ -1,0 +1,36 @@
+"""Tensors that other libraries made: quantized ones, sharded ones, those of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter is an ordinary tensor, and not of a kind that dispatches for itself."""
+    return type(parameter) is nn.Parameter or type(parameter.data) is Tensor
+
+
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The ordinary tensors that a wrapper (a quantized tensor, a shard) is made of, or itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_parts(getattr(tensor, name))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; formats of less than two bytes are not looked at."""
+    parts = (p for p in plain_parts(tensor) if p.is_floating_point() and p.dtype.itemsize > 1)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+def adapted_layers(model: nn.Module) -> tuple[str, ...]:
+    """The paths of the layers that peft wrapped with an adapter; peft itself is not needed."""
+    modules = model.named_modules()
+    return tuple(path for path, m in modules if hasattr(type(m), "adapter_layer_names"))
