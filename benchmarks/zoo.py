@@ -134,7 +134,11 @@ def build(kind: str, debug: bool = False) -> Small:
                     traceback.print_exc()
                 failures.append(f"{cls.__name__} cannot be built: {_short(error)}")
                 continue
-            batches = list(zoo_inputs.inputs(kind, model))
+            try:
+                batches = list(zoo_inputs.inputs(kind, model))
+            except Exception as error:
+                failures.append(f"inputs of {cls.__name__}: {_short(error)}")
+                continue
             if not batches:
                 failures.append(f"{cls.__name__} takes {_taken(model)}")
             for batch in batches:

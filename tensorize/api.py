@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tensorize import cache as disk
-from tensorize import capture, checkpoint, huggingface, ops, weight
+from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, fingerprint
 from tensorize.budget import Budget
 from tensorize.codegen import aten
@@ -47,7 +47,9 @@ def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
 
 
 ops.register_backend(_contraction)
-huggingface.register()
+# Other libraries learn of factorized models as soon as they are imported themselves.
+hooks.when_imported("transformers.quantizers.auto", "tensorize.pretrained")
+hooks.when_imported("peft.tuners.lora.model", "tensorize.lora")
 
 
 def compile(

@@ -46,7 +46,7 @@ def check_model(model: Any) -> None:
             raise CaptureError(
                 "the parameter is on the meta device: it has no values to analyse",
                 site=name,
-                way_out="load the weights first",
+                way_out="load the weights; a model is compiled before it is offloaded, not after",
             )
     if count == 0:
         raise CaptureError("the model has no parameters", way_out="there is nothing to compress")

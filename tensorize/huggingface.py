@@ -11,15 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import importlib.abc
-import importlib.util
 import json
-import logging
-import sys
 from collections.abc import Iterator, Mapping
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,8 +35,6 @@ from tensorize.manifest import (
     sites_to_list,
 )
 from tensorize.report import decode
-
-log = logging.getLogger("tensorize")
 
 # Those that every machine has; the others are chosen anew where the model is loaded.
 _IMPLEMENTATIONS = {"attn": ("eager", "sdpa"), "experts": ("eager", "batched_mm", "grouped_mm")}
@@ -148,46 +140,6 @@ def _huggingface_models(model: nn.Module) -> Iterator[nn.Module]:
         return
     for child in model.children():
         yield from _huggingface_models(child)
-
-
-_REGISTRY = "transformers.quantizers.auto"
-
-
-def register() -> None:
-    """Teach ``from_pretrained`` our format: now, or as soon as transformers is imported."""
-    if _REGISTRY in sys.modules:
-        _register_now()
-    else:
-        sys.meta_path.insert(0, _WhenImported())
-
-
-def _register_now() -> None:
-    try:
-        importlib.import_module("tensorize.pretrained")
-    except ImportError as error:
-        log.warning("from_pretrained cannot read tensorize's models: %s", error)
-
-
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds transformers' registry as ever, and registers our format once it has run."""
-
-    def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            _register_now()
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
 
 
 # --------------------------------------------------------------------------------------- building

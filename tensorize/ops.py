@@ -43,6 +43,18 @@ def contractions(spec: TTSpec) -> Contractions:
     return {contract: _backend(spec, contract) for contract in ("columns", "rows")}
 
 
+def widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the wider dtype of the weight that it meets.
+
+    Code that keeps some weights in float32 (T5) casts their input only where the weight is a
+    tensor, which a lazy one is not.
+    """
+    narrow = x.dtype.itemsize < weight.dtype.itemsize and x.is_floating_point()
+    if not narrow or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight.dtype)
+
+
 def matmul(
     contractions: Contractions,
     cores: Sequence[Tensor],
@@ -55,6 +67,7 @@ def matmul(
     ``x`` is (..., N) or (..., M), the result (..., M) or (..., N); ``contractions`` are those of
     the weight's spec.
     """
+    x = widened(x, cores[0])
     if contractions:
         y = contractions[contract](x, cores)
         return y if bias is None else y + bias

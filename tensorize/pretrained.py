@@ -1,8 +1,8 @@
 """transformers' ``from_pretrained`` for models that tensorize made.
 
-Imported when transformers' registry of quantization methods is (``huggingface.register``): to
-transformers a factorized model is one of a pre-quantized kind. The architecture is built on the
-meta device, its weights give way to cores, and transformers fills these from the file.
+Imported when transformers' registry of quantization methods is (``hooks.py``): to transformers
+a factorized model is one of a pre-quantized kind. The architecture is built on the meta device, its
+weights give way to cores, and transformers fills these from the file.
 """
 
 from __future__ import annotations

@@ -296,8 +296,9 @@ class Cores(nn.Module):
         for k, core in enumerate(cores):
             self.register_parameter(f"core_{k}", core)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
+    def forward(self) -> FactoredWeight:
+        cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
+        return FactoredWeight(self.spec, cores, self.frame, self.contractions)
 
     def __getstate__(self) -> dict[str, Any]:
         # The contractions are compiled functions: they are found again by the spec.
@@ -319,10 +320,12 @@ class LowRankLinear(nn.Module):
 
     first: nn.Linear
     second: nn.Linear
+    in_features: int
+    out_features: int
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+        return self.second(self.first(ops.widened(x, self.first.weight)))
 
     @property
     def weight(self) -> FactoredWeight:
@@ -374,10 +377,16 @@ def _lazy_weight(parameter: str) -> property:
     holder = _cores_name(parameter)
 
     def get(owner: nn.Module) -> FactoredWeight:
-        cores: Cores = owner._modules[holder]  # type: ignore[assignment]
-        return FactoredWeight(cores.spec, cores.tensors(), cores.frame, cores.contractions)
+        # It is called, so that hooks which fetch offloaded parameters do so.
+        return owner._modules[holder]()  # type: ignore[misc]
 
     return property(get)
+
+
+def _weight_of(owner: nn.Module, parameter: str) -> FactoredWeight:
+    """The lazy weight of the very parameters, whatever hooks there are."""
+    holder: Cores = owner._modules[_cores_name(parameter)]  # type: ignore[assignment]
+    return holder.forward()
 
 
 def _check_tie(own: FactoredWeight, value: Any, what: str) -> None:
@@ -402,7 +411,7 @@ def _factored_class(
 
     def assign(owner: nn.Module, name: str, value: Any) -> None:
         if name in parameters:
-            _check_tie(getattr(owner, name), value, f"{name} of {base.__name__}")
+            _check_tie(_weight_of(owner, name), value, f"{name} of {base.__name__}")
         else:
             base.__setattr__(owner, name, value)
 
@@ -494,6 +503,9 @@ def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> 
     owner._modules["first"], owner._modules["second"] = first, second
     owner.__dict__["stored_transposed"] = transposed
     owner.__dict__["_dense_class"] = type(owner)
+    if transposed:  # it did not call them so
+        owner.__dict__["in_features"] = first.in_features
+        owner.__dict__["out_features"] = second.out_features
     owner.__class__ = LowRankLinear
 
 
@@ -522,7 +534,7 @@ def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
         if isinstance(module, LowRankLinear):
             yield f"{prefix}weight", module.weight
         for parameter in _lazy_parameters(module):
-            yield f"{prefix}{parameter}", getattr(module, parameter)
+            yield f"{prefix}{parameter}", _weight_of(module, parameter)
 
 
 def rewritten(model: nn.Module) -> Iterator[nn.Module]:
@@ -574,13 +586,14 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             weight, bias = dense(module.weight), module.bias
             del module._modules["first"], module._modules["second"]
             base = module.__dict__.pop("_dense_class")
-            del module.__dict__["stored_transposed"]
+            if module.__dict__.pop("stored_transposed"):
+                del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base
             module._parameters["weight"] = weight
             module._parameters["bias"] = bias
             continue
         for parameter in _lazy_parameters(module):
-            module._parameters[parameter] = dense(getattr(module, parameter))
+            module._parameters[parameter] = dense(_weight_of(module, parameter))
             del module._modules[_cores_name(parameter)]
         if hasattr(module, "_factored_parameters"):
             module.__class__ = module._dense_class  # type: ignore[assignment]

@@ -14,16 +14,16 @@ ROOT = Path(__file__).parent.parent
 # Layers from the ground up; a file may import its own layer's files and the layers before it.
 # passes and codegen never import each other: see NEIGHBOURS.
 LAYERS = (
-    ("errors", "version", "printer", "graph_text"),
+    ("errors", "version", "printer", "graph_text", "hooks"),
     ("ir",),
     ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
     ("interpret", "ops", "ties"),
     ("weight", "report", "page"),
     ("passes", "codegen"),
     ("capture", "drawing", "graphs", "manifest", "analysis", "cache"),
-    ("huggingface", "pretrained", "checkpoint"),
+    ("huggingface", "pretrained", "lora", "checkpoint"),
     ("api",),
-    ("sources", "cli", "__init__"),
+    ("backend", "sources", "cli", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

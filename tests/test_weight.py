@@ -24,7 +24,7 @@ import tensorize  # noqa: F401  (registers the backend of the contractions)
 from tensorize import ops, tt, weight
 from tensorize.ir import TTSpec
 from tensorize.uses import Frame
-from tensorize.weight import Cores, FactoredWeight, LowRankLinear
+from tensorize.weight import Cores, FactoredLinear, FactoredWeight, LowRankLinear
 from tests.test_uses import CALLS, IDS, NO_MATMULS, ROWS
 
 B, T, M, N, E = 4, 3, 6, 5, 3
@@ -619,7 +619,7 @@ def test_a_linear_becomes_two_real_ones() -> None:
     bias = layer.bias
     spec = TTSpec.low_rank(M, N, 2)
     left, right = draw_cores(spec)
-    weight.install(layer, ("weight",), spec, [left, right])
+    weight.install(nn.Sequential(layer), ("0.weight",), spec, [left, right])
     assert type(layer) is LowRankLinear
     assert [(path, type(child)) for path, child in layer.named_children()] == [
         ("first", nn.Linear),
@@ -633,6 +633,28 @@ def test_a_linear_becomes_two_real_ones() -> None:
     assert layer.first.bias is None
     assert layer.second.bias is layer.bias is bias
     assert (layer.weight.shape, layer.weight.dtype) == ((M, N), torch.float64)
+
+
+def test_a_linear_that_becomes_a_train_is_no_linear_to_other_tools() -> None:
+    model = nn.Sequential(nn.Linear(N, M)).double()
+    spec = TTSpec((2, 3), (5, 1), (4,))
+    cores = draw_cores(spec)
+    weight.install(model, ("0.weight",), spec, cores)
+    layer = model[0]
+    assert isinstance(layer, FactoredLinear)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    assert (layer.in_features, layer.out_features) == (N, M)
+    x = draw((B, N))
+    with no_dense():
+        got = model(x)
+    close(got, F.linear(x, tt.reconstruct(spec, cores), layer.bias))
+
+
+def test_the_module_that_the_caller_holds_keeps_its_class() -> None:
+    for dense in (nn.Linear(N, M).double(), Conv1D(M, N).double(), nn.Embedding(M, N).double()):
+        kind = type(dense)
+        factorize(dense, {"weight": ("weight",)})
+        assert isinstance(dense, kind)
 
 
 def test_a_linear_without_bias_has_none() -> None:
@@ -672,7 +694,7 @@ def test_a_subclass_of_linear_keeps_its_own_forward() -> None:
 
 def test_a_transformers_layer_stores_its_matrix_turned() -> None:
     layer = Conv1D(N, M).double()
-    factorize(layer, {"weight": ("weight",)})
+    factorize(nn.Sequential(layer), {"0.weight": ("0.weight",)})
     assert type(layer) is LowRankLinear
     assert layer.weight.shape == (M, N)
     assert (layer.first.in_features, layer.second.out_features) == (M, N)
@@ -736,5 +758,5 @@ def test_cores_are_a_module_of_parameters() -> None:
     cores = draw_cores(spec)
     module = Cores(spec, cores)
     assert [n for n, _ in module.named_parameters()] == ["core_0", "core_1"]
-    assert all(a is b for a, b in zip(module.tensors(), cores, strict=True))
+    assert all(a is b for a, b in zip(module().cores, cores, strict=True))
     assert "TTSpec" in repr(module)

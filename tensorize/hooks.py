@@ -1,0 +1,54 @@
+"""Run something once another library's module is imported, without importing it ourselves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import logging
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger("tensorize")
+
+
+def when_imported(name: str, ours: str) -> None:
+    """Import our module ``ours`` now if ``name`` is imported already, else right after it is."""
+    if name in sys.modules:
+        _import(ours)
+    else:
+        sys.meta_path.insert(0, _Finder(name, ours))
+
+
+def _import(ours: str) -> None:
+    try:
+        importlib.import_module(ours)
+    except ImportError as error:  # a version of the other library that we do not know
+        log.warning("%s is not available: %s", ours, error)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module as ever, and imports ours once it has run."""
+
+    def __init__(self, name: str, ours: str) -> None:
+        self._name, self._ours = name, ours
+
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_follow(module: ModuleType) -> None:
+            run(module)
+            _import(self._ours)
+
+        spec.loader.exec_module = run_and_follow  # type: ignore[method-assign]
+        return spec
