@@ -3,6 +3,7 @@
 #   make demo       compress a real sentence encoder and compare it with the dense one
 #   make test       the tests, without the slow ones
 #   make test-all   all tests
+#   make zoo        compile every architecture in transformers that can be built small
 #   make check      lint, formatting, types
 #   make clean      remove what was made, the environment included
 #
@@ -27,7 +28,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all zoo check clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,12 +40,16 @@ test: $(STAMP)
 	@$(call pytest,-m "not slow")
 
 test-all: $(STAMP)
+	@$(BIN)/python -m pip install -qq -c constraints.txt torchao
 	@$(call pytest,)
 
 # Several test processes share the cores, so each gets one thread.
 SEVERAL := $(filter-out 0 1,$(WORKERS))
 pytest = $(if $(SEVERAL),OMP_NUM_THREADS=1) $(BIN)/python -m pytest \
 	$(if $(SEVERAL),-n $(WORKERS)) $(1) $(ARGS)
+
+zoo: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -455,9 +455,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=BUDGETS, help="shares of the parameters to keep"
     )
-    parser.add_argument("--calibration", type=int, default=768, help="sentences to calibrate with")
+    parser.add_argument("--calibration", type=int, default=512, help="sentences to calibrate with")
     parser.add_argument("--held-out", type=int, default=512, help="sentences to measure with")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--check",

@@ -390,6 +390,7 @@ def _finish_transient(
                 way_out="build the model outside of torch.device('meta'), or give this buffer "
                 "its values before loading",
             )
-        name = manifest.contents.transient.get(slot.key)
-        floats = name is not None and slot.tensor.is_floating_point()
-        slot.put(slot.tensor.to(device, dtype_of(name) if floats else None))
+        tensor, name = slot.tensor.to(device), manifest.contents.transient.get(slot.key)
+        if name is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype_of(name))
+        slot.put(tensor)

@@ -11,13 +11,11 @@ import warnings
 from typing import Any
 
 from peft.tuners.lora import model as lora
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from tensorize.weight import FactoredLinear, LowRankLinear
-
-_dispatch_dense = lora.dispatch_default
 
 
 def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) -> nn.Module | None:
@@ -25,10 +23,10 @@ def dispatch(target: nn.Module, adapter_name: str, config: Any, **options: Any) 
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     known = isinstance(layer, LowRankLinear | FactoredLinear)
     if not known or options.get("parameter_name") is not None:
-        return _dispatch_dense(target, adapter_name, config=config, **options)
+        return dispatch_default(target, adapter_name, config=config, **options)
     with warnings.catch_warnings():  # that it is no layer of torch
         warnings.filterwarnings("ignore", message="Unsupported layer type")
         return Linear(target, adapter_name, config=config, **options)
 
 
-lora.dispatch_default = dispatch
+lora.dispatch_default = dispatch  # pyright: ignore[reportPrivateImportUsage]

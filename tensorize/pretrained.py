@@ -7,6 +7,7 @@ weights give way to cores, and transformers fills these from the file.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tensorize import huggingface, weight
 from tensorize.errors import CheckpointError
 from tensorize.huggingface import METHOD
-from tensorize.manifest import FORMAT_VERSION, SAVE_AGAIN, Manifest, read_manifest, sites_from_list
+from tensorize.manifest import FORMAT_VERSION, SAVE_AGAIN, read_manifest, sites_from_list
 
 
-@register_quantization_config(METHOD)
 class FactorsConfig(QuantizationConfigMixin):
     """What ``huggingface.factors_to_dict`` wrote into a configuration.
 
@@ -38,13 +38,13 @@ class FactorsConfig(QuantizationConfigMixin):
         sites: Sequence[Mapping[str, Any]] = (),
         aliases: Mapping[str, str] | None = None,
         weights: str | None = None,
+        **newer: Any,
     ) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method: Any = quant_method  # pyright: ignore[reportIncompatibleVariableOverride]
         self.format_version = format_version
         self.sites, self.aliases, self.weights = list(sites), dict(aliases or {}), weights
 
 
-@register_quantizer(METHOD)
 class FactorsLoader(HfQuantizer):
     """Installs cores before transformers loads the weights."""
 
@@ -74,7 +74,10 @@ class FactorsLoader(HfQuantizer):
             config.transformers_weights = self.quantization_config.weights
         return config
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self._files = [Path(name) for name in checkpoint_files or ()]
         for site in sites_from_list(self.quantization_config.sites):
             found = [_name_in(model, name) for name in site.names]
             names = [name for name in found if name is not None]
@@ -106,25 +109,24 @@ class FactorsLoader(HfQuantizer):
         """From here on it is a plain model, that trains and is cast as any other."""
         self.remove_quantization_config(model)
         huggingface.note_factors(model)
-        manifest = self._manifest(Path(model.config.name_or_path))
-        if manifest is not None:
-            model.__dict__["_tensorize"] = manifest.report
+        for file in self._files:
+            with contextlib.suppress(CheckpointError):  # there is none beside it
+                manifest = read_manifest(file.parent)
+                if manifest.weights.name == file.name:  # both are of one save
+                    model.__dict__["_tensorize"] = manifest.report
         return model
 
-    def _manifest(self, directory: Path) -> Manifest | None:
-        """The manifest beside the configuration, where both belong to one save."""
-        try:
-            manifest = read_manifest(directory)
-        except CheckpointError:
-            return None
-        return manifest if manifest.weights.name == self.quantization_config.weights else None
-
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
+
+
+# Not as decorators, which would hide the types.
+register_quantization_config(METHOD)(FactorsConfig)
+register_quantizer(METHOD)(FactorsLoader)
 
 
 def _name_in(model: Any, name: str) -> str | None:

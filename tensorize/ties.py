@@ -44,15 +44,16 @@ def undo(model: nn.Module) -> None:
                 module.__dict__[name] = table
 
 
-def _renamed(
-    module: nn.Module, table: Mapping[str, str], names_now: NamesNow
-) -> dict[str, str]:
-    """The same ties between the parameters that are really shared; patterns stay as they are."""
+def _renamed(module: nn.Module, table: Mapping[str, str], names_now: NamesNow) -> dict[str, str]:
+    """The same ties between what is there now; patterns stay as they are.
+
+    Cores are tied where they are really shared: one weight of the two may have been untied.
+    """
     result: dict[str, str] = {}
     for target, source in table.items():
         targets, sources = names_now(module, target), names_now(module, source)
-        if (targets, sources) == ((target,), (source,)):
-            result[target] = source
+        if len(targets) == len(sources) == 1:
+            result[targets[0]] = sources[0]
             continue
         shared = {id(module.get_parameter(name)): name for name in sources}
         for name in targets:

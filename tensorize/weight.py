@@ -129,18 +129,25 @@ class FactoredWeight:
 
     def looked_at(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
         """Spec and cores of the expert or the rows that the frame shows."""
-        spec, cores = self.spec, self.cores
-        if self.frame.expert is not None:
-            spec, cores = spec.single, tuple(core[self.frame.expert] for core in cores)
+        spec, cores = self.spec if self.frame.expert is None else self.spec.single, self._shown()
         if self.frame.rows is None:
             return spec, cores
         first, end = self.frame.rows
         if spec.format == LOW_RANK:
-            rows = TTSpec.low_rank(end - first, spec.shape[1], spec.ranks[0])
-            return rows, (cores[0][first:end], cores[1])
+            return TTSpec.low_rank(end - first, spec.shape[1], spec.ranks[0]), cores
         weight = tt.reconstruct(spec, cores)[first:end]  # rows of a train are no train
         exact = TTSpec((end - first,), (spec.shape[1],), ())
         return exact, (weight,)
+
+    def _shown(self) -> tuple[Tensor, ...]:
+        """The cores of the expert that the frame shows, and of its rows where they are low rank."""
+        cores = self.cores
+        if self.frame.expert is not None:
+            cores = tuple(core[self.frame.expert] for core in cores)
+        if self.frame.rows is None or self.spec.format != LOW_RANK:
+            return cores
+        first, end = self.frame.rows
+        return cores[0][first:end], cores[1]
 
     def t(self) -> FactoredWeight | Tensor:
         return torch.t(self)  # type: ignore[arg-type]
@@ -234,13 +241,11 @@ class FactoredWeight:
         if matmul.stacked:
             y = ops.stacked_matmul(self.cores, x, contract, matmul.bias)
             return matmul.from_rows(y)
-        spec, cores = self.spec, self.cores
-        if self.frame.expert is not None or self.frame.rows is not None:
-            spec, cores = self.looked_at()
+        cores = self._shown()
         if matmul.bag is not None:
             return ops.bag_lookup(cores, x, matmul.bag)
         if contract == "lookup":
-            return ops.lookup(spec, cores, x, matmul.padding_idx)
+            return ops.lookup(self.spec, cores, x, matmul.padding_idx)
         y = ops.matmul(self.contractions, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
 
@@ -322,6 +327,7 @@ class LowRankLinear(nn.Module):
     second: nn.Linear
     in_features: int
     out_features: int
+    spec: TTSpec
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -330,10 +336,8 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> FactoredWeight:
         """The dense layer's weight, lazily."""
-        first, second = self.first, self.second
-        spec = TTSpec.low_rank(second.out_features, first.in_features, first.out_features)
-        cores = (second.weight, first.weight)
-        return FactoredWeight(spec, cores, Frame(transposed=self.stored_transposed))
+        cores = (self.second.weight, self.first.weight)
+        return FactoredWeight(self.spec, cores, Frame(transposed=self.stored_transposed))
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -428,9 +432,7 @@ def _factored_class(
     return type(base.__name__, (base,), body)
 
 
-def _blank(
-    dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]
-) -> nn.Module:
+def _blank(dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]) -> nn.Module:
     """An empty instance for pickle and deepcopy, which fill it."""
     cls = _factored_class(dense, parameters, base)
     return cls.__new__(cls)
@@ -501,6 +503,8 @@ def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> 
     del owner._parameters["weight"]
     first.training = second.training = owner.training
     owner._modules["first"], owner._modules["second"] = first, second
+    sizes = second.out_features, first.in_features, first.out_features
+    owner.__dict__["spec"] = TTSpec.low_rank(*sizes)
     owner.__dict__["stored_transposed"] = transposed
     owner.__dict__["_dense_class"] = type(owner)
     if transposed:  # it did not call them so
@@ -586,6 +590,7 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             weight, bias = dense(module.weight), module.bias
             del module._modules["first"], module._modules["second"]
             base = module.__dict__.pop("_dense_class")
+            del module.__dict__["spec"]
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base

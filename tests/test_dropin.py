@@ -12,6 +12,7 @@ import functools
 import gc
 import inspect
 import io
+import math
 import pickle
 import warnings
 import weakref
@@ -39,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tensorize
 from tensorize import tt, weight
-from tests.models import relative
+from tests.models import parameters, relative
 
 WORDS, WIDTH, HIDDEN, EXPERTS, LENGTH = 64, 32, 40, 4, 48
 
@@ -302,7 +303,8 @@ def test_functional_call() -> None:
     result, other = small(), small()
     state = {name: value * 1.5 for name, value in values(result).items()}
     other.load_state_dict({**other.state_dict(), **state})
-    assert functional_call(result, state, (IDS,)).equal(other(IDS))
+    got = functional_call(result, state, (IDS,))
+    assert relative(got.detach(), scores(other)) < 1e-6
     assert scores(result).equal(scores(small()))
 
 
@@ -339,35 +341,49 @@ def test_vmap_over_an_ensemble() -> None:
 # ---------------------------------------------------------------------------- compile and export
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dynamic", [True, None])
-def test_compile_without_breaks_or_extra_recompiles(backend: str, dynamic: bool | None) -> None:
-    def graphs(model: nn.Module) -> tuple[int, int]:
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend(backend)
-        compiled: Any = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
-        eager = copy.deepcopy(model)
-        for shape in SHAPES:
-            ids = words(*shape)
-            assert relative(scores(compiled, ids), scores(eager, ids)) < 1e-5
-        inference = counter.frame_count
-        for shape in SHAPES:
-            loss(compiled, words(*shape)).backward()
-        loss(eager, words(*SHAPES[-1])).backward()
-        return inference, counter.frame_count
+def recompiles(model: nn.Module, backend: str, dynamic: bool | None) -> list[int]:
+    """How often other shapes than the first are compiled for again: in inference, in training."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    eager = copy.deepcopy(model)
+    seen: list[int] = []
+    for shape in SHAPES:
+        ids = words(*shape)
+        assert relative(scores(compiled, ids), scores(eager, ids)) < 1e-5
+        seen.append(counter.frame_count)
+    for shape in SHAPES:
+        model.zero_grad()
+        loss(compiled, words(*shape)).backward()
+        seen.append(counter.frame_count)
+    got = {name: p.grad for name, p in model.named_parameters()}
+    close(got, gradients(eager, words(*SHAPES[-1])))  # type: ignore[arg-type]
+    last = len(SHAPES) - 1
+    assert seen[0] > 0
+    return [seen[last] - seen[0], seen[-1] - seen[last + 1]]
 
-    assert graphs(small()) == graphs(tensorize.densify(small()))
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_once_for_all_shapes(backend: str) -> None:
+    assert recompiles(small(), backend, dynamic=True) == [0, 0]
+
+
+def test_compile_no_more_often_than_the_dense_form() -> None:
+    want = recompiles(tensorize.densify(small()), "eager", None)
+    assert recompiles(small(), "eager", None) == want
 
 
 @pytest.mark.slow  # it compiles C++
 @torch_warns_of_itself
 def test_inductor() -> None:
     torch._dynamo.reset()
-    result = small()
-    compiled: Any = torch.compile(small(), fullgraph=True, dynamic=True)
+    result, eager = small(), small()
+    compiled: Any = torch.compile(result, fullgraph=True, dynamic=True)
     for shape in SHAPES[:2]:
-        assert relative(scores(compiled, words(*shape)), scores(result, words(*shape))) < 1e-5
-    close(gradients(compiled._orig_mod), gradients(result))
+        assert relative(scores(compiled, words(*shape)), scores(eager, words(*shape))) < 1e-5
+    loss(compiled).backward()
+    got = {name: p.grad for name, p in result.named_parameters()}
+    close(got, gradients(eager))  # type: ignore[arg-type]
 
 
 def test_export() -> None:
@@ -409,9 +425,9 @@ def test_onnx_runtime_gives_the_same(tmp_path: Path) -> None:
         result, (IDS,), dynamic_shapes={"ids": (batch, length)}, dynamo=True, verbose=False
     )
     assert program is not None
+    stored = sum(math.prod(v.shape) for v in program.model.graph.initializers.values())
+    assert stored < 1.2 * parameters(result) < 0.5 * parameters(dense())
     program.save(tmp_path / "model.onnx")
-    size = sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert size < 4 * sum(p.numel() for p in dense().parameters())
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for shape in SHAPES:
         (got,) = session.run(None, {"ids": words(*shape).numpy()})
@@ -523,7 +539,7 @@ def test_peft_merges_into_factors_and_says_why_not_into_a_whole_weight() -> None
         tuned(["head"]).merge_and_unload()
 
 
-@ignore("ignore:Calling register_constant")
+@pytest.mark.slow  # `make test-all` installs torchao
 def test_torchao_quantizes_the_factors() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     result = small()
@@ -542,13 +558,14 @@ def test_layers_with_an_adapter_are_left_alone() -> None:
     wrapped = {n: r for n, r in reasons.items() if ".head." in n or ".words." in n}
     assert len(wrapped) == 6
     assert all("adapter" in reason for reason in wrapped.values())
-    assert adapters(result) == {"head", "words"}
-    assert sum(p.numel() for p in result.parameters()) <= 0.7 * sum(
-        p.numel() for p in tuned.parameters()
-    )
+    for name in ("head", "words"):
+        layers = [m.get_submodule(f"base_model.model.{name}.base_layer") for m in (tuned, result)]
+        assert type(layers[0]) is type(layers[1])
+        assert layers[0].weight.equal(layers[1].weight)
+    assert parameters(result) <= 0.7 * parameters(tuned)
 
 
-@ignore("ignore:Calling register_constant")
+@pytest.mark.slow  # `make test-all` installs torchao
 def test_quantized_layers_are_left_alone() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = dense()
@@ -572,8 +589,8 @@ def test_no_dense_weight_survives_anywhere() -> None:
             super().__init__()
             self.table = nn.Embedding(67, 53)
             self.bare = nn.Parameter(torch.randn(59, 53))
-            self.chain = nn.Linear(59, 61)
-            self.head = nn.Linear(61, 71)
+            self.chain = nn.Linear(59, 66)
+            self.head = nn.Linear(66, 71)
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.chain(F.linear(self.table(ids), self.bare)))
@@ -599,4 +616,5 @@ def test_no_dense_weight_survives_anywhere() -> None:
     with warnings.catch_warnings():  # to look at some objects is deprecated
         warnings.simplefilter("ignore")
         tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
-    assert [tuple(t.shape) for t in tensors if t.numel() in sizes] == []
+    real = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and not t.is_meta]
+    assert [tuple(t.shape) for t in real if t.numel() in sizes] == []
