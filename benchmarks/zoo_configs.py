@@ -1,84 +1,87 @@
 """Small configurations of every architecture in transformers.
 
 A configuration is made small by rules over the names and values of its fields: widths become 64,
-heads 4, layers one of each kind, and so on, in sub-configurations too. ``OVERRIDES`` holds what no
-rule can know, by model type.
+heads 4, layers one of each kind, and so on, in its parts too. What no rule can know is in
+``zoo_overrides``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, ResNetConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from benchmarks.zoo_overrides import OVERRIDES
 
 WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY, IMAGE, PATCH = 64, 4, 16, 96, 160, 32, 8
 
-# The first pattern that matches the whole name gives the largest value that the field may keep.
-_LIMITS: tuple[tuple[str, int], ...] = (
-    (r".*vocab_size.*|.*vocabulary.*|head_out_channels", VOCABULARY),
-    (r"mamba_n_heads|mamba_num_heads", 8),
-    (r"max_source_positions", 32),
-    (r".*num_key_value_heads|num_kv_heads", 2),
-    (r".*(attention_heads|num_heads|n_heads|n_head|_heads|attn_heads)", HEADS),
-    (r"rotary_dim|rel_extent", 8),
-    (r"num_filters|num_residual_layers", 8),
-    (r"upsample_groups|hidden_size_global|lru_width|embed_size", WIDTH),
-    (r"hidden_size_per_layer_input", 16),
-    (r"axial_pos_embds_dim", 32),
-    (r"d_kv|.*head_dim|.*head_size|dim_head|.*d_head", HEAD_WIDTH),
-    (r"(num_)?experts_per_tok|moe_top_?k|top_k|.*num_experts_per_tok|moe_k", 2),
-    (r".*(num_experts|routed_experts|local_experts)", 4),
-    (r".*shared_experts", 1),
-    (r"n_group|topk_group", 1),
-    (r"moe_.*intermediate_size|.*expert.*(size|dim)", 32),
-    (
-        r".*(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|dim_ff|dim_feedforward)",
-        INNER,
-    ),
-    (r".*(kv_lora_rank|q_lora_rank|o_lora_rank)", 32),
-    (
-        r"(num|n)?_?(encoder|decoder|hidden|text|coda|mtp)?_?(num_)?(hidden_)?(layers?|depth|blocks)",
-        2,
-    ),
-    (r"(l|x|r)_layers|.*(_layers|num_layers|n_layers|n_layer|depth|num_blocks|_num_blocks)", 2),
-    (
-        r".*(max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx|max_seq_len)",
-        256,
-    ),
-    (r"image_size|img_size|.*image_size|crop_size|resolution", IMAGE),
-    (r"patch_size|.*_patch_size", PATCH),
-    (r"num_queries|num_query_tokens|.*num_latents", 8),
-    (r"num_frames", 4),
-    (r"num_position_embeddings|posemb_grid_size", 64),
-    (r"codebook_size|num_embeddings|num_codevectors_per_group", 64),
-    (r"num_codebooks|num_quantizers", 4),
-    (r"(sliding_window|chunk_size|.*_window|mamba_chunk_size|attention_chunk_size)", 8),
-    (r".*state_size|.*d_state|ssm_state_size", 8),
-    (
-        r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|embedding_dim|projection_dim|projection_size|_dim|width|_channels|_filters|_units|_hidden_size.*|emb_dim|hidden|output_dim|out_dim|dim|channels|_planes|projector_.*size)",
-        WIDTH,
-    ),
+
+def _names(patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns.split()))
+
+
+# The largest value that a field may keep, by the first pattern that matches its whole name.
+_LIMITS: tuple[tuple[int, re.Pattern[str]], ...] = tuple(
+    (limit, _names(patterns))
+    for limit, patterns in (
+        (VOCABULARY, r".*vocab_size.* .*vocabulary.* head_out_channels num_(bpe|wordpiece)_labels"),
+        (8, r"mamba_n_heads mamba_num_heads rotary_dim rel_extent"),
+        (32, r"max_source_positions base_channels axial_pos_embds_dim"),
+        (2, r".*num_key_value_heads num_kv_heads"),
+        (HEADS, r".*num_heads .*n_heads n_head .*_heads"),
+        (IMAGE, r"max_img_size"),
+        (8, r"num_filters num_residual_layers"),
+        (
+            WIDTH,
+            r"upsample_initial_channel upsample_groups hidden_size_global lru_width embed_size",
+        ),
+        (16, r"hidden_size_per_layer_input"),
+        (HEAD_WIDTH, r"d_kv .*head_dim .*head_size dim_head .*d_head"),
+        (2, r".*experts_per_tok moe_top_?k top_k moe_k"),
+        (4, r".*num_experts .*routed_experts .*local_experts"),
+        (1, r".*shared_experts n_group topk_group"),
+        (32, r"moe_.*intermediate_size .*expert.*(size|dim)"),
+        (INNER, r".*intermediate_size .*ffn_dim .*d_ff .*n_inner d_inner .*ffn_hidden_size"),
+        (INNER, r".*mlp_dim .*dim_ff .*dim_feedforward"),
+        (32, r".*(kv|q|o)_lora_rank"),
+        (2, r"(num_)?layers? n_layer .*_layers? .*depth .*num_blocks (num_)?(text_)?blocks"),
+        (256, r".*max_position_embeddings .*n_positions .*max_(source|target)_positions"),
+        (256, r".*n_ctx .*max_seq_len"),
+        (IMAGE, r".*image_size img_size crop_size resolution"),
+        (PATCH, r"patch_size .*_patch_size"),
+        (8, r"num_queries num_query_tokens .*num_latents"),
+        (4, r"num_frames num_codebooks num_quantizers"),
+        (64, r"num_position_embeddings posemb_grid_size"),
+        (64, r"codebook_size num_embeddings num_codevectors_per_group"),
+        (8, r"sliding_window (mamba_|attention_)?chunk_size .*_window .*state_size .*d_state"),
+        (WIDTH, r".*hidden_size .*_hidden_size.* .*d_model .*n_embd .*embedding_size"),
+        (WIDTH, r".*projection_size .*width .*_units .*hidden .*dim .*channels .*_filters"),
+        (WIDTH, r".*_planes .*projector_.*size"),
+    )
 )
-_LAYERS = re.compile(
-    r"(num_)?(hidden_layers|layers|n_layer|n_layers|num_layers|num_hidden_layers)|depth"
+_TOKEN = _names(
+    r".*token_id .*token_index .*_token (pad|bos|eos|unk|mask)_index (boi|eoi|boa|eoa).*"
 )
-_TOKEN = re.compile(
-    r".*(token_id|token_index|_token)|(pad|bos|eos|unk|mask)_index|(boi|eoi|boa|eoa).*"
+_KEPT = _names(
+    r".*in_chans.* .*num_channels.* .*num_labels.* .*ratio.* .*rate.* .*stride.* .*kernel.*"
+    r" .*dilation.* .*input_channels.* .*layer_idx.* .*num_encoder_blocks.* .*num_stages.*"
+    r" .*model_in_dim.* .*n_window.*"
 )
-_KEEP = re.compile(
-    r".*(in_chans|num_channels|num_labels|ratio|rate|stride|kernel|dilation|input_channels|layer_idx|num_encoder_blocks|num_stages|model_in_dim|n_window).*"
+_DEPTHS = _names(
+    r"depths? num_layers layers (stage_)?num_blocks layer_depths n_attn_blocks num_block_repeats"
+    r" block_sizes"
 )
+_WIDTHS = _names(r".*sizes .*dims? .*channels .*hidden_size .*embed_dim .*out_features .*widths")
+_STAGES = ("depths", "stage_configs", "block_configs", "stage_blocks")
 
 
 def small_config(kind: str, keep_lists: bool = False) -> PreTrainedConfig:
     """The small configuration of a model type; ``keep_lists``: widths given as lists stay."""
-    if kind in MADE:
-        return MADE[kind]()
     config = CONFIG_MAPPING[kind]()
-    return _shrink(config, OVERRIDES.get(config.model_type, {}), {}, keep_lists)
+    return _Shrinking(keep_lists, {}).shrink(config, OVERRIDES.get(config.model_type, {}))
 
 
 def fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -87,76 +90,75 @@ def fields(config: PreTrainedConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         try:
             found[field.name] = getattr(config, field.name)
-        except Exception:  # differs between layers, or is derived
+        except Exception:  # it differs between layers
             continue
     return found
 
 
-def _shrink(
-    config: PreTrainedConfig,
-    overrides: Mapping[str, Any],
-    tokens: dict[int, int],
-    keep_lists: bool = False,
-) -> PreTrainedConfig:
-    cls = type(config)
-    values = fields(config)
-    try:
-        standard = fields(cls())
-    except Exception:
-        standard = {}
-    small: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in overrides:
-            continue
-        if isinstance(value, PreTrainedConfig):
-            inner = OVERRIDES.get(value.model_type, {})
-            small[name] = _shrink(value, inner, tokens, keep_lists)
-        elif (new := _value(name, value, tokens, keep_lists)) != value:
-            small[name] = new
-        elif name in standard and standard[name] != value and not name.startswith("_"):
-            small[name] = value
-    small |= _backbone(values, standard)
-    if (
-        isinstance(values.get("patch_size"), int)
-        and values["patch_size"] < PATCH
-        and "image_size" in small
-    ):
-        small["image_size"] = (
-            2 * IMAGE if isinstance(small["image_size"], int) else small["image_size"]
-        )
-    small |= _head_lists(values, small)
-    small |= _layer_lists(values, small)
-    small |= _attention(config, values, small)
-    for name, value in overrides.items():
-        if isinstance(value, Mapping) and isinstance(values.get(name), PreTrainedConfig):
-            inner = {**OVERRIDES.get(values[name].model_type, {}), **value}
-            value = _shrink(values[name], inner, tokens, keep_lists)
-        if value is None and name in small and name not in values:
-            del small[name]
-        else:
-            small[name] = value
-    return cls(**small)
+@dataclasses.dataclass(frozen=True)
+class _Shrinking:
+    """One configuration with its parts; ``tokens``: the new number of every special token."""
 
+    keep_lists: bool
+    tokens: dict[int, int]
 
-def _value(name: str, value: Any, tokens: dict[int, int], keep_lists: bool = False) -> Any:
-    if isinstance(value, bool) or name.startswith("_"):
+    def shrink(self, config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+        cls, values = type(config), fields(config)
+        try:
+            standard = fields(cls())
+        except Exception:  # some cannot be made without arguments
+            standard = {}
+        small: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in overrides or name.startswith("_"):
+                continue
+            if isinstance(value, PreTrainedConfig):
+                small[name] = self.shrink(value, OVERRIDES.get(value.model_type, {}))
+            elif (new := self._value(name, value)) != value:
+                small[name] = new
+            elif name in standard and standard[name] != value:
+                small[name] = value
+        small |= _backbone(values, standard)
+        small |= _image(values, small)
+        small |= _widths_by_heads(values)
+        small |= _one_layer_of_each_kind(values, small)
+        small |= _attention(config, values, small)
+        for name, value in overrides.items():
+            part = values.get(name)
+            if isinstance(value, Mapping) and isinstance(part, PreTrainedConfig):
+                value = self.shrink(part, {**OVERRIDES.get(part.model_type, {}), **value})
+            small[name] = value
+        return cls(**small)
+
+    def _value(self, name: str, value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            return self._token(value) if _TOKEN.fullmatch(name) else min(value, _limit(name, value))
+        if not isinstance(value, list | tuple) or not all(type(v) is int for v in value):
+            return value
+        if _TOKEN.fullmatch(name):
+            return type(value)(self._token(v) for v in value)
+        if _KEPT.fullmatch(name):
+            return value
+        if _DEPTHS.fullmatch(name):
+            return type(value)(min(v, 2) for v in value)
+        if name.endswith("image_size") or name == "patch_size":
+            return type(value)(min(v, _limit(name, v)) for v in value)
+        if _WIDTHS.fullmatch(name) and not self.keep_lists:
+            return type(value)(_narrow(v) for v in value)
         return value
-    if isinstance(value, int) and _TOKEN.fullmatch(name):
-        return value if value < 100 else tokens.setdefault(value, VOCABULARY - 1 - len(tokens))
-    if isinstance(value, int):
-        return min(value, _limit(name, value))
-    if isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
-        return _list(name, value, tokens, keep_lists)
-    return value
+
+    def _token(self, number: int) -> int:
+        if number < 100:
+            return number
+        return self.tokens.setdefault(number, VOCABULARY - 1 - len(self.tokens))
 
 
 def _limit(name: str, value: int) -> int:
-    if _KEEP.fullmatch(name):
+    if _KEPT.fullmatch(name):
         return value
-    for pattern, limit in _LIMITS:
-        if re.fullmatch(pattern, name):
-            return limit
-    return value
+    return next((limit for limit, names in _LIMITS if names.fullmatch(name)), value)
 
 
 def _narrow(width: int) -> int:
@@ -164,30 +166,62 @@ def _narrow(width: int) -> int:
     return width if width <= 16 else max(16, 8 * round((16 * width) ** 0.5 / 8))
 
 
-def _list(name: str, value: Any, tokens: dict[int, int], keep_lists: bool) -> Any:
-    if _TOKEN.fullmatch(name):
-        return type(value)(_value("x_token_id", v, tokens) for v in value)
-    if _KEEP.fullmatch(name):
-        return value
-    if name in (
-        "depths",
-        "num_layers",
-        "layers",
-        "num_blocks",
-        "stage_num_blocks",
-        "layer_depths",
-        "depth",
-        "n_attn_blocks",
-        "num_block_repeats",
-    ):
-        return type(value)(min(v, 2) for v in value)
-    if re.fullmatch(r".*image_size|patch_size", name):
-        return type(value)(min(v, IMAGE if "image" in name else PATCH) for v in value)
-    if keep_lists:
-        return value
-    if re.fullmatch(r".*(sizes|dims?|channels|hidden_size|embed_dim|out_features|widths)", name):
-        return type(value)(_narrow(v) for v in value)
-    return value
+def _backbone(values: Mapping[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
+    """As many outputs of a backbone as before, from as few layers as that takes."""
+    indices = values.get("_out_indices")
+    if not indices or indices == standard.get("_out_indices"):
+        return {}
+    if any(name in values for name in _STAGES) or "num_hidden_layers" not in values:
+        return {"out_indices": list(indices)}
+    count = max(2, len(indices))
+    first = count - len(indices) + 1
+    return {"num_hidden_layers": count, "out_indices": list(range(first, count + 1))}
+
+
+def _image(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Patches so small come from a pyramid of stages, which needs a larger image."""
+    patch = values.get("patch_size")
+    if isinstance(patch, int) and patch < PATCH and isinstance(small.get("image_size"), int):
+        return {"image_size": 2 * IMAGE}
+    return {}
+
+
+def _widths_by_heads(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Where each stage has its heads: 8 entries a head."""
+    heads = values.get("num_attention_heads", values.get("num_heads"))
+    if not isinstance(heads, list | tuple):
+        return {}
+    if isinstance(values.get("embed_dim"), int):
+        return {"embed_dim": 8 * heads[0]}
+    found: dict[str, Any] = {}
+    for name in ("hidden_sizes", "embed_dim", "embed_dims"):
+        widths = values.get(name)
+        if isinstance(widths, list | tuple) and len(widths) == len(heads):
+            found[name] = type(widths)(8 * h for h in heads)
+    return found
+
+
+def _one_layer_of_each_kind(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists with one entry a layer, cut to one layer of each kind (two at least)."""
+    count = values.get("num_hidden_layers")
+    if "num_hidden_layers" not in small or count <= 2:
+        return {}
+    lists: dict[str, Sequence[Any]] = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list | tuple) and len(value) == count
+    }
+    if not lists:
+        return {}
+    layers = list(zip(*lists.values(), strict=True))
+    kinds = list({repr(layer): layer for layer in reversed(layers)}.values())[::-1]
+    kinds.sort(key=layers.index)
+    if not all(isinstance(entry, str) for layer in kinds for entry in layer):
+        kinds = kinds[:2]  # numbers: they may all differ
+    chosen = kinds if len(kinds) > 1 else kinds * 2
+    cut = zip(*chosen, strict=True)
+    new = {name: type(lists[name])(column) for name, column in zip(lists, cut, strict=True)}
+    return {**new, "num_hidden_layers": len(chosen)}
 
 
 def _attention(
@@ -200,534 +234,14 @@ def _attention(
         groups = values.get(f"{prefix}num_key_value_heads")
         if isinstance(heads, int) and isinstance(groups, int) and groups >= heads:
             found[f"{prefix}num_key_value_heads"] = small.get(f"{prefix}num_attention_heads", heads)
-    groups = values.get("num_key_value_heads")
     if "head_dim" in values and values["head_dim"] is None and "hidden_size" in small:
         found["head_dim"] = HEAD_WIDTH
-    if "num_key_value_heads" in values and groups is None and "num_attention_heads" in small:
+    if values.get("num_key_value_heads", 0) is None and "num_attention_heads" in small:
         found["num_key_value_heads"] = small["num_attention_heads"]
     rope = values.get("rope_parameters")
-    if isinstance(rope, dict) and "mrope_section" in getattr(
-        config, "ignore_keys_at_rope_validation", ()
-    ):
+    sectioned = "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ())
+    if isinstance(rope, dict) and sectioned:
         half = int(HEAD_WIDTH // 2 * rope.get("partial_rotary_factor", 1.0))
         third = (half + 1) // 3
         found["rope_parameters"] = {**rope, "mrope_section": [half - 2 * third, third, third]}
     return found
-
-
-_PER_LAYER = re.compile(r"(mlp_)?layer_types|layers_block_type|.*block_types?|indexer_types")
-
-
-def _backbone(values: Mapping[str, Any], standard: Mapping[str, Any]) -> dict[str, Any]:
-    """As many outputs of a backbone as before, from as few layers as that takes."""
-    indices = values.get("_out_indices")
-    if not indices or indices == standard.get("_out_indices"):
-        return {}
-    if (
-        any(
-            name in values
-            for name in (
-                "depths",
-                "stage_configs",
-                "block_configs",
-                "stage_blocks",
-                "num_hidden_layers_per_stage",
-            )
-        )
-        or "num_hidden_layers" not in values
-    ):
-        return {"out_indices": list(indices)}
-    count = max(2, len(indices))
-    return {
-        "num_hidden_layers": count,
-        "out_indices": list(range(count - len(indices) + 1, count + 1)),
-    }
-
-
-def _head_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Widths a stage beside heads a stage: 8 entries a head."""
-    heads = next(
-        (
-            v
-            for n, v in values.items()
-            if n in ("num_attention_heads", "num_heads") and isinstance(v, list | tuple)
-        ),
-        None,
-    )
-    if heads is None:
-        return {}
-    if isinstance(values.get("embed_dim"), int):
-        return {"embed_dim": 8 * heads[0]}
-    return {
-        name: type(value)(8 * h for h in heads)
-        for name, value in values.items()
-        if name in ("hidden_sizes", "embed_dim", "embed_dims")
-        and isinstance(value, list | tuple)
-        and len(value) == len(heads)
-    }
-
-
-def _layer_lists(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists with one entry a layer, cut to one layer of each kind (two at least)."""
-    count = next((n for n in small if n == "num_hidden_layers"), None)
-    if count is None:
-        return {}
-    old = values[count]
-    lists = {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, list | tuple) and len(value) == old and old > 2
-    }
-    rows = zip(*(map(repr, v) for v in lists.values()), strict=True)
-    first = {row: k for k, row in reversed(list(enumerate(rows)))}  # where each kind is met first
-    kinds = [tuple(v[k] for v in lists.values()) for k in sorted(first.values())] if lists else []
-    if all(isinstance(v, str) for row in kinds for v in row):
-        rows = (kinds * 2)[: max(2, len(kinds))]
-    else:
-        rows = kinds[:2] * (2 if len(kinds) == 1 else 1)
-    cut = {name: type(v)(row[k] for row in rows) for k, (name, v) in enumerate(lists.items())}
-    return {**cut, count: len(rows)} if cut else {}
-
-
-MADE: dict[str, Callable[[], PreTrainedConfig]] = {}
-SWIN = {"window_size": 4, "image_size": 64}
-SWIN = {"window_size": 4, "image_size": 64}
-_MOE = {
-    "num_experts_per_tok": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-}
-_GEMMA3N = {
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-    "intermediate_size": [96] * 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-    "laurel_rank": 16,
-}
-_SERIES = {
-    "prediction_length": 4,
-    "context_length": 8,
-    "lags_sequence": [1, 2, 3],
-    "label_length": 4,
-    "moving_average": 3,
-    "num_time_features": 1,
-}
-_DAC = {
-    "encoder_hidden_size": 16,
-    "decoder_hidden_size": 64,
-    "downsampling_ratios": (2, 4),
-    "n_codebooks": 2,
-}
-_CODEC = {"encoder_hidden_size": 16, "downsampling_ratios": (2, 4)}
-_VIBEVOICE = {"num_filters": 8, "downsampling_ratios": (2, 4), "depths": (1, 1, 1)}
-_HIERA = {
-    "hidden_size": 16,
-    "image_size": [128, 128],
-    "blocks_per_stage": [1, 1, 2, 1],
-    "embed_dim_per_stage": [16, 32, 64, 128],
-    "window_size_per_stage": [4, 2, 4, 2],
-    "global_attention_blocks": [3],
-    "num_attention_heads": 1,
-}
-_SAM2_VISION = {
-    "backbone_config": _HIERA,
-    "backbone_channel_list": [128, 64, 32, 16],
-    "fpn_hidden_size": 64,
-    "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-}
-_PP_V6 = {
-    "layer_list_out_channels": (48, 48, 64, 96),
-    "backbone_config": {
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-        "stem_channels": (3, 24, 48),
-        "block_configs": [
-            [[3, 48, 48, 1, True]],
-            [[3, 48, 48, 2, False]],
-            [[3, 48, 64, 2, False]],
-            [[3, 64, 96, 2, False]],
-        ],
-    },
-}
-_INTRACLASS = {
-    "intraclass_block_config": {
-        "reduce_channel": [1, 1, 0],
-        "return_channel": [1, 1, 0],
-        **{
-            f"vertical_long_to_small_conv_{r}ratio": [[k, 1], 1, [k // 2, 0]]
-            for r, k in (("long", 7), ("mid", 5), ("short", 3))
-        },
-        **{
-            f"horizontal_small_to_long_conv_{r}ratio": [[1, k], 1, [0, k // 2]]
-            for r, k in (("long", 7), ("mid", 5), ("short", 3))
-        },
-        **{
-            f"symmetric_conv_long_{r}ratio": [k, 1, k // 2]
-            for r, k in (("long", 7), ("mid", 5), ("short", 3))
-        },
-    }
-}
-
-
-def _on_resnet(*stages: str) -> dict[str, Any]:
-    """A detector on a ResNet of transformers, where the standard one comes from timm."""
-    resnet = ResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 24, 32, 48],
-        depths=[1, 1, 1, 1],
-        out_features=list(stages),
-    )
-    return {
-        "backbone_config": resnet,
-        "use_timm_backbone": False,
-        "use_pretrained_backbone": False,
-        "backbone": None,
-    }
-
-
-_ANYRES = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
-
-
-def _letters(number: int) -> str:
-    return "".join(chr(65 + int(digit)) for digit in str(number))
-
-
-# Names of the tokens that stand for pieces of an image.
-_CHAMELEON = {"<image>": 150, **{f"IMGIMG{_letters(k)}Z": 80 + k for k in range(64)}}
-_EMU = {
-    "<image>": 150,
-    "<|extra_200|>": 149,
-    **{f"<|visual token {k:06}|>": 80 + k for k in range(64)},
-}
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 257, "local_attention_window_len": 16},
-    "clvp_encoder": {"hidden_size": 128, "projection_dim": 128},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            k: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-            for k in ("full_attention", "sliding_attention")
-        }
-    },
-    "deepseek_v2": {**_MOE, "n_group": 1, "topk_group": 1},
-    "dots1": _MOE,
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
-    "ernie4_5_vl_moe_text": {
-        "moe_intermediate_size": [32, 24],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [3, 3, 2],
-        },
-    },
-    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
-    "gemma3n_text": _GEMMA3N,
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "mamba_dt_rank": 8,
-        "use_mamba_kernels": False,
-    },
-    "lfm2_moe": {
-        "num_hidden_layers": 4,
-        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
-        "num_dense_layers": 1,
-    },
-    "lilt": {"max_2d_position_embeddings": 128, "hidden_size": 96},
-    "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
-    "mamba2": {"num_heads": 8, "n_groups": 2},
-    "mimi": {
-        "hidden_size": 64,
-        "upsampling_ratios": [4, 2],
-        "codebook_dim": 32,
-        "vector_quantization_hidden_dimension": 32,
-    },
-    "nemotron_h": {"n_groups": 2},
-    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
-    "reformer": {
-        "attn_layers": ["local", "lsh"],
-        "axial_pos_shape": [4, 8],
-        "axial_pos_embds_dim": [16, 48],
-        "local_attn_chunk_length": 8,
-        "lsh_attn_chunk_length": 8,
-        "feed_forward_size": 96,
-        "num_buckets": 4,
-        "is_decoder": True,
-        "hash_seed": 0,
-    },
-    "step3p5": {"sliding_window": 8},
-    "t5gemma2_text": {"dropout_rate": 0.0},
-    "xlstm": {"qk_dim_factor": 1.0},
-    "zamba": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "attention_hidden_size": 128,
-        "attention_head_dim": 32,
-        "mamba_dt_rank": 8,
-        "use_mamba_kernels": False,
-    },
-    "perceiver": {
-        "d_latents": 64,
-        "d_model": 64,
-        "num_self_attends_per_block": 2,
-        "num_self_attention_heads": 4,
-        "num_cross_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "train_size": [16, 16],
-    },
-    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 4,
-        "indexer_compress_ratio": 2,
-        "hc_lowrank": 8,
-        "ngram_vocab_size_base": 64,
-    },
-    "wav2vec2-bert": {
-        "vocab_size": 64,
-        "feature_projection_input_dim": 80,
-        "max_source_positions": 128,
-    },
-    "efficientnet": {
-        "image_size": 64,
-        "width_coefficient": 1.0,
-        "depth_coefficient": 1.0,
-        "hidden_dim": 1280,
-        "in_channels": (32, 16, 24, 24),
-        "out_channels": (16, 24, 24, 32),
-        "kernel_sizes": (3, 3, 5, 3),
-        "strides": (1, 2, 2, 2),
-        "num_block_repeats": (1, 1, 2, 1),
-        "expand_ratios": (1, 4, 4, 4),
-    },
-    "swin": SWIN,
-    "swinv2": SWIN,
-    "maskformer-swin": SWIN,
-    "levit": {"image_size": 64, "patch_size": 16},
-    "bit": {"num_groups": 8},
-    "audio-spectrogram-transformer": {
-        "max_length": 64,
-        "num_mel_bins": 32,
-        "frequency_stride": 8,
-        "time_stride": 8,
-    },
-    "autoformer": _SERIES,
-    "informer": _SERIES,
-    "time_series_transformer": _SERIES,
-    "clap_audio_model": {
-        "num_hidden_layers": 4,
-        "depths": (2, 2, 2, 2),
-        "num_attention_heads": (4, 8, 16, 32),
-        "patch_embeds_hidden_size": 32,
-        "hidden_size": 256,
-        "spec_size": 128,
-        "num_mel_bins": 32,
-        "window_size": 4,
-    },
-    "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "gemma3": {"mm_tokens_per_image": 4},
-    "shieldgemma2": {"mm_tokens_per_image": 4},
-    "llava_next": _ANYRES,
-    "llava_next_video": _ANYRES,
-    "llava_onevision": _ANYRES,
-    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
-    "vipllava": {"vision_feature_layers": [-1, -2, -1, -2, 1]},
-    "voxtral": {"audio_token_id": 150},
-    "voxtral_encoder": {"intermediate_size": 256},
-    "glmasr_encoder": {"intermediate_size": 256},
-    "cvt": {"depth": (1, 2, 10)},
-    "dac": _DAC,
-    "deepseek_ocr2_text": {
-        **_MOE,
-        "n_group": 1,
-        "topk_group": 1,
-        "mlp_layer_types": ["dense", "sparse"],
-    },
-    "depth_pro": {
-        "patch_size": 32,
-        "intermediate_hook_ids": (1, 0),
-        "intermediate_feature_dims": (64, 64),
-        "scaled_images_feature_dims": (64, 64, 32),
-        "fusion_hidden_size": 64,
-    },
-    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
-    "sam2_hiera_det_model": _HIERA,
-    "sam2_vision_model": _SAM2_VISION,
-    "emu3": {"vocabulary_map": _EMU},
-    "emu3_vqgan": {"base_channels": 32, "hidden_size": 128},
-    "chameleon": {"vocabulary_map": _CHAMELEON},
-    "janus_vqgan": {"num_patches": 4},
-    "chameleon_vqgan": {"base_channels": 32, "resolution": 64},
-    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
-    "kosmos-2": {"latent_query_num": 8},
-    "layoutlmv3": {
-        "coordinate_size": 12,
-        "shape_size": 8,
-        "input_size": 32,
-        "max_2d_position_embeddings": 128,
-    },
-    "superpoint": {"keypoint_decoder_dim": 65},
-    "llama4_vision_model": {
-        "intermediate_size": 256,
-        "vision_output_dim": 64,
-        "projector_input_dim": 64,
-        "projector_output_dim": 64,
-    },
-    "lw_detr_vit": {
-        "image_size": 64,
-        "num_windows": 4,
-        "num_hidden_layers": 4,
-        "out_indices": [1, 2, 3, 4],
-        "window_block_indices": [0, 2],
-    },
-    "lw_detr": {"projector_scale_factors": [1.0], "group_detr": 1},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 64}},
-    "minicpm_ocr_vision": {"insert_layer_id": 1},
-    "minicpmv4_6_vision": {"insert_layer_id": 1},
-    "minicpmv4_7_vision": {"insert_layer_id": 1},
-    "timesfm": {"patch_length": 8, "context_length": 32, "horizon_length": 8, "hidden_size": 64},
-    "timesfm2_5": {
-        "patch_length": 8,
-        "context_length": 32,
-        "horizon_length": 8,
-        "output_quantile_len": 16,
-    },
-    "patchtst": {"d_model": 32, "patch_length": 4, "patch_stride": 4},
-    "patchtsmixer": {"d_model": 32},
-    "neucodec": _CODEC,
-    "xcodec2": _CODEC,
-    "pe_audio_encoder": {"dac_config": {"downsampling_ratios": [2, 4], "codebook_dim": 64}},
-    "xcodec": {"target_bandwidths": (0.5, 1)},
-    "paddleocr_vl_text": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 3, 3],
-        }
-    },
-    "vibevoice_acoustic_tokenizer": _VIBEVOICE,
-    "vibevoice_acoustic_tokenizer_encoder": _VIBEVOICE,
-    "vibevoice_acoustic_tokenizer_decoder": {**_VIBEVOICE, "downsampling_ratios": (4, 2)},
-    "vivit": {"tubelet_size": (2, 8, 8), "num_frames": 4, "image_size": 32},
-    "pp_doclayout_v3": {"x4_feat_dim": 48},
-    "qwen2_5_omni_bigvgan": {
-        "upsample_initial_channel": 64,
-        "upsample_rates": (2, 2),
-        "upsample_kernel_sizes": (4, 4),
-    },
-    "univnet": {},
-    "seggpt": {
-        "image_size": (64, 32),
-        "pretrain_image_size": 32,
-        "merge_index": 0,
-        "intermediate_hidden_state_indices": [0, 1],
-    },
-    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
-    "vitmatte": {"backbone_config": {"num_hidden_layers": 2, "out_indices": [2]}},
-    "pix2struct_vision_model": {"seq_len": 32, "patch_embed_hidden_size": 192},
-    "align": {"projection_dim": 32},
-    **dict.fromkeys(
-        ("detr", "conditional_detr", "dab-detr", "table-transformer"), _on_resnet("stage4")
-    ),
-    "deformable_detr": _on_resnet("stage2", "stage3", "stage4"),
-    "omdet-turbo": {
-        **_on_resnet("stage2", "stage3", "stage4"),
-        "encoder_in_channels": (24, 32, 48),
-        "vision_features_channels": (64, 64, 64),
-        "image_size": 64,
-    },
-    "moonshine_streaming": {"num_key_value_heads": 4},
-    "chmv2": {"backbone_config": {"return_class_token": True}},
-    "donut-swin": {**SWIN, "patch_size": 2},
-    "efficientloftr": {"num_attention_heads": 8},
-    "instructblip": {"image_token_index": 150},
-    "instructblipvideo": {"video_token_index": 150},
-    "mllama_vision_model": {
-        "intermediate_layers_indices": [0, 1],
-        "vision_output_dim": 192,
-        "num_hidden_layers": 2,
-    },
-    "sam_vision_model": {"num_pos_feats": 32, "global_attn_indexes": [1], "window_size": 2},
-    "sam_hq_vision_model": {"num_pos_feats": 32, "global_attn_indexes": [1], "window_size": 2},
-    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
-    "sapiens2": {
-        "image_size": 64,
-        "num_hidden_layers": 2,
-        "num_key_value_heads_per_layer": [4, 2],
-        "num_first_full_attention_layers": 1,
-        "num_last_full_attention_layers": 1,
-        "num_key_value_attention_heads": 2,
-        "head_config": {
-            "upsample_out_channels": [32, 32],
-            "upsample_kernel_sizes": [4, 4],
-            "use_pixel_shuffle": False,
-            "conv_out_channels": [32],
-            "conv_kernel_sizes": [1],
-        },
-    },
-    "qwen2_5_omni_audio_encoder": {"n_window": 16},
-    "qwen3_omni_moe_audio_encoder": {"n_window_infer": 100},
-    "pp_ocrv5_server_det": {
-        **_INTRACLASS,
-        "scale_factor_list": [1, 2, 4, 8],
-        "kernel_list": [3, 2, 2],
-    },
-    "pp_lcnet_v4": {"stem_channels": (3, 48, 96)},
-    "pp_ocrv6_small_det": {**_PP_V6},
-    "pp_ocrv6_medium_det": {
-        **_INTRACLASS,
-        **_PP_V6,
-        "scale_factor_list": [1, 2, 4, 8],
-        "kernel_list": [3, 2, 2],
-    },
-    "sam2": {"prompt_encoder_config": {"image_size": 128, "patch_size": 16}},
-    "dots3_note_text": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 32,
-        "q_lora_rank": 32,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "head_dim": 16,
-        "v_head_dim": 16,
-        "num_hidden_layers": 3,
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
-        "layer_types": ["indexed_attention", "sliding_attention", "sliding_attention"],
-        "index_topk": 8,
-        "shared_experts_intermediate_size": 32,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_q_lora_rank": 32,
-        "swa_kv_lora_rank": 32,
-        "swa_head_dim": 16,
-        "swa_qk_nope_head_dim": 8,
-        "swa_v_head_dim": 16,
-        "rope_parameters": None,
-    },
-    "pix2struct_text_model": {"initializer_range": 0.02},
-    "t5gemma2_decoder": {"dropout_rate": 0.0},
-    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 64},
-    "granite4_vision": {
-        "downsample_rate": "1/2",
-        "deepstack_layer_map": [[0, 0]],
-        "spatial_target_layers": [0],
-    },
-    "moshi_depth": {"hidden_size": 96},
-    "phi4_multimodal_audio": {"nemo_conv_channels": 64},
-    "tvp": {
-        "max_img_size": 64,
-        "visual_prompt_size": 8,
-        "num_frames": 2,
-        "backbone_config": {"out_indices": [4]},
-    },
-    "dbrx": {
-        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2},
-        "ffn_config": {"ffn_hidden_size": 32, "moe_top_k": 2},
-    },
-}
-OVERRIDES["align_vision_model"] = OVERRIDES["efficientnet"]

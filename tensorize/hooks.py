@@ -33,21 +33,26 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds one module as ever, and imports ours once it has run."""
 
     def __init__(self, name: str, ours: str) -> None:
-        self._name, self._ours = name, ours
+        self._name, self._ours, self._asking = name, ours, False
 
     def find_spec(
         self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True  # the finders behind this one
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_follow(module: ModuleType) -> None:
             run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _import(self._ours)
 
         spec.loader.exec_module = run_and_follow  # type: ignore[method-assign]

@@ -96,8 +96,6 @@ class FactorsLoader(HfQuantizer):
                 for shape in site.spec.core_shapes
             ]
             weight.install(model, names, site.spec, cores)
-        for owner in weight.rewritten(model):
-            owner.__dict__["_is_hf_initialized"] = True  # there is no dense weight to initialize
         own = dict(model.named_parameters(remove_duplicate=False))
         for alias, first in self.quantization_config.aliases.items():
             tied, to = _name_in(model, alias), _name_in(model, first)

@@ -51,7 +51,12 @@ def _renamed(module: nn.Module, table: Mapping[str, str], names_now: NamesNow) -
     """
     result: dict[str, str] = {}
     for target, source in table.items():
-        targets, sources = names_now(module, target), names_now(module, source)
+        # An entry may be a pattern; one that only marks the end of a name is that name.
+        targets = names_now(module, target.removesuffix("$"))
+        sources = names_now(module, source.removesuffix("$"))
+        if (*targets, *sources) == (target.removesuffix("$"), source.removesuffix("$")):
+            result[target] = source
+            continue
         if len(targets) == len(sources) == 1:
             result[targets[0]] = sources[0]
             continue

@@ -39,6 +39,8 @@ class FactoredWeight:
 
     __slots__ = ("contractions", "cores", "frame", "shape", "spec")
 
+    _is_hf_initialized = True  # so that transformers' initialization leaves it alone
+
     def __init__(
         self,
         spec: TTSpec,
@@ -84,12 +86,15 @@ class FactoredWeight:
         return None
 
     @property
-    def data(self) -> Tensor:
-        return self.dense().detach()
+    def data(self) -> FactoredWeight:
+        return self._seen(self.frame, detach=True)
 
     @data.setter
     def data(self, value: Any) -> None:
         raise _cannot_be_assigned("data of a weight")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _cannot_be_assigned("weight whose entries are written")
 
     @property
     def is_meta(self) -> bool:
@@ -260,16 +265,20 @@ def _operator(name: str) -> Callable[..., Any]:
     return operate
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg"):
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs"),
+    *("lt", "le", "gt", "ge", "eq", "ne"),
+):
     setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _writes(func: Any, args: tuple, kwargs: dict) -> bool:
     """Whether a call would write into a lazy weight, where what is written has no place to stay."""
     name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.startswith("_")
-    target = args[0] if in_place and args else kwargs.get("out")
-    return isinstance(target, FactoredWeight)
+    targets = [kwargs.get("out")]
+    if name.endswith("_") and not name.startswith("_"):  # in place
+        targets += args[:1] or kwargs.values()
+    return any(isinstance(target, FactoredWeight) for target in targets)
 
 
 def _cannot_be_assigned(what: str) -> TypeError:
@@ -539,13 +548,6 @@ def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
             yield f"{prefix}weight", module.weight
         for parameter in _lazy_parameters(module):
             yield f"{prefix}{parameter}", _weight_of(module, parameter)
-
-
-def rewritten(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module that owns a factorized weight."""
-    for module in model.modules():
-        if isinstance(module, LowRankLinear) or _lazy_parameters(module):
-            yield module
 
 
 def core_names(model: nn.Module, name: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,20 @@ def test_pooling_ignores_padding() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """Output folder, results and printed text of a small run with one budget."""
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Output folder, results and printed text of a small run with one budget, in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("demo") / "demo-output"
-    arguments = ["--budgets", "0.6", "--calibration", "64", "--held-out", "48", "--rounds", "2"]
+    arguments = ["--budgets", "0.6", "--calibration", "64", "--held-out", "64", "--rounds", "2"]
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *text, **_: lines.append(" ".join(map(str, text))))
         results = demo.main([*arguments, "--output", str(output)])
-    return output, results, "\n".join(lines)
+    yield output, results, "\n".join(lines)
+    torch.set_num_threads(threads)
 
 
 def test_the_demo_prints_what_it_found(run: tuple[Path, dict[str, Any], str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import tensorize
 from tensorize import weight
@@ -132,6 +133,26 @@ def test_generate_token_for_token(name: str, form: str) -> None:
         want = plain.generate(IDS, attention_mask=mask, **GREEDY, **options)
         assert got.equal(want), way
         assert got.shape[1] > 1
+
+
+COMPILED = [(n, f) for n, f in FORMS if n in CASES and (f == "low_rank" or n == "gpt2")]
+
+
+@pytest.mark.parametrize(("name", "form"), COMPILED, ids=[" in ".join(f) for f in COMPILED])
+def test_torch_compile_makes_one_graph_for_all_shapes(name: str, form: str) -> None:
+    case, result = MODELS[name], compress(name, form)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled: Any = torch.compile(result, backend=counter, fullgraph=True, dynamic=True)
+    for batch, length in ((2, 9), (3, 11), (4, 7)):
+        ids = torch.randint(3, 128, (batch, length))
+        given = {"t5": {"input_ids": ids, "labels": ids[:, 1:].contiguous()}}.get(
+            name, {"input_ids": ids}
+        )
+        if name == "vit":
+            given = {"pixel_values": torch.randn(batch, 3, 32, 32)}
+        assert relative(case.output(compiled, given), case.output(result, given)) < 1e-5
+    assert counter.frame_count == 1
 
 
 # ---------------------------------------------------------------------------------- tied weights
@@ -260,7 +281,11 @@ print(sum(p.numel() for p in model.parameters()), len(tensorize.report(model).si
 def test_importing_both_is_enough_in_any_order(first: str, tmp_path: Path) -> None:
     saved = compress("gpt2")
     tensorize.save(saved, tmp_path)
-    code = "import sys, tensorize\nassert not {'transformers', 'peft'} & set(sys.modules)\n"
+    code = (
+        "import importlib.util, sys, tensorize\n"
+        "assert not {'transformers', 'peft'} & set(sys.modules)\n"
+        "assert importlib.util.find_spec('transformers.quantizers.auto')\n"  # asked, not imported
+    )
     if first == "transformers":
         code = "import sys\nfrom transformers import AutoModel\nimport tensorize\n"
     output = python(f"{code}from transformers import AutoModelForCausalLM\n{LOAD}", tmp_path)
@@ -353,6 +378,14 @@ def test_resize_token_embeddings_says_why_not(name: str, form: str) -> None:
     larger: Any = tensorize.densify(result)
     larger.resize_token_embeddings(140)
     assert larger.get_input_embeddings().weight.shape == (140, 32)
+
+
+def test_transformers_refuses_to_resize_an_untied_head_in_factors() -> None:
+    result: Any = tensorize.compile(CASES["llama"].model(), None, ranks={"lm_head.*": 4})
+    before = result(IDS).logits
+    with pytest.raises(TypeError, match="LowRankLinear"):
+        result.resize_token_embeddings(140)
+    assert result(IDS).logits.equal(before)
 
 
 def test_a_dense_table_is_resized() -> None:

@@ -255,6 +255,59 @@ def test_arithmetic_is_done_on_the_dense_matrix(run: Callable[[Any], Any]) -> No
         same_gradients(run(lazy(spec, cores)), run(tt.reconstruct(spec, cores)), cores)
 
 
+COMPARISONS: dict[str, Callable[[Any], Any]] = {
+    "less": lambda w: w < 0,
+    "at least": lambda w: (w >= 0.5).sum(),
+    "equal": lambda w: w == 0,
+    "to itself": lambda w: (w == w).all(),
+    "torch.equal": lambda w: torch.tensor(torch.equal(w, w)),
+    "finite": lambda w: torch.isfinite(w),
+}
+
+
+@pytest.mark.parametrize("run", COMPARISONS.values(), ids=COMPARISONS)
+def test_comparisons_are_those_of_the_dense_matrix(run: Callable[[Any], Any]) -> None:
+    spec = TTSpec.low_rank(M, N, 2)
+    cores = draw_cores(spec)
+    assert torch.equal(run(lazy(spec, cores)), run(tt.reconstruct(spec, cores)))
+    assert {lazy(spec, cores): 1}  # a key, as a tensor is
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "add_": lambda w: w.add_(1),
+    "copy_": lambda w: w.copy_(torch.zeros(M, N)),
+    "zero_": lambda w: w.zero_(),
+    "init": lambda w: nn.init.normal_(w),
+    "init of a table": lambda w: nn.init.kaiming_uniform_(w, a=1),
+    "out=": lambda w: torch.add(torch.zeros(M, N), 1, out=w),
+    "an entry": lambda w: w.__setitem__(0, 1.0),
+    "data": lambda w: setattr(w, "data", torch.zeros(M, N)),
+    "into data": lambda w: w.data.copy_(torch.zeros(M, N)),
+    "into a view": lambda w: w.t().mul_(2),
+    "into rows": lambda w: w[1:3].fill_(0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_nothing_is_written_to_where_it_would_be_lost(write: Callable[[Any], Any]) -> None:
+    spec = TTSpec.low_rank(M, N, 2)
+    cores = draw_cores(spec)
+    before = [core.clone() for core in cores]
+    with pytest.raises(TypeError, match=r"factorized and cannot be assigned; use tensorize\.dens"):
+        write(lazy(spec, cores))
+    assert all(torch.equal(a, b) for a, b in zip(cores, before, strict=True))
+
+
+def test_a_lazy_weight_is_written_from() -> None:
+    spec = TTSpec.low_rank(M, N, 2)
+    cores = draw_cores(spec)
+    want, got = tt.reconstruct(spec, cores), torch.zeros(M, N, dtype=torch.float64)
+    with torch.no_grad():
+        got[:2] = lazy(spec, cores).data[:2]
+        got[2:].copy_(lazy(spec, cores)[2:])
+    close(got, want)
+
+
 def test_a_detached_weight_takes_no_gradient() -> None:
     spec = TTSpec.low_rank(M, N, 2)
     x = draw((B, N)).requires_grad_()
