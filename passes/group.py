@@ -4,8 +4,8 @@ Several linears of the same x are one matmul against their weights side by side.
 goes into one further linear only, as the two factors of a low-rank weight do, and those have equal
 shapes, the second linears are one batched matmul too: 2 calls instead of 6 for q, k, v.
 
-It pays for a few rows, where calls and the first touch of a weight are what costs: measured on a
-CPU, 1.25 times faster at one row, nothing from 16 rows on (``benchmarks/group.py``).
+It pays for one row, where calls and the first touch of a weight are what costs; from a few rows on
+it gains nothing on a CPU. ``benchmarks/group.py`` measures it.
 """
 
 from __future__ import annotations
