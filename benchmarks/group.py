@@ -2,14 +2,16 @@
 
     python -m benchmarks.group
 
-Width 1024, one token, rank 128, float32, one thread; CPU time, medians of interleaved rounds.
+Width 1024, one token, rank 128, float32, with torch's own number of threads and with one; medians
+of interleaved rounds.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +34,15 @@ class Projections(nn.Module):
 
 
 def microseconds(call: Callable[[Tensor], object], x: Tensor) -> float:
-    start = time.process_time()
+    start = time.perf_counter()
     for _ in range(CALLS):
         call(x)
-    return 1e6 * (time.process_time() - start) / CALLS
+    return 1e6 * (time.perf_counter() - start) / CALLS
 
 
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     x = torch.randn(1, 1, WIDTH)
     small = tensorize.compile(
         Projections().eval(), None, ranks={"*": RANK}, example_inputs=(x,), progress=False
@@ -51,19 +52,27 @@ def main() -> None:
         "ungrouped, compiled": torch.compile(small, backend="eager"),
         "grouped, compiled": torch.compile(small, backend="tensorize"),
     }
+    results = [measure(ways, x, threads) for threads in sorted({torch.get_num_threads(), 1})]
+    print(f"kept in {keep('group', {'runs': results})}")
+
+
+def measure(
+    ways: Mapping[str, Callable[[Tensor], object]], x: Tensor, threads: int
+) -> dict[str, Any]:
+    """Times of all ways in turn, and how much faster grouped is than each other one."""
+    torch.set_num_threads(threads)
     for call in ways.values():
         microseconds(call, x)
     rounds = [{name: microseconds(call, x) for name, call in ways.items()} for _ in range(ROUNDS)]
     times = {name: statistics.median(r[name] for r in rounds) for name in ways}
-    last = "grouped, compiled"
-    ratios = {
-        name: statistics.median(r[name] / r[last] for r in rounds) for name in ways if name != last
-    }
+    *others, last = ways
+    ratios = {name: statistics.median(r[name] / r[last] for r in rounds) for name in others}
+    print(f"threads: {threads}")
     for name, took in times.items():
-        print(f"{name:<20} {took:6.1f} µs")
+        print(f"  {name:<20} {took:6.1f} µs")
     for name, ratio in ratios.items():
-        print(f"grouped is {ratio:.2f}x as fast as {name}")
-    print(f"kept in {keep('group', {'microseconds': times, 'speedup': ratios})}")
+        print(f"  grouped is {ratio:.2f}x as fast as {name}")
+    return {"threads": threads, "microseconds": times, "speedup": ratios}
 
 
 if __name__ == "__main__":

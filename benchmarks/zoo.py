@@ -473,7 +473,6 @@ def _row(outcome: Outcome) -> list[str]:
         str(outcome.parameters),
         f"{outcome.kept:.3f}",
         f"{outcome.difference:.0e}",
-        f"{outcome.change:.2f}",
         str(outcome.factorized),
         str(sum(outcome.dense.values())),
         f"{outcome.seconds:.1f}",

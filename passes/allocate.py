@@ -53,9 +53,15 @@ class Allocate:
 
     def run(self, program: Program) -> Program:
         dense = dense_totals(program)
-        points = self._points(program)
         overhead = other_costs(program)
-        choice = self._choose(points, overhead, dense, program)
+        points = self._points(program, last_resort=False)
+        try:
+            choice = self._choose(points, overhead, dense, program)
+        except BudgetError:
+            if not any(site.last_resort and site.blocked is None for site in program.sites):
+                raise
+            points = self._points(program, last_resort=True)
+            choice = self._choose(points, overhead, dense, program)
         plan = self._plan(program, points, choice, overhead, dense)
         kept = plan.predicted.parameters / dense.parameters
         factorized = sum(site.spec is not None for site in plan.sites)
@@ -64,7 +70,7 @@ class Allocate:
 
     # ---------------------------------------------------------------------------- the points
 
-    def _points(self, program: Program) -> list[Points]:
+    def _points(self, program: Program, *, last_resort: bool) -> list[Points]:
         overrides = _overrides(program.sites, self.ranks)
         result = []
         for site in program.sites:
@@ -83,6 +89,8 @@ class Allocate:
             if forced is not None:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
                 result.append(forced_point(curve, forced, itemsize, self.batch_sizes, allowed))
+            elif site.last_resort and not last_resort:
+                result.append(dense_point(site, itemsize, site.last_resort))
             elif self.budget is None:
                 result.append(dense_point(site, itemsize, "not named by ranks="))
             else:
@@ -199,7 +207,7 @@ def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str
         exact = {site.name for site in sites if pattern in site.names}
         for site in sites:
             named = site.name in exact if exact else matches(site, pattern)
-            if named and (site.blocked is None or exact):
+            if named and (exact or not (site.blocked or site.last_resort)):
                 chosen.setdefault(site.name, rank)
     return chosen
 
@@ -260,4 +268,9 @@ def _reason(points: Points, k: int) -> str:
         return points.fixed
     if points.spec(k) is None:
         return "dense: its parameters are worth more here than in other weights"
+    if points.site.last_resort is not None:
+        return (
+            f"rebuilt from its factors at every call, as {points.site.last_resort}: "
+            "the budget cannot be met otherwise"
+        )
     return "rank chosen by the budget"

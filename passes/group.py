@@ -41,28 +41,45 @@ class GroupedLinears(nn.Module):
 
     @torch.no_grad()
     def _pack(self) -> None:
-        self._weight = torch.cat([weight for weight, _ in self._first]).t().contiguous()
-        self._bias = _joined(self._first)
         if self._second:
-            self._weights = torch.stack([weight.t() for weight, _ in self._second])
-            bias = _joined(self._second)
-            self._biases = None if bias is None else bias.reshape(len(self._second), 1, -1)
+            self._packed = [_Batch.of(self._first), _Batch.of(self._second)]
+        else:
+            self._weight = torch.cat([weight for weight, _ in self._first]).t().contiguous()
+            self._bias = _joined(self._first)
         self._versions = [source._version for source in self._sources]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._versions != [source._version for source in self._sources]:
             self._pack()
         lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        if self._second:
+            first, second = self._packed
+            y = second(first(rows.expand(len(self._second), -1, -1)))
+            return y.view(-1, *lead, y.shape[-1]).unbind()
         y = torch.mm(rows, self._weight)
         y = y if self._bias is None else y.add_(self._bias)
-        if not self._second:
-            return y.view(*lead, y.shape[-1]).split(self._widths, -1)
-        inner = y.view(y.shape[0], len(self._second), -1).transpose(0, 1)
-        if self._biases is None:
-            z = torch.bmm(inner, self._weights)
-        else:
-            z = torch.baddbmm(self._biases, inner, self._weights)
-        return z.view(len(self._second), *lead, z.shape[-1]).unbind(0)
+        return y.view(*lead, y.shape[-1]).split(self._widths, -1)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Linears of equal shapes as one batched matmul: weights (linears, in, out)."""
+
+    weights: Tensor
+    biases: Tensor | None
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> _Batch:
+        bias = _joined(pairs)
+        return cls(
+            torch.stack([weight.t() for weight, _ in pairs]),
+            None if bias is None else bias.view(len(pairs), 1, -1),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.biases is None:
+            return torch.bmm(x, self.weights)
+        return torch.baddbmm(self.biases, x, self.weights)
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:

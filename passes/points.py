@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,17 +64,16 @@ def element_size(site: Site) -> int:
 
 
 def dense_flops(site: Site) -> int:
-    """FLOPs of one input row of every matmul use of the dense weight; a lookup costs none."""
+    """FLOPs of one input row of every use of the dense weight; a lookup costs none."""
     m, n = site.matrix if len(site.shape) >= 2 else (1, site.parameters)
     return sum(2 * m * n for use in site.uses if use.contract != "lookup")
 
 
 def spec_flops(site: Site, spec: TTSpec, batch_sizes: Sequence[int]) -> int:
     """FLOPs of one input row through the cores, the worst over the batch sizes."""
-    m, n = site.matrix
     if spec.format == LOW_RANK:
         (rank,) = spec.ranks
-        return sum(2 * rank * (n if u.contract == "lookup" else m + n) for u in site.uses)
+        return _low_rank_flops(site, rank)
     total = 0
     for use in site.uses:
         if use.contract == "lookup":
@@ -81,6 +81,18 @@ def spec_flops(site: Site, spec: TTSpec, batch_sizes: Sequence[int]) -> int:
             continue
         plan = plan_contraction(spec, use.contract)
         total += max(-(-plan.flops(batch) // batch) for batch in batch_sizes)
+    return total
+
+
+def _low_rank_flops(site: Site, rank: Any) -> Any:
+    """FLOPs of one input row of every use at a rank, or at each of an array of them."""
+    m, n = site.matrix
+    total = 0 * rank
+    for use in site.uses:
+        if use.contract == "whole":  # rebuilt at every call, one row being the worst
+            total = total + 2 * rank * m * n + 2 * m * n
+        else:
+            total = total + 2 * rank * (n if use.contract == "lookup" else m + n)
     return total
 
 
@@ -144,9 +156,8 @@ def curve_points(
     ranks = np.arange(1, curve.left.shape[-1] + 1) if LOW_RANK in allowed else np.arange(0)
     ranks = ranks[ranks * (m + n) < m * n]
     others = tuple(spec for spec, _ in curve.train_points) if TT in allowed else ()
-    flops = sum(n if use.contract == "lookup" else m + n for use in site.uses)
     parameters = ranks * (m + n) * count
-    rows = [np.stack([parameters, parameters * itemsize, 2 * ranks * flops], axis=1)]
+    rows = [np.stack([parameters, parameters * itemsize, _low_rank_flops(site, ranks)], axis=1)]
     lost = [curve.distortion.numpy()[ranks]]
     labels = [ranks]
     if others:

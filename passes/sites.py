@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.forward import untouched
@@ -42,22 +44,29 @@ class FindSites:
         sites: list[Site] = []
         adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():
-            if parameter.dim() < 2 and not seen.get(aliases[0]):
-                continue  # a bias or a scale
-            uses = tuple(seen.get(aliases[0], ())) or _uses_by_type(model, aliases)
+            if not parameter.numel() or (parameter.dim() < 2 and not seen.get(aliases[0])):
+                continue  # nothing at all; a bias or a scale
+            uses, function = tuple(seen.get(aliases[0], ())), other.get(aliases[0])
+            if not uses and function is None:
+                uses, function = _uses_by_type(model, aliases)
+            last_resort = None
+            if function is not None and parameter.dim() >= 2 and _can_be_rebuilt(function):
+                last_resort = f"it is used by {function}, which is no matmul against it"
+                uses, function = (Use(function, "whole", split=_squarest(parameter.shape)),), None
             site = Site(
                 name=aliases[0],
                 shape=tuple(parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
                 uses=uses,
                 aliases=tuple(aliases[1:]),
+                last_resort=last_resort,
             )
-            blocked = _blocked(site, parameter, other.get(aliases[0]))
+            blocked = _blocked(site, parameter, function)
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
         sites = _selected(sites, self.include, self.exclude)
-        free = sum(site.blocked is None for site in sites)
+        free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
         sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
         return replace(program, sites=tuple(sites), sizes=sizes, summary=summary)
@@ -69,6 +78,18 @@ def _names(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), (parameter, []))[1].append(name)
     return names
+
+
+def _can_be_rebuilt(function: str) -> bool:
+    """Whether a function may be given a weight that is rebuilt for that call."""
+    writes = function.endswith("_") and not function.endswith("__")
+    return not writes and function not in ("embedding", "embedding_bag")  # a table for a few rows
+
+
+def _squarest(shape: Sequence[int]) -> int:
+    """How many leading axes make up the rows of the matrix that takes the most ranks."""
+    sides = [math.prod(shape[:k]) + math.prod(shape[k:]) for k in range(1, len(shape))]
+    return 1 + sides.index(min(sides))
 
 
 def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
@@ -115,13 +136,18 @@ def _row_count(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
 
-def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[Use, ...]:
-    """What the types of the modules that own the parameter say of its use."""
+def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Use, ...], str | None]:
+    """What the types of the modules that own a parameter say of its uses: matmuls, and another."""
     uses: list[Use] = []
+    other: str | None = None
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        if leaf != "weight":
+        if isinstance(owner, ParametrizationList):
+            other = "a parametrization"
+        elif isinstance(owner, nn.RNNBase) and leaf in owner._flat_weights_names:
+            other = owner.mode.lower()
+        elif leaf != "weight":
             continue
         if type(owner).forward is nn.Linear.forward:
             uses.append(Use("linear", "columns"))
@@ -131,7 +157,7 @@ def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[Use, ...]:
             uses.append(Use("addmm", "rows"))
         elif type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and owner.groups == 1:
             uses.append(Use(f"conv{owner.weight.dim() - 2}d", "columns", split=1))
-    return tuple(dict.fromkeys(uses))
+    return tuple(dict.fromkeys(uses)), other
 
 
 def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | None:
@@ -140,10 +166,6 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
         return f"it is a {type(parameter.data).__name__}, already in another form"
     if not parameter.is_floating_point():
         return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
-    if other is not None and other.startswith("conv"):
-        return f"a {other} of this kind (grouped and transposed, or without batch) is kept as it is"
-    if other is not None and other in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        return f"{other} takes all of its weights at once: no factors fit into its kernel"
     if other is not None:
         return f"it is used by {other}, which is no matmul against it"
     if not site.uses:

@@ -68,7 +68,12 @@ class CollectStatistics:
     def run(self, program: Program) -> Program:
         if program.metric == "frobenius":
             return replace(program, summary="none needed: the weights alone")
-        free = {site.name for site in program.sites if site.blocked is None}
+        free = {
+            site.name
+            for site in program.sites
+            # What uses a weight as a whole has no inputs to it.
+            if site.blocked is None and (program.metric == "loss" or not site.last_resort)
+        }
         wanted = [(n, p) for n, p in program.model.named_parameters() if n in free]
         sites = {site.name: site for site in program.sites}
         generator = torch.Generator().manual_seed(program.seed)
@@ -168,17 +173,39 @@ def _add_gradients(
         output.register_hook(on_gradient)
         return output
 
+    wholes = {
+        name: parameter.detach().requires_grad_()
+        for name, parameter in wanted
+        if sites[name].last_resort
+    }
+    leaves = {id(parameter): wholes[name] for name, parameter in wanted if name in wholes}
     with untouched(model), torch.enable_grad():
-        with Observer(wanted, on_matmul, frozen=True):
+        with Observer(wanted, on_matmul, frozen=True, stand_ins=leaves):
             result = call(model, batch, position)
         scalar, rows = loss.probe(result, batch, model, generator)
+        roots += wholes.values()
         if not roots or not scalar.requires_grad:
             raise AnalysisError(
                 "the outputs do not depend on any weight in a differentiable way",
                 way_out='metric="input" needs no gradients',
             )
         torch.autograd.backward(scalar, inputs=roots)  # so that no parameter's .grad is touched
+    for name, weight in wholes.items():
+        if weight.grad is not None and weight.grad.any():
+            _add_whole(moments[name].term("whole"), weight.grad.reshape(sites[name].matrix))
     return rows
+
+
+def _add_whole(term: Term, gradient: Tensor) -> None:
+    """Add the gradient (M, N) of a whole weight, from one probe, to the two sides of its metric.
+
+    The Fisher of a weight that is not met by rows of inputs, as a Kronecker product of the two
+    second moments of its gradients (as Shampoo does, Gupta, Koren & Singer 2018).
+    """
+    rows, columns = gradient.shape
+    term.rows = _plus(term.rows, _moment(gradient.t(), rows))
+    term.columns = _plus(term.columns, _moment(gradient, columns))
+    term.input_rows += 1
 
 
 def _detached(value: object) -> object:
@@ -314,7 +341,9 @@ def _normalise(
             inputs = "columns" if contract == "columns" else "rows"
             gradients = "rows" if inputs == "columns" else "columns"
             sums = getattr(term, inputs)
-            if sums is not None:
+            if contract == "whole" and sums is not None:  # so that the sizes count once
+                sums.div_(max(float((sums.diagonal() if sums.dim() == 2 else sums).sum()), 1e-300))
+            elif sums is not None:
                 sums.div_(max(term.input_rows, 1))
             sums = getattr(term, gradients)
             if sums is not None:

@@ -273,7 +273,8 @@ class ContractionPlan:
 class Use:
     """One way in which the model uses a weight.
 
-    ``contract``: ``"columns"`` (y = x Wᵀ), ``"rows"`` (y = x W) or ``"lookup"`` (rows of W).
+    ``contract``: ``"columns"`` (y = x Wᵀ), ``"rows"`` (y = x W), ``"lookup"`` (rows of W) or
+    ``"whole"`` (a function of W itself: factorized, W is rebuilt at every call).
     ``rows`` is the number of input rows of one forward pass of the example inputs (0: unknown).
     ``split``: how many leading axes of the weight make up its rows; 0: its last two axes are the
     matrix. ``groups`` of a convolution. ``partial``: it uses some of the weight's rows.
@@ -293,7 +294,8 @@ class Site:
 
     ``shape`` is the parameter's own: (m, n), a stack (experts, m, n), or any other whose leading
     axes make up the rows (a convolution's (m, in, *kernel), a projection of several heads).
-    ``blocked`` is the reason why it cannot be factorized, ``None`` where it can.
+    ``blocked`` is the reason why it cannot be factorized, ``None`` where it can; ``last_resort``
+    the reason why it is only where the budget cannot be met otherwise.
     """
 
     name: str
@@ -302,6 +304,7 @@ class Site:
     uses: tuple[Use, ...]
     aliases: tuple[str, ...] = ()
     blocked: str | None = None
+    last_resort: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -345,7 +348,8 @@ class Site:
     def takes_trains(self) -> bool:
         """Whether a tensor train can run every use of it; low rank always can."""
         only_low_rank = ("conv", "embedding_bag", "grouped_mm")
-        plain = not self.experts and not any(use.partial for use in self.uses)
+        plain = not self.experts and not self.last_resort
+        plain = plain and not any(use.partial for use in self.uses)
         return plain and not any(use.kind.startswith(only_low_rank) for use in self.uses)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class Observer(TorchFunctionMode):
             what it returns is what the model goes on with.
         on_other: called with (name, function name) for every other use that gives a tensor.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
+        stand_ins: what to hand them instead, by the parameter's id.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class Observer(TorchFunctionMode):
         on_other: Callable[[str, str], None] | None = None,
         *,
         frozen: bool = False,
+        stand_ins: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._names = {id(p): (name, Frame()) for name, p in parameters}
         self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
         self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
+        self._stand_ins = stand_ins or {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -48,12 +51,17 @@ class Observer(TorchFunctionMode):
         if not self._frozen:
             result = func(*args, **kwargs)
         else:
-            free_args, free_kwargs = pytree.tree_map(_detach, (args, kwargs))
+            free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
             result = func(*free_args, **free_kwargs)
         names = [self._names[id(weight)][0] for weight in watched]
         for weight, name in zip(watched, names, strict=True):
             result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
         return result
+
+    def _detach(self, value: Any) -> Any:
+        if not isinstance(value, nn.Parameter):
+            return value
+        return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
 
     def _tell(
         self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
@@ -83,7 +91,3 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             leaves.extend(v for v in value if isinstance(v, Tensor))
     return leaves
-
-
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, nn.Parameter) else value

@@ -37,7 +37,7 @@ class FactoredWeight:
     Shape, dtype and device cost nothing. ``dense()`` builds the matrix, differentiably.
     """
 
-    __slots__ = ("contractions", "cores", "frame", "shape", "spec")
+    __slots__ = ("__weakref__", "contractions", "cores", "frame", "shape", "spec")
 
     _is_hf_initialized = True  # so that transformers' initialization leaves it alone
 
@@ -420,7 +420,7 @@ def _factored_class(
     """``base`` with lazy weights in place of the ``parameters`` of a module of class ``dense``."""
 
     def reduce(owner: nn.Module, protocol: int) -> tuple:
-        return _blank, (dense, parameters, base), owner.__dict__
+        return _blank, (dense, parameters, base), owner.__getstate__()
 
     def assign(owner: nn.Module, name: str, value: Any) -> None:
         if name in parameters:
@@ -438,7 +438,18 @@ def _factored_class(
         "_dense_class": dense,
         "_factored_parameters": parameters,
     }
+    if base.__mro__.count(nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, _drop)
     return type(base.__name__, (base,), body)
+
+
+def _flat_weights(owner: nn.RNNBase) -> list[Any]:
+    """All weights in the order of a recurrent layer's kernel, which keeps a list of them."""
+    return [getattr(owner, name, None) for name in owner._flat_weights_names]
+
+
+def _drop(owner: nn.Module, value: Any) -> None:
+    """Nothing is kept: the list is made from what is there."""
 
 
 def _blank(dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]) -> nn.Module:
@@ -537,6 +548,7 @@ def _become_factored(
     owner._modules[_cores_name(parameter)] = holder
     dense = getattr(owner, "_dense_class", type(owner))
     parameters = (*_lazy_parameters(owner), parameter)
+    owner.__dict__.pop("_flat_weights", None)  # of a recurrent layer: it holds the dense ones
     owner.__class__ = _factored_class(dense, parameters, kind or dense)
 
 
@@ -604,4 +616,6 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             del module._modules[_cores_name(parameter)]
         if hasattr(module, "_factored_parameters"):
             module.__class__ = module._dense_class  # type: ignore[assignment]
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
     ties.undo(model)

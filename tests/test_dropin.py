@@ -483,6 +483,8 @@ def _process(rank: int, meeting: str) -> None:
         ids = words(4)
         for check in (ddp, fsdp2, tensor_parallel):
             check(ids, ids[2 * rank : 2 * rank + 2])
+            gc.collect()  # what holds a process group goes before it does
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -229,9 +229,13 @@ def test_load_builds_the_model_by_itself(name: str, form: str, tmp_path: Path) -
     half: Any = tensorize.load(tmp_path, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.dtype == torch.bfloat16
-    tables = {n: b.dtype for n, b in saved.named_buffers()}
-    assert {n: b.dtype for n, b in half.named_buffers()} == tables  # those of rotary embeddings
-    if name != "vit":
+
+    def tables(model: Any) -> dict[str, torch.dtype]:  # those of rotary embeddings
+        state = model.state_dict()
+        return {n: b.dtype for n, b in model.named_buffers() if n not in state}
+
+    assert tables(half) == tables(saved)
+    if name not in ("vit", "ibert with head"):  # which take no bfloat16 as it is
         assert relative(case.output(half).float(), case.output(saved)) < 0.1
     loaded.save_pretrained(tmp_path / "again")  # type: ignore[operator]
     same_state(AUTO[name].from_pretrained(tmp_path / "again"), saved)
