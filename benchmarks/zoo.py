@@ -35,9 +35,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import tensorize
 from benchmarks import zoo_inputs
@@ -107,7 +106,7 @@ class Outcome:
 
 def types() -> list[str]:
     """The model types that transformers registers."""
-    return list(CONFIG_MAPPING_NAMES)
+    return list(CONFIG_MAPPING)
 
 
 # ------------------------------------------------------------------------------ building a model
@@ -237,6 +236,8 @@ def _normalize(model: nn.Module, batch: dict[str, Any]) -> None:
 
 
 def _taken(model: nn.Module) -> str:
+    if getattr(model.forward, "__name__", "") == "_forward_unimplemented":
+        return "nothing: it has no forward"
     given = inspect.signature(model.forward).parameters.values()
     required = [p for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     return ", ".join(p.name for p in required) or "no input that is known here"
@@ -480,7 +481,7 @@ def _row(outcome: Outcome) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", help="model types; all that are registered by default")
     names = parser.parse_args().names
     transformers.utils.logging.set_verbosity_error()

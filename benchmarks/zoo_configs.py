@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -203,10 +203,10 @@ def _widths_by_heads(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one_layer_of_each_kind(values: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
     """Lists with one entry a layer, cut to one layer of each kind (two at least)."""
-    count = values.get("num_hidden_layers")
+    count = values.get("num_hidden_layers", 0)
     if "num_hidden_layers" not in small or count <= 2:
         return {}
-    lists: dict[str, Sequence[Any]] = {
+    lists: dict[str, Any] = {
         name: value
         for name, value in values.items()
         if isinstance(value, list | tuple) and len(value) == count

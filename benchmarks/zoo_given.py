@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVideoInferenceSession
+from transformers.models.esmfold2.modeling_esmfold2 import EsmFold2AtomInputs
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
+    Sam3TrackerVideoInferenceSession,
+)
 
 from benchmarks.zoo_tensors import (
     BATCH,
@@ -103,6 +109,54 @@ def _codec(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def _protein(config: PreTrainedConfig) -> dict[str, Any]:
+    """Residues of one chain, each with three atoms (ESMFold2)."""
+    places, same = torch.arange(TOKENS).expand(BATCH, TOKENS), ones(TOKENS)
+    atoms = 3 * TOKENS
+    of_token = torch.arange(atoms).div(3, rounding_mode="floor").expand(BATCH, atoms)
+    atom_inputs = EsmFold2AtomInputs(
+        ref_pos=normal(atoms, 3),
+        ref_charge=torch.zeros(BATCH, atoms),
+        atom_attention_mask=ones(atoms, dtype=torch.bool),
+        ref_element=numbers(10, atoms),
+        ref_atom_name_chars=numbers(20, atoms, config.max_chars),
+        ref_space_uid=of_token,
+        atom_to_token=of_token,
+    )
+    return {
+        "token_index": places,
+        "residue_index": places,
+        "asym_id": same,
+        "sym_id": same,
+        "entity_id": same,
+        "mol_type": 0 * same,
+        "res_type": numbers(20, TOKENS),
+        "token_bonds": torch.zeros(BATCH, TOKENS, TOKENS, 1),
+        "attention_mask": same.bool(),
+        "atom_inputs": atom_inputs,
+        "msa": numbers(20, 3, TOKENS),
+        "input_ids": numbers(20, TOKENS) + 4,
+    }
+
+
+def _tracked(
+    config: PreTrainedConfig, session_type: Callable[..., Any], *places: int
+) -> dict[str, Any]:
+    """The second frame of a video, and what is remembered of an object in the first (SAM)."""
+    side, memory = config.image_size, (*places, config.memory_encoder_output_channels)
+    frames = torch.randn(2, 3, side, side)
+    session = session_type(frames, side, side, dtype=frames.dtype)
+    tracked = session.output_dict_per_obj[session.obj_id_to_idx(1)]
+    tracked["cond_frame_outputs"][0] = {
+        "maskmem_features": torch.randn(memory),
+        "maskmem_pos_enc": torch.randn(memory),
+        "object_pointer": torch.randn(1, config.memory_attention_hidden_size),
+    }
+    # Features that are kept would spare the next call, of another model, the vision encoder.
+    session.cache.get_vision_features = lambda frame_idx: None
+    return {"inference_session": session, "frame_idx": 1}
+
+
 GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
     "audio-spectrogram-transformer": lambda c: {
         "input_values": normal(c.max_length, c.num_mel_bins)
@@ -136,7 +190,9 @@ GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         **GIVEN["mllama_vision_model"](c.vision_config),
     },
     "inkling2_vision": lambda c: {
-        "pixel_values": torch.randn(BATCH * GRID * GRID * c.patch_size**2, 3),
+        "pixel_values": torch.randn(
+            BATCH * GRID * GRID, *[c.patch_size * c.spatial_merge_size] * 2, c.num_channels
+        ),
         "image_grid_thw": grid(c),
     },
     "idefics": lambda c: {
@@ -199,6 +255,30 @@ GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         "qformer_input_ids": ids(c),
         "input_ids": ids_with(c, c.video_token_index, 32),
     },
+    **dict.fromkeys(
+        ("mimi_decoder", "pocket_tts_audio_tokenizer_decoder"),
+        lambda c: {"latents": normal(c.hidden_size, 8)},
+    ),
+    "vibevoice_acoustic_tokenizer_encoder": lambda c: {"hidden_states": normal(c.channels, 64)},
+    "vibevoice_acoustic_tokenizer_decoder": lambda c: {"hidden_states": normal(c.hidden_size, 8)},
+    "unlimited_ocr_vision_encoder": lambda c: {
+        "patch_embeds": normal(c.hidden_size, GRID, GRID),
+    },
+    "deepseek_ocr2_encoder": lambda c: {
+        "inputs_embeds": normal(TOKENS, c.hidden_size),
+        "num_patches": 6,
+    },
+    "voxtral_realtime": lambda c: {
+        "input_ids": ids(c, 8),
+        "input_features": normal(mel_bins(c), FRAMES),
+    },
+    "voxtral_realtime_text": lambda c: {
+        "input_ids": ids(c),
+        "t_cond": torch.randn(1, 1, c.hidden_size),
+    },
+    "xclip_vision_model": lambda c: {
+        "pixel_values": torch.cat([image(c) for _ in range(c.num_frames)])
+    },
     "bridgetower_vision_model": lambda c: {"image": image(c)},
     "blip_2_qformer": lambda c: {
         "query_embeds": normal(8, c.hidden_size),
@@ -214,6 +294,13 @@ GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         "input_features": normal(64, 128),
         "attention_mask": ones(64, dtype=torch.bool),
     },
+    "gemma4_unified_assistant": lambda c: {
+        "inputs_embeds": normal(4, 2 * c.backbone_hidden_size),
+        "shared_kv_states": {
+            kind: (normal(1, 6, 16), normal(1, 6, 16))
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
     "granite_speech_encoder": lambda c: {"hidden_states": normal(16, c.input_dim)},
     "granite_speech_plus_encoder": lambda c: {"hidden_states": normal(16, c.input_dim)},
     "idefics2_perceiver": lambda c: {
@@ -221,12 +308,38 @@ GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         "attention_mask": torch.ones(BATCH, 9),
     },
     "blt_global_transformer": lambda c: {"inputs_embeds": normal(9, c.hidden_size)},
+    "blt_local_encoder": lambda c: {
+        "input_ids": ids(c),
+        "patch_ids": torch.arange(TOKENS).div(4, rounding_mode="floor").expand(BATCH, TOKENS),
+        "num_patches": TOKENS // 4,
+    },
+    "blt_local_decoder": lambda c: {
+        "inputs_embeds": normal(8, c.hidden_size),
+        "patch_embeds": normal(8 // c.cross_attn_k, c.hidden_size_global),
+    },
     "fastspeech2_conformer_hifigan": lambda c: {"spectrogram": normal(12, c.model_in_dim)},
     "speecht5_hifigan": lambda c: {"spectrogram": normal(12, c.model_in_dim)},
     "phi4_multimodal_audio": lambda c: {
         "hidden_states": normal(32, c.input_size),
         "mask": ones(32, dtype=torch.bool),
     },
+    "qwen2_5_omni_dit": lambda c: {
+        "hidden_states": normal(16, c.mel_dim),
+        "condition_vector": normal(20, c.mel_dim),
+        "speaker_embedding": normal(16, c.enc_emb_dim),
+        "quantized_code": numbers(c.num_embeds, 8),
+        "time_step": torch.tensor(0.3),
+    },
+    "qwen2_5_omni_token2wav": lambda c: {
+        "code": torch.randint(0, 60, (1, 8)),
+        "conditioning": torch.randn(1, c.dit_config.enc_emb_dim),
+        "reference_mel": torch.randn(1, 20, c.dit_config.mel_dim),
+        "num_steps": 2,
+    },
+    **dict.fromkeys(
+        ("qwen3_omni_moe_talker_code_predictor", "qwen3_omni_moe_talker_text"),
+        lambda c: {"inputs_embeds": normal(4, c.hidden_size)},
+    ),
     "qwen2_5_omni_bigvgan": lambda c: {"mel_spectrogram": normal(c.mel_dim, 12)},
     "pi0": lambda c: {
         "state": normal(c.max_state_dim),
@@ -248,11 +361,18 @@ GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         "input_features_mask": ones(200),
     },
     "qwen3_asr": lambda c: {"input_ids": ids(c), **GIVEN["qwen3_asr_encoder"](c.audio_config)},
+    "esmfold2": _protein,
     "fun_asr_nano": lambda c: {
         "input_ids": ids(c),
         **GIVEN["fun_asr_nano_encoder"](c.audio_config),
     },
-    "molmo2_vision": lambda c: {"pixel_values": normal(16, 192)},
+    "molmo2_vision": lambda c: {
+        "pixel_values": normal(c.num_position_embeddings, 3 * c.patch_size**2)
+    },
+    "molmo2_adapter": lambda c: {
+        "image_features": normal(16, 2 * c.hidden_size),
+        "pooled_patches_idx": torch.arange(16 * BATCH).reshape(-1, 4),
+    },
     "depth_pro": lambda c: {"pixel_values": torch.randn(1, 3, 128, 128)},
     "dots3_note_audio_encoder": lambda c: {
         "input_features": normal(mel_bins(c), FRAMES),
@@ -269,12 +389,14 @@ GIVEN: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         "input_ids": numbers(100, 8, c.num_channels),
         "encoder_hidden_states": normal(6, c.cross_hidden_size),
     },
-    "chameleon_vqgan": lambda c: {"pixel_values": normal(3, 64, 64)},
     "sam3_lite_text_detr_encoder": lambda c: {
         "vision_features": [normal(c.hidden_size, 6, 6)],
         "text_features": normal(5, c.hidden_size),
         "vision_pos_embeds": [normal(c.hidden_size, 6, 6)],
     },
+    "edgetam_video": lambda c: _tracked(c, EdgeTamVideoInferenceSession, 1, 24),
+    "sam2_video": lambda c: _tracked(c, Sam2VideoInferenceSession, 64, 1),
+    "sam3_tracker_video": lambda c: _tracked(c, Sam3TrackerVideoInferenceSession, 64, 1),
     "sam3_detr_decoder": _detr_decoder,
     "sam3_lite_text_detr_decoder": _detr_decoder,
     "sam3_mask_decoder": _mask_decoder,

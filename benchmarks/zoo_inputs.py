@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from benchmarks.zoo_given import GIVEN
 from benchmarks.zoo_tensors import (
@@ -52,6 +51,7 @@ MAKERS: Mapping[str, tuple[Maker, ...]] = {
     "high_res_pixel_values": (lambda c: image(c.high_res_vision_config),),
     "image_sizes": (lambda c: torch.tensor([image(c).shape[-2:]] * BATCH),),
     "image_merge_sizes": (lambda c: ones(),),
+    "merge_sizes": (lambda c: ones(),),
     "input_values": (wave,),
     "input_features": (
         lambda c: normal(mel_bins(c), FRAMES),
@@ -86,7 +86,7 @@ _IMAGES = [
 _SOUNDS = ["input_values", "input_features", "input_features_mask", "feature_attention_mask"]
 
 
-def inputs(kind: str, model: nn.Module) -> Iterator[dict[str, Any]]:
+def inputs(kind: str, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Inputs to try, the fullest first."""
     config = model.config
     if kind in GIVEN:

@@ -39,7 +39,7 @@ _DAC = {
     "downsampling_ratios": (2, 4),
     "n_codebooks": 2,
 }
-_CODEC = {"encoder_hidden_size": 16, "downsampling_ratios": (2, 4)}
+_CODEC = {"encoder_hidden_size": 16, "downsampling_ratios": (2, 4), "quantization_dim": 128}
 _VIBEVOICE = {"num_filters": 8, "downsampling_ratios": (2, 4), "depths": (1, 1, 1)}
 _HIERA = {
     "hidden_size": 16,
@@ -55,6 +55,11 @@ _SAM2_VISION = {
     "backbone_channel_list": [128, 64, 32, 16],
     "fpn_hidden_size": 64,
     "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+}
+_SAM2_VIDEO = {
+    "image_size": 128,
+    "prompt_encoder_config": {"image_size": 128, "patch_size": 16},
+    "memory_attention_rope_feat_sizes": [8, 8],
 }
 _PP_V6 = {
     "layer_list_out_channels": (48, 48, 64, 96),
@@ -89,16 +94,27 @@ _INTRACLASS = {
 }
 
 
+_ATOMS = {
+    "hidden_size": 64,
+    "output_dim": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_spatial_rope_pairs_per_axis": 1,
+    "num_uid_rope_pairs": 5,
+}
+
+
+def _resnet(*stages: str) -> ResNetConfig:
+    outputs: dict[str, Any] = {"out_features": list(stages)}
+    return ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], **outputs
+    )
+
+
 def _on_resnet(*stages: str) -> dict[str, Any]:
     """A detector on a ResNet of transformers, where the standard one comes from timm."""
-    resnet = ResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 24, 32, 48],
-        depths=[1, 1, 1, 1],
-        out_features=list(stages),
-    )
     return {
-        "backbone_config": resnet,
+        "backbone_config": _resnet(*stages),
         "use_timm_backbone": False,
         "use_pretrained_backbone": False,
         "backbone": None,
@@ -164,6 +180,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "codebook_dim": 32,
         "vector_quantization_hidden_dimension": 32,
     },
+    "mimi_decoder": {"upsampling_ratios": [4, 2]},
     "nemotron_h": {"n_groups": 2},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
     "reformer": {
@@ -289,6 +306,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _CHAMELEON},
     "janus_vqgan": {"num_patches": 4},
     "chameleon_vqgan": {"resolution": 64},
+    "esmc": {"hidden_size": 64},
+    "esmfold2": {
+        "hidden_size": 64,
+        "pairwise_hidden_size": 32,
+        "single_inputs_size": 64 + 2 * 33 + 1,
+        "num_loops": 1,
+        "atom_feature_dim": None,
+        "atom_encoder": _ATOMS,
+        "structure_head": {"diffusion_module": {"hidden_size": 64, "atom_encoder": _ATOMS}},
+    },
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
     "kosmos-2": {"latent_query_num": 8},
     "layoutlmv3": {
@@ -312,6 +339,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "window_block_indices": [0, 2],
     },
     "lw_detr": {"projector_scale_factors": [1.0], "group_detr": 1},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 64}},
     "minicpm_ocr_vision": {"insert_layer_id": 1},
     "minicpmv4_6_vision": {"insert_layer_id": 1},
@@ -328,7 +356,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "neucodec": _CODEC,
     "xcodec2": _CODEC,
     "pe_audio_encoder": {"dac_config": {"downsampling_ratios": [2, 4], "codebook_dim": 64}},
-    "xcodec": {"target_bandwidths": (0.5, 1)},
+    "xcodec": {
+        "target_bandwidths": (0.5, 1),
+        "acoustic_model_config": {"downsampling_ratios": (8, 5, 4, 2)},
+        "codebook_dim": None,
+    },
     "paddleocr_vl_text": {
         "rope_parameters": {
             "rope_type": "default",
@@ -354,7 +386,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "intermediate_hidden_state_indices": [0, 1],
     },
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
-    "vitmatte": {"backbone_config": {"num_hidden_layers": 2, "out_indices": [2]}},
+    "vitmatte": {
+        "backbone_config": {
+            "num_hidden_layers": 2,
+            "out_indices": [2],
+            "patch_size": 16,
+            "image_size": 64,
+        },
+        "convstream_hidden_sizes": [16, 24, 32],
+        "fusion_hidden_sizes": [32, 24, 16, 16],
+    },
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+    "zoedepth": {"bottleneck_features": 64},
+    "upernet": {
+        "backbone_config": _resnet("stage1", "stage2", "stage3", "stage4"),
+        "auxiliary_channels": 64,
+    },
+    "uvdoc": {"backbone_config": {"out_features": [f"stage{k}" for k in range(1, 7)]}},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [32, 64]},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 64]},
     "pix2struct_vision_model": {"seq_len": 32, "patch_embed_hidden_size": 192},
     "align": {"projection_dim": 32},
     **dict.fromkeys(
@@ -365,6 +415,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **_on_resnet("stage2", "stage3", "stage4"),
         "encoder_in_channels": (24, 32, 48),
         "vision_features_channels": (64, 64, 64),
+        "apply_layernorm_after_vision_backbone": False,
+        "text_config": {"hidden_size": 48, "projection_dim": 48},
+        "text_projection_in_dim": 48,
+        "text_projection_out_dim": 48,
+        "class_embed_dim": 48,
         "image_size": 64,
     },
     "moonshine_streaming": {"num_key_value_heads": 4},
@@ -381,6 +436,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam_vision_model": {"num_pos_feats": 32, "global_attn_indexes": [1], "window_size": 2},
     "sam_hq_vision_model": {"num_pos_feats": 32, "global_attn_indexes": [1], "window_size": 2},
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    # So wide that the object is in sight: masks of hidden ones are constant.
+    "sam3_tracker_video": {"image_size": 64, "mask_decoder_config": {"mlp_dim": 128}},
     "sapiens2": {
         "image_size": 64,
         "num_hidden_layers": 2,
@@ -412,6 +469,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "kernel_list": [3, 2, 2],
     },
     "sam2": {"prompt_encoder_config": {"image_size": 128, "patch_size": 16}},
+    "sam2_video": _SAM2_VIDEO,
+    "edgetam_video": {
+        **_SAM2_VIDEO,
+        "perceiver_resampler_num_latents": 8,
+        "perceiver_resampler_num_latents_2d": 16,
+        "perceiver_resampler_attention_head_dim": 64,
+        "memory_attention_rope_k_sizes": [4, 4],
+        "memory_attention_mlp_hidden_size": 96,  # the object is in sight then
+    },
     "dots3_note_text": {
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -438,13 +504,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pix2struct_text_model": {"initializer_range": 0.02},
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 64},
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 64,
+        "text_config": {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    },
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[0, 0]],
         "spatial_target_layers": [0],
     },
     "moshi_depth": {"hidden_size": 96},
-    "phi4_multimodal_audio": {"nemo_conv_channels": 64},
+    "phi4_multimodal_audio": {
+        "nemo_conv_channels": 64,
+        "ext_pw_out_channel": 64,
+        "depthwise_separable_out_channel": 64,
+    },
     "tvp": {
         "max_img_size": 64,
         "visual_prompt_size": 8,
