@@ -140,7 +140,16 @@ def _preview(
     options: BackendOptions,
 ) -> Callable[..., Any]:
     global _told
-    if not parameters:
+    weights = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+    reason: Any = getattr(graph, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        log.warning(
+            "the model breaks into several graphs, and the preview meets the budget within each: "
+            "it sees %d weights up to here (%s)",
+            len(weights),
+            reason.reason.partition("\n")[0],
+        )
+    if not weights:  # a part of the model that no budget can be met within
         return graph.forward
     if not _told:
         _told = True

@@ -1,4 +1,4 @@
-"""Run something once another library's module is imported, without importing it ourselves."""
+"""Run something once another module is imported, without importing it ourselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.util
 import logging
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -14,25 +15,28 @@ from typing import Any
 log = logging.getLogger("tensorize")
 
 
-def when_imported(name: str, ours: str) -> None:
-    """Import our module ``ours`` now if ``name`` is imported already, else right after it is."""
+def when_imported(name: str, ours: str | Callable[[], None]) -> None:
+    """Import our module ``ours``, or call it: now if ``name`` is there already, else once it is."""
     if name in sys.modules:
         _import(ours)
     else:
         sys.meta_path.insert(0, _Finder(name, ours))
 
 
-def _import(ours: str) -> None:
+def _import(ours: str | Callable[[], None]) -> None:
     try:
-        importlib.import_module(ours)
-    except ImportError as error:  # a version of the other library that we do not know
+        if isinstance(ours, str):
+            importlib.import_module(ours)
+        else:
+            ours()
+    except (ImportError, AttributeError) as error:  # a version of it that we do not know
         log.warning("%s is not available: %s", ours, error)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds one module as ever, and imports ours once it has run."""
 
-    def __init__(self, name: str, ours: str) -> None:
+    def __init__(self, name: str, ours: str | Callable[[], None]) -> None:
         self._name, self._ours, self._asking = name, ours, False
 
     def find_spec(

@@ -7,6 +7,7 @@ Once a weight is factorized the names are those of its cores. transformers itsel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def follow(model: nn.Module, names_now: NamesNow) -> None:
             table = getattr(type(module), name, None) if dense[name] is None else dense[name]
             if not isinstance(table, dict):
                 continue
-            now = _renamed(module, table, names_now)
+            now = _renamed(module, table, dense[_TABLES[1]] or {}, names_now)
             if now != table:
                 own[_DENSE], own[name] = dense, now
 
@@ -44,24 +45,48 @@ def undo(model: nn.Module) -> None:
                 module.__dict__[name] = table
 
 
-def _renamed(module: nn.Module, table: Mapping[str, str], names_now: NamesNow) -> dict[str, str]:
-    """The same ties between what is there now; patterns stay as they are.
+def _renamed(
+    module: nn.Module, table: Mapping[str, str], expanded: Mapping[str, str], names_now: NamesNow
+) -> dict[str, str]:
+    """The same ties between what is there now; ``expanded`` are those of the dense parameters.
 
-    Cores are tied where they are really shared: one weight of the two may have been untied.
+    Cores are tied where they are really shared: one weight of the two may have been untied. An
+    entry may be a pattern, or the name of a module: it gives way to names where one of its two
+    sides was factorized by its name, and stays as it is else.
     """
     result: dict[str, str] = {}
     for target, source in table.items():
-        # An entry may be a pattern; one that only marks the end of a name is that name.
-        targets = names_now(module, target.removesuffix("$"))
-        sources = names_now(module, source.removesuffix("$"))
-        if (*targets, *sources) == (target.removesuffix("$"), source.removesuffix("$")):
+        before = _plain(target), _plain(source)
+        if (*names_now(module, before[0]), *names_now(module, before[1])) == before:
             result[target] = source
             continue
-        if len(targets) == len(sources) == 1:
-            result[targets[0]] = sources[0]
-            continue
-        shared = {id(module.get_parameter(name)): name for name in sources}
-        for name in targets:
-            if id(module.get_parameter(name)) in shared:
-                result[name] = shared[id(module.get_parameter(name))]
+        meant = [
+            (one, other)
+            for one, other in expanded.items()
+            if re.search(f"^{target}", one) and re.search(f"^{source}", other)
+        ]
+        for one, other in meant or [before]:
+            targets, sources = names_now(module, one), names_now(module, other)
+            if len(targets) == len(sources) == 1:
+                result[targets[0]] = sources[0]
+                continue
+            shared = {id(_parameter(module, name)): name for name in sources}
+            for name in targets:
+                parameter = _parameter(module, name)
+                if parameter is None:  # ties are turned off, and the pattern means nothing
+                    result[target] = source
+                elif id(parameter) in shared:
+                    result[name] = shared[id(parameter)]
     return result
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _plain(entry: str) -> str:
+    """The name that an entry is, where it is a pattern that only marks a name's ends and dots."""
+    return entry.removeprefix("^").removesuffix("$").replace("\\.", ".")

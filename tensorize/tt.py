@@ -68,7 +68,7 @@ def _contract(
     right_free = [name for name in right_names if name not in shared]
 
     def size(names: Sequence[str]) -> int:
-        return math.prod(spec.size[name] for name in names)
+        return math.prod([spec.size[name] for name in names])  # dynamo takes no generator
 
     lead = [size(batch)] if batch else []
     left = _permute(left, left_names, (*batch, *left_free, *summed))

@@ -49,8 +49,8 @@ def view(
         if axes == [dims - 2, dims - 1] and (dims == 2 or len(args) + len(kwargs) == 3):
             return replace(frame, transposed=not frame.transposed)
         return None
-    if func is torch.Tensor.__getitem__ and dims == 3 and _is_one(args[1]):
-        return replace(frame, expert=args[1])
+    if func is torch.Tensor.__getitem__ and dims == 3 and frame.expert is None:
+        return replace(frame, expert=args[1]) if _picks(args[1]) else None
     if dims == 2 and not frame.transposed:
         return _parts(func, args, kwargs, frame, weight.shape[0])
     return None
@@ -87,12 +87,13 @@ def _parts(
     return tuple(frame.slice_rows(a, min(a + size, rows)) for a in range(0, rows, size))
 
 
-def _is_one(index: Any) -> bool:
+def _picks(index: Any) -> bool:
+    """Whether an index gives one matrix of a stack, or a new stack of some."""
     if isinstance(index, bool):
         return False
     return isinstance(index, int) or (
         isinstance(index, Tensor)
-        and index.dim() == 0
+        and index.dim() <= 1
         and not index.is_floating_point()
         and index.dtype != torch.bool  # a mask: it adds an axis
     )

@@ -82,7 +82,7 @@ def test_a_compressed_model_computes_the_same(name: str) -> None:
     assert relative(case.output(lowered), case.output(small)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "bert"])
+@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "gpt2", "bert", "vit", "t5", "mixtral"])
 def test_a_dense_model_is_previewed_with_the_numbers_of_compile(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,6 +153,26 @@ def test_grouping_does_not_fire_while_training_and_training_is_the_same() -> Non
     assert all(relative(got[n], p.grad) < 1e-5 for n, p in model.named_parameters())
 
 
+def test_a_lowered_model_learns_as_the_model_itself_does() -> None:
+    model, alone = compressed().train(), compressed().train()
+    alone.load_state_dict(model.state_dict())
+    lowered = torch.compile(model, backend="tensorize")
+    losses = []
+    for run, module in ((lowered, model), (alone, alone)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
+        losses.append([])
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (run(X) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    with torch.no_grad():  # and what it learned is what inference sees
+        assert relative(lowered(X), model(X)) < 1e-5
+
+
 def test_packed_weights_follow_changes_in_place() -> None:
     model = compressed()
     lowered = torch.compile(model, backend="tensorize")
@@ -213,6 +233,24 @@ def test_dynamic_shapes_compile_at_most_three_times() -> None:
     assert count <= 3
 
 
+def test_a_preview_compiles_at_most_three_times_under_dynamic_shapes() -> None:
+    model = Attention().eval()
+    small = tensorize.compile(model, 0.5, example_inputs=(X,))
+    count = 0
+
+    def counted(graph: fx.GraphModule, inputs: list) -> object:
+        nonlocal count
+        count += 1
+        return backend.tensorize(graph, inputs, options={"budget": 0.5})
+
+    preview = torch.compile(model, backend=counted, dynamic=True)
+    with torch.no_grad():
+        for rows in (1, 2, 3, 5, 16, 17, 64, 256, 300):
+            x = torch.randn(1, rows, 32)
+            assert relative(preview(x), small(x)) < 1e-5
+    assert count <= 3
+
+
 def test_recompiles_of_a_preview_share_their_factors() -> None:
     model = Attention().eval()
     preview = torch.compile(model, backend="tensorize", options={"budget": 0.5}, dynamic=False)
@@ -239,20 +277,31 @@ def test_a_budget_on_a_compressed_model_is_told_and_not_used(
     assert any("compressed already" in record.message for record in caplog.records)
 
 
-def test_graph_breaks_are_seen_through() -> None:
+def test_with_graph_breaks_it_says_what_it_sees(caplog: pytest.LogCaptureFixture) -> None:
     class Breaks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.a, self.b, self.c = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)
+            self.norm = nn.LayerNorm(32)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
+            x = self.b(self.a(x))
             torch._dynamo.graph_break()
-            return self.b(x)
+            x = self.c(x)
+            torch._dynamo.graph_break()
+            return self.norm(x)  # no weight to factorize, and no budget to meet
 
-    preview = torch.compile(Breaks().eval(), backend="tensorize", options={"budget": 0.9})
+    model = Breaks().eval()
+    with caplog.at_level(logging.WARNING, logger="tensorize"), torch.no_grad():
+        preview = torch.compile(model, backend="tensorize", options={"budget": 0.5})
+        got = preview(X)
+    for seen in (2, 1):
+        assert f"sees {seen} weights up to here (Call to `torch._dynamo.graph_break" in caplog.text
+    parts, want = [nn.Sequential(model.a, model.b), nn.Sequential(model.c)], X
     with torch.no_grad():
-        assert preview(X).shape == X.shape
+        for part in parts:  # each graph by itself
+            want = tensorize.compile(part, 0.5, example_inputs=(want,))(want)
+        assert relative(got, model.norm(want)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import inspect
 import io
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -156,11 +158,33 @@ def test_the_model_holds_every_form() -> None:
 def test_class_signature_and_the_names_of_modules_stay() -> None:
     model, result = dense(), small()
     assert isinstance(result, Mixed)
+    for name in ("words", "places", "attention", "mix", "norm"):  # that use a lazy weight
+        assert isinstance(result.get_submodule(name), type(model.get_submodule(name)))
     assert inspect.signature(result.forward) == inspect.signature(model.forward)
     assert set(dict(model.named_modules())) <= set(dict(result.named_modules()))
     assert dict(result.named_buffers()).keys() == dict(model.named_buffers()).keys()
     assert scores(result).shape == scores(model).shape
     assert result(IDS, temperature=2.0).equal(result(IDS) / 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (nn.Linear(48, 64), torch.ones(3, 48)),
+        (nn.Embedding(64, 48), torch.tensor([[1, 5]])),
+        (nn.Conv1d(32, 48, 3), torch.ones(2, 32, 9)),
+    ],
+    ids=["linear", "table", "convolution"],
+)
+def test_a_model_of_one_layer_keeps_its_class(model: nn.Module, inputs: Tensor) -> None:
+    result = tensorize.compile(model, 0.5, example_inputs=(inputs,))
+    assert isinstance(result, type(model))
+    assert type(result).__name__ == type(model).__name__
+    assert [site.format for site in tensorize.report(result).sites] == ["low_rank"]
+    for copied in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert type(copied) is type(result)
+        assert scores(copied, inputs).equal(scores(result, inputs))
+    assert type(tensorize.densify(result)) is type(model)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -258,6 +282,21 @@ def test_copies_are_whole_and_apart(copied: Callable[[nn.Module], nn.Module]) ->
     assert not scores(twin).equal(scores(result))
 
 
+def test_another_process_reads_the_pickle(tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 5, 7]])
+    model = nn.Sequential(nn.Embedding(64, 36), nn.Linear(36, 48), nn.Linear(48, 64))
+    result = tensorize.compile(
+        model, None, example_inputs=(ids,), ranks={"*": 4}, formats={"1": "tt", "*": "low_rank"}
+    )
+    torch.save((result, ids, scores(result, ids)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model, ids, want = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert model(ids).equal(want)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
 def test_a_state_dict_loads_without_pickle(tmp_path: Path) -> None:
     result = small()
     torch.save(result.state_dict(), tmp_path / "state.pt")
@@ -291,6 +330,8 @@ def test_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         got, want = result(IDS), scores(plain)
         loss(result).backward()
+        compiled: Any = torch.compile(result, backend="aot_eager", fullgraph=True)
+        assert relative(scores(compiled), scores(result)) < 10 * torch.finfo(dtype).eps
     assert got.dtype == want.dtype == dtype
     assert relative(got.detach(), want) < 10 * torch.finfo(dtype).eps
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in result.parameters())
@@ -583,7 +624,9 @@ def test_quantized_layers_are_left_alone() -> None:
 # ------------------------------------------------------------------------- nothing dense survives
 
 
-def test_no_dense_weight_survives_anywhere() -> None:
+@pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "calibrated"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["a copy", "in place"])
+def test_no_dense_weight_survives_anywhere(inplace: bool, calibrated: bool) -> None:
     """Not in a buffer, a closure or a cache, whatever was done with the model since."""
 
     class Odd(nn.Module):  # of sizes that no other tensor has
@@ -592,27 +635,45 @@ def test_no_dense_weight_survives_anywhere() -> None:
             self.table = nn.Embedding(67, 53)
             self.bare = nn.Parameter(torch.randn(59, 53))
             self.chain = nn.Linear(59, 66)
-            self.head = nn.Linear(66, 71)
+            self.mix = nn.Conv1d(66, 61, 3)
+            self.attention = nn.MultiheadAttention(61, 1)
+            self.experts = nn.Parameter(torch.randn(3, 61, 73))
+            self.normed = nn.Linear(73, 57)
+            if inplace:  # torch's own class of such a layer holds the one that it was copied from
+                self.normed = nn.utils.parametrizations.weight_norm(self.normed)
+            self.head = nn.Linear(57, 71)
 
         def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.chain(F.linear(self.table(ids), self.bare)))
+            x = self.chain(F.linear(self.table(ids), self.bare))
+            x = self.mix(x.mT).mT  # as many rows as there are experts
+            x = self.attention(x, x, x)[0].transpose(0, 1)
+            return self.head(self.normed(torch.bmm(x, self.experts)))
 
-    model = Odd()
-    ids = torch.randint(0, 67, (3, 5))
-    matrices = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
-    dead = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
-    sizes = {m * n for m, n in matrices}
-    result = tensorize.compile(
-        model, None, example_inputs=(ids,), inplace=True,
-        ranks={"*": 4}, formats={"chain.weight": "tt", "*": "low_rank"},
+    model, ids = Odd().eval(), torch.randint(0, 67, (3, 5))
+    matrices = {tuple(p.shape) for p in model.parameters() if p.dim() > 1 and p.shape[1] > 1}
+    dead = [weakref.ref(p) for p in model.parameters() if tuple(p.shape) in matrices]
+    sizes, normed = {math.prod(s) for s in matrices}, "normed.weight"
+    if inplace:
+        normed = "normed.parametrizations.weight.original1"
+    result: Any = tensorize.compile(
+        model, None, example_inputs=(ids,), inplace=inplace,
+        calibration=[ids] * 2 if calibrated else None,
+        ranks={"*": 4, normed: 4}, formats={"chain.weight": "tt", "*": "low_rank"},
     )  # fmt: skip
-    assert {site.format for site in tensorize.report(result).sites} == {"low_rank", "tt"}
+    del model
+    formats = {s.shape: s.format for s in tensorize.report(result).sites if s.shape in matrices}
+    assert {*formats.values()} == {"low_rank", "tt"}
     assert len(list(weight.factored(result))) == len(matrices)
     loss(result, ids).backward()
-    loss(torch.compile(result, backend="aot_eager"), ids).backward()
+    torch._dynamo.reset()
+    for backend in ("aot_eager", "tensorize"):
+        compiled: Any = torch.compile(result, backend=backend)
+        loss(compiled, ids).backward()
+        scores(compiled, ids)
     torch.export.export(result, (ids,)).module()(ids)
     tensorize.report(result).to_html("/dev/null")
-    copy.deepcopy(result)
+    str(tensorize.graphs(result, (ids,)).diff())
+    tensorize.densify(copy.deepcopy(result))
     gc.collect()
     assert [ref() for ref in dead] == [None] * len(dead)
     with warnings.catch_warnings():  # to look at some objects is deprecated

@@ -43,6 +43,19 @@ def _distilbert_with_head() -> nn.Module:
     )
 
 
+def _ibert_with_head() -> nn.Module:  # its table of ties holds a pattern
+    return hf.IBertForMaskedLM(
+        hf.IBertConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+        )
+    )
+
+
 def _tied_llama() -> nn.Module:
     return hf.LlamaForCausalLM(
         hf.LlamaConfig(
@@ -64,6 +77,7 @@ MODELS: dict[str, Case] = {
     **{name: CASES[name] for name in ("llama", "gpt2", "bert", "vit", "t5", "mixtral")},
     "bert with head": Case(_bert_with_head, _text, lambda y: y.logits),
     "distilbert with head": Case(_distilbert_with_head, _text, lambda y: y.logits),
+    "ibert with head": Case(_ibert_with_head, _text, lambda y: y.logits),
     "tied llama": Case(_tied_llama, _text, lambda y: y.logits),
 }
 AUTO = {
@@ -75,6 +89,7 @@ AUTO = {
     "mixtral": hf.AutoModelForCausalLM,
     "bert with head": hf.AutoModelForMaskedLM,
     "distilbert with head": hf.AutoModelForMaskedLM,
+    "ibert with head": hf.AutoModelForMaskedLM,
     "tied llama": hf.AutoModelForCausalLM,
 }
 FORMS = [(name, form) for name in MODELS for form in ("low_rank", "tt")]
@@ -190,6 +205,54 @@ def test_weights_that_only_the_table_ties_stay_apart() -> None:
     before = MODELS["tied llama"].output(result)
     result.tie_weights()
     assert MODELS["tied llama"].output(result).equal(before)
+
+
+@pytest.mark.parametrize(
+    ("entry", "now"),
+    [
+        ({"head": "table.weight"}, "cores"),  # a module, as in Qwen3-Omni
+        ({r"^head\.weight$": r"^table\.weight$"}, "cores"),
+        ({r"h\w+\.weight": "table.weight"}, "cores"),
+        ({r"parts.(?![0])\d+": "parts.0"}, "as it was"),  # as in D-FINE
+    ],
+    ids=["module", "marked name", "pattern", "patterns of both"],
+)
+def test_ties_by_patterns(entry: dict[str, str], now: str) -> None:
+    class Tied(hf.PreTrainedModel):
+        config_class = hf.BertConfig
+        _tied_weights_keys = entry
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.table, self.head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+            self.parts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            pass
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.table(input_ids)
+            for part in self.parts:
+                x = part(x)
+            return self.head(x)
+
+    model = Tied(hf.BertConfig(tie_word_embeddings=True))
+    ids = torch.randint(0, 64, (2, 5))
+    result: Any = tensorize.compile(model, None, example_inputs=(ids,), ranks={"*": 4})
+    assert {site.format for site in tensorize.report(result).sites} == {"low_rank"}
+    first, second = (f"table.weight_cores.core_{k}" for k in (0, 1))
+    renamed = {"head.second.weight": first, "head.first.weight": second}
+    assert result._tied_weights_keys == (renamed if now == "cores" else entry)
+    before, count = result(ids), sum(p.numel() for p in result.parameters())
+    assert all(
+        result.get_parameter(a) is result.get_parameter(b)
+        for a, b in result.all_tied_weights_keys.items()
+    )
+    result.tie_weights()
+    assert result(ids).equal(before)
+    assert sum(p.numel() for p in result.parameters()) == count
+    assert tensorize.densify(result)._tied_weights_keys == entry
 
 
 # ---------------------------------------------------------------------------------- save and load

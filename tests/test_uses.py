@@ -200,6 +200,27 @@ CALLS = {
     "einsum, a stack turned": Call(
         "einsum", "columns", (E, M, N), einsum("emn,ben->bme", (B, E, N), weight_first=True)
     ),
+    "einsum, a stack for the same rows": Call(
+        "einsum", "rows", (E, M, N), einsum("btm,emn->betn", (B, T, M))
+    ),
+    "einsum, a stack under other axes": Call(
+        "einsum", "rows", (E, M, N), einsum("btem,emn->bten", (B, T, E, M))
+    ),
+    "einsum, dots": Call("einsum", "columns", (M, N), einsum("...n,mn->...m", (B, T, N))),
+    "einsum, no dots under the dots": Call(
+        "einsum", "columns", (M, N), einsum("...n,mn->m...", (N,))
+    ),
+    "einsum, dots in both": Call(
+        "einsum", "rows", (E, M, N), einsum("...bm,...mn->n...b", (E, B, M))
+    ),
+    "einsum, no arrow": Call("einsum", "columns", (M, N), einsum("zn,mn", (B, N))),
+    "einsum, dots and no arrow": Call("einsum", "columns", (M, N), einsum("n...,an", (N, B, T))),
+    "einsum, three operands": Call(
+        "einsum",
+        "columns",
+        (M, N),
+        lambda w: torch.einsum("bt,mn,btn->bmt", draw((B, T)), w, draw((B, T, N))),
+    ),
     "einsum, one row": Call("einsum", "columns", (M, N), einsum("n,mn->m", (N,))),
     "einsum, a list": Call(
         "einsum", "columns", (M, N), lambda w: torch.einsum("bn,mn->bm", [draw((B, N)), w])
@@ -455,6 +476,18 @@ def test_one_expert_of_a_stack_is_seen(expert: Any) -> None:
     check(frame, matmul, output, weight)
 
 
+def test_several_experts_of_a_stack_are_seen() -> None:
+    weight, experts = parameter(E, M, N), torch.tensor([2, 0, 0, 1])
+    for run, contract in (
+        (lambda: torch.bmm(draw((4, 1, M)), weight[experts]), "rows"),
+        (lambda: torch.bmm(weight[experts], draw((4, N, 1))), "columns"),
+    ):
+        frame, matmul, output = the_matmul(run, weight)
+        assert frame.expert is experts
+        assert matmul.contract == contract
+        check(frame, matmul, output, weight)
+
+
 @pytest.mark.parametrize(
     "look", [lambda w: w[1].t(), lambda w: w.transpose(1, 2)[1], lambda w: w.mT[1]]
 )
@@ -519,8 +552,14 @@ NO_MATMULS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
     ),
     "einsum, one operand of two rows": ((2, N), lambda w: torch.einsum("mn->nm", w)),
     "einsum, one operand": ((M, N), lambda w: torch.einsum("mn->nm", w)),
-    "einsum, dots": ((M, N), lambda w: torch.einsum("...n,mn->...m", draw((B, N)), w)),
-    "einsum, no arrow": ((M, N), lambda w: torch.einsum("bn,nm", draw((B, N)), w.t())),
+    "einsum, a row for each matrix": (
+        (E, M, N),
+        lambda w: torch.einsum("em,emn->en", draw((E, M)), w),
+    ),
+    "einsum, dots that stretch a stack of one": (
+        (1, M, N),
+        lambda w: torch.einsum("...bm,...mn->...bn", draw((E, B, M)), w),
+    ),
     "einsum, one column for all": (
         (M, N),
         lambda w: torch.einsum("bn,mn->bm", draw((B, 1)), w),
