@@ -3,7 +3,7 @@
 It stands for the models that people write by hand: one packed projection for queries, keys and
 values, learned positions, layer norm before each block, and an output head that has no module of
 its own but uses the embedding's weight functionally. The weights were trained by
-`examples/train_gpt.py` on the sources of the Python standard library, so that the tests and
+`examples/train_stdlib.py` on the sources of the Python standard library, so that the tests and
 benchmarks have real trained weights without a download.
 
     model = load_pretrained()

@@ -1,8 +1,8 @@
-"""Trains the small GPT of `examples/gpt.py` on the sources of the Python standard library.
+"""Trains a small GPT, or a small Llama, on the sources of the Python standard library.
 
-    python -m examples.train_gpt --seconds 1200 --compile
+    python -m examples.train_stdlib --model gpt --seconds 1200 --compile
 
-This wrote the files under `examples/data/`: the tokenizer, the weights (float16) and a record of
+This wrote the files under `examples/data/`: the tokenizer, the weights (float16) and records of
 how they came about. Everything is on the CPU; the arithmetic of the matmuls is bfloat16 where the
 processor has instructions for it. Checkpoints are written while it trains.
 """
@@ -16,7 +16,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,34 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from examples import stdlib_text
-from examples.gpt import (
-    DATA,
-    GPT,
-    RECORD_FILE,
-    TOKENIZER_FILE,
-    WEIGHTS_FILE,
-    GPTConfig,
-    encode,
-    evaluate,
-    load_pretrained,
-    next_token_loss,
-)
+from examples import gpt, llama, stdlib_text
+from examples.gpt import DATA, GPT, TOKENIZER_FILE, GPTConfig, encode, evaluate, next_token_loss
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model that can be trained: how it is built and read, its sizes, and its files."""
+
+    build: Callable[[], nn.Module]
+    load: Callable[[Path], nn.Module]
+    sizes: dict[str, Any]
+    weights: str
+    record: str
+
+
+KINDS = {
+    "gpt": Kind(
+        lambda: GPT(GPTConfig()),
+        gpt.load_pretrained,
+        GPTConfig().to_dict(),
+        gpt.WEIGHTS_FILE,
+        gpt.RECORD_FILE,
+    ),
+    "llama": Kind(
+        llama.build, llama.load_pretrained, llama.SIZES, llama.WEIGHTS_FILE, llama.RECORD_FILE
+    ),
+}
+VOCABULARY, CONTEXT = GPTConfig().vocabulary, GPTConfig().context
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
@@ -103,21 +119,22 @@ def digest(tokens: Tensor) -> str:
     return hashlib.sha256(json.dumps(tokens.tolist()).encode()).hexdigest()
 
 
-def save(model: GPT, directory: Path, record: dict[str, Any]) -> None:
+def save(model: nn.Module, kind: Kind, directory: Path, record: dict[str, Any]) -> None:
     """Writes weights and record, each in one step, so that a reader never sees half a file."""
     weights = {name: value.detach().half() for name, value in model.state_dict().items()}
-    temporary = directory / (WEIGHTS_FILE + ".tmp")
+    temporary = directory / (kind.weights + ".tmp")
     save_file(weights, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors makes the file private to its owner
-    os.replace(temporary, directory / WEIGHTS_FILE)
-    temporary = directory / (RECORD_FILE + ".tmp")
+    os.replace(temporary, directory / kind.weights)
+    temporary = directory / (kind.record + ".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / RECORD_FILE)
+    os.replace(temporary, directory / kind.record)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=KINDS, default="gpt")
     parser.add_argument("--directory", type=Path, default=DATA, help="where the files go")
     parser.add_argument("--seconds", type=float, default=1200.0, help="how long to train")
     parser.add_argument("--steps", type=int, help="how many steps to train, instead of --seconds")
@@ -137,38 +154,38 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, prints and saves; returns the record that is written beside the weights."""
     options = parse(arguments)
     options.directory.mkdir(parents=True, exist_ok=True)
-    config = GPTConfig()
+    kind = KINDS[options.model]
 
     texts = {
         split: _limited([document.text for document in stdlib_text.documents(split)], options)
         for split in stdlib_text.SPLITS
     }
-    tokenizer = train_tokenizer(texts["train"], config.vocabulary)
+    tokenizer = train_tokenizer(texts["train"], VOCABULARY)
     tokenizer.save(str(options.directory / TOKENIZER_FILE))
     # A tokenizer of little text has fewer words than the vocabulary: the rest is never used.
     tokens = {split: encode(tokenizer, texts[split]) for split in stdlib_text.SPLITS}
     print({split: len(ids) for split, ids in tokens.items()}, "tokens", flush=True)
 
     torch.manual_seed(options.seed)
-    model = GPT(config)
+    model = kind.build()
     optimizer = optimizer_for(model, options.learning_rate)
     generator = torch.Generator().manual_seed(options.seed)
     loss_of = torch.compile(next_token_loss) if options.compile else next_token_loss
 
     began = last_checkpoint = time.monotonic()
-    average = math.log(config.vocabulary)
+    average = math.log(VOCABULARY)
     step, progress = 0, 0.0
 
     def record_now() -> dict[str, Any]:
         # Losses are of the weights as they are stored, that is rounded to float16.
-        stored = GPT(config).eval()
+        stored = kind.build().eval()
         stored.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
-        slice_tokens = held_out_slice(tokenizer, config.context, options.slice_windows)
+        slice_tokens = held_out_slice(tokenizer, CONTEXT, options.slice_windows)
         return {
-            "config": config.to_dict(),
+            "config": kind.sizes,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "steps": step,
-            "tokens": step * options.batch * config.context,
+            "tokens": step * options.batch * CONTEXT,
             "seconds": round(time.monotonic() - began),
             "finished": progress >= 1.0,
             "batch": options.batch,
@@ -190,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             },
         }
 
-    for ids in batches(tokens["train"], options.batch, config.context, generator):
+    for ids in batches(tokens["train"], options.batch, CONTEXT, generator):
         if options.steps is not None:
             progress = step / options.steps
         else:
@@ -213,13 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"step {step:5d}  {now - began:5.0f} s  loss {average:.4f}", flush=True)
         if now - last_checkpoint >= options.checkpoint_seconds:
             record = record_now()
-            save(model, options.directory, record)
+            save(model, kind, options.directory, record)
             print(f"validation {record['validation_loss']:.4f}", flush=True)
             last_checkpoint = now
 
     record = record_now()
-    save(model, options.directory, record)
-    load_pretrained(options.directory)  # what was written can be read
+    save(model, kind, options.directory, record)
+    kind.load(options.directory)  # what was written can be read
     validation = record["validation_loss"]
     print(
         f"{step} steps, {record['seconds']} s: validation loss {validation:.4f} nats a token, "

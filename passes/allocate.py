@@ -48,6 +48,7 @@ class Allocate:
     ranks: RanksOption = None
     formats: Mapping[str, tuple[str, ...]] | None = None
     batch_sizes: tuple[int, ...] = (1, 16, 256)
+    refine: str | None = None
     fingerprint: str = ""
     name: str = "allocate"
 
@@ -122,7 +123,7 @@ class Allocate:
                 way_out=f"{COSTS[j]}={need}, or a larger limit on what it is traded for",
             ) from None
         if ceiling is not None and total_distortion(points, choice) > ceiling:
-            reached = program.predictor.predict(total_distortion(points, choice))[0]
+            reached = program.predictor.predict(total_distortion(points, choice), self.refine)[0]
             raise BudgetError(
                 f"no choice within {budget} keeps the predicted rise of the loss: the "
                 f"smallest reached is {reached:.4g}",
@@ -141,7 +142,7 @@ class Allocate:
                 "a limit on the loss needs to know the loss",
                 way_out="pass calibration data (and no metric= but 'loss')",
             )
-        return program.predictor.inverse(self.budget.loss)
+        return program.predictor.inverse(self.budget.loss, self.refine)
 
     # ------------------------------------------------------------------------------ the plan
 
@@ -170,7 +171,7 @@ class Allocate:
         loss, interval = None, None
         error = max((site.predicted_error for site in sites), default=0.0)
         if program.predictor is not None:
-            loss, interval = program.predictor.predict(lost)
+            loss, interval = program.predictor.predict(lost, self.refine)
             error = program.predictor.output_error(loss)
         predicted = Prediction(
             parameters=int(used[0]),
@@ -189,6 +190,7 @@ class Allocate:
             batch_sizes=self.batch_sizes,
             seed=program.seed,
             fingerprint=self.fingerprint,
+            refine=self.refine,
             notes=program.notes,
         )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tensorize import tt
-from tensorize.errors import AnalysisError
+from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import RankPlan, Site
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum, as_matrix
 from tensorize.weight import install, owner_of
 
 _SMALL = 4_000_000
+Cores = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,55 @@ class Factorize:
         chosen = [choice for choice in program.plan.sites if choice.spec is not None]
         for done, choice in enumerate(chosen):
             program.progress("factorize", done, len(chosen))
-            curve = program.spectra[choice.name]
-            errors[choice.name] = replace_weight(program.model, sites[choice.name], choice, curve)
+            curve, cores = program.spectra[choice.name], program.cores.get(choice.name)
+            errors[choice.name] = replace_weight(
+                program.model, sites[choice.name], choice, curve, cores
+            )
         program.progress("factorize", len(chosen), len(chosen))
         worst = max(errors.values(), default=0.0)
         summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"
         return replace(program, errors=errors, summary=summary)
 
 
-def replace_weight(model: nn.Module, site: Site, choice: RankPlan, curve: Spectrum) -> float:
+def planned_cores(program: Program, sites: Sequence[RankPlan]) -> dict[str, Cores]:
+    """The factors of every weight that a plan factorizes, as its curve gives them."""
+    parameters = dict(program.model.named_parameters())
+    found: dict[str, Cores] = {}
+    for choice in sites:
+        if choice.spec is not None:
+            curve, dense = program.spectra[choice.name], parameters[choice.name].detach()
+            found[choice.name] = curve.factors(choice.spec, as_matrix(curve.site, dense))
+    return found
+
+
+def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A deep copy that shares the dense weights which are about to be replaced."""
+    memo = {id(p): p for name, p in model.named_parameters() if name in names}
+    try:
+        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    except Exception as error:
+        raise CaptureError(
+            f"the model cannot be copied: {type(error).__name__}: {error}",
+            way_out="pass inplace=True",
+        ) from error
+
+
+def compressed_copy(
+    program: Program, sites: Sequence[RankPlan], cores: Mapping[str, Cores]
+) -> nn.Module:
+    """The model with these cores in place of its weights."""
+    model = copy_sharing(program.model, cores.keys())
+    by_name = {site.name: site for site in program.sites}
+    for choice in sites:
+        if choice.spec is not None:
+            curve = program.spectra[choice.name]
+            replace_weight(model, by_name[choice.name], choice, curve, cores[choice.name])
+    return model
+
+
+def replace_weight(
+    model: nn.Module, site: Site, choice: RankPlan, curve: Spectrum, cores: Cores | None = None
+) -> float:
     """Swap one dense parameter for its cores; the relative error that they really have."""
     assert choice.spec is not None
     owner, leaf = owner_of(model, site.name)
@@ -59,14 +101,14 @@ def replace_weight(model: nn.Module, site: Site, choice: RankPlan, curve: Spectr
             way_out="apply a plan to the model that it was made for",
         )
     weight = as_matrix(site, dense.detach())
-    cores = [
+    held = [
         nn.Parameter(
             _own(core, weight),
             requires_grad=dense.requires_grad,
         )
-        for core in curve.factors(choice.spec, weight)
+        for core in cores or curve.factors(choice.spec, weight)
     ]
-    for core in cores:
+    for core in held:
         if not torch.isfinite(core).all():
             raise AnalysisError(
                 f"its cores do not fit into {site.dtype}: they overflow",
@@ -75,10 +117,10 @@ def replace_weight(model: nn.Module, site: Site, choice: RankPlan, curve: Spectr
             )
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
-    rebuilt = tt.reconstruct(choice.spec, [core.detach().to(exact) for core in cores])
+    rebuilt = tt.reconstruct(choice.spec, [core.detach().to(exact) for core in held])
     error = curve.measured_error(weight, rebuilt)
     with _uninterrupted():
-        install(model, site.names, choice.spec, cores)
+        install(model, site.names, choice.spec, held)
     return error
 
 

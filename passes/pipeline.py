@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from tensorize.errors import AnalysisError
 from tensorize.ir import Batch, Plan, Site
@@ -52,7 +52,8 @@ class Program:
 
     ``statistics`` and ``spectra`` are keyed by site name; ``sizes`` holds (elements, bytes) of
     every parameter of the dense model, once; ``errors`` the measured relative error of every
-    rewritten site. ``summary`` is the last pass's line about itself.
+    rewritten site; ``cores`` the factors that are used instead of a curve's. ``summary`` is the
+    last pass's line about itself.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Program:
     spectra: Mapping[str, Any] = field(default_factory=dict)
     predictor: Any = None
     plan: Plan | None = None
+    cores: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     summary: str = ""
     notes: tuple[str, ...] = ()

@@ -4,13 +4,14 @@ The sum of the curves predicts the rise of the loss to second order, and as if w
 gradients were independent. For large compressions both fail, by a factor that changes slowly with
 the size of the damage. So a few plans are tried on calibration batches, the dense weights replaced
 for one forward pass (the model itself is not touched), and the ratio measured : predicted is
-interpolated between them, on logarithmic scales.
+interpolated between them, on logarithmic scales. What refining the factors gains is measured in the
+same way, at fewer points: it changes little with the size of the damage.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,13 +23,17 @@ from tensorize import tt
 from tensorize.budget import Budget
 from tensorize.errors import BudgetError
 from tensorize.forward import untouched
-from tensorize.ir import Batch, RankPlan
+from tensorize.ir import POLISH, Batch, RankPlan
 from tensorize.passes.allocate import Allocate
+from tensorize.passes.factorize import compressed_copy, planned_cores
 from tensorize.passes.pipeline import Program
+from tensorize.passes.polish import polish
 from tensorize.passes.preserved import PreservedLoss, call, outputs_of
-from tensorize.passes.spectra import as_matrix
+from tensorize.passes.refit import refit
+from tensorize.weight import factored
 
 TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
+_REFINED_SHARES = (0.75, 0.25)
 _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.08
@@ -37,12 +42,16 @@ _NO_HELD_OUT_SPREAD = 0.25
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured plan: the curves' sum, the rise of the loss, its relative standard error."""
+    """One measured plan: the curves' sum, the rise of the loss, its relative standard error.
+
+    ``refine`` is what was done to its factors.
+    """
 
     raw: float
     measured: float
     spread: float
     output_error: float
+    refine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,26 @@ class Predictor:
     unit: str
     held_out: bool
 
-    def predict(self, raw: float) -> tuple[float, tuple[float, float]]:
+    @property
+    def refinements(self) -> tuple[str, ...]:
+        """What can be predicted beside factors as they come from the decompositions."""
+        return tuple(dict.fromkeys(t.refine for t in self.trials if t.refine is not None))
+
+    def _of(self, refine: str | None) -> list[Trial]:
+        return [trial for trial in self.trials if trial.refine == refine]
+
+    def predict(self, raw: float, refine: str | None = None) -> tuple[float, tuple[float, float]]:
         """(expected rise, its 90 % interval)."""
         if raw <= 0:
             return 0.0, (0.0, 0.0)
-        if not self.trials:
+        plain = self._of(None)
+        if not plain:
             return raw, (0.0, 4 * raw)
         x = math.log(raw)
-        known = [math.log(t.raw) for t in self.trials]
-        ratios = [math.log(t.measured / t.raw) for t in self.trials]
-        ratio = float(np.interp(x, known, ratios))
-        spread = float(np.interp(x, known, [t.spread for t in self.trials]))
+        known = [math.log(t.raw) for t in plain]
+        ratios = [math.log(t.measured / t.raw) for t in plain]
+        ratio = float(np.interp(x, known, ratios)) + self._gain(x, refine)
+        spread = float(np.interp(x, known, [t.spread for t in plain]))
         # Far from every measured point the ratio is less certain, the more it changes between them.
         slope = (max(ratios) - min(ratios)) / max(known[-1] - known[0], 1.0)
         distance = min(abs(x - k) for k in known)
@@ -74,12 +92,31 @@ class Predictor:
         width = math.exp(_NORMAL_90 * sigma)
         return expected, (expected / width, expected * width)
 
-    def inverse(self, loss: float) -> float:
+    def _gain(self, x: float, refine: str | None) -> float:
+        """By what a refinement changes the logarithm of the rise, at the logarithm of a sum."""
+        plain, refined = self._of(None), self._of(refine)
+        if refine is None or not refined:
+            return 0.0
+        known = [math.log(t.raw) for t in plain]
+        rises = [math.log(t.measured) for t in plain]
+        at = [math.log(t.raw) for t in refined]
+        gains = [
+            math.log(t.measured) - float(np.interp(k, known, rises))
+            for k, t in zip(at, refined, strict=True)
+        ]
+        return float(np.interp(x, at, gains))
+
+    def pays(self, refine: str) -> bool:
+        """Whether a refinement made its trials better than they were, taken together."""
+        gains = [self._gain(math.log(trial.raw), refine) for trial in self._of(refine)]
+        return not gains or sum(gains) < 0
+
+    def inverse(self, loss: float, refine: str | None = None) -> float:
         """The largest sum of distortions whose expected rise is within ``loss``."""
         low, high = 1e-12 * max(loss, 1e-12), 1e6 * max(loss, 1.0)
         for _ in range(200):
             middle = math.sqrt(low * high)
-            if self.predict(middle)[0] <= loss:
+            if self.predict(middle, refine)[0] <= loss:
                 low = middle
             else:
                 high = middle
@@ -97,12 +134,21 @@ class Predictor:
 
 @dataclass(frozen=True)
 class CalibratePrediction:
-    """Program with ``predictor``, where there is a loss to preserve and data to measure it on."""
+    """Program with ``predictor``, where there is a loss to preserve and data to measure it on.
 
-    batches: tuple[Batch, ...]
+    Trial plans are measured on ``held_out`` batches, or on those ``learnt`` from where there are
+    none; ``refinements`` are measured as well.
+    """
+
+    learnt: tuple[Batch, ...]
+    held_out: tuple[Batch, ...]
     loss: PreservedLoss | None
-    held_out: bool
+    refinements: tuple[str, ...] = ()
     name: str = "predict"
+
+    @property
+    def _batches(self) -> tuple[Batch, ...]:
+        return self.held_out or self.learnt
 
     def run(self, program: Program) -> Program:
         if program.metric != "loss" or self.loss is None:
@@ -111,37 +157,51 @@ class CalibratePrediction:
             return replace(program, summary="no loss to predict: its gradients say nothing")
         model = program.model
         with untouched(model):
-            dense = [call(model, batch, k) for k, batch in enumerate(self.batches)]
-        trials: dict[tuple[RankPlan, ...], Trial] = {}
-        for done, share in enumerate(TRIAL_SHARES):
-            program.progress("prediction", done, len(TRIAL_SHARES))
+            dense = [call(model, batch, k) for k, batch in enumerate(self._batches)]
+        trials: dict[tuple[tuple[RankPlan, ...], str | None], Trial] = {}
+        wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
+        wanted += [(share, refine) for refine in self.refinements for share in _REFINED_SHARES]
+        for done, (share, refine) in enumerate(wanted):
+            program.progress("prediction", done, len(wanted))
             try:
                 plan = Allocate(Budget(params=share)).run(program).plan
             except BudgetError:
                 continue  # the weights that cannot be factorized take more than this share
             assert plan is not None
-            if plan.sites in trials or not sum(site.predicted_loss for site in plan.sites) > 0:
+            key = plan.sites, refine
+            if key in trials or not sum(site.predicted_loss for site in plan.sites) > 0:
                 continue
-            trial = self._measure(program, plan.sites, dense)
+            trial = self._measure(program, plan.sites, refine, dense)
             if trial.measured > 0:
-                trials[plan.sites] = trial
-        program.progress("prediction", len(TRIAL_SHARES), len(TRIAL_SHARES))
+                trials[key] = trial
+        program.progress("prediction", len(wanted), len(wanted))
         ordered = tuple(sorted(trials.values(), key=lambda trial: trial.raw))
-        predictor = Predictor(ordered, self.loss.unit, self.held_out)
-        ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered)
+        predictor = Predictor(ordered, self.loss.unit, bool(self.held_out))
+        ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
         summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
         return replace(program, predictor=predictor, summary=summary)
 
     def _measure(
-        self, program: Program, sites: Sequence[RankPlan], dense: Sequence[object]
+        self,
+        program: Program,
+        sites: Sequence[RankPlan],
+        refine: str | None,
+        dense: Sequence[object],
     ) -> Trial:
         assert self.loss is not None
         model = program.model
-        weights = approximations(program, sites)
+        cores = (
+            planned_cores(program, sites) if refine is None else refit(program, sites, self.learnt)
+        )
+        if refine == POLISH:
+            small = compressed_copy(program, sites, cores)
+            polish(small, model, self.learnt, self._batches, self.loss)
+            cores = {name: weight.cores for name, weight in factored(small)}
+        weights = approximations(program, sites, cores)
         rises: list[tuple[float, int]] = []
         error, size = 0.0, 0.0
         with untouched(model):
-            for batch, before in zip(self.batches, dense, strict=True):
+            for batch, before in zip(self._batches, dense, strict=True):
                 after = functional_call(model, weights, batch.args, dict(batch.kwargs))
                 rises.append(self.loss.rise(before, after, batch, model))
                 for a, b in zip(
@@ -157,18 +217,19 @@ class CalibratePrediction:
         if len(means) > 1 and measured > 0:
             spread = float(means.std() / math.sqrt(len(means)) / measured)
         raw = sum(site.predicted_loss for site in sites)
-        return Trial(raw, measured, spread, math.sqrt(error / size) if size > 0 else 0.0)
+        off = math.sqrt(error / size) if size > 0 else 0.0
+        return Trial(raw, measured, spread, off, refine)
 
 
-def approximations(program: Program, sites: Sequence[RankPlan]) -> dict[str, Tensor]:
-    """Dense weights as the plan would leave them, by parameter name; tied names included."""
+def approximations(
+    program: Program, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """Dense weights as the cores would leave them, by parameter name; tied names included."""
     parameters: dict[str, nn.Parameter] = dict(program.model.named_parameters())
     weights: dict[str, Tensor] = {}
     for choice in sites:
-        if choice.spec is None:
-            continue
-        dense, curve = parameters[choice.name].detach(), program.spectra[choice.name]
-        cores = curve.factors(choice.spec, as_matrix(curve.site, dense))
-        weight = tt.reconstruct(choice.spec, cores).to(dense.dtype)
-        weights[choice.name] = weight.reshape(dense.shape)
+        if choice.spec is not None:
+            dense = parameters[choice.name]
+            weight = tt.reconstruct(choice.spec, cores[choice.name]).to(dense.dtype)
+            weights[choice.name] = weight.detach().reshape(dense.shape)
     return weights

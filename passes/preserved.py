@@ -132,6 +132,13 @@ def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
     return None
 
 
+def split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Batches to learn from, and those held out: every fourth, of fewer every second."""
+    step = 4 if len(batches) >= 4 else 2
+    held_out = batches[step - 1 :: step]
+    return tuple(b for k, b in enumerate(batches) if k % step != step - 1), held_out
+
+
 # ------------------------------------------------------------------------------------ the loss
 
 
@@ -201,24 +208,33 @@ class PreservedLoss:
                 total = total + share * scale * (noise * rows).sum()
         return total, outputs[0].rows.shape[0]
 
-    def rise(self, dense: Any, result: Any, batch: Batch, model: nn.Module) -> tuple[float, int]:
-        """The rise of the loss on one batch as (sum over rows, rows)."""
+    def distance(
+        self, dense: Any, result: Any, batch: Batch, model: nn.Module
+    ) -> tuple[Tensor, int]:
+        """The rise of the loss on one batch, differentiable, as (sum over rows, rows)."""
         if self.loss_fn is not None:
             rows = _row_total(result, batch, model)
             rise = self.loss_fn(result, batch.given) - self.loss_fn(dense, batch.given)
-            return float(rise) * rows, rows
+            return rise * rows, rows
         before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
-        count, total = before[0].rows.shape[0], 0.0
+        count = before[0].rows.shape[0]
+        total = before[0].rows.new_zeros((), dtype=torch.float64)
         for a, b in zip(before, after, strict=True):
             share = count / max(a.rows.shape[0], 1)
             if a.logits:
                 p, q = a.rows.float().log_softmax(-1), b.rows.float().log_softmax(-1)
                 terms = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss
-                total += share * float(terms.sum(dtype=torch.float64))
+                total = total + share * terms.sum(dtype=torch.float64)
             else:
-                error = float((a.rows - b.rows).double().square().sum())
-                total += share * error / max(self.variances[a.name], 1e-30)
+                error = (a.rows - b.rows).double().square().sum()
+                total = total + share * error / max(self.variances[a.name], 1e-30)
         return total, count
+
+    def rise(self, dense: Any, result: Any, batch: Batch, model: nn.Module) -> tuple[float, int]:
+        """The rise of the loss on one batch as (sum over rows, rows)."""
+        with torch.no_grad():
+            total, rows = self.distance(dense, result, batch, model)
+        return float(total), rows
 
 
 def _row_total(result: Any, batch: Batch, model: nn.Module) -> int:

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -142,7 +143,7 @@ def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Use, ..
     other: str | None = None
     for name in names:
         path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
+        owner: Any = model.get_submodule(path)
         if isinstance(owner, ParametrizationList):
             other = "a parametrization"
         elif isinstance(owner, nn.RNNBase) and leaf in owner._flat_weights_names:

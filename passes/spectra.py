@@ -108,7 +108,7 @@ class Spectrum:
             if rank <= self.left.shape[-1]:
                 return self.left[..., :rank], self.right[..., :rank, :]
             if rank < len(self.distortion) - 1:  # it does not pay, and is not stored
-                return _best_factors(weight, average(self.metrics), rank)[:2]
+                return best_factors(weight, average(self.metrics), rank)[:2]
             return exact_factors(weight)
         return tuple(self._train(spec).rounded(spec.ranks)[1])
 
@@ -224,7 +224,7 @@ def spectrum(
     """The curve of one weight in its metric."""
     m, n = site.matrix
     pay = max(1, (m * n - 1) // (m + n))
-    left, right, values = _best_factors(weight, average(metrics), pay)
+    left, right, values = best_factors(weight, average(metrics), pay)
     if len(metrics) == 1:
         squares = values.double().reshape(-1, values.shape[-1]).sum(0)
         tails = _tails(squares) * metrics[0].scale
@@ -234,7 +234,7 @@ def spectrum(
     return _with_trains(curve, weight) if site.takes_trains else curve
 
 
-def _best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best U and V of a rank in one metric, at least in float32, and all whitened σ²."""
     m, n = weight.shape[-2:]
     work = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight

@@ -247,6 +247,11 @@ def _add_term(
     term.rows, term.columns = _plus(term.rows, of_rows), _plus(term.columns, of_columns)
 
 
+def input_rows(site: Site, matmul: Matmul) -> Tensor | None:
+    """The rows (rows, width) that a call multiplies the matrix by; None where none can be told."""
+    return _rows(site, matmul, None)[0]
+
+
 def _rows(
     site: Site, matmul: Matmul, gradient: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

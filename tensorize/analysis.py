@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from tensorize.budget import Budget
-from tensorize.errors import BudgetError
-from tensorize.ir import Plan
+from tensorize.errors import AnalysisError, BudgetError
+from tensorize.ir import POLISH, REFIT, Batch, Plan
 from tensorize.passes.allocate import Allocate, RanksOption
 from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.preserved import LossFunction
 from tensorize.passes.spectra import FormatsOption, formats_by_site
 from tensorize.report import Curve, CurvePoint
 from tensorize.tensors import plain_parts
@@ -25,12 +26,15 @@ CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 class Analysis:
     """What was learned of one model: its sites, their curves, and how to predict the loss.
 
-    Made by ``tensorize.analyze``; it keeps neither the model nor the data alive.
+    Made by ``tensorize.analyze``; it keeps the calibration data alive, which refining the factors
+    needs, and not the model.
     """
 
     program: Program
     fingerprint: str
     cache: str | None = None
+    calibration: tuple[Batch, ...] = ()
+    loss_fn: LossFunction | None = None
 
     @property
     def metric(self) -> str:
@@ -45,6 +49,7 @@ class Analysis:
         self,
         budget: float | Budget | None,
         *,
+        refine: str | None = "auto",
         formats: FormatsOption = None,
         ranks: RanksOption = None,
         batch_sizes: Sequence[int] = (1, 16, 256),
@@ -53,6 +58,8 @@ class Analysis:
 
         Args:
             budget: a share of the parameters, a ``Budget``, or None where ``ranks`` says it all.
+            refine: what ``apply`` does to the factors: None, ``"refit"`` or ``"polish"``; "auto" is
+                a refit where there are calibration data and no limit on single errors.
             formats: which formats may be used, among those that were analysed.
             ranks: pattern → rank or ``"full"``; overrides the allocation.
             batch_sizes: input rows at which FLOPs are counted; the worst counts.
@@ -60,7 +67,7 @@ class Analysis:
         Raises:
             BudgetError: no choice satisfies the budget; it names the nearest feasible value.
         """
-        allocate = self._allocation(budget, formats, ranks, batch_sizes)
+        allocate = self._allocation(budget, refine, formats, ranks, batch_sizes)
         plan = run_passes(self.program, (allocate,)).plan
         assert plan is not None
         return replace(plan, analysis=self, cache=self.cache)
@@ -68,6 +75,7 @@ class Analysis:
     def _allocation(
         self,
         budget: float | Budget | None,
+        refine: str | None,
         formats: FormatsOption,
         ranks: RanksOption,
         batch_sizes: Sequence[int],
@@ -82,13 +90,41 @@ class Analysis:
             chosen = formats_by_site(free, formats)
             for site in free:
                 self.program.spectra[site.name].require(chosen[site.name])
+        budget = None if budget is None else Budget.of(budget)
         return Allocate(
-            None if budget is None else Budget.of(budget),
+            budget,
             ranks=ranks,
             formats=chosen,
             batch_sizes=tuple(batch_sizes),
+            refine=self._refinement(refine, budget),
             fingerprint=self.fingerprint,
         )
+
+    def _refinement(self, refine: str | None, budget: Budget | None) -> str | None:
+        """What ``refine`` comes to; raises AnalysisError where it cannot be done or predicted."""
+        limited = budget is not None and budget.error is not None
+        predictor = self.program.predictor
+        if refine == "auto":
+            pays = self.calibration and (predictor is None or predictor.pays(REFIT))
+            return REFIT if pays and not limited else None
+        check_refine(refine)
+        if refine is None:
+            return None
+        if limited:
+            raise BudgetError(
+                f"refine={refine!r} moves errors between weights, and the budget limits each",
+                way_out="refine=None, or limit the loss instead of the error",
+            )
+        if not self.calibration:
+            raise AnalysisError(
+                f"refine={refine!r} needs calibration data", way_out="analyse with calibration="
+            )
+        if refine == POLISH and (predictor is None or POLISH not in predictor.refinements):
+            raise AnalysisError(
+                "this analysis cannot predict what a polish gains",
+                way_out="tensorize.analyze(…, calibration=…, refine='polish'), in the loss metric",
+            )
+        return refine
 
     def curve(self, budgets: Sequence[float] | None = None) -> Curve:
         """Predicted quality, parameters, bytes and FLOPs for several budgets.
@@ -101,7 +137,11 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                plan = self._allocation(budget, None, None, (1, 16, 256)).run(self.program).plan
+                plan = (
+                    self._allocation(budget, "auto", None, None, (1, 16, 256))
+                    .run(self.program)
+                    .plan
+                )
             except BudgetError:
                 if budgets is not None:
                     raise
@@ -126,6 +166,14 @@ class Analysis:
         return (
             f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
             f"can be factorized\n{self.curve()}"
+        )
+
+
+def check_refine(refine: str | None) -> None:
+    """Raises AnalysisError for a value that ``refine`` cannot take."""
+    if refine not in ("auto", None, REFIT, POLISH):
+        raise AnalysisError(
+            f"refine={refine!r} is not one of 'auto', None, 'refit', 'polish'",
         )
 
 

@@ -18,18 +18,20 @@ from torch import nn
 
 from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
-from tensorize.analysis import Analysis, fingerprint
+from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
 from tensorize.codegen import aten
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, Batch, Plan, TTSpec
+from tensorize.ir import DENSE, POLISH, REFIT, Batch, Plan, TTSpec
 from tensorize.passes.allocate import RanksOption
-from tensorize.passes.factorize import Factorize
+from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.order import plan_contraction
-from tensorize.passes.pipeline import Program, debug_level, run_passes
+from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
+from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
-from tensorize.passes.preserved import LossFunction, PreservedLoss
+from tensorize.passes.preserved import LossFunction, PreservedLoss, split
+from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
@@ -61,6 +63,7 @@ def compile(
     tokenizer: Any = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
+    refine: str | None = "auto",
     include: Select = None,
     exclude: Select = None,
     formats: FormatsOption = None,
@@ -83,6 +86,9 @@ def compile(
             then weighed by what they do to the model's outputs.
         loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
         metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
+        refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved
+            again, in closed form, for the inputs of the compressed model) or ``"polish"`` (gradient
+            steps on the distance to the dense outputs as well); "auto" is a refit.
         include, exclude: shell patterns over parameter and module names, or a predicate on sites.
         formats: which of ``"dense"``, ``"low_rank"``, ``"tt"`` may be used; a name, several, or
             pattern → names.
@@ -111,6 +117,7 @@ def compile(
             calibration=capture.calibration_batches(calibration, model, tokenizer) or None,
             loss_fn=loss_fn,
             metric=metric,
+            refine=refine,
             include=include,
             exclude=exclude,
             formats=formats,
@@ -118,7 +125,8 @@ def compile(
             cache_dir=cache_dir,
             progress=tell,
         )
-        return _apply(model, analysis.plan(budget, ranks=ranks), analysis, inplace, tell)
+        plan = analysis.plan(budget, refine=refine, ranks=ranks)
+        return _apply(model, plan, analysis, inplace, tell)
 
 
 def analyze(
@@ -128,6 +136,7 @@ def analyze(
     calibration: Iterable[Any] | None = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
+    refine: str | None = "auto",
     include: Select = None,
     exclude: Select = None,
     formats: FormatsOption = None,
@@ -137,6 +146,9 @@ def analyze(
 ) -> Analysis:
     """Learn, once, what every rank of every weight costs; the arguments are those of ``compile``.
 
+    Args:
+        refine: what plans may ask for, and its gain is to be measured: ``"polish"`` takes longest.
+
     Raises:
         CaptureError: the model, the example inputs or a calibration batch (it says which) do not
             fit.
@@ -144,6 +156,7 @@ def analyze(
     """
     capture.check_model(model)
     check_weights(model)
+    check_refine(refine)
     batches = capture.calibration_batches(calibration, model)
     metric = _metric(metric, batches, loss_fn)
     inputs, source = capture.find_inputs(model, example_inputs, batches)
@@ -161,32 +174,32 @@ def analyze(
         program = run_passes(program, (FindSites(include, exclude),))
         key = None
         if cache_dir is not None:
-            key = disk.key(program, identity, formats, loss_fn, __version__)
+            key = disk.key(program, identity, formats, loss_fn, refine, __version__)
             if key is not None and (found := disk.read(cache_dir, key, program)) is not None:
-                return Analysis(found, identity, disk.location(cache_dir, key))
+                place = disk.location(cache_dir, key)
+                return Analysis(found, identity, place, batches, loss_fn)
         announce(_cost(program))
-        program = run_passes(program, _analysis_passes(program, loss_fn, formats))
+        program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
     released = program.without_model()
     if cache_dir is None or key is None:
-        return Analysis(released, identity)
+        return Analysis(released, identity, None, batches, loss_fn)
     disk.write(cache_dir, key, released)
-    return Analysis(released, identity, disk.location(cache_dir, key))
+    return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
 
 
 def _analysis_passes(
-    program: Program, loss_fn: LossFunction | None, formats: FormatsOption
+    program: Program, loss_fn: LossFunction | None, formats: FormatsOption, refine: str | None
 ) -> tuple[CollectStatistics, ComputeSpectra, CalibratePrediction]:
-    """The expensive passes, in order; a quarter of the batches is held out to measure on."""
-    batches = program.calibration
-    held_out = batches[3::4]
-    learn = tuple(b for k, b in enumerate(batches) if k % 4 != 3)
+    """The expensive passes, in order."""
+    learnt, held_out = split(program.calibration)
     loss = None
     if program.metric == "loss":
-        loss = PreservedLoss.fit(program.model, batches, loss_fn)
+        loss = PreservedLoss.fit(program.model, program.calibration, loss_fn)
+    refinements = {None: (), POLISH: (REFIT, POLISH)}.get(refine, (REFIT,))
     return (
-        CollectStatistics(learn, loss),
+        CollectStatistics(learnt, loss),
         ComputeSpectra(formats),
-        CalibratePrediction(held_out or learn, loss, held_out=bool(held_out)),
+        CalibratePrediction(learnt, held_out, loss, refinements),
     )
 
 
@@ -228,6 +241,7 @@ def apply(
     plan: Plan,
     *,
     calibration: Iterable[Any] | None = None,
+    refine: str | None = "auto",
     inplace: bool = False,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
@@ -236,23 +250,41 @@ def apply(
     A plan from ``Analysis.plan`` carries its analysis. One read from JSON needs the cache that
     holds it, or ``calibration=`` to make it again; a plan of the weights alone needs neither.
 
+    Args:
+        calibration: the data that the plan was made with, where it does not carry them itself.
+        refine: "auto" does what the plan predicts; anything else overrides it, and then the result
+            is not what was predicted.
+
     Raises:
-        AnalysisError: the plan was made for other weights, or its analysis cannot be had.
+        AnalysisError: the plan was made for other weights, or its analysis or the data for its
+            ``refine`` cannot be had.
     """
     capture.check_model(model)
+    check_refine(refine)
     analysis = plan.analysis
+    batches = capture.calibration_batches(calibration, model)
+    if refine != "auto":
+        plan = replace(plan, refine=refine)
     with shown(progress) as tell:
         if analysis is None:
-            analysis = _analysis_of(model, plan, calibration, tell)
+            analysis = _analysis_of(model, plan, batches, tell)
+        if batches and not analysis.calibration:
+            analysis = replace(analysis, calibration=batches)
+        if plan.refine is not None and not analysis.calibration:
+            raise AnalysisError(
+                f"the plan's refine={plan.refine!r} needs the calibration data, which a cache and "
+                "JSON do not hold",
+                way_out="pass calibration=, or refine=None",
+            )
         return _apply(model, plan, analysis, inplace, tell)
 
 
 def _analysis_of(
-    model: nn.Module, plan: Plan, calibration: Iterable[Any] | None, tell: Progress
+    model: nn.Module, plan: Plan, batches: tuple[Batch, ...], tell: Progress
 ) -> Analysis:
     if plan.cache is not None and (found := disk.read_location(plan.cache)) is not None:
         return Analysis(found, plan.fingerprint, plan.cache)
-    if plan.metric != "frobenius" and calibration is None:
+    if plan.metric != "frobenius" and not batches:
         raise AnalysisError(
             f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
             way_out="pass calibration=, or analyse with cache_dir= so that the plan finds it",
@@ -260,8 +292,9 @@ def _analysis_of(
     formats = {site.name: site.format for site in plan.sites if site.spec is not None} or None
     return analyze(
         model,
-        calibration=None if plan.metric == "frobenius" else calibration,
+        calibration=None if plan.metric == "frobenius" else [batch.given for batch in batches],
         metric=plan.metric,
+        refine=plan.refine,
         formats=formats,
         seed=plan.seed,
         progress=tell,
@@ -269,32 +302,31 @@ def _analysis_of(
 
 
 def _apply(
-    model: nn.Module, plan: Plan, analysis: Analysis, inplace: bool, tell: Progress
+    model: nn.Module,
+    plan: Plan,
+    analysis: Analysis,
+    inplace: bool,
+    tell: Progress,
 ) -> nn.Module:
     if fingerprint(model) != plan.fingerprint:
         raise AnalysisError(
             "the plan was made for a model with other weights",
             way_out="analyse this model: tensorize.analyze(model)",
         )
-    target = model if inplace else _copy(model, plan)
+    replaced = {site.name for site in plan.sites if site.spec is not None}
+    target = model if inplace else copy_sharing(model, replaced)
     program = replace(analysis.program, model=target, plan=plan, progress=tell)
-    program = run_passes(program, (Factorize(), VerifyResult()))
+    passes: list[Pass] = [Factorize(), VerifyResult()]
+    if plan.refine is not None and replaced:
+        passes.insert(0, Refit(analysis.calibration))
+    if plan.refine == POLISH and replaced:
+        dense = copy_sharing(model, dict(model.named_parameters())) if inplace else model
+        loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
+        passes.insert(2, Polish(dense, *split(analysis.calibration), loss))
+    program = run_passes(program, passes)
     target.__dict__["_tensorize"] = _report(program, analysis)
     huggingface.note_factors(target)
     return target
-
-
-def _copy(model: nn.Module, plan: Plan) -> nn.Module:
-    """A deep copy that shares the dense weights which are about to be replaced."""
-    replaced = {site.name for site in plan.sites if site.spec is not None}
-    memo = {id(p): p for name, p in model.named_parameters() if name in replaced}
-    try:
-        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
-    except Exception as error:
-        raise CaptureError(
-            f"the model cannot be copied: {type(error).__name__}: {error}",
-            way_out="pass inplace=True",
-        ) from error
 
 
 def _report(program: Program, analysis: Analysis) -> Report:

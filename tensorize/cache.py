@@ -27,7 +27,12 @@ log = logging.getLogger("tensorize")
 
 
 def key(
-    program: Program, fingerprint: str, formats: FormatsOption, loss_fn: Any, version: str
+    program: Program,
+    fingerprint: str,
+    formats: FormatsOption,
+    loss_fn: Any,
+    refine: str | None,
+    version: str,
 ) -> str | None:
     """A hash of all that an analysis depends on; None where that cannot be told (a loss_fn)."""
     if loss_fn is not None:
@@ -36,8 +41,8 @@ def key(
     digest = hashlib.sha256()
     sites = [(site.name, site.shape, site.blocked) for site in program.sites]
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
-    text = (fingerprint, program.metric, program.seed, plain, sites, version, torch.__version__)
-    digest.update(repr(text).encode())
+    text = (fingerprint, program.metric, program.seed, plain, sites, refine, version)
+    digest.update(repr((*text, torch.__version__)).encode())
     for batch in program.calibration:
         _hash_batch(digest, batch)
     return digest.hexdigest()[:32]

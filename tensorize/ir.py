@@ -18,6 +18,8 @@ import sympy
 
 DENSE, LOW_RANK, TT = "dense", "low_rank", "tt"
 FORMATS = (DENSE, LOW_RANK, TT)
+REFIT, POLISH = "refit", "polish"
+"""What is done to the cores after the decompositions; a polish comes after a refit."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -442,8 +444,9 @@ class Totals:
 class Plan:
     """One choice of formats and ranks for a whole model: hashable, printable, kept as JSON.
 
-    ``fingerprint`` identifies the model and analysis that it was made for. A plan that comes from
-    ``Analysis.plan`` also carries that analysis; it is no part of equality, hash or JSON.
+    ``fingerprint`` identifies the model and analysis that it was made for; ``refine`` is what will
+    be done to the cores, and what ``predicted`` is of. A plan that comes from ``Analysis.plan``
+    also carries that analysis; it is no part of equality, hash or JSON.
     """
 
     sites: tuple[RankPlan, ...]
@@ -454,6 +457,7 @@ class Plan:
     batch_sizes: tuple[int, ...]
     seed: int
     fingerprint: str
+    refine: str | None = None
     notes: tuple[str, ...] = ()
     cache: str | None = None
     analysis: Any = field(default=None, compare=False, repr=False)

@@ -17,6 +17,7 @@ Tied weights share their cores as they shared the dense weight.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize import ops, ties, tt, uses, views
+from tensorize import hooks, ops, ties, tt, uses, views
 from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.uses import Frame, Matmul
 
@@ -50,7 +51,10 @@ class FactoredWeight:
     ) -> None:
         self.spec, self.cores, self.frame = spec, cores, frame
         self.contractions = contractions or {}
-        shape = spec.shape if frame.expert is None else spec.single.shape
+        shape = spec.shape
+        if frame.expert is not None:
+            several = frame.expert.shape if self._is_several else ()
+            shape = (*several, *spec.single.shape)
         if frame.shape is not None:
             shape = frame.shape
         if frame.rows is not None:
@@ -127,13 +131,19 @@ class FactoredWeight:
     def dense(self) -> Tensor:
         """The weight as the model looks at it, built from the cores."""
         spec, cores = self.looked_at()
-        weight = tt.reconstruct(spec, cores)
+        if self._is_several:  # stacks are low rank
+            weight = torch.matmul(*cores)
+        else:
+            weight = tt.reconstruct(spec, cores)
         if self.frame.shape is not None:
             return weight.reshape(self.frame.shape)
         return weight.transpose(-1, -2) if self.frame.transposed else weight
 
     def looked_at(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
-        """Spec and cores of the expert or the rows that the frame shows."""
+        """Spec and cores of the expert or the rows that the frame shows.
+
+        Of several experts the spec of each, and the cores of all.
+        """
         spec, cores = self.spec if self.frame.expert is None else self.spec.single, self._shown()
         if self.frame.rows is None:
             return spec, cores
@@ -145,7 +155,7 @@ class FactoredWeight:
         return exact, (weight,)
 
     def _shown(self) -> tuple[Tensor, ...]:
-        """The cores of the expert that the frame shows, and of its rows where they are low rank."""
+        """The cores of the experts that the frame shows, and of rows where they are low rank."""
         cores = self.cores
         if self.frame.expert is not None:
             cores = tuple(core[self.frame.expert] for core in cores)
@@ -153,6 +163,11 @@ class FactoredWeight:
             return cores
         first, end = self.frame.rows
         return cores[0][first:end], cores[1]
+
+    @property
+    def _is_several(self) -> bool:
+        """Whether it shows several experts of a stack, each where the model asks for it."""
+        return isinstance(self.frame.expert, Tensor) and self.frame.expert.dim() > 0
 
     def t(self) -> FactoredWeight | Tensor:
         return torch.t(self)  # type: ignore[arg-type]
@@ -197,7 +212,7 @@ class FactoredWeight:
         weight = next(_factored(args, kwargs))
         matmul = uses.read(func, args, kwargs, weight)
         if matmul is not None and weight._can_run(matmul):
-            return weight._run(weight.frame.turn(matmul))
+            return weight.run(weight.frame.turn(matmul))
         frame = views.view(func, args, kwargs, weight.frame, weight)
         if isinstance(frame, tuple):
             return tuple(weight._seen(part) for part in frame)
@@ -232,21 +247,23 @@ class FactoredWeight:
             return False
         if matmul.bag is not None:
             return low_rank and not self.spec.batch
-        if not self.spec.batch or frame.expert is not None:
+        one = frame.expert is not None and not self._is_several
+        if not self.spec.batch or one:
             return not matmul.stacked and matmul.offsets is None
         return low_rank and (matmul.stacked or matmul.offsets is not None)
 
-    def _run(self, matmul: Matmul) -> Tensor:
+    def run(self, matmul: Matmul) -> Tensor:
+        """What a call gives that is told in terms of the parameter itself."""
         x, contract = matmul.x, matmul.contract
         if matmul.convolution is not None:
             shape, call = self.shape, matmul.convolution
             return ops.convolution(self.cores, x, shape, call, matmul.bias)
-        if matmul.offsets is not None:
-            return ops.grouped_matmul(self.cores, x, matmul.offsets, contract)
-        if matmul.stacked:
-            y = ops.stacked_matmul(self.cores, x, contract, matmul.bias)
-            return matmul.from_rows(y)
         cores = self._shown()
+        if matmul.offsets is not None:
+            return ops.grouped_matmul(cores, x, matmul.offsets, contract)
+        if matmul.stacked:
+            y = ops.stacked_matmul(cores, x, contract, matmul.bias)
+            return matmul.from_rows(y)
         if matmul.bag is not None:
             return ops.bag_lookup(cores, x, matmul.bag)
         if contract == "lookup":
@@ -270,6 +287,24 @@ for _name in (
     *("lt", "le", "gt", "ge", "eq", "ne"),
 ):
     setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _teach_dynamo() -> None:
+    """Calls that dynamo does not hand to a lazy weight as Python does.
+
+    It knows no reverse of ``@`` and takes ``W @ x`` for ``x @ W`` where W is no tensor; and it has
+    it that no private function can be answered by what stands in for a tensor: those that
+    ``F.grouped_mm`` and weight norm call.
+    """
+    from torch._dynamo.variables import builtin
+    from torch._dynamo.variables import torch as functions
+
+    builtin.BUILTIN_TO_TENSOR_RFN_MAP[operator.matmul] = torch.Tensor.__rmatmul__
+    private = (getattr(torch, name) for name in ("_grouped_mm", "_weight_norm"))
+    functions.get_overridable_functions().update(private)
+
+
+hooks.when_imported("torch._dynamo.convert_frame", _teach_dynamo)
 
 
 def _writes(func: Any, args: tuple, kwargs: dict) -> bool:

@@ -23,8 +23,8 @@ from examples.gpt import (
     load_tokenizer,
     next_token_loss,
 )
-from examples.train_gpt import digest, held_out_slice
-from examples.train_gpt import main as train
+from examples.train_stdlib import digest, held_out_slice
+from examples.train_stdlib import main as train
 
 
 @pytest.fixture(scope="module")

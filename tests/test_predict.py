@@ -20,6 +20,7 @@ from examples.gpt import load_pretrained
 from tensorize.capture import batch_of
 from tensorize.errors import BudgetError
 from tensorize.ir import TTSpec
+from tensorize.passes.factorize import planned_cores
 from tensorize.passes.predict import TRIAL_SHARES, Predictor, Trial, approximations
 from tensorize.passes.preserved import PreservedLoss, call
 from tests.models import CASES, MLP, Case
@@ -172,17 +173,18 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
     found: Predictor = analysis.program.predictor
     assert found.held_out
     assert found.unit == ("relative squared error" if name in ("mlp", "bert") else "nats")
-    raws = [trial.raw for trial in found.trials]
+    plain = [trial for trial in found.trials if trial.refine is None]
+    raws = [trial.raw for trial in plain]
     assert raws == sorted(raws)
     loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
     checked = 0
     for share in TRIAL_SHARES:
         try:
-            plan = analysis.plan(share)
+            plan = analysis.plan(share, refine=None)
         except BudgetError:
             continue
         raw = sum(site.predicted_loss for site in plan.sites)
-        trial = next((t for t in found.trials if t.raw == pytest.approx(raw, rel=1e-12)), None)
+        trial = next((t for t in plain if t.raw == pytest.approx(raw, rel=1e-12)), None)
         if trial is None:
             continue  # its damage was below rounding: nothing to calibrate with
         small = tensorize.apply(model, plan)
@@ -192,13 +194,33 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
         assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9)
         assert plan.predicted.output_error == pytest.approx(trial.output_error, rel=1e-9)
         checked += 1
-    assert checked == len(found.trials) > 1
+    assert checked == len(plain) > 1
 
 
-def test_too_few_batches_to_hold_one_out_are_measured_on_themselves() -> None:
+@pytest.mark.parametrize("name", ["mlp", "gpt", "bert"])
+@pytest.mark.parametrize("refine", ["refit", "polish"])
+def test_what_refining_gains_is_measured_at_two_trials(name: str, refine: str) -> None:
+    case = CASES[name]
+    model, given = case.model(), calibration(case)
+    analysis = tensorize.analyze(model, calibration=given, refine=refine)
+    trials = [t for t in analysis.program.predictor.trials if t.refine == refine]
+    assert len(trials) == 2
+    loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
+    for share in (0.75, 0.25):
+        plan = analysis.plan(share, refine=refine)
+        raw = sum(site.predicted_loss for site in plan.sites)
+        trial = next(t for t in trials if t.raw == pytest.approx(raw, rel=1e-12))
+        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9)
+        # The trial saw three quarters of the data, the result all of them, these batches as well.
+        measured = rise(model, tensorize.apply(model, plan), given[3::4], loss)
+        assert 0.2 * trial.measured < measured < 1.1 * trial.measured
+
+
+@pytest.mark.parametrize(("batches", "held_out"), [(1, False), (2, True), (3, True), (4, True)])
+def test_something_is_held_out_from_two_batches_on(batches: int, held_out: bool) -> None:
     model = MLP()
-    found = tensorize.analyze(model, calibration=[torch.randn(32, 48) for _ in range(3)])
-    assert not found.program.predictor.held_out
+    found = tensorize.analyze(model, calibration=[torch.randn(32, 48) for _ in range(batches)])
+    assert found.program.predictor.held_out == held_out
     assert found.program.predictor.trials
 
 
@@ -228,8 +250,9 @@ def test_shares_that_are_not_feasible_are_left_out() -> None:
             return self.layer(x) * self.scale.mean()
 
     analysis = tensorize.analyze(Heavy(), calibration=[torch.randn(32, 48) for _ in range(4)])
-    _, trial = analysis.program.predictor.trials  # 0.9 and 0.75: 0.5 and less cannot be
-    assert analysis.plan(0.75).predicted.loss == pytest.approx(trial.measured)
+    found = analysis.program.predictor.trials
+    _, trial = [t for t in found if t.refine is None]  # 0.9 and 0.75: 0.5 and less cannot be
+    assert analysis.plan(0.75, refine=None).predicted.loss == pytest.approx(trial.measured)
 
 
 @pytest.mark.parametrize("metric", ["frobenius", "input"])
@@ -265,7 +288,7 @@ def test_a_loss_of_the_caller_is_predicted_in_its_own_unit() -> None:
     optimizer.zero_grad()
     analysis = tensorize.analyze(dense, calibration=data, loss_fn=loss_fn)
     assert analysis.program.predictor.unit == "loss_fn"
-    plan = analysis.plan(0.5)
+    plan = analysis.plan(0.5, refine=None)
     small = tensorize.apply(dense, plan)
     with torch.no_grad():
         rises = [loss_fn(small(**b), b) - loss_fn(dense(**b), b) for b in data[3::4]]
@@ -293,8 +316,9 @@ def test_approximations_are_the_weights_of_the_plan() -> None:
     case = CASES["gpt"]
     model = case.model()
     analysis = tensorize.analyze(model, calibration=calibration(case, 4))
-    plan = analysis.plan(0.4)
-    weights = approximations(replace(analysis.program, model=model), plan.sites)
+    plan = analysis.plan(0.4, refine=None)
+    program = replace(analysis.program, model=model)
+    weights = approximations(program, plan.sites, planned_cores(program, plan.sites))
     assert set(weights) == {site.name for site in plan.sites if site.spec is not None}
     dense = dict(tensorize.densify(tensorize.apply(model, plan)).named_parameters())
     for name, value in weights.items():

@@ -1,0 +1,227 @@
+"""Sequential refit: every weight's factors solved again on the inputs that it will really see.
+
+The one-shot factors are best for the dense model's inputs. In the compressed model a weight sees
+inputs x̃ that the weights before it have changed, while its outputs should still be those of the
+dense model, W x. So weights are taken in the order of their use: with C̃ = E[x̃ x̃ᵀ] and
+K = E[x x̃ᵀ], both from calibration data, the map that is best on x̃ is T = W K C̃⁻¹, and its best
+rank-r factors in the metric (G of the gradients, C̃ of the inputs) follow from one whitened SVD, as
+for the dense weight. No gradients are needed.
+
+All of it is one pass: every calibration batch runs through the dense and through the compressed
+model at once, and waits at each weight until that weight is solved.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tensorize import ops
+from tensorize.forward import untouched
+from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
+from tensorize.observer import Observer
+from tensorize.passes.factorize import Cores, planned_cores
+from tensorize.passes.metric import DAMPING, Metric
+from tensorize.passes.pipeline import Program
+from tensorize.passes.preserved import call, row_mask
+from tensorize.passes.spectra import Spectrum, as_matrix, best_factors
+from tensorize.passes.statistics import input_rows
+from tensorize.uses import Frame, Matmul
+from tensorize.weight import FactoredWeight
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Program with ``cores``: the planned factors, solved again on ``batches``."""
+
+    batches: tuple[Batch, ...]
+    name: str = "refit"
+
+    def run(self, program: Program) -> Program:
+        assert program.plan is not None
+        cores = refit(program, program.plan.sites, self.batches)
+        summary = f"{len(cores)} weights in sequence, on {len(self.batches)} batches"
+        return replace(program, cores=cores, summary=summary)
+
+
+@torch.no_grad()
+def refit(
+    program: Program, sites: Sequence[RankPlan], batches: Sequence[Batch]
+) -> dict[str, Cores]:
+    """The cores of a plan, those of plain low-rank weights solved again."""
+    cores = planned_cores(program, sites)
+    specs = {choice.name: choice.spec for choice in sites if choice.spec is not None}
+    parameters = {n: p for n, p in program.model.named_parameters() if n in specs}
+    contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
+    by_name = {site.name: site for site in program.sites}
+    order = [
+        n for n in _order(program.model, batches[0], parameters) if _solvable(by_name[n], specs[n])
+    ]
+
+    def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
+        shape = tuple(parameters[name].shape)
+        whole = frame if shape == specs[name].shape else replace(frame, shape=shape)
+        held = tuple(core.to(parameters[name].dtype) for core in cores[name])
+        return FactoredWeight(specs[name], held, whole, contractions[name]).run(matmul)
+
+    runs: list[tuple[_Run, _Run]] = []
+    try:
+        with untouched(program.model):
+            for position, batch in enumerate(batches):
+                given = program.model, batch, position, parameters, order
+                runs.append((_Run(*given, None), _Run(*given, compressed)))
+            for done, name in enumerate(order):
+                program.progress("refit", done, len(order))
+                moments = _Moments(by_name[name])
+                for dense, small in runs:
+                    if dense.reach(done) and small.reach(done):
+                        moments.add(dense, small)
+                if moments.count > 0:
+                    weight = as_matrix(by_name[name], parameters[name].detach())
+                    curve, rank = program.spectra[name], specs[name].ranks[0]
+                    cores[name] = moments.solve(weight, curve, rank)
+    finally:
+        for pair in runs:
+            for one in pair:
+                one.stop()
+    program.progress("refit", len(order), len(order))
+    return cores
+
+
+def _order(model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Weights that one forward pass uses exactly once, as a plain matrix, in the order of use."""
+    uses: dict[str, int] = {}
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        plain = frame.rows is None and frame.expert is None and not matmul.stacked
+        plain = plain and matmul.contract != "lookup" and matmul.offsets is None
+        uses[name] = uses.get(name, 0) + (1 if plain else 2)
+        return output
+
+    with untouched(model), Observer(parameters.items(), on_matmul):
+        call(model, batch, 0)
+    return [name for name, count in uses.items() if count == 1]
+
+
+def _solvable(site: Site, spec: TTSpec) -> bool:
+    """Whether it is a plain low-rank weight that is not exact already."""
+    plain = spec.format == LOW_RANK and not site.experts and not site.last_resort
+    return plain and spec.ranks[0] < min(site.matrix)
+
+
+class _Stop(BaseException):
+    """Ends a run that is not needed any more; nothing in a model catches it."""
+
+
+class _Run:
+    """One batch going through the model in a thread of its own, waiting at every weight in turn.
+
+    ``compressed`` computes what a factorized weight gives; None: the dense model runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        position: int,
+        parameters: Mapping[str, nn.Parameter],
+        order: Sequence[str],
+        compressed: Callable[[str, Frame, Matmul], Tensor] | None,
+    ) -> None:
+        self.batch, self.matmul = batch, None
+        self._place = {name: k for k, name in enumerate(order)}
+        self._compressed = compressed
+        self._at = -1  # the weight that it waits at; len(order): it is done
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
+
+        def run() -> None:
+            self._go.acquire()
+            try:
+                if not self._stopped:
+                    with torch.no_grad(), Observer(parameters.items(), self._on_matmul):
+                        call(model, batch, position)
+            except _Stop:
+                pass
+            except BaseException as error:
+                self._error = error
+            self.matmul, self._at = None, len(order)
+            self._waits.release()
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def _on_matmul(self, name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        place = self._place.get(name, -1)
+        if place > self._at:
+            self.matmul, self._at = matmul, place
+            self._waits.release()
+            self._go.acquire()
+            self.matmul = None
+            if self._stopped:
+                raise _Stop
+        return output if self._compressed is None else self._compressed(name, frame, matmul)
+
+    def reach(self, place: int) -> bool:
+        """Go on up to the weight at ``place``; False where the run does not come by it."""
+        while self._at < place:
+            self._go.release()
+            self._waits.acquire()
+            if self._error is not None:
+                raise self._error
+        return self._at == place
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._go.release()
+        self._thread.join()
+
+
+class _Moments:
+    """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.count = site, 0
+        self._cross: Tensor | None = None
+        self._own: Tensor | None = None
+        self._contract = "columns"
+
+    def add(self, dense: _Run, small: _Run) -> None:
+        assert dense.matmul is not None
+        assert small.matmul is not None
+        x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
+        if x is None or seen is None or x.shape != seen.shape:
+            return  # rows of a convolution in three dimensions; a model that takes another way
+        mask = row_mask(dense.matmul.x, dense.batch, dense.matmul.contract)
+        if mask is not None and mask.numel() == len(x):
+            x, seen = x[mask], seen[mask]
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x, seen = x.float(), seen.float()
+        cross, own = (x.t() @ seen).double(), (seen.t() @ seen).double()
+        self._cross = cross if self._cross is None else self._cross.add_(cross)
+        self._own = own if self._own is None else self._own.add_(own)
+        self.count += len(x)
+        self._contract = dense.matmul.contract
+
+    def solve(self, weight: Tensor, curve: Spectrum, rank: int) -> Cores:
+        """The best factors of the map that takes x̃ to W x."""
+        assert self._cross is not None
+        assert self._own is not None
+        damping = DAMPING * float(self._own.diagonal().mean())
+        for moment in (self._cross, self._own):  # as if noise were seen that both models share
+            moment.diagonal().add_(damping)
+        rows = self._contract == "rows"
+        wanted = (weight.double().t() if rows else weight.double()) @ self._cross
+        factor = torch.linalg.cholesky(self._own)
+        target = torch.cholesky_solve(wanted.t(), factor).t()
+        (metric,) = curve.metrics
+        outputs = metric.right if rows else metric.left
+        left, right, _ = best_factors(
+            target.to(weight.dtype), Metric(1.0, outputs, factor.float()), rank
+        )
+        return (right.t(), left.t()) if rows else (left, right)
