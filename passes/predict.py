@@ -33,10 +33,10 @@ from tensorize.passes.refit import refit
 from tensorize.weight import factored
 
 TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
-_REFINED_SHARES = (0.75, 0.25)
+_REFINED_SHARES = (0.75, 0.5, 0.25)
 _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
-_MODEL_SPREAD = 0.08
+_MODEL_SPREAD = 0.1
 _NO_HELD_OUT_SPREAD = 0.25
 
 

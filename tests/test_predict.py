@@ -199,14 +199,14 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
 
 @pytest.mark.parametrize("name", ["mlp", "gpt", "bert"])
 @pytest.mark.parametrize("refine", ["refit", "polish"])
-def test_what_refining_gains_is_measured_at_two_trials(name: str, refine: str) -> None:
+def test_what_refining_gains_is_measured_at_three_trials(name: str, refine: str) -> None:
     case = CASES[name]
     model, given = case.model(), calibration(case)
     analysis = tensorize.analyze(model, calibration=given, refine=refine)
     trials = [t for t in analysis.program.predictor.trials if t.refine == refine]
-    assert len(trials) == 2
+    assert len(trials) == 3
     loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
-    for share in (0.75, 0.25):
+    for share in (0.75, 0.5, 0.25):
         plan = analysis.plan(share, refine=refine)
         raw = sum(site.predicted_loss for site in plan.sites)
         trial = next(t for t in trials if t.raw == pytest.approx(raw, rel=1e-12))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tensorize
-from benchmarks.quality import loss, text, uniform_plan
+from benchmarks.peers import uniform_plan
+from benchmarks.quality import loss, text
 from examples.gpt import load_pretrained
 
 
