@@ -15,9 +15,10 @@ from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError
 from tensorize.ir import Plan, Prediction, RankPlan, Site, Totals
 from tensorize.passes.optimise import (
+    Solution,
     TooTight,
     minimise_cost,
-    minimise_distortion,
+    solve,
     total_distortion,
 )
 from tensorize.passes.pipeline import Program
@@ -49,6 +50,7 @@ class Allocate:
     formats: Mapping[str, tuple[str, ...]] | None = None
     batch_sizes: tuple[int, ...] = (1, 16, 256)
     refine: str | None = None
+    rank_multiple: int = 1
     fingerprint: str = ""
     name: str = "allocate"
 
@@ -57,13 +59,13 @@ class Allocate:
         overhead = other_costs(program)
         points = self._points(program, last_resort=False)
         try:
-            choice = self._choose(points, overhead, dense, program)
+            solution = self._choose(points, overhead, dense, program)
         except BudgetError:
             if not any(site.last_resort and site.blocked is None for site in program.sites):
                 raise
             points = self._points(program, last_resort=True)
-            choice = self._choose(points, overhead, dense, program)
-        plan = self._plan(program, points, choice, overhead, dense)
+            solution = self._choose(points, overhead, dense, program)
+        plan = self._plan(program, points, solution, overhead, dense)
         kept = plan.predicted.parameters / dense.parameters
         factorized = sum(site.spec is not None for site in plan.sites)
         summary = f"{factorized} weights factorized, {100 * kept:.2f} % of the parameters kept"
@@ -96,16 +98,18 @@ class Allocate:
                 result.append(dense_point(site, itemsize, "not named by ranks="))
             else:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
-                result.append(curve_points(curve, allowed, itemsize, self.batch_sizes))
+                result.append(
+                    curve_points(curve, allowed, itemsize, self.batch_sizes, self.rank_multiple)
+                )
         return result
 
     # ---------------------------------------------------------------------------- the choice
 
     def _choose(
         self, points: list[Points], overhead: np.ndarray, dense: Totals, program: Program
-    ) -> list[int]:
+    ) -> Solution:
         if self.budget is None:
-            return [0] * len(points)
+            return Solution([0] * len(points), 0.0, 0.0)
         budget = self.budget
         if budget.error is not None:
             points[:] = _within_error(points, budget.error)
@@ -114,7 +118,7 @@ class Allocate:
         _check_feasible(points, caps, overhead, limits, dense)
         ceiling = self._distortion_limit(program)
         try:
-            choice = minimise_distortion(points, caps)
+            solution = solve(points, caps)
         except TooTight as tight:
             j, need = tight.cost, int(tight.total + overhead[tight.cost])
             raise BudgetError(
@@ -122,15 +126,18 @@ class Allocate:
                 f"{COSTS[j]} found is {need:,}",
                 way_out=f"{COSTS[j]}={need}, or a larger limit on what it is traded for",
             ) from None
-        if ceiling is not None and total_distortion(points, choice) > ceiling:
-            reached = program.predictor.predict(total_distortion(points, choice), self.refine)[0]
+        lost = total_distortion(points, solution.choice)
+        if ceiling is not None and lost > ceiling:
+            reached = program.predictor.predict(lost, self.refine)[0]
             raise BudgetError(
                 f"no choice within {budget} keeps the predicted rise of the loss: the "
                 f"smallest reached is {reached:.4g}",
-                site=_largest(points, choice),
+                site=_largest(points, solution.choice),
                 way_out=f"allow loss={reached * 1.01:.4g}, a larger size, or more formats=",
             )
-        return choice if limits else minimise_cost(points, ceiling)
+        if limits:
+            return solution
+        return Solution(minimise_cost(points, ceiling), 0.0, 0.0)
 
     def _distortion_limit(self, program: Program) -> float | None:
         """The largest sum of distortions whose predicted loss is within the budget."""
@@ -150,10 +157,11 @@ class Allocate:
         self,
         program: Program,
         points: list[Points],
-        choice: list[int],
+        solution: Solution,
         overhead: np.ndarray,
         dense: Totals,
     ) -> Plan:
+        choice = solution.choice
         used = overhead + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         lost = total_distortion(points, choice)
         sites = tuple(
@@ -191,6 +199,7 @@ class Allocate:
             seed=program.seed,
             fingerprint=self.fingerprint,
             refine=self.refine,
+            gap=solution.gap,
             notes=program.notes,
         )
 

@@ -17,9 +17,10 @@ from tensorize.passes.spectra import Spectrum
 COSTS = ("params", "bytes", "flops")
 
 # Without a loss, errors of different weights have no common unit. Distortion is divided by the
-# weight's own size to this power: 0 compares absolute errors, 1 relative ones; each of the two
-# fails badly on some trained model (docs/design.md), the geometric mean of both on none tried.
-_RELATIVE = 0.5
+# weight's own size to this power: 0 compares absolute errors, 1 relative ones. Both fail badly on
+# some trained model, and so does the same share for all; this fails on none of the three tried
+# (`python -m benchmarks.no_data`).
+_RELATIVE = 0.15
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,19 @@ def _scale(curve: Spectrum) -> float:
 
 
 def curve_points(
-    curve: Spectrum, allowed: Sequence[str], itemsize: int, batch_sizes: Sequence[int]
+    curve: Spectrum,
+    allowed: Sequence[str],
+    itemsize: int,
+    batch_sizes: Sequence[int],
+    rank_multiple: int = 1,
 ) -> Points:
+    """All points of a weight; low ranks above ``rank_multiple`` only at its multiples."""
     site = curve.site
     m, n = site.matrix
     count = max(site.experts, 1)
     ranks = np.arange(1, curve.left.shape[-1] + 1) if LOW_RANK in allowed else np.arange(0)
     ranks = ranks[ranks * (m + n) < m * n]
+    ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     others = tuple(spec for spec, _ in curve.train_points) if TT in allowed else ()
     parameters = ranks * (m + n) * count
     rows = [np.stack([parameters, parameters * itemsize, _low_rank_flops(site, ranks)], axis=1)]

@@ -53,6 +53,7 @@ class Analysis:
         formats: FormatsOption = None,
         ranks: RanksOption = None,
         batch_sizes: Sequence[int] = (1, 16, 256),
+        rank_multiple: int | None = None,
     ) -> Plan:
         """The best formats and ranks within a budget, in milliseconds.
 
@@ -63,11 +64,13 @@ class Analysis:
             formats: which formats may be used, among those that were analysed.
             ranks: pattern → rank or ``"full"``; overrides the allocation.
             batch_sizes: input rows at which FLOPs are counted; the worst counts.
+            rank_multiple: low ranks are multiples of this (or smaller than it), as matrix units
+                want; None: 8 for a model that was on a GPU, 1 on a CPU, where it gains nothing.
 
         Raises:
             BudgetError: no choice satisfies the budget; it names the nearest feasible value.
         """
-        allocate = self._allocation(budget, refine, formats, ranks, batch_sizes)
+        allocate = self._allocation(budget, refine, formats, ranks, batch_sizes, rank_multiple)
         plan = run_passes(self.program, (allocate,)).plan
         assert plan is not None
         return replace(plan, analysis=self, cache=self.cache)
@@ -79,6 +82,7 @@ class Analysis:
         formats: FormatsOption,
         ranks: RanksOption,
         batch_sizes: Sequence[int],
+        rank_multiple: int | None = None,
     ) -> Allocate:
         if budget is None and ranks is None:
             raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
@@ -90,6 +94,11 @@ class Analysis:
             chosen = formats_by_site(free, formats)
             for site in free:
                 self.program.spectra[site.name].require(chosen[site.name])
+        if rank_multiple is None:
+            cores = [curve.left for curve in self.program.spectra.values()]
+            rank_multiple = 8 if any(core.is_cuda for core in cores) else 1
+        if rank_multiple < 1:
+            raise BudgetError(f"rank_multiple must be a positive integer, got {rank_multiple}")
         budget = None if budget is None else Budget.of(budget)
         return Allocate(
             budget,
@@ -97,6 +106,7 @@ class Analysis:
             formats=chosen,
             batch_sizes=tuple(batch_sizes),
             refine=self._refinement(refine, budget),
+            rank_multiple=rank_multiple,
             fingerprint=self.fingerprint,
         )
 

@@ -38,10 +38,12 @@ from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
 from tensorize.report import Figures, Report, ReportTotals, SiteReport, Stage
+from tensorize.selfmade import self_made
 from tensorize.version import __version__
 
 METRICS = ("frobenius", "input", "loss")
 BACKENDS = ("auto", "aten")
+SELF = "self"
 
 
 def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
@@ -59,7 +61,7 @@ def compile(
     budget: float | Budget | None = 0.1,
     *,
     example_inputs: Any = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
@@ -83,7 +85,8 @@ def compile(
             ``None`` where ``ranks`` says it all.
         example_inputs: what forward takes: a tuple of positional or a dict of keyword arguments.
         calibration: an iterable of such inputs, or of strings with ``tokenizer=``: the errors are
-            then weighed by what they do to the model's outputs.
+            then weighed by what they do to the model's outputs. ``"self"``: the model makes them
+            itself, a decoder by writing text.
         loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
         metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
         refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved
@@ -114,7 +117,9 @@ def compile(
         analysis = analyze(
             model,
             example_inputs=example_inputs,
-            calibration=capture.calibration_batches(calibration, model, tokenizer) or None,
+            calibration=calibration
+            if calibration == SELF
+            else capture.calibration_batches(calibration, model, tokenizer) or None,
             loss_fn=loss_fn,
             metric=metric,
             refine=refine,
@@ -133,7 +138,7 @@ def analyze(
     model: nn.Module,
     *,
     example_inputs: Any = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
@@ -157,7 +162,7 @@ def analyze(
     capture.check_model(model)
     check_weights(model)
     check_refine(refine)
-    batches = capture.calibration_batches(calibration, model)
+    batches, made = _calibration(calibration, model, example_inputs, seed)
     metric = _metric(metric, batches, loss_fn)
     inputs, source = capture.find_inputs(model, example_inputs, batches)
     program = Program(
@@ -166,7 +171,7 @@ def analyze(
         calibration=batches,
         metric=metric,
         seed=seed,
-        notes=(f"uses of the weights were seen with {source}",),
+        notes=(f"uses of the weights were seen with {source}", *made),
     )
     identity = fingerprint(model)
     with shown(progress) as tell:
@@ -185,6 +190,17 @@ def analyze(
         return Analysis(released, identity, None, batches, loss_fn)
     disk.write(cache_dir, key, released)
     return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
+
+
+def _calibration(
+    calibration: Any, model: nn.Module, example_inputs: Any, seed: int
+) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
+    """The calibration batches, and a note where the model made them itself."""
+    if not (isinstance(calibration, str) and calibration == SELF):
+        return capture.calibration_batches(calibration, model), ()
+    inputs, _ = capture.find_inputs(model, example_inputs, ())
+    batches, what = self_made(model, inputs, seed)
+    return batches, (f"calibrated on {what}",)
 
 
 def _analysis_passes(
@@ -240,7 +256,7 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | None = None,
     refine: str | None = "auto",
     inplace: bool = False,
     progress: Progress | bool | None = None,
@@ -262,7 +278,7 @@ def apply(
     capture.check_model(model)
     check_refine(refine)
     analysis = plan.analysis
-    batches = capture.calibration_batches(calibration, model)
+    batches, _ = _calibration(calibration, model, None, plan.seed)
     if refine != "auto":
         plan = replace(plan, refine=refine)
     with shown(progress) as tell:

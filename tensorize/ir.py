@@ -445,8 +445,9 @@ class Plan:
     """One choice of formats and ranks for a whole model: hashable, printable, kept as JSON.
 
     ``fingerprint`` identifies the model and analysis that it was made for; ``refine`` is what will
-    be done to the cores, and what ``predicted`` is of. A plan that comes from ``Analysis.plan``
-    also carries that analysis; it is no part of equality, hash or JSON.
+    be done to the cores, and what ``predicted`` is of; ``gap`` the share of the sum of distortions
+    by which a better choice might be better (the duality gap). A plan that comes from
+    ``Analysis.plan`` also carries that analysis; it is no part of equality, hash or JSON.
     """
 
     sites: tuple[RankPlan, ...]
@@ -458,6 +459,7 @@ class Plan:
     seed: int
     fingerprint: str
     refine: str | None = None
+    gap: float = 0.0
     notes: tuple[str, ...] = ()
     cache: str | None = None
     analysis: Any = field(default=None, compare=False, repr=False)

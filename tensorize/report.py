@@ -310,6 +310,11 @@ class Report:
             yield "predicted largest error of a site", error + metric
             if self.measured_error is not None:
                 yield "measured error of the outputs", printer.number(self.measured_error)
+        if self.plan.refine is not None:
+            how = {"refit": "a refit", "polish": "a refit and a polish"}[self.plan.refine]
+            yield "factors refined by", f"{how}, of which the prediction is"
+        if self.plan.gap > 0:
+            yield "ranks", f"within {100 * self.plan.gap:.2g} % of the best choice there is"
         if self.factorized:
             worst = max(self.factorized, key=lambda site: site.actual_error)
             name = printer.shorten_middle(worst.name, 60)

@@ -22,7 +22,7 @@ from tensorize.errors import AnalysisError, BudgetError
 from tensorize.ir import DENSE, LOW_RANK, TT, Plan, Site, TTSpec, Use
 from tensorize.passes.allocate import Allocate
 from tensorize.passes.metric import Metric
-from tensorize.passes.optimise import TooTight, minimise_cost, minimise_distortion
+from tensorize.passes.optimise import TooTight, minimise_cost, minimise_distortion, solve
 from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Program
 from tensorize.passes.points import COSTS, Points, spec_flops
@@ -126,16 +126,26 @@ def test_one_limit_is_within_the_duality_gap_of_the_optimum(seed: int, j: int) -
     assert lost(points, choice) <= bound + step + 1e-12
 
 
-def test_most_small_instances_are_solved_exactly() -> None:
-    exact = [0, 0]
+@pytest.mark.parametrize("active", [[0], [2], [0, 2], [0, 1, 2]], ids=str)
+def test_small_instances_are_solved_to_half_a_percent_of_the_optimum(active: list[int]) -> None:
     for seed in range(100):
         points = instance(seed)
-        for k, active in enumerate(([0], [0, 2])):
-            caps = between(points, np.random.default_rng(seed).random(), active)
-            best = exhaustive(points, caps)
-            if best is not None:
-                exact[k] += lost(points, minimise_distortion(points, caps)) <= best + 1e-12
-    assert min(exact) >= 65
+        caps = between(points, np.random.default_rng(seed).random(), active)
+        best = exhaustive(points, caps)
+        if best is None:
+            continue
+        found = solve(points, caps)
+        assert found.objective == pytest.approx(lost(points, found.choice))
+        assert found.bound <= best + 1e-12 <= found.objective + 2e-12
+        assert found.objective <= 1.005 * best + 1e-12
+        assert found.gap <= 1e-3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_gap_of_a_large_instance_is_small(seed: int) -> None:
+    points = instance(seed, weights=100, count=40)
+    found = solve(points, between(points, 0.3, [0]))
+    assert 0 <= found.gap < 5e-3
 
 
 @quick
@@ -185,19 +195,6 @@ def test_limits_that_are_traded_for_each_other_are_feasible_whenever_they_can_be
     tight = caught.value
     caps[tight.cost] = tight.total  # what the error names is feasible
     assert np.all(total(points, minimise_distortion(points, caps)) <= caps)
-
-
-def test_several_limits_are_near_the_optimum() -> None:
-    ratios = []
-    for seed in range(100):
-        points = instance(seed)
-        caps = between(points, np.random.default_rng(seed).random(), [0, 1, 2])
-        best = exhaustive(points, caps)
-        if best is not None:
-            found = lost(points, minimise_distortion(points, caps))
-            ratios.append((found + 1e-9) / (best + 1e-9))
-    assert np.median(ratios) <= 1 + 1e-9
-    assert np.quantile(ratios, 0.9) < 1.1
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -706,3 +703,13 @@ def test_on_a_real_model_the_figures_are_what_apply_gives() -> None:
             assert found.predicted.loss is not None
             assert found.predicted.loss < before
             before = found.predicted.loss
+
+
+def test_ranks_are_multiples_where_the_machine_wants_them() -> None:
+    model = MLP()
+    analysis = tensorize.analyze(model, calibration=[torch.randn(32, 48) for _ in range(4)])
+    free, aligned = analysis.plan(0.5), analysis.plan(0.5, rank_multiple=8)
+    assert any(rank % 8 for site in free.sites for rank in site.ranks)
+    for site in aligned.sites:
+        assert all(rank % 8 == 0 or rank < 8 for rank in site.ranks)
+    assert parameters(tensorize.apply(model, aligned)) <= 0.5 * parameters(model)

@@ -20,7 +20,7 @@ LAYERS = (
     ("interpret", "ops", "ties"),
     ("weight", "report", "page"),
     ("passes", "codegen"),
-    ("capture", "drawing", "graphs", "manifest", "analysis", "cache"),
+    ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),
     ("huggingface", "pretrained", "lora", "checkpoint"),
     ("api",),
     ("backend", "sources", "cli", "__init__"),

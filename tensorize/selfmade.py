@@ -1,0 +1,163 @@
+"""Calibration data that a model makes itself: ``calibration="self"``.
+
+A decoder writes text, sampled from its own predictions (as LLM-QAT does, Liu et al. 2023): what it
+writes is near to what it was trained on. Any other model gets inputs drawn with the statistics of
+its example inputs: random rows of the tables that ids look up, normal numbers elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensorize.errors import CaptureError
+from tensorize.forward import untouched
+from tensorize.ir import Batch
+from tensorize.observer import Observer
+from tensorize.uses import Frame, Matmul
+
+log = logging.getLogger("tensorize")
+
+SEQUENCES, TOKENS, _BATCH = 32, 128, 4
+_DRAWN_BATCHES = 16
+# Tables with fewer rows than this hold kinds (of tokens, of segments), not a vocabulary.
+_SMALLEST_VOCABULARY = 16
+
+
+def self_made(model: nn.Module, inputs: Batch | None, seed: int) -> tuple[tuple[Batch, ...], str]:
+    """Calibration batches, and in words what they are.
+
+    Raises:
+        CaptureError: no inputs are known to start from.
+    """
+    if inputs is None:
+        raise CaptureError(
+            'calibration="self" needs inputs that the model runs on', way_out="pass example_inputs="
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with untouched(model):
+        vocabularies = _looked_up(model, inputs)
+        ids = _only_ids(inputs)
+        if ids is not None and _is_causal(model, inputs, ids):
+            written = _written(model, inputs, vocabularies.get(id(ids), 0), seed, generator)
+            if written is not None:
+                count, length = written.shape
+                batches = tuple(_with_ids(inputs, part) for part in written.split(_BATCH))
+                return batches, f"{count} x {length} tokens that the model wrote itself"
+    drawn = tuple(_drawn(inputs, vocabularies, generator) for _ in range(_DRAWN_BATCHES))
+    return drawn, f"{_DRAWN_BATCHES} batches drawn at random"
+
+
+def _only_ids(inputs: Batch) -> Tensor | None:
+    """The ids (B, T) of a text model: its first argument."""
+    value = inputs.args[0] if inputs.args else inputs.kwargs.get("input_ids")
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
+        return None
+    return value
+
+
+def _with_ids(inputs: Batch, ids: Tensor) -> Batch:
+    """A call with these ids alone, given as the model was given them."""
+    if inputs.args:
+        return Batch((ids,), {}, (ids,))
+    return Batch((), {"input_ids": ids}, {"input_ids": ids})
+
+
+def _looked_up(model: nn.Module, inputs: Batch) -> dict[int, int]:
+    """Rows of the table that each of the inputs is looked up in, by the input's id."""
+    leaves = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+    places = {leaf.data_ptr(): id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    parameters = dict(model.named_parameters())
+    rows: dict[int, int] = {}
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        place = places.get(matmul.x.data_ptr())
+        if matmul.contract == "lookup" and place is not None:
+            rows.setdefault(place, parameters[name].shape[0])
+        return output
+
+    with Observer(parameters.items(), on_matmul):
+        model(*inputs.args, **inputs.kwargs)
+    return rows
+
+
+def _is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
+    """Whether it gives logits (B, T, V), and those of a position depend on nothing behind it."""
+    if ids.shape[1] < 2:
+        return False
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % 2
+    try:
+        logits, changed = (
+            getattr(model(*b.args, **b.kwargs), "logits", None)
+            for b in (_with_ids(inputs, ids), _with_ids(inputs, other))
+        )
+    except Exception as error:  # it needs more than ids
+        log.debug("the model does not run on ids alone: %s", error)
+        return False
+    if not isinstance(logits, Tensor) or not isinstance(changed, Tensor):
+        return False
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        return False
+    difference = (logits[:, :-1] - changed[:, :-1]).abs().max()
+    return bool(difference <= 1e-3 * logits.abs().max())
+
+
+def _written(
+    model: nn.Module, inputs: Batch, vocabulary: int, seed: int, generator: torch.Generator
+) -> Tensor | None:
+    """Text (sequences, tokens), each from a random first token on; None where none can be had."""
+    if vocabulary < _SMALLEST_VOCABULARY:
+        return None
+    device = next(model.parameters()).device
+    start = torch.randint(vocabulary, (SEQUENCES, 1), generator=generator).to(device)
+    config: Any = getattr(model, "generation_config", None)
+    length = min(TOKENS, getattr(getattr(model, "config", None), "max_position_embeddings", TOKENS))
+    if config is not None and hasattr(model, "generate"):  # with transformers' cache of keys
+        torch.manual_seed(seed)
+        plain = type(config)(
+            do_sample=True, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1,
+            pad_token_id=0, use_cache=True,
+        )  # fmt: skip
+        try:
+            return model.generate(  # type: ignore[operator]
+                start, attention_mask=torch.ones_like(start), generation_config=plain
+            )
+        except Exception as error:  # a decoder that generates in its own way
+            log.debug("generate does not work: %s", error)
+    ids = start
+    while ids.shape[1] < length:
+        batch = _with_ids(inputs, ids)
+        try:
+            logits = model(*batch.args, **batch.kwargs).logits[:, -1]
+        except Exception as error:  # longer than its context
+            log.debug("no text of %d tokens: %s", ids.shape[1], error)
+            return ids[:, :-1] if ids.shape[1] > 8 else None
+        chance = logits.float().softmax(-1).cpu()
+        drawn = torch.multinomial(chance, 1, generator=generator)
+        ids = torch.cat([ids, drawn.to(device)], 1)
+    return ids
+
+
+def _drawn(inputs: Batch, vocabularies: dict[int, int], generator: torch.Generator) -> Batch:
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in vocabularies and vocabularies[id(value)] >= _SMALLEST_VOCABULARY:
+            size = vocabularies[id(value)]
+            drawn = torch.randint(size, value.shape, generator=generator)
+        elif value.is_floating_point():
+            mean, spread = (float(f(value.float())) for f in (torch.mean, torch.std))
+            if not spread > 0:  # zeros that were made up: nothing is known of the inputs
+                mean, spread = 0.0, 1.0
+            drawn = mean + spread * torch.randn(value.shape, generator=generator)
+        else:
+            return value
+        return drawn.to(value.device, value.dtype)
+
+    args, kwargs = pytree.tree_map(draw, (inputs.args, dict(inputs.kwargs)))
+    return Batch(args, kwargs, kwargs or args)
