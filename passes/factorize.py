@@ -35,13 +35,14 @@ class Factorize:
     name: str = "factorize"
 
     def run(self, program: Program) -> Program:
-        assert program.plan is not None
         sites = {site.name: site for site in program.sites}
         errors: dict[str, float] = {}
+        assert program.plan is not None
         chosen = [choice for choice in program.plan.sites if choice.spec is not None]
         for done, choice in enumerate(chosen):
             program.progress("factorize", done, len(chosen))
-            curve, cores = program.spectra[choice.name], program.cores.get(choice.name)
+            # Refined cores are released as soon as the model has its copy.
+            curve, cores = program.spectra[choice.name], program.cores.pop(choice.name, None)
             errors[choice.name] = replace_weight(
                 program.model, sites[choice.name], choice, curve, cores
             )

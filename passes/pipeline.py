@@ -67,7 +67,7 @@ class Program:
     spectra: Mapping[str, Any] = field(default_factory=dict)
     predictor: Any = None
     plan: Plan | None = None
-    cores: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    cores: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     summary: str = ""
     notes: tuple[str, ...] = ()

@@ -157,7 +157,7 @@ def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Use, ..
         elif type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
             uses.append(Use("addmm", "rows"))
         elif type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and owner.groups == 1:
-            uses.append(Use(f"conv{owner.weight.dim() - 2}d", "columns", split=1))
+            uses.append(Use(f"conv{owner.weight.ndim - 2}d", "columns", split=1))
     return tuple(dict.fromkeys(uses)), other
 
 

@@ -123,8 +123,8 @@ class Spectrum:
                 )
 
     def measured_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """The relative error in the metric of an approximation (M, N) of the dense weight."""
-        delta = approximation - weight.to(approximation.dtype)
+        """The relative error in the metric of an approximation (M, N), which is overwritten."""
+        delta = approximation.sub_(weight)
         return self.error(sum(metric.norm(delta) for metric in self.metrics))
 
 
