@@ -196,6 +196,8 @@ def _calibration(
     calibration: Any, model: nn.Module, example_inputs: Any, seed: int
 ) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
+    if calibration is None:
+        return (), ('no calibration data: weights alone; calibration="self" makes some',)
     if not (isinstance(calibration, str) and calibration == SELF):
         return capture.calibration_batches(calibration, model), ()
     inputs, _ = capture.find_inputs(model, example_inputs, ())

@@ -47,6 +47,15 @@ app = typer.Typer(
 DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
 
+class Refine(StrEnum):
+    """What is done to the factors after the decompositions."""
+
+    auto = "auto"
+    none = "none"
+    refit = "refit"
+    polish = "polish"
+
+
 class Metric(StrEnum):
     """How a weight's error is weighed."""
 
@@ -67,9 +76,13 @@ Calibration = Annotated[
     Path | None,
     typer.Option(
         help="A text file (documents are separated by blank lines, or are lines), or a "
-        ".safetensors file with a tensor for each input, whose first axis is the sample.",
+        ".safetensors file with a tensor for each input, whose first axis is the sample; or self: "
+        "the model makes its own.",
         show_default=False,
     ),
+]
+RefineOption = Annotated[
+    Refine, typer.Option(help="What is done to the factors with the calibration data.")
 ]
 MetricOption = Annotated[
     Metric | None,
@@ -128,6 +141,7 @@ def compile_command(
     ] = "0.1",
     calibration: Calibration = None,
     metric: MetricOption = None,
+    refine: RefineOption = Refine.auto,
     include: Include = None,
     exclude: Exclude = None,
     formats: Formats = None,
@@ -156,6 +170,7 @@ def compile_command(
                 example_inputs=loaded.example_inputs,
                 calibration=batches,
                 metric=None if metric is None else metric.value,
+                refine=None if refine is Refine.none else refine.value,
                 include=include or None,
                 exclude=exclude or None,
                 formats=chosen,
@@ -280,12 +295,15 @@ def main() -> None:
 
 def _load(
     source: str, dtype: Dtype, calibration: Path | None, batch_size: int, max_length: int
-) -> tuple[Loaded, list[Any] | None]:
+) -> tuple[Loaded, list[Any] | str | None]:
     """The model and its calibration batches, said on the way."""
     _say(f"loading {source}")
     loaded = load_source(source, dtype)
     if calibration is None:
         return loaded, None
+    if str(calibration) == "self" and not calibration.exists():
+        _say("the model makes its own calibration data")
+        return loaded, "self"
     batches = read_calibration(calibration, loaded, batch_size, max_length)
     _say(f"calibrating on {len(batches)} batches from {calibration}")
     return loaded, batches

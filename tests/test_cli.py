@@ -375,6 +375,19 @@ def test_compile_a_language_model(eos: str | None, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained("small").pad_token is None
 
 
+@pytest.mark.parametrize("refine", ["none", "polish"])
+def test_a_language_model_calibrates_itself(refine: str, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "llama", tokenizer=False)
+    result = invoke(
+        "compile", "llama", "--budget", "0.6", "--out", "small", "--calibration", "self",
+        "--refine", refine,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = read_report("small")
+    assert report.plan.refine == (None if refine == "none" else "polish")
+    assert any("the model wrote itself" in note for note in report.notes)
+
+
 def test_hugging_face_errors(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "llama", tokenizer=False)
     Path("text.txt").write_text(TEXT)
