@@ -38,6 +38,8 @@ _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.1
 _NO_HELD_OUT_SPREAD = 0.25
+# A polish keeps the best cores on the very batches that it is measured on.
+_CHOSEN_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Predictor:
         distance = min(abs(x - k) for k in known)
         drift = 0.5 * distance * abs(slope) + 0.05 * max(known[0] - x, x - known[-1], 0.0)
         base = _MODEL_SPREAD if self.held_out else _NO_HELD_OUT_SPREAD
+        if refine == POLISH:
+            base += _CHOSEN_SPREAD
         sigma = math.sqrt(base**2 + spread**2 + drift**2)
         expected = raw * math.exp(ratio)
         width = math.exp(_NORMAL_90 * sigma)

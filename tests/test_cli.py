@@ -59,6 +59,7 @@ NET = """
 
     def interrupted():
         import os, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell says so
         os.kill(os.getpid(), signal.SIGINT)
         return make()
 

@@ -217,7 +217,7 @@ def test_plain_use_of_the_result_trains() -> None:
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
     x, target = torch.randn(64, 48), torch.randn(64, 32)
     losses = []
-    for _ in range(20):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = (small(x) - target).square().mean()
         loss.backward()
