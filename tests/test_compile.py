@@ -223,7 +223,7 @@ def test_plain_use_of_the_result_trains() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_half_precision_weights_stay_half_precision() -> None:
