@@ -6,14 +6,15 @@ chosen becomes the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError
-from tensorize.ir import Plan, Prediction, RankPlan, Site, Totals
+from tensorize.ir import SHARED, Plan, Prediction, Site, Totals
 from tensorize.passes.optimise import (
     Solution,
     TooTight,
@@ -30,6 +31,7 @@ from tensorize.passes.points import (
     dense_totals,
     element_size,
     forced_point,
+    group_points,
     other_costs,
 )
 from tensorize.passes.sites import matches, require_match
@@ -101,7 +103,12 @@ class Allocate:
                 result.append(
                     curve_points(curve, allowed, itemsize, self.batch_sizes, self.rank_multiple)
                 )
-        return result
+        names = {
+            site.name
+            for site in program.sites
+            if self.formats is None or SHARED in self.formats.get(site.name, ())
+        }
+        return _grouped(result, program, names, self.rank_multiple)
 
     # ---------------------------------------------------------------------------- the choice
 
@@ -164,18 +171,8 @@ class Allocate:
         choice = solution.choice
         used = overhead + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         lost = total_distortion(points, choice)
-        sites = tuple(
-            RankPlan(
-                name=p.site.name,
-                kind=p.site.kind,
-                shape=p.site.shape,
-                spec=p.spec(k),
-                predicted_error=float(p.errors[k]),
-                predicted_loss=float(p.distortion[k]),
-                reason=_reason(p, k),
-            )
-            for p, k in zip(points, choice, strict=True)
-        )
+        chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
+        sites = tuple(chosen[site.name] for site in program.sites)
         loss, interval = None, None
         error = max((site.predicted_error for site in sites), default=0.0)
         if program.predictor is not None:
@@ -274,14 +271,20 @@ def _largest(points: Sequence[Points], choice: Sequence[int]) -> str:
     ].site.name
 
 
-def _reason(points: Points, k: int) -> str:
-    if points.fixed is not None:
-        return points.fixed
-    if points.spec(k) is None:
-        return "dense: its parameters are worth more here than in other weights"
-    if points.site.last_resort is not None:
-        return (
-            f"rebuilt from its factors at every call, as {points.site.last_resort}: "
-            "the budget cannot be met otherwise"
-        )
-    return "rank chosen by the budget"
+def _grouped(
+    points: Sequence[Points], program: Program, allowed: Collection[str], rank_multiple: int
+) -> list[Points]:
+    """Weights of one input as one choice, where they may share a first factor and gain by it."""
+    result = {p.site.name: p for p in points}
+    groups: dict[str, list[Points]] = defaultdict(list)
+    for p in points:
+        curve = program.spectra.get(p.site.name)
+        if p.fixed is None and curve is not None and curve.shared and p.site.name in allowed:
+            groups[p.site.input_group or ""].append(p)
+    for members in groups.values():
+        curves = [program.spectra[p.site.name] for p in members]
+        if len(members) > 1 and (group := group_points(members, curves, rank_multiple)):
+            for p in members:
+                del result[p.site.name]
+            result[group.site.name] = group
+    return list(result.values())

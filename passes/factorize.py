@@ -18,7 +18,7 @@ from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import RankPlan, Site
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum, as_matrix
-from tensorize.weight import install, owner_of
+from tensorize.weight import first_factor, install, owner_of, share_products
 
 _SMALL = 4_000_000
 Cores = tuple[Tensor, ...]
@@ -46,6 +46,7 @@ class Factorize:
             errors[choice.name] = replace_weight(
                 program.model, sites[choice.name], choice, curve, cores
             )
+        share_products(program.model)
         program.progress("factorize", len(chosen), len(chosen))
         worst = max(errors.values(), default=0.0)
         summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"
@@ -59,7 +60,10 @@ def planned_cores(program: Program, sites: Sequence[RankPlan]) -> dict[str, Core
     for choice in sites:
         if choice.spec is not None:
             curve, dense = program.spectra[choice.name], parameters[choice.name].detach()
-            found[choice.name] = curve.factors(choice.spec, as_matrix(curve.site, dense))
+            matrix = as_matrix(curve.site, dense)
+            found[choice.name] = curve.factors(
+                choice.spec, matrix, shared=choice.shared is not None
+            )
     return found
 
 
@@ -102,13 +106,10 @@ def replace_weight(
             way_out="apply a plan to the model that it was made for",
         )
     weight = as_matrix(site, dense.detach())
-    held = [
-        nn.Parameter(
-            _own(core, weight),
-            requires_grad=dense.requires_grad,
-        )
-        for core in cores or curve.factors(choice.spec, weight)
-    ]
+    cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
+    held = [nn.Parameter(_own(core, weight), requires_grad=dense.requires_grad) for core in cores]
+    if choice.shared not in (None, site.name):
+        held[1] = first_factor(model, choice.shared)
     for core in held:
         if not torch.isfinite(core).all():
             raise AnalysisError(

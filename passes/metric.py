@@ -17,8 +17,10 @@ from tensorize.errors import AnalysisError
 from tensorize.ir import Site
 from tensorize.passes.statistics import Moments
 
-# Share of the mean eigenvalue added to a second moment: between 1 % and 30 % changes little.
-DAMPING = 0.05
+# Share of the mean eigenvalue that is added to a second moment, however many rows it is of.
+DAMPING = 0.01
+# Of a diagonal, such as how often each token was seen.
+_DIAGONAL_DAMPING = 0.05
 # Rows that are taken to float64 at a time, so that a vocabulary is never there twice.
 _CHUNK = 4096
 
@@ -111,11 +113,35 @@ def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metr
     if not terms:
         return (Metric(1.0, None, None),)
     scale = 0.5 if metric == "loss" else 1.0
-    return tuple(Metric(scale, _root(t.rows, site), _root(t.columns, site)) for t in terms)
+    return tuple(
+        Metric(scale, _root(t.rows, t.samples, site), _root(t.columns, t.samples, site))
+        for t in terms
+    )
 
 
-def _root(moment: Tensor | None, site: Site) -> Tensor | None:
-    """L with L Lᵀ = moment + damping, in float32; the square root of a diagonal."""
+def shrinkage(moment: Tensor, samples: int) -> float:
+    """How much of a second moment (N, N) estimated from so many rows gives way to its mean.
+
+    With S = (1 − s) · moment + s · tr(moment) / N · I, the s that brings S closest to the true
+    moment of Gaussian rows, in the Frobenius norm: oracle approximating shrinkage (Chen, Wiesel,
+    Eldar & Hero 2010). Near 0 for many rows, 1 where they say nothing of the directions.
+    """
+    width = len(moment)
+    trace = float(moment.diagonal().sum())
+    square = float(moment.square().sum())
+    spread = (samples + 1 - 2 / width) * (square - trace**2 / width)
+    return min(1.0, ((1 - 2 / width) * square + trace**2) / spread) if spread > 0 else 1.0
+
+
+def shrink(moment: Tensor, share: float, mean: float) -> Tensor:
+    """A new moment: shrunk by a share, and damped, towards a mean eigenvalue."""
+    result = moment * (1 - share)
+    result.diagonal().add_((share + DAMPING) * mean)
+    return result
+
+
+def _root(moment: Tensor | None, samples: int, site: Site) -> Tensor | None:
+    """L with L Lᵀ = the moment shrunk and damped, in float32; the square root of a diagonal."""
     if moment is None:
         return None
     moment = moment.double()
@@ -124,11 +150,9 @@ def _root(moment: Tensor | None, site: Site) -> Tensor | None:
     if mean <= 0:
         return torch.full_like(diagonal, 1e-12).float()
     if moment.dim() == 1 and math.isfinite(mean):
-        return (moment + DAMPING * mean).sqrt().float()
-    for damping in (DAMPING, 10 * DAMPING) if torch.isfinite(moment).all() else ():
-        damped = moment.clone()
-        damped.diagonal().add_(damping * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
+        return (moment + _DIAGONAL_DAMPING * mean).sqrt().float()
+    if torch.isfinite(moment).all():
+        factor, info = torch.linalg.cholesky_ex(shrink(moment, shrinkage(moment, samples), mean))
         if int(info) == 0:
             return factor.float()
     raise AnalysisError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from tensorize.ir import DENSE, LOW_RANK, TT, Site, Totals, TTSpec
+from tensorize.ir import DENSE, LOW_RANK, TT, RankPlan, Site, Totals, TTSpec
 from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum
@@ -47,6 +47,29 @@ class Points:
         if label > 0:
             return TTSpec.low_rank(*self.site.matrix, label, experts=self.site.experts)
         return None if label == 0 else self.others[-label - 1]
+
+    def plans(self, k: int) -> tuple[RankPlan, ...]:
+        """What point k does with every weight that it is of."""
+        reason = "rank chosen by the budget"
+        if self.fixed is not None:
+            reason = self.fixed
+        elif self.spec(k) is None:
+            reason = "dense: its parameters are worth more here than in other weights"
+        elif self.site.last_resort is not None:
+            reason = (
+                f"rebuilt from its factors at every call, as {self.site.last_resort}: "
+                "the budget cannot be met otherwise"
+            )
+        plan = RankPlan(
+            name=self.site.name,
+            kind=self.site.kind,
+            shape=self.site.shape,
+            spec=self.spec(k),
+            predicted_error=float(self.errors[k]),
+            predicted_loss=float(self.distortion[k]),
+            reason=reason,
+        )
+        return (plan,)
 
     def only(self, keep: np.ndarray) -> Points:
         """The same weight with fewer points."""
@@ -192,6 +215,112 @@ def curve_points(
         others,
         fixed=reason,
     )
+
+
+@dataclass(frozen=True)
+class GroupPoints(Points):
+    """The points of weights of one input, together: each by itself, or with one first factor.
+
+    ``labels``: k ≥ 0 is row k of ``picks``, the members' own points; -r a first factor of rank r
+    in common. ``site`` is the first member's.
+    """
+
+    members: tuple[Points, ...] = ()
+    curves: tuple[Spectrum, ...] = ()
+    picks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int))
+
+    def plans(self, k: int) -> tuple[RankPlan, ...]:
+        rank = -int(self.labels[k])
+        if rank <= 0:
+            own = zip(self.members, self.picks[-rank].tolist(), strict=True)
+            return tuple(plan for member, pick in own for plan in member.plans(pick))
+        plans = []
+        names = ", ".join(curve.site.name for curve in self.curves)
+        for curve in self.curves:
+            assert curve.shared is not None
+            lost = float(curve.shared.distortion[rank])
+            plans.append(
+                RankPlan(
+                    name=curve.site.name,
+                    kind=curve.site.kind,
+                    shape=curve.site.shape,
+                    spec=TTSpec.low_rank(*curve.site.matrix, rank),
+                    predicted_error=curve.error(lost),
+                    predicted_loss=lost if curve.in_nats else 0.0,
+                    reason=f"rank chosen by the budget, one first factor for {names}",
+                    shared=self.site.name,
+                )
+            )
+        return tuple(plans)
+
+
+def group_points(
+    members: Sequence[Points], curves: Sequence[Spectrum], rank_multiple: int = 1
+) -> GroupPoints | None:
+    """One choice for weights of one input; None where a first factor in common gains nothing.
+
+    Of the members' own points those on their lower convex hulls are kept, in the order in which a
+    growing budget would take them.
+    """
+    picks = _along_hulls(members)
+    columns = range(len(members))
+
+    def total(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.sum([arrays[i][picks[:, i]] for i in columns], axis=0)
+
+    costs, objective = total([p.costs for p in members]), total([p.objective for p in members])
+    lost = total([p.distortion for p in members])
+    errors = np.max([members[i].errors[picks[:, i]] for i in columns], axis=0)
+    shared = [curve.shared for curve in curves]
+    rows, n = sum(curve.site.matrix[0] for curve in curves), curves[0].site.matrix[1]
+    ranks = np.arange(1, min(len(s.distortion) for s in shared if s is not None))
+    ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
+    tails = [s.distortion.numpy()[ranks] for s in shared if s is not None]
+    itemsize = element_size(curves[0].site)
+    together = ranks * (rows + n)
+    weighed = sum(tail * _scale(curve) for tail, curve in zip(tails, curves, strict=True))
+    order = np.argsort(costs[:, 0], kind="stable")
+    better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
+    if not better.any():
+        return None
+    ranks, together, weighed = ranks[better], together[better], weighed[better]
+    tails = [tail[better] for tail in tails]
+    in_nats = [tail * curve.in_nats for tail, curve in zip(tails, curves, strict=True)]
+    off = [np.sqrt(t / float(c.distortion[0])) for t, c in zip(tails, curves, strict=True)]
+    own = np.stack([together, together * itemsize, 2 * together], axis=1)
+    return GroupPoints(
+        site=curves[0].site,
+        costs=np.concatenate([costs, own]),
+        distortion=np.concatenate([lost, np.sum(in_nats, axis=0)]),
+        objective=np.concatenate([objective, weighed]),
+        errors=np.concatenate([errors, np.max(off, axis=0)]),
+        labels=np.concatenate([np.arange(len(picks)), -ranks]),
+        members=tuple(members),
+        curves=tuple(curves),
+        picks=picks,
+    )
+
+
+def _along_hulls(members: Sequence[Points]) -> np.ndarray:
+    """Rows of one point a member, from all at their smallest to all at their best."""
+    current = [int(np.argmin(p.costs[:, 0])) for p in members]
+    steps: list[tuple[float, int, int]] = []
+    for i, p in enumerate(members):
+        at = current[i]
+        while True:
+            extra = p.costs[:, 0] - p.costs[at, 0]
+            gain = np.where(extra > 0, p.objective[at] - p.objective, 0.0)
+            rates = gain / np.where(extra > 0, extra, 1.0)
+            following = int(np.argmax(rates))
+            if rates[following] <= 0:
+                break
+            steps.append((-float(rates[following]), i, following))
+            at = following
+    rows = [list(current)]
+    for _, i, k in sorted(steps, key=lambda step: step[0]):
+        current[i] = k
+        rows.append(list(current))
+    return np.array(rows)
 
 
 def forced_point(

@@ -25,10 +25,10 @@ from tensorize.forward import untouched
 from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
 from tensorize.observer import Observer
 from tensorize.passes.factorize import Cores, planned_cores
-from tensorize.passes.metric import DAMPING, Metric
+from tensorize.passes.metric import Metric, average, shrink, shrinkage
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import call, row_mask
-from tensorize.passes.spectra import Spectrum, as_matrix, best_factors
+from tensorize.passes.spectra import Spectrum, as_matrix, best_factors, joint_factors
 from tensorize.passes.statistics import input_rows
 from tensorize.uses import Frame, Matmul
 from tensorize.weight import FactoredWeight
@@ -61,6 +61,8 @@ def refit(
     order = [
         n for n in _order(program.model, batches[0], parameters) if _solvable(by_name[n], specs[n])
     ]
+    together = _together(sites, order)
+    order = [name for name in order if name in together]
 
     def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
         shape = tuple(parameters[name].shape)
@@ -81,9 +83,10 @@ def refit(
                     if dense.reach(done) and small.reach(done):
                         moments.add(dense, small)
                 if moments.count > 0:
-                    weight = as_matrix(by_name[name], parameters[name].detach())
-                    curve, rank = program.spectra[name], specs[name].ranks[0]
-                    cores[name] = moments.solve(weight, curve, rank)
+                    group = {n: program.spectra[n] for n in together[name]}
+                    weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
+                    solved = moments.solve(weights, list(group.values()), specs[name].ranks[0])
+                    cores.update(zip(group, solved, strict=True))
     finally:
         for pair in runs:
             for one in pair:
@@ -105,6 +108,20 @@ def _order(model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter
     with untouched(model), Observer(parameters.items(), on_matmul):
         call(model, batch, 0)
     return [name for name, count in uses.items() if count == 1]
+
+
+def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list[str]]:
+    """The first used of weights with a common first factor → all of them; one alone: itself.
+
+    Where one of them cannot be solved, none of its group is.
+    """
+    groups: dict[str, list[str]] = {}
+    for choice in sites:
+        if choice.spec is not None:
+            groups.setdefault(choice.shared or choice.name, []).append(choice.name)
+    used = {name: place for place, name in enumerate(order)}
+    solvable = [names for names in groups.values() if all(name in used for name in names)]
+    return {min(names, key=used.__getitem__): names for names in solvable}
 
 
 def _solvable(site: Site, spec: TTSpec) -> bool:
@@ -208,20 +225,28 @@ class _Moments:
         self.count += len(x)
         self._contract = dense.matmul.contract
 
-    def solve(self, weight: Tensor, curve: Spectrum, rank: int) -> Cores:
-        """The best factors of the map that takes x̃ to W x."""
+    def solve(
+        self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int
+    ) -> list[Cores]:
+        """The best factors of the maps that take x̃ to W x; several have one first factor."""
         assert self._cross is not None
         assert self._own is not None
-        damping = DAMPING * float(self._own.diagonal().mean())
-        for moment in (self._cross, self._own):  # as if noise were seen that both models share
-            moment.diagonal().add_(damping)
+        mean = float(self._own.diagonal().mean())
+        share = shrinkage(self._own, self.count)
+        # What is added is as noise that both models see.
+        cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
         rows = self._contract == "rows"
-        wanted = (weight.double().t() if rows else weight.double()) @ self._cross
-        factor = torch.linalg.cholesky(self._own)
-        target = torch.cholesky_solve(wanted.t(), factor).t()
-        (metric,) = curve.metrics
-        outputs = metric.right if rows else metric.left
-        left, right, _ = best_factors(
-            target.to(weight.dtype), Metric(1.0, outputs, factor.float()), rank
-        )
-        return (right.t(), left.t()) if rows else (left, right)
+        factor = torch.linalg.cholesky(own)
+        targets, metrics = [], []
+        for weight, curve in zip(weights, curves, strict=True):
+            wanted = (weight.double().t() if rows else weight.double()) @ cross
+            targets.append(torch.cholesky_solve(wanted.t(), factor).t().to(weight.dtype))
+            metric = average(curve.metrics)
+            outputs = metric.right if rows else metric.left
+            metrics.append(Metric(metric.scale, outputs, factor.float()))
+        if len(targets) > 1:
+            shared, reader = joint_factors(targets, metrics, rank)
+            shared = shared.to(targets[0].dtype)
+            return [((t.double() @ reader).to(t.dtype), shared) for t in targets]
+        left, right, _ = best_factors(targets[0], metrics[0], rank)
+        return [(right.t(), left.t()) if rows else (left, right)]

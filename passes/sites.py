@@ -41,7 +41,7 @@ class FindSites:
     def run(self, program: Program) -> Program:
         model = program.model
         names = _names(model)
-        seen, other = _observe(program) if program.inputs is not None else ({}, {})
+        seen, other, beside = _observe(program) if program.inputs is not None else ({}, {}, [])
         sites: list[Site] = []
         adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():
@@ -66,7 +66,7 @@ class FindSites:
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
-        sites = _selected(sites, self.include, self.exclude)
+        sites = _with_input_groups(_selected(sites, self.include, self.exclude), beside)
         free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
         sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
@@ -93,10 +93,15 @@ def _squarest(shape: Sequence[int]) -> int:
     return 1 + sides.index(min(sides))
 
 
-def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
-    """Matmul uses, and one other use, of every parameter in a run of the model."""
+def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]]]:
+    """Matmul uses, and one other use, of every parameter in a run of the model.
+
+    Also the names of linears that one after the other read the very same tensor.
+    """
     seen: dict[str, dict[Use, int]] = defaultdict(lambda: defaultdict(int))
     other: dict[str, str] = {}
+    beside: list[list[str]] = []
+    last: Tensor | None = None
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         call = matmul.convolution
@@ -107,6 +112,11 @@ def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
             groups=1 if call is None else call.groups,
             partial=frame.rows is not None,
         )
+        nonlocal last
+        if matmul.x is not last:
+            beside.append([])
+        last = matmul.x
+        beside[-1].append(name)
         lookup = matmul.contract == "lookup"
         seen[name][use] += matmul.x.numel() if lookup else _row_count(matmul.to_rows(output))
         return output
@@ -130,7 +140,31 @@ def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str]]:
         name: [replace(use, rows=count) for use, count in table.items()]
         for name, table in seen.items()
     }
-    return uses, other
+    return uses, other, beside
+
+
+def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -> list[Site]:
+    """Plain linears that always read their input together know the first of their group."""
+    plain = {
+        site.name
+        for site in sites
+        if site.blocked is None
+        and len(site.names) == len(site.uses) == 1
+        and (site.uses[0].kind, site.uses[0].partial, len(site.shape)) == ("linear", False, 2)
+    }
+    groups: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for names in beside:
+        for name in names:
+            groups[name].add(tuple(sorted(set(names))))
+    first: dict[tuple[str, ...], str] = {}
+    result = []
+    for site in sites:
+        if len(groups[site.name]) == 1 and site.name in plain:
+            (names,) = groups[site.name]
+            if sum(name in plain for name in names) > 1:
+                site = replace(site, input_group=first.setdefault(names, site.name))
+        result.append(site)
+    return result
 
 
 def _row_count(x: Tensor) -> int:

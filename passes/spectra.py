@@ -13,6 +13,7 @@ the factors, and the sum itself is evaluated at every rank.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tensorize import tt
 from tensorize.errors import AnalysisError
-from tensorize.ir import DENSE, FORMATS, LOW_RANK, TT, Site, TTSpec
+from tensorize.ir import DENSE, FORMATS, LOW_RANK, SHARED, TT, Site, TTSpec
 from tensorize.passes.metric import (
     Metric,
     average,
@@ -53,6 +54,19 @@ class TensorTrain:
 
 
 @dataclass(frozen=True)
+class SharedFactor:
+    """A first factor V (K, N) that weights W_k of one input have in common: W_k ≈ (W_k P) V.
+
+    ``reader`` is P (N, K). At rank r the first r components count; ``distortion[r]`` is what the
+    weight that holds this then loses. The members of a group hold the same tensors.
+    """
+
+    factor: Tensor
+    reader: Tensor
+    distortion: Tensor
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """The curve of one weight.
 
@@ -60,7 +74,8 @@ class Spectrum:
     the first r components are the best rank-r factors. ``distortion[r]`` is what is lost at rank r
     (r = 0 … min(M, N)) in the units of the metric; ``distortion[0]`` is the whole weight.
     ``trains`` are the splits tried for TT, ``train_points`` what their roundings lose.
-    ``in_nats`` is False for a weight that the calibration data say nothing about.
+    ``in_nats`` is False for a weight that the calibration data say nothing about. ``shared`` is the
+    curve with a first factor in common with other weights.
     """
 
     site: Site
@@ -72,6 +87,7 @@ class Spectrum:
     trains: tuple[TensorTrain, ...] = ()
     train_points: tuple[tuple[TTSpec, float], ...] = ()
     in_nats: bool = True
+    shared: SharedFactor | None = None
 
     def error(self, distortion: float) -> float:
         """The relative error of the weight in its metric: sqrt(distortion / whole)."""
@@ -101,8 +117,16 @@ class Spectrum:
             way_out="analyse with formats='tt'",
         )
 
-    def factors(self, spec: TTSpec, weight: Tensor) -> tuple[Tensor, ...]:
-        """The cores of ``spec`` for the dense weight, in the shapes that the spec stores."""
+    def factors(self, spec: TTSpec, weight: Tensor, *, shared: bool = False) -> tuple[Tensor, ...]:
+        """The cores of ``spec`` for the dense weight, in the shapes that the spec stores.
+
+        ``shared``: with the first factor that it has in common with others.
+        """
+        if shared:
+            assert self.shared is not None
+            (rank,) = spec.ranks
+            reader = self.shared.reader[:, :rank]
+            return weight.to(reader.dtype) @ reader, self.shared.factor[:rank]
         if spec.format == LOW_RANK:
             (rank,) = spec.ranks
             if rank <= self.left.shape[-1]:
@@ -155,8 +179,13 @@ class ComputeSpectra:
             curve = spectrum(site, weight, metrics, allowed[site.name])
             spectra[site.name] = replace(curve, in_nats=known and program.metric == "loss")
         program.progress("spectra", len(free), len(free))
+        spectra = with_shared_factors(spectra, {n: p.detach() for n, p in parameters.items()})
         trains = sum(bool(s.trains) for s in spectra.values())
-        summary = f"{len(spectra)} curves in the {program.metric} metric, {trains} with TT points"
+        shared = sum(s.shared is not None for s in spectra.values())
+        summary = (
+            f"{len(spectra)} curves in the {program.metric} metric, {trains} with TT points, "
+            f"{shared} that may share a first factor"
+        )
         return replace(program, spectra=spectra, statistics={}, summary=summary)
 
 
@@ -216,6 +245,63 @@ def gram_eigenvectors(
             raise
         return found  # the float64 Gram is right to sqrt(eps) of the largest
     return (right.mT if n <= m else left), sigma.square()
+
+
+def joint_factors(
+    weights: Sequence[Tensor], metrics: Sequence[Metric], rank: int
+) -> tuple[Tensor, Tensor]:
+    """The best common first factor V (rank, N) of weights with one input metric, and P (N, rank).
+
+    W_k ≈ U_k V with U_k = W_k P: the best rank-r factors of the whitened weights stacked on each
+    other, whose rows each have the gradients' metric of their own.
+    """
+    root = metrics[0].right
+    stacked = torch.cat(list(weights)) if all(metric.plain for metric in metrics) else None
+    if stacked is not None and stacked.shape[1] <= len(stacked):
+        basis = gram_eigenvectors(stacked, rank)[0][:, :rank].double()
+    else:
+        gram = sum(m.scale * m.gram(w) for w, m in zip(weights, metrics, strict=True))
+        basis = torch.linalg.eigh(gram)[1].flip(-1)[:, :rank]
+    reader, shared = _left_times(root, basis), solve_root(root, basis).mT
+    size = torch.stack([(w.double() @ reader).square().sum(0) for w in weights]).sum(0).sqrt()
+    ratio = (shared.norm(dim=-1) / size.clamp_min(1e-30)).clamp(1e-15, 1e15).sqrt()
+    return shared / ratio.unsqueeze(-1), reader * ratio
+
+
+def with_shared_factors(
+    spectra: Mapping[str, Spectrum], weights: Mapping[str, Tensor]
+) -> dict[str, Spectrum]:
+    """The curves, with those of a common first factor where weights read the same input."""
+    groups: dict[str, list[Spectrum]] = defaultdict(list)
+    for curve in spectra.values():
+        alone = SHARED not in curve.formats or len(curve.metrics) > 1
+        if curve.site.input_group is not None and not alone:
+            groups[curve.site.input_group].append(curve)
+    result = dict(spectra)
+    for members in groups.values():
+        metrics = [curve.metrics[0] for curve in members]
+        if len(members) < 2 or not all(_alike(m.right, metrics[0].right) for m in metrics):
+            continue
+        matrices = [weights[curve.site.name] for curve in members]
+        rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
+        pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
+        shared, reader = joint_factors(matrices, metrics, pay)
+        work = members[0].left.dtype
+        for curve, weight, metric in zip(members, matrices, metrics, strict=True):
+            # Whitened, V has orthogonal rows: what a rank loses is what the others hold.
+            sizes = times_root(shared, metric.right).square().sum(1)
+            left = root_times(metric.left, weight.double() @ reader)
+            held = metric.scale * left.square().sum(0) * sizes
+            lost = curve.distortion[0] - torch.cat([held.new_zeros(1), held.cumsum(0)])
+            common = SharedFactor(shared.to(work), reader.to(work), lost.clamp_min(0))
+            result[curve.site.name] = replace(curve, shared=common)
+    return result
+
+
+def _alike(root: Tensor | None, other: Tensor | None) -> bool:
+    if root is None or other is None:
+        return root is other
+    return root.shape == other.shape and bool((root - other).norm() <= 1e-3 * other.norm())
 
 
 def spectrum(
@@ -367,7 +453,7 @@ def _has_kronecker_structure(weight: Tensor) -> bool:
 
 def formats_by_site(sites: Sequence[Site], option: FormatsOption) -> dict[str, tuple[str, ...]]:
     """The formats that each site may take: dense and low rank where nothing else is asked for."""
-    default = (DENSE, LOW_RANK)
+    default = (DENSE, LOW_RANK, SHARED)
     if option is None:
         return {site.name: default for site in sites}
     if not isinstance(option, Mapping):

@@ -35,13 +35,20 @@ class Term:
 
     ``rows`` (M, M) or its diagonal (M,), ``columns`` likewise for N: which of them belongs to the
     inputs and which to the gradients depends on ``contract``. ``None`` stands for the identity.
-    Both are sums; ``input_rows`` and ``output_rows`` say over how many rows.
+    Both are sums, over ``input_rows`` rows; of a weight used as a whole, over as many gradients.
     """
 
     contract: str
     rows: Tensor | None = None
     columns: Tensor | None = None
     input_rows: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Of how many vectors each side is the second moment, at least."""
+        if self.contract != "whole" or self.rows is None or self.columns is None:
+            return self.input_rows
+        return self.input_rows * min(len(self.rows), len(self.columns))
 
 
 @dataclass

@@ -23,7 +23,7 @@ from tensorize.budget import Budget
 from tensorize.codegen import aten
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, POLISH, REFIT, Batch, Plan, TTSpec
+from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, TTSpec
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.order import plan_contraction
@@ -307,13 +307,17 @@ def _analysis_of(
             f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
             way_out="pass calibration=, or analyse with cache_dir= so that the plan finds it",
         )
-    formats = {site.name: site.format for site in plan.sites if site.spec is not None} or None
+    formats = {
+        site.name: site.format if site.shared is None else (site.format, SHARED)
+        for site in plan.sites
+        if site.spec is not None
+    }
     return analyze(
         model,
         calibration=None if plan.metric == "frobenius" else [batch.given for batch in batches],
         metric=plan.metric,
         refine=plan.refine,
-        formats=formats,
+        formats=formats or None,
         seed=plan.seed,
         progress=tell,
     )

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tensorize.ir import Batch, Site, TTSpec, Use
 from tensorize.passes.metric import Metric
 from tensorize.passes.pipeline import Program
 from tensorize.passes.predict import Predictor, Trial
-from tensorize.passes.spectra import FormatsOption, Spectrum, TensorTrain
+from tensorize.passes.spectra import FormatsOption, SharedFactor, Spectrum, TensorTrain
 
 log = logging.getLogger("tensorize")
 
@@ -137,7 +137,7 @@ def read_location(base: str) -> Program | None:
 
 def _site_to_dict(site: Site) -> dict[str, Any]:
     data = {f.name: getattr(site, f.name) for f in fields(Site)}
-    data["uses"] = [[use.kind, use.contract, use.rows] for use in site.uses]
+    data["uses"] = [astuple(use) for use in site.uses]
     return data
 
 
@@ -150,6 +150,10 @@ def _site_from_dict(data: Mapping[str, Any]) -> Site:
 def _curve_to_dict(curve: Spectrum, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name in ("left", "right", "distortion"):
         tensors[prefix + name] = getattr(curve, name)
+    if curve.shared is not None:  # the factors are those of all members of its group
+        tensors[f"{curve.site.input_group}.factor"] = curve.shared.factor
+        tensors[f"{curve.site.input_group}.reader"] = curve.shared.reader
+        tensors[prefix + "shared.distortion"] = curve.shared.distortion
     metrics = []
     for k, metric in enumerate(curve.metrics):
         sides = {"left": metric.left, "right": metric.right}
@@ -175,6 +179,7 @@ def _curve_to_dict(curve: Spectrum, prefix: str, tensors: dict[str, Tensor]) -> 
         "trains": [train.spec.to_dict() for train in curve.trains],
         "train_points": [[spec.to_dict(), lost] for spec, lost in curve.train_points],
         "in_nats": curve.in_nats,
+        "shared": None if curve.shared is None else curve.site.input_group,
     }
 
 
@@ -191,6 +196,11 @@ def _curve_from_dict(
         parsed = TTSpec.from_dict(spec)
         cores = tuple(tensors[f"{prefix}train{k}.{j}"] for j in range(len(parsed.cores)))
         trains.append(TensorTrain(parsed, cores))
+    shared = None
+    if data["shared"] is not None:
+        own = tensors[prefix + "shared.distortion"]
+        factor, reader = (tensors[f"{data['shared']}.{name}"] for name in ("factor", "reader"))
+        shared = SharedFactor(factor, reader, own)
     return Spectrum(
         site=site,
         formats=tuple(data["formats"]),
@@ -203,4 +213,5 @@ def _curve_from_dict(
         trains=tuple(trains),
         train_points=tuple((TTSpec.from_dict(s), lost) for s, lost in data["train_points"]),
         in_nats=data["in_nats"],
+        shared=shared,
     )

@@ -185,6 +185,7 @@ def load(
         _install_sites(target, manifest)
         slots = _matched_slots(target, manifest)
         _fill(slots, manifest, device, dtype)
+        weight.share_products(target)
         _finish_transient(target, manifest, device)
         target.eval()
         target.__dict__["_tensorize"] = manifest.report

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import sympy
 
 DENSE, LOW_RANK, TT = "dense", "low_rank", "tt"
-FORMATS = (DENSE, LOW_RANK, TT)
+SHARED = "shared"
+"""What ``formats`` calls low rank where weights of one input have their first factor in common."""
+FORMATS = (DENSE, LOW_RANK, SHARED, TT)
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
 
@@ -297,7 +299,8 @@ class Site:
     ``shape`` is the parameter's own: (m, n), a stack (experts, m, n), or any other whose leading
     axes make up the rows (a convolution's (m, in, *kernel), a projection of several heads).
     ``blocked`` is the reason why it cannot be factorized, ``None`` where it can; ``last_resort``
-    the reason why it is only where the budget cannot be met otherwise.
+    the reason why it is only where the budget cannot be met otherwise. ``input_group`` is the name
+    of the first of several linears that read the same input (q, k, v; gate, up).
     """
 
     name: str
@@ -307,6 +310,7 @@ class Site:
     aliases: tuple[str, ...] = ()
     blocked: str | None = None
     last_resort: str | None = None
+    input_group: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -373,6 +377,8 @@ class RankPlan:
 
     ``predicted_error`` is the relative error of the weight in the metric of the analysis,
     ``predicted_loss`` its share of the predicted rise of the loss (0.0 without a ``loss`` metric).
+    ``shared`` names the first of the weights that have their first factor (that of the input) in
+    common; that one is counted with it, the others are not.
     """
 
     name: str
@@ -382,6 +388,7 @@ class RankPlan:
     predicted_error: float
     predicted_loss: float
     reason: str
+    shared: str | None = None
 
     @property
     def format(self) -> str:
@@ -397,7 +404,11 @@ class RankPlan:
 
     @property
     def parameters_after(self) -> int:
-        return self.parameters_before if self.spec is None else self.spec.parameters
+        if self.spec is None:
+            return self.parameters_before
+        if self.shared not in (None, self.name):
+            return math.prod(self.spec.core_shapes[0])
+        return self.spec.parameters
 
     def to_dict(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}

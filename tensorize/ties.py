@@ -35,6 +35,27 @@ def follow(model: nn.Module, names_now: NamesNow) -> None:
                 own[_DENSE], own[name] = dense, now
 
 
+def add(model: nn.Module, same: Mapping[str, str]) -> None:
+    """Write further ties into the tables: name of a parameter → of the one that it is."""
+    if not same:
+        return
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        inside = {
+            target.removeprefix(prefix): source.removeprefix(prefix)
+            for target, source in same.items()
+            if target.startswith(prefix) and source.startswith(prefix)
+        }
+        if not inside or not hasattr(type(module), _TABLES[0]):
+            continue
+        own: dict[str, Any] = module.__dict__
+        own.setdefault(_DENSE, {name: own.get(name) for name in _TABLES})
+        for name in _TABLES:
+            table = getattr(module, name, None)
+            if table is None or isinstance(table, dict):
+                own[name] = {**(table or {}), **inside}
+
+
 def undo(model: nn.Module) -> None:
     """The tables of the dense model again."""
     for module in model.modules():

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -365,8 +367,10 @@ class LowRankLinear(nn.Module):
     """A linear layer y = second(first(x)) whose weight has rank ``first.out_features``.
 
     ``stored_transposed`` is True where the dense layer kept its weight as (in, out).
+    ``input_product`` is there where others have the same first factor.
     """
 
+    input_product: SharedProduct | None = None
     first: nn.Linear
     second: nn.Linear
     in_features: int
@@ -375,7 +379,10 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(ops.widened(x, self.first.weight)))
+        x = ops.widened(x, self.first.weight)
+        if self.input_product is None or torch.compiler.is_compiling():
+            return self.second(self.first(x))
+        return self.second(self.input_product(self.first, x))
 
     @property
     def weight(self) -> FactoredWeight:
@@ -394,6 +401,70 @@ class LowRankLinear(nn.Module):
             self.second.bias = value
         else:
             super().__setattr__(name, value)
+
+
+class SharedProduct:
+    """What layers with one first factor have in common: its product with their input.
+
+    The layers are called one after the other with the very same tensor; the first call computes
+    the product, the others take it. It is computed anew wherever anything is not as it was then:
+    another tensor, one that was written to, other modes, a first layer that became something else.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._forget()
+
+    def _forget(self) -> None:
+        self._last: tuple[weakref.ref, tuple, Tensor] | None = None
+        self._left = 0
+
+    def __call__(self, first: nn.Module, x: Tensor) -> Tensor:
+        hooked = first._forward_hooks or first._forward_pre_hooks or first._backward_hooks
+        if type(first) is not nn.Linear or hooked or x.is_inference():
+            return first(x)
+        weight = first.weight
+        state = (
+            id(weight),
+            weight._version,
+            x._version,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(x.device.type),
+        )
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == state:
+            self._left -= 1
+            if self._left == 0:
+                self._forget()  # nothing is kept alive once all have it
+            return last[2]
+        product = first(x)
+        self._last, self._left = (weakref.ref(x), state, product), self.layers - 1
+        return product
+
+    def __deepcopy__(self, memo: dict) -> SharedProduct:
+        copy = memo[id(self)] = SharedProduct(self.layers)
+        return copy
+
+    def __reduce__(self) -> tuple:
+        return SharedProduct, (self.layers,)
+
+
+def share_products(model: nn.Module) -> None:
+    """Let layers whose first factor is one parameter compute its product with their input once."""
+    groups: dict[int, dict[str, LowRankLinear]] = defaultdict(dict)
+    for path, module in model.named_modules():
+        if isinstance(module, LowRankLinear):
+            groups[id(module.first.weight)][path] = module
+    same: dict[str, str] = {}
+    for layers in groups.values():
+        if len({id(layer.second.weight) for layer in layers.values()}) > 1:
+            product = SharedProduct(len(layers))
+            first = next(iter(layers))
+            for path, layer in layers.items():
+                layer.__dict__["input_product"] = product
+                if path != first:
+                    same[f"{path}.first.weight"] = f"{first}.first.weight"
+    ties.add(model, same)
 
 
 class FactoredLinear(nn.Module):
@@ -545,6 +616,14 @@ def install(
     ties.follow(model, names_now)
 
 
+def first_factor(model: nn.Module, name: str) -> nn.Parameter:
+    """The core of a factorized linear that meets the input."""
+    owner, leaf = owner_of(model, name)
+    weight = owner.weight if isinstance(owner, LowRankLinear) else _weight_of(owner, leaf)
+    core: Any = weight.cores[1]
+    return core
+
+
 def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> None:
     left, right = cores
     transposed = _is_conv1d(type(owner))
@@ -640,6 +719,7 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             del module._modules["first"], module._modules["second"]
             base = module.__dict__.pop("_dense_class")
             del module.__dict__["spec"]
+            module.__dict__.pop("input_product", None)
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base

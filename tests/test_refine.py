@@ -15,7 +15,7 @@ import tensorize
 from tensorize.errors import AnalysisError, BudgetError, CaptureError
 from tensorize.ir import Batch
 from tensorize.passes.factorize import planned_cores
-from tensorize.passes.metric import DAMPING
+from tensorize.passes.metric import DAMPING, shrinkage
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import split
 from tensorize.passes.refit import refit
@@ -76,8 +76,9 @@ def test_each_weight_is_the_best_of_its_rank_on_what_it_sees() -> None:
             x @ (cores["a.weight"][0] @ cores["a.weight"][1]).double().T + wide.a.bias
         )
         own, cross = seen.T @ seen, dense.T @ seen
-        damping = DAMPING * own.diagonal().mean() * torch.eye(24, dtype=torch.float64)
-        own, cross = own + damping, cross + damping
+        share, mean = shrinkage(own, len(x)), own.diagonal().mean()
+        noise = (share + DAMPING) * mean * torch.eye(24, dtype=torch.float64)
+        own, cross = (1 - share) * own + noise, (1 - share) * cross + noise
         target = wide.b.weight @ cross @ own.inverse()
         root = torch.linalg.cholesky(own)
         u, s, v = torch.linalg.svd(target @ root)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import DENSE, LOW_RANK, TT, Site, TTSpec, Use
-from tensorize.passes.metric import DAMPING, Metric, site_metrics
+from tensorize.passes.metric import DAMPING, Metric, shrinkage, site_metrics
 from tensorize.passes.spectra import (
     Spectrum,
     exact_factors,
@@ -51,18 +51,24 @@ def site(m: int, n: int, experts: int = 0, uses: Sequence[Use] = ()) -> Site:
     return Site("layer.weight", shape, "float64", tuple(uses) or (Use("linear", "columns"),))
 
 
+SAMPLES = 100
+
+
 def moments_of(m: int, n: int, metric: str, *, diagonal: bool = False, seed: int = 1) -> Moments:
     if metric == "frobenius":
         return Moments()
     rows = moment(m, seed + 10, diagonal) if metric == "loss" else None
-    return Moments({"columns": Term("columns", rows, moment(n, seed + 20, diagonal), 100)})
+    return Moments({"columns": Term("columns", rows, moment(n, seed + 20, diagonal), SAMPLES)})
 
 
-def damped(moments: Tensor | None, width: int) -> Tensor:
+def damped(moments: Tensor | None, width: int, samples: int) -> Tensor:
     if moments is None:
         return torch.eye(width, dtype=torch.float64)
-    full = moments.diag() if moments.dim() == 1 else moments
-    return full + DAMPING * full.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    identity = torch.eye(width, dtype=torch.float64)
+    if moments.dim() == 1:
+        return moments.diag() + 0.05 * moments.mean() * identity
+    share = shrinkage(moments, samples)
+    return (1 - share) * moments + (share + DAMPING) * moments.diagonal().mean() * identity
 
 
 def lost(delta: Tensor, moments: Moments, metric: str) -> float:
@@ -72,8 +78,8 @@ def lost(delta: Tensor, moments: Moments, metric: str) -> float:
     total = 0.0
     for matrix in delta if delta.dim() == 3 else [delta]:
         for term in moments.terms.values():
-            rows = damped(term.rows, matrix.shape[0])
-            columns = damped(term.columns, matrix.shape[1])
+            rows = damped(term.rows, matrix.shape[0], term.samples)
+            columns = damped(term.columns, matrix.shape[1], term.samples)
             total += float((rows @ matrix * (matrix @ columns)).sum())
     return total / 2 if metric == "loss" else total
 
@@ -89,7 +95,8 @@ def whitened(weight: Tensor, moments: Moments, metric: str) -> Tensor:
         return weight
     (term,) = moments.terms.values()
     rows, columns = (
-        damped(t, w) for t, w in zip((term.rows, term.columns), weight.shape[-2:], strict=True)
+        damped(t, w, term.samples)
+        for t, w in zip((term.rows, term.columns), weight.shape[-2:], strict=True)
     )
     return root(rows) @ weight @ root(columns) * (0.5**0.5 if metric == "loss" else 1.0)
 
@@ -100,6 +107,29 @@ def curve(
     experts = weight.shape[0] if weight.dim() == 3 else 0
     where = site(*weight.shape[-2:], experts)
     return spectrum(where, weight, site_metrics(where, moments, metric), formats)
+
+
+# ------------------------------------------------------------------------------------ shrinkage
+
+
+def test_shrinkage_brings_a_moment_of_few_rows_closer_to_the_truth() -> None:
+    """Rows from a known second moment: shrunk, the estimate is nearer to it, most where few."""
+    width = 40
+    truth = torch.logspace(0, -1, width, dtype=torch.float64).diag()
+    root, mean = truth.sqrt(), float(truth.diagonal().mean())
+    gains = []
+    for samples in (20, 80, 20_000):
+        rows = draw((samples, width), samples) @ root.T
+        found = rows.T @ rows / samples
+        share = shrinkage(found, samples)
+        shrunk = (1 - share) * found + share * mean * torch.eye(width, dtype=torch.float64)
+        gains.append(float((shrunk - truth).norm() / (found - truth).norm()))
+    assert gains[0] < gains[1] < 1.0
+    assert gains[2] == pytest.approx(1.0, abs=0.05)
+
+
+def test_rows_without_directions_are_shrunk_to_their_mean() -> None:
+    assert shrinkage(torch.eye(30, dtype=torch.float64), 500) == 1.0
 
 
 # The roots of a metric are kept in float32.
@@ -569,12 +599,13 @@ def test_formats_are_a_name_several_names_or_a_pattern_to_names() -> None:
     one = site(8, 6)
     two = Site("head.weight", (8, 6), "float32", (Use("linear", "columns"),))
     sites = [one, two]
-    assert formats_by_site(sites, None) == {"layer.weight": BOTH, "head.weight": BOTH}
+    default = (*BOTH, "shared")
+    assert formats_by_site(sites, None) == {"layer.weight": default, "head.weight": default}
     assert formats_by_site(sites, "tt") == {"layer.weight": (TT,), "head.weight": (TT,)}
     assert formats_by_site(sites, ["dense", "tt"])["head.weight"] == (DENSE, TT)
     chosen = formats_by_site(sites, {"head": "tt", "*": ("dense", "low_rank", "tt")})
     assert chosen == {"layer.weight": (DENSE, LOW_RANK, TT), "head.weight": (TT,)}
-    assert formats_by_site(sites, {"head": "tt"})["layer.weight"] == BOTH
+    assert formats_by_site(sites, {"head": "tt"})["layer.weight"] == default
 
 
 def test_formats_that_do_not_exist_are_refused() -> None:
