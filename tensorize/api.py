@@ -118,7 +118,7 @@ def compile(
             model,
             example_inputs=example_inputs,
             calibration=calibration
-            if calibration == SELF
+            if _of_itself(calibration)
             else capture.calibration_batches(calibration, model, tokenizer) or None,
             loss_fn=loss_fn,
             metric=metric,
@@ -192,13 +192,18 @@ def analyze(
     return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
 
 
+def _of_itself(calibration: Any) -> bool:
+    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
+    return isinstance(calibration, str) and calibration == SELF
+
+
 def _calibration(
     calibration: Any, model: nn.Module, example_inputs: Any, seed: int
 ) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if calibration is None:
         return (), ('no calibration data: weights alone; calibration="self" makes some',)
-    if not (isinstance(calibration, str) and calibration == SELF):
+    if not _of_itself(calibration):
         return capture.calibration_batches(calibration, model), ()
     inputs, _ = capture.find_inputs(model, example_inputs, ())
     batches, what = self_made(model, inputs, seed)
