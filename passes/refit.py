@@ -29,7 +29,7 @@ from tensorize.passes.metric import DAMPING, Metric
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import call, row_mask
 from tensorize.passes.spectra import Spectrum, as_matrix, best_factors
-from tensorize.passes.statistics import input_rows
+from tensorize.passes.statistics import input_rows, plus, products
 from tensorize.uses import Frame, Matmul
 from tensorize.weight import FactoredWeight
 
@@ -200,11 +200,8 @@ class _Moments:
         mask = row_mask(dense.matmul.x, dense.batch, dense.matmul.contract)
         if mask is not None and mask.numel() == len(x):
             x, seen = x[mask], seen[mask]
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x, seen = x.float(), seen.float()
-        cross, own = (x.t() @ seen).double(), (seen.t() @ seen).double()
-        self._cross = cross if self._cross is None else self._cross.add_(cross)
-        self._own = own if self._own is None else self._own.add_(own)
+        self._cross = plus(self._cross, products(x, seen))
+        self._own = plus(self._own, products(seen))
         self.count += len(x)
         self._contract = dense.matmul.contract
 
