@@ -59,7 +59,9 @@ def refit(
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in program.sites}
     order = [
-        n for n in _order(program.model, batches[0], parameters) if _solvable(by_name[n], specs[n])
+        n
+        for n in _order(program.model, batches[0], parameters)
+        if _solvable(by_name[n], specs[n], program.spectra[n])
     ]
 
     def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
@@ -107,10 +109,13 @@ def _order(model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter
     return [name for name, count in uses.items() if count == 1]
 
 
-def _solvable(site: Site, spec: TTSpec) -> bool:
-    """Whether it is a plain low-rank weight that is not exact already."""
+def _solvable(site: Site, spec: TTSpec, curve: Spectrum) -> bool:
+    """Whether it is a plain low-rank weight that is not exact already.
+
+    One that some of the data use in another way has several metrics, and no single best map.
+    """
     plain = spec.format == LOW_RANK and not site.experts and not site.last_resort
-    return plain and spec.ranks[0] < min(site.matrix)
+    return plain and spec.ranks[0] < min(site.matrix) and len(curve.metrics) == 1
 
 
 class _Stop(BaseException):
@@ -194,6 +199,10 @@ class _Moments:
     def add(self, dense: _Run, small: _Run) -> None:
         assert dense.matmul is not None
         assert small.matmul is not None
+        if self.count == 0:
+            self._contract = dense.matmul.contract
+        if {dense.matmul.contract, small.matmul.contract} != {self._contract}:
+            return  # a batch that uses it in another way than those before
         x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
         if x is None or seen is None or x.shape != seen.shape:
             return  # rows of a convolution in three dimensions; a model that takes another way
@@ -203,7 +212,6 @@ class _Moments:
         self._cross = plus(self._cross, products(x, seen))
         self._own = plus(self._own, products(seen))
         self.count += len(x)
-        self._contract = dense.matmul.contract
 
     def solve(self, weight: Tensor, curve: Spectrum, rank: int) -> Cores:
         """The best factors of the map that takes x̃ to W x."""
