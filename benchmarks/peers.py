@@ -63,7 +63,7 @@ class Peers:
         trains = tensorize.analyze(self.model, formats="tt", progress=False)
         return {
             "SVD": lambda b: uniform_plan(self.plain, self.model, b),
-            "relative SVD": lambda b: _relative(self.plain).plan(b, refine=None),
+            "relative SVD": lambda b: compared(self.plain, 1.0).plan(b, refine=None),
             "ASVD": lambda b: uniform_plan(scaled, self.model, b),
             "SVD-LLM": lambda b: uniform_plan(self.whitened, self.model, b),
             "K-FAC SVD": kfac,
@@ -99,12 +99,21 @@ def uniform_plan(analysis: Analysis, model: nn.Module, budget: float) -> Plan:
     return analysis.plan(None, ranks=ranks, refine=None)
 
 
-def _relative(analysis: Analysis) -> Analysis:
-    """The same curves as shares of each weight's own size, to be added up as they are."""
+def compared(analysis: Analysis, exponent: float) -> Analysis:
+    """The same curves, divided by each weight's own size ** exponent, to be added up as they are.
+
+    0 compares absolute errors of different weights, 1 relative ones.
+    """
     spectra = {}
     for name, curve in analysis.program.spectra.items():
         whole = float(curve.distortion[0])
-        spectra[name] = replace(curve, distortion=curve.distortion / whole, in_nats=True)
+        unit = whole**exponent if whole > 0 else 1.0
+        spectra[name] = replace(
+            curve,
+            distortion=curve.distortion / unit,
+            train_points=tuple((spec, lost / unit) for spec, lost in curve.train_points),
+            in_nats=True,
+        )
     return replace(analysis, program=replace(analysis.program, spectra=spectra))
 
 
