@@ -31,6 +31,7 @@ from tensorize import Analysis, Plan, tt
 from tensorize.passes.metric import Metric
 from tensorize.passes.optimise import minimise_distortion
 from tensorize.passes.points import COSTS, Points
+from tensorize.passes.preserved import divergence
 from tensorize.passes.spectra import Spectrum, spectrum
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
@@ -183,15 +184,15 @@ def integer_plan(
 @torch.no_grad()
 def kl_distance(model: nn.Module, batches: Sequence[Tensor]) -> Distance:
     """Mean KL of the logits to the dense model's, in nats a token."""
-    dense = [model(batch).logits.float().log_softmax(-1) for batch in batches]
+    dense = [model(batch).logits for batch in batches]
+    tokens = sum(batch.numel() for batch in batches)
 
     @torch.no_grad()
     def distance(weights: Mapping[str, Tensor]) -> float:
-        total, count = 0.0, 0
-        for batch, p in zip(batches, dense, strict=True):
-            q = functional_call(model, dict(weights), (batch,)).logits.float().log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum())
-            count += p.shape[0] * p.shape[1]
-        return total / count
+        total = 0.0
+        for batch, before in zip(batches, dense, strict=True):
+            after = functional_call(model, dict(weights), (batch,)).logits
+            total += float(divergence(before, after))
+        return total / tokens
 
     return distance
