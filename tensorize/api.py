@@ -23,7 +23,7 @@ from tensorize.budget import Budget
 from tensorize.codegen import aten
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, POLISH, REFIT, Batch, Plan, TTSpec
+from tensorize.ir import DENSE, POLISH, REFIT, Batch, Plan, Totals, TTSpec
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.order import plan_contraction
@@ -37,7 +37,7 @@ from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
-from tensorize.report import Figures, Report, ReportTotals, SiteReport, Stage
+from tensorize.report import Report, ReportTotals, SiteReport, Stage
 from tensorize.selfmade import self_made
 from tensorize.version import __version__
 
@@ -373,20 +373,16 @@ def _report(program: Program, analysis: Analysis) -> Report:
         )
         for choice in plan.sites
     )
-    before, after = plan.dense, plan.predicted
     parameters = {id(p): p for p in program.model.parameters()}.values()
-    totals = ReportTotals(
-        before=Figures(before.parameters, before.bytes, before.flops),
-        after=Figures(
-            sum(p.numel() for p in parameters),
-            sum(p.numel() * p.element_size() for p in parameters),
-            after.flops,
-        ),
+    after = Totals(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        plan.predicted.flops,
     )
     return Report(
         plan=replace(plan, analysis=None),
         sites=sites,
-        totals=totals,
+        totals=ReportTotals(plan.dense, after),
         curve=analysis.curve(),
         history=tuple(Stage(s.name, s.seconds, s.summary) for s in program.history),
         notes=program.notes,

@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from tensorize import printer
 from tensorize.errors import TensorizeError
-from tensorize.ir import DENSE, Plan
+from tensorize.ir import DENSE, Plan, Totals
 
 WIDTH = 100
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
@@ -60,15 +60,6 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Size and cost of a model; each parameter counts once, ``flops`` are per input row."""
-
-    parameters: int
-    bytes: int
-    flops: int
-
-
-@dataclass(frozen=True)
 class Shares:
     """What is left of each figure, 1.0 for all of it."""
 
@@ -81,8 +72,8 @@ class Shares:
 class ReportTotals:
     """The whole model before and after, parameters that are no site included."""
 
-    before: Figures
-    after: Figures
+    before: Totals
+    after: Totals
 
     @property
     def share(self) -> Shares:
@@ -99,7 +90,7 @@ class ReportTotals:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReportTotals:
-        return cls(Figures(**data["before"]), Figures(**data["after"]))
+        return cls(Totals(**data["before"]), Totals(**data["after"]))
 
 
 @dataclass(frozen=True)
