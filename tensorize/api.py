@@ -37,7 +37,7 @@ from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
-from tensorize.report import Report, ReportTotals, SiteReport, Stage
+from tensorize.report import Report, ReportTotals, SiteReport
 from tensorize.selfmade import self_made
 from tensorize.version import __version__
 
@@ -384,7 +384,7 @@ def _report(program: Program, analysis: Analysis) -> Report:
         sites=sites,
         totals=ReportTotals(plan.dense, after),
         curve=analysis.curve(),
-        history=tuple(Stage(s.name, s.seconds, s.summary) for s in program.history),
+        history=program.history,
         notes=program.notes,
         environment=_environment(),
     )
