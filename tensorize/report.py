@@ -12,12 +12,12 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, overload
 
 from tensorize import printer
 from tensorize.errors import TensorizeError
-from tensorize.ir import DENSE, Plan, Totals
+from tensorize.ir import DENSE, Plan, Prediction, Totals
 
 WIDTH = 100
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
@@ -94,20 +94,10 @@ class ReportTotals:
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """What one budget is predicted to give.
+class CurvePoint(Prediction):
+    """What one budget, a share of the parameters, is predicted to give."""
 
-    ``budget`` is a share of the parameters, ``output_error``, ``loss`` and ``loss_interval`` are as
-    in ``tensorize.ir.Prediction``.
-    """
-
-    budget: float
-    parameters: int
-    bytes: int
-    flops: int
-    output_error: float
-    loss: float | None = None
-    loss_interval: tuple[float, float] | None = None
+    budget: float = field(kw_only=True)
 
     @property
     def quality(self) -> float:

@@ -363,7 +363,7 @@ def test_page_of_nothing(tmp_path: Path) -> None:
 )
 def test_curve_of_odd_values(report: Report, tmp_path: Path, losses: list[float], drawn: bool):
     points = tuple(
-        CurvePoint(0.1 * (k + 1), 10, 40, 20, 0.1, loss, (0.0, math.inf))
+        CurvePoint(10, 40, 20, 0.1, loss, (0.0, math.inf), budget=0.1 * (k + 1))
         for k, loss in enumerate(losses)
     )
     report = replace(report, curve=Curve(points, "loss"))
