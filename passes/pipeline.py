@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,16 +26,10 @@ from torch import Tensor, nn
 
 from tensorize.errors import AnalysisError
 from tensorize.ir import Batch, Plan, Site
+from tensorize.progress import Progress, no_progress
 from tensorize.report import Stage
 
 log = logging.getLogger("tensorize")
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total)."""
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Tells nobody."""
 
 
 @dataclass(frozen=True)
