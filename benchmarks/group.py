@@ -8,9 +8,8 @@ of interleaved rounds.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 import tensorize
 from benchmarks.record import keep
+from benchmarks.timing import interleaved
 
-WIDTH, RANK, ROUNDS, CALLS = 1024, 128, 31, 300
+WIDTH, RANK, ROUNDS = 1024, 128, 31
 
 
 class Projections(nn.Module):
@@ -31,13 +31,6 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q(x), self.k(x), self.v(x)
-
-
-def microseconds(call: Callable[[Tensor], object], x: Tensor) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call(x)
-    return 1e6 * (time.perf_counter() - start) / CALLS
 
 
 @torch.no_grad()
@@ -61,12 +54,10 @@ def measure(
 ) -> dict[str, Any]:
     """Times of all ways in turn, and how much faster grouped is than each other one."""
     torch.set_num_threads(threads)
-    for call in ways.values():
-        microseconds(call, x)
-    rounds = [{name: microseconds(call, x) for name, call in ways.items()} for _ in range(ROUNDS)]
-    times = {name: statistics.median(r[name] for r in rounds) for name in ways}
+    found = interleaved({name: partial(call, x) for name, call in ways.items()}, ROUNDS)
+    times = {name: 1e6 * took.wall for name, took in found.items()}
     *others, last = ways
-    ratios = {name: statistics.median(r[name] / r[last] for r in rounds) for name in others}
+    ratios = {name: found[name].over(found[last]) for name in others}
     print(f"threads: {threads}")
     for name, took in times.items():
         print(f"  {name:<20} {took:6.1f} µs")

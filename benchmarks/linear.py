@@ -8,16 +8,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import tensorize
 from benchmarks.record import keep
+from benchmarks.timing import interleaved
 
-WIDTH, RANK, ROUNDS, CALLS = 768, 64, 41, 500
+WIDTH, RANK, ROUNDS = 768, 64, 41
 
 
 class ByHand(nn.Module):
@@ -31,13 +31,6 @@ class ByHand(nn.Module):
         return self.second(self.first(x))
 
 
-def microseconds(module: nn.Module, x: Tensor) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        module(x)
-    return 1e6 * (time.perf_counter() - start) / CALLS
-
-
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
@@ -45,9 +38,9 @@ def main() -> None:
     dense = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     small = tensorize.compile(dense, None, ranks={"*": RANK}, example_inputs=(x,), progress=False)
     modules = {"by hand": ByHand(), "tensorize": small[0], "dense": dense[0]}  # type: ignore[index]
-    rounds = [{name: microseconds(m, x) for name, m in modules.items()} for _ in range(ROUNDS)]
-    times = {name: statistics.median(r[name] for r in rounds) for name in modules}
-    ratio = statistics.median(r["tensorize"] / r["by hand"] for r in rounds)
+    found = interleaved({name: partial(m, x) for name, m in modules.items()}, ROUNDS)
+    times = {name: 1e6 * took.wall for name, took in found.items()}
+    ratio = found["tensorize"].over(found["by hand"])
     print(", ".join(f"{name} {took:.2f} µs" for name, took in times.items()))
     print(f"tensorize takes {ratio:.3f} of the time by hand")
     print(f"kept in {keep('linear', {'microseconds': times, 'ratio': ratio})}")

@@ -10,8 +10,7 @@ to compare errors between weights. Real text is what there is to be gained.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,10 @@ import torch
 from torch import nn
 
 import tensorize
-from benchmarks.peers import uniform_plan
+from benchmarks.peers import compared, uniform_plan
 from benchmarks.quality import MODELS, divergence, text
 from benchmarks.record import keep
 from examples import demo_minilm
-from tensorize.passes import points
 from tensorize.printer import table
 
 BUDGETS = (0.25, 0.5, 0.75)
@@ -62,16 +60,6 @@ def encoder() -> Subject:
     return Subject(model, known[0], known, distance)
 
 
-@contextlib.contextmanager
-def exponent(value: float) -> Iterator[None]:
-    """Errors of different weights compared by distortion / size ** value."""
-    before, points._RELATIVE = points._RELATIVE, value
-    try:
-        yield
-    finally:
-        points._RELATIVE = before
-
-
 def rows(subject: Subject) -> dict[str, list[float]]:
     """Method → distance by budget."""
     model = subject.model
@@ -88,8 +76,7 @@ def rows(subject: Subject) -> dict[str, list[float]]:
     alone = analyze(None)
     found = {"uniform": distances(lambda budget: uniform_plan(alone, model, budget))}
     for name, value in (("absolute errors", 0.0), ("relative errors", 1.0)):
-        with exponent(value):
-            found[name] = distances(alone.plan)
+        found[name] = distances(compared(alone, value).plan)
     found["weights alone"] = distances(alone.plan)
     found['calibration="self"'] = distances(analyze("self").plan)
     found["real text"] = distances(analyze(subject.real).plan)

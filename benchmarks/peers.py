@@ -31,6 +31,7 @@ from tensorize import Analysis, Plan, tt
 from tensorize.passes.metric import Metric
 from tensorize.passes.optimise import minimise_distortion
 from tensorize.passes.points import COSTS, Points
+from tensorize.passes.preserved import divergence
 from tensorize.passes.spectra import Spectrum, spectrum
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
@@ -63,7 +64,7 @@ class Peers:
         trains = tensorize.analyze(self.model, formats="tt", progress=False)
         return {
             "SVD": lambda b: uniform_plan(self.plain, self.model, b),
-            "relative SVD": lambda b: _relative(self.plain).plan(b, refine=None),
+            "relative SVD": lambda b: compared(self.plain, 1.0).plan(b, refine=None),
             "ASVD": lambda b: uniform_plan(scaled, self.model, b),
             "SVD-LLM": lambda b: uniform_plan(self.whitened, self.model, b),
             "K-FAC SVD": kfac,
@@ -99,12 +100,21 @@ def uniform_plan(analysis: Analysis, model: nn.Module, budget: float) -> Plan:
     return analysis.plan(None, ranks=ranks, refine=None)
 
 
-def _relative(analysis: Analysis) -> Analysis:
-    """The same curves as shares of each weight's own size, to be added up as they are."""
+def compared(analysis: Analysis, exponent: float) -> Analysis:
+    """The same curves, divided by each weight's own size ** exponent, to be added up as they are.
+
+    0 compares absolute errors of different weights, 1 relative ones.
+    """
     spectra = {}
     for name, curve in analysis.program.spectra.items():
         whole = float(curve.distortion[0])
-        spectra[name] = replace(curve, distortion=curve.distortion / whole, in_nats=True)
+        unit = whole**exponent if whole > 0 else 1.0
+        spectra[name] = replace(
+            curve,
+            distortion=curve.distortion / unit,
+            train_points=tuple((spec, lost / unit) for spec, lost in curve.train_points),
+            in_nats=True,
+        )
     return replace(analysis, program=replace(analysis.program, spectra=spectra))
 
 
@@ -174,15 +184,15 @@ def integer_plan(
 @torch.no_grad()
 def kl_distance(model: nn.Module, batches: Sequence[Tensor]) -> Distance:
     """Mean KL of the logits to the dense model's, in nats a token."""
-    dense = [model(batch).logits.float().log_softmax(-1) for batch in batches]
+    dense = [model(batch).logits for batch in batches]
+    tokens = sum(batch.numel() for batch in batches)
 
     @torch.no_grad()
     def distance(weights: Mapping[str, Tensor]) -> float:
-        total, count = 0.0, 0
-        for batch, p in zip(batches, dense, strict=True):
-            q = functional_call(model, dict(weights), (batch,)).logits.float().log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum())
-            count += p.shape[0] * p.shape[1]
-        return total / count
+        total = 0.0
+        for batch, before in zip(batches, dense, strict=True):
+            after = functional_call(model, dict(weights), (batch,)).logits
+            total += float(divergence(before, after))
+        return total / tokens
 
     return distance

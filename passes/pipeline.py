@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,24 +26,10 @@ from torch import Tensor, nn
 
 from tensorize.errors import AnalysisError
 from tensorize.ir import Batch, Plan, Site
+from tensorize.progress import Progress, no_progress
+from tensorize.report import Stage
 
 log = logging.getLogger("tensorize")
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total)."""
-
-
-def no_progress(stage: str, done: int, total: int) -> None:
-    """Tells nobody."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one pass did: its name, how long it took, and a line about it."""
-
-    name: str
-    seconds: float
-    summary: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,7 @@ class Program:
     errors: Mapping[str, float] = field(default_factory=dict)
     summary: str = ""
     notes: tuple[str, ...] = ()
-    history: tuple[Step, ...] = ()
+    history: tuple[Stage, ...] = ()
     progress: Progress = no_progress
 
     def without_model(self) -> Program:
@@ -106,7 +92,7 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
         seconds = time.perf_counter() - start
         verify(program, step.name)
         program = replace(
-            program, history=(*program.history, Step(step.name, seconds, program.summary))
+            program, history=(*program.history, Stage(step.name, seconds, program.summary))
         )
         log.info("%s: %.2f s: %s", step.name, seconds, program.summary)
         if debug_level() >= 1:

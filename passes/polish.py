@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tensorize import tt
 from tensorize.forward import untouched
 from tensorize.ir import Batch
-from tensorize.passes.pipeline import Program, Progress, no_progress
+from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call
 from tensorize.passes.spectra import as_matrix
+from tensorize.progress import Progress, no_progress
 from tensorize.weight import factored
 
 # Steps: at least the first, at most the second, between them some passes over the data.

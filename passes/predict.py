@@ -72,6 +72,11 @@ class Predictor:
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]
 
+    def _measured(self, refine: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """The logarithms of the sums of distortions, and of the rises measured at them."""
+        trials = self._of(refine)
+        return np.log([t.raw for t in trials]), np.log([t.measured for t in trials])
+
     def predict(self, raw: float, refine: str | None = None) -> tuple[float, tuple[float, float]]:
         """(expected rise, its 90 % interval)."""
         if raw <= 0:
@@ -80,8 +85,8 @@ class Predictor:
         if not plain:
             return raw, (0.0, 4 * raw)
         x = math.log(raw)
-        known = [math.log(t.raw) for t in plain]
-        ratios = [math.log(t.measured / t.raw) for t in plain]
+        known, rises = self._measured(None)
+        ratios = rises - known
         ratio = float(np.interp(x, known, ratios)) + self._gain(x, refine)
         spread = float(np.interp(x, known, [t.spread for t in plain]))
         # Far from every measured point the ratio is less certain, the more it changes between them.
@@ -98,17 +103,10 @@ class Predictor:
 
     def _gain(self, x: float, refine: str | None) -> float:
         """By what a refinement changes the logarithm of the rise, at the logarithm of a sum."""
-        plain, refined = self._of(None), self._of(refine)
-        if refine is None or not refined:
+        if refine is None or not self._of(refine):
             return 0.0
-        known = [math.log(t.raw) for t in plain]
-        rises = [math.log(t.measured) for t in plain]
-        at = [math.log(t.raw) for t in refined]
-        gains = [
-            math.log(t.measured) - float(np.interp(k, known, rises))
-            for k, t in zip(at, refined, strict=True)
-        ]
-        return float(np.interp(x, at, gains))
+        at, refined = self._measured(refine)
+        return float(np.interp(x, at, refined - np.interp(at, *self._measured(None))))
 
     def pays(self, refine: str) -> bool:
         """Whether a refinement made its trials better than they were, taken together."""

@@ -222,9 +222,7 @@ class PreservedLoss:
         for a, b in zip(before, after, strict=True):
             share = count / max(a.rows.shape[0], 1)
             if a.logits:
-                p, q = a.rows.float().log_softmax(-1), b.rows.float().log_softmax(-1)
-                terms = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss
-                total = total + share * terms.sum(dtype=torch.float64)
+                total = total + share * divergence(a.rows, b.rows)
             else:
                 error = (a.rows - b.rows).double().square().sum()
                 total = total + share * error / max(self.variances[a.name], 1e-30)
@@ -235,6 +233,13 @@ class PreservedLoss:
         with torch.no_grad():
             total, rows = self.distance(dense, result, batch, model)
         return float(total), rows
+
+
+def divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL of the prediction to the dense model's, in nats, its sum over rows of logits."""
+    p, q = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
+    terms = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss
+    return terms.sum(dtype=torch.float64)
 
 
 def _row_total(result: Any, batch: Batch, model: nn.Module) -> int:

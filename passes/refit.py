@@ -25,11 +25,11 @@ from tensorize.forward import untouched
 from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
 from tensorize.observer import Observer
 from tensorize.passes.factorize import Cores, planned_cores
-from tensorize.passes.metric import Metric, average, shrink, shrinkage
+from tensorize.passes.metric import Metric, shrink, shrinkage
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import call, row_mask
 from tensorize.passes.spectra import Spectrum, as_matrix, best_factors, joint_factors
-from tensorize.passes.statistics import input_rows
+from tensorize.passes.statistics import input_rows, plus, products
 from tensorize.uses import Frame, Matmul
 from tensorize.weight import FactoredWeight
 
@@ -59,7 +59,9 @@ def refit(
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in program.sites}
     order = [
-        n for n in _order(program.model, batches[0], parameters) if _solvable(by_name[n], specs[n])
+        n
+        for n in _order(program.model, batches[0], parameters)
+        if _solvable(by_name[n], specs[n], program.spectra[n])
     ]
     together = _together(sites, order)
     order = [name for name in order if name in together]
@@ -124,10 +126,13 @@ def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list
     return {min(names, key=used.__getitem__): names for names in solvable}
 
 
-def _solvable(site: Site, spec: TTSpec) -> bool:
-    """Whether it is a plain low-rank weight that is not exact already."""
+def _solvable(site: Site, spec: TTSpec, curve: Spectrum) -> bool:
+    """Whether it is a plain low-rank weight that is not exact already.
+
+    One that some of the data use in another way has several metrics, and no single best map.
+    """
     plain = spec.format == LOW_RANK and not site.experts and not site.last_resort
-    return plain and spec.ranks[0] < min(site.matrix)
+    return plain and spec.ranks[0] < min(site.matrix) and len(curve.metrics) == 1
 
 
 class _Stop(BaseException):
@@ -211,19 +216,19 @@ class _Moments:
     def add(self, dense: _Run, small: _Run) -> None:
         assert dense.matmul is not None
         assert small.matmul is not None
+        if self.count == 0:
+            self._contract = dense.matmul.contract
+        if {dense.matmul.contract, small.matmul.contract} != {self._contract}:
+            return  # a batch that uses it in another way than those before
         x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
         if x is None or seen is None or x.shape != seen.shape:
             return  # rows of a convolution in three dimensions; a model that takes another way
         mask = row_mask(dense.matmul.x, dense.batch, dense.matmul.contract)
         if mask is not None and mask.numel() == len(x):
             x, seen = x[mask], seen[mask]
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x, seen = x.float(), seen.float()
-        cross, own = (x.t() @ seen).double(), (seen.t() @ seen).double()
-        self._cross = cross if self._cross is None else self._cross.add_(cross)
-        self._own = own if self._own is None else self._own.add_(own)
+        self._cross = plus(self._cross, products(x, seen))
+        self._own = plus(self._own, products(seen))
         self.count += len(x)
-        self._contract = dense.matmul.contract
 
     def solve(
         self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int
@@ -241,7 +246,7 @@ class _Moments:
         for weight, curve in zip(weights, curves, strict=True):
             wanted = (weight.double().t() if rows else weight.double()) @ cross
             targets.append(torch.cholesky_solve(wanted.t(), factor).t().to(weight.dtype))
-            metric = average(curve.metrics)
+            (metric,) = curve.metrics
             outputs = metric.right if rows else metric.left
             metrics.append(Metric(metric.scale, outputs, factor.float()))
         if len(targets) > 1:

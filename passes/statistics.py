@@ -210,8 +210,8 @@ def _add_whole(term: Term, gradient: Tensor) -> None:
     second moments of its gradients (as Shampoo does, Gupta, Koren & Singer 2018).
     """
     rows, columns = gradient.shape
-    term.rows = _plus(term.rows, _moment(gradient.t(), rows))
-    term.columns = _plus(term.columns, _moment(gradient, columns))
+    term.rows = plus(term.rows, _moment(gradient.t(), rows))
+    term.columns = plus(term.columns, _moment(gradient, columns))
     term.input_rows += 1
 
 
@@ -251,7 +251,7 @@ def _add_term(
     of_rows, of_columns = (other, own) if matmul.contract == "columns" else (own, other)
     if frame.rows is not None and of_rows is not None:
         of_rows = _among(of_rows, frame.rows, rows)
-    term.rows, term.columns = _plus(term.rows, of_rows), _plus(term.columns, of_columns)
+    term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
 
 
 def input_rows(site: Site, matmul: Matmul) -> Tensor | None:
@@ -326,13 +326,24 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 def _moment(rows: Tensor, width: int) -> Tensor:
     """Σ x xᵀ over the rows, in float64: full (width, width), or its diagonal (width,)."""
-    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     if width > LARGEST_FULL_MOMENT:
-        return rows.square().sum(0, dtype=torch.float64).cpu()
-    return (rows.t() @ rows).double().cpu()
+        return _widened(rows).square().sum(0, dtype=torch.float64).cpu()
+    return products(rows).cpu()
 
 
-def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+def products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Σ x yᵀ over the rows of x and y (x itself where there is none), in float64."""
+    x = _widened(x)
+    return (x.t() @ (x if y is None else _widened(y))).double()
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """Half precision as float32: sums of products overflow in it, or lose their last digits."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum, in the place of ``total``; None is nothing yet."""
     if part is None or total is None:
         return part if total is None else total
     return total.add_(part)

@@ -157,18 +157,7 @@ class Analysis:
                     raise
                 continue
             assert plan is not None
-            predicted = plan.predicted
-            points.append(
-                CurvePoint(
-                    budget=budget,
-                    parameters=predicted.parameters,
-                    bytes=predicted.bytes,
-                    flops=predicted.flops,
-                    output_error=predicted.output_error,
-                    loss=predicted.loss,
-                    loss_interval=predicted.loss_interval,
-                )
-            )
+            points.append(CurvePoint(**vars(plan.predicted), budget=budget))
         return Curve(tuple(points), self.metric)
 
     def __str__(self) -> str:

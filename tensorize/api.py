@@ -23,7 +23,7 @@ from tensorize.budget import Budget
 from tensorize.codegen import aten
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, TTSpec
+from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, Totals, TTSpec
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.order import plan_contraction
@@ -37,7 +37,7 @@ from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
-from tensorize.report import Figures, Report, ReportTotals, SiteReport, Stage
+from tensorize.report import Report, ReportTotals, SiteReport
 from tensorize.selfmade import self_made
 from tensorize.version import __version__
 
@@ -118,7 +118,7 @@ def compile(
             model,
             example_inputs=example_inputs,
             calibration=calibration
-            if calibration == SELF
+            if _of_itself(calibration)
             else capture.calibration_batches(calibration, model, tokenizer) or None,
             loss_fn=loss_fn,
             metric=metric,
@@ -192,13 +192,18 @@ def analyze(
     return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
 
 
+def _of_itself(calibration: Any) -> bool:
+    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
+    return isinstance(calibration, str) and calibration == SELF
+
+
 def _calibration(
     calibration: Any, model: nn.Module, example_inputs: Any, seed: int
 ) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if calibration is None:
         return (), ('no calibration data: weights alone; calibration="self" makes some',)
-    if not (isinstance(calibration, str) and calibration == SELF):
+    if not _of_itself(calibration):
         return capture.calibration_batches(calibration, model), ()
     inputs, _ = capture.find_inputs(model, example_inputs, ())
     batches, what = self_made(model, inputs, seed)
@@ -372,22 +377,18 @@ def _report(program: Program, analysis: Analysis) -> Report:
         )
         for choice in plan.sites
     )
-    before, after = plan.dense, plan.predicted
     parameters = {id(p): p for p in program.model.parameters()}.values()
-    totals = ReportTotals(
-        before=Figures(before.parameters, before.bytes, before.flops),
-        after=Figures(
-            sum(p.numel() for p in parameters),
-            sum(p.numel() * p.element_size() for p in parameters),
-            after.flops,
-        ),
+    after = Totals(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        plan.predicted.flops,
     )
     return Report(
         plan=replace(plan, analysis=None),
         sites=sites,
-        totals=totals,
+        totals=ReportTotals(plan.dense, after),
         curve=analysis.curve(),
-        history=tuple(Stage(s.name, s.seconds, s.summary) for s in program.history),
+        history=program.history,
         notes=program.notes,
         environment=_environment(),
     )

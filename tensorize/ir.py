@@ -444,7 +444,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Totals:
-    """The dense model's own figures, for shares. Each parameter counts once."""
+    """Size and cost of a whole model; each parameter counts once, ``flops`` are per input row."""
 
     parameters: int
     bytes: int

@@ -8,8 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total)."""
 
 log = logging.getLogger("tensorize")
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 @contextlib.contextmanager
@@ -24,7 +29,7 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress]:
         return
     wanted = sys.stderr.isatty() if progress is None else progress
     if not wanted:
-        yield lambda stage, done, total: None
+        yield no_progress
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

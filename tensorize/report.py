@@ -12,12 +12,12 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, overload
 
 from tensorize import printer
 from tensorize.errors import TensorizeError
-from tensorize.ir import DENSE, Plan
+from tensorize.ir import DENSE, Plan, Prediction, Totals
 
 WIDTH = 100
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
@@ -60,15 +60,6 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Size and cost of a model; each parameter counts once, ``flops`` are per input row."""
-
-    parameters: int
-    bytes: int
-    flops: int
-
-
-@dataclass(frozen=True)
 class Shares:
     """What is left of each figure, 1.0 for all of it."""
 
@@ -81,8 +72,8 @@ class Shares:
 class ReportTotals:
     """The whole model before and after, parameters that are no site included."""
 
-    before: Figures
-    after: Figures
+    before: Totals
+    after: Totals
 
     @property
     def share(self) -> Shares:
@@ -99,24 +90,14 @@ class ReportTotals:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReportTotals:
-        return cls(Figures(**data["before"]), Figures(**data["after"]))
+        return cls(Totals(**data["before"]), Totals(**data["after"]))
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """What one budget is predicted to give.
+class CurvePoint(Prediction):
+    """What one budget, a share of the parameters, is predicted to give."""
 
-    ``budget`` is a share of the parameters, ``output_error``, ``loss`` and ``loss_interval`` are as
-    in ``tensorize.ir.Prediction``.
-    """
-
-    budget: float
-    parameters: int
-    bytes: int
-    flops: int
-    output_error: float
-    loss: float | None = None
-    loss_interval: tuple[float, float] | None = None
+    budget: float = field(kw_only=True)
 
     @property
     def quality(self) -> float:

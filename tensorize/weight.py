@@ -544,7 +544,7 @@ def _factored_class(
         "_dense_class": dense,
         "_factored_parameters": parameters,
     }
-    if base.__mro__.count(nn.RNNBase):
+    if issubclass(dense, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _drop)
     return type(base.__name__, (base,), body)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tensorize import interpret, tt
 from tensorize.codegen import aten
-from tensorize.ir import ContractionPiece, ContractionPlan, Tree, TTSpec
+from tensorize.ir import ContractionPiece, ContractionPlan, TTSpec
 from tensorize.passes.order import plan_contraction
+from tests.test_order import trees
 
 SIDES = ("columns", "rows")
 
@@ -123,19 +124,6 @@ def test_lower_precision_stays_within_its_rounding(spec: TTSpec, dtype: torch.dt
     cores = draw_cores(spec, dtype)
     x = draw_x(spec, "columns", (5,), dtype)
     check(aten.build(plan)(x, cores), spec, cores, x, "columns")
-
-
-def trees(leaves: tuple[int | str, ...]) -> Iterator[Tree]:
-    if len(leaves) == 1:
-        yield leaves[0]
-        return
-    head, *tail = leaves
-    for size in range(len(tail)):
-        for chosen in itertools.combinations(tail, size):
-            others = tuple(leaf for leaf in tail if leaf not in chosen)
-            for left in trees((head, *chosen)):
-                for right in trees(others):
-                    yield (left, right)
 
 
 modes = st.lists(st.integers(1, 3), min_size=3, max_size=3)

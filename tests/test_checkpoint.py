@@ -26,7 +26,7 @@ from tensorize.checkpoint import load, save
 from tensorize.errors import CheckpointError
 from tensorize.ir import Plan, Prediction, RankPlan, Totals, TTSpec
 from tensorize.manifest import MANIFEST, read_report
-from tensorize.report import Figures, Report, ReportTotals, SiteReport
+from tensorize.report import Report, ReportTotals, SiteReport
 
 # ------------------------------------------------------------------------- models and helpers
 
@@ -117,7 +117,7 @@ def attach_report(model: nn.Module) -> nn.Module:
         tuple(chosen), "params=0.5", "frobenius", Prediction(size, 4 * size, 0, math.inf),
         Totals(2 * size, 8 * size, 0), (1, 16), 0, "fingerprint",
     )  # fmt: skip
-    figures = Figures(2 * size, 8 * size, 0), Figures(size, 4 * size, 0)
+    figures = Totals(2 * size, 8 * size, 0), Totals(size, 4 * size, 0)
     model.__dict__["_tensorize"] = Report(plan, tuple(sites), ReportTotals(*figures))
     return model
 

@@ -133,6 +133,44 @@ def test_a_weight_that_is_used_twice_keeps_its_factors() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
 
 
+class ByLength(nn.Module):
+    """Multiplies long inputs by ``a``; short ones by its transpose, or looks them up in it."""
+
+    def __init__(self, short: str) -> None:
+        super().__init__()
+        self.a, self.b, self.short = nn.Linear(24, 24), nn.Linear(24, 24), short
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 64:
+            x = self.a(x)
+        elif self.short == "rows":
+            x = x @ self.a.weight
+        else:
+            x = nn.functional.embedding(x.argmax(-1), self.a.weight)
+        return self.b(torch.tanh(x))
+
+
+@pytest.mark.parametrize("short", ["rows", "lookup"])
+def test_a_weight_that_some_data_use_in_another_way_keeps_its_factors(short: str) -> None:
+    model, data = ByLength(short), batches(8)
+    data = data[:4] + [x[:32] for x in data[4:]]
+    program, sites = ready(model, data, "input", 5)
+    before, after = planned_cores(program, sites), refit(program, sites, given(data))
+    kept = {n: relative(after[n][0], before[n][0]) < 1e-6 for n in before}
+    assert kept == {"a.weight": True, "b.weight": False}
+
+
+@pytest.mark.parametrize("short", ["rows", "lookup"])
+def test_a_refit_leaves_out_a_use_that_it_did_not_begin_with(
+    short: str,
+) -> None:
+    model, data = ByLength(short), batches(4)
+    program, sites = ready(model, data, "input", 5)
+    cores = refit(program, sites, given(data))["a.weight"]
+    more = refit(program, sites, given([*data, data[0][:32]]))["a.weight"]
+    assert all(torch.equal(one, other) for one, other in zip(cores, more, strict=True))
+
+
 def test_an_error_in_a_batch_names_it_and_ends_every_thread() -> None:
     model, data = Chain(), batches(4)
     program, sites = ready(model, data, "input", 5)

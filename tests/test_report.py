@@ -20,7 +20,6 @@ from tensorize.ir import Plan, Prediction, RankPlan, Totals, TTSpec
 from tensorize.report import (
     Curve,
     CurvePoint,
-    Figures,
     Report,
     ReportTotals,
     SiteReport,
@@ -93,8 +92,8 @@ def make_report(plans: list[RankPlan], *, loss: bool = True, curve: bool = True)
     flops = 2 * sum(site.parameters_before for site in sites if site.kind == "linear")
     left = 2 * sum(site.parameters_after for site in sites if site.kind == "linear")
     totals = ReportTotals(
-        Figures(before, 4 * before, flops),
-        Figures(after, 4 * after, left),
+        Totals(before, 4 * before, flops),
+        Totals(after, 4 * after, left),
     )
     predicted = Prediction(
         after, 4 * after, left, 0.1731, 0.0312 if loss else None, (0.0212, 0.0453) if loss else None
@@ -228,7 +227,7 @@ def test_text_never_exceeds_its_columns(name: str) -> None:
 
 def test_report_of_nothing() -> None:
     report = make_report([], curve=False)
-    nothing = Figures(0, 0, 0)
+    nothing = Totals(0, 0, 0)
     report = replace(report, notes=(), totals=ReportTotals(nothing, nothing))
     assert "no site was found" in str(report)
     assert report.totals.share.parameters == 1.0
@@ -364,7 +363,7 @@ def test_page_of_nothing(tmp_path: Path) -> None:
 )
 def test_curve_of_odd_values(report: Report, tmp_path: Path, losses: list[float], drawn: bool):
     points = tuple(
-        CurvePoint(0.1 * (k + 1), 10, 40, 20, 0.1, loss, (0.0, math.inf))
+        CurvePoint(10, 40, 20, 0.1, loss, (0.0, math.inf), budget=0.1 * (k + 1))
         for k, loss in enumerate(losses)
     )
     report = replace(report, curve=Curve(points, "loss"))
