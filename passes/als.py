@@ -28,18 +28,19 @@ def improved(
     found = [core.to(dtype) for core in cores]
     pull = sum(m.scale * _moments_around(m, weight.to(dtype)) for m in metrics)
     assert isinstance(pull, Tensor)
-    before = _lost(spec, found, weight, metrics)
+    before = error_of(spec, found, weight, metrics)
     for _ in range(_SWEEPS):
         for k in range(len(found)):
             found[k] = _solved(spec, found, k, pull, metrics)
-    if not _lost(spec, found, weight, metrics) < before:
+    if not error_of(spec, found, weight, metrics) < before:
         return tuple(cores)
     return tuple(core.to(old.dtype) for core, old in zip(found, cores, strict=True))
 
 
-def _lost(
+def error_of(
     spec: TTSpec, cores: Sequence[Tensor], weight: Tensor, metrics: Sequence[Metric]
 ) -> float:
+    """What the cores lose of ``weight``, in the sum of the metrics."""
     delta = tt.reconstruct(spec, cores).sub_(weight)
     return sum(metric.norm(delta) for metric in metrics)
 

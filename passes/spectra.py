@@ -23,6 +23,7 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import DENSE, FORMATS, LOW_RANK, SHARED, TT, Site, TTSpec
+from tensorize.passes.als import error_of, improved
 from tensorize.passes.metric import (
     Metric,
     average,
@@ -36,8 +37,10 @@ from tensorize.passes.sites import matches, require_match
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
-_TT_POINTS = 12
+_TT_POINTS = 8
 _PROBE_RANK = 8
+# A tied weight with more entries keeps the factors of its averaged metric.
+_LARGEST_ALS = 50_000_000
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
@@ -103,8 +106,7 @@ class Spectrum:
                 return lost
         train = self._train(spec)
         weight = tt.reconstruct(train.spec, train.cores)
-        delta = tt.reconstruct(*train.rounded(spec.ranks)) - weight
-        return sum(metric.norm(delta) for metric in self.metrics)
+        return error_of(spec, _cut(train, spec.ranks, weight, self.metrics), weight, self.metrics)
 
     def _train(self, spec: TTSpec) -> TensorTrain:
         modes = (spec.row_modes, spec.column_modes)
@@ -130,11 +132,14 @@ class Spectrum:
         if spec.format == LOW_RANK:
             (rank,) = spec.ranks
             if rank <= self.left.shape[-1]:
-                return self.left[..., :rank], self.right[..., :rank, :]
+                found = self.left[..., :rank], self.right[..., :rank, :]
+                if len(self.metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
+                    return found
+                return improved(spec, found, _at_work(weight), self.metrics)
             if rank < len(self.distortion) - 1:  # it does not pay, and is not stored
                 return best_factors(weight, average(self.metrics), rank)[:2]
             return exact_factors(weight)
-        return tuple(self._train(spec).rounded(spec.ranks)[1])
+        return _cut(self._train(spec), spec.ranks, _at_work(weight), self.metrics)
 
     def require(self, formats: Sequence[str]) -> None:
         """Raises AnalysisError for a format that was not analysed."""
@@ -391,7 +396,7 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
     """TT points where asked for, or where a cheap probe finds structure that low rank misses."""
-    work = weight.double() if weight.dtype == torch.float64 else weight.float()
+    work = _at_work(weight)
     formats, counts = curve.formats, (2, 3)
     if TT not in formats:
         if LOW_RANK not in formats or not _has_kronecker_structure(work):
@@ -410,10 +415,25 @@ def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
         train = TensorTrain(spec, tuple(cores))
         trains.append(train)
         for ranks in _rank_ladder(spec, m * n):
-            rounded = train.rounded(ranks)
-            delta = tt.reconstruct(*rounded) - work
-            points.append((rounded[0], sum(metric.norm(delta) for metric in curve.metrics)))
+            point = spec.with_ranks(ranks)
+            cores = _cut(train, ranks, work, curve.metrics)
+            points.append((point, error_of(point, cores, work, curve.metrics)))
     return replace(curve, formats=formats, trains=tuple(trains), train_points=tuple(points))
+
+
+def _at_work(weight: Tensor) -> Tensor:
+    """At least in float32."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _cut(
+    train: TensorTrain, ranks: Sequence[int], weight: Tensor, metrics: Sequence[Metric]
+) -> tuple[Tensor, ...]:
+    """The train at smaller ranks: rounded, and where the metric is another, improved in that."""
+    spec, cores = train.rounded(ranks)
+    if all(metric.plain for metric in metrics):
+        return tuple(cores)
+    return improved(spec, cores, weight, metrics)
 
 
 def _rank_ladder(exact: TTSpec, dense: int) -> list[tuple[int, ...]]:
