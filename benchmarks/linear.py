@@ -1,14 +1,22 @@
-"""What a compressed linear layer costs in eager mode, beside the same thing written by hand.
+"""A compressed linear layer beside the dense one, over shapes, batches, budgets and dtypes.
 
-    python -m benchmarks.linear
+    python -m benchmarks.linear --threads 1 2
 
-768 x 768 at rank 64, one row, float32: two ``nn.Linear`` in a module of their own against what
-``tensorize.compile`` makes of one ``nn.Linear``; medians of interleaved rounds.
+What ``tensorize.compile`` makes of one ``nn.Linear`` at a share of its parameters, against the
+dense layer (eager, and through inductor), and two ``nn.Linear`` of the same rank written by hand.
+A speedup is the dense layer's time over another's, the median of interleaved rounds. Ideal is the
+inverse of the share kept: ``speedup x share`` is the part of it that is reached.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +25,102 @@ import tensorize
 from benchmarks.record import keep
 from benchmarks.timing import interleaved
 
-WIDTH, RANK, ROUNDS = 768, 64, 41
+SHAPES = ((3072, 768), (4096, 4096), (4096, 11008))
+BATCHES = (1, 16, 256, 2048)
+BUDGETS = (0.05, 0.1, 0.25, 0.5)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a weight (m, n), input rows, the share of parameters, the dtype."""
+
+    shape: tuple[int, int]
+    batch: int
+    budget: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]} B={self.batch} {self.budget} {self.dtype}"
+
+
+def grid(shapes: Any = SHAPES, batches: Any = BATCHES, dtypes: Any = DTYPES) -> Iterator[Cell]:
+    """Every cell, those of one weight one after the other."""
+    for dtype in dtypes:
+        for shape in shapes:
+            for budget in BUDGETS:
+                for batch in batches:
+                    yield Cell(shape, batch, budget, dtype)
 
 
 class ByHand(nn.Module):
     """Two layers, one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, m: int, n: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH)
+        self.first = nn.Linear(n, rank, bias=False, dtype=dtype)
+        self.second = nn.Linear(rank, m, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))
 
 
+def compressed(m: int, n: int, rank: int, dtype: torch.dtype) -> nn.Module:
+    """What tensorize makes of one layer; a weight of that rank, so that nothing is to be solved."""
+    with torch.device("meta"):
+        dense = nn.Sequential(nn.Linear(n, m, dtype=dtype))
+    spec = tensorize.TTSpec.low_rank(m, n, rank)
+    cores = [nn.Parameter(torch.randn(s, dtype=dtype) / s[1] ** 0.5) for s in spec.core_shapes]
+    tensorize.weight.install(dense, ("0.weight",), spec, cores)
+    layer: Any = dense[0]
+    layer.second.bias = nn.Parameter(torch.zeros(m, dtype=dtype))
+    return layer
+
+
 @torch.no_grad()
-def main() -> None:
+def measure(cell: Cell, rounds: int, *, inductor: bool) -> dict[str, float]:
+    """Speedups over the eager dense layer, and the share of parameters that is really kept."""
+    (m, n), dtype = cell.shape, DTYPES[cell.dtype]
+    rank = max(1, int(cell.budget * m * n / (m + n)))
     torch.manual_seed(0)
-    x = torch.randn(1, WIDTH)
-    dense = nn.Sequential(nn.Linear(WIDTH, WIDTH))
-    small = tensorize.compile(dense, None, ranks={"*": RANK}, example_inputs=(x,), progress=False)
-    modules = {"by hand": ByHand(), "tensorize": small[0], "dense": dense[0]}  # type: ignore[index]
-    found = interleaved({name: partial(m, x) for name, m in modules.items()}, ROUNDS)
-    times = {name: 1e6 * took.wall for name, took in found.items()}
-    ratio = found["tensorize"].over(found["by hand"])
-    print(", ".join(f"{name} {took:.2f} µs" for name, took in times.items()))
-    print(f"tensorize takes {ratio:.3f} of the time by hand")
-    print(f"kept in {keep('linear', {'microseconds': times, 'ratio': ratio})}")
+    x = torch.randn(cell.batch, n, dtype=dtype)
+    dense = nn.Linear(n, m, dtype=dtype)
+    calls: dict[str, nn.Module] = {
+        "dense": dense,
+        "tensorize": compressed(m, n, rank, dtype),
+        "by hand": ByHand(m, n, rank, dtype),
+    }
+    if inductor:
+        calls["inductor dense"] = torch.compile(dense)  # type: ignore[assignment]
+    found = interleaved({name: partial(module, x) for name, module in calls.items()}, rounds)
+    speedups = {name: 1 / found[name].over(found["dense"]) for name in calls if name != "dense"}
+    return {**speedups, "share": rank * (m + n) / (m * n), "dense µs": 1e6 * found["dense"].wall}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--inductor", action="store_true", help="the dense layer compiled, too")
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        cells = {}
+        for cell in grid():
+            cells[str(cell)] = found = measure(cell, options.rounds, inductor=options.inductor)
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+            print(f"{threads} threads, {cell}: {shown}", flush=True)
+        summary = {}
+        for name in ("tensorize", "by hand"):
+            logs = [math.log(f[name] * f["share"]) for f in cells.values()]
+            summary[name] = {
+                "of ideal, geometric mean": math.exp(statistics.mean(logs)),
+                "slowest over dense": min(f[name] for f in cells.values()),
+            }
+        print(f"{threads} threads: {summary}")
+        results[f"{threads} threads"] = {"summary": summary, "cells": cells}
+    print(f"kept in {keep('linear', results)}")
 
 
 if __name__ == "__main__":
