@@ -325,32 +325,39 @@ def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def report(name: str, runs: Sequence[Run], correlations: Sequence[dict[str, float]]) -> Any:
-    """Prints what there is to say of one model; returns what is kept of it."""
+def result(runs: Sequence[Run], correlations: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """What is kept of one model."""
     keys = [key for key in TITLES if key in runs[0]["SVD"][str(BUDGETS[0])]]
-    result: dict[str, Any] = {"made_with": circumstances(), "runs": runs}
-    for key in keys:
-        result[f"ratio_{key}"] = ratios(runs, key)
+    return {
+        "made_with": circumstances(),
+        "runs": runs,
+        **{f"ratio_{key}": ratios(runs, key) for key in keys},
+        "prediction": prediction(runs, keys[0]),
+        "rank_correlation": correlations,
+    }
+
+
+def show(name: str, found: Mapping[str, Any]) -> None:
+    """Prints what there is to say of one model."""
+    for key in (key for key in TITLES if f"ratio_{key}" in found):
         print(f"\n{name}: {TITLES[key]}; half the range over seeds")
-        print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
-        for method, ratio in result[f"ratio_{key}"].items():
+        print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(found["runs"], key)))
+        for method, ratio in found[f"ratio_{key}"].items():
             print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
-    result["prediction"] = prediction(runs, keys[0])
     print(f"\n{name}: predictions on unseen text")
-    for method, found in result["prediction"].items():
+    for method, held in found["prediction"].items():
         print(
-            f"{method}: median error {found['median_error']:.1%}, {found['inside']:.0%} inside the "
-            f"90 % interval, the widest of which ends at {found['widest']:.2f} of its beginning"
+            f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside the "
+            f"90 % interval, the widest of which ends at {held['widest']:.2f} of its beginning"
         )
-    result["rank_correlation"] = correlations
-    medians = {key: statistics.median(c[key] for c in correlations) for key in correlations[0]}
+    seeds = found["rank_correlation"]
+    medians = {key: statistics.median(seed[key] for seed in seeds) for key in seeds[0]}
     levels = ", ".join(f"{level:g}: {medians[str(level)]:.3f}" for level in peers.LEVELS[1:])
     print(
         f"\n{name}: rank correlation of the curves with one weight compressed alone "
         f"{medians['all']:.3f}; by share kept {levels}",
         flush=True,
     )
-    return result
 
 
 def main() -> None:
@@ -360,11 +367,16 @@ def main() -> None:
     options = parser.parse_args()
     peers.tltorch()  # says now that it is missing
     for name in options.models:
-        runs, correlations = zip(
-            *(compare(name, seed) for seed in range(options.seeds)), strict=True
-        )
-        found = {name: report(name, runs, correlations)}
-        print(f"kept in {keep('quality', {**kept('quality'), **found})}")
+        runs, correlations, found = [], [], {}
+        for seed in range(options.seeds):
+            run, correlation = compare(name, seed)
+            runs.append(run)
+            correlations.append(correlation)
+            # After every seed: a run that is cut short loses one at most.
+            found = result(runs, correlations)
+            path = keep("quality", {**kept("quality"), name: found})
+            print(f"kept in {path}", flush=True)
+        show(name, found)
 
 
 if __name__ == "__main__":
