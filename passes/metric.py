@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tensorize.errors import AnalysisError
 from tensorize.ir import Site
-from tensorize.passes.statistics import Moments
+from tensorize.passes.statistics import Moments, Term
 
 # Share of the mean eigenvalue that is added to a second moment, however many rows it is of.
 DAMPING = 0.01
-# Of a diagonal, such as how often each token was seen.
-_DIAGONAL_DAMPING = 0.05
+# Of a diagonal: the least share of it that is spread evenly.
+_DIAGONAL_DAMPING = 0.05 / 1.05
 # Rows that are taken to float64 at a time, so that a vocabulary is never there twice.
 _CHUNK = 4096
 
@@ -114,7 +114,7 @@ def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metr
         return (Metric(1.0, None, None),)
     scale = 0.5 if metric == "loss" else 1.0
     return tuple(
-        Metric(scale, _root(t.rows, t.samples, site), _root(t.columns, t.samples, site))
+        Metric(scale, *(_root(s, n, site, t) for s, n in zip(t.sides, t.samples, strict=True)))
         for t in terms
     )
 
@@ -140,7 +140,7 @@ def shrink(moment: Tensor, share: float, mean: float) -> Tensor:
     return result
 
 
-def _root(moment: Tensor | None, samples: int, site: Site) -> Tensor | None:
+def _root(moment: Tensor | None, samples: int, site: Site, term: Term) -> Tensor | None:
     """L with L Lᵀ = the moment shrunk and damped, in float32; the square root of a diagonal."""
     if moment is None:
         return None
@@ -150,7 +150,8 @@ def _root(moment: Tensor | None, samples: int, site: Site) -> Tensor | None:
     if mean <= 0:
         return torch.full_like(diagonal, 1e-12).float()
     if moment.dim() == 1 and math.isfinite(mean):
-        return (moment + _DIAGONAL_DAMPING * mean).sqrt().float()
+        share = min(max(term.unseen, _DIAGONAL_DAMPING), 0.5)
+        return (moment + share / (1 - share) * mean).sqrt().float()
     if torch.isfinite(moment).all():
         factor, info = torch.linalg.cholesky_ex(shrink(moment, shrinkage(moment, samples), mean))
         if int(info) == 0:

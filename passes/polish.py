@@ -30,6 +30,7 @@ _STEPS, _MOST_STEPS, _PASSES = 64, 256, 8
 # trained decoders at damages from .001 to .4: half of it learns slower, twice as much overshoots.
 _RATE, _LARGEST_RATE = 0.035, 0.03
 _WARM_UP = 0.1
+_CHECKS = 8
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,13 @@ def polish(
                 master.grad = None if gradient is None else gradient.float()
             adam.step()
             _write(cores, masters)
-            if (done + 1) % (steps // 4) == 0:
+            if (done + 1) % (steps // _CHECKS) == 0:
                 after = _distance(small, dense, held_out, loss)
                 if after < best:
                     best, kept = after, [core.detach().clone() for core in cores]
+                else:  # too far: back to where it was best, with smaller steps
+                    _write(masters, kept)
+                    largest = [lr / 3 for lr in largest]
         _write(cores, kept)
         progress("polish", steps, steps)
     return Polished(before, best, steps)

@@ -8,8 +8,9 @@ Martens & Grosse 2015). No gradient of a weight is ever computed, and the model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from tensorize.uses import Frame, Matmul, patches
 # A side with more entries than this keeps only the diagonal of its second moment (float64: a full
 # one of 8192 takes 512 MB).
 LARGEST_FULL_MOMENT = 8192
+# Each row of the outputs gives one sample of the gradients. Where there are few (one a sentence),
+# the same batches are probed again, until there are about this many.
+_OUTPUT_ROWS, _MOST_PROBES = 2048, 4
 
 
 @dataclass
@@ -36,19 +40,35 @@ class Term:
     ``rows`` (M, M) or its diagonal (M,), ``columns`` likewise for N: which of them belongs to the
     inputs and which to the gradients depends on ``contract``. ``None`` stands for the identity.
     Both are sums, over ``input_rows`` rows; of a weight used as a whole, over as many gradients.
+    The rows were seen ``probes`` times, with gradients that come from ``output_rows`` rows of the
+    model's outputs (0: from as many). Of lookups, ``unseen`` is the share of those to come that
+    will be of rows not looked up yet.
     """
 
     contract: str
     rows: Tensor | None = None
     columns: Tensor | None = None
     input_rows: int = 0
+    output_rows: int = 0
+    probes: int = 1
+    unseen: float = 0.0
 
     @property
-    def samples(self) -> int:
-        """Of how many vectors each side is the second moment, at least."""
-        if self.contract != "whole" or self.rows is None or self.columns is None:
-            return self.input_rows
-        return self.input_rows * min(len(self.rows), len(self.columns))
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.rows, self.columns
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Of how many independent vectors ``rows`` and ``columns`` are the moments, about.
+
+        Gradients that come from one row of the outputs count once, however many rows they reach.
+        """
+        if self.contract == "whole":
+            widths = [1 if side is None else len(side) for side in (self.columns, self.rows)]
+            return self.input_rows * widths[0], self.input_rows * widths[1]
+        inputs = self.input_rows // max(self.probes, 1)
+        gradients = min(self.input_rows, self.output_rows or self.input_rows)
+        return (gradients, inputs) if self.contract == "columns" else (inputs, gradients)
 
 
 @dataclass
@@ -87,30 +107,48 @@ class CollectStatistics:
         moments: dict[str, Moments] = {name: Moments() for name in sorted(free)}
         output_rows = 0
         changed: set[str] = set()
-        for position, batch in enumerate(self.batches):
-            program.progress("statistics", position, len(self.batches))
+        whole = {
+            name: partial(_add_whole, moments[name].term("whole"), sites[name])
+            for name in moments
+            if sites[name].last_resort
+        }
+        probes, total = 1, len(self.batches)
+        done = 0
+        while done < total:
+            program.progress("statistics", done, total)
+            position = done % len(self.batches)
+            batch = self.batches[position]
+            done += 1
             if program.metric == "loss":
                 assert self.loss is not None
-                if position == 0:
+                if done == 1:
                     changed = _changed_after_use(program.model, batch, wanted)
-                rows = _add_gradients(
-                    program.model,
-                    batch,
-                    position,
-                    wanted,
-                    sites,
-                    moments,
-                    self.loss,
-                    generator,
-                    changed,
-                )
-                output_rows += rows
+                given = program.model, batch, position, wanted
+                add = partial(_add_rows, moments, sites)
+                output_rows += backward(*given, add, self.loss, generator, changed, whole)
+                if done == len(self.batches):
+                    probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), _MOST_PROBES)
+                    total *= probes
             else:
                 _add_inputs(program.model, batch, position, wanted, sites, moments)
-        program.progress("statistics", len(self.batches), len(self.batches))
+        program.progress("statistics", total, total)
+        for term in (term for moment in moments.values() for term in moment.terms.values()):
+            term.output_rows, term.probes = output_rows, probes
+            if term.contract == "lookup" and term.rows is not None:
+                term.unseen = _unseen(term.rows, probes)
         notes = [*program.notes, *_normalise(moments, sites, output_rows, program.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
+        summary += f" in {probes} probes" if probes > 1 else ""
         return replace(program, statistics=moments, summary=summary, notes=tuple(notes))
+
+
+def _unseen(counts: Tensor, probes: int) -> float:
+    """The chance that the next lookup is of a row never seen: the share of rows seen once.
+
+    Good, "The population frequencies of species", Biometrika 40 (1953).
+    """
+    once = int(((counts > 0) & (counts <= probes)).sum())
+    return once * probes / max(float(counts.sum()), 1.0)
 
 
 def _add_inputs(
@@ -146,17 +184,35 @@ def _changed_after_use(
     return {name for name, x, version in used if x._version != version}
 
 
-def _add_gradients(
+def _add_rows(
+    moments: Mapping[str, Moments],
+    sites: Mapping[str, Site],
+    name: str,
+    frame: Frame,
+    matmul: Matmul,
+    gradient: Tensor,
+) -> None:
+    _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, gradient, None)
+
+
+def backward(
     model: nn.Module,
     batch: Batch,
     position: int,
     wanted: Sequence[tuple[str, nn.Parameter]],
-    sites: Mapping[str, Site],
-    moments: Mapping[str, Moments],
+    on_rows: Callable[[str, Frame, Matmul, Tensor], None],
     loss: PreservedLoss,
     generator: torch.Generator,
-    changed: set[str],
+    changed: Collection[str] = (),
+    whole: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> int:
+    """One backward pass of a probe of the loss; the number of output rows that count.
+
+    ``on_rows(name, frame, matmul, gradient)`` is called for each matmul against a wanted weight
+    with what arrives at its rows; ``whole`` names the weights that are used as a whole, and what
+    takes the gradient of each. ``changed`` are weights whose input the model changes later on.
+    """
+    whole = whole or {}
     roots: list[Tensor] = []
     # Inputs may carry gradients of the caller's own: backward passes end at the weights.
     args, kwargs = pytree.tree_map(_detached, (batch.args, dict(batch.kwargs)))
@@ -171,19 +227,16 @@ def _add_gradients(
             # No weight asks for a gradient here: a zero that does is where backward passes end.
             roots.append(torch.zeros_like(output[..., :1]).requires_grad_())
             output = output + roots[-1]
-        term = moments[name].term(matmul.contract)
 
         def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad():
-                _add_term(term, sites[name], frame, matmul, matmul.to_rows(gradient), None)
+                on_rows(name, frame, matmul, matmul.to_rows(gradient))
 
         output.register_hook(on_gradient)
         return output
 
     wholes = {
-        name: parameter.detach().requires_grad_()
-        for name, parameter in wanted
-        if sites[name].last_resort
+        name: parameter.detach().requires_grad_() for name, parameter in wanted if name in whole
     }
     leaves = {id(parameter): wholes[name] for name, parameter in wanted if name in wholes}
     with untouched(model), torch.enable_grad():
@@ -199,17 +252,18 @@ def _add_gradients(
         torch.autograd.backward(scalar, inputs=roots)  # so that no parameter's .grad is touched
     for name, weight in wholes.items():
         if weight.grad is not None and weight.grad.any():
-            _add_whole(moments[name].term("whole"), weight.grad.reshape(sites[name].matrix))
+            whole[name](weight.grad)
     return rows
 
 
-def _add_whole(term: Term, gradient: Tensor) -> None:
+def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:
     """Add the gradient (M, N) of a whole weight, from one probe, to the two sides of its metric.
 
     The Fisher of a weight that is not met by rows of inputs, as a Kronecker product of the two
     second moments of its gradients (as Shampoo does, Gupta, Koren & Singer 2018).
     """
-    rows, columns = gradient.shape
+    rows, columns = site.matrix
+    gradient = gradient.reshape(rows, columns)
     term.rows = plus(term.rows, _moment(gradient.t(), rows))
     term.columns = plus(term.columns, _moment(gradient, columns))
     term.input_rows += 1
@@ -229,7 +283,7 @@ def _add_term(
 ) -> None:
     """Add the rows of one call: x (and g) to the two sides of the weight's metric."""
     lookup, (rows, columns) = matmul.contract == "lookup", site.matrix
-    x, g = _rows(site, matmul, gradient)
+    x, g = matmul_rows(site, matmul, gradient)
     if g is not None:
         # A row that no counted output depends on has a gradient of exactly zero: padding.
         mask = (g != 0).any(-1)
@@ -256,10 +310,10 @@ def _add_term(
 
 def input_rows(site: Site, matmul: Matmul) -> Tensor | None:
     """The rows (rows, width) that a call multiplies the matrix by; None where none can be told."""
-    return _rows(site, matmul, None)[0]
+    return matmul_rows(site, matmul, None)[0]
 
 
-def _rows(
+def matmul_rows(
     site: Site, matmul: Matmul, gradient: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rows that one call multiplies the matrix by, and what arrives at each product.

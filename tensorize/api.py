@@ -31,6 +31,7 @@ from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
 from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
 from tensorize.passes.preserved import LossFunction, PreservedLoss, split
+from tensorize.passes.quadratic import MeasureQuadratic
 from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
@@ -212,7 +213,7 @@ def _calibration(
 
 def _analysis_passes(
     program: Program, loss_fn: LossFunction | None, formats: FormatsOption, refine: str | None
-) -> tuple[CollectStatistics, ComputeSpectra, CalibratePrediction]:
+) -> tuple[Pass, ...]:
     """The expensive passes, in order."""
     learnt, held_out = split(program.calibration)
     loss = None
@@ -222,6 +223,7 @@ def _analysis_passes(
     return (
         CollectStatistics(learnt, loss),
         ComputeSpectra(formats),
+        MeasureQuadratic(learnt, loss),
         CalibratePrediction(learnt, held_out, loss, refinements),
     )
 

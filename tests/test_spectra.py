@@ -78,8 +78,8 @@ def lost(delta: Tensor, moments: Moments, metric: str) -> float:
     total = 0.0
     for matrix in delta if delta.dim() == 3 else [delta]:
         for term in moments.terms.values():
-            rows = damped(term.rows, matrix.shape[0], term.samples)
-            columns = damped(term.columns, matrix.shape[1], term.samples)
+            rows = damped(term.rows, matrix.shape[0], term.input_rows)
+            columns = damped(term.columns, matrix.shape[1], term.input_rows)
             total += float((rows @ matrix * (matrix @ columns)).sum())
     return total / 2 if metric == "loss" else total
 
@@ -95,7 +95,7 @@ def whitened(weight: Tensor, moments: Moments, metric: str) -> Tensor:
         return weight
     (term,) = moments.terms.values()
     rows, columns = (
-        damped(t, w, term.samples)
+        damped(t, w, term.input_rows)
         for t, w in zip((term.rows, term.columns), weight.shape[-2:], strict=True)
     )
     return root(rows) @ weight @ root(columns) * (0.5**0.5 if metric == "loss" else 1.0)
