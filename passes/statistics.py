@@ -30,7 +30,7 @@ from tensorize.uses import Frame, Matmul, patches
 LARGEST_FULL_MOMENT = 8192
 # Each row of the outputs gives one sample of the gradients. Where there are few (one a sentence),
 # the same batches are probed again, until there are about this many.
-_OUTPUT_ROWS, _MOST_PROBES = 2048, 4
+_OUTPUT_ROWS = 2048
 
 
 @dataclass
@@ -85,11 +85,13 @@ class Moments:
 class CollectStatistics:
     """Program with ``statistics``: the moments that the metric needs, of every free site.
 
-    ``loss`` is the loss to preserve; only the ``loss`` metric asks for its gradients.
+    ``loss`` is the loss to preserve; only the ``loss`` metric asks for its gradients. A batch is
+    probed at most ``most_probes`` times.
     """
 
     batches: tuple[Batch, ...]
     loss: PreservedLoss | None
+    most_probes: int = 4
     name: str = "statistics"
 
     def run(self, program: Program) -> Program:
@@ -127,7 +129,7 @@ class CollectStatistics:
                 add = partial(_add_rows, moments, sites)
                 output_rows += backward(*given, add, self.loss, generator, changed, whole)
                 if done == len(self.batches):
-                    probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), _MOST_PROBES)
+                    probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), self.most_probes)
                     total *= probes
             else:
                 _add_inputs(program.model, batch, position, wanted, sites, moments)

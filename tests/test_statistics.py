@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tensorize
 from tensorize.capture import batch_of
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import Batch
@@ -51,7 +52,7 @@ def run(
     program = Program(model, batches[0], batches, metric, seed)
     program = FindSites().run(program)
     loss = PreservedLoss.fit(model, batches, loss_fn) if metric == "loss" else None
-    return CollectStatistics(batches, loss).run(program)
+    return CollectStatistics(batches, loss, most_probes=1).run(program)
 
 
 def the_term(moments: Moments) -> Term:
@@ -910,3 +911,39 @@ def test_calibration_tensors_stay_as_they_were() -> None:
     collect(model, [x])
     assert torch.equal(x, before)
     assert not x.requires_grad
+
+
+# ---------------------------------------------------------------------------- how many samples
+
+
+def test_rows_not_seen_yet_are_expected_as_often_as_rows_seen_once() -> None:
+    """Good (1953), on draws from a known distribution: the mass of what was not drawn."""
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.rand(2000, generator=generator).pow(6)
+    chance /= chance.sum()
+    drawn = torch.multinomial(chance, 600, replacement=True, generator=generator)
+    counts = torch.bincount(drawn, minlength=2000).double()
+    missed = float(chance[counts == 0].sum())
+    assert statistics._unseen(counts, 1) == pytest.approx(missed, abs=0.05)
+    assert statistics._unseen(4 * counts, 4) == statistics._unseen(counts, 1)
+
+
+def test_few_output_rows_are_probed_several_times() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).mean(1)
+
+    data = [torch.randn(4, 9, 6) for _ in range(4)]
+    analysis = tensorize.analyze(Mean(), calibration=data, refine=None)
+    (step,) = [s for s in analysis.program.history if s.name == "statistics"]
+    assert "in 4 probes" in step.summary
+
+
+def test_gradients_of_one_output_row_count_once() -> None:
+    term = statistics.Term("columns", input_rows=400, output_rows=12, probes=4)
+    assert term.samples == (12, 100)
+    assert statistics.Term("rows", input_rows=400, output_rows=12, probes=4).samples == (100, 12)
