@@ -6,6 +6,7 @@ chosen becomes the plan.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,8 +58,8 @@ class Allocate:
     name: str = "allocate"
 
     def run(self, program: Program) -> Program:
-        dense = dense_totals(program)
-        overhead = other_costs(program)
+        dense = dense_totals(program, self.batch_sizes)
+        overhead = other_costs(program, self.batch_sizes)
         points = self._points(program, last_resort=False)
         try:
             solution = self._choose(points, overhead, dense, program)
@@ -77,6 +78,7 @@ class Allocate:
 
     def _points(self, program: Program, *, last_resort: bool) -> list[Points]:
         overrides = _overrides(program.sites, self.ranks)
+        load = self.batch_sizes, program.machine
         result = []
         for site in program.sites:
             curve = program.spectra.get(site.name)
@@ -89,26 +91,34 @@ class Allocate:
                         site=site.name,
                         way_out="leave it out of ranks=",
                     )
-                result.append(dense_point(site, itemsize, site.blocked or "no curve"))
+                result.append(dense_point(site, itemsize, site.blocked or "no curve", *load))
                 continue
             if forced is not None:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
-                result.append(forced_point(curve, forced, itemsize, self.batch_sizes, allowed))
+                result.append(
+                    forced_point(curve, forced, itemsize, load[0], allowed, machine=load[1])
+                )
             elif site.last_resort and not last_resort:
-                result.append(dense_point(site, itemsize, site.last_resort))
+                result.append(dense_point(site, itemsize, site.last_resort, *load))
             elif self.budget is None:
-                result.append(dense_point(site, itemsize, "not named by ranks="))
+                result.append(dense_point(site, itemsize, "not named by ranks=", *load))
             else:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
                 result.append(
-                    curve_points(curve, allowed, itemsize, self.batch_sizes, self.rank_multiple)
+                    curve_points(
+                        curve, allowed, itemsize, load[0], self.rank_multiple, machine=load[1]
+                    )
                 )
         names = {
             site.name
             for site in program.sites
             if self.formats is None or SHARED in self.formats.get(site.name, ())
         }
-        return _grouped(result, program, names, self.rank_multiple)
+        return _grouped(result, program, names, self.rank_multiple, self.batch_sizes)
+
+    @property
+    def _cost_names(self) -> tuple[str, ...]:
+        return (*COSTS, *(f"latency[{k}]" for k in range(len(self.batch_sizes))))
 
     # ---------------------------------------------------------------------------- the choice
 
@@ -121,17 +131,19 @@ class Allocate:
         if budget.error is not None:
             points[:] = _within_error(points, budget.error)
         limits = budget.limits(dense)
-        caps = np.array([limits.get(cost, np.inf) for cost in COSTS]) - overhead
-        _check_feasible(points, caps, overhead, limits, dense)
+        names = self._cost_names
+        caps = np.array([limits.get(cost, np.inf) for cost in names]) - overhead
+        _check_feasible(names, points, caps, overhead, limits, dense)
         ceiling = self._distortion_limit(program)
         try:
             solution = solve(points, caps)
         except TooTight as tight:
-            j, need = tight.cost, int(tight.total + overhead[tight.cost])
+            need = math.ceil(tight.total + overhead[tight.cost])
+            cost = names[tight.cost].partition("[")[0]
             raise BudgetError(
                 f"the limits of {budget} cannot be met together: within the others, the smallest "
-                f"{COSTS[j]} found is {need:,}",
-                way_out=f"{COSTS[j]}={need}, or a larger limit on what it is traded for",
+                f"{cost} found is {need:,}",
+                way_out=f"{cost}={need}, or a larger limit on what it is traded for",
             ) from None
         lost = total_distortion(points, solution.choice)
         if ceiling is not None and lost > ceiling:
@@ -185,6 +197,7 @@ class Allocate:
             output_error=error,
             loss=loss,
             loss_interval=interval,
+            latency=tuple(float(t) for t in used[len(COSTS) :]),
         )
         return Plan(
             sites=sites,
@@ -197,6 +210,7 @@ class Allocate:
             fingerprint=self.fingerprint,
             refine=self.refine,
             gap=solution.gap,
+            machine=program.machine.name,
             notes=program.notes,
         )
 
@@ -234,18 +248,20 @@ def _within_error(points: Sequence[Points], error: float) -> list[Points]:
 
 
 def _check_feasible(
+    names: Sequence[str],
     points: Sequence[Points],
     caps: np.ndarray,
     overhead: np.ndarray,
     limits: Mapping[str, float],
     dense: Totals,
 ) -> None:
-    whole = (dense.parameters, dense.bytes, dense.flops)
-    for j, cost in enumerate(COSTS):
+    whole = (dense.parameters, dense.bytes, dense.flops, *dense.latency)
+    for j, name in enumerate(names):
+        cost = name.partition("[")[0]
         least = [float(p.costs[:, j].min()) for p in points]
         if sum(least) <= caps[j]:
             continue
-        need = int(sum(least) + overhead[j])
+        need = math.ceil(sum(least) + overhead[j])
         fixed = sorted(
             ((value, p) for value, p in zip(least, points, strict=True) if p.fixed),
             key=lambda pair: -pair[0],
@@ -256,7 +272,7 @@ def _check_feasible(
         share = np.ceil(need / whole[j] * 1e4) / 1e4  # with four digits, still enough
         short = cost == "params" and share <= 1
         raise BudgetError(
-            f"{cost} cannot be within {limits[cost]:,.0f}: the smallest feasible value is "
+            f"{cost} cannot be within {limits[name]:,.0f}: the smallest feasible value is "
             f"{need:,} ({need / whole[j]:.4f} of the dense model); in the way: "
             f"{'; '.join(blocking) or 'every weight is at its smallest rank already'}",
             site=fixed[0][1].site.name if fixed else None,
@@ -272,7 +288,11 @@ def _largest(points: Sequence[Points], choice: Sequence[int]) -> str:
 
 
 def _grouped(
-    points: Sequence[Points], program: Program, allowed: Collection[str], rank_multiple: int
+    points: Sequence[Points],
+    program: Program,
+    allowed: Collection[str],
+    rank_multiple: int,
+    batch_sizes: Sequence[int],
 ) -> list[Points]:
     """Weights of one input as one choice, where they may share a first factor and gain by it."""
     result = {p.site.name: p for p in points}
@@ -283,7 +303,8 @@ def _grouped(
             groups[p.site.input_group or ""].append(p)
     for members in groups.values():
         curves = [program.spectra[p.site.name] for p in members]
-        if len(members) > 1 and (group := group_points(members, curves, rank_multiple)):
+        load = rank_multiple, batch_sizes, program.machine
+        if len(members) > 1 and (group := group_points(members, curves, *load)):
             for p in members:
                 del result[p.site.name]
             result[group.site.name] = group

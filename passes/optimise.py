@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tensorize.passes.points import COSTS, Points
+from tensorize.passes.points import Points
 
 
 def total_distortion(points: Sequence[Points], choice: Sequence[int]) -> float:
@@ -61,8 +61,8 @@ def solve(points: Sequence[Points], caps: np.ndarray) -> Solution:
     """
     if not points:
         return Solution([], 0.0, 0.0)
-    multipliers = np.zeros(len(COSTS))
-    active = [j for j in range(len(COSTS)) if np.isfinite(caps[j])]
+    multipliers = np.zeros(len(caps))
+    active = [j for j in range(len(caps)) if np.isfinite(caps[j])]
     choice = _best(points, multipliers)
     for _ in range(8):  # coordinate bisection: one pass is exact for one limit
         before = multipliers.copy()
@@ -93,7 +93,7 @@ def _finish(
     order = sorted(range(len(points)), key=lambda i: -len(left[i]))
     candidates = [left[i][np.argsort(reduced[i][left[i]], kind="stable")] for i in order]
     # The least that the weights still to come must cost.
-    least = np.zeros((len(points) + 1, len(COSTS)))
+    least = np.zeros((len(points) + 1, len(caps)))
     for depth in range(len(points) - 1, -1, -1):
         costs = points[order[depth]].costs[candidates[depth]]
         least[depth] = least[depth + 1] + (costs.min(0) if len(costs) else np.inf)
@@ -121,7 +121,7 @@ def _finish(
             if np.all((now + least[depth + 1])[finite] <= caps[finite]):
                 search(depth + 1, above + float(reduced[i][k]), now, [*chosen, k])
 
-    search(0, 0.0, np.zeros(len(COSTS)), [])
+    search(0, 0.0, np.zeros(len(caps)), [])
     return Solution(found, best, best if complete else min(bound, best))
 
 
@@ -253,7 +253,7 @@ def minimise_cost(points: Sequence[Points], ceiling: float | None) -> list[int]:
     smallest = [int(np.argmin(p.costs[:, 0])) for p in points]
     if ceiling is None or total_distortion(points, smallest) <= ceiling:
         return smallest
-    caps = np.full(len(COSTS), np.inf)
+    caps = np.full(points[0].costs.shape[1] if points else 0, np.inf)
     choice = minimise_distortion(points, caps)
     low, high = (float(total_costs(points, found)[0]) for found in (smallest, choice))
     while high - low > max(1.0, 1e-5 * high):

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tensorize.errors import AnalysisError
-from tensorize.ir import Batch, Plan, Site
+from tensorize.ir import GENERIC, Batch, Machine, Plan, Site
 from tensorize.progress import Progress, no_progress
 from tensorize.report import Stage
 
@@ -38,8 +38,8 @@ class Program:
 
     ``statistics`` and ``spectra`` are keyed by site name; ``sizes`` holds (elements, bytes) of
     every parameter of the dense model, once; ``errors`` the measured relative error of every
-    rewritten site; ``cores`` the factors that are used instead of a curve's. ``summary`` is the
-    last pass's line about itself.
+    rewritten site; ``cores`` the factors that are used instead of a curve's. Times are predicted
+    for ``machine``. ``summary`` is the last pass's line about itself.
     """
 
     model: nn.Module
@@ -47,6 +47,7 @@ class Program:
     calibration: tuple[Batch, ...] = ()
     metric: str = "frobenius"
     seed: int = 0
+    machine: Machine = GENERIC
     sites: tuple[Site, ...] = ()
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     statistics: Mapping[str, Any] = field(default_factory=dict)

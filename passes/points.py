@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorize.ir import DENSE, LOW_RANK, TT, RankPlan, Site, Totals, TTSpec
+from tensorize.ir import DENSE, GENERIC, LOW_RANK, TT, Machine, RankPlan, Site, Totals, TTSpec
+from tensorize.passes.cost import dense_times, low_rank_times, matmul_time, spec_times
 from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum
 
 COSTS = ("params", "bytes", "flops")
+"""The first columns of a point's costs; then come its times, one for each of the batch sizes."""
 
 # Without a loss, errors of different weights have no common unit. Distortion is divided by the
 # weight's own size to this power: 0 compares absolute errors, 1 relative ones. Both fail badly on
@@ -27,9 +29,9 @@ _RELATIVE = 0.15
 class Points:
     """The points of one weight, by growing parameters.
 
-    ``costs`` is (P, 3), ``distortion`` what a point adds to the predicted loss, ``objective`` what
-    the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a point
-    is: 0 dense, r > 0 low rank of rank r, -k the k-th of ``others``.
+    ``costs`` is (P, costs), ``distortion`` what a point adds to the predicted loss, ``objective``
+    what the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a
+    point is: 0 dense, r > 0 low rank of rank r, -k the k-th of ``others``.
     """
 
     site: Site
@@ -129,37 +131,52 @@ def _lookup_flops(spec: TTSpec) -> int:
     return flops
 
 
-def dense_totals(program: Program) -> Totals:
-    """Parameters and bytes of the whole dense model, each parameter once; FLOPs of its matmuls."""
+def dense_totals(program: Program, batch_sizes: Sequence[int] = ()) -> Totals:
+    """Parameters and bytes of the whole dense model, each once; FLOPs and times of its matmuls."""
+    times = [dense_times(site, batch_sizes, program.machine) for site in program.sites]
     return Totals(
+        latency=tuple(np.sum(times, axis=0).tolist()) if times else (0.0,) * len(batch_sizes),
         parameters=sum(elements for elements, _ in program.sizes.values()),
         bytes=sum(size for _, size in program.sizes.values()),
         flops=sum(dense_flops(site) for site in program.sites),
     )
 
 
-def other_costs(program: Program) -> np.ndarray:
+def other_costs(program: Program, batch_sizes: Sequence[int] = ()) -> np.ndarray:
     """Parameters and bytes of everything that is no site: biases, norms, scales."""
     listed = {site.name for site in program.sites}
     rest = [size for name, size in program.sizes.items() if name not in listed]
-    return np.array([sum(n for n, _ in rest), sum(b for _, b in rest), 0.0])
+    known = [sum(n for n, _ in rest), sum(b for _, b in rest), 0.0]
+    return np.array(known + [0.0] * len(batch_sizes))
 
 
-def _costs(site: Site, spec: TTSpec, itemsize: int, batch_sizes: Sequence[int]) -> list[int]:
+def _costs(
+    site: Site, spec: TTSpec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
+) -> list[float]:
     return [
         spec.parameters,
         spec.parameters * itemsize,
         spec_flops(site, spec, batch_sizes),
+        *spec_times(site, spec, batch_sizes, machine),
     ]
 
 
-def _dense_costs(site: Site, itemsize: int) -> list[int]:
-    return [site.parameters, site.parameters * itemsize, dense_flops(site)]
+def _dense_costs(
+    site: Site, itemsize: int, batch_sizes: Sequence[int], machine: Machine
+) -> list[float]:
+    times = dense_times(site, batch_sizes, machine)
+    return [site.parameters, site.parameters * itemsize, dense_flops(site), *times]
 
 
-def dense_point(site: Site, itemsize: int, reason: str) -> Points:
+def dense_point(
+    site: Site,
+    itemsize: int,
+    reason: str,
+    batch_sizes: Sequence[int] = (),
+    machine: Machine = GENERIC,
+) -> Points:
     zero = np.zeros(1)
-    costs = np.array([_dense_costs(site, itemsize)], dtype=float)
+    costs = np.array([_dense_costs(site, itemsize, batch_sizes, machine)], dtype=float)
     return Points(site, costs, zero, zero, zero, np.zeros(1, int), fixed=reason)
 
 
@@ -177,6 +194,7 @@ def curve_points(
     itemsize: int,
     batch_sizes: Sequence[int],
     rank_multiple: int = 1,
+    machine: Machine = GENERIC,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples."""
     site = curve.site
@@ -187,18 +205,21 @@ def curve_points(
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     others = tuple(spec for spec, _ in curve.train_points) if TT in allowed else ()
     parameters = ranks * (m + n) * count
-    rows = [np.stack([parameters, parameters * itemsize, _low_rank_flops(site, ranks)], axis=1)]
+    own = np.stack([parameters, parameters * itemsize, _low_rank_flops(site, ranks)], axis=1)
+    rows = [np.hstack([own, low_rank_times(site, ranks, batch_sizes, machine)])]
     lost = [curve.distortion.numpy()[ranks]]
     labels = [ranks]
     if others:
-        rows.append(np.array([_costs(site, spec, itemsize, batch_sizes) for spec in others]))
+        rows.append(
+            np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
+        )
         lost.append(np.array([loss for _, loss in curve.train_points]))
         labels.append(-1 - np.arange(len(others)))
     reason = None
     if len(ranks) + len(others) == 0:
         reason = f"no rank of {', '.join(f for f in allowed if f != DENSE)} saves parameters"
     if DENSE in allowed or reason:
-        rows.append(np.array([_dense_costs(site, itemsize)]))
+        rows.append(np.array([_dense_costs(site, itemsize, batch_sizes, machine)]))
         lost.append(np.zeros(1))
         labels.append(np.zeros(1, int))
     costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
@@ -255,7 +276,11 @@ class GroupPoints(Points):
 
 
 def group_points(
-    members: Sequence[Points], curves: Sequence[Spectrum], rank_multiple: int = 1
+    members: Sequence[Points],
+    curves: Sequence[Spectrum],
+    rank_multiple: int = 1,
+    batch_sizes: Sequence[int] = (),
+    machine: Machine = GENERIC,
 ) -> GroupPoints | None:
     """One choice for weights of one input; None where a first factor in common gains nothing.
 
@@ -288,7 +313,13 @@ def group_points(
     tails = [tail[better] for tail in tails]
     in_nats = [cost[better] * curve.in_nats for cost, curve in zip(read, curves, strict=True)]
     off = [np.sqrt(t / float(c.distortion[0])) for t, c in zip(tails, curves, strict=True)]
-    own = np.stack([together, together * itemsize, 2 * together], axis=1)
+    # The product with the input is computed once.
+    dtype = curves[0].site.dtype
+    times = [matmul_time(machine, batch, n, ranks, dtype) for batch in batch_sizes]
+    for curve in curves:
+        for k, batch in enumerate(batch_sizes):
+            times[k] = times[k] + matmul_time(machine, batch, ranks, curve.site.matrix[0], dtype)
+    own = np.stack([together, together * itemsize, 2 * together, *times], axis=1)
     return GroupPoints(
         site=curves[0].site,
         costs=np.concatenate([costs, own]),
@@ -330,6 +361,7 @@ def forced_point(
     itemsize: int,
     batch_sizes: Sequence[int],
     allowed: Sequence[str],
+    machine: Machine = GENERIC,
 ) -> Points:
     """The one point that ``ranks=`` asks for."""
     site = curve.site
@@ -344,7 +376,7 @@ def forced_point(
     lost = curve.distortion_of(spec)
     return Points(
         site,
-        np.array([_costs(site, spec, itemsize, batch_sizes)], dtype=float),
+        np.array([_costs(site, spec, itemsize, batch_sizes, machine)], dtype=float),
         np.array([float(curve.cost(lost)) if curve.in_nats else 0.0]),
         np.array([lost]),
         np.array([curve.error(lost)]),

@@ -20,7 +20,7 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
-from tensorize.codegen import aten
+from tensorize.codegen import aten, machine
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
 from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, Totals, TTSpec
@@ -173,6 +173,7 @@ def analyze(
         calibration=batches,
         metric=metric,
         seed=seed,
+        machine=machine.current(_device(model)),
         notes=(f"uses of the weights were seen with {source}", *made),
     )
     identity = fingerprint(model)
@@ -184,6 +185,7 @@ def analyze(
             key = disk.key(program, identity, formats, loss_fn, refine, __version__)
             if key is not None and (found := disk.read(cache_dir, key, program)) is not None:
                 place = disk.location(cache_dir, key)
+                found = replace(found, machine=program.machine)
                 return Analysis(found, identity, place, batches, loss_fn)
         announce(_cost(program))
         program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
@@ -192,6 +194,10 @@ def analyze(
         return Analysis(released, identity, None, batches, loss_fn)
     disk.write(cache_dir, key, released)
     return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
+
+
+def _device(model: nn.Module) -> str:
+    return next((str(p.device) for p in model.parameters() if p.is_cuda), "cpu")
 
 
 def _of_itself(calibration: Any) -> bool:
@@ -385,6 +391,7 @@ def _report(program: Program, analysis: Analysis) -> Report:
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in parameters),
         plan.predicted.flops,
+        plan.predicted.latency,
     )
     return Report(
         plan=replace(plan, analysis=None),

@@ -9,7 +9,7 @@ from fractions import Fraction
 from tensorize.errors import BudgetError
 from tensorize.ir import Totals
 
-_COSTS = ("params", "bytes", "flops")
+_COSTS = ("params", "bytes", "flops", "latency")
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,10 @@ class Budget:
     """Limits that the result must satisfy, alone or together.
 
     Args:
-        params, bytes, flops: a float in (0, 1] is a share of the dense model, an int an absolute
-            value (FLOPs are per input row, matmuls against parameters only, the worst over the
-            ``batch_sizes`` of the plan).
+        params, bytes, flops, latency: a float in (0, 1] is a share of the dense model, an int an
+            absolute value. FLOPs are per input row, matmuls against parameters only, the worst over
+            the ``batch_sizes`` of the plan; latency is the predicted time of those matmuls in
+            microseconds, and holds at each of the ``batch_sizes``.
         error: largest relative error of any site's weight, in the metric of the analysis.
         loss: largest predicted rise of the loss to preserve (needs calibration data).
 
@@ -33,6 +34,7 @@ class Budget:
     params: float | int | None = None
     bytes: float | int | None = None
     flops: float | int | None = None
+    latency: float | int | None = None
     error: float | None = None
     loss: float | None = None
 
@@ -61,10 +63,17 @@ class Budget:
         return cls(params=value)
 
     def limits(self, dense: Totals) -> dict[str, float]:
-        """The absolute limit of every cost that is limited, given the dense model's own."""
+        """The absolute limit of every cost that is limited, given the dense model's own.
+
+        The time at the k-th of the batch sizes is called ``latency[k]``.
+        """
         whole = {"params": dense.parameters, "bytes": dense.bytes, "flops": dense.flops}
         limits: dict[str, float] = {}
-        for name in _COSTS:
+        if self.latency is not None:
+            for k, time in enumerate(dense.latency):
+                share = isinstance(self.latency, float)
+                limits[f"latency[{k}]"] = self.latency * time if share else self.latency
+        for name in whole:
             value = getattr(self, name)
             if isinstance(value, float):
                 # The decimal that was written, not its nearest float: 0.29 of 100 allows 29.

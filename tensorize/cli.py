@@ -1,4 +1,4 @@
-"""The command line: ``tensorize compile | analyze | report``.
+"""The command line: ``tensorize compile | analyze | report | calibrate``.
 
 Results go to standard output (``--json``: one JSON object and nothing else), everything said on the
 way to standard error. Exit codes: 0 done, 2 wrong usage, 3 a model, its inputs or its calibration
@@ -14,15 +14,18 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import nn
 
 import tensorize
 from tensorize import printer
+from tensorize.codegen import machine
 from tensorize.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.manifest import read_report
 from tensorize.sources import (
@@ -136,7 +139,7 @@ def compile_command(
         str,
         typer.Option(
             help="Share of the parameters to keep, or params=0.3,error=0.05,bytes=2e6,flops=...,"
-            "loss=... (up to 1: a share; above: an absolute number)."
+            "latency=...,loss=... (up to 1: a share; above: an absolute number)."
         ),
     ] = "0.1",
     calibration: Calibration = None,
@@ -255,6 +258,20 @@ def analyze_command(
             typer.echo(f"note: {note}")
         if plot is not None:
             typer.echo(f"the curve is drawn in {plot}")
+
+
+@app.command("calibrate", epilog="Example: tensorize calibrate")
+def calibrate_command(as_json: Json = False) -> None:
+    """Measure what matmuls cost on this machine; plans are then made for it."""
+    with _errors_told():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        measured = machine.measure(device)
+        path = machine.keep(measured, device)
+        if as_json:
+            _print_json(asdict(measured))
+            return
+        typer.echo(str(measured))
+        typer.echo(f"kept in {path}")
 
 
 @app.command("report", epilog="Example: tensorize report ./my-llama-small --html report.html")

@@ -188,6 +188,39 @@ class TTSpec:
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{experts})"
 
 
+# ---------------------------------------------------------------------------------- machines
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What matmuls cost on a machine: FLOP/s, bytes/s, and the seconds of a call.
+
+    ``rates`` are pairs of a dtype and its FLOP/s at each of ``rows`` input rows.
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    rates: tuple[tuple[str, tuple[float, ...]], ...]
+    bandwidth: float
+    launch: float
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} µs a call"]
+        for dtype, rates in self.rates:
+            known = zip(self.rows, rates, strict=True)
+            each = ", ".join(f"{rate / 1e9:.4g} at {rows}" for rows, rate in known)
+            lines.append(f"{dtype}: GFLOP/s at so many rows: {each}")
+        return "\n".join(lines)
+
+
+GENERIC = Machine(
+    "one core of a usual processor",
+    (1, 16, 256),
+    (("float32", (1.5e10, 3e10, 6e10)), ("bfloat16", (2e10, 6e10, 2e11))),
+    bandwidth=2e10,
+    launch=3e-6,
+)
+
 # ---------------------------------------------------------------------------- contraction orders
 
 Tree = int | str | tuple["Tree", "Tree"]
@@ -431,7 +464,8 @@ class Prediction:
     both are ``None`` where the analysis saw no data. ``output_error`` is the largest relative
     error of a site's weight in the metric where there are no data, and the relative error of the
     outputs (a norm) where there are. ``flops`` are per input row of a site, the worst over
-    ``batch_sizes``.
+    ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
+    microseconds, for each of those numbers of rows.
     """
 
     parameters: int
@@ -440,15 +474,20 @@ class Prediction:
     output_error: float
     loss: float | None = None
     loss_interval: tuple[float, float] | None = None
+    latency: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Size and cost of a whole model; each parameter counts once, ``flops`` are per input row."""
+    """Size and cost of a whole model; each parameter counts once, ``flops`` are per input row.
+
+    ``latency``: microseconds of its matmuls, for each of a plan's ``batch_sizes``.
+    """
 
     parameters: int
     bytes: int
     flops: int
+    latency: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -457,7 +496,8 @@ class Plan:
 
     ``fingerprint`` identifies the model and analysis that it was made for; ``refine`` is what will
     be done to the cores, and what ``predicted`` is of; ``gap`` the share of the sum of distortions
-    by which a better choice might be better (the duality gap). A plan that comes from
+    by which a better choice might be better (the duality gap); ``machine`` the one whose figures
+    its times are predicted from. A plan that comes from
     ``Analysis.plan`` also carries that analysis; it is no part of equality, hash or JSON.
     """
 
@@ -471,6 +511,7 @@ class Plan:
     fingerprint: str
     refine: str | None = None
     gap: float = 0.0
+    machine: str = GENERIC.name
     notes: tuple[str, ...] = ()
     cache: str | None = None
     analysis: Any = field(default=None, compare=False, repr=False)
@@ -485,15 +526,17 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         data = json.loads(text)
-        predicted = data["predicted"]
+        predicted, dense = data["predicted"], data["dense"]
         if predicted["loss_interval"] is not None:
             predicted["loss_interval"] = tuple(predicted["loss_interval"])
+        for figures in (predicted, dense):
+            figures["latency"] = tuple(figures.get("latency", ()))
         return cls(
             **{
                 **data,
                 "sites": tuple(RankPlan.from_dict(site) for site in data["sites"]),
                 "predicted": Prediction(**predicted),
-                "dense": Totals(**data["dense"]),
+                "dense": Totals(**dense),
                 "batch_sizes": tuple(data["batch_sizes"]),
                 "notes": tuple(data["notes"]),
             }

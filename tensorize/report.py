@@ -90,7 +90,8 @@ class ReportTotals:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReportTotals:
-        return cls(Totals(**data["before"]), Totals(**data["after"]))
+        sides = (_tuples(data[side], "latency") for side in ("before", "after"))
+        return cls(*(Totals(**side) for side in sides))
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Curve(Sequence[CurvePoint]):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Curve:
-        points = (_tuples(point, "loss_interval") for point in decode(data)["points"])
+        points = (_tuples(p, "loss_interval", "latency") for p in decode(data)["points"])
         return cls(tuple(CurvePoint(**point) for point in points), data["metric"])
 
 
@@ -268,7 +269,7 @@ class Report:
         blocks = [
             "\n".join(textwrap.wrap(head, WIDTH)),
             _site_table(self.sites, reasons) if self.sites else "no site was found",
-            _totals_table(self.totals),
+            _totals_table(self.totals, self.plan.batch_sizes),
             "\n".join(_hanging(name, text) for name, text in self._quality()),
             *_listing("why", [f"[{k}] {reason}" for k, reason in enumerate(reasons, 1)]),
             *_listing("notes", [f"• {note}" for note in self.notes]),
@@ -376,7 +377,7 @@ def _site_table(sites: Sequence[SiteReport], reasons: Sequence[str]) -> str:
     )
 
 
-def _totals_table(totals: ReportTotals) -> str:
+def _totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
     rows: list[tuple[str, ...]] = []
     for title, name, text in (
         ("parameters", "parameters", printer.count),
@@ -386,6 +387,11 @@ def _totals_table(totals: ReportTotals) -> str:
         sides = (totals.before, totals.after, totals.share)
         before, after, share = (getattr(side, name) for side in sides)
         rows.append((title, text(before), text(after), printer.percent(share)))
+    times = zip(batch_sizes, totals.before.latency, totals.after.latency, strict=False)
+    for count, before, after in times:
+        title = f"µs at {count} row{'s' * (count > 1)}, predicted"
+        share = printer.percent(_share(after, before))
+        rows.append((title, printer.number(before), printer.number(after), share))
     align: list[printer.Align] = ["left", "right", "right", "right"]
     return printer.table(("total", "before", "after", "share"), rows, width=WIDTH, align=align)
 
