@@ -30,7 +30,7 @@ _STEPS, _MOST_STEPS, _PASSES = 64, 256, 8
 # trained decoders at damages from .001 to .4: half of it learns slower, twice as much overshoots.
 _RATE, _LARGEST_RATE = 0.035, 0.03
 _WARM_UP = 0.1
-_CHECKS = 8
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -87,41 +87,60 @@ def polish(
         return Polished(0.0, 0.0, 0)
     with untouched(small), untouched(dense):
         before = _distance(small, dense, held_out, loss)
-        best, kept = before, [core.detach().clone() for core in cores]
+        start = [core.detach().float().clone() for core in cores]
         steps = min(max(_STEPS, _PASSES * len(batches)), _MOST_STEPS)
-        # Steps are taken on float32 copies: in half precision small ones would be rounded away.
-        masters = [core.detach().float().clone() for core in cores]
         rate = min(_RATE * math.sqrt(max(before, 0.0)), _LARGEST_RATE)
-        sizes = [float(master.square().mean().sqrt()) for master in masters]
-        adam = torch.optim.Adam(
-            [{"params": [m], "lr": rate * size} for m, size in zip(masters, sizes, strict=True)],
-            betas=(0.9, 0.95),
-        )
-        largest = [group["lr"] for group in adam.param_groups]
-        for done, (position, batch) in enumerate(_rounds(batches, steps)):
-            progress("polish", done, steps)
-            share = min(1.0, (done + 1) / (_WARM_UP * steps)) * _cosine(done / steps)
-            for group, lr in zip(adam.param_groups, largest, strict=True):
-                group["lr"] = lr * share
-            with _trainable(cores):
-                wanted = call(dense, batch, position)
-                with torch.enable_grad():
-                    total, rows = loss.distance(wanted, call(small, batch, position), batch, small)
-                    gradients = torch.autograd.grad(total / rows, cores, allow_unused=True)
-            for master, gradient in zip(masters, gradients, strict=True):
-                master.grad = None if gradient is None else gradient.float()
-            adam.step()
-            _write(cores, masters)
-            if (done + 1) % (steps // _CHECKS) == 0:
-                after = _distance(small, dense, held_out, loss)
-                if after < best:
-                    best, kept = after, [core.detach().clone() for core in cores]
-                else:  # too far: back to where it was best, with smaller steps
-                    _write(masters, kept)
-                    largest = [lr / 3 for lr in largest]
-        _write(cores, kept)
+        after = before
+        for attempt in range(_ATTEMPTS):  # too far the first time: a quarter of it
+            _write(cores, start)
+            run = _descend(small, dense, cores, batches, steps, rate / 4**attempt, loss, progress)
+            kept = start
+            for _ in run:
+                reached = _distance(small, dense, held_out, loss)
+                if reached < after:
+                    after, kept = reached, [core.detach().clone() for core in cores]
+            _write(cores, kept)
+            if after < before:
+                break
         progress("polish", steps, steps)
-    return Polished(before, best, steps)
+    return Polished(before, after, steps)
+
+
+def _descend(
+    small: nn.Module,
+    dense: nn.Module,
+    cores: Sequence[Tensor],
+    batches: Sequence[Batch],
+    steps: int,
+    rate: float,
+    loss: PreservedLoss,
+    progress: Progress,
+) -> Iterator[int]:
+    """Adam on the cores in place; stops at each quarter of the way for the caller to look."""
+    # Steps are taken on float32 copies: in half precision small ones would be rounded away.
+    masters = [core.detach().float().clone() for core in cores]
+    sizes = [float(master.square().mean().sqrt()) for master in masters]
+    adam = torch.optim.Adam(
+        [{"params": [m], "lr": rate * size} for m, size in zip(masters, sizes, strict=True)],
+        betas=(0.9, 0.95),
+    )
+    largest = [group["lr"] for group in adam.param_groups]
+    for done, (position, batch) in enumerate(_rounds(batches, steps)):
+        progress("polish", done, steps)
+        share = min(1.0, (done + 1) / (_WARM_UP * steps)) * _cosine(done / steps)
+        for group, lr in zip(adam.param_groups, largest, strict=True):
+            group["lr"] = lr * share
+        with _trainable(cores):
+            wanted = call(dense, batch, position)
+            with torch.enable_grad():
+                total, rows = loss.distance(wanted, call(small, batch, position), batch, small)
+                gradients = torch.autograd.grad(total / rows, cores, allow_unused=True)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.float()
+        adam.step()
+        _write(cores, masters)
+        if (done + 1) % (steps // 4) == 0:
+            yield done + 1
 
 
 def _distance(

@@ -276,7 +276,8 @@ def joint_factors(
     other, whose rows each have the gradients' metric of their own.
     """
     root = metrics[0].right
-    stacked = torch.cat(list(weights)) if all(metric.plain for metric in metrics) else None
+    plain = all(metric.plain for metric in metrics)
+    stacked = _at_work(torch.cat(list(weights))) if plain else None
     if stacked is not None and stacked.shape[1] <= len(stacked):
         basis = gram_eigenvectors(stacked, rank)[0][:, :rank].double()
     else:

@@ -185,8 +185,8 @@ def test_an_error_in_a_batch_names_it_and_ends_every_thread() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_polish_brings_the_outputs_nearer_still(dtype: torch.dtype) -> None:
-    model, data = Chain().to(dtype), [x.to(dtype) for x in batches()]
-    test = torch.cat(batches(12)[8:]).to(dtype)
+    model, data = Chain().to(dtype), [x.to(dtype) for x in batches(24)]
+    test = torch.cat(batches(28)[24:]).to(dtype)
     model.requires_grad_(False)
     result = {}
     for refine in ("refit", "polish"):
