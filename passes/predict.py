@@ -36,10 +36,10 @@ TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
 _REFINED_SHARES = (0.75, 0.5, 0.25)
 _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
-_MODEL_SPREAD = 0.1
+_MODEL_SPREAD = 0.13
 _NO_HELD_OUT_SPREAD = 0.25
 # A polish keeps the best cores on the very batches that it is measured on.
-_CHOSEN_SPREAD = 0.05
+_CHOSEN_SPREAD = 0.03
 
 
 @dataclass(frozen=True)
