@@ -8,7 +8,7 @@ stands, so no step makes the error larger. TT-SVD, or the SVD in the averaged me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,27 +72,26 @@ def _solved(
 ) -> Tensor:
     """Core k after some steps of conjugate gradients on its normal equations A c = b."""
 
-    def with_core(core: Tensor) -> list[Tensor]:
-        return [core if j == k else other for j, other in enumerate(cores)]
-
-    def gradient(function: str, core: Tensor) -> Tensor:
+    def gradient(value: Callable[[list[Tensor]], Tensor], core: Tensor) -> Tensor:
         core = core.detach().requires_grad_()
         with torch.enable_grad():
-            value = (
-                _energy(spec, with_core(core), metrics)
-                if function == "energy"
-                else _product(spec, with_core(core), pull)
-            )
-            return torch.autograd.grad(value, core)[0]
+            whole = [core if j == k else other for j, other in enumerate(cores)]
+            return torch.autograd.grad(value(whole), core)[0]
+
+    def energy(whole: list[Tensor]) -> Tensor:
+        return _energy(spec, whole, metrics)
+
+    def product(whole: list[Tensor]) -> Tensor:
+        return _product(spec, whole, pull)
 
     core = cores[k]
-    residual = gradient("product", core) - gradient("energy", core) / 2
+    residual = gradient(product, core) - gradient(energy, core) / 2
     direction, size = residual, residual.square().sum()
     start = size
     for _ in range(_STEPS):
         if size <= 1e-12 * start or size == 0:
             break
-        image = gradient("energy", direction) / 2
+        image = gradient(energy, direction) / 2
         curvature = (direction * image).sum()
         if curvature <= 0:
             break
