@@ -84,7 +84,7 @@ def refit(
                 for dense, small in runs:
                     if dense.reach(done) and small.reach(done):
                         moments.add(dense, small)
-                if moments.count > 0:
+                if moments.seen:
                     group = {n: program.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
                     solved = moments.solve(weights, list(group.values()), specs[name].ranks[0])
@@ -229,6 +229,11 @@ class _Moments:
         self._cross = plus(self._cross, products(x, seen))
         self._own = plus(self._own, products(seen))
         self.count += len(x)
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything but zeros arrived in the compressed model."""
+        return self._own is not None and float(self._own.diagonal().sum()) > 0
 
     def solve(
         self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int

@@ -180,6 +180,16 @@ def test_an_error_in_a_batch_names_it_and_ends_every_thread() -> None:
     assert threading.active_count() == threads
 
 
+def test_a_weight_that_only_zeros_reach_keeps_its_factors() -> None:
+    model, data = Chain(), batches()
+    with torch.no_grad():
+        model.a.weight.zero_()
+        model.a.bias.zero_()
+    program, sites = ready(model, data, "input", 5)
+    before, after = planned_cores(program, sites), refit(program, sites, given(data))
+    assert all(map(torch.equal, before["b.weight"], after["b.weight"]))
+
+
 # ----------------------------------------------------------------------------------- the polish
 
 
