@@ -69,7 +69,7 @@ class MeasureQuadratic:
         spectra = dict(program.spectra)
         ratios = []
         for name, square in squares.items():
-            knots = _knots(curves[name], errors[name], square / (2 * max(rows, 1)), samples[name])
+            knots = _knots(errors[name], square / (2 * max(rows, 1)), samples[name])
             spectra[name] = replace(curves[name], knots=knots)
             ratios += [cost / lost for lost, cost in knots]
         spread = f"{min(ratios):.2g} to {max(ratios):.2g}" if ratios else "nothing"
@@ -82,17 +82,39 @@ def _is_plain(curve: Spectrum) -> bool:
     return curve.in_nats and not site.experts and not site.last_resort
 
 
-def _errors(curve: Spectrum, weight: Tensor) -> list[tuple[float, Tensor]]:
-    """(what the metric says is lost, ΔW) of a few ranks."""
+@dataclass(frozen=True)
+class _Error:
+    """ΔW = U V − W of a weight at some rank, and what the metric says that it loses.
+
+    It is never built: the analysis holds U and V, the model W.
+    """
+
+    lost: float
+    left: Tensor
+    right: Tensor
+    weight: Tensor
+
+    def of(self, x: Tensor, contract: str, rows: slice) -> Tensor:
+        """What ΔW adds to the outputs of input rows x; ``rows`` of it are in use."""
+        left, weight = self.left[rows].to(x.device), self.weight[rows]
+        right = self.right.to(x.device)
+        if contract == "lookup":
+            return left[x] @ right - weight[x].to(right.dtype)
+        x, weight = x.to(right.dtype), weight.to(right.dtype)  # the model may be in half precision
+        if contract == "columns":
+            return (x @ right.t()) @ left.t() - x @ weight.t()
+        return (x @ left) @ right - x @ weight
+
+
+def _errors(curve: Spectrum, weight: Tensor) -> list[_Error]:
     m, n = curve.site.matrix
-    found: dict[int, tuple[float, Tensor]] = {}
+    found: dict[int, _Error] = {}
     for level in LEVELS:
         rank = max(1, int(level * m * n / (m + n)))
-        spec = TTSpec.low_rank(m, n, rank)
-        lost = curve.distortion_of(spec)
+        lost = curve.distortion_of(TTSpec.low_rank(m, n, rank))
         if lost > 0 and rank <= curve.left.shape[-1]:
             left, right = curve.left[:, :rank], curve.right[:rank]
-            found[rank] = lost, left @ right - weight
+            found[rank] = _Error(lost, left, right, weight)
     return list(found.values())
 
 
@@ -108,7 +130,7 @@ class _Products:
     def __init__(
         self,
         curves: dict[str, Spectrum],
-        errors: dict[str, list[tuple[float, Tensor]]],
+        errors: dict[str, list[_Error]],
         sequences: int,
     ) -> None:
         self.curves, self.errors, self.sequences = curves, errors, sequences
@@ -118,15 +140,10 @@ class _Products:
         x, g = matmul_rows(self.curves[name].site, matmul, gradient)
         if x is None or g is None or not self.errors[name]:
             return
+        shown = slice(None) if frame.rows is None else slice(*frame.rows)
         products = []
-        for _, delta in self.errors[name]:
-            if frame.rows is not None:
-                delta = delta[frame.rows[0] : frame.rows[1]]
-            delta = delta.to(g.device, g.dtype)
-            if matmul.contract == "lookup":
-                y = delta[x]
-            else:
-                y = x.to(g.dtype) @ (delta.t() if matmul.contract == "columns" else delta)
+        for error in self.errors[name]:
+            y = error.of(x, matmul.contract, shown)
             products.append((y * g).sum(-1, dtype=torch.float64))
         found = self._by_sequence(torch.stack(products, 1), matmul)
         before = self.sums.get(name)
@@ -143,16 +160,14 @@ class _Products:
         return products.sum(0, keepdim=True)
 
 
-def _knots(
-    curve: Spectrum, errors: list[tuple[float, Tensor]], costs: Tensor, samples: int
-) -> tuple[tuple[float, float], ...]:
+def _knots(errors: list[_Error], costs: Tensor, samples: int) -> tuple[tuple[float, float], ...]:
     """(distortion in the metric, cost), by growing distortion; never falling.
 
     The variance of the logarithm of a mean of n squares is about 2 / n: few samples say little.
     """
     trust = 1 / (1 + 2 / (max(samples, 1) * _PRIOR**2))
     knots: list[tuple[float, float]] = []
-    for (lost, _), cost in sorted(zip(errors, costs.tolist(), strict=True), key=lambda p: p[0][0]):
-        ratio = max(cost / lost, 1e-3) ** trust
-        knots.append((lost, max(lost * ratio, knots[-1][1] if knots else 0.0)))
+    for error, cost in sorted(zip(errors, costs.tolist(), strict=True), key=lambda p: p[0].lost):
+        ratio = max(cost / error.lost, 1e-3) ** trust
+        knots.append((error.lost, max(error.lost * ratio, knots[-1][1] if knots else 0.0)))
     return tuple(knots)

@@ -125,6 +125,19 @@ def test_weights_that_it_does_not_reach_are_left_to_the_metric(name: str) -> Non
             assert np.array_equal(curve.cost(curve.distortion.numpy()), curve.distortion.numpy())
 
 
+def test_models_in_half_precision_are_measured_too() -> None:
+    case = CASES["gpt"]
+    data = [case.batch(k) for k in range(4)]
+    curves = [
+        analysed(case.model().to(dtype), data).program.spectra
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for name, curve in curves[0].items():
+        ((lost, cost),) = curve.knots
+        ((lost_half, cost_half),) = curves[1][name].knots
+        assert cost_half / lost_half == pytest.approx(cost / lost, rel=0.5)
+
+
 def test_other_metrics_have_none() -> None:
     model, data = Pooled(pooled=True), batches(4)
     analysis = tensorize.analyze(model, calibration=data, metric="input")
