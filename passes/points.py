@@ -229,8 +229,8 @@ def curve_points(
     return Points(
         site,
         costs,
-        curve.cost(distortion) if curve.in_nats else np.zeros_like(distortion),
-        curve.cost(distortion) * _scale(curve),
+        distortion if curve.in_nats else np.zeros_like(distortion),
+        distortion * _scale(curve),
         np.sqrt(np.maximum(distortion, 0) / whole) if whole > 0 else np.zeros_like(distortion),
         np.concatenate(labels)[order],
         others,
@@ -267,7 +267,7 @@ class GroupPoints(Points):
                     shape=curve.site.shape,
                     spec=TTSpec.low_rank(*curve.site.matrix, rank),
                     predicted_error=curve.error(lost),
-                    predicted_loss=float(curve.cost(lost)) if curve.in_nats else 0.0,
+                    predicted_loss=lost if curve.in_nats else 0.0,
                     reason=f"rank chosen by the budget, one first factor for {names}",
                     shared=self.site.name,
                 )
@@ -301,17 +301,16 @@ def group_points(
     ranks = np.arange(1, min(len(s.distortion) for s in shared if s is not None))
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     tails = [s.distortion.numpy()[ranks] for s in shared if s is not None]
-    read = [curve.cost(tail) for tail, curve in zip(tails, curves, strict=True)]
     itemsize = element_size(curves[0].site)
     together = ranks * (rows + n)
-    weighed = sum(cost * _scale(curve) for cost, curve in zip(read, curves, strict=True))
+    weighed = sum(tail * _scale(curve) for tail, curve in zip(tails, curves, strict=True))
     order = np.argsort(costs[:, 0], kind="stable")
     better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
     if not better.any():
         return None
     ranks, together, weighed = ranks[better], together[better], weighed[better]
     tails = [tail[better] for tail in tails]
-    in_nats = [cost[better] * curve.in_nats for cost, curve in zip(read, curves, strict=True)]
+    in_nats = [tail * curve.in_nats for tail, curve in zip(tails, curves, strict=True)]
     off = [np.sqrt(t / float(c.distortion[0])) for t, c in zip(tails, curves, strict=True)]
     # The product with the input is computed once.
     dtype = curves[0].site.dtype
@@ -377,7 +376,7 @@ def forced_point(
     return Points(
         site,
         np.array([_costs(site, spec, itemsize, batch_sizes, machine)], dtype=float),
-        np.array([float(curve.cost(lost)) if curve.in_nats else 0.0]),
+        np.array([lost if curve.in_nats else 0.0]),
         np.array([lost]),
         np.array([curve.error(lost)]),
         np.array([-1]),

@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,8 +78,7 @@ class Spectrum:
     (r = 0 … min(M, N)) in the units of the metric; ``distortion[0]`` is the whole weight.
     ``trains`` are the splits tried for TT, ``train_points`` what their roundings lose.
     ``in_nats`` is False for a weight that the calibration data say nothing about. ``shared`` is the
-    curve with a first factor in common with other weights. ``knots`` are pairs of a distortion in
-    the metric and what it costs in the loss, where that was measured (``quadratic.py``).
+    curve with a first factor in common with other weights.
     """
 
     site: Site
@@ -93,19 +91,6 @@ class Spectrum:
     train_points: tuple[tuple[TTSpec, float], ...] = ()
     in_nats: bool = True
     shared: SharedFactor | None = None
-    knots: tuple[tuple[float, float], ...] = ()
-
-    def cost(self, distortion: np.ndarray | float) -> np.ndarray:
-        """What a distortion costs in the loss: read through ``knots`` where they are known.
-
-        Between them on straight lines of the logarithms, beyond them in proportion.
-        """
-        lost = np.asarray(distortion, dtype=float)
-        if not self.knots:
-            return lost
-        known, costs = np.log(np.array(self.knots)).T
-        at = np.log(np.maximum(lost, 1e-300))
-        return np.where(lost > 0, lost * np.exp(np.interp(at, known, costs - known)), 0.0)
 
     def error(self, distortion: float) -> float:
         """The relative error of the weight in its metric: sqrt(distortion / whole)."""

@@ -31,7 +31,6 @@ from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
 from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
 from tensorize.passes.preserved import LossFunction, PreservedLoss, split
-from tensorize.passes.quadratic import MeasureQuadratic
 from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
@@ -230,7 +229,6 @@ def _analysis_passes(
     return (
         CollectStatistics(learnt, loss),
         ComputeSpectra(formats),
-        MeasureQuadratic(learnt, loss),
         CalibratePrediction(learnt, held_out, loss, refinements),
     )
 

@@ -179,7 +179,6 @@ def _curve_to_dict(curve: Spectrum, prefix: str, tensors: dict[str, Tensor]) -> 
         "trains": [train.spec.to_dict() for train in curve.trains],
         "train_points": [[spec.to_dict(), lost] for spec, lost in curve.train_points],
         "in_nats": curve.in_nats,
-        "knots": curve.knots,
         "shared": None if curve.shared is None else curve.site.input_group,
     }
 
@@ -214,6 +213,5 @@ def _curve_from_dict(
         trains=tuple(trains),
         train_points=tuple((TTSpec.from_dict(s), lost) for s, lost in data["train_points"]),
         in_nats=data["in_nats"],
-        knots=tuple((lost, cost) for lost, cost in data["knots"]),
         shared=shared,
     )
