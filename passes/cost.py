@@ -116,10 +116,8 @@ def _tree_time(
 
     def walk(part: Tree, needed: frozenset[str]) -> frozenset[str]:
         nonlocal total
-        if isinstance(part, str):
-            return frozenset(("B", *spec.batch, *inputs))
-        if isinstance(part, int):
-            return frozenset(spec.cores[part])
+        if not isinstance(part, tuple):
+            return _open(spec, inputs, part)
         left_open, right_open = _open(spec, inputs, part[0]), _open(spec, inputs, part[1])
         left, right = walk(part[0], needed | right_open), walk(part[1], needed | left_open)
         summed = (left & right) - needed
