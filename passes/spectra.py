@@ -40,7 +40,7 @@ _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUs
 _TT_POINTS = 8
 _PROBE_RANK = 8
 # A tied weight with more entries keeps the factors of its averaged metric.
-_LARGEST_ALS = 50_000_000
+_LARGEST_ALS = 4_000_000
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
