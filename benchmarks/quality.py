@@ -230,7 +230,9 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
     found["dense"]["all"]["seconds_of_analysis"] = time.perf_counter() - began
     others = peers.Peers(
         model,
-        tensorize.analyze(model, example_inputs=batch_of(calibration[0]), progress=False),
+        tensorize.analyze(
+            model, example_inputs=batch_of(calibration[0]), metric="frobenius", progress=False
+        ),
         tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
         ours,
         subject.distance(calibration),

@@ -38,7 +38,7 @@ from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
 from tensorize.report import Report, ReportTotals, SiteReport
-from tensorize.selfmade import self_made
+from tensorize.selfmade import affordable, self_made
 from tensorize.version import __version__
 
 METRICS = ("frobenius", "input", "loss")
@@ -86,7 +86,8 @@ def compile(
         example_inputs: what forward takes: a tuple of positional or a dict of keyword arguments.
         calibration: an iterable of such inputs, or of strings with ``tokenizer=``: the errors are
             then weighed by what they do to the model's outputs. ``"self"``: the model makes them
-            itself, a decoder by writing text.
+            itself, a decoder by writing text. None: it makes some where that takes no more than
+            about a minute, else the weights alone are judged (as by ``metric="frobenius"``).
         loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
         metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
         refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved
@@ -164,6 +165,7 @@ def analyze(
     check_weights(model)
     check_refine(refine)
     batches, made = _calibration(calibration, model, example_inputs, seed)
+    unasked = calibration is None and metric is None and loss_fn is None
     metric = _metric(metric, batches, loss_fn)
     inputs, source = capture.find_inputs(model, example_inputs, batches)
     program = Program(
@@ -179,16 +181,25 @@ def analyze(
     with shown(progress) as tell:
         program = replace(program, progress=tell)
         program = run_passes(program, (FindSites(include, exclude),))
+        plain = program
+        if unasked:
+            program = _with_own_data(program)
         key = None
         if cache_dir is not None:
             key = disk.key(program, identity, formats, loss_fn, refine, __version__)
             if key is not None and (found := disk.read(cache_dir, key, program)) is not None:
                 place = disk.location(cache_dir, key)
                 found = replace(found, machine=program.machine)
-                return Analysis(found, identity, place, batches, loss_fn)
+                return Analysis(found, identity, place, program.calibration, loss_fn)
         announce(_cost(program))
-        program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
-    released = program.without_model()
+        try:
+            program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
+        except Exception as error:
+            if not unasked or not program.calibration:
+                raise
+            program = _noted(plain, _ALONE.format(why=_said(error)))
+            program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
+    released, batches = program.without_model(), program.calibration
     if cache_dir is None or key is None:
         return Analysis(released, identity, None, batches, loss_fn)
     disk.write(cache_dir, key, released)
@@ -209,12 +220,39 @@ def _calibration(
 ) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if calibration is None:
-        return (), ('no calibration data: weights alone; calibration="self" makes some',)
+        return (), ()
     if not _of_itself(calibration):
         return capture.calibration_batches(calibration, model), ()
     inputs, _ = capture.find_inputs(model, example_inputs, ())
     batches, what = self_made(model, inputs, seed)
     return batches, (f"calibrated on {what}",)
+
+
+_ALONE = "no calibration data: weights alone, {why}"
+
+
+def _with_own_data(program: Program) -> Program:
+    """The program with calibration data that the model makes unasked, where that costs little."""
+    if program.inputs is None:
+        return _noted(program, _ALONE.format(why="as no inputs are known that it runs on"))
+    share = affordable(program.sites, program.inputs)
+    if share == 0:
+        why = 'as its statistics take long or much memory; calibration="self" takes them'
+        return _noted(program, _ALONE.format(why=why))
+    try:
+        batches, what = self_made(program.model, program.inputs, program.seed, share)
+    except Exception as error:  # whatever the model raises: nobody asked for this
+        return _noted(program, _ALONE.format(why=_said(error)))
+    noted = _noted(program, f"no calibration data: calibrated on {what}")
+    return replace(noted, calibration=batches, metric="loss")
+
+
+def _noted(program: Program, note: str) -> Program:
+    return replace(program, notes=(*program.notes, note))
+
+
+def _said(error: Exception) -> str:
+    return f"as it does not run on data of its own ({type(error).__name__}: {error})"
 
 
 def _analysis_passes(
@@ -317,7 +355,8 @@ def _analysis_of(
     if plan.metric != "frobenius" and not batches:
         raise AnalysisError(
             f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
-            way_out="pass calibration=, or analyse with cache_dir= so that the plan finds it",
+            way_out='pass calibration= (data, or "self"), or analyse with cache_dir= so that the '
+            "plan finds it",
         )
     formats = {
         site.name: site.format if site.shared is None else (site.format, SHARED)
