@@ -9,7 +9,7 @@ import copy
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,12 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
-from tensorize.codegen import aten, machine
+from tensorize.codegen import aten, machine, orders
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, Totals, TTSpec
+from tensorize.ir import DENSE, POLISH, REFIT, SHARED, TT, Batch, Plan, Totals, TTSpec
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
-from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
 from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
@@ -35,6 +34,7 @@ from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
+from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, timed_plan
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
 from tensorize.report import Report, ReportTotals, SiteReport
@@ -46,11 +46,22 @@ BACKENDS = ("auto", "aten")
 SELF = "self"
 
 
-def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
-    return aten.build(plan_contraction(spec, contract))
+class _Contractions:
+    """Contractions in the fastest order that the machine's figures predict, as torch operations."""
+
+    def contraction(
+        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
+    ) -> ops.Contraction:
+        figures, measured = machine.current(device), orders.known(device)
+        chosen = BREAKPOINTS if breakpoints is None else breakpoints
+        return aten.build(timed_plan(spec, contract, figures, chosen, measured=measured))
+
+    def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
+        uses = [(spec, contract) for spec in specs for contract in ("columns", "rows")]
+        return common_breakpoints(uses, machine.current(device))
 
 
-ops.register_backend(_contraction)
+ops.register_backend(_Contractions())
 # Other libraries learn of factorized models as soon as they are imported themselves.
 hooks.when_imported("transformers.quantizers.auto", "tensorize.pretrained")
 hooks.when_imported("peft.tuners.lora.model", "tensorize.lora")
@@ -71,6 +82,7 @@ def compile(
     formats: FormatsOption = None,
     ranks: RanksOption = None,
     backend: str = "auto",
+    autotune: bool = False,
     inplace: bool = False,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -99,6 +111,8 @@ def compile(
             several, or pattern → names.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"auto"`` or ``"aten"``: contractions run as torch operations.
+        autotune: time the best few contraction orders of every tensor train on this machine, and
+            remember the fastest (in ``~/.cache/tensorize``). Nothing is timed otherwise.
         seed: of the probes; same seed, same inputs, same machine: the same bits.
         cache_dir: where analyses are kept on disk; None: nowhere.
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
@@ -133,7 +147,7 @@ def compile(
             progress=tell,
         )
         plan = analysis.plan(budget, refine=refine, ranks=ranks)
-        return _apply(model, plan, analysis, inplace, tell)
+        return _apply(model, plan, analysis, inplace, tell, autotune)
 
 
 def analyze(
@@ -310,6 +324,7 @@ def apply(
     *,
     calibration: Iterable[Any] | str | None = None,
     refine: str | None = "auto",
+    autotune: bool = False,
     inplace: bool = False,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
@@ -322,6 +337,7 @@ def apply(
         calibration: the data that the plan was made with, where it does not carry them itself.
         refine: "auto" does what the plan predicts; anything else overrides it, and then the result
             is not what was predicted.
+        autotune: time contraction orders on this machine, as ``compile`` does.
 
     Raises:
         AnalysisError: the plan was made for other weights, or its analysis or the data for its
@@ -344,7 +360,7 @@ def apply(
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        return _apply(model, plan, analysis, inplace, tell)
+        return _apply(model, plan, analysis, inplace, tell, autotune)
 
 
 def _analysis_of(
@@ -374,12 +390,38 @@ def _analysis_of(
     )
 
 
+def _time_orders(program: Program) -> None:
+    """Time the best few orders of every train of a model, keep the fastest, and use them."""
+    assert program.plan is not None
+    specs = {s.name: s.spec for s in program.plan.sites if s.spec is not None and s.format == TT}
+    uses = {
+        (specs[site.name], use.contract, site.dtype)
+        for site in program.sites
+        if site.name in specs
+        for use in site.uses
+        if use.contract in ("columns", "rows")
+    }
+    device, found = _device(program.model), {}
+    breakpoints = ops.common_breakpoints([spec for spec, _, _ in uses], device)
+    for done, (spec, contract, dtype) in enumerate(sorted(uses, key=str)):
+        program.progress("timing orders", done, len(uses))
+        figures = machine.current(device)
+        for question, batch, plans in contenders(spec, contract, figures, breakpoints):
+            best = plans[orders.fastest(plans, batch, getattr(torch, dtype), device)]
+            found[question] = best.pieces[0].tree
+    program.progress("timing orders", len(uses), len(uses))
+    orders.remember(found, device)
+    ops.contractions.cache_clear()
+    weight.settle(program.model)
+
+
 def _apply(
     model: nn.Module,
     plan: Plan,
     analysis: Analysis,
     inplace: bool,
     tell: Progress,
+    autotune: bool,
 ) -> nn.Module:
     if fingerprint(model) != plan.fingerprint:
         raise AnalysisError(
@@ -397,6 +439,8 @@ def _apply(
         loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
         passes.insert(2, Polish(dense, *split(analysis.calibration), loss))
     program = run_passes(program, passes)
+    if autotune:
+        _time_orders(program)
     target.__dict__["_tensorize"] = _report(program, analysis)
     huggingface.note_factors(target)
     return target

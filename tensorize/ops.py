@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,52 @@ Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
 Contractions = Mapping[str, Contraction]
 """The callables of one spec by what they contract: ``"columns"`` and ``"rows"``."""
 
-_backend: Callable[[TTSpec, str], Contraction] | None = None
+
+class Backend(Protocol):
+    """What makes the callables of contractions."""
+
+    def contraction(
+        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
+    ) -> Contraction:
+        """How x meets a weight, with its order chosen anew at some batches (None: not known)."""
+        ...
+
+    def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
+        """At most two batches at which the orders of all weights of a model change."""
+        ...
 
 
-def register_backend(build: Callable[[TTSpec, str], Contraction]) -> None:
-    """Say how the callable for (spec, contract) is made."""
+_backend: Backend | None = None
+
+
+def register_backend(backend: Backend) -> None:
+    """Say what makes the callables."""
     global _backend
-    _backend = build
+    _backend = backend
     contractions.cache_clear()
 
 
+def _registered() -> Backend:
+    if _backend is None:
+        raise RuntimeError("no contraction backend is registered: import tensorize first")
+    return _backend
+
+
 @lru_cache(maxsize=4096)
-def contractions(spec: TTSpec) -> Contractions:
+def contractions(
+    spec: TTSpec, device: str = "cpu", breakpoints: tuple[int, ...] | None = None
+) -> Contractions:
     """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order."""
     if spec.format == LOW_RANK:
         return {}
-    if _backend is None:
-        raise RuntimeError("no contraction backend is registered: import tensorize first")
-    return {contract: _backend(spec, contract) for contract in ("columns", "rows")}
+    make = _registered().contraction
+    return {contract: make(spec, contract, device, breakpoints) for contract in ("columns", "rows")}
+
+
+def common_breakpoints(specs: Sequence[TTSpec], device: str = "cpu") -> tuple[int, ...]:
+    """The batches at which weights of these specs, in one model, change their order."""
+    planned = [spec for spec in specs if spec.format != LOW_RANK]
+    return _registered().breakpoints(planned, device) if planned else ()
 
 
 def widened(x: Tensor, weight: Tensor) -> Tensor:

@@ -335,17 +335,21 @@ def _factored(args: tuple, kwargs: dict) -> Iterator[FactoredWeight]:
 class Cores(nn.Module):
     """The cores of one weight, as parameters ``core_0``, ``core_1``, … in the stored shapes.
 
-    ``frame`` says how the owner sees the matrix (a convolution in its own shape).
+    ``frame`` says how the owner sees the matrix (a convolution in its own shape); ``breakpoints``
+    are the batches at which another order of contraction begins, in this and in all weights of the
+    model (None: nothing is known of the others).
     """
+
+    breakpoints: tuple[int, ...] | None = None
 
     def __init__(
         self, spec: TTSpec, cores: Sequence[nn.Parameter], frame: Frame | None = None
     ) -> None:
         super().__init__()
         self.spec, self.frame = spec, frame or Frame()
-        self.contractions = ops.contractions(spec)
         for k, core in enumerate(cores):
             self.register_parameter(f"core_{k}", core)
+        self._choose_orders()
 
     def forward(self) -> FactoredWeight:
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
@@ -357,7 +361,11 @@ class Cores(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.contractions = ops.contractions(self.spec)
+        self._choose_orders()
+
+    def _choose_orders(self) -> None:
+        device = str(self.get_parameter("core_0").device)
+        self.contractions = ops.contractions(self.spec, device, self.breakpoints)
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -449,7 +457,18 @@ class SharedProduct:
         return SharedProduct, (self.layers,)
 
 
-def share_products(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
+    """What the factorized weights of a whole model have in common: products, and breakpoints."""
+    _share_products(model)
+    holders = [module for module in model.modules() if isinstance(module, Cores)]
+    device = str(holders[0].core_0.device) if holders else "cpu"
+    breakpoints = ops.common_breakpoints([holder.spec for holder in holders], device)
+    for holder in holders:
+        holder.breakpoints = breakpoints
+        holder._choose_orders()
+
+
+def _share_products(model: nn.Module) -> None:
     """Let layers whose first factor is one parameter compute its product with their input once."""
     groups: dict[int, dict[str, LowRankLinear]] = defaultdict(dict)
     for path, module in model.named_modules():
