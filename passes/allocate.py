@@ -36,6 +36,7 @@ from tensorize.passes.points import (
     other_costs,
 )
 from tensorize.passes.sites import matches, require_match
+from tensorize.passes.slower import WORTH, slow_choices, without_slow_points
 
 RanksOption = Mapping[str, int | str] | None
 
@@ -145,6 +146,8 @@ class Allocate:
                 f"{cost} found is {need:,}",
                 way_out=f"{cost}={need}, or a larger limit on what it is traded for",
             ) from None
+        if budget.latency is None:
+            solution = self._not_slower(points, caps, solution, program)
         lost = total_distortion(points, solution.choice)
         if ceiling is not None and lost > ceiling:
             reached = program.predictor.predict(lost, self.refine)[0]
@@ -157,6 +160,26 @@ class Allocate:
         if limits:
             return solution
         return Solution(minimise_cost(points, ceiling), 0.0, 0.0)
+
+    def _not_slower(
+        self, points: list[Points], caps: np.ndarray, solution: Solution, program: Program
+    ) -> Solution:
+        """A choice without weights slower than dense, where that costs next to nothing."""
+        fast = without_slow_points(points, self.batch_sizes, program.machine)
+        if fast is None or (np.sum([p.costs.min(0) for p in fast], axis=0) > caps).any():
+            return solution
+        try:
+            found = solve(fast, caps)
+        except TooTight:
+            return solution
+        before, after = (
+            sum(float(p.objective[k]) for p, k in zip(those, choice, strict=True))
+            for those, choice in ((points, solution.choice), (fast, found.choice))
+        )
+        if after > WORTH * before:
+            return solution
+        points[:] = fast
+        return found
 
     def _distortion_limit(self, program: Program) -> float | None:
         """The largest sum of distortions whose predicted loss is within the budget."""
@@ -184,6 +207,11 @@ class Allocate:
         used = overhead + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         lost = total_distortion(points, choice)
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
+        slow = slow_choices(program.sites, list(chosen.values()), self.batch_sizes, program.machine)
+        for name, found in slow.items():
+            batches = ", ".join(f"{each.batch:,}" for each in found)
+            reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
+            chosen[name] = replace(chosen[name], reason=reason)
         sites = tuple(chosen[site.name] for site in program.sites)
         loss, interval = None, None
         error = max((site.predicted_error for site in sites), default=0.0)

@@ -50,6 +50,11 @@ class Points:
             return TTSpec.low_rank(*self.site.matrix, label, experts=self.site.experts)
         return None if label == 0 else self.others[-label - 1]
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The weights that a point is of."""
+        return (self.site,)
+
     def plans(self, k: int) -> tuple[RankPlan, ...]:
         """What point k does with every weight that it is of."""
         reason = "rank chosen by the budget"
@@ -249,6 +254,10 @@ class GroupPoints(Points):
     members: tuple[Points, ...] = ()
     curves: tuple[Spectrum, ...] = ()
     picks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(curve.site for curve in self.curves)
 
     def plans(self, k: int) -> tuple[RankPlan, ...]:
         rank = -int(self.labels[k])

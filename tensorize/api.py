@@ -32,6 +32,7 @@ from tensorize.passes.predict import CalibratePrediction
 from tensorize.passes.preserved import LossFunction, PreservedLoss, split
 from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
+from tensorize.passes.slower import slow_choices
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, timed_plan
@@ -446,6 +447,46 @@ def _apply(
     return target
 
 
+_MOST_TIMED = 4
+
+
+def _slow_weights(program: Program) -> tuple[str, ...]:
+    """Notes on weights that are slower than dense; of each shape one is timed."""
+    plan = program.plan
+    assert plan is not None
+    slow = slow_choices(program.sites, plan.sites, plan.batch_sizes, program.machine)
+    alike: dict[Any, list[str]] = {}
+    for choice in plan.sites:
+        if choice.name in slow:
+            alike.setdefault((choice.shape, choice.spec), []).append(choice.name)
+    weights = dict(weight.factored(program.model))
+    notes = []
+    for names in alike.values():
+        worst = max(slow[names[0]], key=lambda each: each.factorized / each.dense)
+        said = f"{worst.factorized:.1f} µs predicted, {worst.dense:.1f} dense"
+        found = weights[names[0]]
+        if len(notes) < _MOST_TIMED and len(found.shape) == 2 and not found.is_meta:
+            ours, dense = _timed(found, worst.batch)
+            said += f"; {ours:.1f} measured, {dense:.1f} dense"
+        others = f" and {len(names) - 1} like it" if len(names) > 1 else ""
+        notes.append(f"{names[0]}{others}: slower than dense at {worst.batch} rows: {said}")
+    return tuple(notes)
+
+
+@torch.no_grad()
+def _timed(factors: weight.FactoredWeight, rows: int) -> tuple[float, float]:
+    """Microseconds of a factorized weight and of the dense one, for rows of random numbers."""
+    dense = factors.dense()
+    x = torch.randn(rows, dense.shape[1]).to(dense)
+    device = str(dense.device)
+    calls = (factors, dense)
+    ours, own = (
+        1e6 * machine.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
+        for w in calls
+    )
+    return ours, own
+
+
 def _report(program: Program, analysis: Analysis) -> Report:
     plan = program.plan
     assert plan is not None
@@ -480,7 +521,7 @@ def _report(program: Program, analysis: Analysis) -> Report:
         totals=ReportTotals(plan.dense, after),
         curve=analysis.curve(),
         history=program.history,
-        notes=program.notes,
+        notes=(*program.notes, *_slow_weights(program)),
         environment=_environment(),
     )
 
