@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ class Mixed(nn.Module):
         return self.last(self.wide(self.small(self.first(x).relu())).relu())
 
 
-def planned(budget: float | tensorize.Budget, machine: Machine = GENERIC, **options: object) -> Plan:
+def planned(budget: Any, machine: Machine = GENERIC, **options: object) -> Plan:
     torch.manual_seed(0)
     model = Mixed()
     with torch.no_grad():  # spectra that decay, so that ranks are worth choosing

@@ -1,0 +1,240 @@
+"""Whole models at a quarter of the parameters of every linear: time and memory, side by side.
+
+    python -m benchmarks.model --models llama gpt2 minilm vit --threads 1
+
+Dense (eager, and compiled by inductor), the factors of ``tensorize.compile`` and the same factors
+as two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill; 8 x 64 tokens for a
+sentence encoder, one image for a vision model), one token at a time with a cache (decode), and a
+batch of four. Interleaved rounds, medians; speedups are over eager dense. The peak of resident
+memory is that of a process of its own which loads the model and runs it. Energy is measured where
+zeus is installed and the machine tells it; else it is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import tensorize
+from benchmarks.record import keep, kept
+from benchmarks.timing import interleaved
+from examples import demo_minilm
+from tensorize.weight import LowRankLinear
+
+KEPT = 0.25
+TOKENS, BATCH, PROMPT, STEPS = 256, 4, 64, 8
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=768, num_hidden_layers=12, intermediate_size=2048, num_attention_heads=12,
+        num_key_value_heads=12, vocab_size=32000, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config())
+
+
+def vit() -> nn.Module:
+    return transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "minilm": demo_minilm.trained,
+    "vit": vit,
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def inputs(name: str, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if name == "vit":
+        return torch.randn(batch, 3, 224, 224, generator=generator)
+    rows, length = (8 * batch, 64) if name == "minilm" else (batch, TOKENS)
+    return torch.randint(1000, (rows, length), generator=generator)
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """The rank of every linear at which it keeps its share of the parameters."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            m, n = module.weight.shape
+            found[f"{path}.weight"] = max(1, int(KEPT * m * n / (m + n)))
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if tied:  # the head is the table: its share is kept by no linear
+        found.pop("lm_head.weight", None)
+    return found
+
+
+class ByHand(nn.Module):
+    """Two matmuls, as one would write them."""
+
+    def __init__(self, first: Tensor, second: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(first), nn.Parameter(second)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.first), self.second, self.bias)
+
+
+def by_hand(name: str, small: nn.Module) -> nn.Module:
+    """A model of the same factors, written by hand."""
+    model = build(name)
+    for path, layer in small.named_modules():
+        if isinstance(layer, LowRankLinear):
+            parent, _, leaf = path.rpartition(".")
+            first, second, bias = layer.first.weight, layer.second.weight, layer.second.bias
+            own = ByHand(first.detach(), second.detach(), None if bias is None else bias.detach())
+            setattr(model.get_submodule(parent), leaf, own)
+    return model.eval()
+
+
+def decode(model: Any, cache: Any, token: Tensor) -> None:
+    """Some tokens one by one, after a prompt that the cache holds."""
+    for _ in range(STEPS):
+        model(token, past_key_values=cache, use_cache=True)
+    cache.crop(-STEPS)
+
+
+@torch.no_grad()
+def measure(name: str, rounds: int, *, inductor: bool) -> dict[str, Any]:
+    """Milliseconds of dense, speedups of the others, parameters and memory."""
+    dense = build(name)
+    small = tensorize.compile(
+        dense, None, ranks=ranks(dense), example_inputs=(inputs(name, 1),), metric="frobenius",
+        progress=False,
+    )  # fmt: skip
+    hand = by_hand(name, small)
+    torch.testing.assert_close(
+        small(inputs(name, 1))[0], hand(inputs(name, 1))[0], rtol=1e-3, atol=1e-3
+    )
+    models: dict[str, Any] = {"dense": dense, "tensorize": small, "by hand": hand}
+    if inductor:
+        models["dense, inductor"] = torch.compile(dense)
+    tasks: dict[str, dict[str, Callable[[], object]]] = {
+        "prefill": {key: partial(model, inputs(name, 1)) for key, model in models.items()},
+        "batch": {key: partial(model, inputs(name, BATCH)) for key, model in models.items()},
+    }
+    if name in ("llama", "gpt2"):
+        tasks["decode"] = {}
+        for key in ("dense", "tensorize", "by hand"):  # inductor compiles each length of the cache
+            prompt = inputs(name, 1)[:, :PROMPT]
+            cache = models[key](prompt, use_cache=True).past_key_values
+            tasks["decode"][key] = partial(decode, models[key], cache, prompt[:, :1])
+    found: dict[str, Any] = {}
+    for task, calls in tasks.items():
+        times = interleaved(calls, rounds)
+        each = STEPS if task == "decode" else 1
+        found[task] = {
+            "dense ms": 1e3 * times["dense"].wall / each,
+            "dense ms of the processor": 1e3 * times["dense"].cpu / each,
+            **{key: times["dense"].over(times[key]) for key in calls if key != "dense"},
+            "tensorize over by hand": times["by hand"].over(times["tensorize"]),
+            "joules": energy(calls),
+        }
+        print(name, task, {k: v if v is None else round(v, 3) for k, v in found[task].items()})
+    count = {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}
+    found["parameters"] = {key: count[key] for key in ("dense", "tensorize")}
+    found["peak MB"] = memory(name, small)
+    print(name, found["parameters"], found["peak MB"], flush=True)
+    return found
+
+
+def energy(calls: dict[str, Callable[[], object]]) -> Any:
+    """Joules of each call, by zeus; None where it is not installed or the machine does not tell."""
+    try:
+        from zeus.monitor import ZeusMonitor  # type: ignore[import-not-found]
+
+        monitor = ZeusMonitor()
+    except Exception:  # no zeus, no counters, no right to read them
+        return None
+    found = {}
+    for key, call in calls.items():
+        monitor.begin_window(key)
+        for _ in range(10):
+            call()
+        used = monitor.end_window(key)
+        found[key] = (used.total_energy + sum((used.cpu_energy or {}).values())) / 10
+    return found
+
+
+def memory(name: str, small: nn.Module) -> dict[str, float]:
+    """Megabytes that a process with the model takes at most, beside those of its libraries."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tensorize.save(small, Path(folder) / "small")
+        for key, place in (("dense", ""), ("tensorize", str(Path(folder) / "small"))):
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.model", "--peak", name, place],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            found[key] = float(done.stdout.split()[-1])
+    return found
+
+
+@torch.no_grad()
+def peak(name: str, place: str) -> float:
+    """What this process takes at most for one forward pass, over what it took without a model."""
+
+    def resident() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+    before = resident()
+    if place:
+        with torch.device("meta"):
+            skeleton = build(name)
+        model = tensorize.load(place, skeleton)
+    else:
+        model = build(name)
+    model(inputs(name, 1))
+    return resident() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--inductor", action="store_true", help="dense compiled by inductor, too")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.set_verbosity_error()
+    if options.peak:
+        print(peak(*options.peak))
+        return
+    results = kept("model")
+    for name in options.models:
+        began = time.perf_counter()
+        results[name] = measure(name, options.rounds, inductor=options.inductor)
+        print(f"{name}: {time.perf_counter() - began:.0f} s; kept in {keep('model', results)}")
+
+
+if __name__ == "__main__":
+    main()
