@@ -12,17 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from tensorize.ir import LOW_RANK, Machine, Site, Tree, TTSpec
+from tensorize.ir import BLOCK, LOW_RANK, Machine, Site, Tree, TTSpec
 from tensorize.passes.order import plan_contraction
 
 _BYTES = {"float64": 8, "float32": 4}
 
 
-def matmul_time(machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str) -> Any:
-    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array."""
+def matmul_time(
+    machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str, *, stacked: int = 1
+) -> Any:
+    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array.
+
+    ``stacked``: how many of them one batched call does.
+    """
     size = _BYTES.get(dtype, 2)
-    moved = size * (rows * inner + inner * columns + rows * columns)
-    flops = 2.0 * rows * inner * columns
+    moved = stacked * size * (rows * inner + inner * columns + rows * columns)
+    flops = 2.0 * stacked * rows * inner * columns
     work = np.maximum(flops / _rate(machine, rows, dtype), moved / machine.bandwidth)
     return 1e6 * (machine.launch + work)
 
@@ -94,6 +99,11 @@ def _lookup_time(machine: Machine, rows: Any, width: Any, dtype: str) -> Any:
 
 
 def _train_lookup_time(machine: Machine, rows: int, spec: TTSpec, dtype: str) -> float:
+    if spec.format == BLOCK:  # a slice of the left core, a block of the right one, their product
+        (rank,), (blocks, width) = spec.ranks, spec.column_modes
+        took = _lookup_time(machine, rows, blocks * rank, dtype)
+        took += _lookup_time(machine, rows, blocks * rank * width, dtype)
+        return took + matmul_time(machine, 1, rank, width, dtype, stacked=rows * blocks)
     total, columns = 0.0, 1
     ranks = (1, *spec.ranks, 1)
     for k, mode in enumerate(spec.column_modes):
@@ -127,10 +137,8 @@ def _tree_time(
             return int(np.prod([sizes[a] for a in axes], dtype=np.int64)) if axes else 1
 
         free_left, free_right = left - right, right - left
-        count = product(stack)
-        total += matmul_time(
-            machine, product(free_left) * count, product(summed), product(free_right), dtype
-        )
+        sides = product(free_left), product(summed), product(free_right)
+        total += matmul_time(machine, *sides, dtype, stacked=product(stack))
         result = stack | free_left | free_right
         total += _lookup_time(machine, 1, product(result), dtype) - 1e6 * machine.launch
         return result

@@ -94,8 +94,8 @@ def compile(
             steps on the distance to the dense outputs as well); "auto" is a refit.
         include, exclude: shell patterns over parameter and module names, or a predicate on sites.
         formats: which of ``"dense"``, ``"low_rank"``, ``"shared"`` (low rank with one first factor
-            for weights of one input) and ``"tt"`` may be used, by default the first three; a name,
-            several, or pattern → names.
+            for weights of one input), ``"tt"`` and ``"block"`` may be used, by default the first
+            three; a name, several, or pattern → names.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"auto"`` or ``"aten"``: contractions run as torch operations.
         seed: of the probes; same seed, same inputs, same machine: the same bits.

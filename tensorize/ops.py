@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.ir import BLOCK, LOW_RANK, TTSpec
 from tensorize.uses import Convolution
 
 Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
@@ -88,6 +88,8 @@ def lookup(
     if spec.format == LOW_RANK:
         left, right = cores
         result = F.linear(F.embedding(rows, left), right.t())
+    elif spec.format == BLOCK:
+        result = _lookup_block(spec, cores, rows)
     else:
         result = _lookup_train(spec, cores, rows)
     if padding_idx is None or not result.requires_grad:
@@ -120,6 +122,20 @@ def _lookup_train(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor
             result = torch.bmm(result.reshape(-1, so_far, ranks[k]), part)
     assert result is not None
     return result.reshape(*rows.shape, math.prod(spec.column_modes))
+
+
+def _lookup_block(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Of every block of columns the left core's slice of a row, times the right core's block."""
+    (m0, m1), (n0, n1), (rank,) = spec.row_modes, spec.column_modes, spec.ranks
+    left, right = cores[0].reshape(m1, m0, n0 * rank), cores[1].reshape(n0, m1, rank * n1)
+    outer = torch.div(rows, m1, rounding_mode="floor")
+    inner = rows - outer * m1
+    place = torch.where((outer >= 0) & (outer < m0), inner * m0 + outer, -1)  # -1 is refused
+    slices = F.embedding(place, left.reshape(m1 * m0, -1))
+    blocks = F.embedding(inner, right.transpose(0, 1).reshape(m1, -1))
+    slices = slices.reshape(*rows.shape, n0, 1, rank)
+    result = slices @ blocks.reshape(*rows.shape, n0, rank, n1)
+    return result.reshape(*rows.shape, n0 * n1)
 
 
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
