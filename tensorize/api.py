@@ -20,7 +20,7 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
-from tensorize.codegen import aten, machine
+from tensorize.codegen import aten, machine, training
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
 from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, Totals, TTSpec
@@ -35,6 +35,7 @@ from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
+from tensorize.passes.training import plan_training
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
 from tensorize.report import Report, ReportTotals, SiteReport
@@ -50,7 +51,15 @@ def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
     return aten.build(plan_contraction(spec, contract))
 
 
-ops.register_backend(_contraction)
+def _training(
+    spec: TTSpec, contract: str, gradients: tuple[int | str, ...], memory_limit: int | None
+) -> ops.Trained:
+    return training.build(
+        plan_training(spec, contract, gradients=gradients, memory_limit=memory_limit)
+    )
+
+
+ops.register_backend(_contraction, _training)
 # Other libraries learn of factorized models as soon as they are imported themselves.
 hooks.when_imported("transformers.quantizers.auto", "tensorize.pretrained")
 hooks.when_imported("peft.tuners.lora.model", "tensorize.lora")

@@ -348,6 +348,90 @@ class ContractionPlan:
         return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------- training plans
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A value with a name: the output ``"y"``, a gradient, or one that is used more than once.
+
+    ``tree`` gives it, from the input ``"x"``, the output's gradient ``"g"``, cores by number, and
+    values with a name; ``axes`` are its indices. Gradients are ``"dx"``, ``"d0"``, ``"d1"``, ….
+    """
+
+    name: str
+    tree: Tree
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingPiece:
+    """How a contraction and its gradients are computed for some batches.
+
+    ``forward`` ends with ``"y"``, ``backward`` with the gradients; ``saved`` are the values that
+    the backward pass takes from the forward pass, the input among them (``"x"``) where it needs it.
+    What stands in both is computed twice. Both passes cost ``constant + slope * B`` FLOPs,
+    ``saved`` has ``saved_constant + saved_slope * B`` elements.
+    """
+
+    forward: tuple[TrainingStep, ...]
+    backward: tuple[TrainingStep, ...]
+    saved: tuple[str, ...]
+    first_batch: int
+    last_batch: int | None
+    constant: int
+    slope: int
+    saved_constant: int
+    saved_slope: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Orders for a contraction and its gradients, chosen together, for every batch.
+
+    ``gradients`` are the operands that get one: ``"x"`` and cores by number. FLOPs are counted as
+    in a ``ContractionPlan``. The input counts as saved where the backward pass needs it; cores are
+    parameters and do not.
+    """
+
+    spec: TTSpec
+    contract: str
+    gradients: tuple[int | str, ...]
+    pieces: tuple[TrainingPiece, ...]
+
+    def piece(self, batch: int) -> TrainingPiece:
+        """The piece that is used for ``batch`` rows (at least 1)."""
+        return next(p for p in self.pieces if p.last_batch is None or batch <= p.last_batch)
+
+    def flops(self, batch: int) -> int:
+        """FLOPs of the forward and the backward pass together."""
+        piece = self.piece(batch)
+        return piece.constant + piece.slope * batch
+
+    def saved_elements(self, batch: int) -> int:
+        """Elements that the forward pass leaves for the backward pass."""
+        piece = self.piece(batch)
+        return piece.saved_constant + piece.saved_slope * batch
+
+    @property
+    def breakpoints(self) -> tuple[int, ...]:
+        """The first batch of every piece but the first."""
+        return tuple(piece.first_batch for piece in self.pieces[1:])
+
+    def __str__(self) -> str:
+        names = ", ".join("x" if g == "x" else f"core {g}" for g in self.gradients)
+        lines = [f"training of {self.spec} with its {self.contract}: gradients of {names}"]
+        for p in self.pieces:
+            end = "…" if p.last_batch is None else str(p.last_batch)
+            lines.append(
+                f"batch {p.first_batch}–{end}: {p.constant} + {p.slope} B FLOPs, "
+                f"{p.saved_constant} + {p.saved_slope} B elements saved ({', '.join(p.saved)})"
+            )
+            for title, steps in (("forward", p.forward), ("backward", p.backward)):
+                lines += [f"  {title:>8}  {step.name} = {step.tree}" for step in steps]
+        return "\n".join(lines)
+
+
 # -------------------------------------------------------------------------------------- sites
 
 

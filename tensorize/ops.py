@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from tensorize import hooks
 from tensorize.ir import BLOCK, LOW_RANK, TTSpec
 from tensorize.uses import Convolution
 
@@ -23,24 +26,152 @@ Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
 Contractions = Mapping[str, Contraction]
 """The callables of one spec by what they contract: ``"columns"`` and ``"rows"``."""
 
+Trained = tuple[Callable[..., Any], Callable[..., Any]]
+"""``forward(x, cores)`` to y, x or None, and what is saved; ``backward(g, x, cores, saved)``."""
+
 _backend: Callable[[TTSpec, str], Contraction] | None = None
+_trained: Callable[[TTSpec, str, tuple[int | str, ...], int | None], Trained] | None = None
 
 
-def register_backend(build: Callable[[TTSpec, str], Contraction]) -> None:
-    """Say how the callable for (spec, contract) is made."""
-    global _backend
-    _backend = build
+def register_backend(
+    build: Callable[[TTSpec, str], Contraction],
+    train: Callable[[TTSpec, str, tuple[int | str, ...], int | None], Trained] | None = None,
+) -> None:
+    """Say how the callable for (spec, contract) is made.
+
+    ``train`` makes both passes of one that is differentiated, for (spec, contract, operands that
+    get a gradient, memory limit); without it autograd goes through the contraction itself.
+    """
+    global _backend, _trained
+    _backend, _trained = build, train
     contractions.cache_clear()
 
 
 @lru_cache(maxsize=4096)
-def contractions(spec: TTSpec) -> Contractions:
-    """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order."""
-    if spec.format == LOW_RANK:
+def contractions(spec: TTSpec, memory_limit: int | None = None) -> Contractions:
+    """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order.
+
+    ``memory_limit``: the most elements that one call saves for its backward pass, where that can be
+    (0: as few as possible). What is not saved is computed again. Low rank then has a plan too.
+    """
+    if spec.format == LOW_RANK and memory_limit is None:
         return {}
     if _backend is None:
         raise RuntimeError("no contraction backend is registered: import tensorize first")
-    return {contract: _backend(spec, contract) for contract in ("columns", "rows")}
+    plain = {contract: _backend(spec, contract) for contract in ("columns", "rows")}
+    if _trained is None:
+        return plain
+    return {c: _Differentiated(spec, c, plain[c], memory_limit) for c in plain}
+
+
+@dataclass(frozen=True, eq=False)
+class _Differentiated:
+    """A contraction whose backward pass is planned together with its forward pass.
+
+    ``built`` are both passes for every choice of operands that get a gradient, made when it comes.
+    """
+
+    spec: TTSpec
+    contract: str
+    plain: Contraction
+    memory_limit: int | None
+    built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        wanted = (x.requires_grad, *[core.requires_grad for core in cores])
+        if not any(wanted) or not torch.is_grad_enabled() or _transformed():
+            return self.plain(x, cores)
+        x, cores = _autocast(x, cores)
+        return _Planned.apply(self, wanted, x, *cores)
+
+    def passes(self, wanted: tuple[bool, ...]) -> Trained:
+        self._build(wanted)
+        return self.built[wanted]
+
+    def _build(self, wanted: tuple[bool, ...]) -> bool:
+        if wanted not in self.built:
+            assert _trained is not None
+            operands = ("x", *range(len(self.spec.cores)))
+            gradients = tuple(o for o, asked in zip(operands, wanted, strict=True) if asked)
+            made = _trained(self.spec, self.contract, gradients, self.memory_limit)
+            self.built[wanted] = made
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is built is compiled from text: a copy finds it again by the spec.
+        return _again, (self.spec, self.contract, self.memory_limit)
+
+
+def _again(spec: TTSpec, contract: str, memory_limit: int | None) -> Contraction:
+    return contractions(spec, memory_limit)[contract]
+
+
+def _teach_dynamo() -> None:
+    """Dynamo is to call what builds both passes while it traces, and to find what it made."""
+    from torch._dynamo.decorators import assume_constant_result
+
+    assume_constant_result(_Differentiated._build)
+
+
+hooks.when_imported("torch._dynamo.convert_frame", _teach_dynamo)
+
+
+class _Planned(torch.autograd.Function):
+    """Both passes of a training plan. Higher derivatives go through the plain contraction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: _Differentiated, wanted: tuple[bool, ...], x: Tensor, *cores: Tensor
+    ) -> Tensor:
+        y, given, saved = how.passes(wanted)[0](x, cores)
+        ctx.how, ctx.wanted = how, wanted
+        ctx.save_for_backward(given, *cores, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, *others = ctx.saved_tensors
+        count = len(ctx.wanted) - 1
+        cores, saved = others[:count], others[count:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # What is saved was computed without a graph: its own derivatives need one.
+            return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
+        return None, None, *ctx.how.passes(ctx.wanted)[1](g, x, cores, saved)
+
+
+def _twice_differentiable(
+    how: _Differentiated, wanted: tuple[bool, ...], g: Tensor, x: Tensor | None, cores: list[Tensor]
+) -> list[Tensor | None]:
+    """The gradients as functions of g, x and the cores, by autograd."""
+    if x is None:  # no gradient depends on it, as y is linear in it
+        features = how.spec.shape[-1] if how.contract == "columns" else how.spec.shape[-2]
+        x = g.new_zeros(*g.shape[:-1], features)
+    # Leaves of their own, so that no gradient goes on to what they were computed from.
+    operands = [t.view_as(t) for t in (x, *cores)]
+    operands = [t if t.requires_grad else t.requires_grad_() for t in operands]
+    y = how.plain(operands[0], operands[1:])
+    asked = [t for t, w in zip(operands, wanted, strict=True) if w]
+    found = iter(torch.autograd.grad(y, asked, g, create_graph=True))
+    return [next(found) if w else None for w in wanted]
+
+
+def _transformed() -> bool:
+    """Whether functions of functions are at work (``torch.func``, forward mode): they need torch
+    operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _autocast(x: Tensor, cores: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """In the dtype that autocast gives matmuls: what is saved is then of one dtype."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, cores
+    dtype = torch.get_autocast_dtype(device)
+    return _cast(x, dtype), [_cast(core, dtype) for core in cores]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def widened(x: Tensor, weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -270,7 +271,8 @@ class FactoredWeight:
             return ops.bag_lookup(cores, x, matmul.bag)
         if contract == "lookup":
             return ops.lookup(self.spec, cores, x, matmul.padding_idx)
-        y = ops.matmul(self.contractions, cores, x, contract, matmul.bias)
+        part = self.frame.rows is not None or self.frame.expert is not None
+        y = ops.matmul({} if part else self.contractions, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
 
 
@@ -351,14 +353,6 @@ class Cores(nn.Module):
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
         return FactoredWeight(self.spec, cores, self.frame, self.contractions)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The contractions are compiled functions: they are found again by the spec.
-        return {k: v for k, v in self.__dict__.items() if k != "contractions"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.contractions = ops.contractions(self.spec)
-
     def extra_repr(self) -> str:
         return repr(self.spec)
 
@@ -367,10 +361,12 @@ class LowRankLinear(nn.Module):
     """A linear layer y = second(first(x)) whose weight has rank ``first.out_features``.
 
     ``stored_transposed`` is True where the dense layer kept its weight as (in, out).
-    ``input_product`` is there where others have the same first factor.
+    ``input_product`` is there where others have the same first factor. With ``contractions`` (see
+    ``limit_saved``) the two layers' weights are used, and their hooks are not.
     """
 
     input_product: SharedProduct | None = None
+    contractions: ops.Contractions = MappingProxyType({})
     first: nn.Linear
     second: nn.Linear
     in_features: int
@@ -379,6 +375,9 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.contractions and type(self.first) is type(self.second) is nn.Linear:
+            cores = (self.second.weight, self.first.weight)
+            return ops.matmul(self.contractions, cores, x, "columns", self.second.bias)
         x = ops.widened(x, self.first.weight)
         if self.input_product is None or torch.compiler.is_compiling():
             return self.second(self.first(x))
@@ -465,6 +464,21 @@ def share_products(model: nn.Module) -> None:
                 if path != first:
                     same[f"{path}.first.weight"] = f"{first}.first.weight"
     ties.add(model, same)
+
+
+def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
+    """Limit what each use of a factorized weight saves for its backward pass.
+
+    Args:
+        model: its modules are changed in place.
+        memory_limit: the most elements, the input among them; 0 saves as few as possible (the
+            input, where a core is trained), and the rest is computed again. None: no limit.
+
+    Stacks of experts, convolutions and slices of packed weights save what they did.
+    """
+    for module in model.modules():
+        if isinstance(module, Cores | LowRankLinear) and not module.spec.batch:
+            module.__dict__["contractions"] = ops.contractions(module.spec, memory_limit)
 
 
 class FactoredLinear(nn.Module):
@@ -720,6 +734,7 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             base = module.__dict__.pop("_dense_class")
             del module.__dict__["spec"]
             module.__dict__.pop("input_product", None)
+            module.__dict__.pop("contractions", None)
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base
