@@ -15,7 +15,8 @@ included, each edge of which is used in both directions. Here the orders are cho
 - reverse mode on the trees of the forward plan (plain autograd) is among the candidates. At every
   batch the cheapest is taken of those that save no more than that, and stay within the limit.
 
-With two cores all forward trees are tried. The search over the joint derivations is a local one.
+With one or two cores every way is tried, and the plan is the best there is. With more the search
+over the joint derivations is a local one.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def plan_training(
     }
     probes = {*_BATCHES, *naive}
     found = list(naive.values())
-    for batch in sorted(probes):
+    if len(spec.cores) <= 2:
+        found += network.every_way(targets)
+    for batch in sorted(probes) if len(spec.cores) > 2 else ():
         found += network.candidates(forward.piece(batch).tree, targets, batch)
 
     def autograd(batch: int) -> _Candidate:
@@ -298,6 +301,19 @@ class _Network:
                 start = self.reach({**forward, **around}, targets, saved)
                 starts = [start] if search is None else search.backward(start, saved)
                 for backward in starts:
+                    yield self.candidate(forward, backward, saved)
+
+    def every_way(self, targets: Sequence[int]) -> Iterator[_Candidate]:
+        """All that there are of up to two cores, whose gradients have two products at most."""
+        for forward in self.forward_trees():
+            for saved in _choices(self.inner(forward)):
+                for ways in itertools.product(*(self.splits(target) for target in targets)):
+                    backward = {t: (a, b) for t, (a, b, _) in zip(targets, ways, strict=True)}
+                    pairs = {part for parts in backward.values() for part in parts} - saved
+                    for pair in pairs:
+                        if not self.is_operand(pair):
+                            ((a, b, _),) = self.splits(pair)
+                            backward[pair] = (a, b)
                     yield self.candidate(forward, backward, saved)
 
     def _reverse_flops(self, forward: How, targets: Sequence[int]) -> Line:

@@ -164,7 +164,7 @@ def _transformed() -> bool:
 def _autocast(x: Tensor, cores: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """In the dtype that autocast gives matmuls: what is saved is then of one dtype."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, cores
     dtype = torch.get_autocast_dtype(device)
     return _cast(x, dtype), [_cast(core, dtype) for core in cores]

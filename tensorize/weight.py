@@ -22,7 +22,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -366,7 +365,7 @@ class LowRankLinear(nn.Module):
     """
 
     input_product: SharedProduct | None = None
-    contractions: ops.Contractions = MappingProxyType({})
+    contractions: ops.Contractions | None = None
     first: nn.Linear
     second: nn.Linear
     in_features: int
