@@ -54,8 +54,8 @@ def plan_training(
 ) -> TrainingPlan:
     """Orders for y = x Wᵀ (or x W), the gradients of x and of the cores, and what to save.
 
-    At no batch does the plan cost more FLOPs, or save more elements, than plain autograd through
-    the forward plan.
+    At no batch does the plan save more elements than plain autograd through the forward plan, or,
+    where that is within the limit, cost more FLOPs.
 
     Args:
         spec: the factorization.
@@ -80,12 +80,12 @@ def plan_training(
     naive = {
         piece.first_batch: network.reverse_mode(piece.tree, targets) for piece in forward.pieces
     }
-    probes = {*_BATCHES, *naive}
     found = list(naive.values())
-    if len(spec.cores) <= 2:
+    if network.count <= 2:
         found += network.every_way(targets)
-    for batch in sorted(probes) if len(spec.cores) > 2 else ():
-        found += network.candidates(forward.piece(batch).tree, targets, batch)
+    else:
+        for batch in sorted({*_BATCHES, *naive}):
+            found += network.candidates(forward.piece(batch).tree, targets, batch)
 
     def autograd(batch: int) -> _Candidate:
         return naive[forward.piece(batch).first_batch]
@@ -94,34 +94,6 @@ def plan_training(
     for first, last, best in _pieces(_undominated(found), naive, memory_limit, autograd):
         pieces.append(network.piece(best, targets, first, last))
     return TrainingPlan(spec, contract, wanted, tuple(pieces))
-
-
-@lru_cache(maxsize=4096)
-def plain_autograd(
-    spec: TTSpec, contract: str = "columns", *, gradients: Gradients | None = None
-) -> TrainingPlan:
-    """What autograd does with the forward plan: reverse mode on each of its trees.
-
-    Arguments as ``plan_training``. Every intermediate value that a gradient needs is saved.
-    """
-    operands = ("x", *range(len(spec.cores)))
-    wanted = operands if gradients is None else gradients
-    network = _Network(spec, contract)
-    targets = [network.everything ^ network.bit(operand) for operand in wanted]
-    return TrainingPlan(
-        spec,
-        contract,
-        wanted,
-        tuple(
-            network.piece(
-                network.reverse_mode(piece.tree, targets),
-                targets,
-                piece.first_batch,
-                piece.last_batch,
-            )
-            for piece in plan_contraction(spec, contract).pieces
-        ),
-    )
 
 
 @dataclass(frozen=True)

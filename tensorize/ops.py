@@ -78,8 +78,10 @@ class _Differentiated:
     built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.plain(x, cores)
         wanted = (x.requires_grad, *[core.requires_grad for core in cores])
-        if not any(wanted) or not torch.is_grad_enabled() or _transformed():
+        if not any(wanted) or _transformed():
             return self.plain(x, cores)
         x, cores = _autocast(x, cores)
         return _Planned.apply(self, wanted, x, *cores)
@@ -129,7 +131,8 @@ class _Planned(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        (g,) = grad_outputs
         x, *others = ctx.saved_tensors
         count = len(ctx.wanted) - 1
         cores, saved = others[:count], others[count:]
@@ -156,8 +159,7 @@ def _twice_differentiable(
 
 
 def _transformed() -> bool:
-    """Whether functions of functions are at work (``torch.func``, forward mode): they need torch
-    operations."""
+    """Whether ``torch.func`` or forward mode is at work: they see through torch operations only."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
