@@ -56,16 +56,20 @@ def _forward(
     x_axes, y_axes = aten.sides(plan.spec, plan.contract)
     leaves = {**aten.core_values(plan.spec), "x": aten.rows_value(plan.spec, "x", x_axes)}
     steps = {step.name: step for step in piece.forward}
-    emitter = Emitter(Layouts(plan.spec, aten.typical_batch(piece), leaves, steps))
+    layouts = Layouts(plan.spec, aten.typical_batch(piece), leaves, steps)
+    emitter = Emitter(layouts, keep_copies=True)
     y = emitter.result(steps["y"].tree, y_axes)
-    names = [name for name in piece.saved if name != "x"]
-    saved[piece.first_batch] = {name: emitter.layouts.leaves[name] for name in names}
+    # Of a value and a copy of it in the order that y needed, the copy: its gradient needs the same.
+    last = {name: layouts.leaves[name][-1] for name in piece.saved if name != "x"}
+    saved[piece.first_batch] = {n: Value(value.blocks, n) for n, value in last.items()}
+    given = "given" if "x" in piece.saved else None
+    names = _tuple([str(value.source) for value in last.values()])
     return [
         f"# {aten.rows_of(piece)}: {piece.constant} + {piece.slope} B FLOPs in both passes",
         f"# {piece.saved_constant} + {piece.saved_slope} B elements saved",
         *emitter.body,
         f"y = {y}.reshape(*lead, {aten.width(plan.spec, y_axes)})",
-        f"return y, {'given' if 'x' in piece.saved else None}, {_tuple(names)}",
+        f"return y, {given}, {names}",
     ]
 
 
@@ -82,7 +86,8 @@ def _backward(
         **known,
     }
     steps = {step.name: step for step in piece.backward}
-    emitter = Emitter(Layouts(spec, aten.typical_batch(piece), leaves, steps))
+    layouts = Layouts(spec, aten.typical_batch(piece), leaves, steps)
+    emitter = Emitter(layouts, keep_copies=True)
     if "x" in piece.saved:
         emitter.body += [line.strip() for line in aten.flattened("x", spec, x_axes)]
     if known:

@@ -355,7 +355,8 @@ def backward(g, x, cores, saved):
     t0 = s1.reshape(128, -1).mT @ c0.permute(1, 0, 2).reshape(16, 128).mT
     dx = t0.reshape(16, -1, 16).permute(1, 2, 0).reshape(*lead, 256)
     # t1 (m0, r1, n0) = s1 (m0, r1, n1, B) · x (B, n0, n1) over n1, B
-    t1 = F.linear(s1.reshape(128, -1), x.reshape(-1, 16, 16).permute(1, 2, 0).reshape(16, -1))
+    x_1 = x.reshape(-1, 16, 16).permute(1, 2, 0).reshape(16, -1)
+    t1 = F.linear(s1.reshape(128, -1), x_1)
     d0 = t1.reshape(16, 8, 16).permute(0, 2, 1).reshape(16, 16, 8)
     # t2 (m1, r1, n1) = g (B, m0, m1) · s0 (B, m0, r1, n1) over B, m0
     t2 = g.reshape(-1, 16).mT @ s0.reshape(-1, 128)
