@@ -47,6 +47,8 @@ PREDICTED = (*BUDGETS, 0.9)  # budgets at which ours are measured, and compared 
 CONTEXT, WINDOWS, BATCH = 256, 64, 8
 SENTENCES, UNSEEN_SENTENCES, SENSED_SENTENCES = 64, 256, 32
 OURS = {"ours, one-shot": None, "ours, refit": "refit", "ours, polish": "polish"}
+# Ours with an option taken away: what that option gains.
+WITHOUT = {"no shared factors": {"refine": "refit", "formats": ("dense", "low_rank")}}
 TITLES = {
     "kl": "KL to the dense model, nats a token",
     "rise": "rise of the text's loss, nats a token",
@@ -228,7 +230,9 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
     found["dense"]["all"]["seconds_of_analysis"] = time.perf_counter() - began
     others = peers.Peers(
         model,
-        tensorize.analyze(model, example_inputs=batch_of(calibration[0]), progress=False),
+        tensorize.analyze(
+            model, example_inputs=batch_of(calibration[0]), metric="frobenius", progress=False
+        ),
         tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
         ours,
         subject.distance(calibration),
@@ -236,6 +240,8 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
     methods = others.methods()
     for method, refine in OURS.items():
         methods[method] = peers.applied(model, partial(ours.plan, refine=refine))
+    for method, options in WITHOUT.items():
+        methods[f"ours, {method}"] = peers.applied(model, partial(ours.plan, **options))
     for method, compress in methods.items():
         for budget in PREDICTED if method in OURS else BUDGETS:
             began = time.perf_counter()
@@ -304,7 +310,7 @@ def ratios(runs: Sequence[Run], key: str) -> dict[str, float]:
     for method in OURS:
         logs = []
         for run in runs:
-            others = [m for m in run if m not in OURS and m != "dense"]
+            others = [m for m in run if not m.startswith("ours") and m != "dense"]
             for budget in ("0.25", "0.5", "0.75"):
                 best = min(run[m][budget][key] for m in others)
                 logs.append(torch.tensor(run[method][budget][key] / best).clamp_min(1e-9).log())

@@ -108,7 +108,7 @@ def measure(device: str = "cpu") -> Machine:
 
     def seconds(weight: torch.Tensor, rows: int) -> float:
         x = draw(rows, weight.shape[1], dtype=weight.dtype)
-        return _time(lambda: torch.nn.functional.linear(x, weight), device)
+        return seconds_of(lambda: torch.nn.functional.linear(x, weight), device)
 
     launch = seconds(draw(8, 8), 1)
     rates = []
@@ -122,7 +122,7 @@ def measure(device: str = "cpu") -> Machine:
     return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch)
 
 
-def _time(call: Callable[[], object], device: str) -> float:
+def seconds_of(call: Callable[[], object], device: str) -> float:
     """Seconds of a call: the median of some rounds of at least a few milliseconds."""
 
     def sample(count: int) -> float:

@@ -1,8 +1,6 @@
 """What the matmuls of a weight take on a machine, predicted from its rates.
 
-A matmul of B rows costs a call, and then the larger of its FLOPs at the rate of that many rows and
-its bytes at the machine's bandwidth (the roofline; Williams, Waterman & Patterson 2009). Times are
-in microseconds.
+Times are in microseconds (``roofline``); trains run in the order that ``timed`` chooses.
 """
 
 from __future__ import annotations
@@ -12,32 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from tensorize.ir import BLOCK, LOW_RANK, Machine, Site, Tree, TTSpec
-from tensorize.passes.order import plan_contraction
-
-_BYTES = {"float64": 8, "float32": 4}
-
-
-def matmul_time(
-    machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str, *, stacked: int = 1
-) -> Any:
-    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array.
-
-    ``stacked``: how many of them one batched call does.
-    """
-    size = _BYTES.get(dtype, 2)
-    moved = stacked * size * (rows * inner + inner * columns + rows * columns)
-    flops = 2.0 * stacked * rows * inner * columns
-    work = np.maximum(flops / _rate(machine, rows, dtype), moved / machine.bandwidth)
-    return 1e6 * (machine.launch + work)
-
-
-def _rate(machine: Machine, rows: Any, dtype: str) -> Any:
-    rates = dict(machine.rates)
-    # float16 is as fast as bfloat16, float64 half as fast as float32.
-    known = rates["bfloat16" if _BYTES.get(dtype, 2) == 2 else "float32"]
-    found = np.exp(np.interp(np.log(rows), np.log(machine.rows), np.log(known)))
-    return found / 2 if dtype == "float64" else found
+from tensorize.ir import BLOCK, LOW_RANK, Machine, Site, TTSpec
+from tensorize.passes.roofline import bytes_of, matmul_time, tree_times
+from tensorize.passes.timed import timed_plan
 
 
 def dense_times(site: Site, batch_sizes: Sequence[int], machine: Machine) -> np.ndarray:
@@ -87,14 +62,14 @@ def spec_times(
             if use.contract == "lookup":
                 total[k] += _train_lookup_time(machine, rows, spec, site.dtype)
             else:
-                tree = plan_contraction(spec, use.contract).piece(rows).tree
-                total[k] += _tree_time(machine, rows, spec, use.contract, tree, site.dtype)
+                tree = timed_plan(spec, use.contract, machine, dtype=site.dtype).piece(rows).tree
+                total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
     return total
 
 
 def _lookup_time(machine: Machine, rows: Any, width: Any, dtype: str) -> Any:
     """Rows copied out of a table: read and written."""
-    moved = 2 * _BYTES.get(dtype, 2) * rows * width
+    moved = 2 * bytes_of(dtype) * rows * width
     return 1e6 * (machine.launch + moved / machine.bandwidth)
 
 
@@ -112,44 +87,3 @@ def _train_lookup_time(machine: Machine, rows: int, spec: TTSpec, dtype: str) ->
             total += matmul_time(machine, rows * columns, ranks[k], mode * ranks[k + 1], dtype)
         columns *= mode
     return total
-
-
-def _tree_time(
-    machine: Machine, rows: int, spec: TTSpec, contract: str, tree: Tree, dtype: str
-) -> float:
-    """Each contraction of a tree as one matmul, and a copy of what it gives into order."""
-    sizes = {**spec.size, "B": rows}
-    inputs, outputs = (spec.columns, spec.rows)
-    if contract == "rows":
-        inputs, outputs = outputs, inputs
-    total = 0.0
-
-    def walk(part: Tree, needed: frozenset[str]) -> frozenset[str]:
-        nonlocal total
-        if not isinstance(part, tuple):
-            return _open(spec, inputs, part)
-        left_open, right_open = _open(spec, inputs, part[0]), _open(spec, inputs, part[1])
-        left, right = walk(part[0], needed | right_open), walk(part[1], needed | left_open)
-        summed = (left & right) - needed
-        stack = (left & right) & needed
-
-        def product(axes: frozenset[str]) -> int:
-            return int(np.prod([sizes[a] for a in axes], dtype=np.int64)) if axes else 1
-
-        free_left, free_right = left - right, right - left
-        sides = product(free_left), product(summed), product(free_right)
-        total += matmul_time(machine, *sides, dtype, stacked=product(stack))
-        result = stack | free_left | free_right
-        total += _lookup_time(machine, 1, product(result), dtype) - 1e6 * machine.launch
-        return result
-
-    walk(tree, frozenset(("B", *spec.batch, *outputs)))
-    return total
-
-
-def _open(spec: TTSpec, inputs: Sequence[str], part: Tree) -> frozenset[str]:
-    if isinstance(part, str):
-        return frozenset(("B", *spec.batch, *inputs))
-    if isinstance(part, int):
-        return frozenset(spec.cores[part])
-    return _open(spec, inputs, part[0]) | _open(spec, inputs, part[1])

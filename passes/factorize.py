@@ -18,7 +18,7 @@ from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import RankPlan, Site
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum, as_matrix
-from tensorize.weight import first_factor, install, owner_of, share_products
+from tensorize.weight import first_factor, install, owner_of, settle
 
 _SMALL = 4_000_000
 Cores = tuple[Tensor, ...]
@@ -46,7 +46,7 @@ class Factorize:
             errors[choice.name] = replace_weight(
                 program.model, sites[choice.name], choice, curve, cores
             )
-        share_products(program.model)
+        settle(program.model)
         program.progress("factorize", len(chosen), len(chosen))
         worst = max(errors.values(), default=0.0)
         summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"

@@ -12,6 +12,7 @@ sizes of all its indices, twice when an index is summed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
@@ -92,6 +93,68 @@ def plan_contraction(
                 way_out=f"allow a memory_limit of at least {smallest}, or take smaller ranks",
             )
     return ContractionPlan(spec, contract, _pieces(orders, memory_limit))
+
+
+class Pair(NamedTuple):
+    """One contraction of a tree: the indices of both operands, and those that are kept."""
+
+    left: frozenset[str]
+    right: frozenset[str]
+    kept: frozenset[str]
+
+
+def pairs_of(spec: TTSpec, contract: str, tree: Tree) -> list[Pair]:
+    """The contractions of a tree, in the order in which they are run; ``"B"`` is in what has x."""
+    inputs, outputs = (spec.columns, spec.rows)
+    if contract == "rows":
+        inputs, outputs = outputs, inputs
+    found: list[Pair] = []
+
+    def names(part: Tree) -> frozenset[str]:
+        """All indices that occur in a part."""
+        if isinstance(part, str):
+            return frozenset(("B", *spec.batch, *inputs))
+        if isinstance(part, int):
+            return frozenset(spec.cores[part])
+        return names(part[0]) | names(part[1])
+
+    def walk(part: Tree, needed: frozenset[str]) -> frozenset[str]:
+        if not isinstance(part, tuple):
+            return names(part)
+        left = walk(part[0], needed | names(part[1]))
+        right = walk(part[1], needed | names(part[0]))
+        kept = (left | right) & needed
+        found.append(Pair(left, right, kept))
+        return kept
+
+    walk(tree, frozenset(("B", *spec.batch, *outputs)))
+    return found
+
+
+def piece_of(
+    spec: TTSpec, contract: str, tree: Tree, first_batch: int, last_batch: int | None
+) -> ContractionPiece:
+    """A tree for a range of batches, with its FLOPs and its peak."""
+
+    def elements(indices: frozenset[str]) -> int:
+        return math.prod(spec.size[name] for name in indices if name != "B")
+
+    constant = slope = peak_constant = peak_slope = 0
+    for pair in pairs_of(spec, contract, tree):
+        joint = pair.left | pair.right
+        flops = elements(joint) * (2 if joint - pair.kept else 1)
+        if "B" in pair.kept:
+            slope, peak_slope = slope + flops, max(peak_slope, elements(pair.kept))
+        else:
+            constant, peak_constant = constant + flops, max(peak_constant, elements(pair.kept))
+    return ContractionPiece(
+        tree, first_batch, last_batch, constant, slope, peak_constant, peak_slope
+    )
+
+
+def undominated_trees(spec: TTSpec, contract: str) -> tuple[Tree, ...]:
+    """The trees that no other is at least as good as, in FLOPs and in peak, at every batch."""
+    return tuple(order.tree for order in _search(spec, contract, limited=True))
 
 
 # -------------------------------------------------------------------------------- the search

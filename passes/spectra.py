@@ -43,7 +43,7 @@ _PROBE_RANK = 8
 # of the parameters at which they are compared.
 _BLOCKS, _SHARES = (2, 4, 8, 16), (0.1, 0.25, 0.5)
 # A tied weight with more entries keeps the factors of its averaged metric.
-_LARGEST_ALS = 50_000_000
+_LARGEST_ALS = 4_000_000
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tensorize.ir import TrainingPiece, TrainingPlan, TrainingStep, Tree, TTSpec
+from tensorize.ir import ContractionPlan, TrainingPiece, TrainingPlan, TrainingStep, Tree, TTSpec
 from tensorize.passes.order import plan_contraction
 
 Gradients = tuple[int | str, ...]
@@ -51,6 +51,7 @@ def plan_training(
     *,
     gradients: Gradients | None = None,
     memory_limit: int | None = None,
+    forward: ContractionPlan | None = None,
 ) -> TrainingPlan:
     """Orders for y = x Wᵀ (or x W), the gradients of x and of the cores, and what to save.
 
@@ -64,12 +65,15 @@ def plan_training(
         memory_limit: the most elements that may be saved for the backward pass, the input among
             them where it is needed. Where even the least is more, the least is saved: 0 asks for
             that at every batch.
+        forward: the orders that y is to be computed in (by predicted time, say); then the plan has
+            these trees and these pieces, and more pieces only where a limit begins to bind. None:
+            the orders of least FLOPs, and any other where the sum of both passes is less.
 
     Raises:
         ValueError: ``contract`` is neither side, ``gradients`` names no operand or something else,
             or there are too many cores for the forward plan.
     """
-    forward = plan_contraction(spec, contract)
+    bound, forward = forward is not None, forward or plan_contraction(spec, contract)
     operands = ("x", *range(len(spec.cores)))
     wanted = operands if gradients is None else gradients
     if not wanted or not set(wanted) <= set(operands):
@@ -80,6 +84,10 @@ def plan_training(
     naive = {
         piece.first_batch: network.reverse_mode(piece.tree, targets) for piece in forward.pieces
     }
+    if bound:
+        return TrainingPlan(
+            spec, contract, wanted, tuple(network.along(forward, targets, naive, memory_limit))
+        )
     found = list(naive.values())
     if network.count <= 2:
         found += network.every_way(targets)
@@ -274,6 +282,41 @@ class _Network:
                 starts = [start] if search is None else search.backward(start, saved)
                 for backward in starts:
                     yield self.candidate(forward, backward, saved)
+
+    def along(
+        self,
+        forward: ContractionPlan,
+        targets: Sequence[int],
+        naive: Mapping[int, _Candidate],
+        limit: int | None,
+    ) -> Iterator[TrainingPiece]:
+        """The best that can be done in the trees and the pieces of a forward plan."""
+        for piece in forward.pieces:
+            first, last = piece.first_batch, piece.last_batch
+            own = naive[first]
+            found = [
+                c
+                for c in (own, *self.candidates(piece.tree, targets, first))
+                if c.forward.keys() == own.forward.keys()
+            ]
+            if limit is None:  # one for the whole piece: no worse at its ends is so between them
+                ends = (first, last or 10**9)
+                better = [
+                    c
+                    for c in found
+                    if all(
+                        _at(c.flops, b) <= _at(own.flops, b)
+                        and _at(c.elements, b) <= _at(own.elements, b)
+                        for b in ends
+                    )
+                ]
+                best = min(better, key=lambda c: (_at(c.flops, first), _at(c.elements, first)))
+                yield self.piece(best, targets, first, last)
+                continue
+            for start, end, best in _pieces(_undominated(found), {}, limit, lambda batch: own):  # noqa: B023
+                if (end is None or end >= first) and (last is None or start <= last):
+                    ends = [batch for batch in (end, last) if batch is not None]
+                    yield self.piece(best, targets, max(start, first), min(ends, default=None))
 
     def every_way(self, targets: Sequence[int]) -> Iterator[_Candidate]:
         """All that there are of up to two cores, whose gradients have two products at most."""

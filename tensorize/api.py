@@ -9,7 +9,7 @@ import copy
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,24 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
-from tensorize.codegen import aten, machine, training
+from tensorize.codegen import aten, machine, orders, training
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, POLISH, REFIT, SHARED, Batch, Plan, Totals, TTSpec
+from tensorize.ir import (
+    BLOCK,
+    DENSE,
+    POLISH,
+    REFIT,
+    SHARED,
+    TT,
+    Batch,
+    ContractionPlan,
+    Plan,
+    Totals,
+    TTSpec,
+)
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
-from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
 from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
@@ -35,11 +46,12 @@ from tensorize.passes.refit import Refit
 from tensorize.passes.sites import FindSites, Select, check_weights
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
+from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, timed_plan
 from tensorize.passes.training import plan_training
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
 from tensorize.report import Report, ReportTotals, SiteReport
-from tensorize.selfmade import self_made
+from tensorize.selfmade import affordable, self_made
 from tensorize.version import __version__
 
 METRICS = ("frobenius", "input", "loss")
@@ -47,19 +59,43 @@ BACKENDS = ("auto", "aten")
 SELF = "self"
 
 
-def _contraction(spec: TTSpec, contract: str) -> ops.Contraction:
-    return aten.build(plan_contraction(spec, contract))
+class _Contractions:
+    """Contractions in the fastest order that the machine's figures predict, as torch operations."""
+
+    def contraction(
+        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
+    ) -> ops.Contraction:
+        return aten.build(self._plan(spec, contract, device, breakpoints))
+
+    def training(
+        self,
+        spec: TTSpec,
+        contract: str,
+        device: str,
+        breakpoints: tuple[int, ...] | None,
+        gradients: tuple[int | str, ...],
+        memory_limit: int | None,
+    ) -> ops.Trained:
+        forward = self._plan(spec, contract, device, breakpoints)
+        return training.build(
+            plan_training(
+                spec, contract, gradients=gradients, memory_limit=memory_limit, forward=forward
+            )
+        )
+
+    def _plan(
+        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
+    ) -> ContractionPlan:
+        figures, measured = machine.current(device), orders.known(device)
+        chosen = BREAKPOINTS if breakpoints is None else breakpoints
+        return timed_plan(spec, contract, figures, chosen, measured=measured)
+
+    def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
+        uses = [(spec, contract) for spec in specs for contract in ("columns", "rows")]
+        return common_breakpoints(uses, machine.current(device))
 
 
-def _training(
-    spec: TTSpec, contract: str, gradients: tuple[int | str, ...], memory_limit: int | None
-) -> ops.Trained:
-    return training.build(
-        plan_training(spec, contract, gradients=gradients, memory_limit=memory_limit)
-    )
-
-
-ops.register_backend(_contraction, _training)
+ops.register_backend(_Contractions())
 # Other libraries learn of factorized models as soon as they are imported themselves.
 hooks.when_imported("transformers.quantizers.auto", "tensorize.pretrained")
 hooks.when_imported("peft.tuners.lora.model", "tensorize.lora")
@@ -80,6 +116,7 @@ def compile(
     formats: FormatsOption = None,
     ranks: RanksOption = None,
     backend: str = "auto",
+    autotune: bool = False,
     inplace: bool = False,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -95,7 +132,8 @@ def compile(
         example_inputs: what forward takes: a tuple of positional or a dict of keyword arguments.
         calibration: an iterable of such inputs, or of strings with ``tokenizer=``: the errors are
             then weighed by what they do to the model's outputs. ``"self"``: the model makes them
-            itself, a decoder by writing text.
+            itself, a decoder by writing text. None: it makes some where that takes no more than
+            about a minute, else the weights alone are judged (as by ``metric="frobenius"``).
         loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
         metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
         refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved
@@ -107,6 +145,8 @@ def compile(
             three; a name, several, or pattern → names.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"auto"`` or ``"aten"``: contractions run as torch operations.
+        autotune: time the best few contraction orders of every tensor train on this machine, and
+            remember the fastest (in ``~/.cache/tensorize``). Nothing is timed otherwise.
         seed: of the probes; same seed, same inputs, same machine: the same bits.
         cache_dir: where analyses are kept on disk; None: nowhere.
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
@@ -141,7 +181,7 @@ def compile(
             progress=tell,
         )
         plan = analysis.plan(budget, refine=refine, ranks=ranks)
-        return _apply(model, plan, analysis, inplace, tell)
+        return _apply(model, plan, analysis, inplace, tell, autotune)
 
 
 def analyze(
@@ -173,6 +213,7 @@ def analyze(
     check_weights(model)
     check_refine(refine)
     batches, made = _calibration(calibration, model, example_inputs, seed)
+    unasked = calibration is None and metric is None and loss_fn is None
     metric = _metric(metric, batches, loss_fn)
     inputs, source = capture.find_inputs(model, example_inputs, batches)
     program = Program(
@@ -188,16 +229,25 @@ def analyze(
     with shown(progress) as tell:
         program = replace(program, progress=tell)
         program = run_passes(program, (FindSites(include, exclude),))
+        plain = program
+        if unasked:
+            program = _with_own_data(program)
         key = None
         if cache_dir is not None:
             key = disk.key(program, identity, formats, loss_fn, refine, __version__)
             if key is not None and (found := disk.read(cache_dir, key, program)) is not None:
                 place = disk.location(cache_dir, key)
                 found = replace(found, machine=program.machine)
-                return Analysis(found, identity, place, batches, loss_fn)
+                return Analysis(found, identity, place, program.calibration, loss_fn)
         announce(_cost(program))
-        program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
-    released = program.without_model()
+        try:
+            program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
+        except Exception as error:
+            if not unasked or not program.calibration:
+                raise
+            program = _noted(plain, _ALONE.format(why=_said(error)))
+            program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
+    released, batches = program.without_model(), program.calibration
     if cache_dir is None or key is None:
         return Analysis(released, identity, None, batches, loss_fn)
     disk.write(cache_dir, key, released)
@@ -218,12 +268,39 @@ def _calibration(
 ) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if calibration is None:
-        return (), ('no calibration data: weights alone; calibration="self" makes some',)
+        return (), ()
     if not _of_itself(calibration):
         return capture.calibration_batches(calibration, model), ()
     inputs, _ = capture.find_inputs(model, example_inputs, ())
     batches, what = self_made(model, inputs, seed)
     return batches, (f"calibrated on {what}",)
+
+
+_ALONE = "no calibration data: weights alone, {why}"
+
+
+def _with_own_data(program: Program) -> Program:
+    """The program with calibration data that the model makes unasked, where that costs little."""
+    if program.inputs is None:
+        return _noted(program, _ALONE.format(why="as no inputs are known that it runs on"))
+    share = affordable(program.sites, program.inputs)
+    if share == 0:
+        why = 'as its statistics take long or much memory; calibration="self" takes them'
+        return _noted(program, _ALONE.format(why=why))
+    try:
+        batches, what = self_made(program.model, program.inputs, program.seed, share)
+    except Exception as error:  # whatever the model raises: nobody asked for this
+        return _noted(program, _ALONE.format(why=_said(error)))
+    noted = _noted(program, f"no calibration data: calibrated on {what}")
+    return replace(noted, calibration=batches, metric="loss")
+
+
+def _noted(program: Program, note: str) -> Program:
+    return replace(program, notes=(*program.notes, note))
+
+
+def _said(error: Exception) -> str:
+    return f"as it does not run on data of its own ({type(error).__name__}: {error})"
 
 
 def _analysis_passes(
@@ -281,6 +358,7 @@ def apply(
     *,
     calibration: Iterable[Any] | str | None = None,
     refine: str | None = "auto",
+    autotune: bool = False,
     inplace: bool = False,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
@@ -293,6 +371,7 @@ def apply(
         calibration: the data that the plan was made with, where it does not carry them itself.
         refine: "auto" does what the plan predicts; anything else overrides it, and then the result
             is not what was predicted.
+        autotune: time contraction orders on this machine, as ``compile`` does.
 
     Raises:
         AnalysisError: the plan was made for other weights, or its analysis or the data for its
@@ -315,7 +394,7 @@ def apply(
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        return _apply(model, plan, analysis, inplace, tell)
+        return _apply(model, plan, analysis, inplace, tell, autotune)
 
 
 def _analysis_of(
@@ -326,7 +405,8 @@ def _analysis_of(
     if plan.metric != "frobenius" and not batches:
         raise AnalysisError(
             f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
-            way_out="pass calibration=, or analyse with cache_dir= so that the plan finds it",
+            way_out='pass calibration= (data, or "self"), or analyse with cache_dir= so that the '
+            "plan finds it",
         )
     formats = {
         site.name: site.format if site.shared is None else (site.format, SHARED)
@@ -344,12 +424,40 @@ def _analysis_of(
     )
 
 
+def _time_orders(program: Program) -> None:
+    """Time the best few orders of every train of a model, keep the fastest, and use them."""
+    assert program.plan is not None
+    specs = {
+        s.name: s.spec for s in program.plan.sites if s.spec is not None and s.format in (TT, BLOCK)
+    }
+    uses = {
+        (specs[site.name], use.contract, site.dtype)
+        for site in program.sites
+        if site.name in specs
+        for use in site.uses
+        if use.contract in ("columns", "rows")
+    }
+    device, found = _device(program.model), {}
+    breakpoints = ops.common_breakpoints([spec for spec, _, _ in uses], device)
+    for done, (spec, contract, dtype) in enumerate(sorted(uses, key=str)):
+        program.progress("timing orders", done, len(uses))
+        figures = machine.current(device)
+        for question, batch, plans in contenders(spec, contract, figures, breakpoints):
+            best = plans[orders.fastest(plans, batch, getattr(torch, dtype), device)]
+            found[question] = best.pieces[0].tree
+    program.progress("timing orders", len(uses), len(uses))
+    orders.remember(found, device)
+    ops.contractions.cache_clear()
+    weight.settle(program.model)
+
+
 def _apply(
     model: nn.Module,
     plan: Plan,
     analysis: Analysis,
     inplace: bool,
     tell: Progress,
+    autotune: bool,
 ) -> nn.Module:
     if fingerprint(model) != plan.fingerprint:
         raise AnalysisError(
@@ -367,6 +475,8 @@ def _apply(
         loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
         passes.insert(2, Polish(dense, *split(analysis.calibration), loss))
     program = run_passes(program, passes)
+    if autotune:
+        _time_orders(program)
     target.__dict__["_tensorize"] = _report(program, analysis)
     huggingface.note_factors(target)
     return target

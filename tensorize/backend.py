@@ -176,6 +176,7 @@ def _preview(
             inplace=True,
             progress=False,
             example_inputs=inputs,
+            metric="frobenius",
             formats=options.formats,
             ranks=options.ranks,
             seed=options.seed,

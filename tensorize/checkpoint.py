@@ -185,7 +185,7 @@ def load(
         _install_sites(target, manifest)
         slots = _matched_slots(target, manifest)
         _fill(slots, manifest, device, dtype)
-        weight.share_products(target)
+        weight.settle(target)
         _finish_transient(target, manifest, device)
         target.eval()
         target.__dict__["_tensorize"] = manifest.report

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +29,56 @@ Contractions = Mapping[str, Contraction]
 Trained = tuple[Callable[..., Any], Callable[..., Any]]
 """``forward(x, cores)`` to y, x or None, and what is saved; ``backward(g, x, cores, saved)``."""
 
-_backend: Callable[[TTSpec, str], Contraction] | None = None
-_trained: Callable[[TTSpec, str, tuple[int | str, ...], int | None], Trained] | None = None
+
+class Backend(Protocol):
+    """What makes the callables of contractions."""
+
+    def contraction(
+        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
+    ) -> Contraction:
+        """How x meets a weight, with its order chosen anew at some batches (None: not known)."""
+        ...
+
+    def training(
+        self,
+        spec: TTSpec,
+        contract: str,
+        device: str,
+        breakpoints: tuple[int, ...] | None,
+        gradients: tuple[int | str, ...],
+        memory_limit: int | None,
+    ) -> Trained:
+        """Both passes of a contraction that is differentiated by some of x and the cores."""
+        ...
+
+    def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
+        """At most two batches at which the orders of all weights of a model change."""
+        ...
 
 
-def register_backend(
-    build: Callable[[TTSpec, str], Contraction],
-    train: Callable[[TTSpec, str, tuple[int | str, ...], int | None], Trained] | None = None,
-) -> None:
-    """Say how the callable for (spec, contract) is made.
+_backend: Backend | None = None
 
-    ``train`` makes both passes of one that is differentiated, for (spec, contract, operands that
-    get a gradient, memory limit); without it autograd goes through the contraction itself.
-    """
-    global _backend, _trained
-    _backend, _trained = build, train
+
+def register_backend(backend: Backend) -> None:
+    """Say what makes the callables."""
+    global _backend
+    _backend = backend
     contractions.cache_clear()
 
 
+def _registered() -> Backend:
+    if _backend is None:
+        raise RuntimeError("no contraction backend is registered: import tensorize first")
+    return _backend
+
+
 @lru_cache(maxsize=4096)
-def contractions(spec: TTSpec, memory_limit: int | None = None) -> Contractions:
+def contractions(
+    spec: TTSpec,
+    device: str = "cpu",
+    breakpoints: tuple[int, ...] | None = None,
+    memory_limit: int | None = None,
+) -> Contractions:
     """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order.
 
     ``memory_limit``: the most elements that one call saves for its backward pass, where that can be
@@ -56,12 +86,20 @@ def contractions(spec: TTSpec, memory_limit: int | None = None) -> Contractions:
     """
     if spec.format == LOW_RANK and memory_limit is None:
         return {}
-    if _backend is None:
-        raise RuntimeError("no contraction backend is registered: import tensorize first")
-    plain = {contract: _backend(spec, contract) for contract in ("columns", "rows")}
-    if _trained is None:
-        return plain
-    return {c: _Differentiated(spec, c, plain[c], memory_limit) for c in plain}
+    make = _registered().contraction
+    return {
+        contract: _Differentiated(
+            spec, contract, device, breakpoints, memory_limit,
+            make(spec, contract, device, breakpoints),
+        )
+        for contract in ("columns", "rows")
+    }  # fmt: skip
+
+
+def common_breakpoints(specs: Sequence[TTSpec], device: str = "cpu") -> tuple[int, ...]:
+    """The batches at which weights of these specs, in one model, change their order."""
+    planned = [spec for spec in specs if spec.format != LOW_RANK]
+    return _registered().breakpoints(planned, device) if planned else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +111,10 @@ class _Differentiated:
 
     spec: TTSpec
     contract: str
-    plain: Contraction
+    device: str
+    breakpoints: tuple[int, ...] | None
     memory_limit: int | None
+    plain: Contraction
     built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -92,20 +132,20 @@ class _Differentiated:
 
     def _build(self, wanted: tuple[bool, ...]) -> bool:
         if wanted not in self.built:
-            assert _trained is not None
             operands = ("x", *range(len(self.spec.cores)))
             gradients = tuple(o for o, asked in zip(operands, wanted, strict=True) if asked)
-            made = _trained(self.spec, self.contract, gradients, self.memory_limit)
-            self.built[wanted] = made
+            how = (self.spec, self.contract, self.device, self.breakpoints)
+            self.built[wanted] = _registered().training(*how, gradients, self.memory_limit)
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is built is compiled from text: a copy finds it again by the spec.
-        return _again, (self.spec, self.contract, self.memory_limit)
+        asked = (self.spec, self.device, self.breakpoints, self.memory_limit)
+        return _again, (self.contract, *asked)
 
 
-def _again(spec: TTSpec, contract: str, memory_limit: int | None) -> Contraction:
-    return contractions(spec, memory_limit)[contract]
+def _again(contract: str, *asked: Any) -> Contraction:
+    return contractions(*asked)[contract]
 
 
 def _teach_dynamo() -> None:

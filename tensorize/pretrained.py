@@ -106,7 +106,7 @@ class FactorsLoader(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """From here on it is a plain model, that trains and is cast as any other."""
         self.remove_quantization_config(model)
-        weight.share_products(model)
+        weight.settle(model)
         huggingface.note_factors(model)
         for file in self._files:
             with contextlib.suppress(CheckpointError):  # there is none beside it

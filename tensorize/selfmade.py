@@ -8,6 +8,8 @@ its example inputs: random rows of the tables that ids look up, normal numbers e
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,20 +18,31 @@ from torch.utils import _pytree as pytree
 
 from tensorize.errors import CaptureError
 from tensorize.forward import untouched
-from tensorize.ir import Batch
+from tensorize.ir import Batch, Site
 from tensorize.observer import Observer
 from tensorize.uses import Frame, Matmul
 
 log = logging.getLogger("tensorize")
 
-SEQUENCES, TOKENS, _BATCH = 32, 128, 4
-_DRAWN_BATCHES = 16
+TOKENS, _BATCH = 128, 4
+MOST, FEWEST = 1.0, 1 / 8
+"""Shares of the most data that a model makes: 32 sequences, or 16 batches."""
+_SEQUENCES, _DRAWN_BATCHES = 32, 16
+# An analysis then takes about a minute at most, on one core.
+_UNASKED_FLOPS, _UNASKED_MOMENTS = 1e11, 1e9
 # Tables with fewer rows than this hold kinds (of tokens, of segments), not a vocabulary.
 _SMALLEST_VOCABULARY = 16
 
 
-def self_made(model: nn.Module, inputs: Batch | None, seed: int) -> tuple[tuple[Batch, ...], str]:
+def self_made(
+    model: nn.Module, inputs: Batch | None, seed: int, share: float = MOST
+) -> tuple[tuple[Batch, ...], str]:
     """Calibration batches, and in words what they are.
+
+    Args:
+        model, inputs: the model, and what it runs on.
+        seed: of all that is drawn.
+        share: how much data, as a share of the most.
 
     Raises:
         CaptureError: no inputs are known to start from.
@@ -43,13 +56,35 @@ def self_made(model: nn.Module, inputs: Batch | None, seed: int) -> tuple[tuple[
         vocabularies = _looked_up(model, inputs)
         ids = _only_ids(inputs)
         if ids is not None and _is_causal(model, inputs, ids):
-            written = _written(model, inputs, vocabularies.get(id(ids), 0), seed, generator)
+            sequences = round(share * _SEQUENCES)
+            vocabulary = vocabularies.get(id(ids), 0)
+            written = _written(model, inputs, vocabulary, sequences, seed, generator)
             if written is not None:
                 count, length = written.shape
                 batches = tuple(_with_ids(inputs, part) for part in written.split(_BATCH))
                 return batches, f"{count} x {length} tokens that the model wrote itself"
-    drawn = tuple(_drawn(inputs, vocabularies, generator) for _ in range(_DRAWN_BATCHES))
-    return drawn, f"{_DRAWN_BATCHES} batches drawn at random"
+    count = round(share * _DRAWN_BATCHES)
+    drawn = tuple(_drawn(inputs, vocabularies, generator) for _ in range(count))
+    return drawn, f"{count} batches drawn at random"
+
+
+def affordable(sites: Sequence[Site], inputs: Batch) -> float:
+    """The share of the data that a model makes unasked; 0 where even the fewest are too many.
+
+    What counts are the FLOPs of a forward pass over them, of which an analysis takes some twenty,
+    and the memory of the second moments.
+    """
+    moments = sum(8 * sum(side**2 for side in site.matrix if side <= 8192) for site in sites)
+    if moments > _UNASKED_MOMENTS:
+        return 0.0
+    uses = [(site, use) for site in sites for use in site.uses if use.contract != "lookup"]
+    flops = sum(2.0 * math.prod(site.matrix) * use.rows for site, use in uses)
+    ids = _only_ids(inputs)
+    passes = _DRAWN_BATCHES if ids is None else _SEQUENCES * TOKENS / ids.numel()
+    share = _UNASKED_FLOPS / max(flops * passes, 1.0)
+    if share < FEWEST:
+        return 0.0
+    return min(2.0 ** math.floor(math.log2(share)), MOST)
 
 
 def _only_ids(inputs: Batch) -> Tensor | None:
@@ -108,13 +143,18 @@ def _is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
 
 
 def _written(
-    model: nn.Module, inputs: Batch, vocabulary: int, seed: int, generator: torch.Generator
+    model: nn.Module,
+    inputs: Batch,
+    vocabulary: int,
+    sequences: int,
+    seed: int,
+    generator: torch.Generator,
 ) -> Tensor | None:
     """Text (sequences, tokens), each from a random first token on; None where none can be had."""
     if vocabulary < _SMALLEST_VOCABULARY:
         return None
     device = next(model.parameters()).device
-    start = torch.randint(vocabulary, (SEQUENCES, 1), generator=generator).to(device)
+    start = torch.randint(vocabulary, (sequences, 1), generator=generator).to(device)
     config: Any = getattr(model, "generation_config", None)
     length = min(TOKENS, getattr(getattr(model, "config", None), "max_position_embeddings", TOKENS))
     if config is not None and hasattr(model, "generate"):  # with transformers' cache of keys

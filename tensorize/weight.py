@@ -336,21 +336,38 @@ def _factored(args: tuple, kwargs: dict) -> Iterator[FactoredWeight]:
 class Cores(nn.Module):
     """The cores of one weight, as parameters ``core_0``, ``core_1``, … in the stored shapes.
 
-    ``frame`` says how the owner sees the matrix (a convolution in its own shape).
+    ``frame`` says how the owner sees the matrix (a convolution in its own shape); ``breakpoints``
+    are the batches at which another order of contraction begins, in this and in all weights of the
+    model (None: nothing is known of the others). ``memory_limit``: see ``limit_saved``.
     """
+
+    breakpoints: tuple[int, ...] | None = None
+    memory_limit: int | None = None
 
     def __init__(
         self, spec: TTSpec, cores: Sequence[nn.Parameter], frame: Frame | None = None
     ) -> None:
         super().__init__()
         self.spec, self.frame = spec, frame or Frame()
-        self.contractions = ops.contractions(spec)
         for k, core in enumerate(cores):
             self.register_parameter(f"core_{k}", core)
+        self._choose_orders()
 
     def forward(self) -> FactoredWeight:
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
         return FactoredWeight(self.spec, cores, self.frame, self.contractions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The contractions are compiled functions: they are found again by the spec.
+        return {k: v for k, v in self.__dict__.items() if k != "contractions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_orders()
+
+    def _choose_orders(self) -> None:
+        device = str(self.get_parameter("core_0").device)
+        self.contractions = ops.contractions(self.spec, device, self.breakpoints, self.memory_limit)
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -447,7 +464,18 @@ class SharedProduct:
         return SharedProduct, (self.layers,)
 
 
-def share_products(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
+    """What the factorized weights of a whole model have in common: products, and breakpoints."""
+    _share_products(model)
+    holders = [module for module in model.modules() if isinstance(module, Cores)]
+    device = str(holders[0].core_0.device) if holders else "cpu"
+    breakpoints = ops.common_breakpoints([holder.spec for holder in holders], device)
+    for holder in holders:
+        holder.breakpoints = breakpoints
+        holder._choose_orders()
+
+
+def _share_products(model: nn.Module) -> None:
     """Let layers whose first factor is one parameter compute its product with their input once."""
     groups: dict[int, dict[str, LowRankLinear]] = defaultdict(dict)
     for path, module in model.named_modules():
@@ -476,8 +504,15 @@ def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
     Stacks of experts, convolutions and slices of packed weights save what they did.
     """
     for module in model.modules():
-        if isinstance(module, Cores | LowRankLinear) and not module.spec.batch:
-            module.__dict__["contractions"] = ops.contractions(module.spec, memory_limit)
+        if isinstance(module, Cores) and not module.spec.batch:
+            module.memory_limit = memory_limit
+            module._choose_orders()
+        elif isinstance(module, LowRankLinear):
+            device = str(module.first.weight.device)
+            # One order for all batches, that of the two layers.
+            module.__dict__["contractions"] = ops.contractions(
+                module.spec, device, (), memory_limit
+            )
 
 
 class FactoredLinear(nn.Module):

@@ -121,7 +121,6 @@ def test_calibrate_measures_this_machine_and_plans_are_made_for_it(
     assert json.loads(result.stdout)["bandwidth"] == measured.bandwidth
     for _, rates in measured.rates:
         assert all(1e8 < rate < 1e15 for rate in rates)
-        assert rates[-1] > rates[0]
     assert 1e8 < measured.bandwidth < 1e13
     assert 1e-8 < measured.launch < 1e-3
     plan = tensorize.analyze(MLP(), example_inputs=CASES["mlp"].batch()).plan(0.5)

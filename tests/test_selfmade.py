@@ -10,6 +10,7 @@ import tensorize
 from benchmarks.quality import divergence, text
 from examples.gpt import load_pretrained as trained_gpt
 from examples.llama import load_pretrained as trained_llama
+from tensorize import selfmade
 from tensorize.errors import CaptureError
 from tensorize.ir import Batch
 from tensorize.selfmade import self_made
@@ -100,6 +101,95 @@ def test_without_inputs_there_is_nothing_to_start_from() -> None:
 def test_on_trained_weights_it_is_much_better_than_the_weights_alone(make: object) -> None:
     model = make()  # type: ignore[operator]
     unseen = text("held_out", 8, 256)
-    alone = tensorize.compile(model, 0.5)
+    alone = tensorize.compile(model, 0.5, metric="frobenius")
     written = tensorize.compile(model, 0.5, calibration="self")
     assert divergence(written, model, unseen) < 0.5 * divergence(alone, model, unseen)
+
+
+# ------------------------------------------------------------------------------------- unasked
+
+
+def notes_of(model: nn.Module) -> str:
+    return " ".join(tensorize.report(model).notes)
+
+
+@pytest.mark.own_data
+def test_without_data_a_model_calibrates_itself() -> None:
+    model = trained_llama()
+    unseen = text("held_out", 8, 256)
+    small = tensorize.compile(model, 0.5)
+    plan = tensorize.report(small).plan
+    assert plan.metric == "loss"
+    assert plan.refine == "refit"
+    assert "no calibration data: calibrated on" in notes_of(small)
+    assert "tokens that the model wrote itself" in notes_of(small)
+    alone = tensorize.compile(model, 0.5, metric="frobenius")
+    assert divergence(small, model, unseen) < 0.5 * divergence(alone, model, unseen)
+
+
+@pytest.mark.own_data
+@pytest.mark.parametrize("options", [{"metric": "frobenius"}, {"refine": None}])
+def test_the_weights_alone_are_judged_where_that_is_asked_for(options: dict) -> None:
+    model, asked = CASES["llama"].model(), "metric" in options
+    plan = tensorize.report(tensorize.compile(model, 0.5, **options)).plan
+    assert (plan.metric, plan.refine) == ("frobenius" if asked else "loss", None)
+
+
+@pytest.mark.own_data
+def test_a_model_that_would_take_long_is_judged_by_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selfmade, "_UNASKED_FLOPS", 1e6)
+    small = tensorize.compile(CASES["llama"].model(), 0.5)
+    assert tensorize.report(small).plan.metric == "frobenius"
+    assert 'calibration="self" takes them' in notes_of(small)
+
+
+@pytest.mark.own_data
+def test_second_moments_that_would_fill_the_memory_are_not_taken_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(selfmade, "_UNASKED_MOMENTS", 1e3)
+    assert tensorize.analyze(CASES["llama"].model()).plan(0.5).metric == "frobenius"
+
+
+@pytest.mark.own_data
+def test_a_larger_model_makes_less_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    for flops in (1e11, 6e7):
+        monkeypatch.setattr(selfmade, "_UNASKED_FLOPS", flops)
+        analysis = tensorize.analyze(CASES["llama"].model(), refine=None)
+        written.append(sum(batch.given["input_ids"].numel() for batch in analysis.calibration))
+    assert written[0] >= 2 * written[1] > 0
+
+
+@pytest.mark.own_data
+def test_a_model_that_fails_on_data_of_its_own_is_judged_by_its_weights() -> None:
+    class Picky(nn.Module):
+        """It runs on ones alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not bool((x == 1).all()):
+                raise RuntimeError("only ones, please")
+            return self.head(x)
+
+    small = tensorize.compile(Picky(), 0.5, example_inputs=(torch.ones(4, 32),))
+    assert tensorize.report(small).plan.metric == "frobenius"
+    assert "only ones, please" in notes_of(small)
+
+
+@pytest.mark.own_data
+def test_without_known_inputs_the_weights_are_judged() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(x + y)
+
+    assert "no inputs are known" in notes_of(tensorize.compile(Sum(), 0.5))

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import interpret, ops, weight
-from tensorize.codegen import aten, training
-from tensorize.ir import TrainingPiece, TrainingPlan, Tree, TTSpec
+from tensorize.codegen import aten, machine, training
+from tensorize.ir import ContractionPlan, TrainingPiece, TrainingPlan, Tree, TTSpec
 from tensorize.passes.order import plan_contraction
+from tensorize.passes.timed import timed_plan
 from tensorize.passes.training import plan_training
 from tests.test_order import blocks, operands_of, specs, trees
 
@@ -163,8 +164,10 @@ def priced_open(operands: Names, inside: set) -> set[str]:
     return names & set().union(*(operands[o] for o in operands if o not in inside))
 
 
-def check_against_autograd(plan: TrainingPlan, limit: int | None = None) -> None:
-    forward = plan_contraction(plan.spec, plan.contract)
+def check_against_autograd(
+    plan: TrainingPlan, limit: int | None = None, forward: ContractionPlan | None = None
+) -> None:
+    forward = forward or plan_contraction(plan.spec, plan.contract)
     turns = {*plan.breakpoints, *forward.breakpoints}
     for batch in {*BATCHES, *turns, *(b - 1 for b in turns)}:
         tree = forward.piece(batch).tree
@@ -206,6 +209,28 @@ def test_a_limit_is_kept_wherever_it_can_be(
         # Nothing but the input is ever needed.
         x = math.prod({**spec.size, "B": batch}[a] for a in network(spec, contract)["x"])
         assert least.saved_elements(batch) <= x
+
+
+def in_use(spec: TTSpec, contract: str = "columns") -> ContractionPlan:
+    """The orders that run, by predicted time."""
+    return timed_plan(spec, contract, machine.current())
+
+
+@quick
+@given(specs() | blocks(), st.sampled_from(SIDES), wanted_of, st.sampled_from([None, 0, 500]))
+def test_the_orders_in_use_are_kept_and_are_no_worse_than_autograd_through_them(
+    spec: TTSpec, contract: str, flags: list[bool], limit: int | None
+) -> None:
+    forward = in_use(spec, contract)
+    gradients = chosen(spec, flags)
+    plan = plan_training(spec, contract, gradients=gradients, memory_limit=limit, forward=forward)
+    check_against_autograd(plan, limit, forward)
+    if limit is None:
+        assert plan.breakpoints == forward.breakpoints
+    for before, after in itertools.pairwise(plan.pieces):
+        assert before.last_batch == after.first_batch - 1
+    assert plan.pieces[0].first_batch == 1
+    assert plan.pieces[-1].last_batch is None
 
 
 def realistic() -> list[TTSpec]:
@@ -385,9 +410,9 @@ def gradients(y: Tensor, operands: Sequence[Tensor], seed: int = 5) -> tuple[Ten
 def test_gradients_are_those_of_the_interpreter(
     spec: TTSpec, contract: str, limit: int | None
 ) -> None:
-    planned = ops.contractions(spec, limit)[contract]
+    planned = ops.contractions(spec, memory_limit=limit)[contract]
     cores = draw_cores(spec)
-    turns = plan_training(spec, contract, memory_limit=limit).breakpoints
+    turns = in_use(spec, contract).breakpoints
     for lead in ((0,), (1,), (2, 0, 3), (2, 3), (40,), *((turn,) for turn in turns if turn < 99)):
         x = draw_x(spec, contract, lead)
         got, want = planned(x, cores), interpret.apply(spec, cores, x, contract)
@@ -408,7 +433,7 @@ def test_gradients_of_any_spec_and_of_any_operands(
     for operand, tensor in zip(("x", *range(len(cores))), (x, *cores), strict=True):
         tensor.requires_grad_(operand in asked)
     operands = [t for t in (x, *cores) if t.requires_grad]
-    planned = ops.contractions(spec, limit)
+    planned = ops.contractions(spec, memory_limit=limit)
     if not planned:
         return  # low rank, which without a limit is two linears
     got, want = planned[contract](x, cores), interpret.apply(spec, cores, x, contract)
@@ -422,7 +447,7 @@ def test_first_and_second_derivatives_against_finite_differences(
     spec: TTSpec, limit: int | None
 ) -> None:
     small = spec.with_ranks(tuple(min(rank, 2) for rank in spec.ranks))
-    planned = ops.contractions(small, limit)["columns"]
+    planned = ops.contractions(small, memory_limit=limit)["columns"]
     operands = (draw_x(small, "columns", (2,)), *draw_cores(small))
 
     def run(x: Tensor, *cores: Tensor) -> Tensor:
@@ -474,9 +499,10 @@ def test_saved_elements_are_those_of_the_plan(
 ) -> None:
     if spec.format == "low_rank" and limit is None:
         return
-    planned, cores = ops.contractions(spec, limit)[contract], draw_cores(spec)
-    plan = plan_training(spec, contract, memory_limit=limit)
-    plain = aten.build(plan_contraction(spec, contract))
+    planned, cores = ops.contractions(spec, memory_limit=limit)[contract], draw_cores(spec)
+    forward = in_use(spec, contract)
+    plan = plan_training(spec, contract, memory_limit=limit, forward=forward)
+    plain = aten.build(forward)
     for batch in (1, 7, 50):
         x = draw_x(spec, contract, (batch,))
         measured = saved_by(functools.partial(planned, x, cores), cores)
