@@ -38,6 +38,9 @@ How = dict[int, tuple[int, int]]
 _BATCHES = tuple(16**k for k in range(5))
 """Where candidates are looked for, beside the turns of the forward plan."""
 
+_FAR = 10**9
+"""More rows than there are: the end of a piece that has none."""
+
 _MOST_SEARCHED, _MOST_ENUMERATED, _MOST_TREES = 6, 4, 4
 """Cores up to which backward orders are searched (with more, autograd's are taken, and only what is
 saved is chosen), and up to which all forward trees are looked at ((2 d - 1)!!, 105 of four cores);
@@ -117,6 +120,11 @@ class _Candidate:
 
 def _at(line: Line, batch: int) -> int:
     return line[0] + line[1] * batch
+
+
+def _no_worse(candidate: _Candidate, other: _Candidate, batch: int) -> bool:
+    flops = _at(candidate.flops, batch) <= _at(other.flops, batch)
+    return flops and _at(candidate.elements, batch) <= _at(other.elements, batch)
 
 
 def _sum(lines: Iterable[Line]) -> Line:
@@ -274,14 +282,23 @@ class _Network:
                 self._trees = [(self._reverse_flops(f, targets), f) for f in self.forward_trees()]
             ranked = sorted(self._trees, key=lambda tree: _at(tree[0], batch))
             trees += [how for _, how in ranked[:_MOST_TREES] if how.keys() != own.keys()]
-        search = _Search(self, targets, batch) if self.count <= _MOST_SEARCHED else None
+        search = self.search(targets, batch)
         for forward in trees:
-            around = self.reversed(forward)
-            for saved in _choices(self.inner(forward)):
-                start = self.reach({**forward, **around}, targets, saved)
-                starts = [start] if search is None else search.backward(start, saved)
-                for backward in starts:
-                    yield self.candidate(forward, backward, saved)
+            yield from self.of_tree(forward, targets, search)
+
+    def search(self, targets: Sequence[int], batch: int) -> _Search | None:
+        return _Search(self, targets, batch) if self.count <= _MOST_SEARCHED else None
+
+    def of_tree(
+        self, forward: How, targets: Sequence[int], search: _Search | None
+    ) -> Iterator[_Candidate]:
+        """For all choices of what is saved of a forward tree, good backwards."""
+        around = self.reversed(forward)
+        for saved in _choices(self.inner(forward)):
+            start = self.reach({**forward, **around}, targets, saved)
+            starts = [start] if search is None else search.backward(start, saved)
+            for backward in starts:
+                yield self.candidate(forward, backward, saved)
 
     def along(
         self,
@@ -294,29 +311,19 @@ class _Network:
         for piece in forward.pieces:
             first, last = piece.first_batch, piece.last_batch
             own = naive[first]
-            found = [
-                c
-                for c in (own, *self.candidates(piece.tree, targets, first))
-                if c.forward.keys() == own.forward.keys()
-            ]
+            found = [own, *self.of_tree(own.forward, targets, self.search(targets, first))]
             if limit is None:  # one for the whole piece: no worse at its ends is so between them
-                ends = (first, last or 10**9)
-                better = [
-                    c
-                    for c in found
-                    if all(
-                        _at(c.flops, b) <= _at(own.flops, b)
-                        and _at(c.elements, b) <= _at(own.elements, b)
-                        for b in ends
-                    )
-                ]
-                best = min(better, key=lambda c: (_at(c.flops, first), _at(c.elements, first)))
+                ends = (first, last or _FAR)
+                found = [c for c in found if all(_no_worse(c, own, batch) for batch in ends)]
+                best = min(found, key=lambda c: (_at(c.flops, first), _at(c.elements, first)))
                 yield self.piece(best, targets, first, last)
                 continue
-            for start, end, best in _pieces(_undominated(found), {}, limit, lambda batch: own):  # noqa: B023
+            for start, end, best in _pieces(
+                _undominated(found), {first: own}, limit, lambda _, own=own: own
+            ):
                 if (end is None or end >= first) and (last is None or start <= last):
-                    ends = [batch for batch in (end, last) if batch is not None]
-                    yield self.piece(best, targets, max(start, first), min(ends, default=None))
+                    known = [batch for batch in (end, last) if batch is not None]
+                    yield self.piece(best, targets, max(start, first), min(known, default=None))
 
     def every_way(self, targets: Sequence[int]) -> Iterator[_Candidate]:
         """All that there are of up to two cores, whose gradients have two products at most."""
