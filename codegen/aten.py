@@ -18,15 +18,24 @@ from __future__ import annotations
 import hashlib
 import linecache
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tensorize.ir import ContractionPiece, ContractionPlan, Tree, TTSpec
+from tensorize.ir import (
+    ContractionPiece,
+    ContractionPlan,
+    TrainingPiece,
+    TrainingStep,
+    Tree,
+    TTSpec,
+)
 
 Axes = tuple[str, ...]
+Piece = TypeVar("Piece", ContractionPiece, TrainingPiece)
 
 LINE_LENGTH = 92
 """Of an emitted statement without its indentation."""
@@ -43,17 +52,18 @@ KEPT_LAYOUTS = 32
 
 
 @dataclass(frozen=True)
-class _Value:
+class Value:
     """An input or an intermediate: a contiguous tensor.
 
     ``blocks`` are its dimensions, each a run of axes; ``copied`` the elements copied to get it,
-    ``batched`` the number of batched products on the way.
+    ``batched`` the number of batched products on the way. ``name``: where it has one.
     """
 
     blocks: tuple[Axes, ...]
-    source: _Product | int | str
+    source: Product | int | str
     copied: int = 0
     batched: int = 0
+    name: str | None = None
 
     @property
     def axes(self) -> Axes:
@@ -61,7 +71,7 @@ class _Value:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """A value as a matrix, or a stack of them.
 
     ``reorder`` is the order of axes that it is copied into first, ``None`` where it is a view.
@@ -69,7 +79,7 @@ class _View:
     S of a stack, F free, K summed.
     """
 
-    value: _Value
+    value: Value
     reorder: Axes | None
     blocks: tuple[Axes, ...]
     roles: str
@@ -79,11 +89,11 @@ class _View:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """``left`` (S F K) @ ``right`` (S K F) -> (S F F); S may be missing in either."""
 
-    left: _View
-    right: _View
+    left: View
+    right: View
     summed: Axes
 
 
@@ -98,76 +108,156 @@ def emit(plan: ContractionPlan) -> str:
     included, and the cores in ``spec.core_shapes``. It returns (..., m), or (..., n). It is
     differentiable and can be traced; the number of rows alone decides which piece runs.
     """
-    spec = plan.spec
-    columns = plan.contract == "columns"
-    into, out = (spec.shape[-1], spec.shape[-2]) if columns else (spec.shape[-2], spec.shape[-1])
-    experts = f"{spec.shape[0]}, " if spec.batch else ""
-    names = ", ".join(f"c{k}" for k in range(len(spec.cores)))
-    takes = f"({experts}..., {into})"
     lines = [
-        "def contract(x, cores):",
-        f'    """y = x {"Wᵀ" if columns else "W"}: {takes} to ({experts}..., {out}).',
+        *opening("contract", plan.spec, plan.contract),
+        *flattened("x", plan.spec, sides(plan.spec, plan.contract)[0]),
+        *by_rows("x", plan.spec, plan.pieces, lambda piece: _piece(plan, piece)),
+    ]
+    return with_imports("\n".join(lines) + "\n")
+
+
+@lru_cache(maxsize=4096)
+def build(plan: ContractionPlan) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+    """Compile what ``emit`` writes, once for each plan. Tracebacks and debuggers show the text."""
+    return compiled(emit(plan), "contract")["contract"]
+
+
+def compiled(text: str, kind: str) -> dict[str, Any]:
+    """The names that a source text defines."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    filename = f"<tensorize {kind} {digest}>"
+    # Without a modification time, linecache never drops the entry.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(text, filename, "exec"), namespace)
+    return namespace
+
+
+def with_imports(body: str) -> str:
+    imports = "import torch.nn.functional as F\n\n\n" if "F.linear(" in body else ""
+    return imports + body
+
+
+def unpacked(names: Sequence[str]) -> str:
+    """Names as the left side of an assignment from a tuple."""
+    return ", ".join(names) if len(names) > 1 else f"({names[0]},)"
+
+
+def opening(name: str, spec: TTSpec, contract: str) -> list[str]:
+    """A function of (x, cores), up to where it has the cores by their names."""
+    into, out = (width(spec, axes) for axes in sides(spec, contract))
+    experts = f"{spec.shape[0]}, " if spec.batch else ""
+    takes = f"({experts}..., {into})"
+    unfit = f"x.shape[-1] != {into}"
+    if spec.batch:
+        unfit = f"x.ndim < 2 or x.shape[0] != {spec.shape[0]} or {unfit}"
+    return [
+        f"def {name}(x, cores):",
+        f'    """y = x {"Wᵀ" if contract == "columns" else "W"}: {takes} to ({experts}..., {out}).',
         "",
         f"    W is {spec} of {spec.shape}.",
         f"    Sizes: {', '.join(f'{name}={size}' for name, size in spec.sizes)}.",
         f"    B is the number of rows{' of each expert' if experts else ''}.",
         '    """',
         # A reshape would take a wrong x as well, as other rows.
-        f"    if {_unfit(spec, into)}:",
+        f"    if {unfit}:",
         f'        raise ValueError(f"x is {takes}, got {{tuple(x.shape)}}")',
-        f"    {names if len(spec.cores) > 1 else f'({names},)'} = cores",
+        f"    {unpacked([f'c{k}' for k in range(len(spec.cores))])} = cores",
         "    lead = x.shape[:-1]",
-        f"    x = x.reshape({experts}-1, {into})",
     ]
-    if len(plan.pieces) == 1:
-        lines += _Emitter(plan, plan.pieces[0]).lines("    ")
-    else:
-        lines.append(f"    rows = x.shape[{len(spec.batch)}]")
-        for piece in plan.pieces:
-            if piece.last_batch is None:
-                lines += _Emitter(plan, piece).lines("    ")
-            else:
-                lines.append(f"    if rows <= {piece.last_batch}:")
-                lines += _Emitter(plan, piece).lines("        ")
-    body = "\n".join(lines) + "\n"
-    imports = "import torch.nn.functional as F\n\n\n" if "F.linear(" in body else ""
-    return imports + body
 
 
-@lru_cache(maxsize=4096)
-def build(plan: ContractionPlan) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
-    """Compile what ``emit`` writes, once for each plan. Tracebacks and debuggers show the text."""
-    text = emit(plan)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    filename = f"<tensorize contract {digest}>"
-    # Without a modification time, linecache never drops the entry.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {}
-    exec(compile(text, filename, "exec"), namespace)
-    return namespace["contract"]
+def flattened(name: str, spec: TTSpec, axes: Axes) -> list[str]:
+    """An input with its leading axes as one of rows."""
+    experts = f"{spec.shape[0]}, " if spec.batch else ""
+    return [f"    {name} = {name}.reshape({experts}-1, {width(spec, axes)})"]
 
 
-def _unfit(spec: TTSpec, into: int) -> str:
-    if not spec.batch:
-        return f"x.shape[-1] != {into}"
-    return f"x.ndim < 2 or x.shape[0] != {spec.shape[0]} or x.shape[-1] != {into}"
+def width(spec: TTSpec, axes: Axes) -> int:
+    """The length of one row."""
+    return math.prod(spec.size[axis] for axis in axes[len(spec.batch) + 1 :])
+
+
+def by_rows(
+    name: str,
+    spec: TTSpec,
+    pieces: Sequence[Piece],
+    write: Callable[[Piece], list[str]],
+) -> list[str]:
+    """The pieces' bodies, chosen by the rows of an input."""
+    lines = [f"    rows = {name}.shape[{len(spec.batch)}]"] if len(pieces) > 1 else []
+    for piece in pieces:
+        indent = "    "
+        if piece.last_batch is not None:
+            lines.append(f"    if rows <= {piece.last_batch}:")
+            indent *= 2
+        lines += [indent + line for line in write(piece)]
+    return lines
+
+
+def _piece(plan: ContractionPlan, piece: ContractionPiece) -> list[str]:
+    """The straight-line body of one piece."""
+    spec = plan.spec
+    x_axes, output = sides(spec, plan.contract)
+    leaves = {**core_values(spec), "x": rows_value(spec, "x", x_axes)}
+    emitter = Emitter(Layouts(spec, typical_batch(piece), leaves))
+    result = emitter.result(piece.tree, output)
+    return [
+        f"# {rows_of(piece)}: {piece.tree}",
+        f"# {piece.constant} + {piece.slope} B FLOPs",
+        *emitter.body,
+        f"return {result}.reshape(*lead, {width(spec, output)})",
+    ]
+
+
+def rows_of(piece: ContractionPiece | TrainingPiece) -> str:
+    end = "on" if piece.last_batch is None else f"to {piece.last_batch}"
+    return f"Rows from {piece.first_batch} {end}"
+
+
+def sides(spec: TTSpec, contract: str) -> tuple[Axes, Axes]:
+    """The axes of the input and of the output."""
+    inner, outer = (spec.columns, spec.rows)
+    if contract == "rows":
+        inner, outer = outer, inner
+    return (*spec.batch, "B", *inner), (*spec.batch, "B", *outer)
+
+
+def core_values(spec: TTSpec) -> dict[int | str, Value]:
+    return {k: Value(tuple((axis,) for axis in core), k) for k, core in enumerate(spec.cores)}
+
+
+def rows_value(spec: TTSpec, name: str, axes: Axes) -> Value:
+    """An input as (B, …), where there are experts as (experts, B, …)."""
+    # What comes before the columns are dimensions of their own in what the caller passes.
+    lead = len(spec.batch) + 1
+    return Value((*((axis,) for axis in axes[:lead]), axes[lead:]), name)
+
+
+def typical_batch(piece: ContractionPiece | TrainingPiece) -> int:
+    return max(piece.first_batch, min(piece.last_batch or TYPICAL_BATCH, TYPICAL_BATCH))
 
 
 # ----------------------------------------------------------------------------- choosing layouts
 
 
-class _Layouts:
-    """Finds, for one piece, the products that copy the least."""
+class Layouts:
+    """Finds the products that copy the least.
 
-    def __init__(self, plan: ContractionPlan, piece: ContractionPiece) -> None:
-        spec = plan.spec
-        columns = plan.contract == "columns"
-        last = piece.last_batch or TYPICAL_BATCH
-        batch = max(piece.first_batch, min(last, TYPICAL_BATCH))
+    ``leaves`` are the values that are there (several where a copy in another order is there too),
+    ``steps`` trees with a name that stand in others.
+    """
+
+    def __init__(
+        self,
+        spec: TTSpec,
+        batch: int,
+        leaves: Mapping[int | str, Value],
+        steps: Mapping[str, TrainingStep] | None = None,
+    ) -> None:
         self.size = {**spec.size, "B": batch}
-        self.spec = spec
-        self.x_axes = (*spec.batch, "B", *(spec.columns if columns else spec.rows))
-        self.output = (*spec.batch, "B", *(spec.rows if columns else spec.columns))
+        self.leaves = {leaf: [value] for leaf, value in leaves.items()}
+        self.steps = steps or {}
 
     def elements(self, axes: Axes) -> int:
         return math.prod(self.size[axis] for axis in axes)
@@ -179,29 +269,28 @@ class _Layouts:
         )
         return long == other_long
 
-    def best(self, tree: Tree) -> _Value:
+    def best(self, tree: Tree, output: Axes) -> Value:
         """The cheapest way to the output, a last permute included."""
 
-        def price(value: _Value) -> tuple[int, int]:
-            permute = 0 if self.same(value.axes, self.output) else self.elements(self.output)
+        def price(value: Value) -> tuple[int, int]:
+            permute = 0 if self.same(value.axes, output) else self.elements(output)
             return value.copied + permute, value.batched
 
-        return min(self.values(tree, set(self.output)), key=price)
+        return min(self.values(tree, set(output)), key=price)
 
-    def values(self, tree: Tree, needed: set[str]) -> list[_Value]:
+    def values(self, tree: Tree, needed: set[str]) -> list[Value]:
         """Alternatives for a subtree, cheapest first; ``needed`` are the axes used outside it."""
-        if isinstance(tree, str):
-            # What comes before the columns are dimensions of their own in what the caller passes.
-            lead = len(self.spec.batch) + 1
-            blocks = (*((axis,) for axis in self.x_axes[:lead]), self.x_axes[lead:])
-            return [_Value(blocks, tree)]
-        if isinstance(tree, int):
-            return [_Value(tuple((axis,) for axis in self.spec.cores[tree]), tree)]
+        if not isinstance(tree, tuple):
+            if tree in self.leaves:
+                return self.leaves[tree]
+            step = self.steps[str(tree)]
+            found = self.values(step.tree, set(step.axes))
+            return [replace(value, name=step.name) for value in found]
         left, right = tree
         left_axes, right_axes = self.open_axes(left), self.open_axes(right)
         lefts = self.values(left, needed | right_axes)
         rights = self.values(right, needed | left_axes)
-        best: dict[Axes, _Value] = {}
+        best: dict[Axes, Value] = {}
         for a in lefts:
             for b in rights:
                 for value in self.products(a, b, needed):
@@ -216,13 +305,12 @@ class _Layouts:
 
     def open_axes(self, tree: Tree) -> set[str]:
         """All axes that occur in a subtree; what its parent still sees is among them."""
-        if isinstance(tree, str):
-            return set(self.x_axes)
-        if isinstance(tree, int):
-            return set(self.spec.cores[tree])
+        if not isinstance(tree, tuple):
+            known = self.leaves.get(tree)
+            return set(self.steps[str(tree)].axes if known is None else known[0].axes)
         return self.open_axes(tree[0]) | self.open_axes(tree[1])
 
-    def products(self, a: _Value, b: _Value, needed: set[str]) -> Iterator[_Value]:
+    def products(self, a: Value, b: Value, needed: set[str]) -> Iterator[Value]:
         """Every way to multiply two values by one (batched) matrix product."""
         shared = [axis for axis in a.axes if axis in b.axes]
         stacks = {self.ordered(v, shared, needed, kept=True) for v in (a, b)}
@@ -237,10 +325,10 @@ class _Layouts:
                     yield from self.batched(view_a, b, summed)
                     yield from self.batched(view_b, a, summed)
 
-    def ordered(self, value: _Value, shared: list[str], needed: set[str], *, kept: bool) -> Axes:
+    def ordered(self, value: Value, shared: list[str], needed: set[str], *, kept: bool) -> Axes:
         return tuple(axis for axis in value.axes if axis in shared and (axis in needed) is kept)
 
-    def view(self, value: _Value, stack: Axes, summed: Axes) -> _View:
+    def view(self, value: Value, stack: Axes, summed: Axes) -> View:
         """The value as (stacks of) matrices: a view if each group of axes stands together."""
         free = tuple(axis for axis in value.axes if axis not in stack and axis not in summed)
         groups = {"S": stack, "F": free, "K": summed}
@@ -251,20 +339,23 @@ class _Layouts:
                 continue
             if self.same(sum((groups[role] for role in roles), ()), value.axes):
                 return self.completed(value, None, roles, groups)
-        reorder = (*stack, *free, *summed)
+        # A stack is copied in runs of the last axis where that can stay the last.
+        if stack and summed and value.axes[-1] in free:
+            present = [role for role in "SKF" if groups[role]]
+        reorder = sum((groups[role] for role in present), ())
         return self.completed(value, reorder, "".join(present), groups)
 
     def completed(
-        self, value: _Value, reorder: Axes | None, roles: str, groups: dict[str, Axes]
-    ) -> _View:
+        self, value: Value, reorder: Axes | None, roles: str, groups: dict[str, Axes]
+    ) -> View:
         """A matrix has two sides: a group without axes is a side of size 1."""
         if "F" not in roles:
             roles = roles.replace("K", "FK") if "K" in roles else roles + "F"
         if "K" not in roles:
             roles += "K"
-        return _View(value, reorder, tuple(groups[role] for role in roles), roles)
+        return View(value, reorder, tuple(groups[role] for role in roles), roles)
 
-    def product(self, left: _View, right: _View, summed: Axes) -> _Value:
+    def product(self, left: View, right: View, summed: Axes) -> Value:
         stack = left.block("S") or right.block("S")
         blocks = (*((stack,) if stack else ()), left.block("F"), right.block("F"))
         copied = sum(
@@ -273,9 +364,9 @@ class _Layouts:
         )
         batched = left.value.batched + right.value.batched
         batched += ("S" in left.roles) != ("S" in right.roles)
-        return _Value(blocks, _Product(left, right, summed), copied, batched)
+        return Value(blocks, Product(left, right, summed), copied, batched)
 
-    def batched(self, shared: _View, value: _Value, summed: Axes) -> Iterator[_Value]:
+    def batched(self, shared: View, value: Value, summed: Axes) -> Iterator[Value]:
         """One matrix times a stack of matrices: free axes of ``value`` become the stack.
 
         This needs no copy where the summed axes stand in the middle, and it is the way to put the
@@ -294,7 +385,7 @@ class _Layouts:
         elif before:
             options += [("FSK", (before[:k], before[k:], summed)) for k in range(1, len(before))]
         for roles, blocks in options:
-            view = _View(value, None, blocks, roles)
+            view = View(value, None, blocks, roles)
             sides = (self.elements(view.block("F")), self.elements(shared.block("F")))
             if min(sides) >= max(BATCHED_SIDE, self.elements(summed) // BATCHED_SHARE):
                 yield self.product(shared, view, summed)
@@ -312,34 +403,29 @@ def _orders(roles: Sequence[str]) -> Iterator[str]:
 # ------------------------------------------------------------------------------ writing the text
 
 
-class _Emitter:
-    """Writes the straight-line body of one piece."""
+class Emitter:
+    """Writes the statements that compute values, one after the other, into ``body``.
 
-    def __init__(self, plan: ContractionPlan, piece: ContractionPiece) -> None:
-        self.spec: TTSpec = plan.spec
-        self.piece = piece
-        self.layouts = _Layouts(plan, piece)
+    A value with a name is written where it is first needed, in the layout that suits that best;
+    from then on it is a leaf. With ``keep_copies`` copies of inputs and of values with a name are
+    leaves too, for what needs them later.
+    """
+
+    def __init__(self, layouts: Layouts, *, keep_copies: bool = False) -> None:
+        self.layouts, self.keep_copies = layouts, keep_copies
         self.body: list[str] = []
         self.count = 0
 
-    def lines(self, indent: str) -> list[str]:
-        piece = self.piece
-        end = "on" if piece.last_batch is None else f"to {piece.last_batch}"
-        self.body = [
-            f"# Rows from {piece.first_batch} {end}: {piece.tree}",
-            f"# {piece.constant} + {piece.slope} B FLOPs",
-        ]
-        value = self.layouts.best(piece.tree)
-        result = self.statement(value)
-        output = self.layouts.output
+    def result(self, tree: Tree, output: Axes) -> str:
+        """Write what computes a tree; an expression of it with its axes in this order."""
+        value = self.layouts.best(tree, output)
+        name = self.statement(value)
         if not self.layouts.same(value.axes, output):
-            result = self.reordered(result, value, output)
-        out = math.prod(self.spec.size[axis] for axis in output[len(self.spec.batch) + 1 :])
-        self.body.append(f"return {result}.reshape(*lead, {out})")
-        return [indent + line for line in self.body]
+            return self.reordered(name, value, output)
+        return name
 
-    def statement(self, value: _Value) -> str:
-        """Write what computes a value, unless it is an input; its name."""
+    def statement(self, value: Value) -> str:
+        """Write what computes a value, unless it is there; its name."""
         product = value.source
         if isinstance(product, int):
             return f"c{product}"
@@ -347,17 +433,19 @@ class _Emitter:
             return product
         left = self.statement(product.left.value)
         right = self.statement(product.right.value)
-        name = f"t{self.count}"
-        self.count += 1
+        name = value.name or f"t{self.count}"
+        self.count += value.name is None
         over = f" over {', '.join(product.summed)}" if product.summed else ""
         self.body.append(
             f"# {name} {_named(value.axes)} = {left} {_named(product.left.value.axes)} · "
             f"{right} {_named(product.right.value.axes)}{over}"
         )
         self.body += self.assignment(name, product, left, right)
+        if value.name is not None:
+            self.layouts.leaves[value.name] = [Value(value.blocks, value.name)]
         return name
 
-    def assignment(self, name: str, product: _Product, left: str, right: str) -> list[str]:
+    def assignment(self, name: str, product: Product, left: str, right: str) -> list[str]:
         linear = product.left.roles == product.right.roles == "FK"
         if linear:
             left, right = self.reshaped(left, product.left), self.reshaped(right, product.right)
@@ -372,7 +460,7 @@ class _Emitter:
             return [f"{name} = F.linear(", f"    {left},", f"    {right},", ")"]
         return [f"{name} = (", f"    {left}", f"    @ {right}", ")"]
 
-    def turned(self, name: str, view: _View, wanted: str) -> str:
+    def turned(self, name: str, view: View, wanted: str) -> str:
         """The view with its dimensions in the order that the product wants."""
         wanted = "".join(role for role in wanted if role in view.roles)
         text = self.reshaped(name, view)
@@ -382,14 +470,21 @@ class _Emitter:
             return f"{text}.mT"
         return f"{text}.permute({', '.join(str(view.roles.index(role)) for role in wanted)})"
 
-    def reshaped(self, name: str, view: _View) -> str:
+    def reshaped(self, name: str, view: View) -> str:
         if view.reorder is not None:
-            name = self.reordered(name, view.value, view.reorder)
-        elif view.value.blocks == view.blocks:
+            copy = self.reordered(name, view.value, view.reorder)
+            copy = f"{copy}.reshape({self.shape(view.blocks)})"
+            known = self.layouts.leaves.get(view.value.name or name)
+            if known is None or not self.keep_copies:
+                return copy
+            self.body.append(f"{name}_{len(known)} = {copy}")
+            known.append(Value(view.blocks, f"{name}_{len(known)}", name=view.value.name or name))
+            return str(known[-1].source)
+        if view.value.blocks == view.blocks:
             return name
         return f"{name}.reshape({self.shape(view.blocks)})"
 
-    def reordered(self, name: str, value: _Value, order: Axes) -> str:
+    def reordered(self, name: str, value: Value, order: Axes) -> str:
         """Axes taken apart and permuted; the reshape that follows copies."""
         axes = value.axes
         single = tuple((axis,) for axis in axes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorize.ir import LOW_RANK, Machine, Site, TTSpec
+from tensorize.ir import BLOCK, LOW_RANK, Machine, Site, TTSpec
 from tensorize.passes.roofline import bytes_of, matmul_time, tree_times
 from tensorize.passes.timed import timed_plan
 
@@ -74,6 +74,11 @@ def _lookup_time(machine: Machine, rows: Any, width: Any, dtype: str) -> Any:
 
 
 def _train_lookup_time(machine: Machine, rows: int, spec: TTSpec, dtype: str) -> float:
+    if spec.format == BLOCK:  # a slice of the left core, a block of the right one, their product
+        (rank,), (blocks, width) = spec.ranks, spec.column_modes
+        took = _lookup_time(machine, rows, blocks * rank, dtype)
+        took += _lookup_time(machine, rows, blocks * rank * width, dtype)
+        return took + matmul_time(machine, 1, rank, width, dtype, stacked=rows * blocks)
     total, columns = 0.0, 1
     ranks = (1, *spec.ranks, 1)
     for k, mode in enumerate(spec.column_modes):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorize.ir import DENSE, GENERIC, LOW_RANK, TT, Machine, RankPlan, Site, Totals, TTSpec
+from tensorize.ir import BLOCK, DENSE, GENERIC, LOW_RANK, Machine, RankPlan, Site, Totals, TTSpec
 from tensorize.passes.cost import dense_times, low_rank_times, matmul_time, spec_times
 from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Program
@@ -128,6 +128,8 @@ def _low_rank_flops(site: Site, rank: Any) -> Any:
 
 
 def _lookup_flops(spec: TTSpec) -> int:
+    if spec.format == BLOCK:
+        return 2 * spec.ranks[0] * spec.shape[-1]
     flops, columns = 0, spec.column_modes[0]
     for k, rank in enumerate(spec.ranks):
         after = spec.ranks[k + 1] if k + 1 < len(spec.ranks) else 1
@@ -208,7 +210,8 @@ def curve_points(
     ranks = np.arange(1, curve.left.shape[-1] + 1) if LOW_RANK in allowed else np.arange(0)
     ranks = ranks[ranks * (m + n) < m * n]
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
-    others = tuple(spec for spec, _ in curve.train_points) if TT in allowed else ()
+    structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
+    others = tuple(spec for spec, _ in structured)
     parameters = ranks * (m + n) * count
     own = np.stack([parameters, parameters * itemsize, _low_rank_flops(site, ranks)], axis=1)
     rows = [np.hstack([own, low_rank_times(site, ranks, batch_sizes, machine)])]
@@ -218,7 +221,7 @@ def curve_points(
         rows.append(
             np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
         )
-        lost.append(np.array([loss for _, loss in curve.train_points]))
+        lost.append(np.array([loss for _, loss in structured]))
         labels.append(-1 - np.arange(len(others)))
     reason = None
     if len(ranks) + len(others) == 0:
@@ -374,8 +377,8 @@ def forced_point(
     """The one point that ``ranks=`` asks for."""
     site = curve.site
     m, n = site.matrix
-    if TT in allowed and LOW_RANK not in allowed and curve.trains:
-        exact = curve.trains[0].spec
+    exact = next((t.spec for t in curve.trains if t.spec.format in allowed), None)
+    if exact is not None and LOW_RANK not in allowed:
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
         spec = exact.with_ranks(cut)
     else:

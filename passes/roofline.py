@@ -22,11 +22,16 @@ def bytes_of(dtype: str) -> int:
     return _BYTES.get(dtype, 2)
 
 
-def matmul_time(machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str) -> Any:
-    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array."""
+def matmul_time(
+    machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str, *, stacked: Any = 1
+) -> Any:
+    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array.
+
+    ``stacked``: how many of them one batched call does.
+    """
     size = bytes_of(dtype)
-    moved = size * (rows * inner + inner * columns + rows * columns)
-    flops = 2.0 * rows * inner * columns
+    moved = stacked * size * (rows * inner + inner * columns + rows * columns)
+    flops = 2.0 * stacked * rows * inner * columns
     work = np.maximum(flops / _rate(machine, rows, dtype), moved / machine.bandwidth)
     return 1e6 * (machine.launch + work)
 
@@ -59,7 +64,7 @@ def tree_times(
         height, width = product(pair.left - both), product(pair.right - both)
         # A stack of thin products runs at the rate of one of them, whichever side is thin.
         thin, wide = np.minimum(height, width), np.maximum(height, width)
-        total = total + matmul_time(machine, thin, inner, wide * count, dtype)
+        total = total + matmul_time(machine, thin, inner, wide, dtype, stacked=count)
         moved = 2 * bytes_of(dtype) * count * height * width
         total = total + 1e6 * moved / machine.bandwidth
     return total

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tensorize import tt
 from tensorize.errors import AnalysisError
-from tensorize.ir import DENSE, FORMATS, LOW_RANK, SHARED, TT, Site, TTSpec
+from tensorize.ir import BLOCK, DENSE, FORMATS, LOW_RANK, SHARED, TT, Site, TTSpec
 from tensorize.passes.als import error_of, improved
 from tensorize.passes.metric import (
     Metric,
@@ -39,6 +39,9 @@ _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUs
 
 _TT_POINTS = 8
 _PROBE_RANK = 8
+# So many blocks of rows, and of columns, are tried, or the most below that divide them; the shares
+# of the parameters at which they are compared.
+_BLOCKS, _SHARES = (2, 4, 8, 16), (0.1, 0.25, 0.5)
 # A tied weight with more entries keeps the factors of its averaged metric.
 _LARGEST_ALS = 4_000_000
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
@@ -46,13 +49,18 @@ FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 @dataclass(frozen=True)
 class TensorTrain:
-    """The exact tensor train of a weight for one split of its modes; rounding gives the others."""
+    """The exact tensor train of a weight for one split of its modes; rounding gives the others.
+
+    Or its exact block low rank, of which fewer components are again the best.
+    """
 
     spec: TTSpec
     cores: tuple[Tensor, ...]
 
     def rounded(self, ranks: Sequence[int]) -> tuple[TTSpec, list[Tensor]]:
         """The train rounded to ``ranks`` (Oseledets 2011, algorithm 2)."""
+        if self.spec.format == BLOCK:
+            return tt.cut_block(self.spec, self.cores, *ranks)
         return tt.round_tt(self.spec, list(self.cores), tuple(ranks))
 
 
@@ -76,7 +84,7 @@ class Spectrum:
     ``left`` (M, K) and ``right`` (K, N), with a leading axis of experts where there are several:
     the first r components are the best rank-r factors. ``distortion[r]`` is what is lost at rank r
     (r = 0 … min(M, N)) in the units of the metric; ``distortion[0]`` is the whole weight.
-    ``trains`` are the splits tried for TT, ``train_points`` what their roundings lose.
+    ``trains`` are the splits tried for TT and blocks, ``train_points`` what their roundings lose.
     ``in_nats`` is False for a weight that the calibration data say nothing about. ``shared`` is the
     curve with a first factor in common with other weights.
     """
@@ -109,14 +117,19 @@ class Spectrum:
         return error_of(spec, _cut(train, spec.ranks, weight, self.metrics), weight, self.metrics)
 
     def _train(self, spec: TTSpec) -> TensorTrain:
-        modes = (spec.row_modes, spec.column_modes)
         for train in self.trains:
-            if (train.spec.row_modes, train.spec.column_modes) == modes:
+            own = train.spec
+            if (own.format, own.row_modes, own.column_modes) == (
+                spec.format,
+                spec.row_modes,
+                spec.column_modes,
+            ):
                 return train
+        what = "block low rank" if spec.format == BLOCK else "tensor train"
         raise AnalysisError(
-            f"the analysis holds no tensor train with the modes of {spec}",
+            f"the analysis holds no {what} with the modes of {spec}",
             site=self.site.name,
-            way_out="analyse with formats='tt'",
+            way_out=f"analyse with formats={spec.format!r}",
         )
 
     def factors(self, spec: TTSpec, weight: Tensor, *, shared: bool = False) -> tuple[Tensor, ...]:
@@ -323,7 +336,7 @@ def spectrum(
     else:
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
     curve = Spectrum(site, formats, metrics, left, right, tails)
-    return _with_trains(curve, weight) if site.takes_trains else curve
+    return _with_blocks(_with_trains(curve, weight), weight) if site.takes_trains else curve
 
 
 def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -405,7 +418,6 @@ def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
         formats, counts = (*formats, TT), (2,)
     m, n = curve.site.matrix
     trains: list[TensorTrain] = []
-    points: list[tuple[TTSpec, float]] = []
     for count in counts:
         row_modes = tt.balanced_modes(m, count)
         column_modes = tuple(reversed(tt.balanced_modes(n, count)))
@@ -413,13 +425,50 @@ def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
         if split.format == LOW_RANK or 1 in map(math.prod, split.core_shapes):
             continue  # primes: nothing to split, or a core that holds no mode
         spec, cores = tt.tt_svd(work, row_modes, column_modes)
-        train = TensorTrain(spec, tuple(cores))
-        trains.append(train)
-        for ranks in _rank_ladder(spec, m * n):
-            point = spec.with_ranks(ranks)
-            cores = _cut(train, ranks, work, curve.metrics)
-            points.append((point, error_of(point, cores, work, curve.metrics)))
-    return replace(curve, formats=formats, trains=tuple(trains), train_points=tuple(points))
+        trains.append(TensorTrain(spec, tuple(cores)))
+    return _with_points(replace(curve, formats=formats), trains, work)
+
+
+def _with_blocks(curve: Spectrum, weight: Tensor) -> Spectrum:
+    """Points of block low rank where asked for, of the splits that lose the least without data.
+
+    Of all counts of blocks that are tried, those stay that are the best at some share of the
+    parameters.
+    """
+    if BLOCK not in curve.formats:
+        return curve
+    m, n = curve.site.matrix
+    work = _at_work(weight)
+    trains: dict[TTSpec, TensorTrain] = {}
+    for count in _BLOCKS:
+        m1, n0 = (tt.largest_divisor(size, count) for size in (m, n))
+        one = TTSpec.block((m // m1, m1), (n0, n // n0), 1)
+        if one.format == BLOCK and one.parameters < m * n and one not in trains:
+            spec, cores = tt.block_svd(work, one.row_modes, one.column_modes)
+            trains[one] = TensorTrain(spec, tuple(cores))
+
+    def kept(one: TTSpec, share: float) -> float:
+        """The energy that is kept at a share of the parameters."""
+        rank = min(int(share * m * n / one.parameters), *trains[one].spec.ranks)
+        left = trains[one].cores[0].reshape(*reversed(one.row_modes), one.column_modes[0], -1)
+        # Each component's left vectors have its singular value as their squared length.
+        return float(left[..., :rank].double().square().sum(1).square().sum())
+
+    best = {max(trains, key=lambda one: kept(one, share)) for share in _SHARES if trains}
+    return _with_points(curve, [train for one, train in trains.items() if one in best], work)
+
+
+def _with_points(curve: Spectrum, trains: Sequence[TensorTrain], weight: Tensor) -> Spectrum:
+    """The curve with what roundings of these trains lose in its metric."""
+    points: list[tuple[TTSpec, float]] = []
+    for train in trains:
+        for ranks in _rank_ladder(train.spec, weight.numel()):
+            point = train.spec.with_ranks(ranks)
+            cores = _cut(train, ranks, weight, curve.metrics)
+            points.append((point, error_of(point, cores, weight, curve.metrics)))
+    return replace(
+        curve, trains=(*curve.trains, *trains), train_points=(*curve.train_points, *points)
+    )
 
 
 def _at_work(weight: Tensor) -> Tensor:

@@ -20,10 +20,22 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
-from tensorize.codegen import aten, machine, orders
+from tensorize.codegen import aten, machine, orders, training
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
-from tensorize.ir import DENSE, POLISH, REFIT, SHARED, TT, Batch, Plan, Totals, TTSpec
+from tensorize.ir import (
+    BLOCK,
+    DENSE,
+    POLISH,
+    REFIT,
+    SHARED,
+    TT,
+    Batch,
+    ContractionPlan,
+    Plan,
+    Totals,
+    TTSpec,
+)
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
@@ -36,6 +48,7 @@ from tensorize.passes.slower import slow_choices
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, timed_plan
+from tensorize.passes.training import plan_training
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
 from tensorize.report import Report, ReportTotals, SiteReport
@@ -53,9 +66,30 @@ class _Contractions:
     def contraction(
         self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
     ) -> ops.Contraction:
+        return aten.build(self._plan(spec, contract, device, breakpoints))
+
+    def training(
+        self,
+        spec: TTSpec,
+        contract: str,
+        device: str,
+        breakpoints: tuple[int, ...] | None,
+        gradients: tuple[int | str, ...],
+        memory_limit: int | None,
+    ) -> ops.Trained:
+        forward = self._plan(spec, contract, device, breakpoints)
+        return training.build(
+            plan_training(
+                spec, contract, gradients=gradients, memory_limit=memory_limit, forward=forward
+            )
+        )
+
+    def _plan(
+        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
+    ) -> ContractionPlan:
         figures, measured = machine.current(device), orders.known(device)
         chosen = BREAKPOINTS if breakpoints is None else breakpoints
-        return aten.build(timed_plan(spec, contract, figures, chosen, measured=measured))
+        return timed_plan(spec, contract, figures, chosen, measured=measured)
 
     def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
         uses = [(spec, contract) for spec in specs for contract in ("columns", "rows")]
@@ -108,8 +142,8 @@ def compile(
             steps on the distance to the dense outputs as well); "auto" is a refit.
         include, exclude: shell patterns over parameter and module names, or a predicate on sites.
         formats: which of ``"dense"``, ``"low_rank"``, ``"shared"`` (low rank with one first factor
-            for weights of one input) and ``"tt"`` may be used, by default the first three; a name,
-            several, or pattern → names.
+            for weights of one input), ``"tt"`` and ``"block"`` may be used, by default the first
+            three; a name, several, or pattern → names.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"auto"`` or ``"aten"``: contractions run as torch operations.
         autotune: time the best few contraction orders of every tensor train on this machine, and
@@ -394,7 +428,9 @@ def _analysis_of(
 def _time_orders(program: Program) -> None:
     """Time the best few orders of every train of a model, keep the fastest, and use them."""
     assert program.plan is not None
-    specs = {s.name: s.spec for s in program.plan.sites if s.spec is not None and s.format == TT}
+    specs = {
+        s.name: s.spec for s in program.plan.sites if s.spec is not None and s.format in (TT, BLOCK)
+    }
     uses = {
         (specs[site.name], use.contract, site.dtype)
         for site in program.sites

@@ -102,7 +102,7 @@ Exclude = Annotated[
 Formats = Annotated[
     list[str] | None,
     typer.Option(
-        help="dense, low_rank or tt, or PATTERN=FORMAT,...; repeatable.", show_default=False
+        help="dense, low_rank, tt or block, or PATTERN=FORMAT,...; repeatable.", show_default=False
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the probes.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
-DENSE, LOW_RANK, TT = "dense", "low_rank", "tt"
+DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
 """What ``formats`` calls low rank where weights of one input have their first factor in common."""
-FORMATS = (DENSE, LOW_RANK, SHARED, TT)
+FORMATS = (DENSE, LOW_RANK, SHARED, TT, BLOCK)
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
 
@@ -31,13 +31,14 @@ class TTSpec:
     ``TTSpec(row_modes, column_modes, ranks)`` is the tensor-train family (Oseledets 2011; in
     matrix form also called MPO): core k has shape (ranks[k-1], row_modes[k], column_modes[k],
     ranks[k]); the two outer ranks are 1 and are left out, so ``ranks`` has one entry less than
-    there are cores. Low rank is the two-core case ``[m | n]``.
+    there are cores. Low rank is the two-core case ``[m | n]``; ``TTSpec.block`` makes blocks.
 
     The weight's row index is the tuple of all row modes, major first, and so is the column index.
     Axes of size 1 (outer ranks, absent modes) are not stored: ``core_shapes`` is what the tensors
     really have, ``cores`` the names of their axes, ``size`` the size of each by name. ``shape`` is
-    that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]`` and
-    ``"tt"`` for every other chain; ``single`` is the spec of one expert.
+    that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]``,
+    ``"block"`` where two cores share a row or a column index, and ``"tt"`` for every other chain;
+    ``single`` is the spec of one expert.
 
     Args:
         row_modes: factors of the number of rows, one a core (1 where a core has none).
@@ -110,12 +111,13 @@ class TTSpec:
             tuple(f"m{k}" for k in sorted(keep_row)),
             tuple(f"n{k}" for k in sorted(keep_column)),
             batch,
+            (row_modes, column_modes, ranks),
         )
 
-    def _set(self, cores, sizes, rows, columns, batch) -> None:  # type: ignore[no-untyped-def]
+    def _set(self, cores, sizes, rows, columns, batch, modes) -> None:  # type: ignore[no-untyped-def]
         for name, value in zip(
-            ("cores", "sizes", "rows", "columns", "batch"),
-            (cores, sizes, rows, columns, batch),
+            ("cores", "sizes", "rows", "columns", "batch", "row_modes", "column_modes", "ranks"),
+            (cores, sizes, rows, columns, batch, *modes),
             strict=True,
         ):
             object.__setattr__(self, name, value)
@@ -124,34 +126,70 @@ class TTSpec:
         size = dict(sizes)
         lead = tuple(size[name] for name in batch)
         m, n = (math.prod(size[name] for name in names) for names in (rows, columns))
+        sides = {*rows, *columns}
         split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
-
-        def product(names: Iterable[str]) -> int:
-            return math.prod(size[name] for name in names)
-
+        shared = any(sides.intersection(*pair) for pair in pairwise(cores))
         for name, value in (
             ("size", size),
             ("shape", (*lead, m, n)),
-            ("format", LOW_RANK if split else TT),
+            ("format", LOW_RANK if split else BLOCK if shared else TT),
             ("core_shapes", tuple(tuple(size[name] for name in core) for core in cores)),
-            ("row_modes", tuple(product(i for i in core if i in rows) for core in cores)),
-            ("column_modes", tuple(product(i for i in core if i in columns) for core in cores)),
-            (
-                "ranks",
-                tuple(
-                    product(i for i in left if i in right and i not in (*rows, *columns, *batch))
-                    for left, right in pairwise(cores)
-                ),
-            ),
         ):
             object.__setattr__(self, name, value)
-        single = TTSpec(self.row_modes, self.column_modes, self.ranks) if batch else self
-        object.__setattr__(self, "single", single)
+        object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
 
     @classmethod
     def low_rank(cls, m: int, n: int, r: int, *, experts: int = 0) -> TTSpec:
         """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
         return cls((m, 1), (1, n), (r,), experts=experts)
+
+    @classmethod
+    def block(
+        cls, row_modes: Sequence[int], column_modes: Sequence[int], rank: int, *, experts: int = 0
+    ) -> TTSpec:
+        """Block low rank: each of m1 x n0 blocks of m0 x n1 entries has a rank of its own.
+
+        With the row index (m0, m1) and the column index (n0, n1), block (m1, n0) holds the rows
+        and columns in which these two stand still, W = Σ_r left[m1, m0, n0, r] right[n0, m1, r, n1]
+        (block tensor train, Qiu et al. 2024; Monarch, Dao et al. 2022, is rank 1). The right core
+        meets x first, as one matrix for every n0, the left core gives y, as one for every m1: one
+        row costs twice as many FLOPs as there are parameters. With a single block it is low rank.
+
+        Args:
+            row_modes: (m0, m1), factors of the number of rows.
+            column_modes: (n0, n1), factors of the number of columns.
+            rank: of every block.
+            experts: how many matrices of this form are stacked in front (0: one plain matrix).
+
+        Raises:
+            ValueError: these are not two modes a side, or an entry is not a positive integer.
+        """
+        row_modes, column_modes = tuple(row_modes), tuple(column_modes)
+        if len(row_modes) != 2 or len(column_modes) != 2:
+            raise ValueError(
+                f"block low rank has two row modes and two column modes, got {row_modes}, "
+                f"{column_modes}"
+            )
+        TTSpec(row_modes, column_modes, (rank,))  # checks the entries
+        size = dict(zip(("m0", "m1", "n0", "n1"), (*row_modes, *column_modes), strict=True))
+        size = {"e": experts, **size, "r1": rank}
+        # One row and one column axis always stay, as in a chain: a single block is low rank.
+        kept = {"m0": row_modes[1] == 1, "n1": column_modes[0] == 1, "r1": True, "e": experts > 0}
+        present = {name for name in size if size[name] > 1 or kept.get(name)}
+
+        def axes(*names: str) -> tuple[str, ...]:
+            return tuple(name for name in names if name in present)
+
+        spec = cls.__new__(cls)
+        spec._set(
+            (axes("e", "m1", "m0", "n0", "r1"), axes("e", "n0", "m1", "r1", "n1")),
+            tuple((name, size[name]) for name in axes("e", "m0", "m1", "n0", "r1", "n1")),
+            axes("m0", "m1"),
+            axes("n0", "n1"),
+            axes("e"),
+            (row_modes, column_modes, (rank,)),
+        )
+        return spec
 
     @property
     def parameters(self) -> int:
@@ -160,12 +198,13 @@ class TTSpec:
 
     def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
         """The same modes with other inner ranks."""
-        return TTSpec(
-            self.row_modes,
-            self.column_modes,
-            ranks,
-            experts=self.size["e"] if self.batch else 0,
-        )
+        return self._like(ranks, experts=self.size["e"] if self.batch else 0)
+
+    def _like(self, ranks: Sequence[int], experts: int = 0) -> TTSpec:
+        if self.format == BLOCK:
+            (rank,) = ranks
+            return TTSpec.block(self.row_modes, self.column_modes, rank, experts=experts)
+        return TTSpec(self.row_modes, self.column_modes, ranks, experts=experts)
 
     def to_dict(self) -> dict[str, Any]:
         experts = self.size["e"] if self.batch else 0
@@ -174,17 +213,23 @@ class TTSpec:
             "column_modes": list(self.column_modes),
             "ranks": list(self.ranks),
             "experts": experts,
+            **({"format": BLOCK} if self.format == BLOCK else {}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TTSpec:
-        return cls(
-            data["row_modes"], data["column_modes"], data["ranks"], experts=data.get("experts", 0)
-        )
+        rows, columns, ranks = data["row_modes"], data["column_modes"], data["ranks"]
+        experts = data.get("experts", 0)
+        if data.get("format") == BLOCK:
+            (rank,) = ranks
+            return cls.block(rows, columns, rank, experts=experts)
+        return cls(rows, columns, ranks, experts=experts)
 
     def __repr__(self) -> str:
-        data = self.to_dict()
-        experts = f", experts={data['experts']}" if data["experts"] else ""
+        experts = f", experts={self.size['e']}" if self.batch else ""
+        if self.format == BLOCK:
+            rank = self.ranks[0]
+            return f"TTSpec.block({self.row_modes}, {self.column_modes}, {rank}{experts})"
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{experts})"
 
 
@@ -300,6 +345,90 @@ class ContractionPlan:
             peak = f"max({p.peak_constant}, {p.peak_slope} B)"
             span = f"{p.first_batch}–{end}"
             lines.append(f"{span:>16}  {flops:>28}  {peak:>22}  {p.tree}")
+        return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- training plans
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A value with a name: the output ``"y"``, a gradient, or one that is used more than once.
+
+    ``tree`` gives it, from the input ``"x"``, the output's gradient ``"g"``, cores by number, and
+    values with a name; ``axes`` are its indices. Gradients are ``"dx"``, ``"d0"``, ``"d1"``, ….
+    """
+
+    name: str
+    tree: Tree
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingPiece:
+    """How a contraction and its gradients are computed for some batches.
+
+    ``forward`` ends with ``"y"``, ``backward`` with the gradients; ``saved`` are the values that
+    the backward pass takes from the forward pass, the input among them (``"x"``) where it needs it.
+    What stands in both is computed twice. Both passes cost ``constant + slope * B`` FLOPs,
+    ``saved`` has ``saved_constant + saved_slope * B`` elements.
+    """
+
+    forward: tuple[TrainingStep, ...]
+    backward: tuple[TrainingStep, ...]
+    saved: tuple[str, ...]
+    first_batch: int
+    last_batch: int | None
+    constant: int
+    slope: int
+    saved_constant: int
+    saved_slope: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Orders for a contraction and its gradients, chosen together, for every batch.
+
+    ``gradients`` are the operands that get one: ``"x"`` and cores by number. FLOPs are counted as
+    in a ``ContractionPlan``. The input counts as saved where the backward pass needs it; cores are
+    parameters and do not.
+    """
+
+    spec: TTSpec
+    contract: str
+    gradients: tuple[int | str, ...]
+    pieces: tuple[TrainingPiece, ...]
+
+    def piece(self, batch: int) -> TrainingPiece:
+        """The piece that is used for ``batch`` rows (at least 1)."""
+        return next(p for p in self.pieces if p.last_batch is None or batch <= p.last_batch)
+
+    def flops(self, batch: int) -> int:
+        """FLOPs of the forward and the backward pass together."""
+        piece = self.piece(batch)
+        return piece.constant + piece.slope * batch
+
+    def saved_elements(self, batch: int) -> int:
+        """Elements that the forward pass leaves for the backward pass."""
+        piece = self.piece(batch)
+        return piece.saved_constant + piece.saved_slope * batch
+
+    @property
+    def breakpoints(self) -> tuple[int, ...]:
+        """The first batch of every piece but the first."""
+        return tuple(piece.first_batch for piece in self.pieces[1:])
+
+    def __str__(self) -> str:
+        names = ", ".join("x" if g == "x" else f"core {g}" for g in self.gradients)
+        lines = [f"training of {self.spec} with its {self.contract}: gradients of {names}"]
+        for p in self.pieces:
+            end = "…" if p.last_batch is None else str(p.last_batch)
+            lines.append(
+                f"batch {p.first_batch}–{end}: {p.constant} + {p.slope} B FLOPs, "
+                f"{p.saved_constant} + {p.saved_slope} B elements saved ({', '.join(p.saved)})"
+            )
+            for title, steps in (("forward", p.forward), ("backward", p.backward)):
+                lines += [f"  {title:>8}  {step.name} = {step.tree}" for step in steps]
         return "\n".join(lines)
 
 

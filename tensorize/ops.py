@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from tensorize.ir import LOW_RANK, TTSpec
+from tensorize import hooks
+from tensorize.ir import BLOCK, LOW_RANK, TTSpec
 from tensorize.uses import Convolution
 
 Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 Contractions = Mapping[str, Contraction]
 """The callables of one spec by what they contract: ``"columns"`` and ``"rows"``."""
+
+Trained = tuple[Callable[..., Any], Callable[..., Any]]
+"""``forward(x, cores)`` to y, x or None, and what is saved; ``backward(g, x, cores, saved)``."""
 
 
 class Backend(Protocol):
@@ -31,6 +37,18 @@ class Backend(Protocol):
         self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
     ) -> Contraction:
         """How x meets a weight, with its order chosen anew at some batches (None: not known)."""
+        ...
+
+    def training(
+        self,
+        spec: TTSpec,
+        contract: str,
+        device: str,
+        breakpoints: tuple[int, ...] | None,
+        gradients: tuple[int | str, ...],
+        memory_limit: int | None,
+    ) -> Trained:
+        """Both passes of a contraction that is differentiated by some of x and the cores."""
         ...
 
     def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
@@ -56,19 +74,146 @@ def _registered() -> Backend:
 
 @lru_cache(maxsize=4096)
 def contractions(
-    spec: TTSpec, device: str = "cpu", breakpoints: tuple[int, ...] | None = None
+    spec: TTSpec,
+    device: str = "cpu",
+    breakpoints: tuple[int, ...] | None = None,
+    memory_limit: int | None = None,
 ) -> Contractions:
-    """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order."""
-    if spec.format == LOW_RANK:
+    """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order.
+
+    ``memory_limit``: the most elements that one call saves for its backward pass, where that can be
+    (0: as few as possible). What is not saved is computed again. Low rank then has a plan too.
+    """
+    if spec.format == LOW_RANK and memory_limit is None:
         return {}
     make = _registered().contraction
-    return {contract: make(spec, contract, device, breakpoints) for contract in ("columns", "rows")}
+    return {
+        contract: _Differentiated(
+            spec, contract, device, breakpoints, memory_limit,
+            make(spec, contract, device, breakpoints),
+        )
+        for contract in ("columns", "rows")
+    }  # fmt: skip
 
 
 def common_breakpoints(specs: Sequence[TTSpec], device: str = "cpu") -> tuple[int, ...]:
     """The batches at which weights of these specs, in one model, change their order."""
     planned = [spec for spec in specs if spec.format != LOW_RANK]
     return _registered().breakpoints(planned, device) if planned else ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Differentiated:
+    """A contraction whose backward pass is planned together with its forward pass.
+
+    ``built`` are both passes for every choice of operands that get a gradient, made when it comes.
+    """
+
+    spec: TTSpec
+    contract: str
+    device: str
+    breakpoints: tuple[int, ...] | None
+    memory_limit: int | None
+    plain: Contraction
+    built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.plain(x, cores)
+        wanted = (x.requires_grad, *[core.requires_grad for core in cores])
+        if not any(wanted) or _transformed():
+            return self.plain(x, cores)
+        x, cores = _autocast(x, cores)
+        return _Planned.apply(self, wanted, x, *cores)
+
+    def passes(self, wanted: tuple[bool, ...]) -> Trained:
+        self._build(wanted)
+        return self.built[wanted]
+
+    def _build(self, wanted: tuple[bool, ...]) -> bool:
+        if wanted not in self.built:
+            operands = ("x", *range(len(self.spec.cores)))
+            gradients = tuple(o for o, asked in zip(operands, wanted, strict=True) if asked)
+            how = (self.spec, self.contract, self.device, self.breakpoints)
+            self.built[wanted] = _registered().training(*how, gradients, self.memory_limit)
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is built is compiled from text: a copy finds it again by the spec.
+        asked = (self.spec, self.device, self.breakpoints, self.memory_limit)
+        return _again, (self.contract, *asked)
+
+
+def _again(contract: str, *asked: Any) -> Contraction:
+    return contractions(*asked)[contract]
+
+
+def _teach_dynamo() -> None:
+    """Dynamo is to call what builds both passes while it traces, and to find what it made."""
+    from torch._dynamo.decorators import assume_constant_result
+
+    assume_constant_result(_Differentiated._build)
+
+
+hooks.when_imported("torch._dynamo.convert_frame", _teach_dynamo)
+
+
+class _Planned(torch.autograd.Function):
+    """Both passes of a training plan. Higher derivatives go through the plain contraction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: _Differentiated, wanted: tuple[bool, ...], x: Tensor, *cores: Tensor
+    ) -> Tensor:
+        y, given, saved = how.passes(wanted)[0](x, cores)
+        ctx.how, ctx.wanted = how, wanted
+        ctx.save_for_backward(given, *cores, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        (g,) = grad_outputs
+        x, *others = ctx.saved_tensors
+        count = len(ctx.wanted) - 1
+        cores, saved = others[:count], others[count:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # What is saved was computed without a graph: its own derivatives need one.
+            return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
+        return None, None, *ctx.how.passes(ctx.wanted)[1](g, x, cores, saved)
+
+
+def _twice_differentiable(
+    how: _Differentiated, wanted: tuple[bool, ...], g: Tensor, x: Tensor | None, cores: list[Tensor]
+) -> list[Tensor | None]:
+    """The gradients as functions of g, x and the cores, by autograd."""
+    if x is None:  # no gradient depends on it, as y is linear in it
+        features = how.spec.shape[-1] if how.contract == "columns" else how.spec.shape[-2]
+        x = g.new_zeros(*g.shape[:-1], features)
+    # Leaves of their own, so that no gradient goes on to what they were computed from.
+    operands = [t.view_as(t) for t in (x, *cores)]
+    operands = [t if t.requires_grad else t.requires_grad_() for t in operands]
+    y = how.plain(operands[0], operands[1:])
+    asked = [t for t, w in zip(operands, wanted, strict=True) if w]
+    found = iter(torch.autograd.grad(y, asked, g, create_graph=True))
+    return [next(found) if w else None for w in wanted]
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` or forward mode is at work: they see through torch operations only."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _autocast(x: Tensor, cores: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """In the dtype that autocast gives matmuls: what is saved is then of one dtype."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, cores
+    dtype = torch.get_autocast_dtype(device)
+    return _cast(x, dtype), [_cast(core, dtype) for core in cores]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def widened(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,6 +261,8 @@ def lookup(
     if spec.format == LOW_RANK:
         left, right = cores
         result = F.linear(F.embedding(rows, left), right.t())
+    elif spec.format == BLOCK:
+        result = _lookup_block(spec, cores, rows)
     else:
         result = _lookup_train(spec, cores, rows)
     if padding_idx is None or not result.requires_grad:
@@ -148,6 +295,20 @@ def _lookup_train(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor
             result = torch.bmm(result.reshape(-1, so_far, ranks[k]), part)
     assert result is not None
     return result.reshape(*rows.shape, math.prod(spec.column_modes))
+
+
+def _lookup_block(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Of every block of columns the left core's slice of a row, times the right core's block."""
+    (m0, m1), (n0, n1), (rank,) = spec.row_modes, spec.column_modes, spec.ranks
+    left, right = cores[0].reshape(m1, m0, n0 * rank), cores[1].reshape(n0, m1, rank * n1)
+    outer = torch.div(rows, m1, rounding_mode="floor")
+    inner = rows - outer * m1
+    place = torch.where((outer >= 0) & (outer < m0), inner * m0 + outer, -1)  # -1 is refused
+    slices = F.embedding(place, left.reshape(m1 * m0, -1))
+    blocks = F.embedding(inner, right.transpose(0, 1).reshape(m1, -1))
+    slices = slices.reshape(*rows.shape, n0, 1, rank)
+    result = slices @ blocks.reshape(*rows.shape, n0, rank, n1)
+    return result.reshape(*rows.shape, n0 * n1)
 
 
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:

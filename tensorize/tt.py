@@ -7,6 +7,9 @@ not name are left out.
 
 Sources: I. V. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33 (2011), for TT-SVD
 (algorithm 1), rounding (algorithm 2) and the quasi-optimality bound (theorem 2.2).
+
+Block low rank (``TTSpec.block``) is here too: its blocks are matrices of their own, each with the
+best approximation of its rank.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tensorize.errors import AnalysisError
-from tensorize.ir import TTSpec
+from tensorize.ir import BLOCK, TTSpec
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -151,6 +154,11 @@ def balanced_modes(size: int, count: int) -> tuple[int, ...]:
     result = best(size, count, size)
     assert result is not None, "(size, 1, …, 1) is always a solution"
     return result[1]
+
+
+def largest_divisor(size: int, limit: int) -> int:
+    """The largest divisor of ``size`` that is at most ``limit``."""
+    return max(divisor for divisor in _divisors(size) if divisor <= limit)
 
 
 def _divisors(size: int) -> tuple[int, ...]:
@@ -306,6 +314,8 @@ def round_tt(
     _check_cores(spec, cores)
     if spec.batch:
         raise ValueError(f"{spec} has experts: round them one by one")
+    if spec.format == BLOCK:
+        raise ValueError(f"{spec} is no chain: its ranks are cut by cut_block")
     rows, columns, count = spec.row_modes, spec.column_modes, len(spec.cores)
     wanted = _wanted_ranks(rows, columns, ranks, max_error)
     bonds = (1, *spec.ranks, 1)
@@ -334,6 +344,62 @@ def round_tt(
     return rounded, _stored(rounded, chain, cores[0].dtype)
 
 
+def block_svd(
+    matrix: Tensor, row_modes: Sequence[int], column_modes: Sequence[int], rank: int | None = None
+) -> tuple[TTSpec, list[Tensor]]:
+    """The best block low-rank approximation of a matrix, in the Frobenius norm.
+
+    Every block is approximated by its own truncated SVD; no other choice is better (Eckart and
+    Young 1936), as the blocks do not overlap.
+
+    Args:
+        matrix: (m, n). Below float32 the arithmetic is done in float32.
+        row_modes: (m0, m1); m1 counts the blocks of rows.
+        column_modes: (n0, n1); n0 counts the blocks of columns.
+        rank: of every block; larger ones are clipped to min(m0, n1), which is exact (the default).
+
+    Returns:
+        The spec and its cores in ``spec.core_shapes``, in the dtype and on the device of the
+        matrix, with no gradient. The two cores of a component have equal norms in every block.
+
+    Raises:
+        ValueError: the matrix is not a real 2-D tensor, or the modes do not multiply to its shape.
+        AnalysisError: the matrix holds NaN or infinity.
+    """
+    (m0, m1), (n0, n1) = row_modes, column_modes
+    full = min(m0, n1)
+    rank = full if rank is None else min(rank, full)
+    spec = TTSpec.block(row_modes, column_modes, rank)
+    _check_matrix(matrix, spec)
+    blocks = _computable(matrix).reshape(m0, m1, n0, n1)
+    left = blocks.new_empty(m1, m0, n0, rank)
+    right = blocks.new_empty(n0, m1, rank, n1)
+    for i in range(m1):
+        for j in range(n0):
+            u, s, vh = svd(blocks[:, i, j])
+            root = s[:rank].sqrt()
+            left[i, :, j] = u[:, :rank] * root
+            right[j, i] = root[:, None] * vh[:rank]
+    return spec, _stored(spec, [left, right], matrix.dtype)
+
+
+def cut_block(spec: TTSpec, cores: Sequence[Tensor], rank: int) -> tuple[TTSpec, list[Tensor]]:
+    """The first ``rank`` components of every block: of a ``block_svd`` again the best ones.
+
+    Raises:
+        ValueError: cores do not fit the spec, or it is not block low rank.
+    """
+    _check_cores(spec, cores)
+    if spec.format != BLOCK:
+        raise ValueError(f"{spec} is not block low rank")
+    cut = spec.with_ranks((min(rank, *spec.ranks),))
+    slices = [
+        core.narrow(names.index("r1"), 0, cut.ranks[0])
+        for core, names in zip(cores, spec.cores, strict=True)
+    ]
+    return cut, _stored(cut, slices, cores[0].dtype)
+
+
 def _computable(tensor: Tensor) -> Tensor:
     """Without gradient, and in a dtype that LAPACK has."""
     tensor = tensor.detach()
@@ -342,20 +408,23 @@ def _computable(tensor: Tensor) -> Tensor:
 
 def _interleaved(matrix: Tensor, row_modes: Sequence[int], column_modes: Sequence[int]) -> Tensor:
     """The matrix as a tensor of (m0, n0, m1, n1, …)."""
+    count = len(row_modes)
+    _check_matrix(matrix, TTSpec(row_modes, column_modes, (1,) * (count - 1)))
+    tensor = _computable(matrix).reshape(*row_modes, *column_modes)
+    return tensor.permute([axis for k in range(count) for axis in (k, count + k)])
+
+
+def _check_matrix(matrix: Tensor, spec: TTSpec) -> None:
     if matrix.ndim != 2 or not matrix.is_floating_point():
         raise ValueError(
             f"a real matrix is needed, got {matrix.dtype} of {tuple(matrix.shape)}; "
             "stacked experts are decomposed one by one"
         )
-    count = len(row_modes)
-    spec = TTSpec(row_modes, column_modes, (1,) * (count - 1))  # checks the modes
     if spec.shape != tuple(matrix.shape):
         raise ValueError(
-            f"row modes {tuple(row_modes)} and column modes {tuple(column_modes)} make a matrix of "
+            f"row modes {spec.row_modes} and column modes {spec.column_modes} make a matrix of "
             f"{spec.shape}, the given one is {tuple(matrix.shape)}"
         )
-    tensor = _computable(matrix).reshape(*row_modes, *column_modes)
-    return tensor.permute([axis for k in range(count) for axis in (k, count + k)])
 
 
 def _wanted_ranks(

@@ -270,7 +270,8 @@ class FactoredWeight:
             return ops.bag_lookup(cores, x, matmul.bag)
         if contract == "lookup":
             return ops.lookup(self.spec, cores, x, matmul.padding_idx)
-        y = ops.matmul(self.contractions, cores, x, contract, matmul.bias)
+        part = self.frame.rows is not None or self.frame.expert is not None
+        y = ops.matmul({} if part else self.contractions, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
 
 
@@ -337,10 +338,11 @@ class Cores(nn.Module):
 
     ``frame`` says how the owner sees the matrix (a convolution in its own shape); ``breakpoints``
     are the batches at which another order of contraction begins, in this and in all weights of the
-    model (None: nothing is known of the others).
+    model (None: nothing is known of the others). ``memory_limit``: see ``limit_saved``.
     """
 
     breakpoints: tuple[int, ...] | None = None
+    memory_limit: int | None = None
 
     def __init__(
         self, spec: TTSpec, cores: Sequence[nn.Parameter], frame: Frame | None = None
@@ -365,7 +367,7 @@ class Cores(nn.Module):
 
     def _choose_orders(self) -> None:
         device = str(self.get_parameter("core_0").device)
-        self.contractions = ops.contractions(self.spec, device, self.breakpoints)
+        self.contractions = ops.contractions(self.spec, device, self.breakpoints, self.memory_limit)
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -375,10 +377,12 @@ class LowRankLinear(nn.Module):
     """A linear layer y = second(first(x)) whose weight has rank ``first.out_features``.
 
     ``stored_transposed`` is True where the dense layer kept its weight as (in, out).
-    ``input_product`` is there where others have the same first factor.
+    ``input_product`` is there where others have the same first factor. With ``contractions`` (see
+    ``limit_saved``) the two layers' weights are used, and their hooks are not.
     """
 
     input_product: SharedProduct | None = None
+    contractions: ops.Contractions | None = None
     first: nn.Linear
     second: nn.Linear
     in_features: int
@@ -387,6 +391,9 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.contractions and type(self.first) is type(self.second) is nn.Linear:
+            cores = (self.second.weight, self.first.weight)
+            return ops.matmul(self.contractions, cores, x, "columns", self.second.bias)
         x = ops.widened(x, self.first.weight)
         if self.input_product is None or torch.compiler.is_compiling():
             return self.second(self.first(x))
@@ -484,6 +491,28 @@ def _share_products(model: nn.Module) -> None:
                 if path != first:
                     same[f"{path}.first.weight"] = f"{first}.first.weight"
     ties.add(model, same)
+
+
+def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
+    """Limit what each use of a factorized weight saves for its backward pass.
+
+    Args:
+        model: its modules are changed in place.
+        memory_limit: the most elements, the input among them; 0 saves as few as possible (the
+            input, where a core is trained), and the rest is computed again. None: no limit.
+
+    Stacks of experts, convolutions and slices of packed weights save what they did.
+    """
+    for module in model.modules():
+        if isinstance(module, Cores) and not module.spec.batch:
+            module.memory_limit = memory_limit
+            module._choose_orders()
+        elif isinstance(module, LowRankLinear):
+            device = str(module.first.weight.device)
+            # One order for all batches, that of the two layers.
+            module.__dict__["contractions"] = ops.contractions(
+                module.spec, device, (), memory_limit
+            )
 
 
 class FactoredLinear(nn.Module):
@@ -739,6 +768,7 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             base = module.__dict__.pop("_dense_class")
             del module.__dict__["spec"]
             module.__dict__.pop("input_product", None)
+            module.__dict__.pop("contractions", None)
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base

@@ -46,6 +46,7 @@ def test_two_factors_reach_the_whitened_svd() -> None:
         TTSpec((4, 3), (3, 4), (3,)),
         TTSpec((3, 2, 2), (2, 3, 2), (3, 3)),
         TTSpec.low_rank(12, 12, 4),
+        TTSpec.block((4, 3), (3, 4), 2),
     ],
     ids=repr,
 )

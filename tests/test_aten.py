@@ -36,6 +36,10 @@ SPECS = [
     TTSpec((6, 2), (1, 1), (2,)),
     TTSpec((1, 4, 1), (3, 1, 3), (2, 3)),
     TTSpec((2, 1, 3), (2, 1, 3), (2, 3)),
+    TTSpec.block((3, 4), (5, 2), 2),
+    TTSpec.block((8, 9), (10, 8), 3, experts=2),
+    TTSpec.block((5, 1), (3, 4), 2),
+    TTSpec.block((1, 5), (1, 4), 2),
 ]
 
 

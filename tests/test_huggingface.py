@@ -94,6 +94,7 @@ AUTO = {
 }
 FORMS = [(name, form) for name in MODELS for form in ("low_rank", "tt")]
 FORMS.remove(("mixtral", "tt"))  # stacks of experts are low rank
+FORMS += [("gpt2", "block"), ("tied llama", "block")]
 ALL = pytest.mark.parametrize(("name", "form"), FORMS, ids=[" in ".join(f) for f in FORMS])
 TIED = [(n, f) for n, f in FORMS if n in ("gpt2", "t5") or n.endswith("head") or "tied" in n]
 

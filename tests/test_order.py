@@ -88,11 +88,19 @@ def specs(draw: st.DrawFn, most: int = 4) -> TTSpec:
     return TTSpec(draw(modes), draw(modes), ranks, experts=draw(st.sampled_from([0, 0, 3])))
 
 
+@st.composite
+def blocks(draw: st.DrawFn) -> TTSpec:
+    sizes = st.sampled_from([1, 2, 3, 4, 7, 16])
+    modes = st.tuples(sizes, sizes)
+    rank, experts = draw(sizes), draw(st.sampled_from([0, 0, 1, 3]))
+    return TTSpec.block(draw(modes), draw(modes), rank, experts=experts)
+
+
 # --------------------------------------------------------------------------------- the best order
 
 
 @quick
-@given(specs(), st.sampled_from(SIDES))
+@given(specs() | blocks(), st.sampled_from(SIDES))
 def test_no_tree_at_all_is_cheaper(spec: TTSpec, contract: str) -> None:
     plan = plan_contraction(spec, contract)
     for batch in {*BATCHES, *plan.breakpoints, *(b - 1 for b in plan.breakpoints)}:
@@ -100,7 +108,7 @@ def test_no_tree_at_all_is_cheaper(spec: TTSpec, contract: str) -> None:
 
 
 @quick
-@given(specs(), st.sampled_from(SIDES))
+@given(specs() | blocks(), st.sampled_from(SIDES))
 def test_every_piece_says_what_its_tree_costs(spec: TTSpec, contract: str) -> None:
     plan = plan_contraction(spec, contract)
     for piece in plan.pieces:
@@ -128,6 +136,7 @@ def some_specs() -> list[TTSpec]:
         TTSpec((16, 16, 16), (16, 16, 16), (32, 32)),
         TTSpec((8, 8, 8, 8), (8, 8, 8, 8), (16, 32, 16)),
         TTSpec((4,) * 6, (4,) * 6, (8,) * 5),
+        TTSpec.block((64, 4), (8, 96), 12),
         *drawn,
     ]
 
@@ -239,7 +248,7 @@ def expected_under_limit(spec: TTSpec, contract: str, batch: int, limit: int) ->
 
 
 @quick
-@given(specs(most=3), st.sampled_from(SIDES), st.sampled_from([8, 50, 300, 2000, 10**5]))
+@given(specs(most=3) | blocks(), st.sampled_from(SIDES), st.sampled_from([8, 50, 300, 2000, 10**5]))
 def test_the_cheapest_that_fits_at_every_batch(spec: TTSpec, contract: str, limit: int) -> None:
     smallest = min(peak for _, peak in all_prices(spec, contract, 1))
     if smallest > limit:

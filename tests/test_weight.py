@@ -39,14 +39,15 @@ def draw_cores(spec: TTSpec, dtype: torch.dtype = torch.float64) -> list[nn.Para
 
 
 def specs_for(shape: tuple[int, ...], split: int = 0, groups: int = 1) -> list[TTSpec]:
-    """Low rank, and for a plain (M, N) also tensor trains of two and three cores."""
+    """Low rank, and for a plain (M, N) also trains of two and three cores, and blocks."""
     if split:
         m, n = math.prod(shape[:split]), math.prod(shape[split:])
         return [TTSpec.low_rank(m // groups, n, 2, experts=groups if groups > 1 else 0)]
     low = TTSpec.low_rank(*shape[-2:], 2, experts=shape[0] if len(shape) == 3 else 0)
     if shape != (M, N):
         return [low]
-    return [low, TTSpec((2, 3), (5, 1), (4,)), TTSpec((2, 1, 3), (1, 5, 1), (2, 3))]
+    trains = [TTSpec((2, 3), (5, 1), (4,)), TTSpec((2, 1, 3), (1, 5, 1), (2, 3))]
+    return [low, *trains, TTSpec.block((2, 3), (1, 5), 2), TTSpec.block((3, 2), (5, 1), 1)]
 
 
 def lazy(spec: TTSpec, cores: Sequence[Tensor], shape: tuple[int, ...] | None = None) -> Any:
