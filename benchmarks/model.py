@@ -13,8 +13,8 @@ zeus is installed and the machine tells it; else it is null.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +41,11 @@ KEPT = 0.25
 TOKENS, BATCH, PROMPT, STEPS = 256, 4, 64, 8
 
 
+def minilm() -> nn.Module:
+    folder = demo_minilm.weights_folder()
+    return transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+
+
 def llama() -> nn.Module:
     config = transformers.LlamaConfig(
         hidden_size=768, num_hidden_layers=12, intermediate_size=2048, num_attention_heads=12,
@@ -60,7 +65,7 @@ def vit() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "gpt2": gpt2,
-    "minilm": demo_minilm.trained,
+    "minilm": minilm,
     "vit": vit,
 }
 
@@ -70,12 +75,14 @@ def build(name: str) -> nn.Module:
     return MODELS[name]().eval()
 
 
-def inputs(name: str, batch: int) -> Tensor:
+def inputs(name: str, batch: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     if name == "vit":
-        return torch.randn(batch, 3, 224, 224, generator=generator)
-    rows, length = (8 * batch, 64) if name == "minilm" else (batch, TOKENS)
-    return torch.randint(1000, (rows, length), generator=generator)
+        return (torch.randn(batch, 3, 224, 224, generator=generator),)
+    if name == "minilm":
+        ids = torch.randint(1000, (8 * batch, 64), generator=generator)
+        return ids, torch.ones_like(ids)
+    return (torch.randint(1000, (batch, TOKENS), generator=generator),)
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -127,24 +134,23 @@ def measure(name: str, rounds: int, *, inductor: bool) -> dict[str, Any]:
     """Milliseconds of dense, speedups of the others, parameters and memory."""
     dense = build(name)
     small = tensorize.compile(
-        dense, None, ranks=ranks(dense), example_inputs=(inputs(name, 1),), metric="frobenius",
+        dense, None, ranks=ranks(dense), example_inputs=inputs(name, 1), metric="frobenius",
         progress=False,
     )  # fmt: skip
     hand = by_hand(name, small)
-    torch.testing.assert_close(
-        small(inputs(name, 1))[0], hand(inputs(name, 1))[0], rtol=1e-3, atol=1e-3
-    )
+    ours, theirs = (model(*inputs(name, 1))[0] for model in (small, hand))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     models: dict[str, Any] = {"dense": dense, "tensorize": small, "by hand": hand}
     if inductor:
         models["dense, inductor"] = torch.compile(dense)
     tasks: dict[str, dict[str, Callable[[], object]]] = {
-        "prefill": {key: partial(model, inputs(name, 1)) for key, model in models.items()},
-        "batch": {key: partial(model, inputs(name, BATCH)) for key, model in models.items()},
+        "prefill": {key: partial(model, *inputs(name, 1)) for key, model in models.items()},
+        "batch": {key: partial(model, *inputs(name, BATCH)) for key, model in models.items()},
     }
     if name in ("llama", "gpt2"):
         tasks["decode"] = {}
         for key in ("dense", "tensorize", "by hand"):  # inductor compiles each length of the cache
-            prompt = inputs(name, 1)[:, :PROMPT]
+            prompt = inputs(name, 1)[0][:, :PROMPT]
             cache = models[key](prompt, use_cache=True).past_key_values
             tasks["decode"][key] = partial(decode, models[key], cache, prompt[:, :1])
     found: dict[str, Any] = {}
@@ -161,7 +167,7 @@ def measure(name: str, rounds: int, *, inductor: bool) -> dict[str, Any]:
         print(name, task, {k: v if v is None else round(v, 3) for k, v in found[task].items()})
     count = {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}
     found["parameters"] = {key: count[key] for key in ("dense", "tensorize")}
-    found["peak MB"] = memory(name, small)
+    found["peak MB"] = memory(name, {"dense": dense, "tensorize": small})
     print(name, found["parameters"], found["peak MB"], flush=True)
     return found
 
@@ -184,12 +190,13 @@ def energy(calls: dict[str, Callable[[], object]]) -> Any:
     return found
 
 
-def memory(name: str, small: nn.Module) -> dict[str, float]:
+def memory(name: str, models: dict[str, Any]) -> dict[str, float]:
     """Megabytes that a process with the model takes at most, beside those of its libraries."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        tensorize.save(small, Path(folder) / "small")
-        for key, place in (("dense", ""), ("tensorize", str(Path(folder) / "small"))):
+        for key, model in models.items():
+            place = str(Path(folder) / key)
+            model.save_pretrained(place)
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.model", "--peak", name, place],
                 capture_output=True, text=True, check=True,
@@ -202,17 +209,14 @@ def memory(name: str, small: nn.Module) -> dict[str, float]:
 def peak(name: str, place: str) -> float:
     """What this process takes at most for one forward pass, over what it took without a model."""
 
-    def resident() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    def resident() -> float:  # getrusage would count what the process that started this one took
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
 
     before = resident()
-    if place:
-        with torch.device("meta"):
-            skeleton = build(name)
-        model = tensorize.load(place, skeleton)
-    else:
-        model = build(name)
-    model(inputs(name, 1))
+    kind = json.loads((Path(place) / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(place).eval()
+    model(*inputs(name, 1))
     return resident() - before
 
 
