@@ -122,7 +122,7 @@ def measure(device: str = "cpu") -> Machine:
     return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch)
 
 
-def seconds_of(call: Callable[[], object], device: str) -> float:
+def seconds_of(call: Callable[[], object], device: str, rounds: int = _ROUNDS) -> float:
     """Seconds of a call: the median of some rounds of at least a few milliseconds."""
 
     def sample(count: int) -> float:
@@ -138,4 +138,4 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     count = 1
     while count * sample(count) < 2e-3:
         count *= 2
-    return statistics.median(sample(count) for _ in range(_ROUNDS))
+    return statistics.median(sample(count) for _ in range(rounds))
