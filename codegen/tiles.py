@@ -1,0 +1,95 @@
+"""How kernels are cut where nothing was timed: tiles by family, rank and dtype.
+
+They are chosen to fit: no spills, and the shared memory of the smallest target (64 KiB on AMD, where
+fewer tiles are in flight). ``tests/test_triton_compile.py`` holds that. ``candidates`` are what
+autotuning tries; the first is always the default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tensorize.codegen import triton_chain
+from tensorize.codegen.triton_text import DOT, power
+from tensorize.codegen.triton_work import Tiles, Work, chunks
+from tensorize.ir import LOW_RANK, TTSpec
+
+FEW_ROWS = 16
+"""Up to here a decode kernel is considered: one tile of a dot's least side."""
+PROGRAMS = 264
+"""Programs that a decode kernel is cut into, about: two for each processor of a large GPU."""
+
+# Padded rank → rows, inner, outer, warps, stages; two bytes an entry, and four.
+_HALF = {
+    128: (128, 64, 64, 8, 3),
+    256: (64, 64, 64, 8, 3),
+    384: (32, 32, 32, 8, 3),
+    512: (64, 32, 32, 8, 3),
+    1024: (16, 16, 16, 8, 3),
+}
+_SINGLE = {
+    64: (32, 32, 32, 4, 3),
+    128: (32, 32, 32, 8, 3),
+    256: (16, 32, 32, 8, 3),
+    512: (16, 16, 16, 8, 3),
+    1024: (16, 16, 16, 8, 1),
+}
+
+
+def default(work: Work, dtype: torch.dtype) -> Tiles:
+    """For ``triton_source.forward``."""
+    spec = work.specs[0]
+    if len(spec.cores) > 2:
+        rows = triton_chain.block_rows(spec, work.contract, 32)
+        return Tiles(rows=rows, inner=32, warps=8, stages=2)
+    ranks = [sum(width for _, width in chunks(spec.ranks[0])) for spec in work.specs]
+    held = sum(ranks) if work.gated else max(ranks)
+    single = dtype == torch.float32
+    table = _SINGLE if single else _HALF
+    rows, inner, outer, warps, stages = next(cut for rank, cut in table.items() if held <= rank)
+    if spec.format != LOW_RANK:
+        outer = power(max(spec.single.shape[0] // max(spec.row_modes[1:], default=1), DOT), DOT)
+        return Tiles(min(rows, 64), 32, min(outer, 64), warps=8 if single else 4, stages=2)
+    if work.norm is not None and work.norm.kind == "layer":
+        rows, inner, warps = min(rows, 32), 32, 8  # two sums over the first core ride along
+    return Tiles(rows=rows, inner=inner, outer=outer, warps=warps, stages=stages)
+
+
+def default_decode(work: Work, dtype: torch.dtype) -> Tiles:
+    """For ``triton_source.decode``: about as many programs as processors take at once."""
+    rank = max(spec.ranks[0] for spec in work.specs)
+    rank_tile = min(64, power(rank, DOT))
+    rank_slices = -(-rank // rank_tile)
+    inner = 64 if dtype == torch.float32 else 128
+    outputs = sum(work.outs[:1] if work.gated else work.outs)
+    # Both factors are cut about alike: what a program reads of them again is read by others, too.
+    left = max(PROGRAMS // rank_slices, 1)
+    ratio = (outputs / work.into) ** 0.5
+    output_slices = max(1, min(round(left**0.5 * ratio), outputs // 64 or 1))
+    inner_slices = max(1, min(left // output_slices, work.into // inner or 1))
+    return Tiles(
+        rows=FEW_ROWS,
+        inner=inner,
+        outer=64,
+        slice=-(-outputs // output_slices),
+        rank=rank_tile,
+        inner_slice=-(-work.into // inner_slices),
+        warps=4,
+        stages=3,
+    )
+
+
+def default_lookup(spec: TTSpec, dtype: torch.dtype) -> Tiles:
+    """For ``triton_source.lookup``."""
+    tiles = default(Work((spec.single,), "rows"), dtype)
+    if len(spec.cores) > 2 or spec.format != LOW_RANK:
+        return Tiles(rows=1, warps=4, stages=1)
+    return replace(tiles, rows=min(tiles.rows, 32), slice=1024)
+
+
+def default_gradients(spec: TTSpec, dtype: torch.dtype) -> Tiles:
+    """For ``triton_source.gradients``."""
+    side, warps = (32, 4) if dtype == torch.float32 else (64, 4)
+    return Tiles(rows=32, inner=32, outer=side, warps=warps, stages=3)
