@@ -1,8 +1,7 @@
 """How kernels are cut where nothing was timed: tiles by family, rank and dtype.
 
-They are chosen to fit: no spills, and the shared memory of the smallest target (64 KiB on AMD, where
-fewer tiles are in flight). ``tests/test_triton_compile.py`` holds that. ``candidates`` are what
-autotuning tries; the first is always the default.
+They are chosen to fit: no spills, and the shared memory of the smallest target (64 KiB on AMD,
+where fewer tiles are in flight). ``tests/test_triton_compile.py`` holds that.
 """
 
 from __future__ import annotations
@@ -27,14 +26,12 @@ _HALF = {
     256: (64, 64, 64, 8, 3),
     384: (32, 32, 32, 8, 3),
     512: (64, 32, 32, 8, 3),
-    1024: (16, 16, 16, 8, 3),
 }
 _SINGLE = {
     64: (32, 32, 32, 4, 3),
     128: (32, 32, 32, 8, 3),
     256: (16, 32, 32, 8, 3),
     512: (16, 16, 16, 8, 3),
-    1024: (16, 16, 16, 8, 1),
 }
 
 
@@ -48,10 +45,10 @@ def default(work: Work, dtype: torch.dtype) -> Tiles:
     held = sum(ranks) if work.gated else max(ranks)
     single = dtype == torch.float32
     table = _SINGLE if single else _HALF
-    rows, inner, outer, warps, stages = next(cut for rank, cut in table.items() if held <= rank)
+    fitting = (cut for rank, cut in table.items() if held <= rank)
+    rows, inner, outer, warps, stages = next(fitting, table[512])
     if spec.format != LOW_RANK:
-        outer = power(max(spec.single.shape[0] // max(spec.row_modes[1:], default=1), DOT), DOT)
-        return Tiles(min(rows, 64), 32, min(outer, 64), warps=8 if single else 4, stages=2)
+        return Tiles(min(rows, 64), 32, 64, warps=8 if single else 4, stages=2)
     if work.norm is not None and work.norm.kind == "layer":
         rows, inner, warps = min(rows, 32), 32, 8  # two sums over the first core ride along
     return Tiles(rows=rows, inner=inner, outer=outer, warps=warps, stages=stages)

@@ -68,8 +68,9 @@ class _Widths:
         name = self.cores[k].rank_out
         return power(self.size[name], DOT) if name else 1
 
-    def limit(self, axis: str, width: int) -> int | None:
-        return self.size[axis] if self.size[axis] != width else None
+    def limit(self, axis: str | None, width: int) -> int | None:
+        """What masks the positions of an axis; one that is absent is in no address to mask."""
+        return None if axis is None or self.size[axis] == width else self.size[axis]
 
 
 def check(spec: TTSpec, contract: str) -> None:
@@ -98,6 +99,7 @@ def block_rows(spec: TTSpec, contract: str, most: int) -> int:
 def forward(work: Work, tiles: Tiles) -> Source:
     """y = epilogue(x Wᵀ) of one chain; one output index of the last core is a program's own."""
     (spec,) = work.specs
+    check(spec, work.contract)
     widths = _Widths(spec, work.contract)
     cores, last = widths.cores, len(spec.cores) - 1
     if cores[last].summed is None:
@@ -278,7 +280,7 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     text('y_tile = tl.where(inside, y_tile, float("nan"))')
     text.store(y, (tuple(block), columns), "y_tile.to(y.dtype.element_ty)")
     body = Body(tuple(text.lines), (row, *operands, y), 1)
-    about = title(work, "y = rows of W by number, from one slice of every core")
+    about = title(work, "y = rows of W by number, from one slice of every core", planned=False)
     return assemble(
         "lookup",
         about,
@@ -293,9 +295,7 @@ def lookup(work: Work, tiles: Tiles) -> Source:
 def _lookup_widths(spec: TTSpec) -> tuple[list[int], list[int]]:
     """Padded sizes of every core's columns, and of its rank towards the core before."""
     last = len(spec.cores) - 1
-    out = [
-        power(spec.size.get(f"n{k}", 1), DOT if k in (0, last) else 1) for k in range(last + 1)
-    ]
+    out = [power(spec.size.get(f"n{k}", 1), DOT if k in (0, last) else 1) for k in range(last + 1)]
     rank = [1, *(power(spec.ranks[k], DOT) for k in range(last))]
     held = [math.prod(out[:k]) * out[k] * (rank[k + 1] if k < last else 1) for k in range(last + 1)]
     if max(held) > MOST_ELEMENTS:

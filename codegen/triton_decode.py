@@ -192,9 +192,7 @@ def _body(
         text("tl.store(counter, 0)")
     if work.norm is not None:
         used.append(known["gain"])
-    return Body(
-        tuple(text.lines), (*used, *shares.values()), cut.slices * cut.shares
-    )
+    return Body(tuple(text.lines), (*used, *shares.values()), cut.slices * cut.shares)
 
 
 def _rank(work: Work, cut: _Cut, k: int) -> tuple[Axis, ...]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorize.codegen.triton_text import Lines, Operand
-from tensorize.codegen.triton_work import Tiles, Work
+from tensorize.codegen.triton_work import Tiles, Work, flops_a_row, roles
+from tensorize.ir import Tree, TTSpec
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -197,7 +199,19 @@ def row_block(text: Lines, tiles: Tiles) -> None:
     text(f"b = tl.program_id(0).to(tl.int64) * {tiles.rows} + tl.arange(0, {tiles.rows})")
 
 
-def title(work: Work, what: str) -> list[str]:
+def _order(spec: TTSpec, contract: str) -> str:
+    """The contraction tree, as ``plan_contraction`` writes it."""
+    cores = range(len(spec.cores) - 1, -1, -1)
+    if len(spec.cores) == 2:
+        role = roles(spec, contract)
+        cores = (role.first, role.second)
+    tree: Tree = "x"
+    for core in cores:
+        tree = (tree, core)
+    return str(tree)
+
+
+def title(work: Work, what: str, *, planned: bool = True) -> list[str]:
     """The first lines of a kernel's docstring: what it computes, shapes, and the plan."""
     lines = [f"{what}.", ""]
     for k, spec in enumerate(work.specs):
@@ -207,5 +221,8 @@ def title(work: Work, what: str) -> list[str]:
         lines.append(f"{name} {spec.shape}: {cores}; {sizes}.")
     if work.norm is not None:
         lines.append(f"x goes through a {work.norm.kind} norm (eps {work.norm.eps}) on the way in.")
+    specs = work.specs if planned else ()
+    orders = {flops_a_row(spec, work.contract): _order(spec, work.contract) for spec in specs}
+    lines += [f"Plan: {order}, {flops} FLOPs a row." for flops, order in orders.items()]
     lines += work.notes
     return [part for line in lines for part in (textwrap.wrap(line, 96) or [""])]

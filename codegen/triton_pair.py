@@ -12,7 +12,16 @@ from collections.abc import Iterator, Sequence
 
 from tensorize.codegen.triton_module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
-from tensorize.codegen.triton_work import Epilogue, NotCovered, Roles, Tiles, Work, chunks, roles
+from tensorize.codegen.triton_work import (
+    Epilogue,
+    NotCovered,
+    Roles,
+    Tiles,
+    Work,
+    check_on_chip,
+    chunks,
+    roles,
+)
 from tensorize.ir import TTSpec
 
 Widths = Sequence[tuple[int, int]]
@@ -20,6 +29,7 @@ Widths = Sequence[tuple[int, int]]
 
 def forward(work: Work, tiles: Tiles) -> Source:
     """y = epilogue(norm(x) Wᵀ) of every weight, or the gated product of two."""
+    check_on_chip(work)
     groups = [(0, 1)] if work.gated else [(k,) for k in range(len(work.specs))]
     bodies = [_body(work, tiles, group) for group in groups]
     what = "y = (x c1ᵀ) c0ᵀ" if work.contract == "columns" else "y = (x c0) c1"
@@ -33,6 +43,7 @@ def forward(work: Work, tiles: Tiles) -> Source:
 
 def lookup(work: Work, tiles: Tiles) -> Source:
     """Rows of a low-rank table: those of its first core, gathered, times the second."""
+    check_on_chip(work)
     (spec,) = work.specs
     row, y = Operand("row", (("b", 1),), "int64"), Operand.rows("y", spec.columns, spec.size)
     role = roles(spec, "rows")
@@ -55,11 +66,9 @@ def lookup(work: Work, tiles: Tiles) -> Source:
         text.store(y, (block, outer), "y_tile.to(y.dtype.element_ty)")
     programs = quotient(spec.size[role.outer], _slice(tiles, spec.size[role.outer]))
     body = Body(tuple(text.lines), (row, table, second, y), programs)
-    about = title(work, "y = rows of W by number")
+    about = title(work, "y = rows of W by number", planned=False)
     inputs = (row, table, second)
-    return assemble(
-        "lookup", about, [body], inputs=inputs, outputs=[y], tiles=tiles, rows_of="row"
-    )
+    return assemble("lookup", about, [body], inputs=inputs, outputs=[y], tiles=tiles, rows_of="row")
 
 
 def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
@@ -412,7 +421,9 @@ def gradients(spec: TTSpec, contract: str, tiles: Tiles, notes: tuple[str, ...])
     second = _outer(spec, tiles, dy, t, outputs[ahead.second], (ahead.outer, ahead.link))
     first = _outer(spec, tiles, s, x, outputs[ahead.first], (ahead.link, ahead.inner))
     about = title(
-        Work((spec,), contract, notes=notes), "d0, d1 = the gradients of the cores c0, c1"
+        Work((spec,), contract, notes=notes),
+        "d0, d1 = the gradients of the cores c0, c1",
+        planned=False,
     )
     return assemble(
         "gradients",

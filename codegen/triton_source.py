@@ -61,9 +61,7 @@ def lookup(spec: TTSpec, tiles: Tiles, notes: Sequence[str] = ()) -> Source:
     return triton_chain.lookup(work, tiles)
 
 
-def gradients(
-    spec: TTSpec, contract: str, tiles: Tiles, notes: Sequence[str] = ()
-) -> Source:
+def gradients(spec: TTSpec, contract: str, tiles: Tiles, notes: Sequence[str] = ()) -> Source:
     """The kernel that gives the gradients of both cores.
 
     Raises:

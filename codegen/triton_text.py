@@ -1,9 +1,9 @@
 """Lines of a Triton kernel: tiles with named axes, their loads, stores and dots. Text only.
 
-A tensor is an ``Operand``: its axes by name, with the stride of each. A tile is a run of dimensions,
-each of one or more axes. Which entries a load touches, and which of them must be masked, follows
-from the names, so that one kernel body serves any operands: low rank, tensor trains and block low
-rank differ in their names alone.
+A tensor is an ``Operand``: its axes by name, with the stride of each. A tile is a run of
+dimensions, each of one or more axes. Which entries a load touches, and which of them must be
+masked, follows from the names, so that one kernel body serves any operands: low rank, tensor trains
+and block low rank differ in their names alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one launch of a kernel computes, and how it is cut: the description that text is made from."""
+"""What one launch of a kernel computes, and how it is cut: what its text is made from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tensorize.ir import LOW_RANK, TTSpec
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 NORMS = ("rms", "layer")
-MOST_RANK = 1024
-"""Of low rank, of all weights of one result: 16 rows of them are what fits into registers; library
-matmuls have nothing to lose there (facts: from 190 on, fusing saves 4 % at most)."""
+MOST_RANK = 512
+"""Of low rank, of all weights of one result, where the intermediate stays on chip: more does not
+fit into registers on every target, and there is little to lose (from 190 on, fusing two library
+matmuls saves 4 % at most, facts/triton.md). The kernels for few rows have no such limit."""
 MOST_INNER_RANK, MOST_CORES = 64, 4
 """Of chains: above, library matmuls win (facts/triton.md)."""
 CHUNK = 256
@@ -26,8 +27,8 @@ class NotCovered(ValueError):
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel is cut: ``rows`` of x, summed entries (``inner``) and outputs (``outer``) held at
-    a time, the ``slice`` of outputs that one program goes through, warps, and pipeline stages.
+    """How a kernel is cut: ``rows`` of x, summed entries (``inner``) and outputs (``outer``) held
+    at a time, the ``slice`` of outputs that one program goes through, warps, and pipeline stages.
 
     ``rank`` and ``inner_slice`` are of ``decode``: what one program takes of the rank and of the
     summed entries.
@@ -157,7 +158,8 @@ def chunks(rank: int) -> tuple[tuple[int, int], ...]:
 
     Padding to one power of two would waste up to half; the last two parts waste little.
     """
-    found, start = [], 0
+    found: list[tuple[int, int]] = []
+    start = 0
     while rank - start >= CHUNK:
         found.append((start, CHUNK))
         start += CHUNK
@@ -188,21 +190,37 @@ def check(work: Work) -> None:
             raise NotCovered(f"{spec} is a stack of experts")
         if any(math.prod(shape) >= 1 << 31 for shape in spec.core_shapes):
             raise NotCovered(f"a core of {spec} has more entries than 32 bits count")
-        if spec.format == LOW_RANK:
-            if spec.ranks[0] > MOST_RANK:
-                raise NotCovered(f"rank {spec.ranks[0]} is more than {MOST_RANK}")
-        elif not is_small_chain(spec):
+        if spec.format != LOW_RANK and not is_small_chain(spec):
             raise NotCovered(f"{spec} is no chain of 2 to 4 cores of ranks to {MOST_INNER_RANK}")
-        elif len(spec.cores) == 2:
+        if len(spec.cores) == 2:
             roles(spec, work.contract)
     low_rank = all(spec.format == LOW_RANK for spec in work.specs)
     if not low_rank and (len(work.specs) > 1 or work.norm is not None):
         raise NotCovered("norms and several weights of one input: low rank only")
     if work.gated and len(work.specs) != 2:
         raise NotCovered("a gated product takes two weights")
-    if work.gated and sum(spec.ranks[0] for spec in work.specs) > MOST_RANK:
-        raise NotCovered(f"the ranks of a gated product are more than {MOST_RANK} together")
     if len({spec.shape[-1 if work.contract == "columns" else -2] for spec in work.specs}) != 1:
         raise NotCovered("the weights of one launch read one x")
 
 
+def check_on_chip(work: Work) -> None:
+    """Raises NotCovered where the intermediates of 16 rows do not fit into registers."""
+    ranks = [spec.ranks[0] for spec in work.specs]
+    held = sum(ranks) if work.gated else max(ranks)
+    if held > MOST_RANK:
+        raise NotCovered(f"a rank of {held} is more than the {MOST_RANK} that fit on chip")
+
+
+def flops_a_row(spec: TTSpec, contract: str) -> int:
+    """What the kernels compute for one row of x, padding apart: the cores one after the other."""
+    x, y = sides(spec, contract)
+    if len(spec.cores) == 2:
+        role = roles(spec, contract)
+        times = math.prod(spec.size[axis] for axis in (*role.grid, *role.loops, role.link))
+        return 2 * times * (spec.size[role.inner] + spec.size[role.outer])
+    open_axes, total = set(x), 0
+    for core in reversed(spec.cores):
+        touched = open_axes | set(core)
+        total += 2 * math.prod(spec.size[axis] for axis in touched)
+        open_axes = {a for a in touched if a in y or (a in open_axes) != (a in core)}
+    return total
