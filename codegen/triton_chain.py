@@ -22,6 +22,10 @@ MOST_ELEMENTS = 16384
 """Of an accumulator: as many float32 as fill half the registers of four warps."""
 
 
+NONE = "none"
+"""The axis of outputs of a first core that has none."""
+
+
 @dataclass(frozen=True)
 class _Core:
     """One core: the index of x that it sums, its output, and its ranks, ``None`` where absent."""
@@ -118,7 +122,8 @@ def forward(work: Work, tiles: Tiles) -> Source:
     block = _output_rows(text, widths, tiles)
     text("y_tile = t0")
     epilogue(text, work, known, (0,), "", block, columns[0])
-    text.store(known["y"], (block, columns[0]), "y_tile.to(y.dtype.element_ty)")
+    y = known["y"] if cores[0].out else known["y"].over(NONE)
+    text.store(y, (block, columns[0]), "y_tile.to(y.dtype.element_ty)")
     inputs = [operand for name, operand in known.items() if name != "y"]
     body = Body(tuple(text.lines), tuple(known.values()), programs)
     about = title(work, "y = x through the cores from the last to the first, all on chip")
@@ -141,7 +146,7 @@ def _columns(text: Lines, widths: _Widths, k: int) -> Dimension:
     core, out, rank = widths.cores[k], widths.out(k), widths.rank(k)
     if k == 0:
         text.vector("m", "", out)
-        return (Axis(core.out or "", "m", widths.limit(core.out, out)),)
+        return (Axis(core.out or NONE, "m", widths.limit(core.out, out) if core.out else 1),)
     text.vector(f"j{k}", "", out * rank)
     text(f"r{k}_of_j{k} = j{k} % {rank}")
     found = [Axis(f"r{k}", f"r{k}_of_j{k}", widths.limit(f"r{k}", rank))]
@@ -173,7 +178,8 @@ def _level(
         else:
             _level(text, widths, tiles, x, columns, k + 1)
         rank = (Axis(f"r{k + 1}", f"r{k + 1}", widths.limit(f"r{k + 1}", widths.rank(k + 1))),)
-        text.load("w", core.operand, (rank, columns[k]))
+        operand = core.operand if k or core.out else core.operand.over(NONE)
+        text.load("w", operand, (rank, columns[k]))
         before = f"t{k + 1}.to(x.dtype.element_ty)"
         if k + 1 < last and widths.out(k + 1) > 1:
             before = f"tl.reshape({before}, ({rows}, {widths.rank(k + 1)}))"
@@ -247,7 +253,7 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     ]
     text.vector("n", "", out[0])
     columns: Dimension = (Axis("n0", "n", _limit(spec, "n0", out[0])),)
-    text.load("y_tile", operands[0], (columns, ranks[1]))
+    text.load("y_tile", operands[0].over("n0"), (columns, ranks[1]))
     rows = out[0]
     for k in range(1, last + 1):
         width = out[k] * (rank[k + 1] if k < last else 1)
@@ -261,7 +267,7 @@ def lookup(work: Work, tiles: Tiles) -> Source:
                 Axis(f"n{k}", f"n{k}_of_j{k}", _limit(spec, f"n{k}", out[k])),
                 Axis(f"r{k + 1}", f"r{k + 1}_of_j{k}", limit),
             )
-        text.load("w", operands[k], (ranks[k], columns))
+        text.load("w", operands[k].over(f"n{k}"), (ranks[k], columns))
         text.zeros("product", rows, width)
         text.dot("product", "y_tile", "w")
         rows *= out[k]
@@ -273,12 +279,13 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     inside, block = rows, []
     for k in range(last):
         inside //= out[k]
-        if f"n{k}" in spec.columns:
+        if f"n{k}" in spec.columns or k == 0:
             digit = f"i // {inside} % {out[k]}" if inside > 1 else f"i % {out[k]}"
             text(f"n{k}_of_i = {digit}")
             block.append(Axis(f"n{k}", f"n{k}_of_i", _limit(spec, f"n{k}", out[k])))
     text('y_tile = tl.where(inside, y_tile, float("nan"))')
-    text.store(y, (tuple(block), columns), "y_tile.to(y.dtype.element_ty)")
+    place = y.over("n0").over(f"n{last}")
+    text.store(place, (tuple(block), columns), "y_tile.to(y.dtype.element_ty)")
     body = Body(tuple(text.lines), (row, *operands, y), 1)
     about = title(work, "y = rows of W by number, from one slice of every core", planned=False)
     return assemble(

@@ -165,9 +165,9 @@ def _launch(
     text.depth = 1
     text(f'"""Writes {", ".join(o.name for o in outputs)}; a row\'s entries stand together."""')
     text(f"rows = {rows_of}.shape[0]")
-    text("if rows == 0:")
-    text("    return")
     if blocks:
+        text("if rows == 0:")
+        text("    return")
         text(f"grid = (triton.cdiv(rows, {tiles.rows}), {programs})")
     else:
         text(f"grid = (1, {programs})")

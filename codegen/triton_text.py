@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LINE_LENGTH = 100
 DOT = 16
@@ -69,6 +69,11 @@ class Operand:
         """Contiguous rows, of which the caller says how far they are apart."""
         width = math.prod(sizes[axis] for axis in axes)
         return cls(name, (("b", f"{name}_row"), *contiguous(axes, sizes)), width=width)
+
+    def over(self, axis: str) -> Operand:
+        """The same along one more axis, of size 1 where the tensor has none: tiles keep their shape
+        and nothing but the first position is read or written."""
+        return self if axis in self.axes else replace(self, strides=(*self.strides, (axis, 0)))
 
     @property
     def row_stride(self) -> str | None:

@@ -84,7 +84,7 @@ def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     source = FAMILIES["pair"](torch.bfloat16)
     with pytest.raises(TensorizeError, match="target 'tpu:5' is not known"):
         launch.compile(source, "tpu:5", torch.bfloat16)
-    with pytest.raises(TensorizeError, match="not torch.float64"):
+    with pytest.raises(TensorizeError, match=r"not torch\.float64"):
         launch.compile(source, "cuda:90", torch.float64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(TensorizeError, match="unset TRITON_INTERPRET"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -37,7 +37,8 @@ each_device = pytest.mark.parametrize(
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 drawn = settings(
-    max_examples=6,
+    max_examples=12,
+    phases=(Phase.explicit, Phase.generate),  # making a failure smaller takes minutes here
     deadline=None,
     derandomize=True,
     database=None,
@@ -176,7 +177,7 @@ chains = st.one_of(
     ),
 )
 
-# --------------------------------------------------------------------------------- two cores, chains
+# ------------------------------------------------------------------------------- two cores, chains
 
 
 @each_device
@@ -282,7 +283,7 @@ epilogues = st.builds(
 
 
 @each_device
-@settings(drawn, max_examples=8)
+@settings(drawn, max_examples=16)
 @given(
     dtypes,
     st.integers(2, 40),
@@ -344,7 +345,7 @@ def test_norms_epilogues_and_several_weights(
 @each_dtype
 @pytest.mark.parametrize("contract", ["columns", "rows"])
 def test_few_rows_give_the_same_bits_and_leave_the_counters_zero(device, dtype, contract) -> None:
-    spec = TTSpec.low_rank(70, 90, 40)
+    spec = TTSpec.low_rank(40, 50, 20)
     work = Work((spec,), contract, epilogue=Epilogue(bias=True))
     tiles = Tiles(rows=16, inner=16, outer=16, slice=32, rank=16, inner_slice=32)
     source = triton_source.decode(work, tiles)
@@ -446,5 +447,5 @@ def test_without_a_gpu_and_the_interpreter_both_ways_out_are_told() -> None:
 
     source = triton_source.forward(Work((TTSpec.low_rank(8, 8, 2),)), Tiles())
     x = torch.zeros(2, 8)
-    with pytest.raises(TensorizeError, match="GPU.*TRITON_INTERPRET=1"):
+    with pytest.raises(TensorizeError, match=r"GPU.*TRITON_INTERPRET=1"):
         launch.run(source, x, torch.zeros(8, 2), torch.zeros(2, 8), torch.zeros(2, 8))
