@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -72,4 +75,39 @@ def of_weight(spec: TTSpec, dtype: torch.dtype, *, bias: bool, lookup: bool) -> 
             found[name] = Kernel(name, make(), dtype)
         except NotCovered:
             continue
+    return found
+
+
+def write(
+    kernels: Mapping[str, Kernel], directory: Path, targets: Sequence[str] = ()
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Write every source, and what it compiles to, to a directory; and ``kernels.json`` about them.
+
+    Returns what each kernel needs on each target. Kernels of one text are compiled once.
+
+    Raises:
+        TensorizeError: a target is not known, or triton is not installed.
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    made: dict[tuple[str, torch.dtype, str], launch.Compiled] = {}
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for name, kernel in kernels.items():
+        (directory / f"{name}.py").write_text(kernel.source.text)
+        found[name] = {}
+        for target in targets:
+            key = (kernel.source.text, kernel.dtype, target)
+            if key not in made:
+                made[key] = kernel.compile(target)
+            built = made[key]
+            assembly, binary = ("ptx", "cubin") if target.startswith("cuda") else ("s", "hsaco")
+            stem = f"{name}.{target.replace(':', '_')}"
+            (directory / f"{stem}.{assembly}").write_text(built.asm)
+            (directory / f"{stem}.{binary}").write_bytes(built.binary)
+            found[name][target] = {
+                "registers": built.registers,
+                "spills": built.spills,
+                "shared_bytes": built.shared_bytes,
+            }
+    (directory / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -45,7 +45,7 @@ class Compiled:
     """A kernel for one target, and what it needs there: all that can be known without a device.
 
     ``registers`` a thread (vector registers on AMD), ``spills``: what did not fit into them (bytes
-    of stack on NVIDIA, registers on AMD), ``shared_bytes`` a block; ``asm`` is PTX or AMD assembly,
+    on NVIDIA, registers on AMD), ``shared_bytes`` a block; ``asm`` is PTX or AMD assembly,
     ``binary`` the cubin or hsaco.
     """
 
@@ -138,23 +138,39 @@ def compile(
     )
     assembly, binary = ("ptx", "cubin") if vendor == "cuda" else ("amdgcn", "hsaco")
     asm, code = made.asm[assembly], made.asm[binary]
-    registers, spills = _nvidia_usage(code) if vendor == "cuda" else _amd_usage(asm)
+    registers, spills = _nvidia_usage(code, asm) if vendor == "cuda" else _amd_usage(asm)
     return Compiled(target, registers, spills, made.metadata.shared, asm, code)
 
 
-def _nvidia_usage(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, as the tool that comes with triton reads them."""
+def _nvidia_tool(name: str, *arguments: str | Path) -> str:
+    """What a tool that comes with triton says."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = next(path for path in (folder / name, folder / name.partition("-")[0]) if path.exists())
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _nvidia_usage(binary: bytes, assembly: str) -> tuple[int, int]:
+    """Registers, and bytes that were spilled.
+
+    A stack alone is no spill: ptxas keeps other things there, too, and says which only on request.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(binary)
+        told = _nvidia_tool("cuobjdump", "-res-usage", cubin)
+        usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+        if not usage["STACK"] + usage["LOCAL"]:
+            return usage["REG"], 0
+        ptx.write_text(assembly)
+        chip = re.search(r"\.target (sm_(\d+)\w*)", assembly)
+        assert chip is not None
+        tool = "ptxas-blackwell" if int(chip[2]) >= 100 else "ptxas"
+        told = _nvidia_tool(tool, "-v", f"--gpu-name={chip[1]}", ptx, "-o", Path(folder) / "again")
+        spilled = re.search(r"(\d+) bytes spill stores", told)
+        return usage["REG"], int(spilled[1]) if spilled else usage["STACK"]
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:

@@ -49,6 +49,8 @@ def default(work: Work, dtype: torch.dtype) -> Tiles:
     rows, inner, outer, warps, stages = next(fitting, table[512])
     if spec.format != LOW_RANK:
         return Tiles(min(rows, 64), 32, 64, warps=8 if single else 4, stages=2)
+    if any(size % 8 for spec in work.specs for _, size in spec.sizes):
+        inner, outer = 16, min(outer, 32)  # entries are read one by one, each by its own address
     if work.norm is not None and work.norm.kind == "layer":
         rows, inner, warps = min(rows, 32), 32, 8  # two sums over the first core ride along
     return Tiles(rows=rows, inner=inner, outer=outer, warps=warps, stages=stages)

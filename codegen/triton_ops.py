@@ -234,11 +234,14 @@ _lookup.register_autograd(_lookup_backward, setup_context=_save_lookup)
 class TritonContraction:
     """y = x Wᵀ + bias, y = x W + bias, or rows of W, by a kernel.
 
-    ``spec`` is the spec's JSON: an operation takes it as it is, and the object can be pickled.
+    ``text`` is the spec as an operation takes it; ``gradients``: those of the cores have a kernel,
+    ``measured``: a kernel runs only where it was measured to beat the library.
     """
 
-    spec: str
+    spec: TTSpec
+    text: str
     contract: str
+    gradients: bool
     measured: bool = False
 
     takes_bias = True
@@ -249,18 +252,18 @@ class TritonContraction:
             x, cores = x.to(dtype), [core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
         if x.dtype not in launch.DTYPES or cores[0].dtype != x.dtype:
-            return ops.matmul(ops.contractions(_spec(self.spec)), cores, x, self.contract, bias)
+            return ops.matmul(ops.contractions(self.spec), cores, x, self.contract, bias)
         training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-        saved = training and _has_gradients(_spec(self.spec), self.contract)
+        saved = training and self.gradients
         rows = x.reshape(-1, x.shape[-1])
-        y, _ = _contract(rows, list(cores), bias, self.spec, self.contract, saved, self.measured)
+        y, _ = _contract(rows, list(cores), bias, self.text, self.contract, saved, self.measured)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def takes(self, core: Tensor) -> bool:
         return core.dtype in launch.DTYPES and not torch.is_autocast_enabled(core.device.type)
 
     def lookup(self, rows: Tensor, cores: Sequence[Tensor]) -> Tensor:
-        y = _lookup(rows.reshape(-1).long(), list(cores), self.spec)
+        y = _lookup(rows.reshape(-1).long(), list(cores), self.text)
         return y.reshape(*rows.shape, y.shape[-1])
 
 
@@ -270,7 +273,10 @@ def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonCon
     if spec.batch or any(covered(spec, side) for side in OTHER):
         return {}
     text = json.dumps(spec.to_dict())
-    found = {side: TritonContraction(text, side, measured) for side in OTHER}
-    if covered(spec, "lookup") is None and not measured:
-        found["lookup"] = TritonContraction(text, "lookup")
-    return found
+
+    def contraction(contract: str) -> TritonContraction:
+        side = "columns" if contract == "lookup" else contract
+        return TritonContraction(spec, text, contract, _has_gradients(spec, side), measured)
+
+    lookup = () if measured or covered(spec, "lookup") else ("lookup",)
+    return {contract: contraction(contract) for contract in (*OTHER, *lookup)}
