@@ -229,6 +229,9 @@ def _output_rows(text: Lines, widths: _Widths, tiles: Tiles) -> Dimension:
 def lookup(work: Work, tiles: Tiles) -> Source:
     """Rows of a tensor train by number: a row's digits pick a slice of every core."""
     (spec,) = work.specs
+    axes = [axis for core in spec.cores for axis in core if axis in (*spec.rows, *spec.columns)]
+    if len(axes) > len(set(axes)):
+        raise NotCovered(f"{spec}: cores that share an index of the weight")
     out, rank = _lookup_widths(spec)
     last = len(spec.cores) - 1
     row, y = Operand("row", (("b", 1),), "int64"), Operand.rows("y", spec.columns, spec.size)

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorize.codegen.triton_text import Lines, Operand
-from tensorize.codegen.triton_work import Tiles, Work, flops_a_row, roles
+from tensorize.codegen.triton_work import NotCovered, Tiles, Work, flops_a_row, roles
 from tensorize.ir import Tree, TTSpec
+
+MOST_PROGRAMS = 65535
+"""Of the second axis of a grid, on NVIDIA."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ def assemble(
             text.call(f"part_{k}", [offset, *names, "PRECISION", "WIDEN"])
         first += body.programs
     programs = sum(body.programs for body in bodies)
+    if programs > MOST_PROGRAMS:
+        raise NotCovered(f"{programs} programs a row block are more than a grid takes")
     _launch(text, name, inputs, outputs, tiles, programs, blocks, scratch, counters, rows_of, names)
     return Source(
         name,

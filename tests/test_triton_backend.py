@@ -192,10 +192,9 @@ def test_kernels_of_any_compiled_model_can_be_read() -> None:
     assert repr(found["up.weight.decode"]) == "Kernel('up.weight.decode', torch.float32)"
 
 
-def test_a_kernel_is_compiled_for_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_a_kernel_is_compiled_for_a_target() -> None:
     if launch.interpreting():
-        pytest.skip("the interpreter is on")
+        pytest.skip("the interpreter does not compile")
     made = tensorize.kernels(compiled("aten"))["up.weight.forward"].compile("hip:gfx90a")
     assert (made.target, made.spills) == ("hip:gfx90a", 0)
     assert "amdgcn" in made.asm

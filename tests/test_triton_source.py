@@ -116,6 +116,14 @@ def test_what_no_family_computes_is_refused(work: Work, why: str) -> None:
         triton_source.forward(work, triton_work.Tiles())
 
 
+def test_lookups_and_grids_that_no_family_computes_are_refused() -> None:
+    with pytest.raises(NotCovered, match="share an index"):
+        triton_source.lookup(block((6, 4), (5, 8), 3), triton_work.Tiles())
+    small = triton_work.Tiles(outer=16, slice=16)
+    with pytest.raises(NotCovered, match="a grid takes"):
+        triton_source.forward(Work((TTSpec.low_rank(1 << 21, 8, 2),)), small)
+
+
 def test_unknown_norms_activations_and_sides_are_refused() -> None:
     with pytest.raises(ValueError, match="norm"):
         Norm("batch", 1e-5)
