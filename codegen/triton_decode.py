@@ -5,6 +5,9 @@ takes one slice of each, and one of the outputs, and writes its share of y to a 
 for each slice of outputs tells the last program to arrive; that one adds the shares up, always in
 the same order, so results are the same bit for bit. Nothing waits: it is right on every device, in
 CUDA graphs, and beside other kernels. The counter is left as it was found, at zero.
+
+Every wave of threads counts for itself: its release waits for its own stores. A barrier and the
+release of one thread would do on NVIDIA, but not on AMD, where neither waits for other waves'.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from tensorize.codegen.triton_pair import (
 from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
 from tensorize.codegen.triton_work import NotCovered, Tiles, Work, roles
 from tensorize.ir import LOW_RANK
+
+WAVE = 64
+"""Threads that run together on AMD."""
 
 
 def decode(work: Work, tiles: Tiles) -> Source:
@@ -161,12 +167,20 @@ def _body(
         with text.block("if rank_slice == 0"):
             text.store(norms, (block,), "squares")
         used.append(norms)
-    text.note("All threads have written their shares before one of them says so.")
+    text.note(
+        "Each wave of threads counts, once it has written: a barrier waits for no stores on AMD."
+    )
     text("tl.debug_barrier()")
     counter = f"piece + {first_counter}" if first_counter else "piece"
     text(f"counter = arrived + tl.program_id(0) * {counters} + {counter}")
-    text('before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")')
-    with text.block(f"if before == {cut.shares - 1}"):
+    text.vector("thread", "", WAVE * tiles.warps)
+    text(f"first_of_wave = thread % {WAVE} == 0")
+    text.call(
+        "before = tl.atomic_add",
+        ["counter + thread * 0", "1", "mask=first_of_wave", 'sem="acq_rel"', 'scope="gpu"'],
+    )
+    text("before = tl.max(tl.where(first_of_wave, before, 0), 0)")
+    with text.block(f"if before == {cut.shares * tiles.warps - 1}"):
         text("tl.debug_barrier()")
         if work.norm is not None:
             text.zeros("squares", tiles.rows)

@@ -264,9 +264,10 @@ def normed(x: Tensor, norm: Norm | None, gain: Tensor, shift: Tensor) -> tuple[T
         value = x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * gain
         return value, 2 * value.abs()
     value = F.layer_norm(x, x.shape[-1:], gain, shift, norm.eps)
-    scale = (x.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
+    mean = x.mean(-1, keepdim=True)
+    scale = ((x - mean).square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     pilot = x[:, :1]
-    size = ((x - pilot).abs() + (x.mean(-1, keepdim=True) - pilot).abs()) * gain.abs() * scale
+    size = ((x - pilot).abs() + (mean - pilot).abs()) * gain.abs() * scale
     # The variance is a difference of two sums, relative to the pilot.
     spread = 1 + ((x - pilot).square().mean(-1, keepdim=True) * scale.square())
     return value, spread * size + shift.abs()
