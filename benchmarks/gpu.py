@@ -230,7 +230,7 @@ def gated(clock: Clock, rank: int, tokens: int) -> dict[str, float]:
     u, v = draw(11008, rank), draw(11008, rank)
     y = torch.empty(tokens, 11008, device="cuda", dtype=DTYPE)
     few = tokens <= tiles.FEW_ROWS
-    cut = tiles.default_decode(work, DTYPE) if few else tiles.default(work, DTYPE)
+    cut = tiles.default_decode(work, DTYPE, tokens) if few else tiles.default(work, DTYPE)
     source = (triton_source.decode if few else triton_source.forward)(work, cut)
 
     def four() -> tuple[Tensor, Tensor]:
@@ -258,7 +258,7 @@ def projections(clock: Clock, tokens: int) -> dict[str, float]:
     work = Work(tuple(TTSpec.low_rank(m, 4096, 128) for m in (4096, 1024, 1024)))
     x, cores = draw(tokens, 4096), [[draw(*s) for s in spec.core_shapes] for spec in work.specs]
     ys = [torch.empty(tokens, m, device="cuda", dtype=DTYPE) for m in work.outs]
-    source = triton_source.decode(work, tiles.default_decode(work, DTYPE))
+    source = triton_source.decode(work, tiles.default_decode(work, DTYPE, tokens))
 
     def three() -> list[Tensor]:
         return [two_matmuls(x, first, second) for second, first in cores]

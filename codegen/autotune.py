@@ -27,7 +27,7 @@ from tensorize.codegen.triton_work import Epilogue, NotCovered, Tiles, Work
 from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.version import __version__
 
-BUCKETS = (16, 64, 512, 4096, 1 << 62)
+BUCKETS = (1, 16, 64, 512, 4096, 1 << 62)
 """Numbers of rows up to which one choice holds."""
 FASTER = 0.97
 """A kernel wins where its time is at most this share of the library's: above the noise."""
@@ -73,7 +73,7 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
     found: list[Choice] = []
     few = rows <= tiles.FEW_ROWS
     if few and not work.saved and all(spec.format == LOW_RANK for spec in work.specs):
-        cut = tiles.default_decode(work, dtype)
+        cut = tiles.default_decode(work, dtype, bucket(rows))
         found.append(Choice("decode", cut))
         found.append(Choice("decode", replace(cut, warps=8)))
         found.append(Choice("decode", replace(cut, slice=cut.slice * 2)))

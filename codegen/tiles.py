@@ -17,8 +17,8 @@ from tensorize.ir import LOW_RANK, TTSpec
 
 FEW_ROWS = 16
 """Up to here a decode kernel is considered: one tile of a dot's least side."""
-PROGRAMS = 264
-"""Programs that a decode kernel is cut into, about: two for each processor of a large GPU."""
+PROCESSORS = 132
+"""Of a large GPU, which a decode kernel is cut for."""
 
 # Padded rank → rows, inner, outer, warps, stages; two bytes an entry, and four.
 _HALF = {
@@ -56,18 +56,37 @@ def default(work: Work, dtype: torch.dtype) -> Tiles:
     return Tiles(rows=rows, inner=inner, outer=outer, warps=warps, stages=stages)
 
 
-def default_decode(work: Work, dtype: torch.dtype) -> Tiles:
-    """For ``triton_source.decode``: about as many programs as processors take at once."""
+def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tiles:
+    """For ``triton_source.decode``: the cut that moves the fewest bytes through one processor.
+
+    Every program reads its slices of both factors, most of them from the second-level cache, and
+    the last ones to arrive read the shares of all others: many slices of the summed side make the
+    first cheap and the second dear, the more so the more rows there are.
+    """
     rank = max(spec.ranks[0] for spec in work.specs)
-    rank_tile = min(64, power(rank, DOT))
-    rank_slices = -(-rank // rank_tile)
-    inner = 64 if dtype == torch.float32 else 128
-    outputs = sum(work.outs[:1] if work.gated else work.outs)
-    # Both factors are cut about alike: what a program reads of them again is read by others, too.
-    left = max(PROGRAMS // rank_slices, 1)
-    ratio = (outputs / work.into) ** 0.5
-    output_slices = max(1, min(round(left**0.5 * ratio), outputs // 64 or 1))
-    inner_slices = max(1, min(left // output_slices, work.into // inner or 1))
+    outputs, item = max(work.outs), dtype.itemsize
+    inner = 64 if item == 4 else 128
+    weights = len(work.specs)
+    launched, held = (1, weights) if work.gated else (weights, 1)
+
+    def moved(cut: tuple[int, int, int]) -> tuple[float, int]:
+        rank_tile, inner_slices, output_slices = cut
+        shares = -(-rank // rank_tile) * inner_slices
+        programs = launched * shares * output_slices
+        slice_of_outputs = outputs / output_slices
+        factors = rank_tile * (work.into / inner_slices + slice_of_outputs) * item
+        added = rows * shares * slice_of_outputs * 4
+        every = -(-programs // PROCESSORS) * (factors + rows * slice_of_outputs * 4)
+        return held * (every + -(-launched * output_slices // PROCESSORS) * added), programs
+
+    rank_tiles = [tile for tile in (16, 32, 64, 128) if tile <= power(rank, DOT)]
+    cuts = (
+        (rank_tile, inner_slices, output_slices)
+        for rank_tile in rank_tiles
+        for inner_slices in range(1, max(1, min(16, work.into // inner)) + 1)
+        for output_slices in range(1, max(1, min(PROCESSORS, outputs // 64)) + 1)
+    )
+    rank_tile, inner_slices, output_slices = min(cuts, key=moved)
     return Tiles(
         rows=FEW_ROWS,
         inner=inner,

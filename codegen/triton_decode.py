@@ -116,7 +116,8 @@ def _body(
     text(f"piece = part % {cut.slices}")
     text(f"share = part // {cut.slices}")
     text(f"rank_slice = share % {cut.rank_slices}")
-    text(f"inner_slice = share // {cut.rank_slices}")
+    if cut.inner_slices > 1 or work.norm is not None:
+        text(f"inner_slice = share // {cut.rank_slices}")
     text.vector("r", f"rank_slice * {cut.rank_tile}", cut.rank_tile)
     for k in group:
         text.zeros(_name("t", group, k), tiles.rows, cut.rank_tile)

@@ -211,9 +211,10 @@ WORK = Work((TTSpec.low_rank(64, 64, 8),), epilogue=Epilogue(bias=True))
 
 
 def test_choices_are_deterministic_and_never_kernels_where_nothing_was_measured() -> None:
+    one = autotune.source(WORK, torch.float32, 1, "cpu")
     few = autotune.source(WORK, torch.float32, 3, "cpu")
     many = autotune.source(WORK, torch.float32, 3000, "cpu")
-    assert (few.name, many.name) == ("decode", "pair")
+    assert (one.name, few.name, many.name) == ("decode", "decode", "pair")
     assert autotune.source(WORK, torch.float32, 7, "cpu") is few
     assert not autotune.wins(WORK, torch.float32, 3, "cpu")
     assert not autotune.known("cpu")

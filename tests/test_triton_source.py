@@ -150,11 +150,24 @@ def test_block_low_rank_costs_twice_its_parameters() -> None:
     assert triton_work.flops_a_row(spec, "columns") == 2 * spec.parameters
 
 
-def test_decode_is_cut_into_about_as_many_programs_as_a_gpu_takes() -> None:
-    for m, n, r in ((4096, 4096, 512), (11008, 4096, 128), (4096, 11008, 64), (1024, 1024, 64)):
-        work = Work((TTSpec.low_rank(m, n, r),))
-        source = triton_source.decode(work, tiles.default_decode(work, torch.bfloat16))
-        assert 64 <= source.programs <= 300
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(
+    ("m", "n", "r"), [(4096, 4096, 512), (11008, 4096, 128), (4096, 11008, 64), (1024, 1024, 64)]
+)
+def test_decode_is_cut_into_about_as_many_programs_as_a_gpu_takes(rows, m, n, r) -> None:
+    work = Work((TTSpec.low_rank(m, n, r),))
+    cut = tiles.default_decode(work, torch.bfloat16, rows)
+    assert 64 <= triton_source.decode(work, cut).programs <= 4 * tiles.PROCESSORS
+
+
+def test_more_rows_are_cut_into_fewer_shares() -> None:
+    """What the last program adds up grows with the rows."""
+    work = Work((TTSpec.low_rank(4096, 4096, 512),))
+    shares = []
+    for rows in (1, 16):
+        cut = tiles.default_decode(work, torch.bfloat16, rows)
+        shares.append((512 // cut.rank) * -(-4096 // cut.inner_slice))
+    assert shares[0] > shares[1]
 
 
 def test_tables_are_read_by_number() -> None:
