@@ -196,11 +196,14 @@ def run(source: Source, *tensors: Tensor) -> None:
     check_device(x)
     launch: Callable[..., None] = load(source.text)["launch"]
     options: dict[str, Any] = {"precision": precision(x), "widen": interpreting()}
-    if x.is_cuda:
-        options["num_stages"] = stages(source, "hip" if torch.version.hip else "cuda")
+    if not x.is_cuda:
+        launch(*tensors, **options)
+        return
+    options["num_stages"] = stages(source, "hip" if torch.version.hip else "cuda")
+    with torch.cuda.device_of(x):  # triton launches on the current one
         if source.counters and (zeros := _counters(source, tensors[0])) is not None:
             options["arrived"] = zeros
-    launch(*tensors, **options)
+        launch(*tensors, **options)
 
 
 def check_device(x: Tensor) -> None:

@@ -138,8 +138,8 @@ def _body(
         apply_norm(text, work, role, inner)
         for k in group:
             first = core(work, k, role.first)
-            text.load("w", first, (inner, _rank(work, cut, k)))
-            text.dot(_name("t", group, k), "x_tile", "w")
+            text.load("first", first, (inner, _rank(work, cut, k)))
+            text.dot(_name("t", group, k), "x_tile", "first")
             used.append(first)
     if work.norm is not None:
         text.note("Scaled by what this program saw, so that float16 holds it.")
@@ -158,9 +158,9 @@ def _body(
         for k in group:
             second = core(work, k, role.second)
             used.append(second)
-            text.load("w", second, (_rank(work, cut, k), outer))
+            text.load("second", second, (_rank(work, cut, k), outer))
             text.zeros("y_tile", tiles.rows, cut.outer_tile)
-            text.dot("y_tile", _name("t", group, k), "w")
+            text.dot("y_tile", _name("t", group, k), "second")
             if work.norm is not None:
                 text("y_tile = y_tile / seen[:, None]")
             text.store(shares[k], (block, outer), "y_tile")

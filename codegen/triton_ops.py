@@ -19,7 +19,7 @@ from torch import Tensor
 from tensorize import ops
 from tensorize.codegen import autotune, launch, tiles, triton_source
 from tensorize.codegen.triton_work import Epilogue, NotCovered, Work, roles, sides
-from tensorize.ir import TTSpec
+from tensorize.ir import LOW_RANK, TTSpec
 
 OTHER = {"columns": "rows", "rows": "columns"}
 
@@ -272,6 +272,8 @@ def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonCon
     of y is not covered."""
     if spec.batch or any(covered(spec, side) for side in OTHER):
         return {}
+    if measured and spec.format != LOW_RANK:
+        return {}  # what trains are compared with is not one library's call
     text = json.dumps(spec.to_dict())
 
     def contraction(contract: str) -> TritonContraction:

@@ -230,11 +230,11 @@ def _project(
         text.load("x_tile", x, (block, inner))
         apply_norm(text, work, role, inner)
         for k, c, name in names:
-            text.load("w", core(work, k, role.first), (inner, ranks[k][c]))
-            text.dot(name, "x_tile", "w")
+            text.load("first", core(work, k, role.first), (inner, ranks[k][c]))
+            text.dot(name, "x_tile", "first")
             if layer:
-                text(f"{name}_gain += tl.sum(w.to(tl.float32) * gain_tile[:, None], 0)")
-                text(f"{name}_shift += tl.sum(w.to(tl.float32) * shift_tile[:, None], 0)")
+                text(f"{name}_gain += tl.sum(first.to(tl.float32) * gain_tile[:, None], 0)")
+                text(f"{name}_shift += tl.sum(first.to(tl.float32) * shift_tile[:, None], 0)")
     finish_norm(text, work)
     for _, _, name in names:
         if layer:
@@ -316,16 +316,16 @@ def _outputs(text: Lines, tiles: Tiles, outputs: int, axis: str) -> Iterator[tup
     if part >= outputs:
         first, last = "0", str(outputs)
     else:
-        text(f"first = part * {part}")
-        first = "first"
-        last = f"first + {part}" if outputs % part == 0 else f"min(first + {part}, {outputs})"
+        text(f"low = part * {part}")
+        first = "low"
+        last = f"low + {part}" if outputs % part == 0 else f"min(low + {part}, {outputs})"
     with inner_loop(text, axis, first, last, tile, outputs):
         yield (_axis(axis, outputs, tile),)
 
 
 def _expand(
     text: Lines,
-    second: Operand,
+    operand: Operand,
     ranks: Sequence[tuple[Axis, ...]],
     outer: tuple[Axis, ...],
     tiles: Tiles,
@@ -336,8 +336,8 @@ def _expand(
     """result = t times a tile of the second core."""
     text.zeros(result, tiles.rows, tile)
     for c, rank in enumerate(ranks):
-        text.load("w", second, (rank, outer))
-        text.dot(result, f"t{mark}{c}", "w")
+        text.load("second", operand, (rank, outer))
+        text.dot(result, f"t{mark}{c}", "second")
 
 
 def _finish(

@@ -412,9 +412,9 @@ class LowRankLinear(nn.Module):
 
 
 def _is_bare(layer: nn.Module) -> bool:
-    """Whether a layer's call is nothing but x Wᵀ + b."""
+    """Whether a layer's call is nothing but x Wᵀ + b, of plain tensors: none sharded, quantized."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer) is nn.Linear and not hooked
+    return type(layer) is nn.Linear and not hooked and type(layer.weight) is nn.Parameter
 
 
 def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -> int:

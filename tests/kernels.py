@@ -90,3 +90,24 @@ FAMILIES: Mapping[str, Callable[[torch.dtype], Source]] = {
     "gradients, two cores": _gradients(TTSpec((64, 64), (64, 64), (16,))),
     "gradients, block": _gradients(block((64, 64), (64, 64), 16)),
 }
+
+_small, _odd = low_rank(30, 24, 8), low_rank(7, 24, 20)
+SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
+    "pair": _forward(Work((_small,), epilogue=Epilogue(bias=True), saved=True)),
+    "pair back": _forward(Work((_odd,), "rows", norm=Norm("layer", 1e-5))),
+    "gated": _forward(Work((_small, low_rank(30, 24, 40)), gated=True, norm=Norm("rms", 1e-6))),
+    "grouped": _forward(Work((_small, _odd))),
+    "decode": _decode(Work((_small,), epilogue=Epilogue(bias=True))),
+    "decode back": _decode(Work((_odd,), "rows", norm=Norm("rms", 1e-6))),
+    "decode gated": _decode(Work((_small, low_rank(30, 24, 40)), gated=True)),
+    "decode grouped": _decode(Work((_small, _odd), norm=Norm("rms", 1e-6))),
+    "two cores": _forward(Work((TTSpec((3, 5), (2, 4), (6,)),), saved=True)),
+    "three cores": _forward(Work((TTSpec((3, 2, 2), (2, 4, 40), (6, 5)),))),
+    "absent indices": _forward(Work((TTSpec((1, 3, 2), (1, 1, 2), (2, 3)),))),
+    "four cores": _forward(Work((TTSpec((2, 1, 3, 2), (2, 2, 1, 3), (3, 2, 2)),), "rows")),
+    "block": _forward(Work((block((3, 2), (2, 40), 6),))),
+    "lookup, low rank": _lookup(low_rank(30, 100, 8)),
+    "lookup, train": _lookup(TTSpec((3, 2, 2), (1, 4, 3), (6, 5))),
+    "gradients": _gradients(_small),
+    "gradients, block": _gradients(block((3, 2), (2, 40), 6)),
+}

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ def test_hooks_of_a_factor_are_run() -> None:
     model.up.second.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(IDS), wanted)
     assert seen == [1]
+
+
+@here
+def test_what_was_not_measured_runs_by_the_library() -> None:
+    model = compiled("aten")
+    wanted = model(IDS)
+    build = partial(triton_ops.contractions, measured=True)
+    assert tensorize.weight.use_kernels(model, build) == 2  # low rank only
+    assert torch.equal(model(IDS), wanted)
+    model(IDS).sum().backward()
+    assert model.out.first.weight.grad is not None
 
 
 @here
