@@ -78,11 +78,11 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
         found.append(Choice("decode", replace(cut, warps=8)))
         found.append(Choice("decode", replace(cut, slice=cut.slice * 2)))
         found.append(Choice("decode", replace(cut, inner_slice=cut.inner_slice * 2)))
-    cut = tiles.default(work, dtype)
-    outputs = max(work.outs)
+    cut = tiles.default(work, dtype, bucket(rows))
+    outputs = min(max(work.outs), cut.slice)
     found.append(Choice("forward", cut))
     if len(work.specs[0].cores) == 2:
-        found.append(Choice("forward", replace(cut, slice=-(-outputs // 4))))
+        found.append(Choice("forward", replace(cut, slice=-(-outputs // 2))))
         found.append(Choice("forward", replace(cut, rows=max(cut.rows // 2, 16))))
     given, reason = 0, None
     for choice in dict.fromkeys(found):

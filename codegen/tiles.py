@@ -35,8 +35,23 @@ _SINGLE = {
 }
 
 
-def default(work: Work, dtype: torch.dtype) -> Tiles:
-    """For ``triton_source.forward``."""
+def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
+    """For ``triton_source.forward``; ``rows``: how many x has, at most (None: very many).
+
+    Where row blocks alone leave processors idle, each is cut into slices of the outputs, all of
+    which compute the intermediate anew.
+    """
+    tiles = _fitting(work, dtype)
+    if rows is None or any(spec.format != LOW_RANK for spec in work.specs):
+        return tiles
+    if rows <= 512:
+        tiles = replace(tiles, rows=min(tiles.rows, 32))
+    slices = max(1, PROCESSORS // -(-rows // tiles.rows))
+    return replace(tiles, slice=-(-max(work.outs) // slices)) if slices > 1 else tiles
+
+
+def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
+    """Tiles that fit on every target."""
     spec = work.specs[0]
     if len(spec.cores) > 2:
         rows = triton_chain.block_rows(spec, work.contract, 32)

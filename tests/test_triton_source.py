@@ -160,6 +160,15 @@ def test_decode_is_cut_into_about_as_many_programs_as_a_gpu_takes(rows, m, n, r)
     assert 64 <= triton_source.decode(work, cut).programs <= 4 * tiles.PROCESSORS
 
 
+def test_few_row_blocks_are_cut_into_slices_of_the_outputs() -> None:
+    work = Work((TTSpec.low_rank(4096, 4096, 128),))
+    for rows, dtype in ((64, torch.bfloat16), (512, torch.bfloat16), (4096, torch.float32)):
+        cut = tiles.default(work, dtype, rows)
+        programs = triton_source.forward(work, cut).programs * -(-rows // cut.rows)
+        assert tiles.PROCESSORS // 3 <= programs <= tiles.PROCESSORS
+    assert tiles.default(work, torch.bfloat16, 1 << 62) == tiles.default(work, torch.bfloat16)
+
+
 def test_more_rows_are_cut_into_fewer_shares() -> None:
     """What the last program adds up grows with the rows."""
     work = Work((TTSpec.low_rank(4096, 4096, 512),))
