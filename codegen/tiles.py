@@ -12,7 +12,7 @@ import torch
 
 from tensorize.codegen import triton_chain
 from tensorize.codegen.triton_text import DOT, power
-from tensorize.codegen.triton_work import Tiles, Work, chunks
+from tensorize.codegen.triton_work import CHUNK, Tiles, Work, chunks
 from tensorize.ir import LOW_RANK, TTSpec
 
 FEW_ROWS = 16
@@ -45,7 +45,9 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
     if rows is None or any(spec.format != LOW_RANK for spec in work.specs):
         return tiles
     if rows <= 512:
-        tiles = replace(tiles, rows=min(tiles.rows, 32))
+        # More than one dot's width of rank leaves AMD no registers for more.
+        wide = sum(spec.ranks[0] for spec in work.specs) > CHUNK
+        tiles = replace(tiles, rows=min(tiles.rows, 16 if wide else 32))
     slices = max(1, PROCESSORS // -(-rows // tiles.rows))
     return replace(tiles, slice=-(-max(work.outs) // slices)) if slices > 1 else tiles
 
@@ -94,7 +96,9 @@ def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tile
         every = -(-programs // PROCESSORS) * (factors + rows * slice_of_outputs * 4)
         return held * (every + -(-launched * output_slices // PROCESSORS) * added), programs
 
-    rank_tiles = [tile for tile in (16, 32, 64, 128) if tile <= power(rank, DOT)]
+    rank_tiles = [
+        tile for tile in (8 * item, 32, 64, 128) if tile <= max(power(rank, DOT), 8 * item)
+    ]
     cuts = (
         (rank_tile, inner_slices, output_slices)
         for rank_tile in rank_tiles

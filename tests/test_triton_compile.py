@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 
-from tensorize.codegen import launch
+from tensorize.codegen import autotune, launch
+from tensorize.codegen.triton_work import Epilogue, Work
 from tensorize.errors import TensorizeError
+from tensorize.ir import TTSpec
 from tests.kernels import FAMILIES, SMALL
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -45,6 +47,18 @@ def test_small_and_odd_shapes_compile(name: str) -> None:
     """Where loops have one turn, their names would meet those of later loops."""
     made = launch.compile(SMALL[name](torch.float16), "hip:gfx90a", torch.float16)
     assert made.spills == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", launch.TARGETS)
+@pytest.mark.parametrize("rows", [1, 16, 512])
+@pytest.mark.parametrize("rank", [64, 256, 512])
+def test_what_runs_by_default_fits_for_any_number_of_rows(rank, rows, target) -> None:
+    work = Work((TTSpec.low_rank(4096, 4096, rank),), epilogue=Epilogue(bias=True))
+    for dtype in (torch.bfloat16, torch.float32):
+        made = launch.compile(autotune.source(work, dtype, rows, "cpu"), target, dtype)
+        assert made.spills == 0
+        assert made.shared_bytes <= launch.SHARED_LIMIT[target]
 
 
 MATRIX_INSTRUCTION = {
