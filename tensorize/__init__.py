@@ -4,7 +4,19 @@ model = tensorize.compile(model, budget=0.1)
 """
 
 from tensorize.analysis import Analysis
-from tensorize.api import analyze, apply, compile, densify, graphs, load, report, save
+from tensorize.api import (
+    Kernel,
+    analyze,
+    apply,
+    compile,
+    densify,
+    graphs,
+    kernels,
+    load,
+    report,
+    save,
+    tune_kernels,
+)
 from tensorize.budget import Budget
 from tensorize.errors import (
     AnalysisError,
@@ -26,6 +38,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ContractionPlan",
+    "Kernel",
     "Plan",
     "Prediction",
     "Report",
@@ -38,8 +51,10 @@ __all__ = [
     "compile",
     "densify",
     "graphs",
+    "kernels",
     "load",
     "plan_contraction",
     "report",
     "save",
+    "tune_kernels",
 ]

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,16 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget
-from tensorize.codegen import aten, machine, orders, training
+from tensorize.codegen import (
+    aten,
+    autotune,
+    kernel,
+    launch,
+    machine,
+    orders,
+    training,
+    triton_ops,
+)
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
 from tensorize.ir import (
@@ -55,8 +66,11 @@ from tensorize.report import Report, ReportTotals, SiteReport
 from tensorize.selfmade import affordable, self_made
 from tensorize.version import __version__
 
+log = logging.getLogger("tensorize")
+
 METRICS = ("frobenius", "input", "loss")
-BACKENDS = ("auto", "aten")
+BACKENDS = ("auto", "aten", "triton")
+Kernel = kernel.Kernel
 SELF = "self"
 
 
@@ -145,7 +159,9 @@ def compile(
             for weights of one input), ``"tt"`` and ``"block"`` may be used, by default the first
             three; a name, several, or pattern → names.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
-        backend: ``"auto"`` or ``"aten"``: contractions run as torch operations.
+        backend: ``"aten"``: contractions run as torch operations. ``"triton"``: as kernels wherever
+            a family covers them, on a GPU or, with ``TRITON_INTERPRET=1``, on the CPU. ``"auto"``:
+            as kernels where they were measured to beat torch on this GPU (``tune_kernels``).
         autotune: time the best few contraction orders of every tensor train on this machine, and
             remember the fastest (in ``~/.cache/tensorize``). Nothing is timed otherwise.
         seed: of the probes; same seed, same inputs, same machine: the same bits.
@@ -182,7 +198,19 @@ def compile(
             progress=tell,
         )
         plan = analysis.plan(budget, refine=refine, ranks=ranks)
-        return _apply(model, plan, analysis, inplace, tell, autotune)
+        small = _apply(model, plan, analysis, inplace, tell, autotune)
+        return _use_kernels(small, backend)
+
+
+def _use_kernels(model: nn.Module, backend: str) -> nn.Module:
+    """Let weights run by the kernels that ``backend`` asks for."""
+    measured = backend == "auto"
+    if backend == "aten" or (measured and not autotune.known(_device(model))):
+        return model
+    build = partial(triton_ops.contractions, measured=measured)
+    count = weight.use_kernels(model, build)
+    log.info("%d weights run by kernels", count)
+    return model
 
 
 def analyze(
@@ -573,6 +601,54 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 
 # ----------------------------------------------------------------------------- looking at a result
+
+
+def kernels(model: nn.Module) -> dict[str, Kernel]:
+    """The Triton kernels of a compiled model's weights, whatever it runs by, by weight and purpose.
+
+    ``str(kernel)`` is its source; ``kernel.compile("cuda:90")`` compiles it, without a GPU. Weights
+    that no kernel family covers have none.
+    """
+    found: dict[str, Kernel] = {}
+    for site in report(model).sites:
+        if site.format == DENSE:
+            continue
+        for name in (site.name, *site.aliases):
+            factors = next((w for n, w in weight.factored(model) if n == name), None)
+            if factors is None or factors.spec.batch or factors.dtype not in launch.DTYPES:
+                continue
+            owner, leaf = weight.owner_of(model, name)
+            bias = leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
+            lookup = "embedding" in site.kind
+            made = kernel.of_weight(factors.spec, factors.dtype, bias=bias, lookup=lookup)
+            found |= {f"{name}.{k}": replace(v, name=f"{name}.{k}") for k, v in made.items()}
+            break
+    return found
+
+
+def tune_kernels(model: nn.Module, rows: Iterable[int] = (1, 16, 256, 4096)) -> int:
+    """Time the kernels of a compiled model on the GPU that it is on; returns how many won.
+
+    What is found is kept for this GPU; models compiled afterwards with ``backend="auto"`` use
+    kernels where they beat torch's own matmuls. This one does from now on.
+
+    Raises:
+        TensorizeError: the model is not on a GPU.
+    """
+    device = _device(model)
+    if device == "cpu":
+        raise TensorizeError("kernels are timed on a GPU", way_out="model.to('cuda')")
+    seen, won = set(), 0
+    for _, factors in weight.factored(model):
+        for bias in (False, True):
+            key = (factors.spec, factors.dtype, bias)
+            if key in seen or factors.spec.batch or not triton_ops.contractions(factors.spec):
+                continue
+            seen.add(key)
+            for count in rows:
+                won += autotune.tune_weight(*key, count, device)
+    _use_kernels(model, "auto")
+    return won
 
 
 def report(model: nn.Module) -> Report:

@@ -25,7 +25,8 @@ from torch import nn
 
 import tensorize
 from tensorize import printer
-from tensorize.codegen import machine
+from tensorize.codegen import kernel, machine
+from tensorize.codegen.launch import TARGETS
 from tensorize.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.manifest import read_report
 from tensorize.sources import (
@@ -156,6 +157,21 @@ def compile_command(
     html: Annotated[
         Path | None, typer.Option(help="Also write the report as a page.", show_default=False)
     ] = None,
+    emit: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the Triton kernels of the result to this directory.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compile them for it: cuda:80, cuda:90, cuda:100, hip:gfx90a or hip:gfx942, which "
+            "need not be here; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
@@ -164,6 +180,7 @@ def compile_command(
         chosen = parse_formats(formats)
         _check_target(html, "--html")
         _check_out(out, source)
+        _check_emit(emit, target)
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = _load(source, dtype, calibration, batch_size, max_length)
             _say(f"compressing {_count(loaded.model)} parameters to {limits}")
@@ -187,13 +204,17 @@ def compile_command(
                 _save_tokenizer(loaded.tokenizer, out)
             if html is not None:
                 report.to_html(html)
+            kernels = None if emit is None else _emit(model, emit, target or [])
         if as_json:
-            _print_json({"directory": str(out), "report": report.to_dict()})
+            about = {} if kernels is None else {"kernels": kernels}
+            _print_json({"directory": str(out), "report": report.to_dict(), **about})
             return
         typer.echo(str(report))
         typer.echo(f"\nsaved in {out} ({_size(out)}): {', '.join(_names(out))}")
         if html is not None:
             typer.echo(f"report as a page: {html}")
+        if kernels is not None:
+            typer.echo(f"{len(kernels)} kernels are in {emit}")
         argument = "" if loaded.factory is None else f", model={loaded.factory}"
         typer.echo(f'load it with tensorize.load("{out}"{argument})')
 
@@ -334,6 +355,31 @@ def _check_target(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"{path} is a directory", param_hint=option)
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no directory {path.parent}", param_hint=option)
+
+
+def _check_emit(emit: Path | None, targets: list[str] | None) -> None:
+    if targets and emit is None:
+        raise typer.BadParameter("says what --emit compiles; give both", param_hint="--target")
+    for target in targets or ():
+        if target not in TARGETS:
+            raise typer.BadParameter(
+                f"{target!r} is not one of {', '.join(TARGETS)}", param_hint="--target"
+            )
+    if emit is not None and emit.exists() and not emit.is_dir():
+        raise typer.BadParameter(f"{emit} is not a directory", param_hint="--emit")
+
+
+def _emit(
+    model: nn.Module, directory: Path, targets: list[str]
+) -> dict[str, dict[str, dict[str, int]]]:
+    found = tensorize.kernels(model)
+    _say(f"writing {len(found)} kernels for {', '.join(targets) or 'reading'}")
+    try:
+        return kernel.write(found, directory, targets)
+    except OSError as error:
+        raise CheckpointError(
+            f"the model is saved, its kernels are not: {error}", way_out="choose another --emit"
+        ) from error
 
 
 def _check_out(out: Path, source: str) -> None:

@@ -242,7 +242,10 @@ def matmul(
     """
     x = widened(x, cores[0])
     if contractions:
-        y = contractions[contract](x, cores)
+        run = contractions[contract]
+        if getattr(run, "takes_bias", False):
+            return run(x, cores, bias)  # type: ignore[call-arg]
+        y = run(x, cores)
         return y if bias is None else y + bias
     left, right = cores
     if contract == "columns":
@@ -251,14 +254,21 @@ def matmul(
 
 
 def lookup(
-    spec: TTSpec, cores: Sequence[Tensor], rows: Tensor, padding_idx: int | None = None
+    spec: TTSpec,
+    cores: Sequence[Tensor],
+    rows: Tensor,
+    padding_idx: int | None = None,
+    kernel: Any = None,
 ) -> Tensor:
     """Rows of W by number: ``rows`` of any shape, the result (*rows.shape, N); no table is built.
 
     A row number is split into one digit a core (mixed radix in the row modes), each core gives the
     slice of its digit, and the slices are multiplied from left to right (Hrinchuk et al. 2020).
+    ``kernel``: what looks up in one launch.
     """
-    if spec.format == LOW_RANK:
+    if kernel is not None and kernel.takes(cores[0]):
+        result = kernel.lookup(rows, cores)
+    elif spec.format == LOW_RANK:
         left, right = cores
         result = F.linear(F.embedding(rows, left), right.t())
     elif spec.format == BLOCK:

@@ -268,10 +268,13 @@ class FactoredWeight:
             return matmul.from_rows(y)
         if matmul.bag is not None:
             return ops.bag_lookup(cores, x, matmul.bag)
+        # Those of the whole weight; parts of a low-rank one have two matmuls.
+        whole = self.frame.rows is None and self.frame.expert is None
+        known = self.contractions if whole else {}
         if contract == "lookup":
-            return ops.lookup(self.spec, cores, x, matmul.padding_idx)
-        part = self.frame.rows is not None or self.frame.expert is not None
-        y = ops.matmul({} if part else self.contractions, cores, x, contract, matmul.bias)
+            kernel: Any = known.get("lookup")
+            return ops.lookup(self.spec, cores, x, matmul.padding_idx, kernel)
+        y = ops.matmul(known, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
 
 
@@ -367,7 +370,8 @@ class Cores(nn.Module):
 
     def _choose_orders(self) -> None:
         device = str(self.get_parameter("core_0").device)
-        self.contractions = ops.contractions(self.spec, device, self.breakpoints, self.memory_limit)
+        planned = ops.contractions(self.spec, device, self.breakpoints, self.memory_limit)
+        self.contractions = self.__dict__.get("kernels") or planned
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -383,6 +387,7 @@ class LowRankLinear(nn.Module):
 
     input_product: SharedProduct | None = None
     contractions: ops.Contractions | None = None
+    kernels: ops.Contractions | None = None
     first: nn.Linear
     second: nn.Linear
     in_features: int
@@ -395,6 +400,9 @@ class LowRankLinear(nn.Module):
             cores = (self.second.weight, self.first.weight)
             return ops.matmul(self.contractions, cores, x, "columns", self.second.bias)
         x = ops.widened(x, self.first.weight)
+        if self.kernels is not None and _is_bare(self.first) and _is_bare(self.second):
+            cores = (self.second.weight, self.first.weight)
+            return ops.matmul(self.kernels, cores, x, "columns", self.second.bias)
         if self.input_product is None or torch.compiler.is_compiling():
             return self.second(self.first(x))
         return self.second(self.input_product(self.first, x))
@@ -416,6 +424,24 @@ class LowRankLinear(nn.Module):
             self.second.bias = value
         else:
             super().__setattr__(name, value)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether a layer's call is nothing but x Wᵀ + b, of plain tensors: none sharded, quantized."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) is nn.Linear and not hooked and type(layer.weight) is nn.Parameter
+
+
+def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -> int:
+    """Run the weights that ``build`` has kernels for by those; returns how many they are."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, LowRankLinear | Cores) and (kernels := build(module.spec)):
+            module.__dict__["kernels"] = kernels
+            if isinstance(module, Cores):
+                module.contractions = kernels
+            count += 1
+    return count
 
 
 class SharedProduct:
@@ -769,6 +795,7 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             del module.__dict__["spec"]
             module.__dict__.pop("input_product", None)
             module.__dict__.pop("contractions", None)
+            module.__dict__.pop("kernels", None)
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base

@@ -153,6 +153,23 @@ def test_wrong_usage(arguments: list[str]) -> None:
 # -------------------------------------------------------------------------------------- compile
 
 
+def test_kernels_are_written_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ("compile", "clinet:make", "--budget", "0.5", "--out", "small", "--json")
+    result = invoke(*arguments, "--emit", "kernels", "--target", "hip:gfx90a")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)["kernels"]
+    assert json.loads(Path("kernels/kernels.json").read_text()) == told
+    assert told["up.weight.forward"]["hip:gfx90a"]["spills"] == 0
+    assert "@triton.jit" in Path("kernels/up.weight.forward.py").read_text()
+    assert Path("kernels/up.weight.forward.hip_gfx90a.hsaco").read_bytes()[:4] == b"\x7fELF"
+    assert "amdgcn" in Path("kernels/up.weight.forward.hip_gfx90a.s").read_text()
+    for wrong in (("--target", "cuda:90"), ("--emit", "kernels", "--target", "tpu:1")):
+        assert invoke(*arguments, *wrong).exit_code == cli.USAGE
+    assert invoke(*arguments, "--emit", "kernels/kernels.json").exit_code == cli.USAGE
+
+
 def test_compile_a_factory() -> None:
     result = invoke(
         "compile", "clinet:make", "--budget", "0.5", "--out", "small", "--html", "page.html"

@@ -1,0 +1,113 @@
+"""A kernel as the user sees it: its source, and what it compiles to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tensorize.codegen import launch, tiles, triton_source
+from tensorize.codegen.triton_module import Source
+from tensorize.codegen.triton_work import Epilogue, NotCovered, Work
+from tensorize.ir import LOW_RANK, TTSpec
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a compiled model.
+
+    ``str()`` is its source: it is formatted, says what it computes, and runs alone. ``dtype`` is
+    that of the model's weights.
+    """
+
+    name: str
+    source: Source
+    dtype: torch.dtype
+
+    def compile(self, target: str) -> launch.Compiled:
+        """Compile for ``"cuda:80"``, ``"cuda:90"``, ``"cuda:100"``, ``"hip:gfx90a"`` or
+        ``"hip:gfx942"``, none of which need be there.
+
+        Returns an object with ``.registers``, ``.spills``, ``.shared_bytes``, ``.asm`` and
+        ``.binary``.
+
+        Raises:
+            TensorizeError: the target is not known, or triton is not installed.
+        """
+        return launch.compile(self.source, target, self.dtype)
+
+    def __str__(self) -> str:
+        return self.source.text
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name!r}, {self.dtype})"
+
+
+def of_weight(spec: TTSpec, dtype: torch.dtype, *, bias: bool, lookup: bool) -> dict[str, Kernel]:
+    """Every kernel that a weight of this spec may be run by, by what it does.
+
+    ``forward`` (many rows), ``decode`` (few), ``input_gradient``, ``core_gradients``, ``lookup``;
+    those that no family covers are not there.
+    """
+    epilogue = Epilogue(bias=bias)
+    inference, training = Work((spec,), epilogue=epilogue), Work((spec,), "rows", saved=True)
+    plain = Work((spec,), "rows")
+    makers = {
+        "forward": lambda: triton_source.forward(inference, tiles.default(inference, dtype)),
+        "decode": lambda: triton_source.decode(inference, tiles.default_decode(inference, dtype)),
+        "input_gradient": lambda: triton_source.forward(
+            work := training if len(spec.cores) == 2 else plain, tiles.default(work, dtype)
+        ),
+        "core_gradients": lambda: triton_source.gradients(
+            spec, "columns", tiles.default_gradients(spec, dtype)
+        ),
+    }
+    if spec.format != LOW_RANK:
+        del makers["decode"]
+    if lookup:
+        makers["lookup"] = lambda: triton_source.lookup(spec, tiles.default_lookup(spec, dtype))
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = Kernel(name, make(), dtype)
+        except NotCovered:
+            continue
+    return found
+
+
+def write(
+    kernels: Mapping[str, Kernel], directory: Path, targets: Sequence[str] = ()
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Write every source, and what it compiles to, to a directory; and ``kernels.json`` about them.
+
+    Returns what each kernel needs on each target. Kernels of one text are compiled once.
+
+    Raises:
+        TensorizeError: a target is not known, or triton is not installed.
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    made: dict[tuple[str, torch.dtype, str], launch.Compiled] = {}
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for name, kernel in kernels.items():
+        (directory / f"{name}.py").write_text(kernel.source.text)
+        found[name] = {}
+        for target in targets:
+            key = (kernel.source.text, kernel.dtype, target)
+            if key not in made:
+                made[key] = kernel.compile(target)
+            built = made[key]
+            assembly, binary = ("ptx", "cubin") if target.startswith("cuda") else ("s", "hsaco")
+            stem = f"{name}.{target.replace(':', '_')}"
+            (directory / f"{stem}.{assembly}").write_text(built.asm)
+            (directory / f"{stem}.{binary}").write_bytes(built.binary)
+            found[name][target] = {
+                "registers": built.registers,
+                "spills": built.spills,
+                "shared_bytes": built.shared_bytes,
+            }
+    (directory / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found

@@ -1,0 +1,259 @@
+"""The only file that imports triton: loads emitted text, compiles it for a target, launches it.
+
+Triton is imported when something is compiled or launched, and never before.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import linecache
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorize.codegen.triton_module import Source
+from tensorize.errors import TensorizeError
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
+SHARED_LIMIT = {
+    "cuda:80": 166912,
+    "cuda:90": 232448,
+    "cuda:100": 232448,
+    "hip:gfx90a": 65536,
+    "hip:gfx942": 65536,
+}
+"""Bytes of shared memory that one block may have."""
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_POINTERS = {"float32": "*fp32", "int32": "*i32", "int64": "*i64"}
+_WARP = {"cuda": 32, "hip": 64}
+MOST_STAGES = {"cuda": 8, "hip": 2}
+"""AMD keeps fewer tiles in flight: its shared memory is a quarter of NVIDIA's."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one target, and what it needs there: all that can be known without a device.
+
+    ``registers`` a thread (vector registers on AMD), ``spills``: what did not fit into them (bytes
+    on NVIDIA, registers on AMD), ``shared_bytes`` a block; ``asm`` is PTX or AMD assembly,
+    ``binary`` the cubin or hsaco.
+    """
+
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    asm: str = field(repr=False)
+    binary: bytes = field(repr=False)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=4096)
+def load(text: str) -> dict[str, Any]:
+    """What a text defines. Triton reads sources again, so they are kept where it looks for them.
+
+    Raises:
+        TensorizeError: triton is not installed.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise TensorizeError(
+            "kernels need triton to be compiled or run", way_out="pip install triton"
+        ) from error
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    filename = f"<tensorize kernel {digest}>"
+    # Without a modification time, linecache never drops the entry.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"__name__": f"tensorize_kernel_{digest}"}
+    exec(builtins.compile(text, filename, "exec"), namespace)
+    return namespace
+
+
+def stages(source: Source, vendor: str) -> int:
+    return min(source.tiles.stages, MOST_STAGES[vendor])
+
+
+# ------------------------------------------------------------------------------ ahead of time
+
+
+def compile(
+    source: Source, target: str, dtype: torch.dtype, *, precision: str = "ieee"
+) -> Compiled:
+    """Compile a kernel for a target that need not be there.
+
+    Args:
+        target: ``"cuda:90"`` or ``"hip:gfx942"``: vendor and architecture.
+        dtype: of x and of the cores.
+        precision: of float32 dots: ``"ieee"``, or ``"tf32"`` where the target has it.
+
+    Raises:
+        TensorizeError: the target or dtype is none that triton compiles for, or the interpreter
+            is on.
+    """
+    vendor, _, architecture = target.partition(":")
+    if vendor not in _WARP or not architecture:
+        raise TensorizeError(
+            f"target {target!r} is not known", way_out=f"one of {', '.join(TARGETS)}"
+        )
+    if dtype not in DTYPES:
+        raise TensorizeError(f"kernels are for {', '.join(map(str, DTYPES))}, not {dtype}")
+    if interpreting():
+        raise TensorizeError(
+            "with TRITON_INTERPRET=1 triton does not compile", way_out="unset TRITON_INTERPRET"
+        )
+    namespace = load(source.text)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for place, argument in enumerate(source.arguments):
+        kind = _POINTERS.get(argument.kind, f"*{DTYPES[dtype]}")
+        signature[argument.name] = "i32" if argument.kind == "size" else kind
+        if argument.kind != "size" or argument.aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    count = len(signature)
+    signature |= {"PRECISION": "constexpr", "WIDEN": "constexpr"}
+    constants = {(count,): precision, (count + 1,): False}
+    chip: Any = int(architecture) if vendor == "cuda" else architecture
+    made = triton.compile(
+        ASTSource(namespace[source.name], signature, constants, attributes),
+        target=GPUTarget(vendor, chip, _WARP[vendor]),
+        options={"num_warps": source.tiles.warps, "num_stages": stages(source, vendor)},
+    )
+    assembly, binary = ("ptx", "cubin") if vendor == "cuda" else ("amdgcn", "hsaco")
+    asm, code = made.asm[assembly], made.asm[binary]
+    registers, spills = _nvidia_usage(code, asm) if vendor == "cuda" else _amd_usage(asm)
+    return Compiled(target, registers, spills, made.metadata.shared, asm, code)
+
+
+def _nvidia_tool(name: str, *arguments: str | Path) -> str:
+    """What a tool that comes with triton says."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = next(path for path in (folder / name, folder / name.partition("-")[0]) if path.exists())
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _nvidia_usage(binary: bytes, assembly: str) -> tuple[int, int]:
+    """Registers, and bytes that were spilled.
+
+    A stack alone is no spill: ptxas keeps other things there, too, and says which only on request.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(binary)
+        told = _nvidia_tool("cuobjdump", "-res-usage", cubin)
+        usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+        if not usage["STACK"] + usage["LOCAL"]:
+            return usage["REG"], 0
+        ptx.write_text(assembly)
+        chip = re.search(r"\.target (sm_(\d+)\w*)", assembly)
+        assert chip is not None
+        tool = "ptxas-blackwell" if int(chip[2]) >= 100 else "ptxas"
+        told = _nvidia_tool(tool, "-v", f"--gpu-name={chip[1]}", ptx, "-o", Path(folder) / "again")
+        spilled = re.search(r"(\d+) bytes spill stores", told)
+        return usage["REG"], int(spilled[1]) if spilled else usage["STACK"]
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers, and those spilled, from the kernel's own metadata."""
+
+    def figure(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return figure("vgpr_count"), figure("vgpr_spill_count") + figure("sgpr_spill_count")
+
+
+# ----------------------------------------------------------------------------------- launching
+
+
+def run(source: Source, *tensors: Tensor) -> None:
+    """Launch a kernel: its inputs, then its outputs, as ``source`` names them.
+
+    Raises:
+        TensorizeError: there is no GPU, and the interpreter is not on.
+    """
+    x = tensors[-1]
+    check_device(x)
+    launch: Callable[..., None] = load(source.text)["launch"]
+    options: dict[str, Any] = {"precision": precision(x), "widen": interpreting()}
+    if not x.is_cuda:
+        launch(*tensors, **options)
+        return
+    options["num_stages"] = stages(source, "hip" if torch.version.hip else "cuda")
+    with torch.cuda.device_of(x):  # triton launches on the current one
+        if source.counters and (zeros := _counters(source, tensors[0])) is not None:
+            options["arrived"] = zeros
+        launch(*tensors, **options)
+
+
+def check_device(x: Tensor) -> None:
+    """Raises TensorizeError where kernels cannot run on the tensor's device."""
+    if not x.is_cuda and not interpreting():
+        raise TensorizeError(
+            f'the model was compiled with backend="triton", whose kernels do not run on '
+            f"{x.device.type}",
+            way_out="move the model to a GPU, or set TRITON_INTERPRET=1 before Python starts to "
+            'run the kernels (slowly) on the CPU; backend="aten" needs neither',
+        )
+
+
+def precision(x: Tensor) -> str:
+    """Of float32 dots: what torch allows its own matmuls."""
+    wanted = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if wanted and x.is_cuda and not torch.version.hip else "ieee"
+
+
+_POOL = 1 << 20
+_pools: dict[torch.device, tuple[Tensor, int]] = {}
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_PER_STREAM = 4096
+
+
+def _counters(source: Source, x: Tensor) -> Tensor | None:
+    """Zeros for the programs that count arrivals; a kernel leaves them zero.
+
+    Kernels of one stream come one after the other and share theirs. A launch that a CUDA graph
+    records gets its own, because the graph may be replayed on any stream: from a pool, so that
+    no replay has to fill them. ``None``: the launch makes its own.
+    """
+    rows_blocks = -(-x.shape[0] // source.tiles.rows)
+    needed = rows_blocks * source.counters
+    device = x.device
+    capturing = torch.cuda.is_current_stream_capturing()
+    if needed > _PER_STREAM or (device not in _pools and capturing):
+        return None
+    if device not in _pools:
+        _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
+        torch.cuda.synchronize(device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if not capturing and key in _of_stream:
+        return _of_stream[key]
+    pool, used = _pools[device]
+    taken = needed if capturing else _PER_STREAM
+    if used + taken > _POOL:
+        return None
+    _pools[device] = pool, used + taken
+    zeros = pool[used : used + taken]
+    if not capturing:
+        _of_stream[key] = zeros
+    return zeros

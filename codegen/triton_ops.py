@@ -1,0 +1,284 @@
+"""Kernels as operations of torch: with fake kernels and gradients, for any leading shape.
+
+``TritonContraction`` is what a weight calls in place of a contraction of torch operations. What no
+kernel family covers (a dtype, a deeper chain's gradients) is done by torch operations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorize import ops
+from tensorize.codegen import autotune, launch, tiles, triton_source
+from tensorize.codegen.triton_work import Epilogue, NotCovered, Work, roles, sides
+from tensorize.ir import LOW_RANK, TTSpec
+
+OTHER = {"columns": "rows", "rows": "columns"}
+
+
+@lru_cache(maxsize=4096)
+def _spec(text: str) -> TTSpec:
+    return TTSpec.from_dict(json.loads(text))
+
+
+@lru_cache(maxsize=4096)
+def covered(spec: TTSpec, contract: str) -> str | None:
+    """The reason why no kernel computes a contraction, ``None`` where one does."""
+    try:
+        if contract == "lookup":
+            triton_source.lookup(spec, tiles.default_lookup(spec, torch.bfloat16))
+        else:
+            work = Work((spec,), contract)
+            triton_source.forward(work, tiles.default(work, torch.bfloat16))
+    except NotCovered as reason:
+        return str(reason)
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _has_gradients(spec: TTSpec, contract: str) -> bool:
+    """Whether the gradients of the cores have a kernel."""
+    try:
+        triton_source.gradients(spec, contract, tiles.Tiles())
+    except NotCovered:
+        return False
+    return True
+
+
+def _saved_width(spec: TTSpec, contract: str) -> int:
+    return math.prod(spec.size[axis] for axis in roles(spec, contract).saved)
+
+
+def _out_width(spec: TTSpec, contract: str) -> int:
+    return math.prod(spec.size[axis] for axis in sides(spec, contract)[1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows whose entries stand together."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ------------------------------------------------------------------------------- operations
+
+
+@torch.library.custom_op("tensorize::triton_contract", mutates_args=())
+def _contract(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    contract: str,
+    saved: bool,
+    measured: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + bias for rows x, and what is between two cores if ``saved`` (else it is empty).
+
+    ``measured``: a kernel runs only where it was measured to beat the library.
+    """
+    factors = _spec(spec)
+    x, cores = _rows(x), [core.contiguous() for core in cores]
+    work = Work((factors,), contract, epilogue=Epilogue(bias=bias is not None), saved=saved)
+    y = x.new_empty(x.shape[0], _out_width(factors, contract))
+    inputs = (x, *cores) if bias is None else (x, *cores, bias.contiguous())
+    t = x.new_empty(x.shape[0], _saved_width(factors, contract)) if saved else x.new_empty(0)
+    if measured and not autotune.wins(work, x.dtype, x.shape[0], str(x.device)):
+        return _by_library(factors, x, cores, bias, contract, saved)
+    source = autotune.source(work, x.dtype, x.shape[0], str(x.device))
+    launch.run(source, *inputs, *((y, t) if saved else (y,)))
+    return y, t
+
+
+def _by_library(
+    spec: TTSpec,
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    contract: str,
+    saved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Low rank by two matmuls: ``measured`` is of that only."""
+    left, right = cores
+    first, second = (right.t(), left.t()) if contract == "columns" else (left, right)
+    t = x @ first
+    y = t @ second if bias is None else torch.addmm(bias, t, second)
+    return y, t if saved else x.new_empty(0)
+
+
+@_contract.register_fake
+def _(
+    x: Tensor,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    spec: str,
+    contract: str,
+    saved: bool,
+    measured: bool,
+) -> tuple[Tensor, Tensor]:
+    factors = _spec(spec)
+    y = x.new_empty(x.shape[0], _out_width(factors, contract))
+    t = x.new_empty(x.shape[0], _saved_width(factors, contract)) if saved else x.new_empty(0)
+    return y, t
+
+
+@torch.library.custom_op("tensorize::triton_core_gradients", mutates_args=())
+def _core_gradients(
+    x: Tensor, dy: Tensor, t: Tensor, s: Tensor, spec: str, contract: str
+) -> list[Tensor]:
+    """The gradients of two cores, from what the passes over x and over dy saved."""
+    factors = _spec(spec)
+    found = [x.new_empty(shape) for shape in factors.core_shapes]
+    source = triton_source.gradients(factors, contract, tiles.default_gradients(factors, x.dtype))
+    launch.run(source, _rows(x), _rows(dy), t, s, *found)
+    return found
+
+
+@_core_gradients.register_fake
+def _(x: Tensor, dy: Tensor, t: Tensor, s: Tensor, spec: str, contract: str) -> list[Tensor]:
+    return [x.new_empty(shape) for shape in _spec(spec).core_shapes]
+
+
+@torch.library.custom_op("tensorize::triton_lookup", mutates_args=())
+def _lookup(rows: Tensor, cores: Sequence[Tensor], spec: str) -> Tensor:
+    """Rows of W by number."""
+    factors = _spec(spec)
+    y = cores[0].new_empty(rows.shape[0], factors.shape[1])
+    source = triton_source.lookup(factors, tiles.default_lookup(factors, y.dtype))
+    launch.run(source, rows.contiguous(), *(core.contiguous() for core in cores), y)
+    return y
+
+
+@_lookup.register_fake
+def _(rows: Tensor, cores: Sequence[Tensor], spec: str) -> Tensor:
+    return cores[0].new_empty(rows.shape[0], _spec(spec).shape[1])
+
+
+# -------------------------------------------------------------------------------- gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, cores, bias, ctx.spec, ctx.contract, ctx.saved, ctx.measured = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(x, output[1], *cores)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    x, t, *cores = ctx.saved_tensors
+    factors, other = _spec(ctx.spec), OTHER[ctx.contract]
+    dy = dy.contiguous()
+    wanted = ctx.needs_input_grad[1]
+    cores_too = any(wanted) if isinstance(wanted, list | tuple) else bool(wanted)
+    kernel = cores_too and ctx.saved
+    of_x, s = _contract(dy, cores, None, ctx.spec, other, kernel, ctx.measured)
+    of_cores: Any = [None] * len(cores)
+    if kernel:
+        of_cores = _core_gradients(x, dy, t, s, ctx.spec, ctx.contract)
+    elif cores_too:
+        of_cores = _through_the_weight(factors, cores, x, dy, ctx.contract)
+    of_bias = dy.sum(0) if ctx.with_bias else None
+    return of_x, of_cores, of_bias, None, None, None, None
+
+
+def _through_the_weight(
+    spec: TTSpec, cores: Sequence[Tensor], x: Tensor, dy: Tensor, contract: str
+) -> list[Tensor]:
+    """Gradients of a longer chain's cores: those of the weight, once, times all other cores."""
+    of_weight = dy.t() @ x if contract == "columns" else x.t() @ dy
+    letters = {name: chr(97 + k) for k, (name, _) in enumerate(spec.sizes)}
+
+    def term(axes: Sequence[str]) -> str:
+        return "".join(letters[axis] for axis in axes)
+
+    sizes = [spec.size[axis] for axis in (*spec.rows, *spec.columns)]
+    weight = of_weight.reshape(sizes)
+    found = []
+    for k, axes in enumerate(spec.cores):
+        others = [(term(a), c) for j, (a, c) in enumerate(zip(spec.cores, cores)) if j != k]  # noqa: B905
+        equation = ",".join([term((*spec.rows, *spec.columns)), *(t for t, _ in others)])
+        found.append(torch.einsum(f"{equation}->{term(axes)}", weight, *(c for _, c in others)))
+    return found
+
+
+_contract.register_autograd(_backward, setup_context=_save)
+
+
+def _save_lookup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, cores, ctx.spec = inputs
+    ctx.save_for_backward(rows, *cores)
+
+
+def _lookup_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """By torch operations: a scatter over rows, which sums in the same order always on a CPU."""
+    rows, *cores = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [core.detach().requires_grad_() for core in cores]
+        y = ops.lookup(_spec(ctx.spec), leaves, rows)
+    return None, list(torch.autograd.grad(y, leaves, dy)), None
+
+
+_lookup.register_autograd(_lookup_backward, setup_context=_save_lookup)
+
+
+# ----------------------------------------------------------------------- what weights call
+
+
+@dataclass(frozen=True)
+class TritonContraction:
+    """y = x Wᵀ + bias, y = x W + bias, or rows of W, by a kernel.
+
+    ``text`` is the spec as an operation takes it; ``gradients``: those of the cores have a kernel,
+    ``measured``: a kernel runs only where it was measured to beat the library.
+    """
+
+    spec: TTSpec
+    text: str
+    contract: str
+    gradients: bool
+    measured: bool = False
+
+    takes_bias = True
+
+    def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, cores = x.to(dtype), [core.to(dtype) for core in cores]
+            bias = None if bias is None else bias.to(dtype)
+        if x.dtype not in launch.DTYPES or cores[0].dtype != x.dtype:
+            return ops.matmul(ops.contractions(self.spec), cores, x, self.contract, bias)
+        training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        saved = training and self.gradients
+        rows = x.reshape(-1, x.shape[-1])
+        y, _ = _contract(rows, list(cores), bias, self.text, self.contract, saved, self.measured)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def takes(self, core: Tensor) -> bool:
+        return core.dtype in launch.DTYPES and not torch.is_autocast_enabled(core.device.type)
+
+    def lookup(self, rows: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        y = _lookup(rows.reshape(-1).long(), list(cores), self.text)
+        return y.reshape(*rows.shape, y.shape[-1])
+
+
+def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonContraction]:
+    """What kernels a weight of this spec has, by what they contract; none where x or the gradient
+    of y is not covered."""
+    if spec.batch or any(covered(spec, side) for side in OTHER):
+        return {}
+    if measured and spec.format != LOW_RANK:
+        return {}  # what trains are compared with is not one library's call
+    text = json.dumps(spec.to_dict())
+
+    def contraction(contract: str) -> TritonContraction:
+        side = "columns" if contract == "lookup" else contract
+        return TritonContraction(spec, text, contract, _has_gradients(spec, side), measured)
+
+    lookup = () if measured or covered(spec, "lookup") else ("lookup",)
+    return {contract: contraction(contract) for contract in (*OTHER, *lookup)}

@@ -1,0 +1,475 @@
+"""Two cores that x meets one after the other, what is between them kept on chip.
+
+Low rank, two cores of a tensor train and block low rank are one body: their named indices say what
+is summed by dots, what by loops, and what is a program of its own (``triton_work.roles``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+from tensorize.codegen.triton_module import Body, Source, assemble, row_block, title
+from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
+from tensorize.codegen.triton_work import (
+    Epilogue,
+    NotCovered,
+    Roles,
+    Tiles,
+    Work,
+    check_on_chip,
+    chunks,
+    roles,
+)
+from tensorize.ir import TTSpec
+
+Widths = Sequence[tuple[int, int]]
+
+
+def forward(work: Work, tiles: Tiles) -> Source:
+    """y = epilogue(norm(x) Wᵀ) of every weight, or the gated product of two."""
+    check_on_chip(work)
+    groups = [(0, 1)] if work.gated else [(k,) for k in range(len(work.specs))]
+    bodies = [_body(work, tiles, group) for group in groups]
+    what = "y = (x c1ᵀ) c0ᵀ" if work.contract == "columns" else "y = (x c0) c1"
+    if work.gated:
+        what = f"y = {work.epilogue.activation or 'gate'}(x W_0ᵀ) · (x W_1ᵀ)"
+    inputs, outputs = operands(work)
+    name = "gated" if work.gated else "grouped" if len(groups) > 1 else "pair"
+    about = title(work, f"{what}, what is between the cores stays on chip")
+    return assemble(name, about, bodies, inputs=inputs, outputs=outputs, tiles=tiles)
+
+
+def lookup(work: Work, tiles: Tiles) -> Source:
+    """Rows of a low-rank table: those of its first core, gathered, times the second."""
+    check_on_chip(work)
+    (spec,) = work.specs
+    row, y = Operand("row", (("b", 1),), "int64"), Operand.rows("y", spec.columns, spec.size)
+    role = roles(spec, "rows")
+    text = Lines()
+    row_block(text, tiles)
+    widths = chunks(spec.size[role.link])
+    table, second = (Operand.of(f"c{k}", spec.cores[k], spec.size) for k in range(2))
+    block = (Axis("b", "b", "rows"),)
+    text.load("number", row, (block,))
+    text.note("A row that the table lacks gives what no one takes for a result.")
+    text(f"inside = (number >= 0) & (number < {spec.size[role.inner]})")
+    text("number = tl.where(inside, number, 0)")
+    ranks = _ranks(text, spec, role, widths)
+    for k, rank in enumerate(ranks):
+        text.load(f"t{k}", table, ((Axis(role.inner, "number"),), rank))
+    outer_tile = _outer_tile(tiles, spec.size[role.outer])
+    with _outputs(text, tiles, spec.size[role.outer], role.outer) as outer:
+        _expand(text, second, ranks, outer, tiles, outer_tile, "y_tile")
+        text('y_tile = tl.where(inside[:, None], y_tile, float("nan"))')
+        text.store(y, (block, outer), "y_tile.to(y.dtype.element_ty)")
+    programs = quotient(spec.size[role.outer], _slice(tiles, spec.size[role.outer]))
+    body = Body(tuple(text.lines), (row, table, second, y), programs)
+    about = title(work, "y = rows of W by number", planned=False)
+    inputs = (row, table, second)
+    return assemble("lookup", about, [body], inputs=inputs, outputs=[y], tiles=tiles, rows_of="row")
+
+
+def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
+    """Inputs and outputs in the order of ``launch``."""
+    role = roles(work.specs[0], work.contract)
+    size = work.specs[0].size
+    inputs, outputs = [Operand.rows("x", role.x, size)], []
+    if work.norm is not None:
+        inputs.append(Operand.of("gain", role.x, size))
+        if work.norm.kind == "layer":
+            inputs.append(Operand.of("shift", role.x, size))
+    for k, spec in enumerate(work.specs):
+        inputs += [core(work, k, number) for number in range(2)]
+        if work.epilogue.bias:
+            inputs.append(Operand.of(f"bias{suffix(work, k)}", roles(spec, work.contract).y, size))
+    for k, spec in enumerate(work.specs[:1] if work.gated else work.specs):
+        end = "" if work.gated else suffix(work, k)
+        y = roles(spec, work.contract).y
+        if work.epilogue.residual:
+            inputs.append(Operand.rows(f"residual{end}", y, spec.size))
+        outputs.append(Operand.rows(f"y{end}", y, spec.size))
+    if work.saved:
+        for k, spec in enumerate(work.specs):
+            saved = roles(spec, work.contract).saved
+            outputs.append(Operand.rows(f"t{suffix(work, k)}", saved, spec.size))
+    return inputs, outputs
+
+
+def suffix(work: Work, k: int) -> str:
+    return f"_{k}" if len(work.specs) > 1 else ""
+
+
+def core(work: Work, k: int, number: int) -> Operand:
+    spec = work.specs[k]
+    return Operand.of(f"c{number}{suffix(work, k)}", spec.cores[number], spec.size)
+
+
+# ----------------------------------------------------------------------------------- the body
+
+
+def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
+    spec = work.specs[group[0]]
+    role = roles(spec, work.contract)
+    size = spec.size
+    known = {o.name: o for part in operands(work) for o in part}
+    end = "" if work.gated else suffix(work, group[0])
+    text = Lines()
+    row_block(text, tiles)
+    # Which program: a slice of the outputs, and one entry of every index of the grid.
+    outer_slice = _slice(tiles, size[role.outer])
+    slices = quotient(size[role.outer], outer_slice)
+    for axis in reversed(role.grid):
+        text(f"{axis} = part % {size[axis]}")
+        text(f"part = part // {size[axis]}")
+    programs = slices * math.prod(size[axis] for axis in role.grid)
+    block = (Axis("b", "b", "rows"),)
+    ranks = {}
+    for k in group:
+        width = chunks(work.specs[k].size[role.link])
+        ranks[k] = _ranks(text, work.specs[k], role, width, _mark(group, k))
+    used = [known["x"]]
+    outer_tile = _outer_tile(tiles, size[role.outer])
+    if role.loops:
+        text.vector(role.outer, f"part * {outer_tile}", outer_tile)
+        outer = (_axis(role.outer, size[role.outer], outer_tile),)
+        programs = programs // slices * quotient(size[role.outer], outer_tile)
+        text.zeros("y_tile", tiles.rows, outer_tile)
+    with contextlib.ExitStack() as nest:
+        for axis in role.loops:
+            nest.enter_context(text.block(f"for {axis} in range({size[axis]})"))
+        _project(text, work, tiles, group, role, ranks)
+        for k in group:
+            used += [core(work, k, number) for number in range(2)]
+            if work.saved:
+                saved = known[f"t{suffix(work, k)}"]
+                used.append(saved)
+                text.note("For the gradients of the cores.")
+                with text.block("if part == 0"):
+                    for c, rank in enumerate(ranks[k]):
+                        text.store(saved, (block, rank), f"t{_mark(group, k)}{c}")
+        if role.loops:
+            second = core(work, group[0], role.second)
+            for c, rank in enumerate(ranks[group[0]]):
+                text.load(f"w{c}", second, (rank, outer))
+                text.dot("y_tile", f"t{c}", f"w{c}")
+    if role.loops:
+        used += _finish(text, work, known, group, end, block, outer)
+    else:
+        with _outputs(text, tiles, size[role.outer], role.outer) as outer:
+            for k in group:
+                second = core(work, k, role.second)
+                result, mark = _result(group, k), _mark(group, k)
+                _expand(text, second, ranks[k], outer, tiles, outer_tile, result, mark)
+            used += _finish(text, work, known, group, end, block, outer)
+    if work.norm is not None:
+        used += [known[name] for name in ("gain", "shift") if name in known]
+    return Body(tuple(text.lines), tuple(used), programs)
+
+
+def _mark(group: Sequence[int], k: int) -> str:
+    """What tells the intermediates of several weights apart."""
+    return f"{'gu'[group.index(k)]}_" if len(group) > 1 else ""
+
+
+def _result(group: Sequence[int], k: int) -> str:
+    return ("y_tile", "up")[group.index(k)]
+
+
+def _axis(name: str, size: int, tile: int) -> Axis:
+    return Axis(name, name, size if size % tile else None)
+
+
+def _slice(tiles: Tiles, outputs: int) -> int:
+    """Outputs of one program: whole tiles."""
+    tile = _outer_tile(tiles, outputs)
+    return tile * quotient(min(tiles.slice, outputs), tile)
+
+
+def _outer_tile(tiles: Tiles, outputs: int) -> int:
+    return min(tiles.outer, power(outputs, DOT))
+
+
+def _ranks(
+    text: Lines, spec: TTSpec, role: Roles, widths: Widths, mark: str = ""
+) -> list[tuple[Axis, ...]]:
+    """The positions of every part of the rank, one dimension each."""
+    size, found = spec.size[role.link], []
+    for c, (start, width) in enumerate(widths):
+        name = f"r_{mark}{c}"
+        text.vector(name, str(start) if start else "", width)
+        found.append((Axis(role.link, name, size if start + width > size else None),))
+    return found
+
+
+def _project(
+    text: Lines,
+    work: Work,
+    tiles: Tiles,
+    group: Sequence[int],
+    role: Roles,
+    ranks: dict[int, list[tuple[Axis, ...]]],
+) -> None:
+    """t = norm(x) times the first core of every weight of the group, rounded to x's dtype."""
+    size = work.specs[group[0]].size
+    layer = work.norm is not None and work.norm.kind == "layer"
+    names = [(k, c, f"t{_mark(group, k)}{c}") for k in group for c in range(len(ranks[k]))]
+    width = {name: chunks(work.specs[k].size[role.link])[c][1] for k, c, name in names}
+    for _, _, name in names:
+        text.zeros(name, tiles.rows, width[name])
+        if layer:
+            text.zeros(f"{name}_gain", width[name])
+            text.zeros(f"{name}_shift", width[name])
+    block = (Axis("b", "b", "rows"),)
+    x = Operand.rows("x", role.x, size)
+    prepare_norm(text, work, tiles.rows)
+    inner_tile = min(tiles.inner, power(size[role.inner], DOT))
+    with inner_loop(text, role.inner, "0", str(size[role.inner]), inner_tile, size[role.inner]):
+        inner = (_axis(role.inner, size[role.inner], inner_tile),)
+        text.load("x_tile", x, (block, inner))
+        apply_norm(text, work, role, inner)
+        for k, c, name in names:
+            text.load("first", core(work, k, role.first), (inner, ranks[k][c]))
+            text.dot(name, "x_tile", "first")
+            if layer:
+                text(f"{name}_gain += tl.sum(first.to(tl.float32) * gain_tile[:, None], 0)")
+                text(f"{name}_shift += tl.sum(first.to(tl.float32) * shift_tile[:, None], 0)")
+    finish_norm(text, work)
+    for _, _, name in names:
+        if layer:
+            text(f"{name} = ({name} - mean[:, None] * {name}_gain[None, :]) * scale[:, None]")
+            text(f"{name} += {name}_shift[None, :]")
+        elif work.norm is not None:
+            text(f"{name} *= scale[:, None]")
+        text(f"{name} = {name}.to(x.dtype.element_ty)")
+
+
+@contextlib.contextmanager
+def inner_loop(
+    text: Lines, axis: str, start: str, stop: str, tile: int, size: int
+) -> Iterator[None]:
+    """Over the summed entries; no loop where one tile holds all."""
+    if size <= tile and start == "0":
+        text.vector(axis, "", tile)
+        yield
+        return
+    header = f"for start in range({start}, {stop}, {tile})"
+    with text.block(header):
+        text.vector(axis, "start", tile)
+        yield
+
+
+# -------------------------------------------------------------------------------------- norms
+
+
+def prepare_norm(text: Lines, work: Work, rows: int) -> None:
+    if work.norm is None:
+        return
+    text.zeros("squares", rows)
+    if work.norm.kind == "layer":
+        text.note("Relative to a row's first entry, so that no large mean is taken from itself.")
+        text("pilot = tl.load(x + b * x_row, mask=b < rows, other=0.0).to(tl.float32)")
+        text.zeros("sums", rows)
+
+
+def apply_norm(text: Lines, work: Work, role: Roles, inner: tuple[Axis, ...]) -> None:
+    """The statistic rides along while x is read; it scales the result, not x."""
+    if work.norm is None:
+        return
+    size = work.specs[0].size
+    text("wide = x_tile.to(tl.float32)")
+    if work.norm.kind == "layer":
+        limit = inner[0].limit
+        shifted = "wide - pilot[:, None]"
+        if limit is not None:
+            shifted = f"tl.where({inner[0].variable}[None, :] < {limit}, {shifted}, 0.0)"
+        text(f"wide = {shifted}")
+        text("sums += tl.sum(wide, 1)")
+    text("squares += tl.sum(wide * wide, 1)")
+    text.load("gain_tile", Operand.of("gain", role.x, size), (inner,))
+    text("gain_tile = gain_tile.to(tl.float32)")
+    if work.norm.kind == "layer":
+        text.load("shift_tile", Operand.of("shift", role.x, size), (inner,))
+        text("shift_tile = shift_tile.to(tl.float32)")
+    text("x_tile = (wide * gain_tile[None, :]).to(x.dtype.element_ty)")
+
+
+def finish_norm(text: Lines, work: Work) -> None:
+    if work.norm is None:
+        return
+    if work.norm.kind == "layer":
+        text(f"mean = sums / {work.into}")
+        text(f"variance = tl.maximum(squares / {work.into} - mean * mean, 0.0)")
+        text(f"scale = tl.rsqrt(variance + {work.norm.eps})")
+    else:
+        text(f"scale = tl.rsqrt(squares / {work.into} + {work.norm.eps})")
+
+
+# ------------------------------------------------------------------------------------- outputs
+
+
+@contextlib.contextmanager
+def _outputs(text: Lines, tiles: Tiles, outputs: int, axis: str) -> Iterator[tuple[Axis, ...]]:
+    """Over the outputs of this program, tile by tile."""
+    tile, part = _outer_tile(tiles, outputs), _slice(tiles, outputs)
+    if part >= outputs:
+        first, last = "0", str(outputs)
+    else:
+        text(f"low = part * {part}")
+        first = "low"
+        last = f"low + {part}" if outputs % part == 0 else f"min(low + {part}, {outputs})"
+    with inner_loop(text, axis, first, last, tile, outputs):
+        yield (_axis(axis, outputs, tile),)
+
+
+def _expand(
+    text: Lines,
+    operand: Operand,
+    ranks: Sequence[tuple[Axis, ...]],
+    outer: tuple[Axis, ...],
+    tiles: Tiles,
+    tile: int,
+    result: str,
+    mark: str = "",
+) -> None:
+    """result = t times a tile of the second core."""
+    text.zeros(result, tiles.rows, tile)
+    for c, rank in enumerate(ranks):
+        text.load("second", operand, (rank, outer))
+        text.dot(result, f"t{mark}{c}", "second")
+
+
+def _finish(
+    text: Lines,
+    work: Work,
+    known: dict[str, Operand],
+    group: Sequence[int],
+    end: str,
+    block: tuple[Axis, ...],
+    outer: tuple[Axis, ...],
+) -> list[Operand]:
+    """The epilogue on ``y_tile`` (and ``up``), and the store; what it reads and writes."""
+    used = epilogue(text, work, known, group, end, block, outer)
+    y = known[f"y{end}"]
+    text.store(y, (block, outer), f"y_tile.to({y.name}.dtype.element_ty)")
+    return [*used, y]
+
+
+def epilogue(
+    text: Lines,
+    work: Work,
+    known: dict[str, Operand],
+    group: Sequence[int],
+    end: str,
+    block: tuple[Axis, ...],
+    outer: tuple[Axis, ...],
+) -> list[Operand]:
+    """Bias, activation, product, scale and residual, on float32 tiles."""
+    what: Epilogue = work.epilogue
+    used = []
+    if what.bias:
+        for k in group:
+            bias = known[f"bias{suffix(work, k)}"]
+            text.load("bias_tile", bias, (block, outer))
+            text(f"{_result(group, k)} += bias_tile.to(tl.float32)")
+            used.append(bias)
+    if what.activation is not None:
+        for line in _ACTIVATIONS[what.activation]:
+            text(line)
+    if len(group) > 1:
+        text("y_tile *= up")
+    if what.scale is not None:
+        text(f"y_tile *= {what.scale}")
+    if what.residual:
+        residual = known[f"residual{end}"]
+        text.load("residual_tile", residual, (block, outer))
+        text("y_tile += residual_tile.to(tl.float32)")
+        used.append(residual)
+    return used
+
+
+_ACTIVATIONS = {
+    "relu": ("y_tile = tl.maximum(y_tile, 0.0)",),
+    "silu": ("y_tile *= tl.sigmoid(y_tile)",),
+    "gelu": ("y_tile *= 0.5 + 0.5 * tl.erf(y_tile * 0.7071067811865476)",),
+    # tanh(u) = 2 sigmoid(2 u) - 1
+    "gelu_tanh": (
+        "cubic = y_tile + 0.044715 * y_tile * y_tile * y_tile",
+        "y_tile *= tl.sigmoid(1.5957691216057308 * cubic)",
+    ),
+}
+
+
+# ------------------------------------------------------------------------------- gradients of cores
+
+
+def gradients(spec: TTSpec, contract: str, tiles: Tiles, notes: tuple[str, ...]) -> Source:
+    """The gradients of both cores of y = x Wᵀ (or x W) in one launch.
+
+    ``t`` is what the pass over x saved and ``s`` what the pass over the gradient dy saved, so no
+    product is computed twice.
+    """
+    size = spec.size
+    ahead = roles(spec, contract)
+    back = roles(spec, "rows" if contract == "columns" else "columns")
+    if ahead.first != back.second:
+        raise NotCovered(f"{spec}: x and the gradient of y meet the same core first")
+    x, dy = Operand.rows("x", ahead.x, size), Operand.rows("dy", back.x, size)
+    t, s = Operand.rows("t", ahead.saved, size), Operand.rows("s", back.saved, size)
+    outputs = [Operand.of(f"d{k}", spec.cores[k], size) for k in range(2)]
+    second = _outer(spec, tiles, dy, t, outputs[ahead.second], (ahead.outer, ahead.link))
+    first = _outer(spec, tiles, s, x, outputs[ahead.first], (ahead.link, ahead.inner))
+    about = title(
+        Work((spec,), contract, notes=notes),
+        "d0, d1 = the gradients of the cores c0, c1",
+        planned=False,
+    )
+    return assemble(
+        "gradients",
+        about,
+        [second, first],
+        inputs=(x, dy, t, s),
+        outputs=outputs,
+        tiles=tiles,
+        blocks=False,
+    )
+
+
+def _outer(
+    spec: TTSpec,
+    tiles: Tiles,
+    left: Operand,
+    right: Operand,
+    result: Operand,
+    tile_axes: tuple[str, str],
+) -> Body:
+    """result = Σ left ⊗ right over the rows and all else that both have and the result has not."""
+    size = spec.size
+    i, j = tile_axes
+    batch = [a for a in result.axes if a not in (i, j)]
+    loops = [a for a in left.axes if a in right.axes and a not in result.axes and a != "b"]
+    tile = {a: min(tiles.outer, power(size[a], DOT)) for a in (i, j)}
+    text = Lines()
+    programs = 1
+    for axis in batch:
+        text(f"{axis} = part % {size[axis]}")
+        text(f"part = part // {size[axis]}")
+        programs *= size[axis]
+    count = quotient(size[j], tile[j])
+    text.vector(i, f"part // {count} * {tile[i]}" if count > 1 else f"part * {tile[i]}", tile[i])
+    text.vector(j, f"part % {count} * {tile[j]}" if count > 1 else "", tile[j])
+    programs *= count * quotient(size[i], tile[i])
+    rows, columns = (_axis(i, size[i], tile[i]),), (_axis(j, size[j], tile[j]),)
+    text.zeros("total", tile[i], tile[j])
+    block = (Axis("b", "b", "rows"),)
+    with contextlib.ExitStack() as nest:
+        for axis in loops:
+            nest.enter_context(text.block(f"for {axis} in range({size[axis]})"))
+        nest.enter_context(text.block(f"for start in range(0, rows, {tiles.rows})"))
+        text(f"b = tl.cast(start, tl.int64) + tl.arange(0, {tiles.rows})")
+        text.load("p", left, (rows, block))
+        text.load("q", right, (block, columns))
+        text.dot("total", "p", "q")
+    text.store(result, (rows, columns), f"total.to({result.name}.dtype.element_ty)")
+    return Body(tuple(text.lines), (left, right, result), programs)

@@ -1,0 +1,113 @@
+"""The kernel families that the tests emit, compile and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from tensorize.codegen import tiles, triton_source
+from tensorize.codegen.triton_module import Source
+from tensorize.codegen.triton_work import Epilogue, Norm, Work
+from tensorize.ir import TTSpec
+
+low_rank = TTSpec.low_rank
+
+
+def block(row_modes: tuple[int, int], column_modes: tuple[int, int], rank: int) -> TTSpec:
+    """Block low rank: cores (m1, m0, n0, r) and (n0, m1, r, n1)."""
+    if hasattr(TTSpec, "block"):
+        return TTSpec.block(row_modes, column_modes, rank)  # type: ignore[attr-defined]
+    spec = TTSpec.__new__(TTSpec)
+    sizes = dict(zip(("m0", "m1", "n0", "n1"), (*row_modes, *column_modes), strict=True))
+    cores = (("m1", "m0", "n0", "r1"), ("n0", "m1", "r1", "n1"))
+    named = tuple({**sizes, "r1": rank}.items())
+    spec._set(cores, named, ("m0", "m1"), ("n0", "n1"), ())
+    return spec
+
+
+WORKS: Mapping[str, Work] = {
+    "pair": Work((low_rank(4096, 4096, 128),), epilogue=Epilogue(bias=True), saved=True),
+    "pair of odd sizes": Work(
+        (low_rank(1000, 777, 300),),
+        norm=Norm("rms", 1e-6),
+        epilogue=Epilogue(bias=True, activation="gelu", scale=0.5, residual=True),
+    ),
+    "pair back": Work((low_rank(4096, 11008, 256),), "rows", saved=True),
+    "layer norm": Work(
+        (low_rank(3072, 768, 64),), norm=Norm("layer", 1e-5), epilogue=Epilogue(True, "gelu_tanh")
+    ),
+    "gated": Work(
+        (low_rank(11008, 4096, 128),) * 2, gated=True, epilogue=Epilogue(activation="silu")
+    ),
+    "grouped": Work(
+        (low_rank(4096, 4096, 128), low_rank(1024, 4096, 64), low_rank(1024, 4096, 64)),
+        norm=Norm("rms", 1e-6),
+    ),
+    "two cores": Work((TTSpec((64, 64), (64, 64), (16,)),), epilogue=Epilogue(bias=True)),
+    "three cores": Work((TTSpec((16, 16, 16), (16, 16, 16), (16, 16)),)),
+    "four cores": Work((TTSpec((8, 8, 8, 8), (8, 8, 8, 8), (8, 8, 8)),)),
+    "block": Work((block((64, 64), (64, 64), 16),), epilogue=Epilogue(bias=True)),
+}
+TABLES = {
+    "low rank": low_rank(32000, 768, 64),
+    "train": TTSpec((32, 32, 32), (8, 8, 12), (16, 16)),
+}
+
+
+def _forward(work: Work) -> Callable[[torch.dtype], Source]:
+    return lambda dtype: triton_source.forward(work, tiles.default(work, dtype))
+
+
+def _decode(work: Work) -> Callable[[torch.dtype], Source]:
+    return lambda dtype: triton_source.decode(work, tiles.default_decode(work, dtype))
+
+
+def _lookup(spec: TTSpec) -> Callable[[torch.dtype], Source]:
+    return lambda dtype: triton_source.lookup(spec, tiles.default_lookup(spec, dtype))
+
+
+def _gradients(spec: TTSpec) -> Callable[[torch.dtype], Source]:
+    return lambda dtype: triton_source.gradients(
+        spec, "columns", tiles.default_gradients(spec, dtype)
+    )
+
+
+FAMILIES: Mapping[str, Callable[[torch.dtype], Source]] = {
+    **{name: _forward(work) for name, work in WORKS.items()},
+    "decode": _decode(Work((low_rank(4096, 4096, 512),), epilogue=Epilogue(bias=True))),
+    "decode gated": _decode(
+        Work(
+            WORKS["gated"].specs,
+            gated=True,
+            norm=Norm("rms", 1e-6),
+            epilogue=Epilogue(activation="silu"),
+        )
+    ),
+    "decode grouped": _decode(WORKS["grouped"]),
+    **{f"lookup, {name}": _lookup(spec) for name, spec in TABLES.items()},
+    "gradients": _gradients(low_rank(4096, 4096, 128)),
+    "gradients, two cores": _gradients(TTSpec((64, 64), (64, 64), (16,))),
+    "gradients, block": _gradients(block((64, 64), (64, 64), 16)),
+}
+
+_small, _odd = low_rank(30, 24, 8), low_rank(7, 24, 20)
+SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
+    "pair": _forward(Work((_small,), epilogue=Epilogue(bias=True), saved=True)),
+    "pair back": _forward(Work((_odd,), "rows", norm=Norm("layer", 1e-5))),
+    "gated": _forward(Work((_small, low_rank(30, 24, 40)), gated=True, norm=Norm("rms", 1e-6))),
+    "grouped": _forward(Work((_small, _odd))),
+    "decode": _decode(Work((_small,), epilogue=Epilogue(bias=True))),
+    "decode back": _decode(Work((_odd,), "rows", norm=Norm("rms", 1e-6))),
+    "decode gated": _decode(Work((_small, low_rank(30, 24, 40)), gated=True)),
+    "decode grouped": _decode(Work((_small, _odd), norm=Norm("rms", 1e-6))),
+    "two cores": _forward(Work((TTSpec((3, 5), (2, 4), (6,)),), saved=True)),
+    "three cores": _forward(Work((TTSpec((3, 2, 2), (2, 4, 40), (6, 5)),))),
+    "absent indices": _forward(Work((TTSpec((1, 3, 2), (1, 1, 2), (2, 3)),))),
+    "four cores": _forward(Work((TTSpec((2, 1, 3, 2), (2, 2, 1, 3), (3, 2, 2)),), "rows")),
+    "block": _forward(Work((block((3, 2), (2, 40), 6),))),
+    "lookup, low rank": _lookup(low_rank(30, 100, 8)),
+    "lookup, train": _lookup(TTSpec((3, 2, 2), (1, 4, 3), (6, 5))),
+    "gradients": _gradients(_small),
+    "gradients, block": _gradients(block((3, 2), (2, 40), 6)),
+}

@@ -1,0 +1,277 @@
+"""``backend="triton"``: a compiled model run by kernels, in eager, compiled and exported form."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tensorize
+from tensorize import TTSpec
+from tensorize.codegen import autotune, launch, tiles, triton_ops
+from tensorize.codegen.triton_work import Epilogue, Work
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+here = pytest.mark.skipif(
+    not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
+)
+RANKS = {"table.weight": "full", "up.weight": 8, "down.weight": "full", "out.weight": 4}
+FORMATS = {"table.weight": "tt", "down.weight": "tt", "*": "low_rank"}
+
+
+class Net(nn.Module):
+    """A table, and linears of low rank and as trains, with and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 24)
+        self.up = nn.Linear(24, 30)
+        self.down = nn.Linear(30, 24, bias=False)
+        self.out = nn.Linear(24, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.out(x + self.down(torch.relu(self.up(x))))
+
+
+IDS = torch.arange(6).reshape(2, 3)
+
+
+def compiled(backend: str, model: nn.Module | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return tensorize.compile(
+        model or Net(),
+        None,
+        example_inputs=(IDS,),
+        formats=FORMATS,
+        ranks=RANKS,
+        backend=backend,
+    )
+
+
+def test_everything_holds_under_the_interpreter() -> None:
+    if launch.interpreting():
+        pytest.skip("this is that process")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@here
+def test_outputs_and_gradients_are_those_of_torch() -> None:
+    expected, model = compiled("aten"), compiled("triton")
+    y, wanted = model(IDS), expected(IDS)
+    torch.testing.assert_close(y, wanted)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    for (name, mine), (_, other) in zip(
+        model.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, other.grad, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@here
+def test_copies_pickles_and_other_dtypes() -> None:
+    model = compiled("triton")
+    wanted = model(IDS)
+    assert torch.equal(copy.deepcopy(model)(IDS), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(IDS), wanted)
+    double = copy.deepcopy(model).double()(IDS)  # no kernels: torch operations
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), wanted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(IDS).float(), wanted, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(tensorize.densify(model)(IDS), wanted)
+
+
+@here
+def test_compiled_and_exported() -> None:
+    model = compiled("triton")
+    wanted = model(IDS)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(fast(IDS), wanted)
+    fast(IDS).sum().backward()
+    assert model.up.first.weight.grad is not None
+    exported = torch.export.export(model, (IDS,))
+    torch.testing.assert_close(exported.module()(IDS), wanted)
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert {"tensorize.triton_contract.default", "tensorize.triton_lookup.default"} <= called
+
+
+@here
+def test_hooks_of_a_factor_are_run() -> None:
+    model = compiled("triton")
+    wanted, seen = model(IDS), []
+    model.up.second.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(IDS), wanted)
+    assert seen == [1]
+
+
+@here
+def test_what_was_not_measured_runs_by_the_library() -> None:
+    model = compiled("aten")
+    wanted = model(IDS)
+    build = partial(triton_ops.contractions, measured=True)
+    assert tensorize.weight.use_kernels(model, build) == 2  # low rank only
+    assert torch.equal(model(IDS), wanted)
+    model(IDS).sum().backward()
+    assert model.out.first.weight.grad is not None
+
+
+@here
+@pytest.mark.parametrize("spec", [TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,))], ids=repr)
+@pytest.mark.parametrize("contract", ["columns", "rows"])
+def test_operations_pass_opcheck(spec: TTSpec, contract: str) -> None:
+    text = json.dumps(spec.to_dict())
+    into, out = spec.shape[::-1] if contract == "columns" else spec.shape
+    cores = [torch.randn(shape, requires_grad=True) for shape in spec.core_shapes]
+    x = torch.randn(5, into, requires_grad=True)
+    bias = torch.randn(out, requires_grad=True)
+    contract_op, lookup_op = torch.ops.tensorize.triton_contract, torch.ops.tensorize.triton_lookup
+    none = torch.randn(0, into, requires_grad=True)
+    for rows, saved in ((x, True), (none, True), (x, False)):
+        torch.library.opcheck(contract_op, (rows, cores, bias, text, contract, saved, False))
+    if contract == "columns":
+        torch.library.opcheck(lookup_op, (torch.tensor([0, 8, 3]), cores, text))
+        t = torch.randn(5, triton_ops._saved_width(spec, "columns"))
+        s = torch.randn(5, triton_ops._saved_width(spec, "rows"))
+        gradients = torch.ops.tensorize.triton_core_gradients
+        arguments = (torch.randn(5, into), torch.randn(5, out), t, s, text, contract)
+        torch.library.opcheck(gradients, arguments)
+
+
+@here
+@pytest.mark.parametrize(
+    "spec",
+    [TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,)), TTSpec((2, 2, 2), (2, 2, 3), (2, 3))],
+    ids=repr,
+)
+def test_gradients_of_any_leading_shape(spec: TTSpec) -> None:
+    run = triton_ops.contractions(spec)["columns"]
+    cores = [torch.randn(shape, requires_grad=True) for shape in spec.core_shapes]
+    for lead in ((), (3,), (2, 0), (2, 3)):
+        x = torch.randn(*lead, spec.shape[1], requires_grad=True)
+        y, wanted = run(x, cores), tensorize.interpret.apply(spec, cores, x).float()
+        torch.testing.assert_close(y, wanted)
+        dy = torch.randn_like(y)
+        mine = torch.autograd.grad(y, (x, *cores), dy)
+        other = torch.autograd.grad(wanted, (x, *cores), dy)
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------- without a GPU
+
+
+@pytest.mark.skipif(launch.interpreting() or torch.cuda.is_available(), reason="kernels run here")
+def test_the_first_forward_tells_both_ways_out() -> None:
+    model = compiled("triton")
+    with pytest.raises(tensorize.TensorizeError, match=r"GPU.*TRITON_INTERPRET=1"):
+        model(IDS)
+
+
+def test_kernels_of_any_compiled_model_can_be_read() -> None:
+    found = tensorize.kernels(compiled("aten"))
+    assert {name for name in found if name.startswith("up.")} == {
+        "up.weight.forward",
+        "up.weight.decode",
+        "up.weight.input_gradient",
+        "up.weight.core_gradients",
+    }
+    assert "table.weight.lookup" in found
+    text = str(found["up.weight.forward"])
+    assert "W (30, 24): c0 (m0, r1), c1 (r1, n1); m0=30, r1=8, n1=24." in text
+    assert "bias" in text
+    assert "bias" not in str(found["down.weight.forward"])
+    assert repr(found["up.weight.decode"]) == "Kernel('up.weight.decode', torch.float32)"
+
+
+def test_a_kernel_is_compiled_for_a_target() -> None:
+    if launch.interpreting():
+        pytest.skip("the interpreter does not compile")
+    made = tensorize.kernels(compiled("aten"))["up.weight.forward"].compile("hip:gfx90a")
+    assert (made.target, made.spills) == ("hip:gfx90a", 0)
+    assert "amdgcn" in made.asm
+
+
+def test_a_backend_that_is_unknown_is_refused() -> None:
+    with pytest.raises(tensorize.TensorizeError, match="'aten', 'triton'"):
+        compiled("cuda")
+
+
+# ------------------------------------------------------------------------------- choices
+
+WORK = Work((TTSpec.low_rank(64, 64, 8),), epilogue=Epilogue(bias=True))
+
+
+def test_choices_are_deterministic_and_never_kernels_where_nothing_was_measured() -> None:
+    one = autotune.source(WORK, torch.float32, 1, "cpu")
+    few = autotune.source(WORK, torch.float32, 3, "cpu")
+    many = autotune.source(WORK, torch.float32, 3000, "cpu")
+    assert (one.name, few.name, many.name) == ("decode", "decode", "pair")
+    assert autotune.source(WORK, torch.float32, 7, "cpu") is few
+    assert not autotune.wins(WORK, torch.float32, 3, "cpu")
+    assert not autotune.known("cpu")
+    with pytest.raises(ValueError, match="on a GPU"):
+        autotune.tune(WORK, torch.float32, 1, "cpu")
+    with pytest.raises(tensorize.TensorizeError, match="on a GPU"):
+        tensorize.tune_kernels(compiled("aten"))
+
+
+def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
+    autotune._records.cache_clear()
+    cut = tiles.Tiles(rows=16, inner=32, outer=32)
+    try:
+        choice = autotune.Choice("forward", cut, ratio=0.5)
+        autotune.keep(WORK, torch.float32, autotune.bucket(2), "cpu", choice)
+        assert autotune.recorded(WORK, torch.float32, 16, "cpu") == choice
+        assert autotune.wins(WORK, torch.float32, 9, "cpu")
+        assert not autotune.wins(WORK, torch.float32, 17, "cpu")
+        assert not autotune.wins(WORK, torch.bfloat16, 9, "cpu")
+        assert autotune.source(WORK, torch.float32, 2, "cpu").tiles == cut
+        autotune.place("cpu").write_text("damaged")
+        autotune._records.cache_clear()
+        assert not autotune.wins(WORK, torch.float32, 9, "cpu")
+    finally:
+        autotune._records.cache_clear()
+        autotune._source.cache_clear()
+
+
+def test_every_candidate_is_emitted() -> None:
+    for rows in (1, 300):
+        found = list(autotune.candidates(WORK, torch.bfloat16, rows))
+        assert len(set(found)) == len(found) >= 3
+        assert all(autotune.emit(WORK, choice).text for choice in found)
+    large = Work((TTSpec.low_rank(2048, 2048, 700),))
+    assert {choice.family for choice in autotune.candidates(large, torch.bfloat16, 1)} == {"decode"}
+    with pytest.raises(triton_ops.NotCovered):
+        list(autotune.candidates(large, torch.bfloat16, 100))
+
+
+def test_the_benchmark_knows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import gpu
+
+    gpu.main(["--smoke"])
+    assert capsys.readouterr().out.startswith("75 cells; first 4096x4096 r64 T1")
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no GPU"):
+            gpu.main([])
