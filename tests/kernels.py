@@ -14,18 +14,6 @@ from tensorize.ir import TTSpec
 low_rank = TTSpec.low_rank
 
 
-def block(row_modes: tuple[int, int], column_modes: tuple[int, int], rank: int) -> TTSpec:
-    """Block low rank: cores (m1, m0, n0, r) and (n0, m1, r, n1)."""
-    if hasattr(TTSpec, "block"):
-        return TTSpec.block(row_modes, column_modes, rank)  # type: ignore[attr-defined]
-    spec = TTSpec.__new__(TTSpec)
-    sizes = dict(zip(("m0", "m1", "n0", "n1"), (*row_modes, *column_modes), strict=True))
-    cores = (("m1", "m0", "n0", "r1"), ("n0", "m1", "r1", "n1"))
-    named = tuple({**sizes, "r1": rank}.items())
-    spec._set(cores, named, ("m0", "m1"), ("n0", "n1"), ())
-    return spec
-
-
 WORKS: Mapping[str, Work] = {
     "pair": Work((low_rank(4096, 4096, 128),), epilogue=Epilogue(bias=True), saved=True),
     "pair of odd sizes": Work(
@@ -47,7 +35,7 @@ WORKS: Mapping[str, Work] = {
     "two cores": Work((TTSpec((64, 64), (64, 64), (16,)),), epilogue=Epilogue(bias=True)),
     "three cores": Work((TTSpec((16, 16, 16), (16, 16, 16), (16, 16)),)),
     "four cores": Work((TTSpec((8, 8, 8, 8), (8, 8, 8, 8), (8, 8, 8)),)),
-    "block": Work((block((64, 64), (64, 64), 16),), epilogue=Epilogue(bias=True)),
+    "block": Work((TTSpec.block((64, 64), (64, 64), 16),), epilogue=Epilogue(bias=True)),
 }
 TABLES = {
     "low rank": low_rank(32000, 768, 64),
@@ -88,7 +76,7 @@ FAMILIES: Mapping[str, Callable[[torch.dtype], Source]] = {
     **{f"lookup, {name}": _lookup(spec) for name, spec in TABLES.items()},
     "gradients": _gradients(low_rank(4096, 4096, 128)),
     "gradients, two cores": _gradients(TTSpec((64, 64), (64, 64), (16,))),
-    "gradients, block": _gradients(block((64, 64), (64, 64), 16)),
+    "gradients, block": _gradients(TTSpec.block((64, 64), (64, 64), 16)),
 }
 
 _small, _odd = low_rank(30, 24, 8), low_rank(7, 24, 20)
@@ -105,9 +93,9 @@ SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
     "three cores": _forward(Work((TTSpec((3, 2, 2), (2, 4, 40), (6, 5)),))),
     "absent indices": _forward(Work((TTSpec((1, 3, 2), (1, 1, 2), (2, 3)),))),
     "four cores": _forward(Work((TTSpec((2, 1, 3, 2), (2, 2, 1, 3), (3, 2, 2)),), "rows")),
-    "block": _forward(Work((block((3, 2), (2, 40), 6),))),
+    "block": _forward(Work((TTSpec.block((3, 2), (2, 40), 6),))),
     "lookup, low rank": _lookup(low_rank(30, 100, 8)),
     "lookup, train": _lookup(TTSpec((3, 2, 2), (1, 4, 3), (6, 5))),
     "gradients": _gradients(_small),
-    "gradients, block": _gradients(block((3, 2), (2, 40), 6)),
+    "gradients, block": _gradients(TTSpec.block((3, 2), (2, 40), 6)),
 }

@@ -23,7 +23,6 @@ from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import Epilogue, Norm, NotCovered, Tiles, Work, roles
 from tensorize.ir import TTSpec
 from tensorize.tt import reconstruct
-from tests.kernels import block
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -17,7 +17,7 @@ from tensorize.codegen import tiles, triton_source, triton_work
 from tensorize.codegen.triton_work import Epilogue, Norm, NotCovered, Work
 from tensorize.ir import TTSpec
 from tensorize.passes.order import plan_contraction
-from tests.kernels import FAMILIES, TABLES, WORKS, block
+from tests.kernels import FAMILIES, TABLES, WORKS
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,7 @@ def test_what_no_family_computes_is_refused(work: Work, why: str) -> None:
 
 def test_lookups_and_grids_that_no_family_computes_are_refused() -> None:
     with pytest.raises(NotCovered, match="share an index"):
-        triton_source.lookup(block((6, 4), (5, 8), 3), triton_work.Tiles())
+        triton_source.lookup(TTSpec.block((6, 4), (5, 8), 3), triton_work.Tiles())
     small = triton_work.Tiles(outer=16, slice=16)
     with pytest.raises(NotCovered, match="a grid takes"):
         triton_source.forward(Work((TTSpec.low_rank(1 << 21, 8, 2),)), small)
@@ -146,7 +146,7 @@ def test_the_work_of_a_row_is_that_of_a_contraction_order(name: str, contract: s
 
 
 def test_block_low_rank_costs_twice_its_parameters() -> None:
-    spec = block((6, 4), (5, 8), 3)
+    spec = TTSpec.block((6, 4), (5, 8), 3)
     assert triton_work.flops_a_row(spec, "columns") == 2 * spec.parameters
 
 
