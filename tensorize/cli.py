@@ -90,7 +90,11 @@ RefineOption = Annotated[
 ]
 MetricOption = Annotated[
     Metric | None,
-    typer.Option(help="Default: loss with calibration data, else frobenius.", show_default=False),
+    typer.Option(
+        help="Default: loss; frobenius (the weights alone) where there are no calibration data and "
+        "the model is too large to make some unasked.",
+        show_default=False,
+    ),
 ]
 Include = Annotated[
     list[str] | None,
@@ -154,6 +158,9 @@ def compile_command(
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     dtype: DtypeOption = Dtype.auto,
+    autotune: Annotated[
+        bool, typer.Option(help="Time the contraction orders of tensor trains on this machine.")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option(help="Also write the report as a page.", show_default=False)
     ] = None,
@@ -194,6 +201,7 @@ def compile_command(
                 include=include or None,
                 exclude=exclude or None,
                 formats=chosen,
+                autotune=autotune,
                 inplace=True,
                 seed=seed,
                 cache_dir=cache,

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import tensorize
+from benchmarks.quality import text
+from examples.llama import load_pretrained as trained_llama
 from tests.models import CASES, MLP, Case, parameters, relative
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -232,3 +234,21 @@ def test_half_precision_weights_stay_half_precision() -> None:
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     totals = tensorize.report(small).totals
     assert totals.after.bytes == 2 * parameters(small)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.bfloat16, 0.3), (torch.bfloat16, 0.02), (torch.float16, 0.02)]
+)
+def test_a_limit_on_the_error_holds_for_factors_as_they_are_stored(
+    dtype: torch.dtype, error: float
+) -> None:
+    model = trained_llama().to(dtype)
+    small = tensorize.compile(
+        model,
+        tensorize.Budget(error=error),
+        calibration=list(text("validation", 4, 64).split(2)),
+        include="*layers.0.*",
+    )
+    sites = tensorize.report(small).sites
+    assert any(site.format == "low_rank" for site in sites)
+    assert max(site.actual_error for site in sites) <= error

@@ -155,7 +155,7 @@ two_cores = st.one_of(
         st.integers(1, 20),
     ),
     st.builds(
-        block,
+        TTSpec.block,
         st.tuples(st.integers(2, 20), st.integers(2, 3)),
         st.tuples(st.integers(2, 3), st.integers(2, 4)),
         st.integers(1, 20),
