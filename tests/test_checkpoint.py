@@ -834,6 +834,7 @@ def test_random_models_come_back(tmp_path: Path) -> None:
         factorize(model, names, *modes, draw.randint(1, 6))
         if draw.random() < 0.5:
             factorize(model, ["mix.weight"], (4, 4), (4, 4), draw.randint(1, 4))
+        weight.settle(model)
         save(attach_report(model), tmp_path / str(case))
         fresh = build(TinyGpt, seed=case, tied=draw.random() < 0.5)
         assert_same_model(load(tmp_path / str(case), fresh), model)

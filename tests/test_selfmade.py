@@ -95,7 +95,7 @@ def test_without_inputs_there_is_nothing_to_start_from() -> None:
     # Written without a cache of keys, every token is a pass over the text so far.
     [
         pytest.param(trained_gpt, marks=pytest.mark.slow, id="gpt"),
-        pytest.param(trained_llama, id="llama"),
+        pytest.param(trained_llama, marks=pytest.mark.slow, id="llama"),
     ],
 )
 def test_on_trained_weights_it_is_much_better_than_the_weights_alone(make: object) -> None:
