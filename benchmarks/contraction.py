@@ -29,8 +29,7 @@ from benchmarks.record import keep
 from benchmarks.timing import interleaved
 from tensorize import TTSpec, tt
 from tensorize.codegen import aten, machine, orders
-from tensorize.ir import ContractionPlan
-from tensorize.passes.order import piece_of, plan_contraction
+from tensorize.passes.order import one_order, plan_contraction
 from tensorize.passes.timed import fastest_trees
 
 BATCHES = (1, 16, 256)
@@ -103,13 +102,10 @@ def measure(spec: TTSpec, batch: int, dtype: torch.dtype, rounds: int) -> dict[s
     x = torch.randn(batch, spec.shape[1], dtype=dtype)
     trees = fastest_trees(spec, "columns", machine.current(), batch, CONTENDERS, _name(dtype))
     fewest = plan_contraction(spec).piece(batch).tree
-    first, *rest = [
-        ContractionPlan(spec, "columns", (piece_of(spec, "columns", tree, 1, None),))
-        for tree in (*trees, fewest)
-    ]
-    plans = (first, *rest[:-1])
+    plans = [one_order(spec, "columns", tree) for tree in trees]
     plan = plans[orders.fastest(plans, batch, dtype)]
-    chosen = {"tensorize": plan, "predicted": first, "fewest FLOPs": rest[-1]}
+    least = one_order(spec, "columns", fewest)
+    chosen = {"tensorize": plan, "predicted": plans[0], "fewest FLOPs": least}
     calls = {name: partial(aten.build(each), x, cores) for name, each in chosen.items()}
     calls |= others(spec, cores, x)
     want = opt_einsum.contract(

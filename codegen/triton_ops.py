@@ -61,6 +61,12 @@ def _out_width(spec: TTSpec, contract: str) -> int:
     return math.prod(spec.size[axis] for axis in sides(spec, contract)[1])
 
 
+def _outputs(x: Tensor, spec: TTSpec, contract: str, saved: bool) -> tuple[Tensor, Tensor]:
+    """Room for y, and for what is between two cores if ``saved`` (else it is empty)."""
+    y = x.new_empty(x.shape[0], _out_width(spec, contract))
+    return y, x.new_empty(x.shape[0], _saved_width(spec, contract)) if saved else x.new_empty(0)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Rows whose entries stand together."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -86,11 +92,10 @@ def _contract(
     factors = _spec(spec)
     x, cores = _rows(x), [core.contiguous() for core in cores]
     work = Work((factors,), contract, epilogue=Epilogue(bias=bias is not None), saved=saved)
-    y = x.new_empty(x.shape[0], _out_width(factors, contract))
-    inputs = (x, *cores) if bias is None else (x, *cores, bias.contiguous())
-    t = x.new_empty(x.shape[0], _saved_width(factors, contract)) if saved else x.new_empty(0)
     if measured and not autotune.wins(work, x.dtype, x.shape[0], str(x.device)):
         return _by_library(factors, x, cores, bias, contract, saved)
+    y, t = _outputs(x, factors, contract, saved)
+    inputs = (x, *cores) if bias is None else (x, *cores, bias.contiguous())
     source = autotune.source(work, x.dtype, x.shape[0], str(x.device))
     launch.run(source, *inputs, *((y, t) if saved else (y,)))
     return y, t
@@ -122,10 +127,7 @@ def _(
     saved: bool,
     measured: bool,
 ) -> tuple[Tensor, Tensor]:
-    factors = _spec(spec)
-    y = x.new_empty(x.shape[0], _out_width(factors, contract))
-    t = x.new_empty(x.shape[0], _saved_width(factors, contract)) if saved else x.new_empty(0)
-    return y, t
+    return _outputs(x, _spec(spec), contract, saved)
 
 
 @torch.library.custom_op("tensorize::triton_core_gradients", mutates_args=())

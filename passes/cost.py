@@ -58,12 +58,13 @@ def spec_times(
         return low_rank_times(site, np.array(spec.ranks), batch_sizes, machine)[0]
     total = np.zeros(len(batch_sizes))
     for use in site.uses:
+        if use.contract == "lookup":
+            total += [_train_lookup_time(machine, rows, spec, site.dtype) for rows in batch_sizes]
+            continue
+        plan = timed_plan(spec, use.contract, machine, dtype=site.dtype)
         for k, rows in enumerate(batch_sizes):
-            if use.contract == "lookup":
-                total[k] += _train_lookup_time(machine, rows, spec, site.dtype)
-            else:
-                tree = timed_plan(spec, use.contract, machine, dtype=site.dtype).piece(rows).tree
-                total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
+            tree = plan.piece(rows).tree
+            total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
     return total
 
 

@@ -152,6 +152,11 @@ def piece_of(
     )
 
 
+def one_order(spec: TTSpec, contract: str, tree: Tree) -> ContractionPlan:
+    """The plan that contracts by one tree, whatever the batch."""
+    return ContractionPlan(spec, contract, (piece_of(spec, contract, tree, 1, None),))
+
+
 def undominated_trees(spec: TTSpec, contract: str) -> tuple[Tree, ...]:
     """The trees that no other is at least as good as, in FLOPs and in peak, at every batch."""
     return tuple(order.tree for order in _search(spec, contract, limited=True))

@@ -16,7 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from tensorize.ir import ContractionPlan, Machine, Tree, TTSpec
-from tensorize.passes.order import piece_of, undominated_trees
+from tensorize.passes.order import one_order, piece_of, undominated_trees
 from tensorize.passes.roofline import tree_times
 
 GRID = tuple(2**k for k in range(13))
@@ -111,10 +111,7 @@ def contenders(
     for first, last in _ranges(breakpoints):
         middle = round((first * min(last or 8 * first, 8 * first)) ** 0.5)
         trees = fastest_trees(spec, contract, machine, middle, _TIMED)
-        plans = tuple(
-            ContractionPlan(spec, contract, (piece_of(spec, contract, tree, 1, None),))
-            for tree in trees
-        )
+        plans = tuple(one_order(spec, contract, tree) for tree in trees)
         yield question(spec, contract, first, last), middle, plans
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import tensorize
 from tensorize import TTSpec, ops, tt
 from tensorize.codegen import orders
-from tensorize.ir import GENERIC, ContractionPlan
-from tensorize.passes.order import piece_of, plan_contraction
+from tensorize.ir import GENERIC
+from tensorize.passes.order import one_order, piece_of, plan_contraction
 from tensorize.passes.roofline import tree_times
 from tensorize.passes.timed import (
     GRID,
@@ -204,10 +204,7 @@ def test_orders_are_timed_remembered_and_used(
 
 def test_what_is_timed_are_the_calls_themselves() -> None:
     spec = SPECS[1]
-    slow, fast = (
-        ContractionPlan(spec, "columns", (piece_of(spec, "columns", tree, 1, None),))
-        for tree in (("x", (0, 1)), (("x", 0), 1))
-    )
+    slow, fast = (one_order(spec, "columns", tree) for tree in (("x", (0, 1)), (("x", 0), 1)))
     assert orders.fastest((slow, fast), 1, torch.float32) == 1
 
 
