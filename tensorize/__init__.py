@@ -28,6 +28,7 @@ from tensorize.errors import (
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
 from tensorize.passes.order import plan_contraction
 from tensorize.report import Report
+from tensorize.training import initialize
 from tensorize.version import __version__
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "compile",
     "densify",
     "graphs",
+    "initialize",
     "kernels",
     "load",
     "plan_contraction",

@@ -43,7 +43,9 @@ from tensorize.ir import (
     TT,
     Batch,
     ContractionPlan,
+    Machine,
     Plan,
+    Prediction,
     Totals,
     TTSpec,
 )
@@ -101,9 +103,9 @@ class _Contractions:
     def _plan(
         self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
     ) -> ContractionPlan:
-        figures, measured = machine.current(device), orders.known(device)
+        rates, measured = machine.current(device), orders.known(device)
         chosen = BREAKPOINTS if breakpoints is None else breakpoints
-        return timed_plan(spec, contract, figures, chosen, measured=measured)
+        return timed_plan(spec, contract, rates, chosen, measured=measured)
 
     def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
         uses = [(spec, contract) for spec in specs for contract in ("columns", "rows")]
@@ -251,7 +253,7 @@ def analyze(
         calibration=batches,
         metric=metric,
         seed=seed,
-        machine=machine.current(_device(model)),
+        machine=figures(model),
         notes=(f"uses of the weights were seen with {source}", *made),
     )
     identity = fingerprint(model)
@@ -281,6 +283,11 @@ def analyze(
         return Analysis(released, identity, None, batches, loss_fn)
     disk.write(cache_dir, key, released)
     return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
+
+
+def figures(model: nn.Module) -> Machine:
+    """Those of the machine that a model is on."""
+    return machine.current(_device(model))
 
 
 def _device(model: nn.Module) -> str:
@@ -470,8 +477,8 @@ def _time_orders(program: Program) -> None:
     breakpoints = ops.common_breakpoints([spec for spec, _, _ in uses], device)
     for done, (spec, contract, dtype) in enumerate(sorted(uses, key=str)):
         program.progress("timing orders", done, len(uses))
-        figures = machine.current(device)
-        for question, batch, plans in contenders(spec, contract, figures, breakpoints):
+        rates = machine.current(device)
+        for question, batch, plans in contenders(spec, contract, rates, breakpoints):
             best = plans[orders.fastest(plans, batch, getattr(torch, dtype), device)]
             found[question] = best.pieces[0].tree
     program.progress("timing orders", len(uses), len(uses))
@@ -556,41 +563,32 @@ def _report(program: Program, analysis: Analysis) -> Report:
     assert plan is not None
     aliases = {site.name: site.aliases for site in program.sites}
     sites = tuple(
-        SiteReport(
-            name=choice.name,
-            aliases=aliases.get(choice.name, ()),
-            kind=choice.kind,
-            shape=choice.shape,
-            format=choice.format,
-            ranks=choice.ranks,
-            parameters_before=choice.parameters_before,
-            parameters_after=choice.parameters_after,
-            predicted_error=choice.predicted_error,
-            actual_error=program.errors.get(choice.name, 0.0),
-            predicted_loss=choice.predicted_loss,
-            reason=choice.reason,
-        )
+        SiteReport.of(choice, aliases.get(choice.name, ()), program.errors.get(choice.name, 0.0))
         for choice in plan.sites
-    )
-    parameters = {id(p): p for p in program.model.parameters()}.values()
-    after = Totals(
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
-        plan.predicted.flops,
-        plan.predicted.latency,
     )
     return Report(
         plan=replace(plan, analysis=None),
         sites=sites,
-        totals=ReportTotals(plan.dense, after),
+        totals=ReportTotals(plan.dense, totals_of(program.model, plan.predicted)),
         curve=analysis.curve(),
         history=program.history,
         notes=(*program.notes, *_slow_weights(program)),
-        environment=_environment(),
+        environment=environment(),
     )
 
 
-def _environment() -> tuple[tuple[str, str], ...]:
+def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
+    """Parameters and bytes of a model, each once; FLOPs and times are those predicted."""
+    parameters = {id(p): p for p in model.parameters()}.values()
+    return Totals(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        predicted.flops,
+        predicted.latency,
+    )
+
+
+def environment() -> tuple[tuple[str, str], ...]:
     return (
         ("tensorize", __version__),
         ("torch", torch.__version__),
@@ -665,6 +663,8 @@ def report(model: nn.Module) -> Report:
 def densify(model: nn.Module) -> nn.Module:
     """A copy of a compiled model with plain dense modules, holding the reconstructed weights."""
     capture.check_model(model)
+    for name, factored in weight.factored(model):
+        factored.require_matrix(name)
     dense = copy.deepcopy(model)
     dense.__dict__.pop("_tensorize", None)
 

@@ -27,8 +27,11 @@ _TEXT_BATCH = 16
 _TEXT_TOKENS = 512
 
 
-def check_model(model: Any) -> None:
-    """Raises CaptureError unless ``model`` is a module with real parameters."""
+def check_model(model: Any, *, on_meta: bool = False) -> None:
+    """Raises CaptureError unless ``model`` is a module with real parameters.
+
+    ``on_meta``: parameters without values will do.
+    """
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"model must be a torch.nn.Module, got {type(model).__name__}",
@@ -42,7 +45,7 @@ def check_model(model: Any) -> None:
     count = 0
     for name, parameter in model.named_parameters():
         count += parameter.numel()
-        if parameter.is_meta:
+        if parameter.is_meta and not on_meta:
             raise CaptureError(
                 "the parameter is on the meta device: it has no values to analyse",
                 site=name,

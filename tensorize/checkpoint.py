@@ -257,7 +257,8 @@ def _install_sites(model: nn.Module, manifest: Manifest) -> None:
     for site in manifest.contents.sites:
         present = [record_of(name, factored[name]) for name in site.names if name in factored]
         if present:
-            alike = all((r.shape, r.spec) == (site.shape, site.spec) for r in present)
+            own = site.shape, site.spec, site.nonlinearity
+            alike = all((r.shape, r.spec, r.nonlinearity) == own for r in present)
             if len(present) != len(site.names) or not alike:
                 _misfit(
                     manifest,
@@ -266,7 +267,8 @@ def _install_sites(model: nn.Module, manifest: Manifest) -> None:
                 )
             continue
         devices = [_dense_device(model, name, site, manifest) for name in site.names]
-        weight.install(model, site.names, site.spec, _placeholders(site.spec, devices[0]))
+        cores = _placeholders(site.spec, devices[0])
+        weight.install(model, site.names, site.spec, cores, site.nonlinearity)
 
 
 def _dense_device(

@@ -48,12 +48,13 @@ class SiteRecord:
     """One factorized parameter, under all of its names.
 
     ``shape`` is the parameter's own (a convolution's has more axes than the matrix), and so is the
-    ``spec``, whichever way its module holds the cores.
+    ``spec``, whichever way its module holds the cores. ``nonlinearity``: what is between them.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     spec: TTSpec
+    nonlinearity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def site_records(model: nn.Module) -> tuple[SiteRecord, ...]:
 
 def record_of(name: str, factors: FactoredWeight) -> SiteRecord:
     """The record of a factorized parameter, under one of its names."""
-    return SiteRecord((name,), tuple(factors.shape), _own_spec(factors))
+    return SiteRecord((name,), tuple(factors.shape), _own_spec(factors), factors.nonlinearity)
 
 
 def _own_spec(factors: FactoredWeight) -> TTSpec:
@@ -315,7 +316,12 @@ def _contents_to_dict(contents: Contents) -> dict[str, Any]:
 def sites_to_list(sites: Iterable[SiteRecord]) -> list[dict[str, Any]]:
     """Site records as JSON data."""
     return [
-        {"names": list(site.names), "shape": list(site.shape), "spec": site.spec.to_dict()}
+        {
+            "names": list(site.names),
+            "shape": list(site.shape),
+            "spec": site.spec.to_dict(),
+            **({} if site.nonlinearity is None else {"nonlinearity": site.nonlinearity}),
+        }
         for site in sites
     ]
 
@@ -323,8 +329,21 @@ def sites_to_list(sites: Iterable[SiteRecord]) -> list[dict[str, Any]]:
 def sites_from_list(data: Iterable[Mapping[str, Any]]) -> tuple[SiteRecord, ...]:
     """What ``sites_to_list`` made."""
     return tuple(
-        SiteRecord(tuple(s["names"]), tuple(s["shape"]), TTSpec.from_dict(s["spec"])) for s in data
+        SiteRecord(
+            tuple(s["names"]),
+            tuple(s["shape"]),
+            TTSpec.from_dict(s["spec"]),
+            _known_nonlinearity(s.get("nonlinearity")),
+        )
+        for s in data
     )
+
+
+def _known_nonlinearity(name: str | None) -> str | None:
+    """A name out of a file is looked up nowhere unless it is one of those that are written."""
+    if name is not None and name not in weight.NONLINEARITIES:
+        raise ValueError(f"{name!r} is no non-linearity between factors")
+    return name
 
 
 def into_place(draft: Path, target: Path) -> None:

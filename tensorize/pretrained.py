@@ -95,7 +95,7 @@ class FactorsLoader(HfQuantizer):
                 nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))
                 for shape in site.spec.core_shapes
             ]
-            weight.install(model, names, site.spec, cores)
+            weight.install(model, names, site.spec, cores, site.nonlinearity)
         own = dict(model.named_parameters(remove_duplicate=False))
         for alias, first in self.quantization_config.aliases.items():
             tied, to = _name_in(model, alias), _name_in(model, first)

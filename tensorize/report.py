@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from tensorize import printer
 from tensorize.errors import TensorizeError
-from tensorize.ir import DENSE, Plan, Prediction, Totals
+from tensorize.ir import DENSE, Plan, Prediction, RankPlan, Totals
 
 WIDTH = 100
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
@@ -45,6 +45,15 @@ class SiteReport:
     actual_error: float
     predicted_loss: float
     reason: str
+
+    @classmethod
+    def of(
+        cls, choice: RankPlan, aliases: tuple[str, ...], actual_error: float = 0.0
+    ) -> SiteReport:
+        """What a plan said of a parameter, and the error that was measured."""
+        names = {f.name for f in fields(cls)} - {"aliases", "actual_error"}
+        planned = {name: getattr(choice, name) for name in names}
+        return cls(aliases=aliases, actual_error=actual_error, **planned)
 
     @property
     def share(self) -> float:

@@ -30,8 +30,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize import hooks, ops, ties, tt, uses, views
+from tensorize.errors import TensorizeError
 from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.uses import Frame, Matmul
+
+
+NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
+"""What there can be between two factors: functions of ``torch.nn.functional``."""
 
 
 class FactoredWeight:
@@ -40,7 +45,7 @@ class FactoredWeight:
     Shape, dtype and device cost nothing. ``dense()`` builds the matrix, differentiably.
     """
 
-    __slots__ = ("__weakref__", "contractions", "cores", "frame", "shape", "spec")
+    __slots__ = ("__weakref__", "contractions", "cores", "frame", "nonlinearity", "shape", "spec")
 
     _is_hf_initialized = True  # so that transformers' initialization leaves it alone
 
@@ -50,8 +55,9 @@ class FactoredWeight:
         cores: tuple[Tensor, ...],
         frame: Frame,
         contractions: ops.Contractions | None = None,
+        nonlinearity: str | None = None,
     ) -> None:
-        self.spec, self.cores, self.frame = spec, cores, frame
+        self.spec, self.cores, self.frame, self.nonlinearity = spec, cores, frame, nonlinearity
         self.contractions = contractions or {}
         shape = spec.shape
         if frame.expert is not None:
@@ -131,7 +137,12 @@ class FactoredWeight:
         return True
 
     def dense(self) -> Tensor:
-        """The weight as the model looks at it, built from the cores."""
+        """The weight as the model looks at it, built from the cores.
+
+        Raises:
+            TensorizeError: there is a non-linearity between the cores, so they are no matrix.
+        """
+        self.require_matrix()
         spec, cores = self.looked_at()
         if self._is_several:  # stacks are low rank
             weight = torch.matmul(*cores)
@@ -140,6 +151,15 @@ class FactoredWeight:
         if self.frame.shape is not None:
             return weight.reshape(self.frame.shape)
         return weight.transpose(-1, -2) if self.frame.transposed else weight
+
+    def require_matrix(self, name: str | None = None) -> None:
+        """Raises TensorizeError where no dense weight, of this name, stands for the cores."""
+        if self.nonlinearity is not None:
+            raise TensorizeError(
+                f"there is a {self.nonlinearity} between its factors: no dense weight is the same",
+                site=name,
+                way_out="train without nonlinearity= where a dense model is wanted",
+            )
 
     def looked_at(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
         """Spec and cores of the expert or the rows that the frame shows.
@@ -237,7 +257,7 @@ class FactoredWeight:
     def _can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
         low_rank, frame = self.spec.format == LOW_RANK, self.frame
-        if isinstance(matmul.x, FactoredWeight):
+        if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
             return False
         if matmul.convolution is not None:
             groups = self.spec.size.get("e", 1)
@@ -360,6 +380,11 @@ class Cores(nn.Module):
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
         return FactoredWeight(self.spec, cores, self.frame, self.contractions)
 
+    def resize(self, spec: TTSpec) -> None:
+        """Take other ranks: those that the cores have by now."""
+        self.spec = spec
+        self._choose_orders()
+
     def __getstate__(self) -> dict[str, Any]:
         # The contractions are compiled functions: they are found again by the spec.
         return {k: v for k, v in self.__dict__.items() if k != "contractions"}
@@ -382,12 +407,15 @@ class LowRankLinear(nn.Module):
 
     ``stored_transposed`` is True where the dense layer kept its weight as (in, out).
     ``input_product`` is there where others have the same first factor. With ``contractions`` (see
-    ``limit_saved``) the two layers' weights are used, and their hooks are not.
+    ``limit_saved``) the two layers' weights are used, and their hooks are not. ``nonlinearity`` is
+    the name of a function of ``torch.nn.functional`` between the two (CoLA, Liu et al. 2025): then
+    the layer stands for no matrix.
     """
 
     input_product: SharedProduct | None = None
     contractions: ops.Contractions | None = None
     kernels: ops.Contractions | None = None
+    nonlinearity: str | None = None
     first: nn.Linear
     second: nn.Linear
     in_features: int
@@ -396,6 +424,9 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.nonlinearity is not None:
+            between = getattr(F, self.nonlinearity)
+            return self.second(between(self.first(ops.widened(x, self.first.weight))))
         if self.contractions and type(self.first) is type(self.second) is nn.Linear:
             cores = (self.second.weight, self.first.weight)
             return ops.matmul(self.contractions, cores, x, "columns", self.second.bias)
@@ -411,7 +442,22 @@ class LowRankLinear(nn.Module):
     def weight(self) -> FactoredWeight:
         """The dense layer's weight, lazily."""
         cores = (self.second.weight, self.first.weight)
-        return FactoredWeight(self.spec, cores, Frame(transposed=self.stored_transposed))
+        frame = Frame(transposed=self.stored_transposed)
+        return FactoredWeight(self.spec, cores, frame, nonlinearity=self.nonlinearity)
+
+    def resize(self, spec: TTSpec) -> None:
+        """Take another rank: the one that the two layers' weights have by now."""
+        self.__dict__["spec"] = spec
+        self.first.out_features = self.second.in_features = spec.ranks[0]
+        limit = self.__dict__.pop("memory_limit", None)
+        if limit is not None:
+            self.limit_saved(limit)
+
+    def limit_saved(self, memory_limit: int | None) -> None:
+        """One order for all batches, that of the two layers."""
+        device = str(self.first.weight.device)
+        self.__dict__["memory_limit"] = memory_limit
+        self.__dict__["contractions"] = ops.contractions(self.spec, device, (), memory_limit)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -436,7 +482,10 @@ def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -
     """Run the weights that ``build`` has kernels for by those; returns how many they are."""
     count = 0
     for module in model.modules():
-        if isinstance(module, LowRankLinear | Cores) and (kernels := build(module.spec)):
+        bent = isinstance(module, LowRankLinear) and module.nonlinearity is not None
+        if bent or not isinstance(module, LowRankLinear | Cores):
+            continue
+        if kernels := build(module.spec):
             module.__dict__["kernels"] = kernels
             if isinstance(module, Cores):
                 module.contractions = kernels
@@ -533,12 +582,8 @@ def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
         if isinstance(module, Cores) and not module.spec.batch:
             module.memory_limit = memory_limit
             module._choose_orders()
-        elif isinstance(module, LowRankLinear):
-            device = str(module.first.weight.device)
-            # One order for all batches, that of the two layers.
-            module.__dict__["contractions"] = ops.contractions(
-                module.spec, device, (), memory_limit
-            )
+        elif isinstance(module, LowRankLinear) and module.nonlinearity is None:
+            module.limit_saved(memory_limit)
 
 
 class FactoredLinear(nn.Module):
@@ -660,7 +705,11 @@ def _is_conv1d(kind: type) -> bool:
 
 
 def install(
-    model: nn.Module, names: Sequence[str], spec: TTSpec, cores: Sequence[nn.Parameter]
+    model: nn.Module,
+    names: Sequence[str],
+    spec: TTSpec,
+    cores: Sequence[nn.Parameter],
+    nonlinearity: str | None = None,
 ) -> None:
     """Replace one dense parameter, under all of its names, by its cores.
 
@@ -668,6 +717,8 @@ def install(
         model: the model to change in place.
         names: every qualified name of the parameter (several where it is tied).
         spec, cores: the factorization; the cores in the shapes of ``spec.core_shapes``.
+        nonlinearity: the name of a function of ``torch.nn.functional`` between the two factors,
+            where ``takes_nonlinearity`` says that there can be one.
     """
     owners = [owner_of(model, name) for name in names]
     holder: Cores | None = None
@@ -681,6 +732,7 @@ def install(
         plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
         if plain and spec.format == LOW_RANK and not (tied and _is_conv1d(type(owner))):
             _become_low_rank_linear(owner, cores)
+            owner.__dict__["nonlinearity"] = nonlinearity
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
@@ -688,6 +740,30 @@ def install(
         alone = plain and type(owner) is nn.Linear
         _become_factored(owner, parameter, holder, FactoredLinear if alone else None)
     ties.follow(model, names_now)
+
+
+def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: TTSpec) -> bool:
+    """Whether the parameter is one plain linear's, in low rank: then two layers replace it."""
+    owner, leaf = owner_of(model, names[0])
+    plain = owner is not model and _is_plain_linear(owner, leaf)
+    return len(names) == 1 and plain and spec.format == LOW_RANK and not spec.batch
+
+
+def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[Tensor]) -> None:
+    """Give a factorized weight other ranks. Its parameters stay the same objects.
+
+    Args:
+        name: the qualified name that its dense parameter had, any of those of a tied one.
+        spec: the weight's own, with other ranks.
+        cores: the new values, in the shapes of ``spec.core_shapes``.
+    """
+    owner, leaf = owner_of(model, name)
+    holder = owner if isinstance(owner, LowRankLinear) else owner._modules[_cores_name(leaf)]
+    assert isinstance(holder, LowRankLinear | Cores)
+    held = holder.weight.cores if isinstance(holder, LowRankLinear) else holder.forward().cores
+    for parameter, core in zip(held, cores, strict=True):
+        parameter.data, parameter.grad = core, None
+    holder.resize(spec)
 
 
 def first_factor(model: nn.Module, name: str) -> nn.Parameter:
@@ -794,8 +870,8 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             base = module.__dict__.pop("_dense_class")
             del module.__dict__["spec"]
             module.__dict__.pop("input_product", None)
-            module.__dict__.pop("contractions", None)
-            module.__dict__.pop("kernels", None)
+            for extra in ("contractions", "memory_limit", "kernels"):
+                module.__dict__.pop(extra, None)
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]
             module.__class__ = base

@@ -1,0 +1,183 @@
+"""A compressed model to train from scratch, out of a dense definition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensorize import api, capture, huggingface
+from tensorize.budget import Budget
+from tensorize.errors import AnalysisError, BudgetError, CaptureError, TensorizeError
+from tensorize.ir import Batch, Plan
+from tensorize.passes.allocate import Allocate, RanksOption
+from tensorize.passes.assumed import AssumeSpectra, TrainingFormats, exact_ranks
+from tensorize.passes.factorize import copy_sharing
+from tensorize.passes.fresh import Initializer, is_on_meta
+from tensorize.passes.initialize import METHODS, SCALED, InitializeCores
+from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.sites import FindSites, Select
+from tensorize.progress import Progress, shown
+from tensorize.report import Report, ReportTotals, SiteReport
+from tensorize.weight import NONLINEARITIES
+
+_METRIC = "shape"
+
+
+def initialize(
+    model: nn.Module,
+    budget: float | Budget | None = 0.25,
+    *,
+    example_inputs: Any = None,
+    include: Select = None,
+    exclude: Select = None,
+    formats: TrainingFormats = None,
+    ranks: RanksOption = None,
+    method: str = SCALED,
+    nonlinearity: str | None = None,
+    rank_multiple: int = 8,
+    batch_sizes: tuple[int, ...] = (1, 16, 256),
+    initializer: Initializer | None = None,
+    device: torch.device | str = "cpu",
+    inplace: bool = False,
+    seed: int = 0,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
+    """The same model, smaller and not trained yet: cores in place of its fresh dense weights.
+
+    Nothing is known of weights before they are trained, so formats and ranks follow from shapes and
+    cost: every weight keeps the same share, tables that are looked up a larger one
+    (``passes/assumed.py``). Outputs and gradients have the scale that they have in the dense model;
+    ``training.parameter_groups`` gives the learning rates that go with it.
+
+    Args:
+        model: freshly initialised, or on the meta device: then its values are made here, module by
+            module, by Hugging Face's ``_init_weights``, by ``reset_parameters`` or by
+            ``initializer``, and no more than one module's dense weights exist at a time. A model
+            that sets its values in a method of another name is to be built on a real device.
+        budget: as in ``compile``: the share of the parameters to keep, or a ``Budget`` (not of
+            errors or losses, of which nothing is known); ``None`` where ``ranks`` says it all.
+        example_inputs: as in ``compile``.
+        include, exclude: as in ``compile``.
+        formats: as in ``compile``, by default low rank; or a ``TTSpec`` (for all weights, or
+            pattern → spec): this very factorization. ``"tt"`` means two cores, ``"block"`` up to 8 x
+            8 blocks.
+        ranks: pattern → rank; overrides the allocation.
+        method: ``"scaled"``: independent cores; ``"spectral"``: the best approximation of the
+            fresh dense weight, scaled to its norm (Khodak et al. 2021).
+        nonlinearity: ``"silu"``, ``"gelu"``, ``"relu"`` or ``"tanh"`` between the two factors of
+            every plain linear (CoLA, Liu et al. 2025). Such a layer stands for no matrix:
+            ``densify`` refuses it.
+        rank_multiple: ranks above it are its multiples, as matrix units want.
+        batch_sizes: input rows at which FLOPs and times are counted; the worst counts.
+        initializer: a function of a module that makes the values of its own parameters.
+        device: where values are made that are on meta.
+        inplace: rewrite the model itself.
+        seed: of all values made here; the random state is left as it was.
+
+    Raises:
+        BudgetError: the budget is malformed or not feasible (it names the nearest that is).
+        CaptureError: the model or its inputs cannot be used, or nothing makes a module's values.
+        AnalysisError: an option does not fit the model's weights.
+    """
+    _check_options(method, nonlinearity, rank_multiple)
+    limits = None if budget is None else Budget.of(budget)
+    if limits is not None and (limits.error is not None or limits.loss is not None):
+        raise BudgetError(
+            "errors and losses are those of trained weights, and these are not trained yet",
+            way_out="limit params, bytes, flops or latency",
+        )
+    if limits is None and ranks is None and not _names_specs(formats):
+        raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
+    capture.check_model(model, on_meta=True)
+    with shown(progress) as tell:
+        program = _found(model, example_inputs, include, exclude, seed, tell)
+        program = run_passes(program, (AssumeSpectra(formats),))
+        asked = {**(ranks or {}), **exact_ranks(program.spectra)}
+        allocate = Allocate(
+            limits, asked or None, batch_sizes=batch_sizes, rank_multiple=rank_multiple
+        )
+        program = run_passes(program, (allocate,))
+        assert program.plan is not None
+        plan = _of_shapes(program.plan)
+        replaced = {site.name for site in plan.sites if site.spec is not None}
+        target = model if inplace else copy_sharing(model, replaced)
+        program = replace(program, model=target, plan=plan)
+        cores = InitializeCores(method, nonlinearity, initializer, torch.device(device))
+        program = run_passes(program, (cores,))
+    target.__dict__["_tensorize"] = _report(program)
+    huggingface.note_factors(target)
+    return target
+
+
+def _check_options(method: str, nonlinearity: str | None, rank_multiple: int) -> None:
+    for option, value, known in (
+        ("method", method, METHODS),
+        ("nonlinearity", nonlinearity, (None, *NONLINEARITIES)),
+    ):
+        if value not in known:
+            raise TensorizeError(f"{option}={value!r} is not one of {', '.join(map(repr, known))}")
+    if not isinstance(rank_multiple, int) or rank_multiple < 1:
+        raise AnalysisError(f"rank_multiple must be a positive integer, got {rank_multiple!r}")
+
+
+def _names_specs(formats: TrainingFormats) -> bool:
+    several = formats.values() if isinstance(formats, Mapping) else (formats,)
+    return any(not isinstance(f, str | tuple | list | None) for f in several)
+
+
+def _found(
+    model: nn.Module, inputs: Any, include: Select, exclude: Select, seed: int, tell: Progress
+) -> Program:
+    """The program with its sites: seen in a run, on meta where the model is, or read by type."""
+    batch, source = capture.find_inputs(model, inputs, ())
+    program = Program(
+        model=model,
+        inputs=batch,
+        metric=_METRIC,
+        seed=seed,
+        machine=api.figures(model),
+        notes=(f"uses of the weights were seen with {source}",),
+        progress=tell,
+    )
+    find = FindSites(include, exclude)
+    if batch is None or not is_on_meta(model):
+        return run_passes(program, (find,))
+    try:
+        return run_passes(replace(program, inputs=_on_meta(batch)), (find,))
+    except CaptureError as error:
+        note = f"it does not run on the meta device, so modules are read by their type: {error}"
+        return run_passes(replace(program, inputs=None, notes=(note,)), (find,))
+
+
+def _on_meta(batch: Batch) -> Batch:
+    def moved(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    args, kwargs = pytree.tree_map(moved, (batch.args, dict(batch.kwargs)))
+    return Batch(args, kwargs, batch.given)
+
+
+def _of_shapes(plan: Plan) -> Plan:
+    """Without the figures that an assumed curve puts where a trained weight's errors stand."""
+    sites = tuple(replace(s, predicted_error=0.0, predicted_loss=0.0) for s in plan.sites)
+    return replace(plan, sites=sites, predicted=replace(plan.predicted, output_error=0.0), gap=0.0)
+
+
+def _report(program: Program) -> Report:
+    plan = program.plan
+    assert plan is not None
+    aliases = {site.name: site.aliases for site in program.sites}
+    sites = tuple(SiteReport.of(choice, aliases.get(choice.name, ())) for choice in plan.sites)
+    return Report(
+        plan=plan,
+        sites=sites,
+        totals=ReportTotals(plan.dense, api.totals_of(program.model, plan.predicted)),
+        history=program.history,
+        notes=(*program.notes, "not trained yet: errors are those of no weight"),
+        environment=api.environment(),
+    )
