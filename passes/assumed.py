@@ -89,9 +89,7 @@ def split_formats(
                 site=name,
                 way_out=f"formats={LOW_RANK!r}",
             )
-    without = {
-        name: tuple(f for f in formats if f != SHARED) for name, formats in allowed.items()
-    }
+    without = {name: tuple(f for f in formats if f != SHARED) for name, formats in allowed.items()}
     return without, exact
 
 
@@ -141,18 +139,21 @@ def _curve(site: Site, formats: tuple[str, ...], exact: TTSpec | None) -> Assume
         widest.append(TTSpec.block((m // m1, m1), (n0, n // n0), min(m // m1, n // n0)))
     trains = tuple(TensorTrain(spec, ()) for spec in widest if spec.format in (TT, BLOCK))
     points = tuple(
-        (spec, _lost(site, spec.parameters)) for train in trains for spec in _ladder(train.spec)
+        (spec, _lost(site, spec.parameters)) for train in trains for spec in ladder(train.spec)
     )
     return replace(curve, trains=trains, train_points=points)
 
 
-def _ladder(widest: TTSpec) -> list[TTSpec]:
-    """Ranks from 1 to where nothing is saved any more, closer to each other than 15 %."""
-    dense = math.prod(widest.shape)
-    (largest,) = widest.ranks
-    ranks = sorted({max(1, round(largest ** (k / _POINTS))) for k in range(_POINTS + 1)})
-    specs = [widest.with_ranks((rank,)) for rank in ranks]
-    return [spec for spec in specs if spec.parameters < dense]
+def ladder(spec: TTSpec) -> list[TTSpec]:
+    """The same modes at ranks from 1 to where nothing is saved, about 15 % apart, and its own."""
+    if spec.format == BLOCK:
+        largest = (min(spec.row_modes[0], spec.column_modes[1]),)
+    else:
+        largest = tt.max_ranks(spec.row_modes, spec.column_modes)
+    bounds = {max(1, round(max(largest) ** (k / _POINTS))) for k in range(_POINTS + 1)}
+    several = {tuple(min(bound, most) for most in largest) for bound in bounds} | {spec.ranks}
+    specs = [spec.with_ranks(ranks) for ranks in sorted(several)]
+    return [each for each in specs if each.parameters < math.prod(spec.shape)]
 
 
 def exact_ranks(spectra: Mapping[str, Assumed]) -> dict[str, int | str]:

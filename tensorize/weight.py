@@ -34,7 +34,6 @@ from tensorize.errors import TensorizeError
 from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.uses import Frame, Matmul
 
-
 NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
 """What there can be between two factors: functions of ``torch.nn.functional``."""
 
@@ -380,9 +379,11 @@ class Cores(nn.Module):
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
         return FactoredWeight(self.spec, cores, self.frame, self.contractions)
 
-    def resize(self, spec: TTSpec) -> None:
-        """Take other ranks: those that the cores have by now."""
+    def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+        """Take cores of other ranks."""
         self.spec = spec
+        for k, core in enumerate(cores):
+            self._parameters[f"core_{k}"] = core
         self._choose_orders()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -445,9 +446,10 @@ class LowRankLinear(nn.Module):
         frame = Frame(transposed=self.stored_transposed)
         return FactoredWeight(self.spec, cores, frame, nonlinearity=self.nonlinearity)
 
-    def resize(self, spec: TTSpec) -> None:
-        """Take another rank: the one that the two layers' weights have by now."""
+    def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+        """Take factors of another rank."""
         self.__dict__["spec"] = spec
+        self.second.weight, self.first.weight = cores
         self.first.out_features = self.second.in_features = spec.ranks[0]
         limit = self.__dict__.pop("memory_limit", None)
         if limit is not None:
@@ -749,21 +751,18 @@ def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: TTSpec) -> 
     return len(names) == 1 and plain and spec.format == LOW_RANK and not spec.batch
 
 
-def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[Tensor]) -> None:
-    """Give a factorized weight other ranks. Its parameters stay the same objects.
+def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+    """Give a factorized weight other ranks.
 
     Args:
         name: the qualified name that its dense parameter had, any of those of a tied one.
         spec: the weight's own, with other ranks.
-        cores: the new values, in the shapes of ``spec.core_shapes``.
+        cores: the new parameters, in the shapes of ``spec.core_shapes``.
     """
     owner, leaf = owner_of(model, name)
     holder = owner if isinstance(owner, LowRankLinear) else owner._modules[_cores_name(leaf)]
     assert isinstance(holder, LowRankLinear | Cores)
-    held = holder.weight.cores if isinstance(holder, LowRankLinear) else holder.forward().cores
-    for parameter, core in zip(held, cores, strict=True):
-        parameter.data, parameter.grad = core, None
-    holder.resize(spec)
+    holder.resize(spec, cores)
 
 
 def first_factor(model: nn.Module, name: str) -> nn.Parameter:

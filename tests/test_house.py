@@ -23,7 +23,7 @@ LAYERS = (
     ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),
     ("huggingface", "pretrained", "lora", "checkpoint"),
     ("api",),
-    ("backend", "sources", "cli", "__init__"),
+    ("backend", "sources", "cli", "training", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 
@@ -37,8 +37,8 @@ def layer_of(module: str) -> int:
 
 def files() -> list[tuple[str, Path]]:
     found = [(path.stem, path) for path in (ROOT / "tensorize").glob("*.py")]
-    for folder in ("passes", "codegen"):
-        found += [(folder, path) for path in (ROOT / folder).glob("*.py")]
+    for folder in ("passes", "codegen", "tensorize/training"):
+        found += [(Path(folder).name, path) for path in (ROOT / folder).glob("*.py")]
     return sorted(found)
 
 

@@ -1,5 +1,21 @@
 """Training in compressed form: from scratch, or on from a compressed model."""
 
+from tensorize.training.adapt import Adaptation, RankSchedule
+from tensorize.training.checkpointing import checkpoint_low_rank, low_rank_contexts
+from tensorize.training.groups import parameter_groups
+from tensorize.training.memory import MemoryEstimate, activations, memory
+from tensorize.training.rounding import round_stochastically
 from tensorize.training.start import initialize
 
-__all__ = ["initialize"]
+__all__ = [
+    "Adaptation",
+    "MemoryEstimate",
+    "RankSchedule",
+    "activations",
+    "checkpoint_low_rank",
+    "initialize",
+    "low_rank_contexts",
+    "memory",
+    "parameter_groups",
+    "round_stochastically",
+]

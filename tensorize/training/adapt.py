@@ -1,0 +1,338 @@
+"""Ranks that follow a budget while a model trains.
+
+Every so many steps the spectra of all cores are looked at, and the parameters that the schedule
+allows are given to the ranks that hold the most: weights whose spectra end early shrink, others
+grow. A cut keeps the best approximation of that rank, a grown weight the very same product; what an
+optimizer keeps of the gradients goes along (``bonds``). The budget falls along a cubic (Zhu & Gupta
+2017), as in AdaLoRA (Zhang et al. 2023).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensorize import weight
+from tensorize.budget import Budget
+from tensorize.errors import BudgetError, TensorizeError
+from tensorize.ir import LOW_RANK, Site, TTSpec
+from tensorize.passes.assumed import ladder
+from tensorize.passes.optimise import TooTight, solve
+from tensorize.passes.points import COSTS, Points, curve_points
+from tensorize.passes.spectra import Spectrum
+from tensorize.report import Report
+from tensorize.training.bonds import Bond, bonds, extended, tails, with_ranks
+from tensorize.weight import FactoredWeight
+
+_GROWTH = 1.25
+"""By how much a rank may grow at a time: its spectrum beyond what it has is a guess."""
+
+_TRACE = "ranks followed a budget"
+
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")
+"""What optimizers call the squares of gradients that they keep."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What one change did: the parameters of all weights before and after, at a step."""
+
+    step: int
+    before: int
+    after: int
+    shrunk: int
+    grown: int
+
+
+class RankSchedule:
+    """Changes the ranks of a factorized model while it trains; call ``step()`` after the optimizer.
+
+        schedule = RankSchedule(model, optimizer, budget=0.25, start=100, end=900, every=50)
+        for batch in batches:
+            ...
+            optimizer.step()
+            schedule.step()
+
+    Cores of other ranks are new parameters; they take the old ones' places in the model and in the
+    optimizer's groups, so schedules of learning rates need not know. Wrappers that hold parameters
+    themselves (DDP) are to be made anew. Weights that share a factor with others keep their ranks. A run that stops is resumed by ``load_state_dict`` of the schedule first (it gives the
+    cores their shapes), then of the model and the optimizer.
+
+    Args:
+        model: from ``initialize``, ``compile`` or ``load``.
+        optimizer: whose states go along: those of the shapes of the parameters, as Adam's and
+            momentum; others are dropped and begin anew.
+        budget: the share of the dense model's parameters to reach, or a ``Budget`` of params.
+        start, end: the steps between which the budget falls (or rises) from what the model has now.
+        every: steps between two changes; after ``end`` ranks move at a constant budget.
+        until: the last step at which ranks move; None: ``end``.
+        rank_multiple: ranks above it are its multiples.
+        seed: of the directions that weights grow by.
+
+    Raises:
+        BudgetError: the budget is malformed, or smaller than what the model has at rank one.
+        TensorizeError: the model has no factorized weights, or steps are out of order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        budget: float | Budget,
+        *,
+        start: int,
+        end: int,
+        every: int = 100,
+        until: int | None = None,
+        rank_multiple: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= start <= end or every < 1 or rank_multiple < 1:
+            raise TensorizeError(
+                f"0 <= start <= end and every, rank_multiple >= 1, got start={start}, end={end}, "
+                f"every={every}, rank_multiple={rank_multiple}"
+            )
+        self.model, self.optimizer = model, optimizer
+        self.start, self.end, self.every = start, end, every
+        self.until = end if until is None else until
+        self.rank_multiple, self.seed = rank_multiple, seed
+        self.steps = 0
+        self.trace: list[Adaptation] = []
+        report = model.__dict__.get("_tensorize")
+        if not isinstance(report, Report):
+            raise TensorizeError(
+                "the model was not made by tensorize",
+                way_out="model = tensorize.initialize(model, 0.25)",
+            )
+        limits = Budget.of(budget).limits(report.plan.dense)
+        if set(limits) != {"params"}:
+            raise BudgetError(
+                f"ranks follow a budget of parameters, and {budget} limits others",
+                way_out="budget=0.25, or tensorize.Budget(params=...)",
+            )
+        self.target = int(limits["params"])
+        self.first = _parameters(model)
+        if not (found := self._weights()):
+            raise TensorizeError("the model has no factorized weight of its own")
+        least = self.first - sum(w.spec.parameters - _smallest(w.spec) for _, w in found)
+        if self.target < least:
+            raise BudgetError(
+                f"{self.target:,} parameters are fewer than at rank one: {least:,}",
+                way_out=f"budget=tensorize.Budget(params={least}) or more",
+            )
+
+    def allowed(self, step: int) -> int:
+        """Parameters of the whole model that the schedule allows at a step."""
+        if step >= self.end:
+            return self.target
+        share = max(0, step - self.start) / max(1, self.end - self.start)
+        return round(self.target + (self.first - self.target) * (1 - share) ** 3)
+
+    @torch.no_grad()
+    def step(self) -> Adaptation | None:
+        """Count one step of the optimizer; change ranks where it is time. Returns what changed."""
+        self.steps += 1
+        due = self.start <= self.steps <= self.until and (self.steps - self.start) % self.every == 0
+        if not due and self.steps != self.end:
+            return None
+        change = self._adapt(self.allowed(self.steps))
+        self.trace.append(change)
+        _note(self.model, self.trace)
+        return change
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, ranks and trace, as JSON knows them."""
+        return {
+            "steps": self.steps,
+            "first": self.first,
+            "ranks": {name: list(w.spec.ranks) for name, w in self._weights()},
+            "trace": [list(vars(change).values()) for change in self.trace],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state_dict``: cores take the ranks of then, and their values are not set.
+
+        Raises:
+            TensorizeError: it is of a model with other weights.
+        """
+        known = dict(self._weights())
+        if known.keys() != state["ranks"].keys():
+            odd = min(known.keys() ^ state["ranks"].keys())
+            raise TensorizeError("the state is of a model with other weights", site=odd)
+        for name, ranks in state["ranks"].items():
+            spec = known[name].spec.with_ranks(ranks)
+            if spec != known[name].spec:
+                like = known[name].cores[0]
+                cores = [like.new_zeros(shape) for shape in spec.core_shapes]
+                self._put(name, known[name].cores, spec, cores)
+        self.steps, self.first = state["steps"], state["first"]
+        self.trace = [Adaptation(*values) for values in state["trace"]]
+        _note(self.model, self.trace)
+
+    # ---------------------------------------------------------------------------- one change
+
+    def _weights(self) -> list[tuple[str, FactoredWeight]]:
+        """Every weight whose cores are its own alone, under its first name."""
+        found: dict[tuple[int, ...], tuple[str, FactoredWeight]] = {}
+        for name, factors in weight.factored(self.model):
+            found.setdefault(tuple(id(core) for core in factors.cores), (name, factors))
+        uses = Counter(core for cores in found for core in cores)
+        return [pair for cores, pair in found.items() if all(uses[core] == 1 for core in cores)]
+
+    def _adapt(self, allowed: int) -> Adaptation:
+        before = _parameters(self.model)
+        weights = self._weights()
+        spectra = {name: bonds(factors.spec, factors.cores) for name, factors in weights}
+        points = [self._points(name, factors, spectra[name]) for name, factors in weights]
+        others = before - sum(factors.spec.parameters for _, factors in weights)
+        caps = np.full(len(COSTS), np.inf)
+        caps[0] = allowed - others
+        try:
+            choice = solve(points, caps).choice
+        except TooTight:  # between two changes the least there is may be above the cubic
+            choice = [int(np.argmin(p.costs[:, 0])) for p in points]
+        shrunk = grown = 0
+        for (name, factors), p, k in zip(weights, points, choice, strict=True):
+            spec = p.spec(k)
+            assert spec is not None
+            if spec.ranks != factors.spec.ranks:
+                self._resize(name, factors, spectra[name], spec)
+                less = spec.parameters < factors.spec.parameters
+                shrunk, grown = shrunk + less, grown + (not less)
+        return Adaptation(self.steps, before, _parameters(self.model), shrunk, grown)
+
+    def _points(self, name: str, factors: FactoredWeight, found: Sequence[Bond]) -> Points:
+        """What the weight loses at each rank that it may have, by its own spectrum."""
+        spec = factors.spec
+        m, n = spec.single.shape
+        dtype = str(factors.dtype).removeprefix("torch.")
+        site = Site(name, spec.shape, dtype, uses=())
+        blank = torch.empty(0, device="meta")
+        if spec.format == LOW_RANK:
+            most = min(m, n, max(spec.ranks[0] + self.rank_multiple, int(_GROWTH * spec.ranks[0])))
+            lost = tails(extended(found[0].squares, most)).cpu()
+            blank = torch.empty(most, device="meta")
+            curve = Spectrum(site, (LOW_RANK,), (), blank, blank, lost, in_nats=False)
+        else:
+            lost = [tails(extended(b.squares, int(_GROWTH * len(b.squares)) + 1)) for b in found]
+            whole = torch.stack([t[0] for t in lost]).max()
+            points = []
+            for other in ladder(spec):
+                fits = all(r < len(t) for r, t in zip(other.ranks, lost, strict=True))
+                if fits:
+                    cut = sum(float(t[r]) for r, t in zip(other.ranks, lost, strict=True))
+                    points.append((other, cut))
+            curve = Spectrum(
+                site, (spec.format,), (), blank, blank, whole.reshape(1).cpu(),
+                train_points=tuple(points), in_nats=False,
+            )  # fmt: skip
+        return curve_points(curve, (spec.format,), factors.dtype.itemsize, (), self.rank_multiple)
+
+    def _resize(
+        self, name: str, factors: FactoredWeight, found: Sequence[Bond], spec: TTSpec
+    ) -> None:
+        old, parameters = factors.spec, factors.cores
+        cores = with_ranks(old, [core.detach() for core in parameters], found, spec.ranks)
+        self._grow(old, spec, cores, name)
+        fresh = self._put(name, parameters, spec, cores)
+        states = [self.optimizer.state.get(core, {}) for core in fresh]
+        for key in sorted({key for state in states for key in state}):
+            kept = [state.get(key) for state in states]
+            alike = all(
+                isinstance(v, Tensor) and v.shape == core.shape
+                for v, core in zip(kept, parameters, strict=True)
+            )
+            if alike:
+                moved = self._moved(key, old, kept, found, spec)  # type: ignore[arg-type]
+                for state, value in zip(states, moved, strict=True):
+                    state[key] = value
+            elif any(isinstance(v, Tensor) and v.dim() > 0 for v in kept):
+                for state in states:
+                    state.clear()  # it is of another shape: the optimizer begins anew
+                break
+
+    def _put(
+        self, name: str, before: Sequence[Tensor], spec: TTSpec, cores: Sequence[Tensor]
+    ) -> list[nn.Parameter]:
+        """Put new cores in the places of old ones, in the model and in the optimizer."""
+        old = [core for core in before if isinstance(core, nn.Parameter)]
+        fresh = [nn.Parameter(c, p.requires_grad) for c, p in zip(cores, old, strict=True)]
+        place = {id(p): new for p, new in zip(old, fresh, strict=True)}
+        for group in self.optimizer.param_groups:
+            group["params"] = [place.get(id(p), p) for p in group["params"]]
+        for parameter, new in zip(old, fresh, strict=True):
+            if parameter in self.optimizer.state:
+                self.optimizer.state[new] = self.optimizer.state.pop(parameter)
+        weight.resize(self.model, name, spec, fresh)
+        return fresh
+
+    def _moved(
+        self, key: str, old: TTSpec, kept: Sequence[Tensor], found: Sequence[Bond], spec: TTSpec
+    ) -> list[Tensor]:
+        squared = key in _SQUARES
+        moved = with_ranks(old, kept, found, spec.ranks, gradients=True, squared=squared)
+        if squared:
+            # A new direction begins with the mean of the others: with zero its first step is large.
+            for k, (value, before) in enumerate(zip(moved, kept, strict=True)):
+                if value.numel() > before.numel():
+                    moved[k] = torch.where(value == 0, before.mean(), value)
+        return moved
+
+    def _grow(self, old: TTSpec, spec: TTSpec, cores: list[Tensor], name: str) -> None:
+        """Random values in the right core of each bond that grew; zeros stay in the left one."""
+        text = f"{self.seed} {self.steps} {name}"
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        for k, (before, after) in enumerate(zip(old.ranks, spec.ranks, strict=True)):
+            if after <= before:
+                continue
+            core = cores[k + 1]
+            new = core.narrow(spec.cores[k + 1].index(f"r{k + 1}"), before, after - before)
+            size = core.double().square().sum().div(core.numel() * before / after).sqrt()
+            values = torch.randn(new.shape, generator=generator, dtype=torch.float64)
+            new.copy_((values * size.cpu()).to(new))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _smallest(spec: TTSpec) -> int:
+    return spec.with_ranks((1,) * len(spec.ranks)).parameters
+
+
+def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
+    """What the ranks are now, in the model's report, and how they came about."""
+    report: Report = model.__dict__["_tensorize"]
+    specs = {name: factors.spec for name, factors in weight.factored(model)}
+    planned = tuple(
+        replace(choice, spec=specs.get(choice.name, choice.spec)) for choice in report.plan.sites
+    )
+    after = {choice.name: choice for choice in planned}
+    sites = tuple(
+        replace(
+            site,
+            ranks=after[site.name].ranks,
+            parameters_after=after[site.name].parameters_after,
+        )
+        for site in report.sites
+    )
+    totals = replace(report.totals.after, parameters=_parameters(model))
+    notes = [note for note in report.notes if not note.startswith(_TRACE)]
+    if trace:
+        steps = ", ".join(f"{c.step}: {c.after:,}" for c in trace)
+        notes.append(f"{_TRACE} from {trace[0].before:,} parameters: after step {steps}")
+    model.__dict__["_tensorize"] = replace(
+        report,
+        plan=replace(report.plan, sites=planned),
+        sites=sites,
+        totals=replace(report.totals, after=totals),
+        notes=tuple(notes),
+    )

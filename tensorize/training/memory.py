@@ -1,0 +1,225 @@
+"""What a training run takes, before it is made."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tensorize import capture, printer
+from tensorize.errors import CaptureError, TensorizeError
+
+# Bytes a parameter: the weights themselves (mixed: float32 masters and their bfloat16 copies),
+# gradients, each of the optimizer's states, and what else there is of every parameter (mixed: the
+# gradients of the copies, before they are those of the masters).
+PRECISIONS = {
+    "mixed": (6, 4, 4, 2),
+    "float32": (4, 4, 4, 0),
+    "bfloat16": (2, 2, 2, 0),
+    "stochastic": (2, 2, 4, 0),
+}
+STATES = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training run.
+
+    ``other`` are the narrow gradients of mixed precision; ``activations`` what a forward pass saves
+    for its backward pass (0 where no batch was given).
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them: not all are at their largest at the same moment, so a run takes less."""
+        parts = self.parameters, self.gradients, self.optimizer, self.activations, self.other
+        return sum(parts)
+
+    def devices(self, memory: float, node: int = 8) -> int:
+        """How many devices of so many bytes hold it at least; never less than one whole node."""
+        return max(node, math.ceil(self.total / memory))
+
+    def __str__(self) -> str:
+        parts = ("parameters", "gradients", "optimizer", "other", "activations", "total")
+        rows = [(name, printer.bytes_(getattr(self, name))) for name in parts]
+        return printer.table(("memory", "bytes"), rows, width=40, align=["left", "right"])
+
+
+def memory(
+    model: nn.Module | int,
+    *,
+    optimizer: str = "adamw",
+    precision: str = "mixed",
+    batch: Any = None,
+) -> MemoryEstimate:
+    """Memory of training, by the rule of bytes a parameter; activations by tracing a batch.
+
+    For mixed-precision Adam: 6 bytes a parameter (masters and copies), 4 of gradients, 8 of
+    states and 2 of the copies' gradients, 20 in all (Dash et al. 2023, "Optimizing distributed
+    training on Frontier").
+
+    Args:
+        model: a module (it may be on meta), or a number of parameters. Frozen parameters take
+            their weights only.
+        optimizer: ``"adamw"``, ``"adam"``, ``"momentum"`` (SGD with it) or ``"sgd"``.
+        precision: ``"mixed"`` (bfloat16 autocast with float32 masters), ``"float32"``,
+            ``"bfloat16"`` (nothing wider) or ``"stochastic"`` (bfloat16 parameters, float32 states:
+            ``round_stochastically``).
+        batch: what forward takes, as ``example_inputs``: its saved activations are counted on fake
+            tensors, without a computation.
+
+    Raises:
+        TensorizeError: an option is unknown, or a number of parameters came with a batch.
+        CaptureError: the batch does not fit, or the forward pass needs values.
+    """
+    for option, value, known in (
+        ("optimizer", optimizer, STATES),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise TensorizeError(f"{option}={value!r} is not one of {', '.join(map(repr, known))}")
+    weight, gradient, state, other = PRECISIONS[precision]
+    if isinstance(model, nn.Module):
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    elif batch is None:
+        sizes = [(int(model), True)]
+    else:
+        raise TensorizeError("activations need the model", way_out="pass the module itself")
+    count, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
+    saved = 0
+    if isinstance(model, nn.Module) and batch is not None:
+        saved = activations(model, batch, autocast=precision == "mixed")
+    return MemoryEstimate(
+        parameters=weight * count,
+        gradients=gradient * trained,
+        optimizer=state * STATES[optimizer] * trained,
+        activations=saved,
+        other=other * trained,
+    )
+
+
+def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
+    """Bytes that a forward pass in training mode saves for its backward pass, but parameters.
+
+    Nothing is computed, and the model is left as it was.
+
+    Raises:
+        CaptureError: the batch does not fit the model, or the forward pass needs values.
+    """
+    given = capture.batch_of(batch)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = "cpu" if device == "meta" else device
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _as_fake(model, mode, device) as own, torch.random.fork_rng(devices=[]):
+        args, kwargs = pytree.tree_map(
+            lambda v: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v,
+            (given.args, dict(given.kwargs)),
+        )
+        copies = _Copies(own)
+        saved = SavedTensors(own)
+        try:
+            with copies, saved, torch.autocast(device, torch.bfloat16, enabled=autocast):
+                kept = model(*args, **kwargs)
+        except Exception as error:
+            raise CaptureError(
+                f"the activations cannot be traced: {type(error).__name__}: {error}",
+                way_out="batch= is a tuple of positional or a dict of keyword arguments",
+            ) from error
+        found = saved.bytes - sum(saved.sizes.get(key, 0) for key in copies.found)
+        del kept
+    return found
+
+
+class SavedTensors:
+    """Counts what autograd saves in a block, each storage once, without the tensors given."""
+
+    def __init__(self, without: Iterator[Tensor] | list[Tensor]) -> None:
+        self._without = {_storage(tensor) for tensor in without}
+        self.sizes: dict[int, int] = {}
+        self._alive: list[Any] = []  # no storage may be freed, and its number given to another
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._hooks.__exit__(*raised)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        key = _storage(tensor)
+        if key not in self._without and key not in self.sizes:
+            self.sizes[key] = tensor.untyped_storage().nbytes()
+            self._alive.append(tensor.untyped_storage())
+        return tensor
+
+
+class _Copies(TorchDispatchMode):
+    """Finds the storages that hold a parameter in another dtype: autocast's copies."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__()
+        self._parameters = {_storage(parameter) for parameter in parameters}
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        copied = func is torch.ops.aten._to_copy.default
+        if copied and _storage(args[0]) in self._parameters:
+            self.found.add(_storage(result))
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def _as_fake(model: nn.Module, mode: FakeTensorMode, device: str) -> Iterator[list[Tensor]]:
+    """The model's own tensors as fake ones, and it in training mode, for the time of a block."""
+    modules = list(model.modules())
+    state = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in modules]
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in made:
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = blank
+        return made[id(tensor)]
+
+    try:
+        for module, parameters, buffers, _ in state:
+            module._parameters.update({k: fake(v) for k, v in parameters.items()})  # type: ignore[arg-type]
+            module._buffers.update({k: fake(v) for k, v in buffers.items()})
+        model.train()
+        yield list(made.values())
+    finally:
+        for module, parameters, buffers, training in state:
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module.training = training

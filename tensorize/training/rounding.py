@@ -1,0 +1,108 @@
+"""Stochastic rounding of parameters below float32.
+
+An update smaller than half the spacing of a bfloat16 parameter is lost by rounding to nearest, every
+time. Rounded up or down with the probability that makes the expectation right, it is kept on average
+(Gupta et al. 2015; for bfloat16 training Zamirai et al. 2021), so that no float32 masters are needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorize.errors import TensorizeError
+
+NARROW = (torch.bfloat16,)
+
+
+def round_stochastically(optimizer: torch.optim.Optimizer, seed: int = 0) -> RoundedSteps:
+    """Let an optimizer step in float32 and round its bfloat16 parameters stochastically.
+
+    Works with any ``torch.optim.Optimizer``: for the time of a step its bfloat16 parameters and
+    gradients are float32, and so are its states, always. Other parameters step as they did.
+
+    Args:
+        seed: of the rounding.
+
+    Returns:
+        The handle: ``.remove()`` ends it; ``.state_dict()`` and ``.load_state_dict()`` are the
+        random state, for stopping and resuming.
+
+    Raises:
+        TensorizeError: the optimizer holds no bfloat16 parameter.
+    """
+    if not any(p.dtype in NARROW for group in optimizer.param_groups for p in group["params"]):
+        raise TensorizeError(
+            "the optimizer holds no bfloat16 parameter: nothing would be rounded",
+            way_out="model.to(torch.bfloat16) before the optimizer is made",
+        )
+    return RoundedSteps(optimizer, seed)
+
+
+class RoundedSteps:
+    """What ``round_stochastically`` put around an optimizer's steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seed = seed
+        self._narrow: list[tuple[torch.nn.Parameter, Tensor, Tensor]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._widen),
+            optimizer.register_step_post_hook(self._round),
+        ]
+
+    def remove(self) -> None:
+        """Steps are again what they were."""
+        for handle in self._handles:
+            handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "states": {str(d): g.get_state() for d, g in self._generators.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seed = state["seed"]
+        self._generators.clear()
+        for name, values in state["states"].items():
+            self._generator(torch.device(name)).set_state(values)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def _widen(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype in NARROW and parameter.grad is not None:
+                    own, gradient = parameter.data, parameter.grad
+                    parameter.grad = None  # its dtype must be the parameter's
+                    parameter.data = own.float()
+                    parameter.grad = gradient.float()
+                    self._narrow.append((parameter, own, gradient))
+
+    def _round(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, own, gradient in self._narrow:
+            wide = parameter.data
+            parameter.grad = None
+            parameter.data = own.copy_(stochastically_rounded(wide, self._generator(wide.device)))
+            parameter.grad = gradient
+        self._narrow.clear()
+
+
+def stochastically_rounded(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """float32 values as bfloat16, up or down with the probability of the distance to the other.
+
+    A bfloat16 is the upper half of a float32: a random number below 2^16 is added to its bits,
+    and the lower half is cut. Infinities and NaN stay what they are.
+    """
+    bits = values.view(torch.int32)
+    noise = torch.randint(
+        1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
+    )
+    rounded = (bits + noise).bitwise_and(-(1 << 16)).view(torch.float32)
+    return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
