@@ -44,7 +44,7 @@ class InitializeCores:
     method: str = SCALED
     nonlinearity: str | None = None
     initializer: Initializer | None = None
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     name: str = "initialize"
 
     def run(self, program: Program) -> Program:
@@ -76,7 +76,7 @@ class InitializeCores:
 
     def _final_values(self, model: nn.Module) -> Iterable[set[str]]:
         if is_on_meta(model):
-            return made_fresh(model, self.device, self.initializer)
+            return made_fresh(model, torch.device(self.device), self.initializer)
         return [{name for name, _ in model.named_parameters(remove_duplicate=False)}]
 
     def _replace(self, model: nn.Module, site: Site, choice: RankPlan) -> bool:

@@ -298,7 +298,7 @@ def test_what_nothing_initialises_is_an_error_that_names_it() -> None:
 
 def test_a_layer_with_a_nonlinearity_stands_for_no_matrix() -> None:
     small = tensorize.initialize(nn.Sequential(nn.Linear(64, 64)), 0.3, nonlinearity="gelu")
-    with pytest.raises(tensorize.TensorizeError, match="0.weight: there is a gelu between"):
+    with pytest.raises(tensorize.TensorizeError, match=r"0\.weight: there is a gelu between"):
         tensorize.densify(small)
 
 

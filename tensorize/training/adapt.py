@@ -62,8 +62,9 @@ class RankSchedule:
 
     Cores of other ranks are new parameters; they take the old ones' places in the model and in the
     optimizer's groups, so schedules of learning rates need not know. Wrappers that hold parameters
-    themselves (DDP) are to be made anew. Weights that share a factor with others keep their ranks. A run that stops is resumed by ``load_state_dict`` of the schedule first (it gives the
-    cores their shapes), then of the model and the optimizer.
+    themselves (DDP) are to be made anew. Weights that share a factor with others keep their ranks.
+    A run that stops is resumed by ``load_state_dict`` of the schedule first (it gives the cores
+    their shapes), then of the model and the optimizer.
 
     Args:
         model: from ``initialize``, ``compile`` or ``load``.

@@ -2,8 +2,8 @@
 
 A bond is a rank index between two cores: W = L R with the cores left of it in L and those right of
 it in R. The squared singular values of W's unfolding there are the eigenvalues of (Lᵀ L)(R Rᵀ), two
-small matrices. Where the cores share other indices as well (blocks, experts), there is one such pair
-for each of their values.
+small matrices. Where the cores share other indices as well (blocks, experts), there is one such
+pair for each of their values.
 
 Cut at a bond, L T and S R with S T = I are the best approximation of the rank, both of equal norm
 in every component (as in balanced truncation, Moore 1981). Cutting several bonds at once is
@@ -27,8 +27,8 @@ from tensorize.ir import TTSpec
 class Bond:
     """One rank index: ``squares`` (rank) summed over shared indices, descending; T and S.
 
-    ``left`` is T (*shared, rank, rank) and ``right`` S (*shared, rank, rank); their first columns and
-    rows are what a cut keeps. ``shared`` are the names of the indices in front.
+    ``left`` is T (*shared, rank, rank) and ``right`` S (*shared, rank, rank); their first columns
+    and rows are what a cut keeps. ``shared`` are the names of the indices in front.
     """
 
     name: str

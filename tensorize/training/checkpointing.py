@@ -61,8 +61,8 @@ def checkpoint_low_rank(model: nn.Module, enabled: bool = True) -> int:
     for block in blocks:
         if hasattr(block, "gradient_checkpointing"):
             # A layer of transformers, which knows what may not be done twice: filling a cache.
-            block.gradient_checkpointing = enabled
-            block._gradient_checkpointing_func = _checkpoint
+            block.__dict__["gradient_checkpointing"] = enabled
+            block.__dict__["_gradient_checkpointing_func"] = _checkpoint
         else:
             kind = getattr(type(block), "_saves_all", type(block))
             block.__class__ = _checkpointed(kind) if enabled else kind

@@ -7,7 +7,7 @@ of W contracted with the other cores, over all indices that core k has not:
     rms(∇_k)² = rms(∇_W)² · Π_{i ∉ I_k} size_i · Π_{j≠k} σ_j²
 
 for independent cores with entries of root mean square σ_j. Each of d cores is to lower the loss by
-a d-th of what the dense weight with MN entries would: lr_k N_k rms(∇_k) = lr MN rms(∇_W) / d, and so
+a d-th of what the dense weight with MN entries would: lr_k N_k rms(∇_k) = lr MN rms(∇_W) / d, so
 
     lr_k = lr · MN / (d N_k √(Π_{i ∉ I_k} size_i · Π_{j≠k} σ_j²)).
 
@@ -40,8 +40,8 @@ def parameter_groups(
 
     Cores get learning rates of their own (the module's docstring derives them), from the scale that
     they have now: make the groups before a checkpoint is read. Dense matrices get ``lr`` and
-    ``weight_decay``; biases, norms and other vectors get ``lr`` and are not decayed. Parameters that
-    need no gradient are left out, and each is in one group.
+    ``weight_decay``; biases, norms and other vectors get ``lr`` and are not decayed. Parameters
+    that need no gradient are left out, and each is in one group.
 
     Args:
         lr: what the dense model is trained with, scalar and > 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tensorize import capture, printer
 from tensorize.errors import CaptureError, TensorizeError
@@ -113,9 +114,9 @@ def memory(
 
 
 def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
-    """Bytes that a forward pass in training mode saves for its backward pass, but parameters.
+    """Bytes that a forward pass in training mode keeps for its backward pass, but parameters.
 
-    Nothing is computed, and the model is left as it was.
+    Its outputs are among them. Nothing is computed, and the model is left as it was.
 
     Raises:
         CaptureError: the batch does not fit the model, or the forward pass needs values.
@@ -129,64 +130,46 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
             lambda v: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v,
             (given.args, dict(given.kwargs)),
         )
-        copies = _Copies(own)
-        saved = SavedTensors(own)
+        live = LiveBytes(own)
         try:
-            with copies, saved, torch.autocast(device, torch.bfloat16, enabled=autocast):
+            with live, torch.autocast(device, torch.bfloat16, enabled=autocast):
                 kept = model(*args, **kwargs)
         except Exception as error:
             raise CaptureError(
                 f"the activations cannot be traced: {type(error).__name__}: {error}",
                 way_out="batch= is a tuple of positional or a dict of keyword arguments",
             ) from error
-        found = saved.bytes - sum(saved.sizes.get(key, 0) for key in copies.found)
+        found = live.bytes
         del kept
     return found
 
 
-class SavedTensors:
-    """Counts what autograd saves in a block, each storage once, without the tensors given."""
+class LiveBytes(TorchDispatchMode):
+    """What operations in a block made that is still alive, each storage once.
 
-    def __init__(self, without: Iterator[Tensor] | list[Tensor]) -> None:
+    After a forward pass that is what autograd, and checkpointing, keep for the backward pass. The
+    tensors ``without`` do not count, nor do their copies in another dtype (autocast's).
+    """
+
+    def __init__(self, without: Iterable[Tensor]) -> None:
+        super().__init__()
         self._without = {_storage(tensor) for tensor in without}
-        self.sizes: dict[int, int] = {}
-        self._alive: list[Any] = []  # no storage may be freed, and its number given to another
+        self._alive: Any = WeakIdKeyDictionary()
 
     @property
     def bytes(self) -> int:
-        return sum(self.sizes.values())
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self._hooks.__exit__(*raised)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        key = _storage(tensor)
-        if key not in self._without and key not in self.sizes:
-            self.sizes[key] = tensor.untyped_storage().nbytes()
-            self._alive.append(tensor.untyped_storage())
-        return tensor
-
-
-class _Copies(TorchDispatchMode):
-    """Finds the storages that hold a parameter in another dtype: autocast's copies."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        super().__init__()
-        self._parameters = {_storage(parameter) for parameter in parameters}
-        self.found: set[int] = set()
+        return sum(self._alive.values())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        copied = func is torch.ops.aten._to_copy.default
-        if copied and _storage(args[0]) in self._parameters:
-            self.found.add(_storage(result))
+        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._without:
+            self._without.add(_storage(result))
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor) and _storage(value) not in self._without:
+                storage = value.untyped_storage()
+                self._alive[storage] = storage.nbytes()
         return result
 
 

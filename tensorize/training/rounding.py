@@ -1,8 +1,9 @@
 """Stochastic rounding of parameters below float32.
 
-An update smaller than half the spacing of a bfloat16 parameter is lost by rounding to nearest, every
-time. Rounded up or down with the probability that makes the expectation right, it is kept on average
-(Gupta et al. 2015; for bfloat16 training Zamirai et al. 2021), so that no float32 masters are needed.
+An update smaller than half the spacing of a bfloat16 parameter is lost by rounding to nearest,
+every time. Rounded up or down with the probability that makes the expectation right, it is kept on
+average (Gupta et al. 2015; for bfloat16 training Zamirai et al. 2021), so that no float32 masters
+are needed.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def initialize(
         example_inputs: as in ``compile``.
         include, exclude: as in ``compile``.
         formats: as in ``compile``, by default low rank; or a ``TTSpec`` (for all weights, or
-            pattern → spec): this very factorization. ``"tt"`` means two cores, ``"block"`` up to 8 x
-            8 blocks.
+            pattern → spec): this very factorization. ``"tt"`` means two cores, ``"block"`` up to
+            8 x 8 blocks.
         ranks: pattern → rank; overrides the allocation.
         method: ``"scaled"``: independent cores; ``"spectral"``: the best approximation of the
             fresh dense weight, scaled to its norm (Khodak et al. 2021).
@@ -107,7 +107,7 @@ def initialize(
         replaced = {site.name for site in plan.sites if site.spec is not None}
         target = model if inplace else copy_sharing(model, replaced)
         program = replace(program, model=target, plan=plan)
-        cores = InitializeCores(method, nonlinearity, initializer, torch.device(device))
+        cores = InitializeCores(method, nonlinearity, initializer, str(device))
         program = run_passes(program, (cores,))
     target.__dict__["_tensorize"] = _report(program)
     huggingface.note_factors(target)
