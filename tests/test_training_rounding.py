@@ -90,6 +90,27 @@ def test_a_stopped_run_rounds_the_same_way() -> None:
     assert torch.equal(again, parameter)
 
 
+def test_states_stay_wide_when_they_are_loaded() -> None:
+    def made() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        parameter = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+        round_stochastically(optimizer)
+        return parameter, optimizer
+
+    parameter, optimizer = made()
+    parameter.grad = torch.randn(64).bfloat16()
+    optimizer.step()
+    kept = copy.deepcopy(optimizer.state_dict())
+    again, other = made()
+    other.load_state_dict(kept)
+    assert again.dtype == torch.bfloat16
+    loaded, wanted = other.state[again]["exp_avg"], optimizer.state[parameter]["exp_avg"]
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, wanted)
+    again.grad = torch.randn(64).bfloat16()
+    other.step()
+
+
 def test_nothing_to_round_is_an_error() -> None:
     with pytest.raises(tensorize.TensorizeError, match="holds no bfloat16"):
         round_stochastically(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))

@@ -1,21 +1,19 @@
-"""Parameter groups whose learning rates make cores learn as fast as the dense weight would.
+"""Parameter groups whose learning rates move cores as far as the dense weight would be moved.
 
-A step of Adam moves every entry by about its learning rate against the sign of its gradient, so to
-first order it lowers the loss by lr ‖∇‖₁. With one sample or many, the gradient of core k is that
-of W contracted with the other cores, over all indices that core k has not:
+What decides whether a layer learns in step with others is the spectral norm of its change (Yang,
+Simon & Bernstein 2023). A step of Adam moves every entry by about its learning rate, along few
+directions: a dense weight (M, N) by lr √(MN) in that norm. Core k maps a_k entries to b_k (its
+columns and the bond behind it, to its rows and the bond before it), so a step moves it by
+lr_k √(a_k b_k), and the others carry that on by their own norms, σ_j (√a_j + √b_j) for independent
+entries of root mean square σ_j. Each of d cores may move the weight by a d-th of what the dense step
+does:
 
-    rms(∇_k)² = rms(∇_W)² · Π_{i ∉ I_k} size_i · Π_{j≠k} σ_j²
+    lr_k = lr · √(MN) / (d √(a_k b_k) Π_{j≠k} σ_j (√a_j + √b_j)).
 
-for independent cores with entries of root mean square σ_j. Each of d cores is to lower the loss by
-a d-th of what the dense weight with MN entries would: lr_k N_k rms(∇_k) = lr MN rms(∇_W) / d, so
-
-    lr_k = lr · MN / (d N_k √(Π_{i ∉ I_k} size_i · Π_{j≠k} σ_j²)).
-
-The relative step lr_k / σ_k then does not depend on how the scale of W is split among the cores;
-for low rank at the scale of a layer of n inputs it is √(n/r)/2 times the dense one. SGD lowers
-the loss by lr ‖∇‖₂², and the same argument gives lr_k = lr · MN / (d N_k rms(∇_k)²/rms(∇_W)²). That
-is maximal update parametrisation (Yang & Hu 2021) for a weight made of cores. Decoupled weight
-decay shrinks W by Σ_k lr_k wd_k a step, so wd_k = wd · lr / (d lr_k).
+The relative step lr_k / σ_k then does not depend on how the scale of W is split among the cores.
+A step of SGD is the gradient itself, which core k receives through the others and passes on through
+them again: lr_k = lr / (d Π_{j≠k} σ_j² (√a_j + √b_j)²). Decoupled weight decay shrinks W by
+Σ_k lr_k wd_k a step, so wd_k = wd · lr / (d lr_k).
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from torch import nn
 
 from tensorize.errors import TensorizeError
 from tensorize.passes.initialize import core_scales, root_mean_square
+from tensorize.ir import TTSpec
 from tensorize.weight import FactoredWeight, factored
 
 RULES = ("adam", "sgd")
@@ -98,12 +97,30 @@ def _speeds(weight: FactoredWeight, rule: str) -> list[float]:
     if 0.0 in scales:  # a weight that starts at zero: as if it started at the usual scale
         usual = core_scales(spec, 1 / math.sqrt(spec.shape[-1]))
         scales = [own or other for own, other in zip(scales, usual, strict=True)]
-    dense, count = math.prod(spec.shape), len(spec.cores)
+    sides = [_sides(spec, k) for k in range(len(spec.cores))]
+    norms = [
+        scale * (math.sqrt(a) + math.sqrt(b)) for scale, (a, b) in zip(scales, sides, strict=True)
+    ]
+    dense, count = math.prod(spec.shape), len(norms)
     speeds = []
-    for k, axes in enumerate(spec.cores):
-        summed = math.prod(size for name, size in spec.size.items() if name not in axes)
-        others = math.prod(scale for j, scale in enumerate(scales) if j != k)
-        growth = math.sqrt(summed) * others
-        entries = math.prod(spec.core_shapes[k])
-        speeds.append(dense / (count * entries * (growth if rule == "adam" else growth**2)))
+    for k, (a, b) in enumerate(sides):
+        carried = math.prod(norm for j, norm in enumerate(norms) if j != k)
+        adam = math.sqrt(dense / (a * b)) / carried
+        speeds.append((adam if rule == "adam" else carried**-2) / count)
     return speeds
+
+
+def _sides(spec: TTSpec, k: int) -> tuple[int, int]:
+    """How many entries core k takes and gives, at each value of the indices that pass it by.
+
+    x meets the last core first. What passes by core k are rows that a later core has given, and
+    columns that an earlier core will take.
+    """
+    before = {axis for axes in spec.cores[:k] for axis in axes}
+    after = {axis for axes in spec.cores[k + 1 :] for axis in axes}
+    passing = ({*spec.rows} & after) | ({*spec.columns} & before)
+    taken = {*spec.columns, f"r{k + 1}"} - passing
+    given = {*spec.rows, f"r{k}"} - passing
+    axes = spec.cores[k]
+    a, b = (math.prod(spec.size[x] for x in axes if x in side) for side in (taken, given))
+    return a, b

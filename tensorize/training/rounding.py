@@ -48,10 +48,13 @@ class RoundedSteps:
     def __init__(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
-        self._narrow: list[tuple[torch.nn.Parameter, Tensor, Tensor]] = []
+        self._narrow: list[tuple[torch.nn.Parameter, Tensor, Tensor | None]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._widen),
             optimizer.register_step_post_hook(self._round),
+            # Loaded states take the dtype that their parameter has by then: they are to stay wide.
+            optimizer.register_load_state_dict_pre_hook(self._widen_for_states),
+            optimizer.register_load_state_dict_post_hook(self._narrow_again),
         ]
 
     def remove(self) -> None:
@@ -85,6 +88,21 @@ class RoundedSteps:
                     parameter.data = own.float()
                     parameter.grad = gradient.float()
                     self._narrow.append((parameter, own, gradient))
+
+    def _widen_for_states(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype in NARROW:
+                    own, gradient = parameter.data, parameter.grad
+                    parameter.grad = None
+                    parameter.data = own.float()
+                    self._narrow.append((parameter, own, gradient))
+
+    def _narrow_again(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, own, gradient in self._narrow:
+            parameter.data = own
+            parameter.grad = gradient
+        self._narrow.clear()
 
     def _round(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for parameter, own, gradient in self._narrow:
