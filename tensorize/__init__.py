@@ -18,6 +18,7 @@ from tensorize.api import (
     tune_kernels,
 )
 from tensorize.budget import Budget
+from tensorize.distillation import distillation_loss
 from tensorize.errors import (
     AnalysisError,
     BudgetError,
@@ -25,6 +26,8 @@ from tensorize.errors import (
     CheckpointError,
     TensorizeError,
 )
+from tensorize.evaluation import Evaluation, evaluate
+from tensorize.healing import Healing, heal
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
 from tensorize.passes.order import plan_contraction
 from tensorize.report import Report
@@ -38,6 +41,8 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ContractionPlan",
+    "Evaluation",
+    "Healing",
     "Kernel",
     "Plan",
     "Prediction",
@@ -50,7 +55,10 @@ __all__ = [
     "apply",
     "compile",
     "densify",
+    "distillation_loss",
+    "evaluate",
     "graphs",
+    "heal",
     "kernels",
     "load",
     "plan_contraction",
