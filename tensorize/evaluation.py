@@ -236,9 +236,9 @@ _COLUMNS = (
 
 def _numbers(columns: int) -> list[printer.Align]:
     """A name, and so many columns of numbers."""
-    align: list[printer.Align] = ["left"]
-    align += ["right"] * columns
-    return align
+    left: printer.Align = "left"
+    right: printer.Align = "right"
+    return [left, *(right for _ in range(columns))]
 
 
 def _one_line(text: str) -> str:

@@ -33,7 +33,7 @@ TEXT, CLASSES, OUTPUTS = "text", "classes", "outputs"
 NEIGHBOURS = 10
 _IGNORED = -100
 _CHUNK = 1024  # rows of logits that are worked on at once: a vocabulary is wide
-_ROUNDS, _LEAST_ROUNDS, _SECONDS = 30, 5, 1.0
+_ROUNDS, _LEAST_ROUNDS, _SECONDS = 30, 5, 0.5
 
 
 @dataclass(frozen=True)
