@@ -24,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ from torch.func import functional_call
 import tensorize
 from benchmarks import peers
 from benchmarks.record import circumstances, keep, kept
-from examples import demo_minilm, gpt, llama, stdlib_text
-from examples.gpt import encode, load_tokenizer
+from examples import demo_minilm, gpt, llama
+from examples.gpt import windows as text
 from tensorize.capture import batch_of
 from tensorize.passes import preserved
 from tensorize.printer import table
@@ -110,21 +110,6 @@ class Subject:
             return next(iter(figures.values()))
 
         return distance
-
-
-@cache
-def _windows(split: stdlib_text.Split, context: int) -> Tensor:
-    """All of a split, as token ids (windows, context); what does not fill a window is left out."""
-    texts = [document.text for document in stdlib_text.documents(split)]
-    ids = encode(load_tokenizer(), texts)
-    return ids[: len(ids) // context * context].view(-1, context)
-
-
-def text(split: stdlib_text.Split, windows: int, context: int, seed: int = 0) -> Tensor:
-    """Windows drawn from all files of a split, as token ids (windows, context)."""
-    found = _windows(split, context)
-    drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return found[drawn[:windows]]
 
 
 def predictions(

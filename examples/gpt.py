@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from examples import stdlib_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -226,6 +229,20 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
         ids += encoding.ids
         ids.append(end)
     return torch.tensor(ids)
+
+
+@cache
+def _all_windows(split: stdlib_text.Split, context: int) -> Tensor:
+    """All of a split, as token ids (windows, context); what does not fill a window is left out."""
+    ids = encode(load_tokenizer(), [document.text for document in stdlib_text.documents(split)])
+    return ids[: len(ids) // context * context].view(-1, context)
+
+
+def windows(split: stdlib_text.Split, count: int, context: int, seed: int = 0) -> Tensor:
+    """Windows drawn from all files of a split, as token ids (windows, context)."""
+    found = _all_windows(split, context)
+    drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return found[drawn[:count]]
 
 
 def load_record(directory: Path = DATA) -> dict[str, Any]:

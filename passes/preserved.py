@@ -30,15 +30,27 @@ _BY_PRODUCTS = ("loss", "past_key_values", "hidden_states", "attentions", "cache
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to preserve, its counted rows (R, width), and whether it holds logits."""
+    """One tensor to preserve, its counted rows (R, width), and whether it holds logits.
+
+    ``shape`` is the tensor's own, ``counted`` a mask over all of its rows (None: all count).
+    """
 
     rows: Tensor
     logits: bool
     name: str
+    shape: tuple[int, ...]
+    counted: Tensor | None
+
+    @property
+    def places(self) -> Tensor:
+        """The positions of the counted rows among all rows, on the CPU."""
+        if self.counted is None:
+            return torch.arange(len(self.rows))
+        return self.counted.nonzero()[:, 0].cpu()
 
 
 def call(model: nn.Module, batch: Batch, position: int) -> Any:
-    """The model's outputs for a calibration batch.
+    """The model's outputs for a batch of the caller's data.
 
     Raises:
         CaptureError: the batch does not fit the model's forward; it says which batch.
@@ -47,8 +59,7 @@ def call(model: nn.Module, batch: Batch, position: int) -> Any:
         return model(*batch.args, **batch.kwargs)
     except Exception as error:
         raise CaptureError(
-            f"calibration batch {position} does not fit the model's forward: "
-            f"{type(error).__name__}: {error}",
+            f"batch {position} does not fit the model's forward: {type(error).__name__}: {error}",
             way_out="a batch is a tensor, a tuple of positional or a dict of keyword arguments",
         ) from error
 
@@ -67,7 +78,8 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     for name, tensor in chosen:
         flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 0 else tensor.reshape(1, 1)
         counted = _counted_rows(tensor, batch, model)
-        found.append(Output(flat if counted is None else flat[counted], bool(logits), name))
+        rows = flat if counted is None else flat[counted]
+        found.append(Output(rows, bool(logits), name, tuple(tensor.shape), counted))
     return found
 
 
@@ -106,7 +118,7 @@ def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | No
     labels = batch.kwargs.get("labels")
     counted: Tensor | None = None
     if isinstance(labels, Tensor) and tuple(labels.shape) == lead:
-        if getattr(model, "loss_type", None) == "ForCausalLM":
+        if shifts_labels(model):
             # Position t predicts label t + 1; the last position predicts nothing.
             labels = F.pad(labels[..., 1:], (0, 1), value=-100)
         counted = labels != -100
@@ -116,6 +128,18 @@ def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | No
         shown = hidden != 0
         counted = shown if counted is None else counted & shown
     return None if counted is None else counted.reshape(-1)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a position is compared with the next label: what transformers' decoders do."""
+    kind = getattr(model, "loss_type", None)  # None for decoders with names of an older kind
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    older = kind is None and type(model).__name__.endswith("LMHeadModel")
+    return (
+        kind == "ForCausalLM"
+        or older
+        or (kind == "ForConditionalGeneration" and not encoder_decoder)
+    )
 
 
 def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
@@ -155,15 +179,22 @@ class PreservedLoss:
 
     @classmethod
     def fit(
-        cls, model: nn.Module, batches: Sequence[Batch], loss_fn: LossFunction | None
+        cls,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss_fn: LossFunction | None,
+        run: Callable[[nn.Module, Batch, int], Any] = call,
     ) -> PreservedLoss:
-        """Learn the outputs' variance from one pass over the calibration data."""
+        """Learn the outputs' variance from one pass over the calibration data.
+
+        What ``run`` gives for a batch are the outputs; by default, the model's own.
+        """
         if loss_fn is not None:
             return cls(loss_fn, {}, "loss_fn")
         sums: dict[str, list[Any]] = {}
         with untouched(model):
             for position, batch in enumerate(batches):
-                for output in outputs_of(call(model, batch, position), batch, model):
+                for output in outputs_of(run(model, batch, position), batch, model):
                     if output.logits:
                         return cls(None, {}, "nats")
                     rows = output.rows.double()
@@ -234,12 +265,29 @@ class PreservedLoss:
             total, rows = self.distance(dense, result, batch, model)
         return float(total), rows
 
+    def mean_distance(self, model: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> float:
+        """The mean rise of the loss a row, over batches that both models are run on."""
+        total, rows = 0.0, 0
+        for position, batch in enumerate(batches):
+            wanted, got = call(dense, batch, position), call(model, batch, position)
+            part, count = self.rise(wanted, got, batch, model)
+            total, rows = total + part, rows + count
+        return total / max(rows, 1)
+
 
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:
     """KL of the prediction to the dense model's, in nats, its sum over rows of logits."""
+    return _divergence_terms(dense, logits).sum(dtype=torch.float64)
+
+
+def row_divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL of the prediction to the dense model's, in nats, of every row of logits."""
+    return _divergence_terms(dense, logits).sum(-1)
+
+
+def _divergence_terms(dense: Tensor, logits: Tensor) -> Tensor:
     p, q = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
-    terms = (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss
-    return terms.sum(dtype=torch.float64)
+    return (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss
 
 
 def _row_total(result: Any, batch: Batch, model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from tensorize.api import (
     tune_kernels,
 )
 from tensorize.budget import Budget
+from tensorize.distillation import distillation_loss
 from tensorize.errors import (
     AnalysisError,
     BudgetError,
@@ -25,6 +26,8 @@ from tensorize.errors import (
     CheckpointError,
     TensorizeError,
 )
+from tensorize.evaluation import Evaluation, evaluate
+from tensorize.healing import Healing, heal
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
 from tensorize.passes.order import plan_contraction
 from tensorize.report import Report
@@ -39,6 +42,8 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ContractionPlan",
+    "Evaluation",
+    "Healing",
     "Kernel",
     "Plan",
     "Prediction",
@@ -51,7 +56,10 @@ __all__ = [
     "apply",
     "compile",
     "densify",
+    "distillation_loss",
+    "evaluate",
     "graphs",
+    "heal",
     "initialize",
     "kernels",
     "load",

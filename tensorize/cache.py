@@ -44,11 +44,12 @@ def key(
     text = (fingerprint, program.metric, program.seed, plain, sites, refine, version)
     digest.update(repr((*text, torch.__version__)).encode())
     for batch in program.calibration:
-        _hash_batch(digest, batch)
+        hash_batch(digest, batch)
     return digest.hexdigest()[:32]
 
 
-def _hash_batch(digest: Any, batch: Batch) -> None:
+def hash_batch(digest: Any, batch: Batch) -> None:
+    """Put the content of a batch into a hash."""
     leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
     digest.update(str(structure).encode())
     for leaf in leaves:

@@ -67,28 +67,36 @@ def batch_of(value: Any) -> Batch:
 
 
 def calibration_batches(
-    calibration: Iterable[Any] | None, model: nn.Module, tokenizer: Any = None
+    calibration: Iterable[Any] | None,
+    model: nn.Module,
+    tokenizer: Any = None,
+    name: str = "calibration",
 ) -> tuple[Batch, ...]:
-    """The calibration data as a tuple of batches, strings tokenized in batches of 16."""
+    """The caller's data as a tuple of batches, strings tokenized in batches of 16.
+
+    ``name`` is the argument that holds them.
+    """
     if calibration is None:
         return ()
     if isinstance(calibration, Tensor | Mapping | str):
         raise CaptureError(
-            f"calibration must be an iterable of batches, got one {type(calibration).__name__}",
-            way_out="wrap it in a list: calibration=[batch]",
+            f"{name} must be an iterable of batches, got one {type(calibration).__name__}",
+            way_out=f"wrap it in a list: {name}=[batch]",
         )
     items = list(calibration)
     if not items:
-        raise CaptureError("calibration is empty", way_out="pass at least one batch, or None")
+        raise CaptureError(f"{name} is empty", way_out="pass at least one batch, or None")
     if all(isinstance(item, str) for item in items):
-        items = list(_tokenized(items, model, tokenizer))
+        items = list(_tokenized(items, model, tokenizer, name))
     return tuple(batch_of(item) for item in items)
 
 
-def _tokenized(texts: list[str], model: nn.Module, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+def _tokenized(
+    texts: list[str], model: nn.Module, tokenizer: Any, name: str
+) -> Iterator[Mapping[str, Any]]:
     if tokenizer is None:
         raise CaptureError(
-            "calibration holds strings, and there is no tokenizer",
+            f"{name} holds strings, and there is no tokenizer",
             way_out="pass tokenizer=, or batches of what the model's forward takes",
         )
     config = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""The command line: ``tensorize compile | analyze | report | calibrate``.
+"""The command line: ``tensorize compile | analyze | report | eval | calibrate``.
 
 Results go to standard output (``--json``: one JSON object and nothing else), everything said on the
 way to standard error. Exit codes: 0 done, 2 wrong usage, 3 a model, its inputs or its calibration
@@ -32,6 +32,7 @@ from tensorize.manifest import read_report
 from tensorize.sources import (
     Dtype,
     Loaded,
+    load_compressed,
     load_source,
     parse_budget,
     parse_formats,
@@ -326,6 +327,91 @@ def report_command(
         typer.echo(str(report))
         if html is not None:
             typer.echo(f"\nreport as a page: {html}")
+
+
+@app.command(
+    "eval",
+    epilog="Example: tensorize eval ./small ./smaller --dense ./my-llama --data text.txt "
+    "--html evaluation.html",
+)
+def eval_command(
+    dense: Annotated[
+        str,
+        typer.Option(
+            help="The dense model: a Hugging Face directory or id, or package.module:factory.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="What to measure on: a file as for --calibration of compile; labels in it are "
+            "predicted.",
+            show_default=False,
+        ),
+    ],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE...", help="Where compressed models were saved.", show_default=False
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of the parameters, as 0.1,0.25,0.5: also compress to these, here and now.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Calibration = None,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="int8 or int4: one more row for every model, quantized by torchao; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    dtype: DtypeOption = Dtype.auto,
+    timing: Annotated[bool, typer.Option("--time/--no-time", help="Measure times.")] = True,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write it as a page.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure compressed models beside the dense one: quality, agreement, size and speed."""
+    with _errors_told():
+        shares = [] if budgets is None else parse_shares(budgets)
+        if not shares and not sources:
+            raise typer.BadParameter("name saved models, or give --budgets", param_hint="SOURCE")
+        _check_target(html, "--html")
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded, learnt = _load(dense, dtype, calibration, batch_size, max_length)
+            batches = read_calibration(data, loaded, batch_size, max_length)
+            models: dict[str, Any] = {}
+            for source in sources or ():
+                name = Path(source).name
+                models[source if name in models else name] = load_compressed(source, loaded)
+            models |= {f"{printer.percent(share)} kept": share for share in shares}
+            _say(f"evaluating on {len(batches)} batches from {data}")
+            found = tensorize.evaluate(
+                models,
+                loaded.model.eval(),
+                batches,
+                tokenizer=loaded.tokenizer,
+                calibration=learnt,
+                quantize=quantize or (),
+                time=timing,
+            )
+            if html is not None:
+                found.to_html(html)
+        if as_json:
+            _print_json(found.to_dict())
+            return
+        typer.echo(str(found))
+        if html is not None:
+            typer.echo(f"\nevaluation as a page: {html}")
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ MOST_BARS = 60
 
 def render(report: Report) -> str:
     """The page, which needs no network and no other file."""
-    return _environment().get_template("report.html.j2").render(_contents(report))
+    return environment().get_template("report.html.j2").render(_contents(report))
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -102,19 +102,25 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 92.0, 736.0, 44.0, 330.0
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """Where a budget and a quality lie in the picture; the quality's axis is logarithmic."""
+class Scale:
+    """Where a budget and a quality lie in a picture; the quality's axis is logarithmic."""
 
     budget: float
     low: float
     high: float
+    left: float = _LEFT
+    right: float = _RIGHT
+    top: float = _TOP
+    bottom: float = _BOTTOM
 
     def x(self, budget: float) -> float:
-        return round(_LEFT + (_RIGHT - _LEFT) * min(1.0, max(0.0, budget / self.budget)), 1)
+        inside = min(1.0, max(0.0, budget / self.budget))
+        return round(self.left + (self.right - self.left) * inside, 1)
 
     def y(self, quality: float) -> float:
         inside = math.log10(min(self.high, max(self.low, quality)) / self.low)
-        return round(_BOTTOM - (_BOTTOM - _TOP) * inside / math.log10(self.high / self.low), 1)
+        height = (self.bottom - self.top) / math.log10(self.high / self.low)
+        return round(self.bottom - height * inside, 1)
 
 
 def _chart(curve: Curve, report: Report) -> dict[str, Any] | None:
@@ -130,11 +136,11 @@ def _chart(curve: Curve, report: Report) -> dict[str, Any] | None:
     middle = [point.quality for point in shown] + marks
     ends = [end for point in shown for end in point.loss_interval or () if 0 < end < math.inf]
     # An interval may reach down to 0: a decade below the lowest point is where it leaves the axis.
-    low, high = _log_ends(max(min(middle + ends), min(middle) / 10), max(middle + ends))
+    low, high = log_ends(max(min(middle + ends), min(middle) / 10), max(middle + ends))
     share = report.totals.share.parameters
     widest = max([share, *(p.budget for p in shown)])
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf) if widest / s <= 6)
-    scale = _Scale(step * math.ceil(widest / step - 1e-9), low, high)
+    step, most = budget_steps(widest)
+    scale = Scale(most, low, high)
     band = [(p.budget, *p.loss_interval) for p in shown if p.loss_interval is not None]
     edge = [(b, high) for b, _, high in band] + [(b, low) for b, low, _ in reversed(band)]
     x_chosen = scale.x(share)
@@ -143,11 +149,8 @@ def _chart(curve: Curve, report: Report) -> dict[str, Any] | None:
         "right": _RIGHT,
         "top": _TOP,
         "bottom": _BOTTOM,
-        "x_ticks": [
-            (scale.x(k * step), f"{100 * k * step:g} %")
-            for k in range(round(scale.budget / step) + 1)
-        ],
-        "y_ticks": _log_ticks(scale),
+        "x_ticks": budget_ticks(scale, step),
+        "y_ticks": log_ticks(scale),
         "line": " ".join(f"{scale.x(p.budget)},{scale.y(p.quality)}" for p in shown),
         "dots": [(scale.x(p.budget), scale.y(p.quality), p) for p in shown],
         "band": " ".join(f"{scale.x(b)},{scale.y(q)}" for b, q in edge),
@@ -162,7 +165,19 @@ def _chart(curve: Curve, report: Report) -> dict[str, Any] | None:
     }
 
 
-def _log_ends(low: float, high: float) -> tuple[float, float]:
+def budget_steps(widest: float) -> tuple[float, float]:
+    """The distance of the ticks of an axis of budgets up to ``widest``, and where it ends."""
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf) if widest / s <= 6)
+    return step, step * math.ceil(widest / step - 1e-9)
+
+
+def budget_ticks(scale: Scale, step: float) -> list[tuple[float, str]]:
+    """Position and text of the ticks of an axis of budgets."""
+    count = round(scale.budget / step)
+    return [(scale.x(k * step), f"{100 * k * step:g} %") for k in range(count + 1)]
+
+
+def log_ends(low: float, high: float) -> tuple[float, float]:
     """The round values (1, 2 or 5 of a decade) around a range, at least a decade apart."""
     steps = [digit * 10.0**power for power in range(-300, 300) for digit in (1, 2, 5)]
     above = min(step for step in steps if step >= max(high, 10 * steps[0]) * (1 - 1e-9))
@@ -170,7 +185,7 @@ def _log_ends(low: float, high: float) -> tuple[float, float]:
     return max(step for step in steps if step <= low * (1 + 1e-9)), above
 
 
-def _log_ticks(scale: _Scale) -> list[tuple[float, str, bool]]:
+def log_ticks(scale: Scale) -> list[tuple[float, str, bool]]:
     """Position, text and whether it is a whole decade; between decades only where they are few."""
     first, last = math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high))
     digits = (1, 2, 5) if scale.high / scale.low < 200 else (1,)

@@ -61,7 +61,7 @@ class SiteReport:
         return _share(self.parameters_after, self.parameters_before)
 
     def to_dict(self) -> dict[str, Any]:
-        return _encode(asdict(self))
+        return encode(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteReport:
@@ -196,7 +196,7 @@ class Curve(Sequence[CurvePoint]):
         figure.savefig(target)
 
     def to_dict(self) -> dict[str, Any]:
-        return _encode({"metric": self.metric, "points": [asdict(p) for p in self.points]})
+        return encode({"metric": self.metric, "points": [asdict(p) for p in self.points]})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Curve:
@@ -240,15 +240,15 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data: plain dicts, lists, strings and finite numbers."""
         return {
-            "plan": _encode(json.loads(self.plan.to_json())),
+            "plan": encode(json.loads(self.plan.to_json())),
             "sites": [site.to_dict() for site in self.sites],
             "totals": self.totals.to_dict(),
             "curve": None if self.curve is None else self.curve.to_dict(),
-            "history": [_encode(asdict(stage)) for stage in self.history],
+            "history": [encode(asdict(stage)) for stage in self.history],
             "notes": list(self.notes),
             "environment": [list(pair) for pair in self.environment],
-            "measured_loss": _encode(self.measured_loss),
-            "measured_error": _encode(self.measured_error),
+            "measured_loss": encode(self.measured_loss),
+            "measured_error": encode(self.measured_error),
         }
 
     @classmethod
@@ -330,13 +330,13 @@ def _share(after: float, before: float) -> float:
     return after / before if before else 1.0
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
     """``value`` as strict JSON data: tuples as lists, floats that JSON does not know as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    return [_encode(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: encode(item) for key, item in value.items()}
+    return [encode(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def decode(value: Any, mark: str = "float") -> Any:

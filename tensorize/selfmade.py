@@ -54,8 +54,8 @@ def self_made(
     generator = torch.Generator().manual_seed(seed)
     with untouched(model):
         vocabularies = _looked_up(model, inputs)
-        ids = _only_ids(inputs)
-        if ids is not None and _is_causal(model, inputs, ids):
+        ids = only_ids(inputs)
+        if ids is not None and is_causal(model, inputs, ids):
             sequences = round(share * _SEQUENCES)
             vocabulary = vocabularies.get(id(ids), 0)
             written = _written(model, inputs, vocabulary, sequences, seed, generator)
@@ -79,7 +79,7 @@ def affordable(sites: Sequence[Site], inputs: Batch) -> float:
         return 0.0
     uses = [(site, use) for site in sites for use in site.uses if use.contract != "lookup"]
     flops = sum(2.0 * math.prod(site.matrix) * use.rows for site, use in uses)
-    ids = _only_ids(inputs)
+    ids = only_ids(inputs)
     passes = _DRAWN_BATCHES if ids is None else _SEQUENCES * TOKENS / ids.numel()
     share = _UNASKED_FLOPS / max(flops * passes, 1.0)
     if share < FEWEST:
@@ -87,7 +87,7 @@ def affordable(sites: Sequence[Site], inputs: Batch) -> float:
     return min(2.0 ** math.floor(math.log2(share)), MOST)
 
 
-def _only_ids(inputs: Batch) -> Tensor | None:
+def only_ids(inputs: Batch) -> Tensor | None:
     """The ids (B, T) of a text model: its first argument."""
     value = inputs.args[0] if inputs.args else inputs.kwargs.get("input_ids")
     if not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
@@ -120,7 +120,7 @@ def _looked_up(model: nn.Module, inputs: Batch) -> dict[int, int]:
     return rows
 
 
-def _is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
+def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
     """Whether it gives logits (B, T, V), and those of a position depend on nothing behind it."""
     if ids.shape[1] < 2:
         return False

@@ -19,6 +19,7 @@ import typer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tensorize import checkpoint
 from tensorize.budget import Budget
 from tensorize.errors import CaptureError
 from tensorize.manifest import MANIFEST
@@ -194,6 +195,15 @@ def _from_hugging_face(source: str, dtype: Dtype) -> Loaded:
     except Exception:  # a model without a tokenizer (vision, audio)
         tokenizer = None
     return Loaded(model, tokenizer)
+
+
+def load_compressed(directory: str, dense: Loaded) -> nn.Module:
+    """The compressed model in a directory; one of the caller's own code fills a copy of ``dense``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it was not made from this model.
+    """
+    return checkpoint.load(directory, None if dense.factory is None else copy.deepcopy(dense.model))
 
 
 # --------------------------------------------------------------------------------- calibration

@@ -393,6 +393,36 @@ def test_compile_a_language_model(eos: str | None, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained("small").pad_token is None
 
 
+def test_evaluate_saved_models_and_budgets(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "llama", eos="<s>")
+    Path("text.txt").write_text(TEXT)
+    common = ("--dense", "llama", "--data", "text.txt", "--no-time", "--max-length", "16")
+    done = invoke("compile", "llama", "--budget", "0.6", "--out", "small")
+    assert done.exit_code == 0, done.output
+    result = invoke("eval", "small", *common, "--budgets", "0.9", "--html", "page.html")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("small ") for line in lines)
+    assert any(line.startswith("90.0 % kept ") for line in lines)
+    assert "perplexity" in result.stdout
+    assert "after: " in result.stdout  # its tokenizer lets it write
+    assert "What do I lose" in Path("page.html").read_text(encoding="utf-8")
+    result = invoke("eval", "small", *common, "--json")
+    assert json.loads(result.stdout)["models"][0]["name"] == "small"
+    assert invoke("eval", *common).exit_code == cli.USAGE
+    assert invoke("eval", "nowhere", *common).exit_code == cli.CHECKPOINT
+    assert invoke("eval", "small", *common[:2], "--data", "no.txt").exit_code == cli.CAPTURE
+
+
+def test_evaluate_a_model_of_ones_own() -> None:
+    save_file({"x": torch.randn(16, 32)}, "data.safetensors")
+    assert invoke("compile", "clinet:make", "--budget", "0.6", "--out", "small").exit_code == 0
+    result = invoke("eval", "small", "--dense", "clinet:make", "--data", "data.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "latency" in result.stdout
+    assert "cosine" in result.stdout
+
+
 @pytest.mark.parametrize("refine", ["none", "polish"])
 def test_a_language_model_calibrates_itself(refine: str, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "llama", tokenizer=False)

@@ -45,7 +45,7 @@ def test_weights_that_are_not_finite(value: float) -> None:
 
 def test_calibration_that_does_not_fit_says_which_batch() -> None:
     good, bad = torch.randn(4, 48), torch.randn(4, 47)
-    with pytest.raises(tensorize.CaptureError, match="calibration batch 2"):
+    with pytest.raises(tensorize.CaptureError, match="batch 2 does not fit"):
         tensorize.compile(MLP(), budget=0.5, calibration=[good, good, bad])
 
 

@@ -21,9 +21,10 @@ LAYERS = (
     ("weight", "report", "page"),
     ("passes", "codegen"),
     ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),
-    ("huggingface", "pretrained", "lora", "checkpoint"),
+    ("huggingface", "pretrained", "lora", "checkpoint", "distillation", "healing", "measures"),
     ("api",),
-    ("backend", "sources", "cli", "training", "__init__"),
+    ("training",),
+    ("backend", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

@@ -175,7 +175,7 @@ def test_an_error_in_a_batch_names_it_and_ends_every_thread() -> None:
     model, data = Chain(), batches(4)
     program, sites = ready(model, data, "input", 5)
     threads = threading.active_count()
-    with pytest.raises(CaptureError, match="calibration batch 4"):
+    with pytest.raises(CaptureError, match="batch 4 does not fit"):
         refit(program, sites, given([*data, torch.randn(3, 7)]))
     assert threading.active_count() == threads
 

@@ -888,7 +888,7 @@ def test_the_model_stays_as_it_was_when_a_batch_fails(metric: str) -> None:
     batches = tuple(batch_of(x) for x in (good, good, bad, good))
     program = FindSites().run(Program(model, batches[0], batches, metric))
     loss = PreservedLoss.fit(model, batches[:2], None) if metric == "loss" else None
-    with pytest.raises(CaptureError, match="calibration batch 2 does not fit"):
+    with pytest.raises(CaptureError, match="batch 2 does not fit"):
         CollectStatistics(batches, loss).run(program)
     before.check(State.of(model))
 
