@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "version", "printer", "graph_text", "hooks"),
     ("ir",),
-    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
+    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors", "tensorfile"),
     ("interpret", "ops", "ties"),
     ("weight", "report", "page"),
     ("passes", "codegen"),
     ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),
-    ("huggingface", "pretrained", "lora", "checkpoint"),
+    ("huggingface", "pretrained", "lora", "checkpoint", "shards", "streaming"),
     ("api",),
     ("backend", "sources", "cli", "__init__"),
 )
