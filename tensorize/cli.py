@@ -32,7 +32,6 @@ from tensorize.codegen import kernel, machine
 from tensorize.codegen.launch import TARGETS
 from tensorize.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.manifest import read_report
-from tensorize.passes.spectra import FormatsOption
 from tensorize.report import Report
 from tensorize.sources import (
     Dtype,
@@ -403,7 +402,7 @@ def _stream(
     metric: Metric | None,
     include: list[str] | None,
     exclude: list[str] | None,
-    formats: FormatsOption,
+    formats: Any,
     seed: int,
     cache: Path | None,
 ) -> Report:
