@@ -13,12 +13,14 @@ the factors, and the sum itself is evaluated at every rank.
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorize import tt
 from tensorize.errors import AnalysisError
@@ -34,6 +36,7 @@ from tensorize.passes.metric import (
 )
 from tensorize.passes.pipeline import Program
 from tensorize.passes.sites import matches, require_match
+from tensorize.progress import Progress, no_progress
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -170,41 +173,94 @@ class Spectrum:
         return self.error(sum(metric.norm(delta) for metric in self.metrics))
 
 
+class Store(Protocol):
+    """Keeps what is finished, so that a run that was killed goes on after it.
+
+    What it gives back takes the place of what it was given: it may lie on disk.
+    """
+
+    def find(self, site: Site) -> Spectrum | None: ...
+
+    def keep(self, curve: Spectrum) -> Spectrum: ...
+
+    def find_shared(self, group: str) -> Mapping[str, SharedFactor] | None: ...
+
+    def keep_shared(
+        self, group: str, members: Mapping[str, SharedFactor]
+    ) -> Mapping[str, SharedFactor]: ...
+
+
+Weights = Callable[[str], Tensor]
+
+
 @dataclass(frozen=True)
 class ComputeSpectra:
     """Program with ``spectra``: the curve of every free site, in the program's metric.
 
     The second moments are given up one site at a time, as their roots are made: only one of the
-    two is ever held.
+    two is ever held. ``weights`` gives a dense weight by its name, where they are not the model's.
+    Sites that have a curve already keep it; of the others those named by ``only`` get one. What
+    weights share is looked for once all of them have theirs.
     """
 
     formats: FormatsOption = None
+    weights: Weights | None = None
+    store: Store | None = None
+    only: frozenset[str] | None = None
     name: str = "spectra"
 
     def run(self, program: Program) -> Program:
         free = [site for site in program.sites if site.blocked is None]
         allowed = formats_by_site(free, self.formats)
-        parameters = dict(program.model.named_parameters())
-        spectra = {}
-        for done, site in enumerate(free):
+        weights = self.weights or weights_of(program.model)
+        spectra = {**kept_curves(program, self.store)}
+        todo = [s for s in free if s.name not in spectra and s.name in (self.only or {s.name})]
+        found, start = len(spectra), time.perf_counter()
+        for done, site in enumerate(todo, found):
             program.progress("spectra", done, len(free))
             moments = program.statistics.get(site.name)
             known = moments is not None and bool(moments.terms)
             metrics = site_metrics(site, moments, program.metric)
             if moments is not None:
                 moments.terms.clear()
-            weight = as_matrix(site, parameters[site.name].detach())
+            weight = as_matrix(site, weights(site.name))
             curve = spectrum(site, weight, metrics, allowed[site.name])
-            spectra[site.name] = replace(curve, in_nats=known and program.metric == "loss")
-        program.progress("spectra", len(free), len(free))
-        spectra = with_shared_factors(spectra, {n: p.detach() for n, p in parameters.items()})
+            curve = replace(curve, in_nats=known and program.metric == "loss")
+            spectra[site.name] = curve if self.store is None else self.store.keep(curve)
+        program.progress("spectra", found + len(todo), len(free))
+        program = replace(program, statistics={})
+        if len(spectra) < len(free):
+            return replace(program, spectra=spectra, summary=f"{len(spectra)} curves so far")
+        spectra = {site.name: spectra[site.name] for site in free}
+        spectra = with_shared_factors(spectra, weights, self.store, program.progress)
         trains = sum(bool(s.trains) for s in spectra.values())
         shared = sum(s.shared is not None for s in spectra.values())
         summary = (
             f"{len(spectra)} curves in the {program.metric} metric, {trains} with TT points, "
             f"{shared} that may share a first factor"
         )
-        return replace(program, spectra=spectra, statistics={}, summary=summary)
+        if found:
+            summary += f"; {found} were kept by an earlier run"
+        if parameters := sum(site.parameters for site in todo):
+            summary += f"; {1e6 * (time.perf_counter() - start) / parameters:.2g} µs a parameter"
+        return replace(program, spectra=spectra, summary=summary)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The dense weights of a model, by name."""
+    parameters = dict(model.named_parameters())
+    return lambda name: parameters[name].detach()
+
+
+def kept_curves(program: Program, store: Store | None) -> dict[str, Spectrum]:
+    """The curves that a program has, and those that a store has kept of an earlier run."""
+    curves = dict(program.spectra)
+    if store is not None:
+        for site in program.sites:
+            if site.blocked is None and site.name not in curves:
+                curve = store.find(site)
+                curves |= {} if curve is None else {site.name: curve}
+    return curves
 
 
 def as_matrix(site: Site, weight: Tensor) -> Tensor:
@@ -288,7 +344,10 @@ def joint_factors(
 
 
 def with_shared_factors(
-    spectra: Mapping[str, Spectrum], weights: Mapping[str, Tensor]
+    spectra: Mapping[str, Spectrum],
+    weights: Weights,
+    store: Store | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Spectrum]:
     """The curves, with those of a common first factor where weights read the same input."""
     groups: dict[str, list[Spectrum]] = defaultdict(list)
@@ -297,24 +356,41 @@ def with_shared_factors(
         if curve.site.input_group is not None and not alone:
             groups[curve.site.input_group].append(curve)
     result = dict(spectra)
-    for members in groups.values():
-        metrics = [curve.metrics[0] for curve in members]
-        if len(members) < 2 or not all(_alike(m.right, metrics[0].right) for m in metrics):
+    for done, (group, members) in enumerate(groups.items()):
+        progress("shared factors", done, len(groups))
+        rights = [curve.metrics[0].right for curve in members]
+        if len(members) < 2 or not all(_alike(right, rights[0]) for right in rights):
             continue
-        matrices = [weights[curve.site.name] for curve in members]
-        rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
-        pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
-        shared, reader = joint_factors(matrices, metrics, pay)
-        work = members[0].left.dtype
-        for curve, weight, metric in zip(members, matrices, metrics, strict=True):
-            # Whitened, V has orthogonal rows: what a rank loses is what the others hold.
-            sizes = times_root(shared, metric.right).square().sum(1)
-            left = root_times(metric.left, weight.double() @ reader)
-            held = metric.scale * left.square().sum(0) * sizes
-            lost = curve.distortion[0] - torch.cat([held.new_zeros(1), held.cumsum(0)])
-            common = SharedFactor(shared.to(work), reader.to(work), lost.clamp_min(0))
-            result[curve.site.name] = replace(curve, shared=common)
+        common = None if store is None else store.find_shared(group)
+        if common is None:
+            common = _common_factors(members, weights)
+            common = common if store is None else store.keep_shared(group, common)
+        for curve in members:
+            result[curve.site.name] = replace(curve, shared=common[curve.site.name])
+    if groups:
+        progress("shared factors", len(groups), len(groups))
     return result
+
+
+def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, SharedFactor]:
+    """The first factor of weights with one input, and what each of them loses with it."""
+    metrics = [curve.metrics[0] for curve in members]
+    matrices = [weights(curve.site.name) for curve in members]
+    rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
+    pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
+    shared, reader = joint_factors(matrices, metrics, pay)
+    work = members[0].left.dtype
+    factor, at_work = shared.to(work), reader.to(work)  # the members hold the same tensors
+    found: dict[str, SharedFactor] = {}
+    for curve, weight, metric in zip(members, matrices, metrics, strict=True):
+        # Whitened, V has orthogonal rows: what a rank loses is what the others hold.
+        sizes = times_root(shared, metric.right).square().sum(1)
+        left = root_times(metric.left, weight.double() @ reader)
+        held = metric.scale * left.square().sum(0) * sizes
+        whole = curve.distortion[0].to(held.device)
+        lost = whole - torch.cat([held.new_zeros(1), held.cumsum(0)])
+        found[curve.site.name] = SharedFactor(factor, at_work, lost.clamp_min(0))
+    return found
 
 
 def _alike(root: Tensor | None, other: Tensor | None) -> bool:

@@ -86,32 +86,33 @@ class CollectStatistics:
     """Program with ``statistics``: the moments that the metric needs, of every free site.
 
     ``loss`` is the loss to preserve; only the ``loss`` metric asks for its gradients. A batch is
-    probed at most ``most_probes`` times.
+    probed at most ``most_probes`` times. ``only`` names the weights whose moments are wanted: they
+    are the same bits as among those of all.
     """
 
     batches: tuple[Batch, ...]
     loss: PreservedLoss | None
     most_probes: int = 4
+    only: frozenset[str] | None = None
     name: str = "statistics"
 
     def run(self, program: Program) -> Program:
         if program.metric == "frobenius":
             return replace(program, summary="none needed: the weights alone")
-        free = {
-            site.name
-            for site in program.sites
-            # What uses a weight as a whole has no inputs to it.
-            if site.blocked is None and (program.metric == "loss" or not site.last_resort)
-        }
+        free = {site.name for site in program.sites if has_moments(site, program.metric)}
+        # All of them, so that whatever is asked for the same gradients arrive, on the same way.
         wanted = [(n, p) for n, p in program.model.named_parameters() if n in free]
         sites = {site.name: site for site in program.sites}
         generator = torch.Generator().manual_seed(program.seed)
-        moments: dict[str, Moments] = {name: Moments() for name in sorted(free)}
+        chosen = free if self.only is None else free & self.only
+        moments: dict[str, Moments] = {name: Moments() for name in sorted(chosen)}
         output_rows = 0
         changed: set[str] = set()
         whole = {
             name: partial(_add_whole, moments[name].term("whole"), sites[name])
-            for name in moments
+            if name in moments
+            else _not_wanted
+            for name in sorted(free)
             if sites[name].last_resort
         }
         probes, total = 1, len(self.batches)
@@ -144,6 +145,26 @@ class CollectStatistics:
         return replace(program, statistics=moments, summary=summary, notes=tuple(notes))
 
 
+def has_moments(site: Site, metric: str) -> bool:
+    """Whether a metric asks for moments of a weight: what uses it as a whole has no inputs."""
+    return site.blocked is None and (metric == "loss" or not site.last_resort)
+
+
+def moment_bytes(site: Site, metric: str) -> int:
+    """Memory of the second moments of one weight, of all its kinds of uses."""
+
+    def side(width: int) -> int:
+        return 8 * (width if width > LARGEST_FULL_MOMENT else width**2)
+
+    rows, columns = site.matrix
+    total = 0
+    for contract in {use.contract for use in site.uses}:
+        inputs, outputs = (columns, rows) if contract == "columns" else (rows, columns)
+        own = 8 * inputs if contract == "lookup" else side(inputs)
+        total += own + (side(outputs) if metric == "loss" else 0)
+    return total
+
+
 def _unseen(counts: Tensor, probes: int) -> float:
     """The chance that the next lookup is of a row never seen: the share of rows seen once.
 
@@ -162,6 +183,8 @@ def _add_inputs(
     moments: Mapping[str, Moments],
 ) -> None:
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        if name not in moments:
+            return output
         mask = row_mask(matmul.x, batch, matmul.contract)
         _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, None, mask)
         return output
@@ -194,7 +217,8 @@ def _add_rows(
     matmul: Matmul,
     gradient: Tensor,
 ) -> None:
-    _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, gradient, None)
+    if name in moments:
+        _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, gradient, None)
 
 
 def backward(
@@ -256,6 +280,10 @@ def backward(
         if weight.grad is not None and weight.grad.any():
             whole[name](weight.grad)
     return rows
+
+
+def _not_wanted(gradient: Tensor) -> None:
+    """Takes the gradient of a weight whose moments are not collected in this pass."""
 
 
 def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:

@@ -38,9 +38,9 @@ class VerifyResult:
                 f"the model has {counted:,} parameters, the plan said {planned:,}",
                 way_out="this is a defect in tensorize: please report it",
             )
-        largest = 0.0
-        for name, weight in factored(program.model):
-            largest = max(largest, check_weight(name, weight))
+        # On meta they were checked as they were written.
+        compared = [(name, w) for name, w in factored(program.model) if not w.is_meta]
+        largest = max((check_weight(name, w) for name, w in compared), default=0.0)
         notes = list(program.notes)
         for site in plan.sites:
             if site.spec is None or plan.refine is not None:
@@ -51,7 +51,8 @@ class VerifyResult:
                 notes.append(
                     f"{site.name}: its error is {actual:.4g}, {site.predicted_error:.4g} predicted"
                 )
-        summary = f"{counted:,} parameters; contractions agree to {largest:.1e} of their size"
+        agreed = f"contractions agree to {largest:.1e} of their size"
+        summary = f"{counted:,} parameters; {agreed if compared else 'none to run'}"
         return replace(program, summary=summary, notes=tuple(notes))
 
 

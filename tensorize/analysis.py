@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError
@@ -180,8 +181,13 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of every parameter's name, shape, dtype and values."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        for part in plain_parts(parameter.detach()):
-            values = part.cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(values.numpy().data)
+        hash_tensor(digest, name, parameter.detach())
     return digest.hexdigest()
+
+
+def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add one parameter to a hash: its name, shape, dtype and values."""
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+    for part in plain_parts(tensor):
+        values = part.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().data)

@@ -5,23 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
 import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tensorize import cache as disk
-from tensorize import capture, checkpoint, hooks, huggingface, ops, weight
+from tensorize import capture, checkpoint, hooks, huggingface, ops, shards, streaming, weight
 from tensorize.analysis import Analysis, check_refine, fingerprint
-from tensorize.budget import Budget
+from tensorize.budget import Budget, parse_bytes
 from tensorize.codegen import (
     aten,
     autotune,
@@ -51,6 +55,7 @@ from tensorize.ir import (
 )
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
+from tensorize.passes.in_groups import LearnInGroups
 from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
 from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
@@ -137,6 +142,7 @@ def compile(
     inplace: bool = False,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
     """The same model, smaller: matmul weights replaced by low-rank or tensor-train factors.
@@ -167,7 +173,12 @@ def compile(
         autotune: time the best few contraction orders of every tensor train on this machine, and
             remember the fastest (in ``~/.cache/tensorize``). Nothing is timed otherwise.
         seed: of the probes; same seed, same inputs, same machine: the same bits.
-        cache_dir: where analyses are kept on disk; None: nowhere.
+        cache_dir: where analyses are kept on disk, a weight at a time: a run that was killed goes
+            on after the last one. None: nowhere.
+        max_memory: bytes, or text such as ``"4GB"``: the most that second moments may take at once.
+            Weights are then analysed in groups, each in passes over the calibration data of its
+            own, and what is learned lies on disk; the bits are the same. The model and its
+            forward and backward passes are not counted.
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
 
     Raises:
@@ -197,6 +208,7 @@ def compile(
             formats=formats,
             seed=seed,
             cache_dir=cache_dir,
+            max_memory=max_memory,
             progress=tell,
         )
         plan = analysis.plan(budget, refine=refine, ranks=ranks)
@@ -228,6 +240,7 @@ def analyze(
     formats: FormatsOption = None,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | bool | None = None,
 ) -> Analysis:
     """Learn, once, what every rank of every weight costs; the arguments are those of ``compile``.
@@ -240,6 +253,7 @@ def analyze(
             fit.
         AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
     """
+    most = parse_bytes(max_memory)
     capture.check_model(model)
     check_weights(model)
     check_refine(refine)
@@ -263,26 +277,53 @@ def analyze(
         plain = program
         if unasked:
             program = _with_own_data(program)
-        key = None
-        if cache_dir is not None:
-            key = disk.key(program, identity, formats, loss_fn, refine, __version__)
-            if key is not None and (found := disk.read(cache_dir, key, program)) is not None:
-                place = disk.location(cache_dir, key)
-                found = replace(found, machine=program.machine)
-                return Analysis(found, identity, place, program.calibration, loss_fn)
-        announce(_cost(program))
+        kept = _Kept(identity, cache_dir, most, loss_fn, formats, refine)
         try:
-            program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
+            return _learned(program, kept)
         except Exception as error:
             if not unasked or not program.calibration:
                 raise
-            program = _noted(plain, _ALONE.format(why=_said(error)))
-            program = run_passes(program, _analysis_passes(program, loss_fn, formats, refine))
-    released, batches = program.without_model(), program.calibration
-    if cache_dir is None or key is None:
-        return Analysis(released, identity, None, batches, loss_fn)
-    disk.write(cache_dir, key, released)
-    return Analysis(released, identity, disk.location(cache_dir, key), batches, loss_fn)
+            return _learned(_noted(plain, _ALONE.format(why=_said(error))), kept)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Of an analysis: which model's, the options that it depends on, and where it is kept."""
+
+    identity: str
+    cache_dir: str | os.PathLike[str] | None
+    max_bytes: int | None
+    loss_fn: LossFunction | None
+    formats: FormatsOption
+    refine: str | None
+
+    def base(self, program: Program) -> str | None:
+        """Where it is kept; None where it is not."""
+        if self.cache_dir is None:
+            return None
+        options = self.formats, self.loss_fn, self.refine
+        key = disk.key(program, self.identity, *options, __version__)
+        return None if key is None else disk.location(self.cache_dir, key)
+
+
+def _learned(program: Program, kept: _Kept) -> Analysis:
+    """The analysis of a program: from the cache, or made and kept there."""
+    base = kept.base(program)
+    held = disk.Held.memory if kept.max_bytes is None else disk.Held.mapped
+    if base is not None and (found := disk.read(base, program, held)) is not None:
+        found = replace(found, machine=program.machine)
+        return Analysis(found, kept.identity, base, program.calibration, kept.loss_fn)
+    announce(_cost(program))
+    with contextlib.ExitStack() as stack:
+        curves = None if base is None else disk.Curves(Path(base), held)
+        if curves is None and kept.max_bytes is not None:
+            spilled = tempfile.TemporaryDirectory(prefix="tensorize-", ignore_cleanup_errors=True)
+            # What is mapped of its files stays when they are gone.
+            curves = disk.Curves(Path(stack.enter_context(spilled)), held)
+        released = run_passes(program, _analysis_passes(program, kept, curves)).without_model()
+        if base is not None and curves is not None:
+            disk.write(base, curves, released)
+    return Analysis(released, kept.identity, base, program.calibration, kept.loss_fn)
 
 
 def figures(model: nn.Module) -> Machine:
@@ -339,20 +380,19 @@ def _said(error: Exception) -> str:
     return f"as it does not run on data of its own ({type(error).__name__}: {error})"
 
 
-def _analysis_passes(
-    program: Program, loss_fn: LossFunction | None, formats: FormatsOption, refine: str | None
-) -> tuple[Pass, ...]:
+def _analysis_passes(program: Program, kept: _Kept, curves: disk.Curves | None) -> tuple[Pass, ...]:
     """The expensive passes, in order."""
     learnt, held_out = split(program.calibration)
     loss = None
     if program.metric == "loss":
-        loss = PreservedLoss.fit(program.model, program.calibration, loss_fn)
-    refinements = {None: (), POLISH: (REFIT, POLISH)}.get(refine, (REFIT,))
-    return (
-        CollectStatistics(learnt, loss),
-        ComputeSpectra(formats),
-        CalibratePrediction(learnt, held_out, loss, refinements),
-    )
+        loss = PreservedLoss.fit(program.model, program.calibration, kept.loss_fn)
+    refinements = {None: (), POLISH: (REFIT, POLISH)}.get(kept.refine, (REFIT,))
+    statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(kept.formats)
+    prediction = CalibratePrediction(learnt, held_out, loss, refinements)
+    if curves is None:
+        return statistics, spectra, prediction
+    stored = replace(spectra, store=curves)
+    return LearnInGroups(statistics, stored, kept.max_bytes), prediction
 
 
 def _metric(metric: str | None, batches: tuple[Batch, ...], loss_fn: Any) -> str:
@@ -596,6 +636,88 @@ def environment() -> tuple[tuple[str, str], ...]:
         ("machine", f"{platform.machine()} {platform.system()}"),
         ("threads", str(torch.get_num_threads())),
     )
+
+
+# ------------------------------------------------------------------------------------ streaming
+
+
+def compile_checkpoint(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    budget: float | Budget | None = 0.1,
+    *,
+    metric: str | None = None,
+    include: Select = None,
+    exclude: Select = None,
+    formats: FormatsOption = None,
+    ranks: RanksOption = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
+) -> Report:
+    """Compress a Hugging Face checkpoint that is never loaded: one weight at a time is in memory.
+
+    ``out`` then holds what ``save(compile(model, budget, metric="frobenius"), out)`` would write.
+    Weights are judged by themselves. What is finished lies on disk at once: called again after it
+    was killed, with the same checkpoint and options, it goes on after the last weight.
+
+    Args:
+        directory: ``config.json`` and safetensors, in shards or in one file.
+        out: where the result goes; until it is complete, a folder in it keeps what is finished.
+        budget, include, exclude, formats, ranks, seed, progress: as in ``compile``.
+        metric: ``"frobenius"``, the only one that needs nothing but one weight at a time.
+        device: where decompositions run; None: a GPU where there is one, else the CPU.
+        cache_dir: keep what is learned here, for other budgets, and not in ``out``.
+
+    Returns:
+        The report of the result; ``load(out)`` gives the model.
+
+    Raises:
+        BudgetError: the budget is malformed or not feasible.
+        CaptureError: the directory is no checkpoint that can be read a tensor at a time.
+        AnalysisError: weights or options do not allow an analysis, or the metric does not stream.
+        CheckpointError: ``out`` cannot be written.
+    """
+    limits = None if budget is None else Budget.of(budget)
+    streaming.check_metric(metric)
+    out = Path(out)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = shards.open_checkpoint(Path(directory))
+    running = source.model
+    inputs, seen = capture.find_inputs(running, None, ())
+    if inputs is None and shards.CAN_BE_WITHOUT_MEMORY:
+        running = shards.without_memory(source.model)
+        inputs, seen = capture.find_inputs(running, None, ())
+    program = Program(
+        model=running,
+        inputs=inputs,
+        seed=seed,
+        machine=machine.current(str(where)),
+        notes=(f"uses of the weights were seen with {seen}", *source.notes),
+    )
+    with shown(progress) as tell, streaming.workplace(out) as folder:
+        identity = source.fingerprint(partial(tell, "reading"))
+        program = run_passes(replace(program, progress=tell), (FindSites(include, exclude),))
+        program = replace(program, model=source.model)
+        kept = _Kept(
+            identity, folder if cache_dir is None else cache_dir, None, None, formats, None
+        )
+        base = kept.base(program)
+        assert base is not None
+        curves = disk.Curves(Path(base), disk.Held.shapes)
+        announce(_cost(program))
+        spectra = ComputeSpectra(formats, lambda name: source.read(name).to(where), curves)
+        program = run_passes(program, (spectra,))
+        analysis = Analysis(program.without_model(), identity)
+        plan = analysis.plan(limits, refine=None, ranks=ranks)
+        program = replace(program, plan=plan)
+        write = streaming.WriteFactors(source, curves, folder)
+        program = run_passes(program, (write, VerifyResult()))
+        report = _report(program, analysis)
+        write.artefact(program).save(program.model, report, out)
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
 
 
 # ----------------------------------------------------------------------------- looking at a result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
@@ -102,3 +103,26 @@ def _check(name: str, value: object) -> None:
             f"{name}={value!r} is a float above 1, and a float is a share of the dense model",
             way_out=f"give a share in (0, 1], or the absolute value as an int: {name}={value:.0f}",
         )
+
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
+_UNITS |= {f"{unit}iB": 2 ** (10 * k) for k, unit in enumerate("KMGT", 1)}
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """A number of bytes, or text such as ``"4GB"``, ``"512 MiB"``, ``"1.5G"``; None is no limit.
+
+    Raises:
+        BudgetError: it is neither, or not positive.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
+    size = units.get(found[2].lower()) if found and isinstance(value, str) else None
+    if found is None or size is None or int(float(found[1]) * size) < 1:
+        raise BudgetError(
+            f"max_memory={value!r} is no size", way_out='a number of bytes, or text such as "4GB"'
+        )
+    return int(float(found[1]) * size)

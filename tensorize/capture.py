@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tensorize.errors import CaptureError
 from tensorize.forward import run, untouched
@@ -132,6 +133,8 @@ def find_inputs(
     if calibration:
         return calibration[0], "the first calibration batch"
     own = getattr(model, "dummy_inputs", None)
+    device = next(model.parameters()).device
+    own = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, own)
     candidates: list[tuple[Any, str]] = [] if own is None else [(own, "the model's dummy_inputs")]
     candidates += [(guess, "inputs guessed from the first layers") for guess in _guesses(model)]
     for candidate, source in candidates:

@@ -15,7 +15,6 @@ code is taken from the artefact, and the network is never asked.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -39,6 +38,7 @@ from tensorize.manifest import (
     PARAMETER,
     SAVE_AGAIN,
     WEIGHTS_NAME,
+    Contents,
     Entry,
     Manifest,
     SiteRecord,
@@ -55,6 +55,7 @@ from tensorize.manifest import (
     transient_buffers,
 )
 from tensorize.report import Report
+from tensorize.tensorfile import sha256_of
 
 _DRAFTS = ".tensorize-*.tmp"
 
@@ -85,23 +86,32 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             else "make it with tensorize.compile or tensorize.apply first",
         )
     contents, stored = contents_of(model)
-    manifest = manifest_to_dict(contents, huggingface.describe(model), report)
+    with _drafted(directory) as draft:
+        _write_tensors(stored, draft)
+        _finish(model, contents, report, draft, draft, directory)
+
+
+def save_written(
+    model: nn.Module, contents: Contents, report: Report, weights: Path, directory: Path
+) -> None:
+    """As ``save``, for a model on meta whose tensors are in the file ``weights``, which is moved.
+
+    It has to be on the disk of the directory.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    with _drafted(directory) as draft:
+        _finish(model, contents, report, weights, draft, directory)
+
+
+@contextlib.contextmanager
+def _drafted(directory: Path) -> Iterator[Path]:
+    """A name for a file in a directory that is not there after the block; failures are named."""
     draft = directory / f".tensorize-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_tensors(stored, draft)
-        sha256 = _sha256(draft)
-        weights = directory / f"tensorize-{sha256[:16]}.safetensors"
-        into_place(draft, weights)
-        manifest["weights"] = {
-            "file": weights.name,
-            "sha256": sha256,
-            "bytes": weights.stat().st_size,
-        }
-        if manifest["model"]["huggingface"]:
-            huggingface.save_configs(model, directory, weights.name, draft)
-        draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        into_place(draft, directory / MANIFEST)
+        yield draft
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written: {type(error).__name__}: {error}",
@@ -110,6 +120,30 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ) from error
     finally:
         _remove(draft)
+
+
+def _finish(
+    model: nn.Module,
+    contents: Contents,
+    report: Report,
+    tensors: Path,
+    draft: Path,
+    directory: Path,
+) -> None:
+    """Put the file of tensors in place, and the manifest last; take away what was there before."""
+    manifest = manifest_to_dict(contents, huggingface.describe(model), report)
+    sha256 = sha256_of(tensors)
+    weights = directory / f"tensorize-{sha256[:16]}.safetensors"
+    into_place(tensors, weights)
+    manifest["weights"] = {
+        "file": weights.name,
+        "sha256": sha256,
+        "bytes": weights.stat().st_size,
+    }
+    if manifest["model"]["huggingface"]:
+        huggingface.save_configs(model, directory, weights.name, draft)
+    draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    into_place(draft, directory / MANIFEST)
     for old in (*directory.glob("tensorize-*.safetensors"), *directory.glob(_DRAFTS)):
         if old.name != weights.name and (WEIGHTS_NAME.fullmatch(old.name) or old.suffix == ".tmp"):
             _remove(old)
@@ -137,14 +171,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ load
@@ -196,7 +222,7 @@ def load(
 def _check_weights(manifest: Manifest) -> None:
     path = manifest.weights
     try:
-        found = _sha256(path)
+        found = sha256_of(path)
     except FileNotFoundError:
         fail(path, f"is missing, and {manifest.path} names it", SAVE_AGAIN)
     except OSError as error:

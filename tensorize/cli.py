@@ -9,9 +9,11 @@ interrupted, 1 a defect. ``TENSORIZE_DEBUG=1`` shows the traceback of an error.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -25,10 +27,12 @@ from torch import nn
 
 import tensorize
 from tensorize import printer
+from tensorize.budget import Budget
 from tensorize.codegen import kernel, machine
 from tensorize.codegen.launch import TARGETS
 from tensorize.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.manifest import read_report
+from tensorize.report import Report
 from tensorize.sources import (
     Dtype,
     Loaded,
@@ -38,6 +42,7 @@ from tensorize.sources import (
     parse_formats,
     parse_shares,
     read_calibration,
+    tokenizer_of,
 )
 
 app = typer.Typer(
@@ -115,6 +120,14 @@ Seed = Annotated[int, typer.Option(help="Seed of the probes.")]
 Cache = Annotated[
     Path | None, typer.Option(help="Directory that keeps analyses.", show_default=False)
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="The most that second moments may take at once, as 4GB: weights are then analysed in "
+        "groups, to the same bits.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a calibration batch.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a document that are used.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Load the weights in this dtype.")]
@@ -156,6 +169,7 @@ def compile_command(
     formats: Formats = None,
     seed: Seed = 0,
     cache: Cache = None,
+    max_memory: MaxMemory = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     dtype: DtypeOption = Dtype.auto,
@@ -180,6 +194,14 @@ def compile_command(
             show_default=False,
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read a checkpoint directory one weight at a time and never load it; weights are "
+            "judged by themselves. A run that was killed goes on after the last weight.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
@@ -189,6 +211,23 @@ def compile_command(
         _check_target(html, "--html")
         _check_out(out, source)
         _check_emit(emit, target)
+        if stream:
+            _check_streams(
+                {
+                    "--calibration": calibration is not None,
+                    "--refine": refine not in (Refine.auto, Refine.none),
+                    "--max-memory": max_memory is not None,
+                    "--dtype": dtype is not Dtype.auto,
+                    "--autotune": autotune,
+                    "--emit": emit is not None,
+                }
+            )
+            with contextlib.redirect_stdout(sys.stderr):
+                report = _stream(source, out, limits, metric, include, exclude, chosen, seed, cache)
+                if html is not None:
+                    report.to_html(html)
+            _tell_saved(out, report, html, as_json, "")
+            return
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = _load(source, dtype, calibration, batch_size, max_length)
             _say(f"compressing {_count(loaded.model)} parameters to {limits}")
@@ -206,6 +245,7 @@ def compile_command(
                 inplace=True,
                 seed=seed,
                 cache_dir=cache,
+                max_memory=max_memory,
             )
             report = tensorize.report(model)
             tensorize.save(model, out)
@@ -214,18 +254,8 @@ def compile_command(
             if html is not None:
                 report.to_html(html)
             kernels = None if emit is None else _emit(model, emit, target or [])
-        if as_json:
-            about = {} if kernels is None else {"kernels": kernels}
-            _print_json({"directory": str(out), "report": report.to_dict(), **about})
-            return
-        typer.echo(str(report))
-        typer.echo(f"\nsaved in {out} ({_size(out)}): {', '.join(_names(out))}")
-        if html is not None:
-            typer.echo(f"report as a page: {html}")
-        if kernels is not None:
-            typer.echo(f"{len(kernels)} kernels are in {emit}")
         argument = "" if loaded.factory is None else f", model={loaded.factory}"
-        typer.echo(f'load it with tensorize.load("{out}"{argument})')
+        _tell_saved(out, report, html, as_json, argument, kernels, emit)
 
 
 @app.command(
@@ -249,6 +279,7 @@ def analyze_command(
     formats: Formats = None,
     seed: Seed = 0,
     cache: Cache = None,
+    max_memory: MaxMemory = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     dtype: DtypeOption = Dtype.auto,
@@ -276,6 +307,7 @@ def analyze_command(
                 formats=chosen,
                 seed=seed,
                 cache_dir=cache,
+                max_memory=max_memory,
             )
             curve = analysis.curve(shares)
             if plot is not None:
@@ -441,6 +473,62 @@ def _load(
     return loaded, batches
 
 
+def _check_streams(given: Mapping[str, bool]) -> None:
+    for option, is_given in given.items():
+        if is_given:
+            raise typer.BadParameter(
+                "needs the whole model, and --stream never loads it", param_hint=option
+            )
+
+
+def _stream(
+    source: str,
+    out: Path,
+    limits: Budget,
+    metric: Metric | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    formats: Any,
+    seed: int,
+    cache: Path | None,
+) -> Report:
+    """Compress a checkpoint a weight at a time, and say what it took."""
+    _say(f"streaming {source} to {limits}")
+    start = time.perf_counter()
+    report = tensorize.compile_checkpoint(
+        source,
+        out,
+        limits,
+        metric=None if metric is None else metric.value,
+        include=include or None,
+        exclude=exclude or None,
+        formats=formats,
+        seed=seed,
+        cache_dir=cache,
+    )
+    if (tokenizer := tokenizer_of(source)) is not None:
+        _save_tokenizer(tokenizer, out)
+    seconds, count = time.perf_counter() - start, report.totals.before.parameters
+    for stage in report.history:
+        _say(f"{stage.name}: {printer.seconds(stage.seconds)}: {stage.summary}")
+    _say(
+        f"{count:,} parameters in {printer.seconds(seconds)}, {1e6 * seconds / count:.3g} µs a "
+        f"parameter{_peak_memory()}"
+    )
+    return report
+
+
+def _peak_memory() -> str:
+    """The most memory that this process held, where the system tells."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows
+        return ""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"; peak resident memory {printer.bytes_(unit * size)}"
+
+
 def _check_target(path: Path | None, option: str) -> None:
     """Found out before the long work: whether the file can be written."""
     if path is None:
@@ -500,6 +588,29 @@ def _save_tokenizer(tokenizer: Any, out: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ output, errors
+
+
+def _tell_saved(
+    out: Path,
+    report: Report,
+    html: Path | None,
+    as_json: bool,
+    argument: str,
+    kernels: Mapping[str, Any] | None = None,
+    emit: Path | None = None,
+) -> None:
+    """What was saved where, and how it is loaded."""
+    if as_json:
+        about = {} if kernels is None else {"kernels": kernels}
+        _print_json({"directory": str(out), "report": report.to_dict(), **about})
+        return
+    typer.echo(str(report))
+    typer.echo(f"\nsaved in {out} ({_size(out)}): {', '.join(_names(out))}")
+    if html is not None:
+        typer.echo(f"report as a page: {html}")
+    if kernels is not None:
+        typer.echo(f"{len(kernels)} kernels are in {emit}")
+    typer.echo(f'load it with tensorize.load("{out}"{argument})')
 
 
 def _say(line: str) -> None:

@@ -152,8 +152,11 @@ def transient_buffers(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(f"{path}.{leaf}" if path else leaf, module, leaf, BUFFER)
 
 
-def contents_of(model: nn.Module) -> tuple[Contents, dict[str, Tensor]]:
-    """The description of a model's tensors, and those to store, contiguous and each once."""
+def contents_of(model: nn.Module, *, on_meta: bool = False) -> tuple[Contents, dict[str, Tensor]]:
+    """The description of a model's tensors, and those to store, contiguous and each once.
+
+    ``on_meta``: the model has no values yet, and nor have the tensors to store.
+    """
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     same_memory: dict[str, str] = {}
@@ -164,11 +167,15 @@ def contents_of(model: nn.Module) -> tuple[Contents, dict[str, Tensor]]:
     _check_no_extra_state(model)
     for slot in slots_of(model):
         key, tensor = slot.key, slot.tensor
-        _check_storable(key, tensor)
+        if not on_meta:
+            _check_storable(key, tensor)
         entries[key] = _entry_of(slot)
         first = objects.setdefault(id(tensor), key)
         if first != key:
             aliases[key] = first
+            continue
+        if on_meta:
+            stored[key] = tensor
             continue
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         first = memory.setdefault(place, key) if tensor.numel() else key

@@ -12,6 +12,9 @@ Progress = Callable[[str, int, int], None]
 
 log = logging.getLogger("tensorize")
 
+# Seconds over which the speed is taken: a step may take minutes, and a stage hours.
+_WHOLE_STAGE = 1e9
+
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Tells nobody."""
@@ -32,17 +35,36 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress]:
         yield no_progress
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        speed_estimate_period=_WHOLE_STAGE,
+    ) as bar:
+        tasks: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+            if stage not in tasks:  # what is done already was not done in this time
+                tasks[stage] = bar.add_task(stage, total=total, completed=done)
+            bar.update(tasks[stage], completed=done, total=total)
 
         yield update
 

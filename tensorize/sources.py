@@ -190,11 +190,15 @@ def _from_hugging_face(source: str, dtype: Dtype) -> Loaded:
             way_out="check the directory or id; a model of your own is named by "
             "package.module:factory",
         ) from error
+    return Loaded(model, tokenizer_of(where))
+
+
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer of a Hugging Face directory or id; None where there is none (vision, audio)."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    except Exception:  # a model without a tokenizer (vision, audio)
-        tokenizer = None
-    return Loaded(model, tokenizer)
+        return importlib.import_module("transformers").AutoTokenizer.from_pretrained(source)
+    except Exception:  # whatever a directory without one makes transformers raise
+        return None
 
 
 def load_compressed(directory: str, dense: Loaded) -> nn.Module:

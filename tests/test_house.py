@@ -16,12 +16,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "version", "printer", "graph_text", "hooks"),
     ("ir",),
-    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
+    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors", "tensorfile"),
     ("interpret", "ops", "ties"),
     ("weight", "report", "page"),
     ("passes", "codegen"),
     ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),
-    ("huggingface", "pretrained", "lora", "checkpoint", "distillation", "healing", "measures"),
+    (
+        *("huggingface", "pretrained", "lora", "checkpoint", "distillation", "healing", "measures"),
+        *("shards", "streaming"),
+    ),
     ("api",),
     ("training",),
     ("backend", "sources", "evaluation", "evaluation_page", "cli", "__init__"),

@@ -25,8 +25,8 @@ from typing import Any
 from torch import nn
 
 from tensorize.errors import TensorizeError
-from tensorize.passes.initialize import core_scales, root_mean_square
 from tensorize.ir import TTSpec
+from tensorize.passes.initialize import core_scales, root_mean_square
 from tensorize.weight import FactoredWeight, factored
 
 RULES = ("adam", "sgd")
