@@ -394,7 +394,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--flops", type=float, default=0.4, help="share of the dense FLOPs")
     parser.add_argument("--nonlinearity", choices=("silu", "gelu", "relu", "tanh"))
-    parser.add_argument("--formats", default="low_rank", help="low_rank, block or tt")
+    parser.add_argument("--formats", default="block", help="low_rank, block or tt")
     parser.add_argument("--shrink-from", type=float, help="begin at this share of the FLOPs")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--through", choices=("plain", "trainer"), default="plain")

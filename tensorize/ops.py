@@ -222,6 +222,8 @@ def widened(x: Tensor, weight: Tensor) -> Tensor:
     Code that keeps some weights in float32 (T5) casts their input only where the weight is a
     tensor, which a lazy one is not.
     """
+    if x.dtype is weight.dtype:
+        return x
     narrow = x.dtype.itemsize < weight.dtype.itemsize and x.is_floating_point()
     if not narrow or torch.is_autocast_enabled(x.device.type):
         return x

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from tensorize import hooks, ops, ties, tt, uses, views
@@ -425,19 +426,23 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.nonlinearity is not None:
-            between = getattr(F, self.nonlinearity)
-            return self.second(between(self.first(ops.widened(x, self.first.weight))))
-        if self.contractions and type(self.first) is type(self.second) is nn.Linear:
-            cores = (self.second.weight, self.first.weight)
-            return ops.matmul(self.contractions, cores, x, "columns", self.second.bias)
-        x = ops.widened(x, self.first.weight)
-        if self.kernels is not None and _is_bare(self.first) and _is_bare(self.second):
-            cores = (self.second.weight, self.first.weight)
-            return ops.matmul(self.kernels, cores, x, "columns", self.second.bias)
+        first, second = self.first, self.second
+        if not (_is_bare(first) and _is_bare(second)):
+            return second(self._between(first(ops.widened(x, first.weight))))
+        # What the two layers' own calls come to, which take longer than a product of one row.
+        right, left, bias = first.weight, second.weight, second.bias
+        x = ops.widened(x, right)
+        own = self.contractions or (self.kernels if type(right) is nn.Parameter else None)
+        if own and self.nonlinearity is None:
+            return ops.matmul(own, (left, right), x, "columns", bias)
         if self.input_product is None or torch.compiler.is_compiling():
-            return self.second(self.first(x))
-        return self.second(self.input_product(self.first, x))
+            product = F.linear(x, right)
+        else:
+            product = self.input_product(first, x)
+        return F.linear(self._between(product), left, bias)
+
+    def _between(self, product: Tensor) -> Tensor:
+        return product if self.nonlinearity is None else getattr(F, self.nonlinearity)(product)
 
     @property
     def weight(self) -> FactoredWeight:
@@ -475,9 +480,11 @@ class LowRankLinear(nn.Module):
 
 
 def _is_bare(layer: nn.Module) -> bool:
-    """Whether a layer's call is nothing but x Wᵀ + b, of plain tensors: none sharded, quantized."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return type(layer) is nn.Linear and not hooked and type(layer.weight) is nn.Parameter
+    """Whether a layer's call is nothing but x Wᵀ + b: no hooks, and no forward of its own."""
+    own = layer.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+    alone = type(layer) is nn.Linear and "forward" not in own
+    return alone and not (hooked or own["_backward_pre_hooks"] or _has_any_global_hook())
 
 
 def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -> int:
@@ -512,8 +519,7 @@ class SharedProduct:
         self._left = 0
 
     def __call__(self, first: nn.Module, x: Tensor) -> Tensor:
-        hooked = first._forward_hooks or first._forward_pre_hooks or first._backward_hooks
-        if type(first) is not nn.Linear or hooked or x.is_inference():
+        if x.is_inference():
             return first(x)
         weight = first.weight
         state = (
@@ -869,7 +875,7 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             base = module.__dict__.pop("_dense_class")
             del module.__dict__["spec"]
             module.__dict__.pop("input_product", None)
-            for extra in ("contractions", "memory_limit", "kernels"):
+            for extra in ("contractions", "memory_limit", "kernels", "nonlinearity"):
                 module.__dict__.pop(extra, None)
             if module.__dict__.pop("stored_transposed"):
                 del module.__dict__["in_features"], module.__dict__["out_features"]

@@ -17,8 +17,8 @@ from examples import pretrain_gpt
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
-    "--width", "32", "--layers", "2", "--heads", "2", "--context", "32", "--batch", "4",
-    "--words", "300", "--characters", "60000",
+    "--width", "32", "--layers", "1", "--heads", "2", "--context", "32", "--batch", "2",
+    "--words", "300", "--characters", "20000",
 ]  # fmt: skip
 
 
@@ -50,11 +50,11 @@ def test_dense_and_compressed_side_by_side(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--shrink-from", "0.9"], ["--precision", "stochastic"]],
-    ids=["plain", "ranks", "stochastic"],
+    [["--shrink-from", "0.9"], ["--precision", "stochastic"]],
+    ids=["ranks", "stochastic"],
 )
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, options: list[str]) -> None:
-    options = ["--steps", "60", "--every", "4", "--flops", "0.6", *options]
+    options = ["--steps", "24", "--every", "3", "--flops", "0.7", *options]
     unbroken = pretrain(tmp_path / "whole", *options)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "examples.pretrain_gpt", *SMALL, "--out", str(out), *options]
@@ -87,7 +87,7 @@ def test_the_trainer_of_hugging_face_gives_the_same_losses(tmp_path: Path) -> No
 
 def test_narrow_precisions_stay_within_the_noise_of_float32(tmp_path: Path) -> None:
     """The noise is what another seed makes of the same run."""
-    options = ["--steps", "60", "--every", "60", "--learning-rate", "2e-3"]
+    options = ["--steps", "40", "--every", "40", "--learning-rate", "2e-3"]
     seeds = pretrain(tmp_path / "float32", *options, "--seeds", "0", "1", "2")
     for precision in ("mixed", "stochastic"):
         found = pretrain(tmp_path / precision, *options, "--precision", precision)

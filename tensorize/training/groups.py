@@ -5,8 +5,8 @@ Simon & Bernstein 2023). A step of Adam moves every entry by about its learning 
 directions: a dense weight (M, N) by lr √(MN) in that norm. Core k maps a_k entries to b_k (its
 columns and the bond behind it, to its rows and the bond before it), so a step moves it by
 lr_k √(a_k b_k), and the others carry that on by their own norms, σ_j (√a_j + √b_j) for independent
-entries of root mean square σ_j. Each of d cores may move the weight by a d-th of what the dense step
-does:
+entries of root mean square σ_j. Each of d cores may move the weight by a d-th of what the dense
+step does:
 
     lr_k = lr · √(MN) / (d √(a_k b_k) Π_{j≠k} σ_j (√a_j + √b_j)).
 
