@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorize
@@ -27,33 +28,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(name: str, budget: float, steps: int, seed: int) -> dict[str, Any]:
-    """Every variant of a healing of one model at one budget."""
+def measure(
+    name: str, budget: float, steps: int, seed: int, variants: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Variants of a healing of one model at one budget."""
     dense = DECODERS[name]()
     calibration = text("validation", WINDOWS, CONTEXT, seed=seed).split(BATCH)
     unseen = text("held_out", WINDOWS, CONTEXT, seed=seed)
     batches = text("train", (steps + 6) * BATCH, CONTEXT, seed=seed).split(BATCH)
     plan = tensorize.analyze(dense, calibration=calibration).plan(budget)
-    own, found = loss(dense, unseen), {}
-    for variant, options in VARIANTS.items():
+    own = loss(dense, unseen)
+    for variant in variants:
         small = tensorize.apply(dense, plan)
         before = {"kl": divergence(small, dense, unseen), "rise": loss(small, unseen) - own}
         began = time.perf_counter()
-        done = tensorize.heal(small, dense, batches, steps=steps, seed=seed, **options)
+        done = tensorize.heal(small, dense, batches, steps=steps, seed=seed, **VARIANTS[variant])
         seconds = time.perf_counter() - began
         after = {"kl": divergence(small, dense, unseen), "rise": loss(small, unseen) - own}
-        found[variant] = {
-            "before": before,
-            "after": after,
-            "recovered": {k: 1 - after[k] / before[k] for k in before},
-            "seconds": seconds,
-            "checks": done.checks,
-            "best_step": done.best_step,
-            "stopped_early": done.stopped_early,
-        }
         shown = ", ".join(f"{k} {before[k]:.3f} to {after[k]:.3f}" for k in before)
         print(f"{name} {budget:g} {variant}: {shown}, {seconds:.0f} s", flush=True)
-    return found
+        yield (
+            variant,
+            {
+                "before": before,
+                "after": after,
+                "recovered": {k: 1 - after[k] / before[k] for k in before},
+                "seconds": seconds,
+                "checks": done.checks,
+                "best_step": done.best_step,
+                "stopped_early": done.stopped_early,
+            },
+        )
 
 
 def show(results: dict[str, Any]) -> str:
@@ -76,14 +81,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(DECODERS), default=list(DECODERS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     results = kept("heal")
     for name in options.models:
         for budget in options.budgets:
             key = f"{name}, {100 * budget:g} %, {options.steps}"
-            results[key] = measure(name, budget, options.steps, options.seed)
-            keep("heal", results)
+            run = measure(name, budget, options.steps, options.seed, options.variants)
+            for variant, figures in run:
+                results.setdefault(key, {})[variant] = figures
+                keep("heal", results)
     print(show(results))
 
 

@@ -20,7 +20,7 @@ from tensorize.page import Scale, budget_steps, budget_ticks, environment, log_e
 
 Peers = Mapping[str, Mapping[float, float]]
 # The drawing areas of the two pictures, in their own units.
-_CURVE = {"left": 58.0, "right": 452.0, "top": 14.0, "bottom": 262.0}
+_CURVE = {"left": 58.0, "right": 446.0, "top": 14.0, "bottom": 334.0}
 _SPECTRUM = {"left": 34.0, "right": 292.0, "top": 8.0, "bottom": 128.0}
 _LEAST_SINGULAR = 1e-4
 COLORS = 6
@@ -41,7 +41,14 @@ def render(evaluation: Evaluation, peers: Peers) -> str:
         "share": evaluation.share,
         "nats": evaluation.unit == "nats",
     }
-    return environment().get_template("evaluation.html.j2").render(contents)
+    pages = environment()
+    pages.filters["flat"] = _without_blank_lines
+    return pages.get_template("evaluation.html.j2").render(contents)
+
+
+def _without_blank_lines(text: str) -> str:
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines) or "(blank lines)"
 
 
 # --------------------------------------------------------------------------- gains and losses
@@ -58,12 +65,13 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Row:
-    """One figure of all models; ``hint`` says what it is."""
+    """One figure of all models; ``hint`` says what it is, ``is_place`` that it tells where."""
 
     title: str
     hint: str
     dense: str
     cells: tuple[_Cell, ...]
+    is_place: bool = False
 
 
 Read = Callable[[Figures], float | None]
@@ -72,21 +80,19 @@ Read = Callable[[Figures], float | None]
 def _groups(evaluation: Evaluation) -> list[tuple[str, str, list[_Row]]]:
     """What is gained and what is lost: key, title, rows."""
     gains = [
-        _less(evaluation, "Memory", "weights and buffers, as stored", lambda f: f.bytes, "bytes"),
+        _less(evaluation, "Memory", "weights and buffers", lambda f: f.bytes, "bytes"),
         _less(evaluation, "Parameters", "each counted once", lambda f: f.parameters, "count"),
-        _less(evaluation, "Latency", "a call with one sample", lambda f: f.latency, "seconds"),
+        _less(evaluation, "Latency", "one sample", lambda f: f.latency, "seconds"),
         _speed(evaluation),
     ]
     losses = [
         _text_loss(evaluation),
         *(_labelled(evaluation, name) for name in ("accuracy", "precision", "recall")),
         _distance(evaluation),
-        _agreement(evaluation, "Same first choice", "top-1 agreement with the dense model", "top1"),
-        _agreement(evaluation, "Same best five", "overlap of the five likeliest", "top5"),
-        _agreement(evaluation, "Cosine", "of embeddings, to the dense model's", "cosine"),
-        _agreement(
-            evaluation, "Same neighbours", f"of the {NEIGHBOURS} nearest samples", "neighbours"
-        ),
+        _agreement(evaluation, "Same first choice", "top-1 agreement", "top1"),
+        _agreement(evaluation, "Same best five", "top-5 overlap", "top5"),
+        _agreement(evaluation, "Cosine", "of embeddings", "cosine"),
+        _agreement(evaluation, "Same neighbours", f"of the {NEIGHBOURS} nearest", "neighbours"),
         _worst(evaluation),
     ]
     groups = (("gain", "What you gain", gains), ("lose", "What you lose", losses))
@@ -141,8 +147,7 @@ def _text_loss(evaluation: Evaluation) -> _Row | None:
     for figures in evaluation.models:
         value = figures.quality.perplexity or math.inf
         cells.append(_Cell(printer.number(value), _more(dense.perplexity, value)))
-    hint = "of the text, the dense model's beside it"
-    return _Row("Perplexity", hint, printer.number(dense.perplexity), tuple(cells))
+    return _Row("Perplexity", "of the text", printer.number(dense.perplexity), tuple(cells))
 
 
 def _more(before: float, after: float) -> str:
@@ -175,7 +180,8 @@ def _distance(evaluation: Evaluation) -> _Row:
         for f in evaluation.models
     ]
     title = "KL to dense" if nats else "Error"
-    unit = "nats a row" if nats else "squared, over the outputs' variance"
+    noun = "token" if evaluation.kind == "text" else "row"
+    unit = f"nats a {noun}" if nats else "squared, over variance"
     return _Row(title, unit, "0", tuple(cells))
 
 
@@ -199,9 +205,9 @@ def _worst(evaluation: Evaluation) -> _Row:
     for figures in evaluation.models:
         worst = figures.quality.worst
         said = " ".join(worst.text.split()) or f"{noun} {worst.row} of batch {worst.batch}"
-        cells.append(_Cell(printer.number(worst.value), said[-40:]))
+        cells.append(_Cell(printer.number(worst.value), said))
     unit = "KL in nats" if evaluation.unit == "nats" else "error"
-    return _Row(f"Worst {noun}", f"largest {unit}, and where", "0", tuple(cells))
+    return _Row(f"Worst {noun}", f"{unit}, and where", "0", tuple(cells), is_place=True)
 
 
 # ------------------------------------------------------------------------------------ the curve
@@ -232,10 +238,7 @@ def _chart(evaluation: Evaluation, peers: Peers) -> dict[str, Any] | None:
         "x_ticks": budget_ticks(scale, step),
         "y_ticks": log_ticks(scale),
         "line": _points(scale, line),
-        "dots": [
-            (scale.x(s), scale.y(q), name, q, _is_quantized(name), scale.x(s) > 300)
-            for s, q, name in ours
-        ],
+        "dots": [(scale.x(s), scale.y(q), name, q, _is_quantized(name)) for s, q, name in ours],
         "peers": [
             (name, k % COLORS, _points(scale, curve), [(scale.x(s), scale.y(q)) for s, q in curve])
             for k, (name, curve) in enumerate(others.items())

@@ -101,9 +101,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class Sample:
-    """One batch: the call, the targets of the rows, and the token ids that the rows are of.
+    """One batch: the call, the targets of the rows, and the ids that the model was given.
 
-    ``targets`` and ``ids`` have one entry a row of the output, hidden ones too.
+    ``targets`` have one entry a row of the output, hidden ones too.
     """
 
     batch: Batch
@@ -145,12 +145,13 @@ class Meter:
             self._agreement(before.rows, after.rows, wanted)
         if before.logits:
             distance = _divergences(before.rows, after.rows)
+            total, rows = float(distance.sum(dtype=torch.float64)), len(distance)
         else:
             variance = max(self.loss.variances[before.name], 1e-30)
             distance = (after.rows - before.rows).double().square().sum(-1).cpu() / variance
             if self.kind != CLASSES:
                 self.embeddings.append((_embeddings(before), _embeddings(after)))
-        total, rows = self.loss.rise(dense, result, batch, model)
+            total, rows = self.loss.rise(dense, result, batch, model)
         self.total, self.rows = self.total + total, self.rows + rows
         self.distances.append(distance.float())
         if not len(distance):
@@ -158,7 +159,9 @@ class Meter:
         largest = torch.nan_to_num(distance, nan=math.inf).argmax()
         value, row = float(distance[largest]), int(places[largest])
         if math.isnan(value) or value > self.worst[0]:
-            self.worst = (value, position, row, sample.ids)
+            ids = sample.ids
+            its_own = ids is not None and ids.numel() == math.prod(before.shape[:-1])
+            self.worst = (value, position, row, ids if its_own else None)
 
     def _agreement(self, dense: Tensor, logits: Tensor, wanted: Tensor | None) -> None:
         five = min(5, dense.shape[-1])
@@ -185,8 +188,17 @@ class Meter:
             self.confusion = found if self.confusion is None else self.confusion + found
 
     def quality(self, decode: Callable[[Sequence[int]], str] | None) -> Quality:
-        """What came of all batches."""
-        distances = torch.cat(self.distances) if self.distances else torch.zeros(1)
+        """What came of all batches.
+
+        Raises:
+            CaptureError: not one row counted.
+        """
+        distances = torch.cat(self.distances)
+        if not len(distances):
+            raise CaptureError(
+                "no row of the batches counts: masks hide all of them",
+                way_out="look at their attention_mask and labels",
+            )
         value, batch, row, ids = self.worst
         text = ""
         if decode is not None and ids is not None:
@@ -205,8 +217,8 @@ class Meter:
             found["top5"] = self.fifth / self.compared
         if self.targets:
             found["loss"] = self.cross_entropy / self.targets
-        if self.confusion is not None:
-            found |= {"accuracy": self.right / max(self.targets, 1), **self._classes()}
+            if self.confusion is not None:
+                found |= {"accuracy": self.right / self.targets, **self._classes()}
         return Quality(
             distance=self.total / max(self.rows, 1),
             tail=float(torch.quantile(_thinned(distances), 0.99)),

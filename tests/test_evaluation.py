@@ -101,6 +101,16 @@ def test_padding_counts_in_nothing() -> None:
         assert figures[0][name].quality == figures[1][name].quality
 
 
+def test_batches_that_are_hidden_altogether() -> None:
+    dense, small = llama()
+    hidden = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+              for batch in padded(1)]  # fmt: skip
+    with pytest.raises(CaptureError, match="no row of the batches counts"):
+        measured(small, dense, hidden)
+    some = measured({"small": small}, dense, [*padded(), *hidden])
+    assert some["small"].quality == measured({"small": small}, dense, padded())["small"].quality
+
+
 def test_ids_given_as_the_only_argument() -> None:
     (dense, small), batches = models(), texts(2, seed=9)
     quality = measured(small, dense, batches).models[0].quality
