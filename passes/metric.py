@@ -155,7 +155,7 @@ def _root(moment: Tensor | None, samples: int, site: Site, term: Term) -> Tensor
     if torch.isfinite(moment).all():
         factor, info = torch.linalg.cholesky_ex(shrink(moment, shrinkage(moment, samples), mean))
         if int(info) == 0:
-            return factor.float()
+            return factor.float().contiguous()  # as it is once it was kept on disk
     raise AnalysisError(
         "the second moment of its inputs or gradients is not positive semi-definite",
         site=site.name,

@@ -380,7 +380,8 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
     pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
     shared, reader = joint_factors(matrices, metrics, pay)
     work = members[0].left.dtype
-    factor, at_work = shared.to(work), reader.to(work)  # the members hold the same tensors
+    # The members hold the same tensors, laid out as they are once they were kept on disk.
+    factor, at_work = shared.to(work).contiguous(), reader.to(work).contiguous()
     found: dict[str, SharedFactor] = {}
     for curve, weight, metric in zip(members, matrices, metrics, strict=True):
         # Whitened, V has orthogonal rows: what a rank loses is what the others hold.
@@ -475,10 +476,14 @@ def _summed_tails(
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Each component's two vectors brought to the same length."""
+    """Each component's two vectors brought to the same length.
+
+    Laid out as they are once they were kept on disk: how a matmul rounds hangs on it.
+    """
     a, b = left.norm(dim=-2), right.norm(dim=-1)
     ratio = (b / a.clamp_min(1e-30)).clamp(1e-15, 1e15).sqrt()
-    return left * ratio.unsqueeze(-2), right / ratio.unsqueeze(-1)
+    left, right = left * ratio.unsqueeze(-2), right / ratio.unsqueeze(-1)
+    return left.contiguous(), right.contiguous()
 
 
 # ----------------------------------------------------------------------------------- tensor trains
@@ -501,7 +506,7 @@ def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
         if split.format == LOW_RANK or 1 in map(math.prod, split.core_shapes):
             continue  # primes: nothing to split, or a core that holds no mode
         spec, cores = tt.tt_svd(work, row_modes, column_modes)
-        trains.append(TensorTrain(spec, tuple(cores)))
+        trains.append(TensorTrain(spec, tuple(core.contiguous() for core in cores)))
     return _with_points(replace(curve, formats=formats), trains, work)
 
 
@@ -521,7 +526,7 @@ def _with_blocks(curve: Spectrum, weight: Tensor) -> Spectrum:
         one = TTSpec.block((m // m1, m1), (n0, n // n0), 1)
         if one.format == BLOCK and one.parameters < m * n and one not in trains:
             spec, cores = tt.block_svd(work, one.row_modes, one.column_modes)
-            trains[one] = TensorTrain(spec, tuple(cores))
+            trains[one] = TensorTrain(spec, tuple(core.contiguous() for core in cores))
 
     def kept(one: TTSpec, share: float) -> float:
         """The energy that is kept at a share of the parameters."""

@@ -1,0 +1,297 @@
+"""A compressed decoder behind a plain HTTP endpoint, with requests answered in batches.
+
+    python -m examples.serve --port 8000
+    curl -d '{"prompt": "def read_file(path):", "tokens": 32}' localhost:8000/generate
+
+Nothing but the standard library serves. A request waits a few milliseconds for others; those that
+came together are one batch of the model, padded on the left, and each gets as many tokens as it
+asked for. Without ``--model`` the small Llama of the repository is compressed first.
+
+Answers: 200 ``{"text": …, "tokens": …, "batch": …}``; 400 a request that cannot be read; 404
+another path; 413 too long; 500 the model failed; 503 too many wait, or the server is closing.
+``GET /health`` tells what is served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+from urllib import request
+
+import torch
+
+import tensorize
+from examples import gpt, llama, stdlib_text
+from tensorize.printer import count, percent
+
+MOST_BYTES = 64_000  # of the body of a request
+PATIENCE = 60.0  # seconds until a waiting request is given up
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text that follows a prompt, its tokens, and how many requests were answered with it."""
+
+    text: str
+    tokens: int
+    batch: int
+
+
+@dataclass
+class Waiting:
+    """A request that waits for its answer."""
+
+    ids: list[int]
+    tokens: int
+    answer: Future[Answer] = field(default_factory=Future)
+
+
+class TooMany(Exception):
+    """More requests wait than can be answered in time."""
+
+
+class Batcher:
+    """Collects requests and answers them together, in a thread of its own.
+
+    The first of a batch waits at most ``wait`` seconds for others, of which there are at most
+    ``most``; at most ``queued`` requests wait at all.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, most: int = 8, wait: float = 0.01, queued: int = 256
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._most, self._wait = most, wait
+        self._queue: queue.Queue[Waiting | None] = queue.Queue(queued)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: str, tokens: int) -> Future[Answer]:
+        """Ask for so many tokens after a prompt.
+
+        Raises:
+            ValueError: the prompt is empty, or too long with its answer.
+            TooMany: the queue is full, or closed.
+        """
+        ids = self.tokenizer.encode(prompt).ids
+        longest = self.model.config.max_position_embeddings
+        if not ids or tokens < 1 or len(ids) + tokens > longest:
+            raise ValueError(f"1 to {longest} tokens, of prompt and answer together")
+        waiting = Waiting(ids, tokens)
+        if not self._thread.is_alive():
+            raise TooMany
+        try:
+            self._queue.put_nowait(waiting)
+        except queue.Full:
+            raise TooMany from None
+        return waiting.answer
+
+    def close(self) -> None:
+        """Answer what waits, and stop."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch, open_still = [first], True
+            end = time.monotonic() + self._wait
+            while len(batch) < self._most:
+                try:
+                    following = self._queue.get(timeout=max(end - time.monotonic(), 0))
+                except queue.Empty:
+                    break
+                if following is None:
+                    open_still = False
+                    break
+                batch.append(following)
+            self._answer(batch)
+            if not open_still:
+                return
+
+    def _answer(self, batch: Sequence[Waiting]) -> None:
+        try:
+            texts = generate(self.model, [w.ids for w in batch], max(w.tokens for w in batch))
+        except Exception as error:  # whatever the model raises must not end the thread
+            for waiting in batch:
+                waiting.answer.set_exception(error)
+            return
+        for waiting, ids in zip(batch, texts, strict=True):
+            own = ids[: waiting.tokens]
+            text = self.tokenizer.decode(own)
+            waiting.answer.set_result(Answer(text, len(own), len(batch)))
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """The likeliest tokens after each prompt, all prompts in one batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    return made[:, width:].tolist()
+
+
+# ------------------------------------------------------------------------------------- the server
+
+
+class Server(ThreadingHTTPServer):
+    """An HTTP server whose requests go to one batcher."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], batcher: Batcher) -> None:
+        super().__init__(address, Handler)
+        self.batcher = batcher
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: JSON in, JSON out."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path != "/health":
+            self._say(404, {"error": f"there is no {self.path}"})
+            return
+        report = tensorize.report(self._batcher.model)
+        totals = report.totals
+        self._say(200, {"parameters": totals.after.parameters, "kept": totals.share.parameters})
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        if length > MOST_BYTES:
+            self.close_connection = True  # the body is not read
+            self._say(413, {"error": f"at most {MOST_BYTES} bytes"})
+            return
+        body = self.rfile.read(length)
+        if self.path != "/generate":
+            self._say(404, {"error": f"there is no {self.path}"})
+            return
+        try:
+            asked = json.loads(body)
+            prompt, tokens = str(asked["prompt"]), int(asked.get("tokens", 32))
+            answer = self._batcher.submit(prompt, tokens).result(PATIENCE)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._say(400, {"error": f"{type(error).__name__}: {error}"})
+        except (TooMany, TimeoutError):
+            self._say(503, {"error": "too many requests, try again"})
+        except Exception as error:  # what the model raised
+            self._say(500, {"error": f"{type(error).__name__}: {error}"})
+        else:
+            self._say(200, vars(answer))
+
+    @property
+    def _batcher(self) -> Batcher:
+        return cast(Server, self.server).batcher
+
+    def _say(self, code: int, data: dict[str, Any]) -> None:
+        body = json.dumps(data).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not written down."""
+
+
+def ask(url: str, prompt: str, tokens: int) -> dict[str, Any]:
+    """One request to a server, answered."""
+    body = json.dumps({"prompt": prompt, "tokens": tokens}).encode()
+    with request.urlopen(request.Request(f"{url}/generate", body), timeout=PATIENCE) as answer:
+        return json.load(answer)
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def compressed(directory: Path | None, budget: float, documents: int) -> Any:
+    """A model that was saved, or the repository's Llama, compressed on real text."""
+    if directory is not None:
+        return tensorize.load(directory)
+    tokenizer = gpt.load_tokenizer()
+    texts = [d.text for d in stdlib_text.documents("train")[:documents]]
+    windows = gpt.encode(tokenizer, texts).unfold(0, 256, 256)[: 4 * documents]
+    batches = [{"input_ids": part} for part in windows.split(8)]
+    return tensorize.compile(llama.load_pretrained(), budget, calibration=batches, refine=None)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Serve; with ``--requests`` ask that many at once, print what it took, and stop."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, help="what tensorize.save wrote")
+    parser.add_argument("--tokenizer", type=Path, default=gpt.DATA, help="the folder of its file")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--documents", type=int, default=16, help="to calibrate on")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--wait", type=float, default=0.01, help="seconds, for others to come")
+    parser.add_argument("--requests", type=int, default=0, help="ask them, and stop")
+    parser.add_argument("--tokens", type=int, default=32)
+    options = parser.parse_args(arguments)
+    model = compressed(options.model, options.budget, options.documents)
+    totals = tensorize.report(model).totals
+    batcher = Batcher(
+        model, gpt.load_tokenizer(options.tokenizer), most=options.batch, wait=options.wait
+    )
+    with Server((options.host, options.port), batcher) as server:
+        url = f"http://{options.host}:{server.server_address[1]}"
+        kept = percent(totals.share.parameters)
+        print(f"{count(totals.after.parameters)} parameters, {kept} of the dense model, at {url}")
+        try:
+            if not options.requests:
+                server.serve_forever()
+                return {}
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            found = measured(url, options.requests, options.tokens)
+            server.shutdown()
+        except KeyboardInterrupt:
+            return {}
+        finally:
+            batcher.close()
+    print(
+        f"{options.requests} requests at once: {found['tokens_per_second']:.0f} tokens a second, "
+        f"{found['seconds']:.2f} s, batches of {found['mean_batch']:.1f}"
+    )
+    return found
+
+
+def measured(url: str, requests: int, tokens: int) -> dict[str, float]:
+    """Ask for the continuation of some texts, all at once."""
+    texts = [d.text[:80] for d in stdlib_text.documents("held_out")]
+    prompts = [texts[k % len(texts)] for k in range(requests)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(requests) as pool:
+        answers = list(pool.map(lambda prompt: ask(url, prompt, tokens), prompts))
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "tokens_per_second": sum(a["tokens"] for a in answers) / seconds,
+        "mean_batch": sum(a["batch"] for a in answers) / requests,
+    }
+
+
+if __name__ == "__main__":
+    main()
