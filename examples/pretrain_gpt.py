@@ -238,7 +238,7 @@ def resume(
     state: dict[str, Any] = {"model": model.state_dict(), "optimizer": blank}
     if rounding is not None:
         state["rounding"] = rounding.state_dict()
-    dcp.load(state, checkpoint_id=place, no_dist=True)
+    dcp.load(state, checkpoint_id=place, no_dist=True)  # type: ignore[reportPrivateImportUsage]
     model.load_state_dict(state["model"])
     optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
     if rounding is not None:

@@ -5,18 +5,14 @@ model = tensorize.compile(model, budget=0.1)
 
 from tensorize.analysis import Analysis
 from tensorize.api import (
-    Kernel,
     analyze,
     apply,
     compile,
     compile_checkpoint,
     densify,
     graphs,
-    kernels,
     load,
-    report,
     save,
-    tune_kernels,
 )
 from tensorize.budget import Budget
 from tensorize.distillation import distillation_loss
@@ -31,7 +27,8 @@ from tensorize.evaluation import Evaluation, evaluate
 from tensorize.healing import Healing, heal
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
 from tensorize.passes.order import plan_contraction
-from tensorize.report import Report
+from tensorize.report import Report, report
+from tensorize.runtime import Kernel, kernels, tune_kernels
 from tensorize.training import initialize
 from tensorize.version import __version__
 

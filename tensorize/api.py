@@ -28,13 +28,9 @@ from tensorize.analysis import Analysis, check_refine, fingerprint
 from tensorize.budget import Budget, parse_bytes
 from tensorize.codegen import (
     aten,
-    autotune,
-    kernel,
-    launch,
     machine,
     orders,
     training,
-    triton_ops,
 )
 from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.graphs import Graphs
@@ -69,7 +65,8 @@ from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, 
 from tensorize.passes.training import plan_training
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
-from tensorize.report import Report, ReportTotals, SiteReport
+from tensorize.report import Report, ReportTotals, SiteReport, attach, detach, report
+from tensorize.runtime import device_of, use_kernels
 from tensorize.selfmade import affordable, self_made
 from tensorize.version import __version__
 
@@ -77,7 +74,6 @@ log = logging.getLogger("tensorize")
 
 METRICS = ("frobenius", "input", "loss")
 BACKENDS = ("auto", "aten", "triton")
-Kernel = kernel.Kernel
 SELF = "self"
 
 
@@ -213,18 +209,7 @@ def compile(
         )
         plan = analysis.plan(budget, refine=refine, ranks=ranks)
         small = _apply(model, plan, analysis, inplace, tell, autotune)
-        return _use_kernels(small, backend)
-
-
-def _use_kernels(model: nn.Module, backend: str) -> nn.Module:
-    """Let weights run by the kernels that ``backend`` asks for."""
-    measured = backend == "auto"
-    if backend == "aten" or (measured and not autotune.known(_device(model))):
-        return model
-    build = partial(triton_ops.contractions, measured=measured)
-    count = weight.use_kernels(model, build)
-    log.info("%d weights run by kernels", count)
-    return model
+        return use_kernels(small, backend)
 
 
 def analyze(
@@ -328,11 +313,7 @@ def _learned(program: Program, kept: _Kept) -> Analysis:
 
 def figures(model: nn.Module) -> Machine:
     """Those of the machine that a model is on."""
-    return machine.current(_device(model))
-
-
-def _device(model: nn.Module) -> str:
-    return next((str(p.device) for p in model.parameters() if p.is_cuda), "cpu")
+    return machine.current(device_of(model))
 
 
 def _of_itself(calibration: Any) -> bool:
@@ -513,7 +494,7 @@ def _time_orders(program: Program) -> None:
         for use in site.uses
         if use.contract in ("columns", "rows")
     }
-    device, found = _device(program.model), {}
+    device, found = device_of(program.model), {}
     breakpoints = ops.common_breakpoints([spec for spec, _, _ in uses], device)
     for done, (spec, contract, dtype) in enumerate(sorted(uses, key=str)):
         program.progress("timing orders", done, len(uses))
@@ -553,7 +534,7 @@ def _apply(
     program = run_passes(program, passes)
     if autotune:
         _time_orders(program)
-    target.__dict__["_tensorize"] = _report(program, analysis)
+    attach(target, _report(program, analysis))
     huggingface.note_factors(target)
     return target
 
@@ -723,72 +704,13 @@ def compile_checkpoint(
 # ----------------------------------------------------------------------------- looking at a result
 
 
-def kernels(model: nn.Module) -> dict[str, Kernel]:
-    """The Triton kernels of a compiled model's weights, whatever it runs by, by weight and purpose.
-
-    ``str(kernel)`` is its source; ``kernel.compile("cuda:90")`` compiles it, without a GPU. Weights
-    that no kernel family covers have none.
-    """
-    found: dict[str, Kernel] = {}
-    for site in report(model).sites:
-        if site.format == DENSE:
-            continue
-        for name in (site.name, *site.aliases):
-            factors = next((w for n, w in weight.factored(model) if n == name), None)
-            if factors is None or factors.spec.batch or factors.dtype not in launch.DTYPES:
-                continue
-            owner, leaf = weight.owner_of(model, name)
-            bias = leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
-            lookup = "embedding" in site.kind
-            made = kernel.of_weight(factors.spec, factors.dtype, bias=bias, lookup=lookup)
-            found |= {f"{name}.{k}": replace(v, name=f"{name}.{k}") for k, v in made.items()}
-            break
-    return found
-
-
-def tune_kernels(model: nn.Module, rows: Iterable[int] = (1, 16, 256, 4096)) -> int:
-    """Time the kernels of a compiled model on the GPU that it is on; returns how many won.
-
-    What is found is kept for this GPU; models compiled afterwards with ``backend="auto"`` use
-    kernels where they beat torch's own matmuls. This one does from now on.
-
-    Raises:
-        TensorizeError: the model is not on a GPU.
-    """
-    device = _device(model)
-    if device == "cpu":
-        raise TensorizeError("kernels are timed on a GPU", way_out="model.to('cuda')")
-    seen, won = set(), 0
-    for _, factors in weight.factored(model):
-        for bias in (False, True):
-            key = (factors.spec, factors.dtype, bias)
-            if key in seen or factors.spec.batch or not triton_ops.contractions(factors.spec):
-                continue
-            seen.add(key)
-            for count in rows:
-                won += autotune.tune_weight(*key, count, device)
-    _use_kernels(model, "auto")
-    return won
-
-
-def report(model: nn.Module) -> Report:
-    """What was done to a compiled model: ``str()`` is a table, ``to_html(path)`` a page."""
-    found = getattr(model, "_tensorize", None)
-    if not isinstance(found, Report):
-        raise TensorizeError(
-            "the model was not made by tensorize",
-            way_out="model = tensorize.compile(model, budget=0.1)",
-        )
-    return found
-
-
 def densify(model: nn.Module) -> nn.Module:
     """A copy of a compiled model with plain dense modules, holding the reconstructed weights."""
     capture.check_model(model)
     for name, factored in weight.factored(model):
         factored.require_matrix(name)
     dense = copy.deepcopy(model)
-    dense.__dict__.pop("_tensorize", None)
+    detach(dense)
 
     def build(factored: weight.FactoredWeight) -> nn.Parameter:
         # Rebuilt in float64, so that the one rounding is the storage dtype's own.

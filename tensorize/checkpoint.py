@@ -54,7 +54,7 @@ from tensorize.manifest import (
     slots_of,
     transient_buffers,
 )
-from tensorize.report import Report
+from tensorize.report import Report, attach, known_report
 from tensorize.tensorfile import sha256_of
 
 _DRAFTS = ".tensorize-*.tmp"
@@ -76,9 +76,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             cannot be written. What was saved there before is then still valid.
     """
     directory = Path(directory)
-    report = model.__dict__.get("_tensorize")
-    if not isinstance(report, Report):
-        inner = [n for n, m in model.named_children() if "_tensorize" in m.__dict__]
+    report = known_report(model)
+    if report is None:
+        inner = [name for name, child in model.named_children() if known_report(child)]
         raise CheckpointError(
             f"this {type(model).__name__} carries no tensorize report, so it cannot be saved",
             way_out=f"pass the model that it wraps (model.{inner[0]})"
@@ -214,7 +214,7 @@ def load(
         weight.settle(target)
         _finish_transient(target, manifest, device)
         target.eval()
-        target.__dict__["_tensorize"] = manifest.report
+        attach(target, manifest.report)
         huggingface.note_factors(target)
     return target
 

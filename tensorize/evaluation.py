@@ -42,7 +42,7 @@ from tensorize.measures import (
 )
 from tensorize.passes.preserved import PreservedLoss, call, outputs_of, shifts_labels
 from tensorize.progress import Progress, shown
-from tensorize.report import Report, encode
+from tensorize.report import encode, known_report
 from tensorize.selfmade import is_causal, only_ids
 
 QUANTIZATIONS = ("int8", "int4")
@@ -561,8 +561,8 @@ def _written(
 
 
 def _weights(model: nn.Module) -> tuple[WeightFigures, ...]:
-    report = model.__dict__.get("_tensorize")
-    if not isinstance(report, Report):
+    report = known_report(model)
+    if report is None:
         return ()
     return tuple(WeightFigures(s.name, s.format, s.ranks, s.share) for s in report.sites)
 

@@ -40,7 +40,7 @@ from tensorize.ir import Batch
 from tensorize.passes.descent import Descent, rate_for, rounds, share_of_rate, trainable, write
 from tensorize.passes.preserved import LossFunction, PreservedLoss, split
 from tensorize.progress import Progress, shown
-from tensorize.report import Report
+from tensorize.report import attach, known_report
 
 STATE = "healing.pt"
 _FORMAT = 1
@@ -393,7 +393,7 @@ def _split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, 
 
 def _note(model: nn.Module, done: Healing) -> None:
     """Let the model's report say that its factors are others than those it was made with."""
-    found = model.__dict__.get("_tensorize")
-    if isinstance(found, Report):
+    found = known_report(model)
+    if found is not None:
         note = f"healed: {done}; the errors of sites are those from before"
-        model.__dict__["_tensorize"] = replace(found, notes=(*found.notes, note))
+        attach(model, replace(found, notes=(*found.notes, note)))

@@ -22,6 +22,7 @@ from tensorize import huggingface, weight
 from tensorize.errors import CheckpointError
 from tensorize.huggingface import METHOD
 from tensorize.manifest import FORMAT_VERSION, SAVE_AGAIN, read_manifest, sites_from_list
+from tensorize.report import attach
 
 
 class FactorsConfig(QuantizationConfigMixin):
@@ -112,7 +113,7 @@ class FactorsLoader(HfQuantizer):
             with contextlib.suppress(CheckpointError):  # there is none beside it
                 manifest = read_manifest(file.parent)
                 if manifest.weights.name == file.name:  # both are of one save
-                    model.__dict__["_tensorize"] = manifest.report
+                    attach(model, manifest.report)
         return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]

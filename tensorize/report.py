@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, overload
 
+from torch import nn
+
 from tensorize import printer
 from tensorize.errors import TensorizeError
 from tensorize.ir import DENSE, Plan, Prediction, RankPlan, Totals
@@ -321,6 +323,36 @@ class Report:
         from tensorize import page  # which draws what is defined here
 
         printer.write_text(path, page.render(self))
+
+
+# -------------------------------------------------------------------------------- kept on a model
+
+
+def attach(model: nn.Module, found: Report) -> None:
+    """Keep a report on the model that it is of."""
+    model.__dict__["_tensorize"] = found
+
+
+def detach(model: nn.Module) -> None:
+    """Let a model know nothing of what was done to it."""
+    model.__dict__.pop("_tensorize", None)
+
+
+def known_report(model: nn.Module) -> Report | None:
+    """The report of a compressed model; None for any other."""
+    found = model.__dict__.get("_tensorize")
+    return found if isinstance(found, Report) else None
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to a compiled model: ``str()`` is a table, ``to_html(path)`` a page."""
+    found = known_report(model)
+    if found is None:
+        raise TensorizeError(
+            "the model was not made by tensorize",
+            way_out="model = tensorize.compile(model, budget=0.1)",
+        )
+    return found
 
 
 # ------------------------------------------------------------------------------------------ JSON

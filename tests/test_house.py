@@ -25,6 +25,7 @@ LAYERS = (
         *("huggingface", "pretrained", "lora", "checkpoint", "distillation", "healing", "measures"),
         *("shards", "streaming"),
     ),
+    ("runtime",),
     ("api",),
     ("training",),
     ("backend", "sources", "evaluation", "evaluation_page", "cli", "__init__"),

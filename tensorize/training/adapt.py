@@ -27,7 +27,7 @@ from tensorize.passes.assumed import ladder
 from tensorize.passes.optimise import TooTight, solve
 from tensorize.passes.points import COSTS, Points, curve_points
 from tensorize.passes.spectra import Spectrum
-from tensorize.report import Report
+from tensorize.report import attach, report
 from tensorize.training.bonds import Bond, bonds, extended, tails, with_ranks
 from tensorize.weight import FactoredWeight
 
@@ -106,13 +106,7 @@ class RankSchedule:
         self.rank_multiple, self.seed = rank_multiple, seed
         self.steps = 0
         self.trace: list[Adaptation] = []
-        report = model.__dict__.get("_tensorize")
-        if not isinstance(report, Report):
-            raise TensorizeError(
-                "the model was not made by tensorize",
-                way_out="model = tensorize.initialize(model, 0.25)",
-            )
-        limits = Budget.of(budget).limits(report.plan.dense)
+        limits = Budget.of(budget).limits(report(model).plan.dense)
         if set(limits) != {"params"}:
             raise BudgetError(
                 f"ranks follow a budget of parameters, and {budget} limits others",
@@ -311,10 +305,10 @@ def _smallest(spec: TTSpec) -> int:
 
 def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
     """What the ranks are now, in the model's report, and how they came about."""
-    report: Report = model.__dict__["_tensorize"]
+    known = report(model)
     specs = {name: factors.spec for name, factors in weight.factored(model)}
     planned = tuple(
-        replace(choice, spec=specs.get(choice.name, choice.spec)) for choice in report.plan.sites
+        replace(choice, spec=specs.get(choice.name, choice.spec)) for choice in known.plan.sites
     )
     after = {choice.name: choice for choice in planned}
     sites = tuple(
@@ -323,17 +317,18 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
             ranks=after[site.name].ranks,
             parameters_after=after[site.name].parameters_after,
         )
-        for site in report.sites
+        for site in known.sites
     )
-    totals = replace(report.totals.after, parameters=_parameters(model))
-    notes = [note for note in report.notes if not note.startswith(_TRACE)]
+    totals = replace(known.totals.after, parameters=_parameters(model))
+    notes = [note for note in known.notes if not note.startswith(_TRACE)]
     if trace:
         steps = ", ".join(f"{c.step}: {c.after:,}" for c in trace)
         notes.append(f"{_TRACE} from {trace[0].before:,} parameters: after step {steps}")
-    model.__dict__["_tensorize"] = replace(
-        report,
-        plan=replace(report.plan, sites=planned),
+    now = replace(
+        known,
+        plan=replace(known.plan, sites=planned),
         sites=sites,
-        totals=replace(report.totals, after=totals),
+        totals=replace(known.totals, after=totals),
         notes=tuple(notes),
     )
+    attach(model, now)

@@ -22,7 +22,7 @@ from tensorize.passes.initialize import METHODS, SCALED, InitializeCores
 from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.sites import FindSites, Select
 from tensorize.progress import Progress, shown
-from tensorize.report import Report, ReportTotals, SiteReport
+from tensorize.report import Report, ReportTotals, SiteReport, attach
 from tensorize.weight import NONLINEARITIES
 
 _METRIC = "shape"
@@ -109,7 +109,7 @@ def initialize(
         program = replace(program, model=target, plan=plan)
         cores = InitializeCores(method, nonlinearity, initializer, str(device))
         program = run_passes(program, (cores,))
-    target.__dict__["_tensorize"] = _report(program)
+    attach(target, _report(program))
     huggingface.note_factors(target)
     return target
 
