@@ -301,12 +301,11 @@ def evaluate(
         _check_quantization(way)
     with shown(progress) as tell:
         models = _models(model, dense, calibration, tokenizer, tell)
-        rows = {"dense": dense, **models}
+        rows = plain = {"dense": dense, **models}
         for way in ways:
-            rows |= {f"{name}, {way}": _quantized(m, way) for name, m in list(rows.items())
-                     if ", int" not in name}  # fmt: skip
+            rows = rows | {f"{name}, {way}": _quantized(each, way) for name, each in plain.items()}
         names = getattr(getattr(dense, "config", None), "id2label", None) or {}
-        loss = PreservedLoss.fit(dense, given, None)
+        loss = PreservedLoss.fit(dense, [sample.batch for sample in samples], None)
         meters = {name: Meter(kind, loss, names) for name in rows}
         _measure(rows, samples, meters, tell)
         decode = getattr(tokenizer, "decode", None)
@@ -442,16 +441,17 @@ def _kind(shape: tuple[int, ...], logits: bool, labels: Any, dense: nn.Module) -
 def _sample(
     batch: Batch, labels: Any, ids: Tensor | None, causal: bool, dense: nn.Module
 ) -> Sample:
-    targets = None
+    targets, counted = None, batch
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         targets = labels
+        counted = Batch(batch.args, {**batch.kwargs, "labels": labels}, batch.given)
         if shifts_labels(dense):
             targets = _next(labels)
     elif causal and ids is not None:
         mask = batch.kwargs.get("attention_mask")
         hidden = isinstance(mask, Tensor) and mask.shape == ids.shape
         targets = _next(ids.masked_fill(mask == 0, -100) if hidden else ids)
-    return Sample(batch, targets, ids)
+    return Sample(batch, counted, targets, ids)
 
 
 def _next(ids: Tensor) -> Tensor:

@@ -103,10 +103,12 @@ class Quality:
 class Sample:
     """One batch: the call, the targets of the rows, and the ids that the model was given.
 
-    ``targets`` have one entry a row of the output, hidden ones too.
+    ``counted`` is the call with the labels, whether forward takes them or not: it says which rows
+    count. ``targets`` have one entry a row of the output, hidden ones too.
     """
 
     batch: Batch
+    counted: Batch
     targets: Tensor | None
     ids: Tensor | None
 
@@ -129,7 +131,7 @@ class Meter:
 
     def add(self, dense: Any, result: Any, sample: Sample, position: int, model: nn.Module) -> None:
         """Measure one batch."""
-        batch = sample.batch
+        batch = sample.counted
         before, after = outputs_of(dense, batch, model)[0], outputs_of(result, batch, model)[0]
         places = before.places
         wanted = None

@@ -204,6 +204,12 @@ def test_labels_of_a_plain_module() -> None:
         want = float((small(x).argmax(-1) == y).double().mean())
     assert found.models[0].quality.accuracy == pytest.approx(want)
     assert found.unit == "relative squared error"
+    again = measured(small, dense, [{"x": x, "labels": y}])
+    assert again.models[0].quality == found.models[0].quality
+    hidden = torch.cat([y[:40], torch.full((24,), -100)])
+    some, few = measured(small, dense, [x], labels=[hidden]), measured(small, dense, [x[:40]])
+    assert some.rows == few.rows == 40
+    assert some.models[0].quality.worst.value <= found.models[0].quality.worst.value
     with pytest.raises(CaptureError, match="one label for each row"):
         measured(small, dense, [x], labels=[y[:5]])
     with pytest.raises(CaptureError, match="1 batches and 2 labels"):
