@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 import tensorize
 from benchmarks.peers import uniform_plan
 from benchmarks.quality import loss, text
 from examples.gpt import load_pretrained
 
 
+@pytest.mark.slow
 def test_two_sided_global_beats_uniform_plain_svd_on_held_out_text() -> None:
     model = load_pretrained().eval()
     context = model.config.context

@@ -28,6 +28,8 @@ FAMILIES: dict[str, str] = {
     "other": "patchtst time_series_transformer decision_transformer esm timesfm",
 }
 KINDS = [kind for kinds in FAMILIES.values() for kind in kinds.split()]
+# Two of each family; the others take minutes.
+OFTEN = {kind for kinds in FAMILIES.values() for kind in kinds.split()[:2]}
 
 
 def test_the_list_is_long_and_holds_nothing_twice() -> None:
@@ -35,7 +37,9 @@ def test_the_list_is_long_and_holds_nothing_twice() -> None:
     assert set(KINDS) <= set(zoo.types())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in OFTEN else pytest.mark.slow) for k in KINDS]
+)
 def test_architecture_compiles_within_budget_and_equals_its_dense_form(kind: str) -> None:
     outcome = zoo.examine(kind)
     assert outcome.status == "ok", outcome.reason
