@@ -18,6 +18,7 @@ from pathlib import Path
 
 import tensorize
 from examples.gpt import load_pretrained, load_tokenizer, windows
+from examples.stdlib_text import SPLITS
 
 BATCH = 8
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> tensorize.Evaluation:
     parser.add_argument("--steps", type=int, default=300, help="of the healing")
     parser.add_argument("--context", type=int, default=256, help="tokens of a window of text")
     parser.add_argument("--calibration", type=int, default=64, help="windows to compress with")
+    parser.add_argument("--text", choices=SPLITS, default="train", help="files to heal on")
     parser.add_argument("--unseen", type=int, default=32, help="windows to compare on")
     parser.add_argument("--output", type=Path, default=Path("healed"))
     options = parser.parse_args(arguments)
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> tensorize.Evaluation:
     calibration = windows("validation", options.calibration, context).split(BATCH)
     small = tensorize.compile(dense, options.budget, calibration=calibration)
     healed = copy.deepcopy(small)
-    batches = windows("train", (options.steps + 6) * BATCH, context).split(BATCH)
+    batches = windows(options.text, (options.steps + 6) * BATCH, context).split(BATCH)
     done = tensorize.heal(
         healed, dense, batches, steps=options.steps, checkpoint_dir=options.output / "state"
     )

@@ -44,8 +44,9 @@ from tensorize.report import attach, known_report
 
 STATE = "healing.pt"
 _FORMAT = 1
-# The held-out batches are looked at so often in a run, and so many are held out of the caller's.
-_CHECKS, _HELD_OUT = 16, 6
+# The held-out batches are looked at so often in a run, but not after fewer steps than this; so many
+# are held out of the caller's.
+_CHECKS, _LEAST_EVERY, _HELD_OUT = 16, 4, 6
 # Where nothing has become better for some checks, or it is this much worse than at first, the best
 # factors are taken again with a quarter of the rate, so often.
 _DIVERGED, _RETREATS = 2.0, 2
@@ -123,8 +124,8 @@ def heal(
         layers, layer_weight: layers whose outputs to match as well, as in ``distillation_loss``.
         train: ``"cores"``, or ``"all"``: biases, norms and dense weights too.
         rate: the largest step relative to a parameter's size; None: as the damage asks for.
-        patience: checks in a row without a better result, of 16 in a run, after which the rate is
-            cut; the third time, the run ends.
+        patience: checks in a row without a better result, of some 16 in a run, after which the rate
+            is cut; the third time, the run ends.
         checkpoint_dir: where the state is kept, about every minute; None: nowhere.
         seed: of the order of the data, and of random numbers that the model draws itself.
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
@@ -198,7 +199,7 @@ class _Run:
         self.parameters = list(parameters.values())
         self.learnt, self.unseen = learnt, unseen
         self.patience, self.seed = patience, seed
-        self.every = max(1, steps // _CHECKS)
+        self.every = max(_LEAST_EVERY, steps // _CHECKS)
         self.loss: PreservedLoss = distance.fit(learnt)
         before = self._judge()
         if not math.isfinite(before):
