@@ -4,8 +4,8 @@
 
 The task is made here: one of eight figures, bright and of any colour, of many sizes, places and
 turns, on a dark background under noise. A model that has learned it has learned something of
-images, in a minute on one core. The images that are counted are others than those trained and calibrated
-on.
+images, in a minute on one core. The images that are counted are others than those trained and
+calibrated on.
 
 Shapes: B images, S pixels a side.
 """

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import pytest
 import torch
 
-from tensorize.codegen import tiles, triton_source
+from tensorize.codegen import launch, tiles, triton_source
 from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import Epilogue, Norm, Work
 from tensorize.ir import TTSpec
@@ -99,3 +104,19 @@ SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
     "gradients": _gradients(_small),
     "gradients, block": _gradients(TTSpec.block((3, 2), (2, 40), 6)),
 }
+
+
+def holds_under_the_interpreter(file: str) -> None:
+    """Run the tests of a file in a process of its own, in which triton interprets kernels."""
+    if launch.interpreting():
+        pytest.skip("this is that process")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
+        capture_output=True,
+        text=True,
+        cwd=Path(file).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import tensorize
 from tensorize import TTSpec
 from tensorize.codegen import autotune, launch, tiles, triton_ops
 from tensorize.codegen.triton_work import Epilogue, Work
+from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -61,18 +59,7 @@ def compiled(backend: str, model: nn.Module | None = None) -> nn.Module:
 
 
 def test_everything_holds_under_the_interpreter() -> None:
-    if launch.interpreting():
-        pytest.skip("this is that process")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    holds_under_the_interpreter(__file__)
 
 
 @here

@@ -5,9 +5,6 @@ The interpreter must be on before triton is imported, so the cases run in a proc
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import Epilogue, Norm, NotCovered, Tiles, Work, roles
 from tensorize.ir import TTSpec
 from tensorize.tt import reconstruct
+from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -46,18 +44,7 @@ drawn = settings(
 
 
 def test_everything_holds_under_the_interpreter() -> None:
-    if launch.interpreting():
-        pytest.skip("this is that process")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    holds_under_the_interpreter(__file__)
 
 
 # ------------------------------------------------------------------------- values and their bounds

@@ -61,7 +61,7 @@ class MemoryEstimate:
 
 
 def memory(
-    model: nn.Module | int,
+    model: nn.Module | float,
     *,
     optimizer: str = "adamw",
     precision: str = "mixed",
