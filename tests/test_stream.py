@@ -15,9 +15,10 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import tensorize
-from tensorize import analysis, shards, streaming
+from tensorize import analysis, cli, shards, streaming
 from tensorize.errors import (
     AnalysisError,
     BudgetError,
@@ -353,20 +354,14 @@ def test_curves_are_kept_for_other_budgets(checkpoint: Path, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------- the command line
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tensorize.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
 
 
 def test_the_command_says_what_a_parameter_took(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     done = run("compile", str(checkpoint), "--stream", "--budget", "0.5", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert " µs a parameter; peak resident memory " in done.stderr
     assert "saved in" in done.stdout
     assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
@@ -375,11 +370,11 @@ def test_the_command_says_what_a_parameter_took(checkpoint: Path, tmp_path: Path
 def test_the_command_refuses_what_needs_the_whole_model(checkpoint: Path, tmp_path: Path) -> None:
     given = ("compile", str(checkpoint), "--stream", "--out", str(tmp_path / "small"))
     done = run(*given, "--autotune")
-    assert done.returncode == 2
-    assert "never loads it" in done.stderr
+    assert done.exit_code == 2
+    assert "never loads it" in done.output
     done = run(*given, "--metric", "loss")
-    assert done.returncode == 3
-    assert "needs the backward pass of the whole model" in done.stderr
+    assert done.exit_code == 3
+    assert "needs the backward pass of the whole model" in done.output
 
 
 # --------------------------------------------------------------------------------------- errors
