@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ def test_a_checkpoint_that_holds_tied_weights_twice(tmp_path: Path) -> None:
 def test_no_more_than_one_weight_is_read_at_a_time(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the weights that were read no more are alive than those of one input, and one more."""
+    """Of the weights that were read no more are alive than those of one input."""
     alive: list[Any] = []
     most = 0
     plain = shards.Checkpoint.read
@@ -222,8 +223,6 @@ def test_no_more_than_one_weight_is_read_at_a_time(
     def read(self: shards.Checkpoint, name: str) -> torch.Tensor:
         nonlocal most
         value = plain(self, name)
-        import weakref
-
         alive.append(weakref.ref(value.untyped_storage()))
         most = max(most, sum(ref() is not None for ref in alive))
         return value
@@ -231,7 +230,7 @@ def test_no_more_than_one_weight_is_read_at_a_time(
     monkeypatch.setattr(shards.Checkpoint, "read", read)
     tensorize.compile_checkpoint(checkpoint, tmp_path / "small", 0.5)
     assert len(alive) > 40
-    assert most <= 4
+    assert 3 <= most <= 4  # q, k and v are taken together
 
 
 # ------------------------------------------------------------------------------ killed, resumed
@@ -433,6 +432,8 @@ def test_a_budget_that_cannot_be_met_leaves_no_artefact(checkpoint: Path, tmp_pa
 
 
 def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="own directory"):
+        tensorize.compile_checkpoint(checkpoint, checkpoint, 0.5)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         tensorize.compile_checkpoint(checkpoint, tmp_path / "file" / "small", 0.5)
