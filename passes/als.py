@@ -55,7 +55,7 @@ def _root_from(root: Tensor | None, weight: Tensor) -> Tensor:
     """L W."""
     if root is None:
         return weight
-    root = root.to(weight.dtype)
+    root = root.to(weight)
     return root.unsqueeze(-1) * weight if root.dim() == 1 else root @ weight
 
 
@@ -63,7 +63,7 @@ def _times_transposed(weight: Tensor, root: Tensor | None) -> Tensor:
     """W Lᵀ."""
     if root is None:
         return weight
-    root = root.to(weight.dtype)
+    root = root.to(weight)
     return weight * root if root.dim() == 1 else weight @ root.t()
 
 

@@ -85,7 +85,7 @@ def times_root(weight: Tensor, root: Tensor | None) -> Tensor:
     """W L."""
     if root is None:
         return weight
-    root = root.to(weight.dtype)
+    root = root.to(weight)
     return weight * root if root.dim() == 1 else weight @ root
 
 
@@ -93,7 +93,7 @@ def root_times(root: Tensor | None, weight: Tensor) -> Tensor:
     """Lᵀ W."""
     if root is None:
         return weight
-    root = root.to(weight.dtype)
+    root = root.to(weight)
     return root.unsqueeze(-1) * weight if root.dim() == 1 else root.t() @ weight
 
 
@@ -101,7 +101,7 @@ def solve_root(root: Tensor | None, basis: Tensor) -> Tensor:
     """L⁻ᵀ B."""
     if root is None:
         return basis
-    root = root.to(basis.dtype)
+    root = root.to(basis)
     if root.dim() == 1:
         return basis / root.unsqueeze(-1)
     return torch.linalg.solve_triangular(root.t(), basis, upper=True)

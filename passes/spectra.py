@@ -390,7 +390,7 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
         held = metric.scale * left.square().sum(0) * sizes
         whole = curve.distortion[0].to(held.device)
         lost = whole - torch.cat([held.new_zeros(1), held.cumsum(0)])
-        found[curve.site.name] = SharedFactor(factor, at_work, lost.clamp_min(0))
+        found[curve.site.name] = SharedFactor(factor, at_work, lost.clamp_min(0).cpu())
     return found
 
 
@@ -412,7 +412,8 @@ def spectrum(
         tails = _tails(squares) * metrics[0].scale
     else:
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
-    curve = Spectrum(site, formats, metrics, left, right, tails)
+    # The factors are where the weight is; what a plan reads is not on a GPU.
+    curve = Spectrum(site, formats, metrics, left, right, tails.cpu())
     return _with_blocks(_with_trains(curve, weight), weight) if site.takes_trains else curve
 
 
@@ -436,7 +437,7 @@ def _left_times(root: Tensor | None, basis: Tensor) -> Tensor:
     """L B."""
     if root is None:
         return basis
-    root = root.to(basis.dtype)
+    root = root.to(basis)
     return root.unsqueeze(-1) * basis if root.dim() == 1 else root @ basis
 
 
@@ -456,7 +457,7 @@ def _summed_tails(
     """
     stored = left.shape[-1]
     rest = (weight - left @ right).double()
-    total = torch.zeros(stored + 1, dtype=torch.float64)
+    total = torch.zeros(stored + 1, dtype=torch.float64, device=left.device)
     for metric in metrics:
         u = root_times(metric.left, left.double())
         v = times_root(right.double(), metric.right)
@@ -469,7 +470,7 @@ def _summed_tails(
         own = torch.cat([trailing, trailing.new_zeros(1)])
         total += metric.scale * (own + 2 * cross_tail + whitened_rest.square().sum())
     # Beyond the stored ranks no factorization pays; min(M, N) is exact.
-    padding = torch.full((largest - stored,), float(total[-1]), dtype=torch.float64)
+    padding = total.new_full((largest - stored,), float(total[-1]))
     tails = torch.cat([total, padding])
     tails[-1] = 0.0
     return tails.clamp_min(0)

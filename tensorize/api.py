@@ -32,7 +32,7 @@ from tensorize.codegen import (
     orders,
     training,
 )
-from tensorize.errors import AnalysisError, CaptureError, TensorizeError
+from tensorize.errors import AnalysisError, CaptureError, CheckpointError, TensorizeError
 from tensorize.graphs import Graphs
 from tensorize.ir import (
     BLOCK,
@@ -658,13 +658,17 @@ def compile_checkpoint(
         BudgetError: the budget is malformed or not feasible.
         CaptureError: the directory is no checkpoint that can be read a tensor at a time.
         AnalysisError: weights or options do not allow an analysis, or the metric does not stream.
-        CheckpointError: ``out`` cannot be written.
+        CheckpointError: ``out`` cannot be written, or is the checkpoint's own directory.
     """
     limits = None if budget is None else Budget.of(budget)
     streaming.check_metric(metric)
-    out = Path(out)
+    directory, out = Path(directory), Path(out)
+    if directory.is_dir() and out.is_dir() and out.samefile(directory):
+        raise CheckpointError(
+            f"{out} is the checkpoint's own directory", way_out="choose another directory"
+        )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = shards.open_checkpoint(Path(directory))
+    source = shards.open_checkpoint(directory)
     running = source.model
     inputs, seen = capture.find_inputs(running, None, ())
     if inputs is None and shards.CAN_BE_WITHOUT_MEMORY:

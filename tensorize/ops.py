@@ -326,7 +326,9 @@ def _lookup_block(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
     """Each expert's rows of x (S, N) against its own low-rank weight; offsets: their ends (E,)."""
     left, right = cores
-    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros.
+    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros,
+    # and the first of more components are copied.
+    left, right = left.contiguous(), right.contiguous()
     missing = -left.shape[-1] % (16 // left.element_size())
     if missing:
         left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import tensorize
-from tensorize import analysis, shards, streaming
+from tensorize import analysis, cli, shards, streaming
 from tensorize.errors import (
     AnalysisError,
     BudgetError,
@@ -213,7 +215,7 @@ def test_a_checkpoint_that_holds_tied_weights_twice(tmp_path: Path) -> None:
 def test_no_more_than_one_weight_is_read_at_a_time(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the weights that were read no more are alive than those of one input, and one more."""
+    """Of the weights that were read no more are alive than those of one input."""
     alive: list[Any] = []
     most = 0
     plain = shards.Checkpoint.read
@@ -221,8 +223,6 @@ def test_no_more_than_one_weight_is_read_at_a_time(
     def read(self: shards.Checkpoint, name: str) -> torch.Tensor:
         nonlocal most
         value = plain(self, name)
-        import weakref
-
         alive.append(weakref.ref(value.untyped_storage()))
         most = max(most, sum(ref() is not None for ref in alive))
         return value
@@ -230,7 +230,7 @@ def test_no_more_than_one_weight_is_read_at_a_time(
     monkeypatch.setattr(shards.Checkpoint, "read", read)
     tensorize.compile_checkpoint(checkpoint, tmp_path / "small", 0.5)
     assert len(alive) > 40
-    assert most <= 4
+    assert 3 <= most <= 4  # q, k and v are taken together
 
 
 # ------------------------------------------------------------------------------ killed, resumed
@@ -353,20 +353,14 @@ def test_curves_are_kept_for_other_budgets(checkpoint: Path, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------- the command line
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tensorize.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
 
 
 def test_the_command_says_what_a_parameter_took(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     done = run("compile", str(checkpoint), "--stream", "--budget", "0.5", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert " µs a parameter; peak resident memory " in done.stderr
     assert "saved in" in done.stdout
     assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
@@ -375,11 +369,11 @@ def test_the_command_says_what_a_parameter_took(checkpoint: Path, tmp_path: Path
 def test_the_command_refuses_what_needs_the_whole_model(checkpoint: Path, tmp_path: Path) -> None:
     given = ("compile", str(checkpoint), "--stream", "--out", str(tmp_path / "small"))
     done = run(*given, "--autotune")
-    assert done.returncode == 2
-    assert "never loads it" in done.stderr
+    assert done.exit_code == 2
+    assert "never loads it" in done.output
     done = run(*given, "--metric", "loss")
-    assert done.returncode == 3
-    assert "needs the backward pass of the whole model" in done.stderr
+    assert done.exit_code == 3
+    assert "needs the backward pass of the whole model" in done.output
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -438,6 +432,8 @@ def test_a_budget_that_cannot_be_met_leaves_no_artefact(checkpoint: Path, tmp_pa
 
 
 def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="own directory"):
+        tensorize.compile_checkpoint(checkpoint, checkpoint, 0.5)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         tensorize.compile_checkpoint(checkpoint, tmp_path / "file" / "small", 0.5)
