@@ -20,7 +20,6 @@ from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-ROOT = Path(__file__).parent.parent
 here = pytest.mark.skipif(
     not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
 )

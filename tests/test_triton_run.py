@@ -6,7 +6,6 @@ The interpreter must be on before triton is imported, so the cases run in a proc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 here = pytest.mark.skipif(
     not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
