@@ -18,7 +18,7 @@ from examples import pretrain_gpt
 ROOT = Path(__file__).parent.parent
 SMALL = [
     "--width", "32", "--layers", "1", "--heads", "2", "--context", "32", "--batch", "2",
-    "--words", "300", "--characters", "20000",
+    "--words", "300", "--characters", "20000", "--flops", "0.75",
 ]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_dense_and_compressed_side_by_side(tmp_path: Path, capsys: Any) -> None:
     assert list(found) == ["dense", "compressed, same tokens", "compressed, same FLOPs"]
     dense, tokens, flops = (logs[0] for logs in found.values())
     assert len(dense) == len(tokens) == 30 < len(flops)
-    assert tokens[-1]["flops"] < 0.8 * dense[-1]["flops"]
+    assert tokens[-1]["flops"] < 0.85 * dense[-1]["flops"]
     assert flops[-1]["flops"] == pytest.approx(dense[-1]["flops"], rel=0.05)
     for logs in found.values():
         assert losses(logs[0]) != losses(logs[1])  # two seeds
@@ -54,7 +54,7 @@ def test_dense_and_compressed_side_by_side(tmp_path: Path, capsys: Any) -> None:
     ids=["ranks", "stochastic"],
 )
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, options: list[str]) -> None:
-    options = ["--steps", "24", "--every", "3", "--flops", "0.7", *options]
+    options = ["--steps", "24", "--every", "3", *options]
     unbroken = pretrain(tmp_path / "whole", *options)
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "examples.pretrain_gpt", *SMALL, "--out", str(out), *options]

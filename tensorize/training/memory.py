@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ def memory(
 def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     """Bytes that a forward pass in training mode keeps for its backward pass, but parameters.
 
-    Its outputs are among them. Nothing is computed, and the model is left as it was.
+    Its outputs are among them, where there is no loss among those. Nothing is computed, and the model is left as it was.
 
     Raises:
         CaptureError: the batch does not fit the model, or the forward pass needs values.
@@ -133,7 +133,7 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
         live = LiveBytes(own)
         try:
             with live, torch.autocast(device, torch.bfloat16, enabled=autocast):
-                kept = model(*args, **kwargs)
+                kept = _what_is_kept(model(*args, **kwargs))
         except Exception as error:
             raise CaptureError(
                 f"the activations cannot be traced: {type(error).__name__}: {error}",
@@ -142,6 +142,12 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
         found = live.bytes
         del kept
     return found
+
+
+def _what_is_kept(outputs: Any) -> Any:
+    """Of a model that computes its loss, the loss; else its outputs."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return outputs if loss is None else loss
 
 
 class LiveBytes(TorchDispatchMode):
