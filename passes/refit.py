@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tensorize import ops
 from tensorize.forward import untouched
 from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
+from tensorize.lazy import FactoredWeight
 from tensorize.observer import Observer
 from tensorize.passes.factorize import Cores, planned_cores
 from tensorize.passes.metric import Metric, shrink, shrinkage
@@ -31,7 +32,6 @@ from tensorize.passes.preserved import call, row_mask
 from tensorize.passes.spectra import Spectrum, as_matrix, best_factors, joint_factors
 from tensorize.passes.statistics import input_rows, plus, products
 from tensorize.uses import Frame, Matmul
-from tensorize.weight import FactoredWeight
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tensorize import interpret
 from tensorize.errors import AnalysisError
+from tensorize.lazy import FactoredWeight
 from tensorize.passes.pipeline import Program
-from tensorize.weight import FactoredWeight, factored
+from tensorize.weight import factored
 
 _ROWS = 4
 

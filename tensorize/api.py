@@ -49,6 +49,7 @@ from tensorize.ir import (
     Totals,
     TTSpec,
 )
+from tensorize.lazy import FactoredWeight
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.in_groups import LearnInGroups
@@ -566,7 +567,7 @@ def _slow_weights(program: Program) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _timed(factors: weight.FactoredWeight, rows: int) -> tuple[float, float]:
+def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
     """Microseconds of a factorized weight and of the dense one, for rows of random numbers."""
     dense = factors.dense()
     x = torch.randn(rows, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense)
@@ -716,10 +717,10 @@ def densify(model: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     detach(dense)
 
-    def build(factored: weight.FactoredWeight) -> nn.Parameter:
+    def build(factored: FactoredWeight) -> nn.Parameter:
         # Rebuilt in float64, so that the one rounding is the storage dtype's own.
         cores = tuple(core.detach().double() for core in factored.cores)
-        values = weight.FactoredWeight(factored.spec, cores, factored.frame).dense()
+        values = FactoredWeight(factored.spec, cores, factored.frame).dense()
         return nn.Parameter(values.to(factored.dtype).contiguous(), factored.requires_grad)
 
     weight.restore(dense, build)

@@ -20,6 +20,8 @@ DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
 """What ``formats`` calls low rank where weights of one input have their first factor in common."""
 FORMATS = (DENSE, LOW_RANK, SHARED, TT, BLOCK)
+NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
+"""What there can be between two factors: functions of ``torch.nn.functional``."""
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
 

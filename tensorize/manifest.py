@@ -19,10 +19,10 @@ from torch.nn.parameter import is_lazy
 
 from tensorize import weight
 from tensorize.errors import CheckpointError
-from tensorize.ir import TTSpec
+from tensorize.ir import NONLINEARITIES, TTSpec
+from tensorize.lazy import FactoredWeight
 from tensorize.report import Report
 from tensorize.version import __version__
-from tensorize.weight import FactoredWeight
 
 FORMAT, FORMAT_VERSION = "tensorize", 1
 MANIFEST = "tensorize.json"
@@ -348,7 +348,7 @@ def sites_from_list(data: Iterable[Mapping[str, Any]]) -> tuple[SiteRecord, ...]
 
 def _known_nonlinearity(name: str | None) -> str | None:
     """A name out of a file is looked up nowhere unless it is one of those that are written."""
-    if name is not None and name not in weight.NONLINEARITIES:
+    if name is not None and name not in NONLINEARITIES:
         raise ValueError(f"{name!r} is no non-linearity between factors")
     return name
 

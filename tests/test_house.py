@@ -18,6 +18,7 @@ LAYERS = (
     ("ir",),
     ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors", "tensorfile"),
     ("interpret", "ops", "ties"),
+    ("lazy",),
     ("weight", "report", "page"),
     ("passes", "codegen"),
     ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),

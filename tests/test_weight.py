@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 import tensorize  # noqa: F401  (registers the backend of the contractions)
 from tensorize import ops, tt, weight
 from tensorize.ir import TTSpec
+from tensorize.lazy import FactoredWeight
 from tensorize.uses import Frame
-from tensorize.weight import Cores, FactoredLinear, FactoredWeight, LowRankLinear
+from tensorize.weight import Cores, FactoredLinear, LowRankLinear
 from tests.test_uses import CALLS, IDS, NO_MATMULS, ROWS
 
 B, T, M, N, E = 4, 3, 6, 5, 3

@@ -23,13 +23,13 @@ from tensorize import weight
 from tensorize.budget import Budget
 from tensorize.errors import BudgetError, TensorizeError
 from tensorize.ir import LOW_RANK, Site, TTSpec
+from tensorize.lazy import FactoredWeight
 from tensorize.passes.assumed import ladder
 from tensorize.passes.optimise import TooTight, solve
 from tensorize.passes.points import COSTS, Points, curve_points
 from tensorize.passes.spectra import Spectrum
 from tensorize.report import attach, report
 from tensorize.training.bonds import Bond, bonds, extended, tails, with_ranks
-from tensorize.weight import FactoredWeight
 
 _GROWTH = 1.25
 """By how much a rank may grow at a time: its spectrum beyond what it has is a guess."""

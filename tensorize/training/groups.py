@@ -26,8 +26,9 @@ from torch import nn
 
 from tensorize.errors import TensorizeError
 from tensorize.ir import TTSpec
+from tensorize.lazy import FactoredWeight
 from tensorize.passes.initialize import core_scales, root_mean_square
-from tensorize.weight import FactoredWeight, factored
+from tensorize.weight import factored
 
 RULES = ("adam", "sgd")
 

@@ -116,7 +116,8 @@ def memory(
 def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     """Bytes that a forward pass in training mode keeps for its backward pass, but parameters.
 
-    Its outputs are among them, where there is no loss among those. Nothing is computed, and the model is left as it was.
+    Its outputs are among them, where there is no loss among those. Nothing is computed, and the
+    model is left as it was.
 
     Raises:
         CaptureError: the batch does not fit the model, or the forward pass needs values.

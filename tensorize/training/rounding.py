@@ -46,8 +46,8 @@ class RoundedSteps:
     """What ``round_stochastically`` put around an optimizer's steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._seed = seed
+        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        self._generators = {d: torch.Generator(d).manual_seed(seed) for d in devices}
         self._narrow: list[tuple[torch.nn.Parameter, Tensor, Tensor | None]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._widen),
@@ -63,21 +63,11 @@ class RoundedSteps:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "seed": self._seed,
-            "states": {str(d): g.get_state() for d, g in self._generators.items()},
-        }
+        return {str(device): g.get_state() for device, g in self._generators.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seed = state["seed"]
-        self._generators.clear()
-        for name, values in state["states"].items():
-            self._generator(torch.device(name)).set_state(values)
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
+        for name, values in state.items():
+            self._generators[torch.device(name)].set_state(values)
 
     def _widen(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
@@ -108,7 +98,7 @@ class RoundedSteps:
         for parameter, own, gradient in self._narrow:
             wide = parameter.data
             parameter.grad = None
-            parameter.data = own.copy_(stochastically_rounded(wide, self._generator(wide.device)))
+            parameter.data = own.copy_(stochastically_rounded(wide, self._generators[wide.device]))
             parameter.grad = gradient
         self._narrow.clear()
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from tensorize import api, capture, huggingface
 from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError, CaptureError, TensorizeError
-from tensorize.ir import Batch, Plan
+from tensorize.ir import NONLINEARITIES, Batch, Plan
 from tensorize.passes.allocate import Allocate, RanksOption
 from tensorize.passes.assumed import AssumeSpectra, TrainingFormats, exact_ranks
 from tensorize.passes.factorize import copy_sharing
@@ -23,7 +23,6 @@ from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.sites import FindSites, Select
 from tensorize.progress import Progress, shown
 from tensorize.report import Report, ReportTotals, SiteReport, attach
-from tensorize.weight import NONLINEARITIES
 
 _METRIC = "shape"
 
