@@ -3,9 +3,9 @@
     python -m benchmarks.train_step --threads 1
 
 Forward, backward and fused AdamW for 2 x 256 tokens: dense, two matmuls for each linear written by
-hand (of the rank that a quarter comes to), and ours, interleaved in one run, medians. Also what each holds: weights, gradients, states of
-the optimizer, and what the forward pass saves (with low-rank checkpointing as well), beside what
-``tensorize.training.memory`` predicted.
+hand (of the rank that a quarter comes to), and ours, interleaved in one run, medians. Also what
+each holds: weights, gradients, states of the optimizer, and what the forward pass saves (with
+low-rank checkpointing as well), beside what ``tensorize.training.memory`` predicted.
 """
 
 from __future__ import annotations
