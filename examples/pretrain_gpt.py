@@ -344,7 +344,7 @@ def runs_of(options: argparse.Namespace, seed: int) -> list[Run]:
 def table(results: dict[str, list[list[dict[str, Any]]]]) -> str:
     """Validation losses over the seeds, beside what they took."""
     rows = []
-    dense = statistics.mean(log[-1]["validation"] for log in results["dense"])
+    dense = statistics.median(log[-1]["validation"] for log in results["dense"])
     for name, logs in results.items():
         losses = [log[-1]["validation"] for log in logs]
         last = logs[0][-1]
@@ -354,9 +354,9 @@ def table(results: dict[str, list[list[dict[str, Any]]]]) -> str:
                 str(last["step"]),
                 f"{last['flops'] / 1e12:.3g}",
                 f"{statistics.mean(log[-1]['seconds'] for log in logs):.0f}",
-                f"{statistics.mean(losses):.4f}",
+                f"{statistics.median(losses):.4f}",
                 f"{min(losses):.4f} to {max(losses):.4f}",
-                f"{100 * (statistics.mean(losses) / dense - 1):+.2f} %",
+                f"{100 * (statistics.median(losses) / dense - 1):+.2f} %",
             )
         )
     headers = ("run", "steps", "TFLOP", "seconds", "validation", "seeds", "over dense")

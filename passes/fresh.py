@@ -8,8 +8,9 @@ the next ones are made.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,11 @@ def made_fresh(
     Raises:
         CaptureError: a module has values that none of its initialisers makes.
     """
-    made: dict[int, Tensor] = {}
+    rooms = _Rooms(model, device)
     waiting: dict[int, set[str]] = defaultdict(set)
     for path, module, above in list(_children_first(model, "", ())):
         method = initializer or _method_of((*above, module))
-        if _make_room(module, made, device):
+        if rooms.fill(module):
             _initialise(path, module, method)
         elif initializer is None and method is not None:
             method(module)  # of a model that sets its layers' values anew, as GPT-2's does
@@ -65,22 +66,38 @@ def _children_first(
     yield path, module, above
 
 
-def _make_room(module: nn.Module, made: dict[int, Tensor], device: torch.device) -> bool:
-    """Give a module's own tensors memory, tied ones once; whether there were any."""
-    found = False
-    for held in (module._parameters, module._buffers):
-        for leaf, tensor in held.items():
-            if tensor is None or not (tensor.is_meta or id(tensor) in made):
-                continue
-            if id(tensor) not in made:
-                found = True
-                room = _unset(tensor, device)
+class _Rooms:
+    """Memory for tensors on meta. A tied one is held until its last module has it, no other is."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._left = Counter(id(t) for module in model.modules() for _, _, t in _on_meta(module))
+        self._tied: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fill(self, module: nn.Module) -> bool:
+        """Give a module's own tensors memory; whether there were any that nobody had before."""
+        new = False
+        for held, leaf, tensor in list(_on_meta(module)):
+            key = id(tensor)
+            self._left[key] -= 1
+            if key in self._tied:
+                room = self._tied[key][1]
+            else:
+                new, room = True, _unset(tensor, self._device)
                 if isinstance(tensor, nn.Parameter):
                     room = nn.Parameter(room, requires_grad=tensor.requires_grad)
-                made[id(tensor)] = room
-                made[id(room)] = room
-            held[leaf] = made[id(tensor)]  # type: ignore[assignment]
-    return found
+                self._tied[key] = tensor, room
+            held[leaf] = room
+            if not self._left[key]:
+                del self._tied[key]
+        return new
+
+
+def _on_meta(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for held in (module._parameters, module._buffers):
+        for leaf, tensor in held.items():
+            if tensor is not None and tensor.is_meta:
+                yield held, leaf, tensor
 
 
 def _unset(tensor: Tensor, device: torch.device) -> Tensor:
@@ -131,5 +148,5 @@ def _is_unset(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.dtype == torch.bool or not tensor.numel():
         return False
     if tensor.is_floating_point() or tensor.is_complex():
-        return bool(torch.isnan(tensor).any())
+        return bool(torch.isnan(tensor.sum()))  # without a mask of its size
     return bool((tensor == _no_integer(tensor.dtype)).all())

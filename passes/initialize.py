@@ -32,6 +32,7 @@ from tensorize.weight import install, owner_of, settle, takes_nonlinearity
 
 SCALED, SPECTRAL = "scaled", "spectral"
 METHODS = (SCALED, SPECTRAL)
+_PART = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ class InitializeCores:
 
 
 def root_mean_square(weight: Tensor) -> float:
-    """Of the entries; in float32 at least, without a copy of the weight."""
-    kind = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
-    norm = torch.linalg.vector_norm(weight, dtype=kind)
-    return float(norm) / math.sqrt(weight.numel())
+    """Of the entries; part by part, so that no copy in float32 is as large as the weight."""
+    parts = weight.reshape(-1).split(_PART)
+    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
+    return math.sqrt(squares / weight.numel())
 
 
 def summed_sizes(spec: TTSpec) -> int:

@@ -164,7 +164,9 @@ def distillation_loss(
     return found
 
 
-def parameter_groups(model: nn.Module, rate: float, train: str = CORES) -> list[dict[str, Any]]:
+def relative_parameter_groups(
+    model: nn.Module, rate: float, train: str = CORES
+) -> list[dict[str, Any]]:
     """Groups for an optimizer whose steps are relative to the size of each parameter.
 
     ``rate`` is the relative step: .03 suits a model that has lost much, less one that is nearly as

@@ -44,9 +44,9 @@ def test_two_factors_reach_the_whitened_svd() -> None:
     "spec",
     [
         TTSpec((4, 3), (3, 4), (3,)),
-        TTSpec((3, 2, 2), (2, 3, 2), (3, 3)),
+        pytest.param(TTSpec((3, 2, 2), (2, 3, 2), (3, 3)), marks=pytest.mark.slow),
         TTSpec.low_rank(12, 12, 4),
-        TTSpec.block((4, 3), (3, 4), 2),
+        pytest.param(TTSpec.block((4, 3), (3, 4), 2), marks=pytest.mark.slow),
     ],
     ids=repr,
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import healing, weight
-from tensorize.distillation import parameter_groups
+from tensorize.distillation import relative_parameter_groups
 from tensorize.errors import CaptureError, CheckpointError, TensorizeError
 from tests.models import CASES, relative
 
@@ -387,7 +387,7 @@ def test_a_loop_of_ones_own() -> None:
     (dense, small), unseen = models(), texts(2, seed=9)
     before = divergence(small, dense, unseen)
     distance = tensorize.distillation_loss(dense)
-    optimizer = torch.optim.AdamW(parameter_groups(small, 0.03), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(relative_parameter_groups(small, 0.03), weight_decay=0.0)
     first = float(distance(small, unseen[0]).detach())
     assert first == pytest.approx(divergence(small, dense, unseen[:1]), rel=1e-4)
     for batch in texts(48):
@@ -416,7 +416,7 @@ def test_the_trainer_of_transformers(tmp_path: Path) -> None:
         report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=10,
         weight_decay=0.0, lr_scheduler_type="cosine",
     )  # fmt: skip
-    groups = parameter_groups(small, 0.01)
+    groups = relative_parameter_groups(small, 0.01)
     with distance.compute_loss_func(small) as compute_loss_func:
         trainer = hf.Trainer(
             small, arguments, train_dataset=data, compute_loss_func=compute_loss_func,

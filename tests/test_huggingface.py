@@ -346,7 +346,9 @@ print(sum(p.numel() for p in model.parameters()), len(tensorize.report(model).si
 """
 
 
-@pytest.mark.parametrize("first", ["tensorize", "transformers"])
+@pytest.mark.parametrize(
+    "first", ["tensorize", pytest.param("transformers", marks=pytest.mark.slow)]
+)
 def test_importing_both_is_enough_in_any_order(first: str, tmp_path: Path) -> None:
     saved = compress("gpt2")
     tensorize.save(saved, tmp_path)

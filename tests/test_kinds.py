@@ -275,7 +275,9 @@ def test_every_implementation_of_experts_runs_on_factors(
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_experts_are_one_graph(implementation: str, dtype: torch.dtype) -> None:
     case = CASES["mixtral"]

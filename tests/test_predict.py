@@ -329,6 +329,7 @@ def test_approximations_are_the_weights_of_the_plan() -> None:
 # ------------------------------------------------------------------------------ trained weights
 
 
+@pytest.mark.slow
 def test_predictions_for_trained_weights_are_right_within_a_factor_of_two() -> None:
     model = load_pretrained().eval()
     context = 128

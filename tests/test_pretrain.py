@@ -50,8 +50,10 @@ def test_dense_and_compressed_side_by_side(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--shrink-from", "0.9"], ["--precision", "stochastic"]],
-    ids=["ranks", "stochastic"],
+    [
+        pytest.param(["--shrink-from", "0.9"], id="ranks"),
+        pytest.param(["--precision", "stochastic"], id="stochastic", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, options: list[str]) -> None:
     options = ["--steps", "24", "--every", "3", *options]

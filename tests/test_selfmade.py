@@ -113,6 +113,7 @@ def notes_of(model: nn.Module) -> str:
     return " ".join(tensorize.report(model).notes)
 
 
+@pytest.mark.slow
 @pytest.mark.own_data
 def test_without_data_a_model_calibrates_itself() -> None:
     model = trained_llama()

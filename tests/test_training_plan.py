@@ -529,7 +529,7 @@ def test_frozen_operands_save_and_cost_less() -> None:
 # ------------------------------------------------------------------------------ among other things
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("spec", [SPECS[2], SPECS[7]], ids=repr)
 def test_it_compiles_without_a_graph_break(spec: TTSpec, dynamic: bool) -> None:
     torch._dynamo.reset()
