@@ -71,6 +71,7 @@ def test_a_cut_loses_what_the_spectra_say(spec: TTSpec) -> None:
     less = with_ranks(spec, cores, found, ranks)
     cut = spec.with_ranks(ranks)
     assert [tuple(c.shape) for c in less] == list(cut.core_shapes)
+    assert all(core.is_contiguous() for core in less)
     lost = float((whole(cut, less) - whole(spec, cores)).square().sum())
     single = [float(tails(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
     assert lost <= sum(single) * (1 + 1e-9)  # Oseledets 2011, theorem 2.2

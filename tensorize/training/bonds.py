@@ -129,7 +129,8 @@ def with_ranks(
                 shape = list(result[j].shape)
                 shape[axis] = rank - now
                 result[j] = torch.cat([result[j], result[j].new_zeros(shape)], axis)
-    return [new.to(old.dtype) for new, old in zip(result, tensors, strict=True)]
+    # Contiguous, as they are when they are read again: the layout decides how a matmul rounds.
+    return [new.to(old.dtype).contiguous() for new, old in zip(result, tensors, strict=True)]
 
 
 def _times(core: Tensor, axes: tuple[str, ...], bond: Bond, matrix: Tensor) -> Tensor:
