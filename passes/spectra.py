@@ -409,7 +409,7 @@ def spectrum(
     left, right, values = best_factors(weight, average(metrics), pay)
     if len(metrics) == 1:
         squares = values.double().reshape(-1, values.shape[-1]).sum(0)
-        tails = _tails(squares) * metrics[0].scale
+        tails = tt.tails(squares) * metrics[0].scale
     else:
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
     # The factors are where the weight is; what a plan reads is not on a GPU.
@@ -439,12 +439,6 @@ def _left_times(root: Tensor | None, basis: Tensor) -> Tensor:
         return basis
     root = root.to(basis)
     return root.unsqueeze(-1) * basis if root.dim() == 1 else root @ basis
-
-
-def _tails(squares: Tensor) -> Tensor:
-    """Σ_{i>r} squares for r = 0 … k, descending and ending in an exact zero."""
-    reverse = squares.flip(0).cumsum(0).flip(0)
-    return torch.cat([reverse, reverse.new_zeros(1)])
 
 
 def _summed_tails(

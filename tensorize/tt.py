@@ -466,10 +466,14 @@ def _choose_rank(singular_values: Tensor, largest: int, allowed: float | None) -
 
 def _tails(singular_values: Tensor) -> Tensor:
     """Norms of what is discarded at rank 0, 1, …, k: (k + 1,), float64, the last one is 0."""
-    squares = singular_values.to(torch.float64).square()
+    return tails(singular_values.to(torch.float64).square()).sqrt()
+
+
+def tails(squares: Tensor) -> Tensor:
+    """What is lost at rank 0, 1, …, k, Σ of the squares beyond it: (k + 1,), the last one is 0."""
     # Summed from the smallest up, so that small tails keep their digits.
     sums = squares.flip(0).cumsum(0).flip(0)
-    return torch.cat([sums, sums.new_zeros(1)]).sqrt()
+    return torch.cat([sums, sums.new_zeros(1)])
 
 
 def _stored(spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

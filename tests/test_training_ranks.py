@@ -14,7 +14,7 @@ import tensorize
 from examples.gpt import GPT, GPTConfig
 from tensorize import TTSpec, tt
 from tensorize.training import RankSchedule, parameter_groups
-from tensorize.training.bonds import bonds, extended, tails, with_ranks
+from tensorize.training.bonds import bonds, extended, with_ranks
 from tensorize.weight import factored
 
 CHAINS = (
@@ -73,7 +73,7 @@ def test_a_cut_loses_what_the_spectra_say(spec: TTSpec) -> None:
     assert [tuple(c.shape) for c in less] == list(cut.core_shapes)
     assert all(core.is_contiguous() for core in less)
     lost = float((whole(cut, less) - whole(spec, cores)).square().sum())
-    single = [float(tails(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
+    single = [float(tt.tails(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
     assert lost <= sum(single) * (1 + 1e-9)  # Oseledets 2011, theorem 2.2
     assert lost >= max(single) * (1 - 1e-9)
 

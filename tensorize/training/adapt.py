@@ -24,12 +24,14 @@ from tensorize.budget import Budget
 from tensorize.errors import BudgetError, TensorizeError
 from tensorize.ir import LOW_RANK, Site, TTSpec
 from tensorize.lazy import FactoredWeight
+from tensorize.manifest import dtype_name
 from tensorize.passes.assumed import ladder
 from tensorize.passes.optimise import TooTight, solve
 from tensorize.passes.points import COSTS, Points, curve_points
 from tensorize.passes.spectra import Spectrum
 from tensorize.report import attach, report
-from tensorize.training.bonds import Bond, bonds, extended, tails, with_ranks
+from tensorize.training.bonds import Bond, bonds, extended, with_ranks
+from tensorize.tt import tails
 
 _GROWTH = 1.25
 """By how much a rank may grow at a time: its spectrum beyond what it has is a guess."""
@@ -208,8 +210,7 @@ class RankSchedule:
         """What the weight loses at each rank that it may have, by its own spectrum."""
         spec = factors.spec
         m, n = spec.single.shape
-        dtype = str(factors.dtype).removeprefix("torch.")
-        site = Site(name, spec.shape, dtype, uses=())
+        site = Site(name, spec.shape, dtype_name(factors.dtype), uses=())
         blank = torch.empty(0, device="meta")
         if spec.format == LOW_RANK:
             most = min(m, n, max(spec.ranks[0] + self.rank_multiple, int(_GROWTH * spec.ranks[0])))

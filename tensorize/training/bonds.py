@@ -142,12 +142,6 @@ def _times(core: Tensor, axes: tuple[str, ...], bond: Bond, matrix: Tensor) -> T
     return torch.einsum(core, list(range(len(axes))), matrix, of_matrix, out)
 
 
-def tails(squares: Tensor) -> Tensor:
-    """What is lost at every rank from 0 on: Σ of the squares beyond it."""
-    sums = squares.flip(0).cumsum(0).flip(0)
-    return torch.cat([sums, sums.new_zeros(1)])
-
-
 def extended(squares: Tensor, length: int) -> Tensor:
     """Squares that might follow, were the rank larger: the power law of the second half of them."""
     now = len(squares)
