@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tensorize.budget import Budget
@@ -18,7 +17,7 @@ from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.preserved import LossFunction
 from tensorize.passes.spectra import FormatsOption, formats_by_site
 from tensorize.report import Curve, CurvePoint
-from tensorize.tensors import plain_parts
+from tensorize.tensors import plain_parts, raw_bytes
 
 CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 
@@ -189,5 +188,4 @@ def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     """Add one parameter to a hash: its name, shape, dtype and values."""
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
     for part in plain_parts(tensor):
-        values = part.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(values.numpy().data)
+        digest.update(raw_bytes(part))

@@ -32,6 +32,7 @@ from tensorize.passes.pipeline import Program
 from tensorize.passes.predict import Predictor, Trial
 from tensorize.passes.spectra import FormatsOption, SharedFactor, Spectrum, TensorTrain
 from tensorize.tensorfile import Layout, Writer, is_padding, sha256_of
+from tensorize.tensors import raw_bytes
 
 log = logging.getLogger("tensorize")
 
@@ -99,8 +100,7 @@ def hash_batch(digest: Any, batch: Batch) -> None:
 
 def _hash_values(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    digest.update(raw_bytes(tensor))
 
 
 def location(cache_dir: str | os.PathLike[str], key: str) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tensorize.tensors import raw_bytes
+
 # In the order in which safetensors sorts them: the last ones come first in a file.
 _CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -133,10 +135,7 @@ class Writer:
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, of the shape and dtype that the layout was made for."""
         start, end = self._layout.places[name]
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        if not values.numel():
-            return
-        data: memoryview = values.view(torch.uint8).numpy().data
+        data = raw_bytes(tensor)
         assert len(data) == end - start, name
         self._file.seek(len(self._layout.header) + start)
         self._file.write(data)

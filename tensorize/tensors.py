@@ -24,6 +24,12 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from plain_parts(getattr(tensor, name))
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of an ordinary tensor as they lie in memory, in the order of its indices."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; formats of less than two bytes are not looked at."""
     parts = (p for p in plain_parts(tensor) if p.is_floating_point() and p.dtype.itemsize > 1)
