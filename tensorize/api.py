@@ -66,7 +66,7 @@ from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, 
 from tensorize.passes.training import plan_training
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
-from tensorize.report import Report, ReportTotals, SiteReport, attach, detach, report
+from tensorize.report import Curve, Report, ReportTotals, SiteReport, attach, detach, report
 from tensorize.runtime import device_of, use_kernels
 from tensorize.selfmade import affordable, self_made
 from tensorize.version import __version__
@@ -581,6 +581,11 @@ def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
 
 
 def _report(program: Program, analysis: Analysis) -> Report:
+    return report_of(program, analysis.curve(), _slow_weights(program))
+
+
+def report_of(program: Program, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
+    """What was done to the model of a program, with ``notes`` beside its own."""
     plan = program.plan
     assert plan is not None
     aliases = {site.name: site.aliases for site in program.sites}
@@ -591,15 +596,15 @@ def _report(program: Program, analysis: Analysis) -> Report:
     return Report(
         plan=replace(plan, analysis=None),
         sites=sites,
-        totals=ReportTotals(plan.dense, totals_of(program.model, plan.predicted)),
-        curve=analysis.curve(),
+        totals=ReportTotals(plan.dense, _totals_of(program.model, plan.predicted)),
+        curve=curve,
         history=program.history,
-        notes=(*program.notes, *_slow_weights(program)),
-        environment=environment(),
+        notes=(*program.notes, *notes),
+        environment=_environment(),
     )
 
 
-def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
+def _totals_of(model: nn.Module, predicted: Prediction) -> Totals:
     """Parameters and bytes of a model, each once; FLOPs and times are those predicted."""
     parameters = {id(p): p for p in model.parameters()}.values()
     return Totals(
@@ -610,7 +615,7 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
     )
 
 
-def environment() -> tuple[tuple[str, str], ...]:
+def _environment() -> tuple[tuple[str, str], ...]:
     return (
         ("tensorize", __version__),
         ("torch", torch.__version__),

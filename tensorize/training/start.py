@@ -22,7 +22,7 @@ from tensorize.passes.initialize import METHODS, SCALED, InitializeCores
 from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.sites import FindSites, Select
 from tensorize.progress import Progress, shown
-from tensorize.report import Report, ReportTotals, SiteReport, attach
+from tensorize.report import attach
 
 _METRIC = "shape"
 
@@ -108,7 +108,8 @@ def initialize(
         program = replace(program, model=target, plan=plan)
         cores = InitializeCores(method, nonlinearity, initializer, str(device))
         program = run_passes(program, (cores,))
-    attach(target, _report(program))
+    notes = ("not trained yet: errors are those of no weight",)
+    attach(target, api.report_of(program, notes=notes))
     huggingface.note_factors(target)
     return target
 
@@ -165,18 +166,3 @@ def _of_shapes(plan: Plan) -> Plan:
     """Without the figures that an assumed curve puts where a trained weight's errors stand."""
     sites = tuple(replace(s, predicted_error=0.0, predicted_loss=0.0) for s in plan.sites)
     return replace(plan, sites=sites, predicted=replace(plan.predicted, output_error=0.0), gap=0.0)
-
-
-def _report(program: Program) -> Report:
-    plan = program.plan
-    assert plan is not None
-    aliases = {site.name: site.aliases for site in program.sites}
-    sites = tuple(SiteReport.of(choice, aliases.get(choice.name, ())) for choice in plan.sites)
-    return Report(
-        plan=plan,
-        sites=sites,
-        totals=ReportTotals(plan.dense, api.totals_of(program.model, plan.predicted)),
-        history=program.history,
-        notes=(*program.notes, "not trained yet: errors are those of no weight"),
-        environment=api.environment(),
-    )
