@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -72,19 +72,20 @@ class Run:
             )
         return model.to(torch.bfloat16) if self.precision == "stochastic" else model
 
+    def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
+        """AdamW with a learning rate for every kind of parameter."""
+        groups = parameter_groups(model, self.learning_rate, DECAY)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
     def ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> RankSchedule | None:
         """Ranks that fall to the budget in the first half of the run, where they start above it."""
         if self.flops is None or self.shrink_from is None:
             return None
-        smaller = tensorize.report(_replaced(self, shrink_from=None).model())
+        smaller = tensorize.report(replace(self, shrink_from=None).model())
         budget = tensorize.Budget(params=smaller.totals.after.parameters)
         start, end = self.steps // 10, self.steps // 2
         every = max(1, self.steps // 40)
         return RankSchedule(model, optimizer, budget, start=start, end=end, every=every)
-
-
-def _replaced(run: Run, **changes: Any) -> Run:
-    return Run(**{**vars(run), **changes})
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,7 @@ def train(run: Run, text: Text, folder: Path, every: int) -> list[dict[str, Any]
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
     folder.mkdir(parents=True, exist_ok=True)
     model = run.model()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, run.learning_rate, DECAY), betas=(0.9, 0.95), fused=True
-    )
+    optimizer = run.optimizer(model)
     rates = [group["lr"] for group in optimizer.param_groups]
     ranks = run.ranks(model, optimizer)
     rounding = round_stochastically(optimizer) if run.precision == "stochastic" else None
@@ -270,9 +269,7 @@ def train_by_trainer(run: Run, text: Text, folder: Path, every: int) -> list[dic
     import transformers
 
     model = run.model()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, run.learning_rate, DECAY), betas=(0.9, 0.95), fused=True
-    )
+    optimizer = run.optimizer(model)
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule(step, step / run.steps, WARMUP)
     )
@@ -334,11 +331,11 @@ def runs_of(options: argparse.Namespace, seed: int) -> list[Run]:
         steps=options.steps,
         seed=seed,
     )
-    small = _replaced(dense, name="compressed, same tokens", flops=options.flops)
+    small = replace(dense, name="compressed, same tokens", flops=options.flops)
     ids = torch.zeros(options.batch, options.context + 1, dtype=torch.long)
     whole, less = (step_flops(run.model().float(), ids) for run in (dense, small))
     longer = round(options.steps * whole / less)
-    return [dense, small, _replaced(small, name="compressed, same FLOPs", steps=longer)]
+    return [dense, small, replace(small, name="compressed, same FLOPs", steps=longer)]
 
 
 def table(results: dict[str, list[list[dict[str, Any]]]]) -> str:

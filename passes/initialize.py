@@ -52,27 +52,26 @@ class InitializeCores:
         model, plan = program.model, program.plan
         assert plan is not None
         sites = {site.name: site for site in program.sites}
-        chosen = [choice for choice in plan.sites if choice.spec is not None]
-        missing = {choice.name: set(sites[choice.name].names) for choice in chosen}
-        bent, done = 0, 0
+        chosen = {choice.name: choice for choice in plan.sites if choice.spec is not None}
+        missing = {name: set(sites[name].names) for name in chosen}
+        bent = 0
         with torch.random.fork_rng():
             torch.manual_seed(program.seed)
             for final in self._final_values(model):
-                for choice in chosen:
-                    left = missing.get(choice.name)
-                    if left is None or left - final:
-                        if left is not None:
-                            left -= final
-                        continue
-                    del missing[choice.name]
-                    bent += self._replace(model, sites[choice.name], choice)
-                    done += 1
-                    program.progress("initialize", done, len(chosen))
+                for name in list(missing):
+                    missing[name] -= final
+                    if not missing[name]:
+                        del missing[name]
+                        bent += self._replace(model, sites[name], chosen[name])
+                        program.progress("initialize", len(chosen) - len(missing), len(chosen))
         settle(model)
-        summary = f"{done} weights have {self.method} cores"
+        summary = f"{len(chosen)} weights have {self.method} cores"
         notes = program.notes
         if self.nonlinearity is not None:
-            notes = (*notes, f"{self.nonlinearity} between the factors of {bent} of {done} weights")
+            notes = (
+                *notes,
+                f"{self.nonlinearity} between the factors of {bent} of {len(chosen)} weights",
+            )
         return replace(program, summary=summary, notes=notes)
 
     def _final_values(self, model: nn.Module) -> Iterable[set[str]]:

@@ -70,35 +70,33 @@ class RoundedSteps:
             self._generators[torch.device(name)].set_state(values)
 
     def _widen(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.dtype in NARROW and parameter.grad is not None:
-                    own, gradient = parameter.data, parameter.grad
-                    parameter.grad = None  # its dtype must be the parameter's
-                    parameter.data = own.float()
-                    parameter.grad = gradient.float()
-                    self._narrow.append((parameter, own, gradient))
+        self._swap(optimizer, with_gradients=True)
 
     def _widen_for_states(self, optimizer: torch.optim.Optimizer, state: Any) -> None:
+        self._swap(optimizer, with_gradients=False)
+
+    def _swap(self, optimizer: torch.optim.Optimizer, *, with_gradients: bool) -> None:
+        """float32 in place of narrow parameters: of those with a gradient and it, or of all."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.dtype in NARROW:
-                    own, gradient = parameter.data, parameter.grad
-                    parameter.grad = None
-                    parameter.data = own.float()
-                    self._narrow.append((parameter, own, gradient))
+                own, gradient = parameter.data, parameter.grad
+                if own.dtype not in NARROW or (with_gradients and gradient is None):
+                    continue
+                parameter.grad = None  # its dtype must be the parameter's
+                parameter.data = own.float()
+                parameter.grad = gradient.float() if with_gradients else None
+                self._narrow.append((parameter, own, gradient))
+
+    def _round(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, own, _ in self._narrow:
+            wide = parameter.data
+            own.copy_(stochastically_rounded(wide, self._generators[wide.device]))
+        self._narrow_again(optimizer)
 
     def _narrow_again(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter, own, gradient in self._narrow:
-            parameter.data = own
-            parameter.grad = gradient
-        self._narrow.clear()
-
-    def _round(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, own, gradient in self._narrow:
-            wide = parameter.data
             parameter.grad = None
-            parameter.data = own.copy_(stochastically_rounded(wide, self._generators[wide.device]))
+            parameter.data = own
             parameter.grad = gradient
         self._narrow.clear()
 
