@@ -35,7 +35,7 @@ _GPUS = {
     "MI300X": (163e12, 1307e12, 5.3e12),
     "MI250X": (48e12, 383e12, 3.2e12),
 }
-_REACHED, _GPU_LAUNCH = 2 / 3, 5e-6
+_REACHED, _GPU_LAUNCH, _GPU_MULTIPLE = 2 / 3, 5e-6, 8
 
 
 def identity(device: str = "cpu") -> str:
@@ -70,7 +70,8 @@ def known(device: str = "cpu") -> Machine:
     for part, (single, half, bandwidth) in _GPUS.items():
         if part in name:
             rates = (("float32", (_REACHED * single,)), ("bfloat16", (_REACHED * half,)))
-            return Machine(f"{name} (known)", (1,), rates, bandwidth * _REACHED, _GPU_LAUNCH)
+            bandwidth *= _REACHED
+            return Machine(f"{name} (known)", (1,), rates, bandwidth, _GPU_LAUNCH, _GPU_MULTIPLE)
     threads = torch.get_num_threads()
     rates = tuple((dtype, tuple(rate * threads for rate in r)) for dtype, r in GENERIC.rates)
     return replace(GENERIC, name=f"{name} (not calibrated)", rates=rates)
@@ -95,7 +96,7 @@ def keep(machine: Machine, device: str = "cpu") -> Path:
 
 def _from_dict(data: dict) -> Machine:
     rates = tuple((dtype, tuple(values)) for dtype, values in data["rates"])
-    return Machine(data["name"], tuple(data["rows"]), rates, data["bandwidth"], data["launch"])
+    return Machine(**{**data, "rows": tuple(data["rows"]), "rates": rates})
 
 
 @torch.no_grad()
@@ -119,7 +120,8 @@ def measure(device: str = "cpu") -> Machine:
         rates.append((name, tuple(found)))
     wide = draw(_WIDE, _WIDE)
     bandwidth = 4 * _WIDE**2 / seconds(wide, 1)
-    return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch)
+    multiple = 1 if device == "cpu" else _GPU_MULTIPLE
+    return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch, multiple)
 
 
 def seconds_of(call: Callable[[], object], device: str, rounds: int = _ROUNDS) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tensorize import tt
 from tensorize.errors import AnalysisError, CaptureError
-from tensorize.ir import RankPlan, Site
+from tensorize.ir import LOW_RANK, RankPlan, Site
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import Spectrum, as_matrix
 from tensorize.weight import first_factor, install, owner_of, settle
@@ -53,18 +54,49 @@ class Factorize:
         return replace(program, errors=errors, summary=summary)
 
 
-def planned_cores(program: Program, sites: Sequence[RankPlan]) -> dict[str, Cores]:
-    """The factors of every weight that a plan factorizes, as its curve gives them."""
+def planned_cores(
+    program: Program, sites: Sequence[RankPlan], known: Mapping[str, Cores] | None = None
+) -> dict[str, Cores]:
+    """The factors of every weight that a plan factorizes, as its curve gives them.
+
+    ``known``: what ``best_components`` found for this plan among others.
+    """
     parameters = dict(program.model.named_parameters())
     found: dict[str, Cores] = {}
     for choice in sites:
-        if choice.spec is not None:
-            curve, dense = program.spectra[choice.name], parameters[choice.name].detach()
-            matrix = as_matrix(curve.site, dense)
-            found[choice.name] = curve.factors(
-                choice.spec, matrix, shared=choice.shared is not None
-            )
+        if choice.spec is None:
+            continue
+        if known is not None and choice.name in known and _is_cut(program, choice):
+            left, right = known[choice.name]
+            (rank,) = choice.spec.ranks
+            found[choice.name] = left[..., :rank], right[..., :rank, :]
+            continue
+        curve, dense = program.spectra[choice.name], parameters[choice.name].detach()
+        matrix = as_matrix(curve.site, dense)
+        found[choice.name] = curve.factors(choice.spec, matrix, shared=choice.shared is not None)
     return found
+
+
+def best_components(program: Program, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:
+    """The factors at the largest rank that a weight has in any of several plans.
+
+    Where those of smaller ranks are cut from them: one decomposition then serves all of the plans.
+    """
+    largest: dict[str, RankPlan] = {}
+    for choice in itertools.chain.from_iterable(plans):
+        if choice.spec is not None and _is_cut(program, choice):
+            known = largest.get(choice.name)
+            if known is None or known.ranks < choice.ranks:
+                largest[choice.name] = choice
+    return planned_cores(program, list(largest.values()))
+
+
+def _is_cut(program: Program, choice: RankPlan) -> bool:
+    """Whether its factors are the first components of those of larger ranks."""
+    assert choice.spec is not None
+    curve = program.spectra[choice.name]
+    plain = choice.spec.format == LOW_RANK and choice.shared is None and len(curve.metrics) == 1
+    return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
 
 
 def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:

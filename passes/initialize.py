@@ -159,7 +159,7 @@ def spectral_cores(spec: TTSpec, site: Site, weight: Tensor) -> list[Tensor]:
     """The best cores of a fresh weight, scaled so that theirs has its norm."""
     if spec.format == LOW_RANK:
         metric = average(site_metrics(site, None, "frobenius"))
-        cores = list(best_factors(weight, metric, spec.ranks[0])[:2])
+        cores = list(best_factors(weight, metric, spec.ranks[0]))
     elif spec.format == BLOCK:
         cores = tt.block_svd(weight, spec.row_modes, spec.column_modes, *spec.ranks)[1]
     else:

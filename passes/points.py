@@ -207,7 +207,7 @@ def curve_points(
     site = curve.site
     m, n = site.matrix
     count = max(site.experts, 1)
-    ranks = np.arange(1, curve.left.shape[-1] + 1) if LOW_RANK in allowed else np.arange(0)
+    ranks = np.arange(1, len(curve.distortion)) if LOW_RANK in allowed else np.arange(0)
     ranks = ranks[ranks * (m + n) < m * n]
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]

@@ -53,7 +53,6 @@ def refit(
     program: Program, sites: Sequence[RankPlan], batches: Sequence[Batch]
 ) -> dict[str, Cores]:
     """The cores of a plan, those of plain low-rank weights solved again."""
-    cores = planned_cores(program, sites)
     specs = {choice.name: choice.spec for choice in sites if choice.spec is not None}
     parameters = {n: p for n, p in program.model.named_parameters() if n in specs}
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
@@ -65,8 +64,14 @@ def refit(
     ]
     together = _together(sites, order)
     order = [name for name in order if name in together]
+    cores: dict[str, Cores] = {}
+
+    def use_planned(*names: str) -> None:
+        wanted = [c for c in sites if c.name in names and c.name not in cores]
+        cores.update(planned_cores(program, wanted))
 
     def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
+        use_planned(name)  # where it is not solved: not before this batch comes by it, or never
         shape = tuple(parameters[name].shape)
         whole = frame if shape == specs[name].shape else replace(frame, shape=shape)
         held = tuple(core.to(parameters[name].dtype) for core in cores[name])
@@ -93,6 +98,7 @@ def refit(
         for pair in runs:
             for one in pair:
                 one.stop()
+    use_planned(*specs)
     program.progress("refit", len(order), len(order))
     return cores
 
@@ -258,5 +264,5 @@ class _Moments:
             shared, reader = joint_factors(targets, metrics, rank)
             shared = shared.to(targets[0].dtype)
             return [((t.double() @ reader).to(t.dtype), shared) for t in targets]
-        left, right, _ = best_factors(targets[0], metrics[0], rank)
+        left, right = best_factors(targets[0], metrics[0], rank)
         return [(right.t(), left.t()) if rows else (left, right)]

@@ -84,19 +84,17 @@ class SharedFactor:
 class Spectrum:
     """The curve of one weight.
 
-    ``left`` (M, K) and ``right`` (K, N), with a leading axis of experts where there are several:
-    the first r components are the best rank-r factors. ``distortion[r]`` is what is lost at rank r
-    (r = 0 … min(M, N)) in the units of the metric; ``distortion[0]`` is the whole weight.
-    ``trains`` are the splits tried for TT and blocks, ``train_points`` what their roundings lose.
-    ``in_nats`` is False for a weight that the calibration data say nothing about. ``shared`` is the
-    curve with a first factor in common with other weights.
+    ``distortion[r]`` is what the best factors of rank r (r = 0 … min(M, N)) lose in the units of
+    the metric; ``distortion[0]`` is the whole weight. The factors themselves are made for the one
+    rank that is wanted: all of them would take as much memory as the weight. ``trains`` are the
+    splits tried for TT and blocks, ``train_points`` what their roundings lose. ``in_nats`` is False
+    for a weight that the calibration data say nothing about. ``shared`` is the curve with a first
+    factor in common with other weights.
     """
 
     site: Site
     formats: tuple[str, ...]
     metrics: tuple[Metric, ...]
-    left: Tensor
-    right: Tensor
     distortion: Tensor
     trains: tuple[TensorTrain, ...] = ()
     train_points: tuple[tuple[TTSpec, float], ...] = ()
@@ -147,14 +145,12 @@ class Spectrum:
             return weight.to(reader.dtype) @ reader, self.shared.factor[:rank]
         if spec.format == LOW_RANK:
             (rank,) = spec.ranks
-            if rank <= self.left.shape[-1]:
-                found = self.left[..., :rank], self.right[..., :rank, :]
-                if len(self.metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
-                    return found
-                return improved(spec, found, _at_work(weight), self.metrics)
-            if rank < len(self.distortion) - 1:  # it does not pay, and is not stored
-                return best_factors(weight, average(self.metrics), rank)[:2]
-            return exact_factors(weight)
+            if rank >= len(self.distortion) - 1:
+                return exact_factors(weight)
+            found = best_factors(weight, average(self.metrics), rank)
+            if len(self.metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
+                return found
+            return improved(spec, found, _at_work(weight), self.metrics)
         return _cut(self._train(spec), spec.ranks, _at_work(weight), self.metrics)
 
     def require(self, formats: Sequence[str]) -> None:
@@ -281,19 +277,32 @@ def exact_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
     return basis, basis.mT @ weight.double()
 
 
+def singular_squares(weight: Tensor, pay: int, metric: Metric | None = None) -> Tensor:
+    """All σ² of the whitened W, descending.
+
+    From the smaller Gram matrix, several times faster than from W. That loses what is below
+    sqrt(eps) of the largest singular value, so without a metric it is taken in the weight's own
+    precision only where the energy beyond rank ``pay`` survives that, else in float64, and where
+    that is not enough W itself is decomposed.
+    """
+    return _decomposed(weight, pay, metric, vectors=False)[1]
+
+
 def gram_eigenvectors(
     weight: Tensor, pay: int, metric: Metric | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Right (N ≤ M) or left singular vectors of the whitened W, and all σ², descending.
+    """Right (N ≤ M) or left singular vectors of the whitened W, and ``singular_squares``."""
+    found, squares = _decomposed(weight, pay, metric, vectors=True)
+    assert found is not None
+    return found, squares
 
-    Through the smaller Gram matrix, several times faster than an SVD. A Gram matrix loses what is
-    below sqrt(eps) of the largest singular value, so without a metric it is taken in the weight's
-    own precision only where the energy beyond rank ``pay`` survives that, else in float64, and
-    where that is not enough by a full SVD.
-    """
+
+def _decomposed(
+    weight: Tensor, pay: int, metric: Metric | None, *, vectors: bool
+) -> tuple[Tensor | None, Tensor]:
     m, n = weight.shape[-2:]
     plain = metric is None or metric.plain
-    found: tuple[Tensor, Tensor] | None = None
+    found: tuple[Tensor | None, Tensor] | None = None
     for dtype in dict.fromkeys((weight.dtype, torch.float64) if plain else (torch.float64,)):
         if plain or metric is None:
             matrix = weight.to(dtype)
@@ -301,11 +310,14 @@ def gram_eigenvectors(
         else:
             gram = metric.gram(weight) if n <= m else metric.transposed().gram(weight.mT)
         try:
-            values, vectors = torch.linalg.eigh(gram)
+            if vectors:
+                values, basis = torch.linalg.eigh(gram)
+            else:
+                values, basis = torch.linalg.eigvalsh(gram), None
         except _LinAlgError:
             continue  # squares that overflow, or a solver that does not converge
-        vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0)
-        found = vectors, values
+        values = values.flip(-1).clamp_min(0)
+        found = None if basis is None else basis.flip(-1), values
         tail = values[..., pay:].sum(-1) if pay < values.shape[-1] else values[..., -1]
         share = tail / values.sum(-1).clamp_min(1e-300)
         # Four digits of the tail: its rounding noise is about eps of the total.
@@ -313,6 +325,8 @@ def gram_eigenvectors(
             return found
     white = weight.double() if plain or metric is None else metric.whiten(weight)
     try:
+        if not vectors:
+            return None, torch.linalg.svdvals(white).square()
         left, sigma, right = torch.linalg.svd(white, full_matrices=False)
     except _LinAlgError:
         if found is None:
@@ -379,7 +393,7 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
     rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
     pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
     shared, reader = joint_factors(matrices, metrics, pay)
-    work = members[0].left.dtype
+    work = _at_work(matrices[0]).dtype
     # The members hold the same tensors, laid out as they are once they were kept on disk.
     factor, at_work = shared.to(work).contiguous(), reader.to(work).contiguous()
     found: dict[str, SharedFactor] = {}
@@ -406,23 +420,25 @@ def spectrum(
     """The curve of one weight in its metric."""
     m, n = site.matrix
     pay = max(1, (m * n - 1) // (m + n))
-    left, right, values = best_factors(weight, average(metrics), pay)
     if len(metrics) == 1:
-        squares = values.double().reshape(-1, values.shape[-1]).sum(0)
-        tails = tt.tails(squares) * metrics[0].scale
+        values = singular_squares(_at_work(weight), pay, metrics[0]).double()
+        tails = tt.tails(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
     else:
+        left, right = best_factors(weight, average(metrics), pay)
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
-    # The factors are where the weight is; what a plan reads is not on a GPU.
-    curve = Spectrum(site, formats, metrics, left, right, tails.cpu())
+    # What a plan reads is not on a GPU.
+    curve = Spectrum(site, formats, metrics, tails.cpu())
     return _with_blocks(_with_trains(curve, weight), weight) if site.takes_trains else curve
 
 
-def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best U and V of a rank in one metric, at least in float32, and all whitened σ²."""
+def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
+    """The best U (…, M, rank) and V (…, rank, N) in one metric, at least in float32.
+
+    The first r components are the best of rank r.
+    """
     m, n = weight.shape[-2:]
-    work = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-    vectors, values = gram_eigenvectors(work, rank, metric)
-    basis = vectors[..., :rank]
+    work = _at_work(weight)
+    basis = gram_eigenvectors(work, rank, metric)[0][..., :rank]
     # The weight meets only the small matrix that is final: its error is that of its own dtype.
     if n <= m:  # W̃ V Vᵀ with V (N, r): U = L_R⁻ᵀ W̃ V = W L_K V, V = Vᵀ L_K⁻¹
         left = work @ _left_times(metric.right, basis).to(work.dtype)
@@ -430,7 +446,7 @@ def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
     else:  # Q Qᵀ W̃ with Q (M, r): U = L_R⁻ᵀ Q, V = Qᵀ L_Rᵀ W
         left = solve_root(metric.left, basis)
         right = _left_times(metric.left, basis).mT.to(work.dtype) @ work
-    return *_balanced(left.to(work.dtype), right.to(work.dtype)), values
+    return _balanced(left.to(work.dtype), right.to(work.dtype))
 
 
 def _left_times(root: Tensor | None, basis: Tensor) -> Tensor:

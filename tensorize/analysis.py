@@ -65,7 +65,7 @@ class Analysis:
             ranks: pattern → rank or ``"full"``; overrides the allocation.
             batch_sizes: input rows at which FLOPs are counted; the worst counts.
             rank_multiple: low ranks are multiples of this (or smaller than it), as matrix units
-                want; None: 8 for a model that was on a GPU, 1 on a CPU, where it gains nothing.
+                want; None: 8 for a GPU, 1 for a CPU, where it gains nothing.
 
         Raises:
             BudgetError: no choice satisfies the budget; it names the nearest feasible value.
@@ -95,8 +95,7 @@ class Analysis:
             for site in free:
                 self.program.spectra[site.name].require(chosen[site.name])
         if rank_multiple is None:
-            cores = [curve.left for curve in self.program.spectra.values()]
-            rank_multiple = 8 if any(core.is_cuda for core in cores) else 1
+            rank_multiple = self.program.machine.rank_multiple
         if rank_multiple < 1:
             raise BudgetError(f"rank_multiple must be a positive integer, got {rank_multiple}")
         budget = None if budget is None else Budget.of(budget)

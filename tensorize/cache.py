@@ -37,7 +37,7 @@ from tensorize.tensors import raw_bytes
 log = logging.getLogger("tensorize")
 
 # Of what is kept: entries of another format have other keys.
-_FORMAT = 2
+_FORMAT = 3
 _ENDING = ".safetensors"
 # Names of groups, so that they are not those of weights.
 _SHARED = "shared: "
@@ -250,8 +250,7 @@ def _shared_from_dict(
 
 
 def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    for name in ("left", "right", "distortion"):
-        tensors[name] = getattr(curve, name)
+    tensors["distortion"] = curve.distortion
     metrics = []
     for k, metric in enumerate(curve.metrics):
         sides = {"left": metric.left, "right": metric.right}
@@ -286,8 +285,6 @@ def _curve_from_dict(
         metrics=tuple(
             Metric(m["scale"], tensor(m["left"]), tensor(m["right"])) for m in data["metrics"]
         ),
-        left=tensors["left"],
-        right=tensors["right"],
         distortion=tensors["distortion"],
         trains=tuple(trains),
         train_points=tuple((TTSpec.from_dict(s), lost) for s, lost in data["train_points"]),

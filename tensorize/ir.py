@@ -242,7 +242,8 @@ class TTSpec:
 class Machine:
     """What matmuls cost on a machine: FLOP/s, bytes/s, and the seconds of a call.
 
-    ``rates`` are pairs of a dtype and its FLOP/s at each of ``rows`` input rows.
+    ``rates`` are pairs of a dtype and its FLOP/s at each of ``rows`` input rows. Ranks that are
+    multiples of ``rank_multiple`` suit its matrix units.
     """
 
     name: str
@@ -250,6 +251,7 @@ class Machine:
     rates: tuple[tuple[str, tuple[float, ...]], ...]
     bandwidth: float
     launch: float
+    rank_multiple: int = 1
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} µs a call"]

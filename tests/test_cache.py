@@ -95,7 +95,7 @@ def assert_alike(one: Analysis, other: Analysis, budget: float = 0.5) -> None:
 
 
 def tensors_of(curve: Any) -> list[Tensor]:
-    found = [curve.left, curve.right, curve.distortion]
+    found = [curve.distortion]
     found += [root for m in curve.metrics for root in (m.left, m.right) if root is not None]
     found += [core for train in curve.trains for core in train.cores]
     if curve.shared is not None:

@@ -6,7 +6,8 @@ Shapes: M rows and N columns of the weight W, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import DENSE, LOW_RANK, TT, Site, TTSpec, Use
-from tensorize.passes.metric import DAMPING, Metric, shrinkage, site_metrics
+from tensorize.passes.metric import DAMPING, Metric, average, shrinkage, site_metrics
 from tensorize.passes.spectra import (
     Spectrum,
+    best_factors,
     exact_factors,
     formats_by_site,
     gram_eigenvectors,
+    singular_squares,
     spectrum,
 )
 from tensorize.passes.statistics import Moments, Term
@@ -49,6 +52,11 @@ def moment(width: int, seed: int, diagonal: bool = False) -> Tensor:
 def site(m: int, n: int, experts: int = 0, uses: Sequence[Use] = ()) -> Site:
     shape = (experts, m, n) if experts else (m, n)
     return Site("layer.weight", shape, "float64", tuple(uses) or (Use("linear", "columns"),))
+
+
+def paying(m: int, n: int) -> int:
+    """The largest rank that saves parameters."""
+    return max(1, (m * n - 1) // (m + n))
 
 
 SAMPLES = 100
@@ -192,8 +200,8 @@ def test_no_factorization_of_a_rank_loses_less(
 def test_nearby_factors_lose_no_less(m: int, n: int, metric: str, seed: int, step: float) -> None:
     weight, moments = draw((m, n), seed), moments_of(m, n, metric, seed=seed)
     found = curve(weight, moments, metric)
-    rank = 1 + seed % found.left.shape[1]
-    left, right = found.left[:, :rank], found.right[:rank]
+    rank = 1 + seed % (min(m, n) - 1)
+    left, right = found.factors(TTSpec.low_rank(m, n, rank), weight)
     other = (left + step * draw((m, rank), seed + 1)) @ (right + step * draw((rank, n), seed + 2))
     best = float(found.distortion[rank])
     assert lost(weight - other, moments, metric) >= best * (1 - ROOTS) - 1e-12
@@ -240,7 +248,8 @@ def test_a_stack_of_experts_is_cut_at_one_rank(shape: tuple[int, int], metric: s
 def test_lower_precision_loses_what_float64_does(dtype: torch.dtype, metric: str) -> None:
     weight, moments = draw((12, 9)).to(dtype), moments_of(12, 9, metric)
     found, exact = curve(weight, moments, metric), curve(weight.double(), moments, metric)
-    assert found.left.dtype == torch.float32
+    cores = found.factors(TTSpec.low_rank(12, 9, 4), draw((12, 9)).to(dtype))
+    assert {core.dtype for core in cores} == {torch.float32}
     torch.testing.assert_close(found.distortion, exact.distortion, rtol=1e-4, atol=1e-9)
 
 
@@ -261,9 +270,11 @@ def test_a_tied_weight_loses_the_sum_of_its_terms(shape: tuple[int, int], diagon
     found = curve(weight, moments, "loss")
     whole = lost(weight, moments, "loss")
     assert matches(float(found.distortion[0]), whole, whole)
-    for rank in range(1, found.left.shape[1] + 1):
+    metric = average(found.metrics)
+    for rank in range(1, paying(*shape) + 1):
         spec = TTSpec.low_rank(*shape, rank)
-        delta = weight - found.left[:, :rank] @ found.right[:rank]
+        left, right = best_factors(weight, metric, rank)
+        delta = weight - left @ right
         assert matches(float(found.distortion[rank]), lost(delta, moments, "loss"), whole), rank
         delta = weight - tt.reconstruct(spec, found.factors(spec, weight))
         assert lost(delta, moments, "loss") <= float(found.distortion[rank]) * (1 + ROOTS)
@@ -312,7 +323,7 @@ def test_experts_used_in_two_ways_lose_the_sum() -> None:
     moments = Moments({"rows": rows, "columns": columns})
     found = curve(weight, moments, "loss")
     whole = lost(weight, moments, "loss")
-    for rank in range(1, found.left.shape[-1] + 1):
+    for rank in range(1, paying(8, 5) + 1):
         spec = TTSpec.low_rank(8, 5, rank, experts=3)
         delta = weight - tt.reconstruct(spec, found.factors(spec, weight))
         assert matches(float(found.distortion[rank]), lost(delta, moments, "loss"), whole)
@@ -337,9 +348,7 @@ def test_ranks_that_do_not_pay_are_there_too(shape: tuple[int, ...], metric: str
     weight, (m, n) = draw(shape), shape[-2:]
     moments = moments_of(m, n, metric)
     found = curve(weight, moments, metric)
-    paying = found.left.shape[-1]
-    assert paying * (m + n) < m * n <= (paying + 1) * (m + n)
-    for rank in range(paying + 1, min(m, n) + 1):
+    for rank in range(paying(m, n) + 1, min(m, n) + 1):
         spec = TTSpec.low_rank(m, n, rank, experts=shape[0] if len(shape) == 3 else 0)
         cores = found.factors(spec, weight)
         assert tuple(core.shape for core in cores) == spec.core_shapes
@@ -388,7 +397,7 @@ def test_curves_of_ill_conditioned_weights_are_right(decades: int, metric: str) 
     moments = moments_of(48, 32, metric)
     found = curve(weight, moments, metric)
     squares = torch.linalg.svdvals(whitened(weight, moments, metric)).square()
-    for rank in range(found.left.shape[1] + 1):
+    for rank in range(paying(48, 32) + 1):
         expected = float(squares[rank:].sum())
         assert float(found.distortion[rank]) == pytest.approx(expected, rel=1e-4)
         spec = TTSpec.low_rank(48, 32, max(rank, 1))
@@ -413,8 +422,8 @@ def test_a_weight_of_lower_rank_loses_nothing_from_there_on(
     spec = TTSpec.low_rank(*shape, 5)
     rebuilt = tt.reconstruct(spec, [core.double() for core in found.factors(spec, weight)])
     assert lost(weight.double() - rebuilt, moments, metric) <= 100 * floor
-    assert torch.isfinite(found.left).all()
-    assert torch.isfinite(found.right).all()
+    full = found.factors(TTSpec.low_rank(*shape, paying(*shape)), weight)
+    assert all(torch.isfinite(core).all() for core in full)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -437,7 +446,8 @@ def test_weights_whose_squares_leave_float32_are_done_in_float64(scale: float) -
     for rank in range(10):
         expected = float(squares[rank:].sum())
         assert float(found.distortion[rank]) == pytest.approx(expected, rel=1e-4)
-    assert torch.isfinite(found.left @ found.right).all()
+    left, right = found.factors(TTSpec.low_rank(12, 9, 5), weight)
+    assert torch.isfinite(left @ right).all()
 
 
 @pytest.mark.parametrize("always", [False, True], ids=["in float32", "always"])
@@ -447,16 +457,20 @@ def test_an_eigensolver_that_fails_is_not_the_end(
 ) -> None:
     weight = draw((12, 9))
     exact = torch.linalg.svdvals(weight).square()
-    eigh = torch.linalg.eigh
 
-    def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        if matrix.dtype == torch.float32 or always:
-            raise torch.linalg.LinAlgError("failed to converge")
-        return eigh(matrix)
+    def failing(solver: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def fails(matrix: Tensor) -> Any:
+            if matrix.dtype == torch.float32 or always:
+                raise torch.linalg.LinAlgError("failed to converge")
+            return solver(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", fails)
+        return fails
+
+    for name in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, failing(getattr(torch.linalg, name)))
     _, squares = gram_eigenvectors(weight.to(dtype), 5)
-    torch.testing.assert_close(squares.double(), exact, rtol=1e-5, atol=0)
+    for found in (squares, singular_squares(weight.to(dtype), 5)):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -477,9 +491,11 @@ def test_a_metric_of_zeros_is_no_reason_to_fail() -> None:
     """Inputs that are always zero: the weight does not matter."""
     moments = moments_of(8, 6, "loss")
     moments.terms["columns"].columns = torch.zeros(6, 6, dtype=torch.float64)
-    found = curve(draw((8, 6)), moments, "loss")
+    weight = draw((8, 6))
+    found = curve(weight, moments, "loss")
     assert torch.isfinite(found.distortion).all()
-    assert torch.isfinite(found.left @ found.right).all()
+    left, right = found.factors(TTSpec.low_rank(8, 6, 3), weight)
+    assert torch.isfinite(left @ right).all()
     assert float(found.distortion[0]) < 1e-12
 
 

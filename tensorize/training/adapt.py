@@ -211,12 +211,10 @@ class RankSchedule:
         spec = factors.spec
         m, n = spec.single.shape
         site = Site(name, spec.shape, dtype_name(factors.dtype), uses=())
-        blank = torch.empty(0, device="meta")
         if spec.format == LOW_RANK:
             most = min(m, n, max(spec.ranks[0] + self.rank_multiple, int(_GROWTH * spec.ranks[0])))
             lost = tails(extended(found[0].squares, most)).cpu()
-            blank = torch.empty(most, device="meta")
-            curve = Spectrum(site, (LOW_RANK,), (), blank, blank, lost, in_nats=False)
+            curve = Spectrum(site, (LOW_RANK,), (), lost, in_nats=False)
         else:
             lost = [tails(extended(b.squares, int(_GROWTH * len(b.squares)) + 1)) for b in found]
             whole = torch.stack([t[0] for t in lost]).max()
@@ -227,7 +225,7 @@ class RankSchedule:
                     cut = sum(float(t[r]) for r, t in zip(other.ranks, lost, strict=True))
                     points.append((other, cut))
             curve = Spectrum(
-                site, (spec.format,), (), blank, blank, whole.reshape(1).cpu(),
+                site, (spec.format,), (), whole.reshape(1).cpu(),
                 train_points=tuple(points), in_nats=False,
             )  # fmt: skip
         return curve_points(curve, (spec.format,), factors.dtype.itemsize, (), self.rank_multiple)
