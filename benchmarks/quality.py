@@ -8,11 +8,13 @@ Three models with trained weights, each seed with other text to calibrate with a
 Two decoders (``examples/``) with 64 windows of text that they were not trained on: the loss rise is
 the KL to the dense model's prediction in nats a token; the rise of the text's own cross-entropy is
 kept beside it. A sentence encoder (``examples/demo_minilm.py``) with 64 sentences: the squared
-error of the embeddings over their variance, and how many of the nearest sentences change.
+error of the embeddings over their variance, and how many of the nearest sentences change. Methods
+are compared on text of files that no calibration text is from.
 
 ``benchmarks/peers.py`` says what the other methods are. Ours: one-shot factors, refitted ones (no
 gradient steps), and polished ones, whose gradient steps take the time given. Beside the tables:
-how well our predictions hold, and how the curves rank what compressing one weight alone costs.
+how well our predictions hold (on other text of the calibration's files, which is what they are
+for, and on that of other files), and how the curves rank what compressing one weight alone costs.
 
 Results are kept by model: a run of some models leaves those of the others as they were.
 """
@@ -80,13 +82,14 @@ def outputs(
 class Subject:
     """A trained model, text to calibrate with, other text to measure on, and what is measured.
 
-    The first of the figures is the distance that compression is to keep small. So many batches as
-    ``sensed`` serve where every weight is compressed alone; ``dense`` are the dense model's own
-    figures.
+    ``alike`` is of the same files as the calibration, ``unseen`` of other ones. The first of the
+    figures is the distance that compression is to keep small. So many batches as ``sensed`` serve
+    where every weight is compressed alone; ``dense`` are the dense model's own figures.
     """
 
     model: nn.Module
     calibration: Sequence[Any]
+    alike: Sequence[Any]
     unseen: Sequence[Any]
     figures: Figures
     sensed: int
@@ -96,9 +99,18 @@ class Subject:
     def _dense(self) -> list[Tensor]:
         return list(outputs(self.model, self.unseen))
 
+    @cached_property
+    def _dense_alike(self) -> list[Tensor]:
+        return list(outputs(self.model, self.alike))
+
     def measure(self, other: nn.Module) -> dict[str, float]:
-        """The figures of a compressed model, on unseen text."""
+        """The figures of a compressed model, on text of other files than the calibration's."""
         return self.figures(self._dense, outputs(other, self.unseen), self.unseen)
+
+    def measure_alike(self, other: nn.Module) -> float:
+        """The first figure, on other text of the calibration's files."""
+        figures = self.figures(self._dense_alike, outputs(other, self.alike), self.alike)
+        return next(iter(figures.values()))
 
     def distance(self, batches: Sequence[Any]) -> peers.Distance:
         """The first figure on the first batches, as a function of the weights replaced."""
@@ -159,10 +171,12 @@ def divergence(model: nn.Module, dense: nn.Module, ids: Tensor) -> float:
 def decoder(load: Callable[[], nn.Module], seed: int) -> Subject:
     """A decoder, and windows of source text that it was not trained on."""
     model = load()
+    known = text("validation", 2 * WINDOWS, CONTEXT, seed=seed).split(WINDOWS)
     unseen = text("held_out", WINDOWS, CONTEXT, seed=seed)
     return Subject(
         model=model,
-        calibration=text("validation", WINDOWS, CONTEXT, seed=seed).split(BATCH),
+        calibration=known[0].split(BATCH),
+        alike=known[1].split(BATCH),
         unseen=unseen.split(BATCH),
         figures=predictions,
         sensed=2,
@@ -180,10 +194,11 @@ def encoder(seed: int) -> Subject:
         groups = [texts[k : k + BATCH] for k in range(0, len(texts), BATCH)]
         return [demo_minilm.batches_of(tokenizer, group, BATCH)[0] for group in groups]
 
-    learned, unseen = demo_minilm.sentences(SENTENCES, UNSEEN_SENTENCES, seed)
+    known, unseen = demo_minilm.sentences(SENTENCES + UNSEEN_SENTENCES, UNSEEN_SENTENCES, seed)
     return Subject(
         model=model,
-        calibration=batches(learned),
+        calibration=batches(known[:SENTENCES]),
+        alike=batches(known[SENTENCES:]),
         unseen=batches(unseen),
         figures=embeddings,
         sensed=SENSED_SENTENCES // BATCH,
@@ -237,6 +252,7 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
             if predicted is not None and predicted.loss is not None and predicted.loss_interval:
                 low, high = predicted.loss_interval
                 figures |= {"predicted": predicted.loss, "low": low, "high": high}
+                figures["alike"] = subject.measure_alike(small.model)
             found.setdefault(method, {})[str(budget)] = figures
             shown = " ".join(f"{key} {figures[key]:.5f}" for key in figures if key in TITLES)
             print(f"{name} {seed} {method:<14} {budget:<5} {shown}", flush=True)
@@ -304,7 +320,7 @@ def ratios(runs: Sequence[Run], key: str) -> dict[str, float]:
 
 
 def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
-    """How well the predictions of ours hold on unseen text, over budgets and seeds."""
+    """How well the predictions of ours hold for a figure, over budgets and seeds."""
     found = {}
     for method in OURS:
         points = [run[method][str(budget)] for run in runs for budget in PREDICTED]
@@ -323,7 +339,8 @@ def result(runs: Sequence[Run], correlations: Sequence[dict[str, float]]) -> dic
         "made_with": circumstances(),
         "runs": runs,
         **{f"ratio_{key}": ratios(runs, key) for key in keys},
-        "prediction": prediction(runs, keys[0]),
+        "prediction": prediction(runs, "alike"),
+        "prediction_other_files": prediction(runs, keys[0]),
         "rank_correlation": correlations,
     }
 
@@ -335,12 +352,16 @@ def show(name: str, found: Mapping[str, Any]) -> None:
         print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(found["runs"], key)))
         for method, ratio in found[f"ratio_{key}"].items():
             print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
-    print(f"\n{name}: predictions on unseen text")
-    for method, held in found["prediction"].items():
-        print(
-            f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside the "
-            f"90 % interval, the widest of which ends at {held['widest']:.2f} of its beginning"
-        )
+    for key, where in (
+        ("prediction", "other text of the calibration's files"),
+        ("prediction_other_files", "text of other files"),
+    ):
+        print(f"\n{name}: predictions, on {where}")
+        for method, held in found[key].items():
+            print(
+                f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside "
+                f"the 90 % interval, whose ends are at most {held['widest']:.2f} times apart"
+            )
     seeds = found["rank_correlation"]
     medians = {key: statistics.median(seed[key] for seed in seeds) for key in seeds[0]}
     levels = ", ".join(f"{level:g}: {medians[str(level)]:.3f}" for level in peers.LEVELS[1:])

@@ -5,7 +5,7 @@ gradients were independent. For large compressions both fail, by a factor that c
 the size of the damage. So a few plans are tried on calibration batches, the dense weights replaced
 for one forward pass (the model itself is not touched), and the ratio measured : predicted is
 interpolated between them, on logarithmic scales. What refining the factors gains is measured in the
-same way, at fewer points: it changes little with the size of the damage.
+same way, at fewer points: it changes slowly with the size of the damage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensorize.errors import BudgetError
 from tensorize.forward import untouched
 from tensorize.ir import POLISH, Batch, RankPlan
 from tensorize.passes.allocate import Allocate
-from tensorize.passes.factorize import compressed_copy, planned_cores
+from tensorize.passes.factorize import Cores, best_components, compressed_copy, planned_cores
 from tensorize.passes.pipeline import Program
 from tensorize.passes.polish import polish
 from tensorize.passes.preserved import PreservedLoss, call, outputs_of
@@ -38,8 +38,8 @@ _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.13
 _NO_HELD_OUT_SPREAD = 0.25
-# A polish keeps the best cores on the very batches that it is measured on.
-_CHOSEN_SPREAD = 0.03
+# What a refinement gains grows with the damage: in logarithms, by at most this share of its growth.
+_STEEPEST = 0.5
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,28 @@ class Predictor:
         distance = min(abs(x - k) for k in known)
         drift = 0.5 * distance * abs(slope) + 0.05 * max(known[0] - x, x - known[-1], 0.0)
         base = _MODEL_SPREAD if self.held_out else _NO_HELD_OUT_SPREAD
-        if refine == POLISH:
-            base += _CHOSEN_SPREAD
         sigma = math.sqrt(base**2 + spread**2 + drift**2)
         expected = raw * math.exp(ratio)
         width = math.exp(_NORMAL_90 * sigma)
         return expected, (expected / width, expected * width)
 
     def _gain(self, x: float, refine: str | None) -> float:
-        """By what a refinement changes the logarithm of the rise, at the logarithm of a sum."""
+        """By what a refinement changes the logarithm of the rise, at the logarithm of a sum.
+
+        Beyond its trials it goes on as between the nearest two, and never past no change.
+        """
         if refine is None or not self._of(refine):
             return 0.0
         at, refined = self._measured(refine)
-        return float(np.interp(x, at, refined - np.interp(at, *self._measured(None))))
+        gains = refined - np.interp(at, *self._measured(None))
+        gain = float(np.interp(x, at, gains))
+        beyond = min(x - at[0], 0.0) + max(x - at[-1], 0.0)
+        if beyond == 0 or len(at) < 2:
+            return gain
+        near = slice(2) if beyond < 0 else slice(-2, None)
+        slope = np.diff(gains[near]) / np.maximum(np.diff(at[near]), 1e-9)
+        further = gain + beyond * float(np.clip(slope, -_STEEPEST, 0.0)[0])
+        return min(further, max(gain, 0.0))
 
     def pays(self, refine: str) -> bool:
         """Whether a refinement made its trials better than they were, taken together."""
@@ -160,24 +169,20 @@ class CalibratePrediction:
         model = program.model
         with untouched(model):
             dense = [call(model, batch, k) for k, batch in enumerate(self._batches)]
-        trials: dict[tuple[tuple[RankPlan, ...], str | None], Trial] = {}
+        plans = {share: _planned(program, share) for share in TRIAL_SHARES}
+        # Of shares that come to one plan the first is tried.
+        first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
         wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
         wanted += [(share, refine) for refine in self.refinements for share in _REFINED_SHARES]
+        known = best_components(program, first)
+        trials: list[Trial] = []
         for done, (share, refine) in enumerate(wanted):
             program.progress("prediction", done, len(wanted))
-            try:
-                plan = Allocate(Budget(params=share)).run(program).plan
-            except BudgetError:
-                continue  # the weights that cannot be factorized take more than this share
-            assert plan is not None
-            key = plan.sites, refine
-            if key in trials or not sum(site.predicted_loss for site in plan.sites) > 0:
-                continue
-            trial = self._measure(program, plan.sites, refine, dense)
-            if trial.measured > 0:
-                trials[key] = trial
+            plan = plans[share]
+            if plan is not None and first[plan] == share:
+                trials.append(self._measure(program, plan, refine, known, dense))
         program.progress("prediction", len(wanted), len(wanted))
-        ordered = tuple(sorted(trials.values(), key=lambda trial: trial.raw))
+        ordered = tuple(sorted((t for t in trials if t.measured > 0), key=lambda trial: trial.raw))
         predictor = Predictor(ordered, self.loss.unit, bool(self.held_out))
         ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
         summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
@@ -188,13 +193,15 @@ class CalibratePrediction:
         program: Program,
         sites: Sequence[RankPlan],
         refine: str | None,
+        known: Mapping[str, Cores],
         dense: Sequence[object],
     ) -> Trial:
         assert self.loss is not None
         model = program.model
-        cores = (
-            planned_cores(program, sites) if refine is None else refit(program, sites, self.learnt)
-        )
+        if refine is None:
+            cores = planned_cores(program, sites, known)
+        else:
+            cores = refit(program, sites, self.learnt)
         if refine == POLISH:
             small = compressed_copy(program, sites, cores)
             polish(small, model, self.learnt, self._batches, self.loss)
@@ -221,6 +228,16 @@ class CalibratePrediction:
         raw = sum(site.predicted_loss for site in sites)
         off = math.sqrt(error / size) if size > 0 else 0.0
         return Trial(raw, measured, spread, off, refine)
+
+
+def _planned(program: Program, share: float) -> tuple[RankPlan, ...] | None:
+    """What a trial at a share of the parameters does; None where it does nothing."""
+    try:
+        plan = Allocate(Budget(params=share)).run(program).plan
+    except BudgetError:
+        return None  # the weights that cannot be factorized take more than this share
+    assert plan is not None
+    return plan.sites if sum(site.predicted_loss for site in plan.sites) > 0 else None
 
 
 def approximations(

@@ -102,6 +102,32 @@ def test_between_two_trials_the_ratio_is_interpolated_on_logarithmic_scales() ->
     assert found.predict(10.0)[0] == pytest.approx(80.0)
 
 
+def refined(*points: tuple[float, float]) -> Predictor:
+    """One-shot trials that cost what the sum says, and a refit's."""
+    sums = (1e-4, 1e2)
+    plain = tuple(Trial(raw, raw, 0.0, raw**0.5) for raw in sums)
+    refits = tuple(Trial(raw, measured, 0.0, raw**0.5, "refit") for raw, measured in points)
+    return Predictor(plain + refits, "nats", True)
+
+
+def test_what_a_refit_gains_goes_on_beyond_its_trials() -> None:
+    """Each decade of damage gains another factor: .8 at .01, .64 at .1."""
+    found = refined((0.01, 0.008), (0.1, 0.064))
+    assert found.predict(0.01, "refit")[0] == pytest.approx(0.008)
+    assert found.predict(1.0, "refit")[0] == pytest.approx(0.512)
+    assert found.predict(0.001, "refit")[0] == pytest.approx(0.001), "no gain is left"
+    assert found.predict(0.0001, "refit")[0] == pytest.approx(0.0001), "and never a loss"
+
+
+@pytest.mark.parametrize("gains", [(0.9, 0.01), (0.3, 0.9), (1.2, 1.5)])
+def test_a_refit_that_gains_oddly_is_not_carried_on_too_far(gains: tuple[float, float]) -> None:
+    found = refined((0.01, 0.01 * gains[0]), (0.1, 0.1 * gains[1]))
+    rises = [found.predict(10.0**k, "refit")[0] for k in range(-6, 5)]
+    outside = rises[:5], rises[5:]
+    assert all(list(part) == sorted(part) for part in outside)
+    assert rises[0] <= 1e-6 * max(1.0, gains[0]) * (1 + 1e-9)
+
+
 def test_nothing_lost_is_nothing_risen() -> None:
     assert predictor((0.01, 0.02)).predict(0.0) == (0.0, (0.0, 0.0))
     assert predictor((0.01, 0.02)).output_error(0.0) == 0.0
