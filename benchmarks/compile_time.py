@@ -2,6 +2,7 @@
 
     python -m benchmarks.compile_time minilm   # all-MiniLM-L6-v2, calibrated on 64 sentences
     python -m benchmarks.compile_time gpt2     # a random model of GPT-2 small's shape, no data
+    python -m benchmarks.compile_time llama    # a random Llama of 134 M parameters, 1 k tokens
 
 Memory is that of the whole process, torch and transformers included.
 """
@@ -21,6 +22,7 @@ import torch
 import transformers
 
 import tensorize
+from benchmarks import model as shapes
 from benchmarks.record import keep
 from examples.stdlib_text import sentences
 
@@ -39,7 +41,13 @@ def gpt2() -> tuple[torch.nn.Module, dict[str, Any]]:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval(), {}
 
 
-MODELS = {"minilm": minilm, "gpt2": gpt2}
+def llama() -> tuple[torch.nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = shapes.llama().eval()
+    return model, {"calibration": list(torch.randint(32_000, (8, 1, 128)))}
+
+
+MODELS = {"minilm": minilm, "gpt2": gpt2, "llama": llama}
 
 
 def peak_mb() -> float:

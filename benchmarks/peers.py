@@ -162,6 +162,27 @@ def tensor_trains(analysis: Analysis, model: nn.Module, budget: float) -> Compre
     return Compressed(small, kept / whole)
 
 
+@torch.no_grad()
+def rounded_trains(analysis: Analysis, model: nn.Module, budget: float) -> Compressed:
+    """The trains of our plan as the TT-SVD leaves them, not improved in the metric.
+
+    The model holds the weights that the trains stand for.
+    """
+    plan = analysis.plan(budget, refine=None)
+    small = copy.deepcopy(model)
+    parameters = dict(small.named_parameters())
+    for choice in plan.sites:
+        if choice.spec is None:
+            continue
+        modes = choice.spec.row_modes, choice.spec.column_modes
+        trains = analysis.program.spectra[choice.name].trains
+        train = next(t for t in trains if (t.spec.row_modes, t.spec.column_modes) == modes)
+        spec, cores = train.rounded(choice.spec.ranks)
+        weight = parameters[choice.name]
+        weight.copy_(tt.reconstruct(spec, cores).reshape(weight.shape))
+    return Compressed(small, plan.predicted.parameters / plan.dense.parameters)
+
+
 def compared(analysis: Analysis, exponent: float) -> Analysis:
     """The same curves, divided by each weight's own size ** exponent, to be added up as they are.
 

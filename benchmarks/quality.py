@@ -16,6 +16,9 @@ gradient steps), and polished ones, whose gradient steps take the time given. Be
 how well our predictions hold (on other text of the calibration's files, which is what they are
 for, and on that of other files), and how the curves rank what compressing one weight alone costs.
 
+``--trains`` compares tensor trains of ours alone: improved in the metric by alternating least
+squares, and as TT-SVD leaves them.
+
 Results are kept by model: a run of some models leaves those of the others as they were.
 """
 
@@ -259,6 +262,28 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
     return found, rank_correlation(ours, model, subject.distance(subject.unseen))
 
 
+def compare_trains(name: str, seed: int) -> Run:
+    """Our tensor trains on one model and one draw of text, with what improves them and without."""
+    subject = MODELS[name](seed)
+    ours = tensorize.analyze(
+        subject.model, calibration=subject.calibration, formats=("dense", "tt"), refine=None,
+        seed=seed, progress=False,
+    )  # fmt: skip
+    plan_for = partial(ours.plan, refine=None)
+    methods = {
+        "ours, trains": peers.applied(subject.model, plan_for),
+        "ours, trains by TT-SVD": partial(peers.rounded_trains, ours, subject.model),
+    }
+    found: Run = {}
+    for method, compress in methods.items():
+        for budget in BUDGETS:
+            small = compress(budget)
+            figures = {"parameters": small.parameters, **subject.measure(small.model)}
+            found.setdefault(method, {})[str(budget)] = figures
+            print(f"{name} {seed} {method:<24} {budget:<5} {figures}", flush=True)
+    return found
+
+
 def rank_correlation(
     analysis: tensorize.Analysis, model: nn.Module, distance: peers.Distance
 ) -> dict[str, float]:
@@ -376,7 +401,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trains", action="store_true", help="tensor trains of ours alone")
     options = parser.parse_args()
+    if options.trains:
+        for name in options.models:
+            runs = [compare_trains(name, seed) for seed in range(options.seeds)]
+            print(f"kept in {keep('trains', {**kept('trains'), name: runs})}")
+            key = next(key for key in TITLES if key in runs[0]["ours, trains"][str(BUDGETS[0])])
+            print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
+        return
     peers.tltorch()  # says now that it is missing
     for name in options.models:
         runs, correlations, found = [], [], {}

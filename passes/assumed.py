@@ -31,7 +31,7 @@ TrainingFormats = FormatsOption | TTSpec | Mapping[str, object]
 
 @dataclass(frozen=True)
 class Assumed(Spectrum):
-    """The curve of a weight that has none; its factors hold no memory.
+    """The curve of a weight that has none.
 
     ``exact`` is the factorization that was asked for, if one was.
     """
@@ -121,9 +121,7 @@ def _curve(site: Site, formats: tuple[str, ...], exact: TTSpec | None) -> Assume
     ranks = [r * (m + n) * count for r in range(min(m, n) + 1)]
     lost = torch.tensor([_lost(site, size) for size in ranks], dtype=torch.float64)
     lost[-1] = 0.0
-    pay = max(1, (m * n - 1) // (m + n))
-    blank = torch.empty(pay, device="meta")
-    curve = Assumed(site, formats, (), blank, blank, lost)
+    curve = Assumed(site, formats, (), lost)
     if exact is not None:
         points = ((exact, _lost(site, exact.parameters)),)
         return replace(curve, formats=(exact.format,), train_points=points, exact=exact)

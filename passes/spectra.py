@@ -41,6 +41,7 @@ from tensorize.progress import Progress, no_progress
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 _TT_POINTS = 8
+_ALIGNMENT = 64  # bytes, as torch allocates
 _PROBE_RANK = 8
 # So many blocks of rows, and of columns, are tried, or the most below that divide them; the shares
 # of the parameters at which they are compared.
@@ -564,8 +565,12 @@ def _with_points(curve: Spectrum, trains: Sequence[TensorTrain], weight: Tensor)
 
 
 def _at_work(weight: Tensor) -> Tensor:
-    """At least in float32."""
-    return weight if weight.dtype == torch.float64 else weight.float()
+    """At least in float32, in aligned memory: how a matmul rounds hangs on where its operands lie.
+
+    A weight that is mapped from a file lies anywhere.
+    """
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    return weight.to(dtype, copy=weight.data_ptr() % _ALIGNMENT != 0)
 
 
 def _cut(
