@@ -38,6 +38,8 @@ _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.13
 _NO_HELD_OUT_SPREAD = 0.25
+# Relative, for each unit of the logarithm of the damage beyond the last trial of a refinement.
+_UNTRIED = 0.12
 # What a refinement gains grows with the damage: in logarithms, by at most this share of its growth.
 _STEEPEST = 0.5
 
@@ -93,6 +95,8 @@ class Predictor:
         slope = (max(ratios) - min(ratios)) / max(known[-1] - known[0], 1.0)
         distance = min(abs(x - k) for k in known)
         drift = 0.5 * distance * abs(slope) + 0.05 * max(known[0] - x, x - known[-1], 0.0)
+        if refine is not None and self._of(refine):
+            drift += _UNTRIED * max(x - self._measured(refine)[0][-1], 0.0)
         base = _MODEL_SPREAD if self.held_out else _NO_HELD_OUT_SPREAD
         sigma = math.sqrt(base**2 + spread**2 + drift**2)
         expected = raw * math.exp(ratio)

@@ -128,6 +128,17 @@ def test_a_refit_that_gains_oddly_is_not_carried_on_too_far(gains: tuple[float, 
     assert rises[0] <= 1e-6 * max(1.0, gains[0]) * (1 + 1e-9)
 
 
+def test_a_refit_of_more_damage_than_was_tried_is_less_certain() -> None:
+    found = refined((0.01, 0.008), (0.1, 0.064))
+
+    def half(raw: float) -> float:
+        expected, (_, high) = found.predict(raw, "refit")
+        return high / expected
+
+    assert half(0.001) == pytest.approx(half(0.1))
+    assert half(0.1) < half(1.0) < half(10.0)
+
+
 def test_nothing_lost_is_nothing_risen() -> None:
     assert predictor((0.01, 0.02)).predict(0.0) == (0.0, (0.0, 0.0))
     assert predictor((0.01, 0.02)).output_error(0.0) == 0.0
