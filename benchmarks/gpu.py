@@ -24,8 +24,9 @@ from torch import Tensor
 
 from benchmarks.record import keep
 from tensorize.codegen import autotune, launch, tiles, triton_source
-from tensorize.codegen.triton_work import Epilogue, NotCovered, Work
+from tensorize.codegen.triton_work import NotCovered
 from tensorize.ir import TTSpec
+from tensorize.work import Epilogue, Work
 
 SHAPES = ((4096, 4096), (8192, 8192), (11008, 4096))
 RANKS = (64, 128, 256, 512, 1024)

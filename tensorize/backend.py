@@ -1,8 +1,9 @@
 """``torch.compile(model, backend="tensorize", options={...})``.
 
-On a model that ``tensorize.compile`` rewrote, the backend lowers it: projections of one input are
-grouped, dead nodes removed, and the rest goes to inductor, or runs as it is where that is faster
-(on a CPU inductor gives low rank nothing and adds 30 to 200 µs a call).
+On a model that ``tensorize.compile`` rewrote, the backend lowers it: kernels take in the norms and
+the elementwise work around their weights, projections of one input are grouped, dead nodes removed,
+and the rest goes to inductor, or runs as it is where that is faster (on a CPU inductor gives low
+rank nothing and adds 30 to 200 µs a call).
 
 On a dense model it is a preview for inference: the linears of the graph are factorized within
 ``options["budget"]`` by the same analysis as ``tensorize.compile``. A backend cannot free the dense
@@ -23,9 +24,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tensorize import api
 from tensorize.errors import TensorizeError
 from tensorize.ir import TTSpec
-from tensorize.passes.cleanup import RemoveDead
+from tensorize.passes.cleanup import RemoveDead, RemoveIdentities
+from tensorize.passes.fuse import FuseKernels
 from tensorize.passes.group import GroupProjections
 from tensorize.passes.lowering import Lowered, LoweringPass, lower, own_graph
+from tensorize.report import note_fused
+from tensorize.runtime import launches
 from tensorize.weight import LowRankLinear, factored, install
 
 log = logging.getLogger("tensorize")
@@ -114,15 +118,32 @@ def _lowered(
     inner = options.inner
     if inner == "auto":
         inner = "eager" if device == "cpu" else "inductor"
-    if inner == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+    passes: list[LoweringPass] = []
+    if not _has_gradients(example_inputs):  # packed copies of the weights, launches: they have none
+        passes += [RemoveIdentities(), FuseKernels(launches())] if _runs_by_kernels(graph) else []
+        passes += [GroupProjections(_GROUPED_ROWS.get(device, 1))] if inner == "eager" else []
+    passes += [RemoveDead()] if inner == "eager" else []
+    lowered = lower(Lowered(own_graph(graph), parameters), passes)
+    for work, cores in lowered.fused:
+        for core in cores:
+            note_fused(core, work.fused)
+    if inner == "eager":
+        return lowered.graph.forward
+    from torch._inductor.compile_fx import compile_fx
 
-        return cast(Callable[..., Any], compile_fx(own_graph(graph), list(example_inputs)))
-    training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
-    passes: list[LoweringPass] = [RemoveDead()]
-    if not training:  # packed copies of the weights would get no gradients
-        passes.insert(0, GroupProjections(_GROUPED_ROWS.get(device, 1)))
-    return lower(Lowered(own_graph(graph), parameters), passes).graph.forward
+    return cast(Callable[..., Any], compile_fx(lowered.graph, list(example_inputs)))
+
+
+def _has_gradients(inputs: Sequence[Any]) -> bool:
+    """Whether anything that goes in, a parameter or not, may be asked for its gradient."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in inputs
+    )
+
+
+def _runs_by_kernels(graph: fx.GraphModule) -> bool:
+    contract = launches().contract
+    return any(node.target is contract for node in graph.graph.nodes)
 
 
 # ----------------------------------------------------------------------------------- preview

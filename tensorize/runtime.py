@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,9 +13,12 @@ from torch import nn
 
 from tensorize import weight
 from tensorize.codegen import autotune, kernel, launch, triton_ops
+from tensorize.codegen.triton_work import NotCovered
 from tensorize.errors import TensorizeError
 from tensorize.ir import DENSE
-from tensorize.report import report
+from tensorize.lazy import FactoredWeight
+from tensorize.report import RunsBy, SiteReport, attach, report
+from tensorize.work import Epilogue, Work
 
 log = logging.getLogger("tensorize")
 
@@ -27,14 +31,72 @@ def device_of(model: nn.Module) -> str:
 
 
 def use_kernels(model: nn.Module, backend: str) -> nn.Module:
-    """Let weights run by the kernels that ``backend`` asks for."""
-    measured = backend == "auto"
-    if backend == "aten" or (measured and not autotune.known(device_of(model))):
-        return model
-    build = partial(triton_ops.contractions, measured=measured)
-    count = weight.use_kernels(model, build)
-    log.info("%d weights run by kernels", count)
+    """Let weights run by the kernels that ``backend`` asks for; the report says which do."""
+    measured, device = backend == "auto", device_of(model)
+    found = report(model)
+    sites = found.sites
+    if backend == "triton" or (measured and autotune.known(device)):
+        build = partial(triton_ops.contractions, measured=measured)
+        count = weight.use_kernels(model, build)
+        log.info("%d weights run by kernels", count)
+        factors = dict(weight.factored(model))
+        sites = tuple(
+            replace(site, runs_by=_runs_by(model, site, factors, device, measured))
+            for site in sites
+        )
+    attach(model, replace(found, backend=backend, sites=sites))
     return model
+
+
+def _runs_by(
+    model: nn.Module,
+    site: SiteReport,
+    factors: Mapping[str, FactoredWeight],
+    device: str,
+    measured: bool,
+) -> tuple[RunsBy, ...]:
+    """What a weight runs by, for every range of rows that one choice holds for."""
+    held = next((factors[n] for n in (site.name, *site.aliases) if n in factors), None)
+    if held is None:
+        return ()
+
+    def library(why: str) -> tuple[RunsBy, ...]:
+        return (RunsBy(1, None, "library", why=why),)
+
+    if held.dtype not in launch.DTYPES:
+        return library(f"kernels know no {held.dtype}")
+    why = triton_ops.why_not(held.spec)
+    if why is not None:
+        return library(why)
+    owner, leaf = weight.owner_of(model, site.name)
+    if isinstance(owner, weight.LowRankLinear) and owner.input_product is not None:
+        return library("one product with a first factor, in compiled graphs one launch, serves all")
+    if not measured:
+        here = device != "cpu" or launch.interpreting()
+        why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
+        return (RunsBy(1, None, "kernels", why=why),)
+    bias = leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
+    work = Work((held.spec,), epilogue=Epilogue(bias=bias))
+    found: list[RunsBy] = []
+    first = 1
+    for most in autotune.BUCKETS:
+        last = None if most == autotune.BUCKETS[-1] else most
+        choice = autotune.recorded(work, held.dtype, most, device)
+        if choice is None:
+            now = RunsBy(first, last, "library", why="not measured")
+        else:
+            winner = choice.family if choice.wins else "library"
+            now = RunsBy(first, last, winner, choice.ratio)
+        if found and choice is None and found[-1].why:
+            now = replace(now, first=found.pop().first)
+        found.append(now)
+        first = most + 1
+    return tuple(found)
+
+
+def launches() -> triton_ops.Launches:
+    """What graphs of models that run by kernels are fused by."""
+    return triton_ops.Launches()
 
 
 def kernels(model: nn.Module) -> dict[str, Kernel]:
@@ -72,14 +134,16 @@ def tune_kernels(model: nn.Module, rows: Iterable[int] = (1, 16, 256, 4096)) -> 
     device = device_of(model)
     if device == "cpu":
         raise TensorizeError("kernels are timed on a GPU", way_out="model.to('cuda')")
-    seen, won = set(), 0
-    for _, factors in weight.factored(model):
-        for bias in (False, True):
-            key = (factors.spec, factors.dtype, bias)
-            if key in seen or factors.spec.batch or not triton_ops.contractions(factors.spec):
-                continue
-            seen.add(key)
-            for count in rows:
-                won += autotune.tune_weight(*key, count, device)
+    works = {
+        (Work((factors.spec,), epilogue=Epilogue(bias=bias)), factors.dtype)
+        for _, factors in weight.factored(model)
+        for bias in (False, True)
+        if triton_ops.contractions(factors.spec)
+    }
+    won = 0
+    for work, dtype in sorted(works, key=str):
+        for count in rows:
+            with contextlib.suppress(NotCovered):
+                won += autotune.tune(work, dtype, count, device).wins
     use_kernels(model, "auto")
     return won

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "version", "printer", "graph_text", "hooks"),
     ("ir",),
-    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors", "tensorfile"),
+    (
+        *("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
+        *("tensorfile", "work"),
+    ),
     ("interpret", "ops", "ties"),
     ("lazy",),
     ("weight", "report", "page"),

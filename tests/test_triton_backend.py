@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tensorize
 from tensorize import TTSpec
 from tensorize.codegen import autotune, launch, tiles, triton_ops
-from tensorize.codegen.triton_work import Epilogue, Work
+from tensorize.work import Epilogue, Work
 from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
