@@ -168,6 +168,11 @@ def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(records, indent=1))
     os.replace(draft, path)
+    forget()
+
+
+def forget() -> None:
+    """Read what is kept again when it is next asked for."""
     _records.cache_clear()
     _source.cache_clear()
 

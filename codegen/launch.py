@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import linecache
+import logging
 import os
 import re
 import subprocess
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from tensorize.codegen.triton_module import Source
 from tensorize.errors import TensorizeError
+from tensorize.progress import announce
+
+log = logging.getLogger("tensorize")
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
 SHARED_LIMIT = {
@@ -199,11 +203,28 @@ def run(source: Source, *tensors: Tensor) -> None:
     if not x.is_cuda:
         launch(*tensors, **options)
         return
+    _tell_of_first_call(source, x.dtype)
     options["num_stages"] = stages(source, "hip" if torch.version.hip else "cuda")
     with torch.cuda.device_of(x):  # triton launches on the current one
         if source.counters and (zeros := _counters(source, tensors[0])) is not None:
             options["arrived"] = zeros
         launch(*tensors, **options)
+
+
+_called: set[tuple[str, torch.dtype]] = set()
+
+
+def _tell_of_first_call(source: Source, dtype: torch.dtype) -> None:
+    """Triton compiles a kernel when it is called first, which takes about a second."""
+    if (source.text, dtype) in _called:
+        return
+    if not _called:
+        announce(
+            "Triton compiles kernels when they are first called, and keeps them; "
+            "tensorize calibrate --model DIR does that ahead"
+        )
+    _called.add((source.text, dtype))
+    log.info("first call of kernel %s of %d in %s", source.name, len(_called), dtype)
 
 
 def check_device(x: Tensor) -> None:

@@ -322,10 +322,28 @@ def analyze_command(
             typer.echo(f"the curve is drawn in {plot}")
 
 
-@app.command("calibrate", epilog="Example: tensorize calibrate")
-def calibrate_command(as_json: Json = False) -> None:
+@app.command(
+    "calibrate", epilog="Example: tensorize calibrate; tensorize calibrate --model ./my-llama-small"
+)
+def calibrate_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time the kernels of a saved model instead, on the GPU of this machine: models "
+            "loaded afterwards run by those that beat the library, and wait for none.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="With --model: how many rows to time kernels for.")
+    ] = "1,16,256,4096",
+    as_json: Json = False,
+) -> None:
     """Measure what matmuls cost on this machine; plans are then made for it."""
     with _errors_told():
+        if model is not None:
+            _calibrate_kernels(model, rows, as_json)
+            return
         device = "cuda" if torch.cuda.is_available() else "cpu"
         measured = machine.measure(device)
         path = machine.keep(measured, device)
@@ -334,6 +352,28 @@ def calibrate_command(as_json: Json = False) -> None:
             return
         typer.echo(str(measured))
         typer.echo(f"kept in {path}")
+
+
+def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
+    counts = [int(count) for count in rows.split(",") if count.strip().isdigit() and int(count)]
+    if len(counts) != len(rows.split(",")):
+        raise typer.BadParameter(f"{rows!r} is no list of numbers as 1,16,256", param_hint="--rows")
+    if not torch.cuda.is_available():
+        raise TensorizeError(
+            "kernels are timed on a GPU, and this machine has none",
+            way_out="run it where the model will run; without --model this machine is measured",
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = tensorize.load(directory, device="cuda")
+        won = tensorize.tune_kernels(loaded, counts)
+    found = tensorize.report(loaded)
+    if as_json:
+        runs_by = {site.name: [asdict(each) for each in site.runs_by] for site in found.sites}
+        _print_json({"won": won, "sites": runs_by})
+        return
+    typer.echo(f"{won} kernels won")
+    for line in found.running:
+        typer.echo(f"  {line}")
 
 
 @app.command("report", epilog="Example: tensorize report ./my-llama-small --html report.html")

@@ -42,13 +42,10 @@ class RunsBy:
     why: str = ""
 
     def __str__(self) -> str:
-        rows = (
-            f"{self.first} rows and more" if self.last is None else f"{self.first}–{self.last} rows"
-        )
-        timed = "" if self.ratio is None else f" (the kernel takes {self.ratio:.2f} of its time)"
-        if self.winner != "library" and self.ratio is not None:
-            timed = f" ({self.ratio:.2f} of the library's time)"
-        return f"{rows}: {self.winner}{timed}{f' ({self.why})' if self.why else ''}"
+        rows = f"{self.first} rows and more" if self.last is None else f"up to {self.last} rows"
+        timed = f"the kernel takes {self.ratio or 0:.2f} of the library's time"
+        why = self.why if self.ratio is None else timed
+        return f"{rows}: {self.winner}{f' ({why})' if why else ''}"
 
 
 @dataclass(frozen=True)
@@ -272,6 +269,15 @@ class Report:
         """The sites that did not stay dense."""
         return tuple(site for site in self.sites if site.format != DENSE)
 
+    @property
+    def running(self) -> list[str]:
+        """What weights run by, a line for those of one answer."""
+        alike: dict[tuple[RunsBy, ...], list[str]] = {}
+        for site in self.sites:
+            if site.runs_by:
+                alike.setdefault(site.runs_by, []).append(site.name)
+        return [_named("; ".join(map(str, runs_by)), names) for runs_by, names in alike.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data: plain dicts, lists, strings and finite numbers."""
         return {
@@ -319,7 +325,7 @@ class Report:
             _site_table(self.sites, reasons) if self.sites else "no site was found",
             _totals_table(self.totals, self.plan.batch_sizes),
             "\n".join(_hanging(name, text) for name, text in self._quality()),
-            *_listing("runs by", _running(self.sites)),
+            *_listing("runs by", self.running),
             *_listing("fused in compiled graphs", [_named(*each) for each in self.fused]),
             *_listing("why", [f"[{k}] {reason}" for k, reason in enumerate(reasons, 1)]),
             *_listing("notes", [f"• {note}" for note in self.notes]),
@@ -492,15 +498,6 @@ def _totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
         rows.append((title, printer.number(before), printer.number(after), share))
     align: list[printer.Align] = ["left", "right", "right", "right"]
     return printer.table(("total", "before", "after", "share"), rows, width=WIDTH, align=align)
-
-
-def _running(sites: Sequence[SiteReport]) -> list[str]:
-    """What weights run by, those of one answer together."""
-    alike: dict[tuple[RunsBy, ...], list[str]] = {}
-    for site in sites:
-        if site.runs_by:
-            alike.setdefault(site.runs_by, []).append(site.name)
-    return [_named("; ".join(map(str, runs_by)), names) for runs_by, names in alike.items()]
 
 
 def _named(what: str, names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,9 +14,9 @@ from torch import nn
 from tensorize import weight
 from tensorize.codegen import autotune, kernel, launch, triton_ops
 from tensorize.codegen.triton_work import NotCovered
-from tensorize.errors import TensorizeError
 from tensorize.ir import DENSE
 from tensorize.lazy import FactoredWeight
+from tensorize.progress import Progress
 from tensorize.report import RunsBy, SiteReport, attach, report
 from tensorize.work import Epilogue, Work
 
@@ -122,28 +122,46 @@ def kernels(model: nn.Module) -> dict[str, Kernel]:
     return found
 
 
-def tune_kernels(model: nn.Module, rows: Iterable[int] = (1, 16, 256, 4096)) -> int:
-    """Time the kernels of a compiled model on the GPU that it is on; returns how many won.
+class OfferedWorks(triton_ops.Launches):
+    """Launches that are noted, and never used."""
 
-    What is found is kept for this GPU; models compiled afterwards with ``backend="auto"`` use
-    kernels where they beat torch's own matmuls. This one does from now on.
+    def __init__(self) -> None:
+        self.works: dict[tuple[Work, torch.dtype], None] = {}
 
-    Raises:
-        TensorizeError: the model is not on a GPU.
-    """
-    device = device_of(model)
-    if device == "cpu":
-        raise TensorizeError("kernels are timed on a GPU", way_out="model.to('cuda')")
-    works = {
-        (Work((factors.spec,), epilogue=Epilogue(bias=bias)), factors.dtype)
+    def run(self, work: Work, x: torch.Tensor, measured: bool) -> bool:
+        if super().run(work, x, measured=False):
+            self.works[work, x.dtype] = None
+        return False
+
+
+def works_of(model: nn.Module) -> dict[tuple[Work, torch.dtype], None]:
+    """What the weights of a model compute by themselves, where kernels cover it."""
+    return {
+        (Work((factors.spec,), epilogue=Epilogue(bias=bias)), factors.dtype): None
         for _, factors in weight.factored(model)
         for bias in (False, True)
-        if triton_ops.contractions(factors.spec)
+        if factors.dtype in launch.DTYPES and triton_ops.contractions(factors.spec)
     }
+
+
+def tune(
+    works: Iterable[tuple[Work, torch.dtype]], rows: Sequence[int], device: str, tell: Progress
+) -> int:
+    """Time every work for these numbers of rows and keep the choices; how many kernels won.
+
+    Raises:
+        ValueError: the device is no GPU.
+    """
+    pairs = [(*work, count) for work in works for count in rows]
     won = 0
-    for work, dtype in sorted(works, key=str):
-        for count in rows:
-            with contextlib.suppress(NotCovered):
-                won += autotune.tune(work, dtype, count, device).wins
-    use_kernels(model, "auto")
+    for done, (work, dtype, count) in enumerate(pairs):
+        tell("timing kernels", done, len(pairs))
+        with contextlib.suppress(NotCovered):
+            won += autotune.tune(work, dtype, count, device).wins
+    tell("timing kernels", len(pairs), len(pairs))
     return won
+
+
+def measure_all(model: nn.Module) -> None:
+    """Let every weight that kernels cover be one operation that runs by what was measured."""
+    weight.use_kernels(model, partial(triton_ops.contractions, measured=True))

@@ -32,7 +32,7 @@ LAYERS = (
     ("runtime",),
     ("api",),
     ("training",),
-    ("backend", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
+    ("backend", "tuning", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

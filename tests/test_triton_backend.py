@@ -224,7 +224,7 @@ def test_choices_are_deterministic_and_never_kernels_where_nothing_was_measured(
 
 def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
-    autotune._records.cache_clear()
+    autotune.forget()
     cut = tiles.Tiles(rows=16, inner=32, outer=32)
     try:
         choice = autotune.Choice("forward", cut, ratio=0.5)
@@ -235,11 +235,10 @@ def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not autotune.wins(WORK, torch.bfloat16, 9, "cpu")
         assert autotune.source(WORK, torch.float32, 2, "cpu").tiles == cut
         autotune.place("cpu").write_text("damaged")
-        autotune._records.cache_clear()
+        autotune.forget()
         assert not autotune.wins(WORK, torch.float32, 9, "cpu")
     finally:
-        autotune._records.cache_clear()
-        autotune._source.cache_clear()
+        autotune.forget()
 
 
 def test_every_candidate_is_emitted() -> None:

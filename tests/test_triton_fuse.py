@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tensorize
-from tensorize import backend, graph_text
-from tensorize.codegen import launch
-from tensorize.passes.cleanup import RemoveDead, RemoveIdentities
-from tensorize.passes.fuse import FuseKernels
-from tensorize.passes.lowering import Lowered, lower, own_graph
+from tensorize import TTSpec, backend, graph_text, runtime
+from tensorize.codegen import autotune, launch, reference, tiles, triton_source
+from tensorize.passes.lowering import Lowered, own_graph
 from tensorize.runtime import launches
+from tensorize.work import Epilogue, Norm, Work, work_of
 from tests.kernels import holds_under_the_interpreter
 from tests.models import CASES, relative
 
@@ -89,14 +89,11 @@ def lowered(model: nn.Module, *inputs: Tensor, **options: object) -> Lowered:
 
 
 def traced(small: nn.Module, *inputs: Tensor) -> Lowered:
+    torch._dynamo.reset()  # so that these very shapes are seen
     seen: list[Lowered] = []
 
     def keep(graph: fx.GraphModule, values: list) -> object:
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        named = zip(nodes, values, strict=True)
-        parameters = {n.name: v for n, v in named if isinstance(v, nn.Parameter)}
-        steps = (RemoveIdentities(), FuseKernels(launches()), RemoveDead())
-        seen.append(lower(Lowered(own_graph(graph), parameters), steps))
+        seen.append(backend.fuse(graph, values, launches()))
         return seen[-1].graph.forward if launch.interpreting() else lambda *_: _stand_in(graph)
 
     with torch.no_grad():
@@ -278,7 +275,217 @@ def test_a_model_that_runs_by_torch_operations_is_left_alone() -> None:
         model, None, example_inputs=(X,), ranks={"*": 6}, formats="low_rank", backend="aten"
     )
     assert traced(small, X).fused == ()
-    assert not backend._runs_by_kernels(torch.fx.symbolic_trace(nn.Identity()))
+
+
+# ------------------------------------------------------------------- one first factor for several
+
+
+def of_one_first_factor() -> nn.Module:
+    """A gated layer whose gate and up have their first factor in common."""
+    small = by_kernels(Block(swiglu, RMSNorm(24)))
+    small.b.first.weight = small.a.first.weight
+    tensorize.weight.settle(small)
+    return small
+
+
+def test_weights_of_one_first_factor_are_one_launch_with_one_product() -> None:
+    works = [work for work, _ in traced(of_one_first_factor(), X).fused]
+    assert [work.fused for work in works] == [
+        "rms norm, 2 weights of one first factor, silu, gated",
+        "residual",
+    ]
+
+
+@here
+def test_eager_and_compiled_they_compute_their_product_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = of_one_first_factor()
+    exact = tensorize.densify(small).double()(X.double())
+    launched: list[str] = []
+    launch_it = launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda source, *t: (launched.append(source.name), launch_it(source, *t))
+    )
+    products = []
+    small.a.first.register_forward_hook(lambda *_: products.append("a"))
+    small.b.first.register_forward_hook(lambda *_: products.append("b"))
+    linear = F.linear
+    with torch.no_grad():
+        assert relative(small(X), exact) < 1e-6
+    assert products == ["a", "b"]  # hooks are kept: then every layer computes its own
+    small.a.first._forward_hooks.clear()
+    small.b.first._forward_hooks.clear()
+    read: list[Tensor] = []
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: (read.append(w), linear(x, w, *b))[1])
+    launched.clear()
+    with torch.no_grad():
+        assert relative(small(X), exact) < 1e-6
+    assert sum(w is small.a.first.weight for w in read) == 1
+    assert len(launched) == 1  # the third weight
+    monkeypatch.setattr(F, "linear", linear)
+    launched.clear()
+    with torch.no_grad():
+        assert relative(torch.compile(small, backend="tensorize")(X), exact) < 1e-6
+    assert launched == ["decode", "decode"]
+    small(X).sum().backward()
+    assert small.a.first.weight.grad is not None
+
+
+# --------------------------------------------------------------------------- chosen by measurement
+
+
+@pytest.fixture
+def measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This machine's cache of choices, empty, as if it were a GPU's."""
+    monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "known", lambda device: True)
+    autotune.forget()
+    yield
+    autotune.forget()
+
+
+def record(work: Work, rows: int, ratio: float, family: str = "decode") -> None:
+    cut = tiles.default_decode(work, torch.float32) if family == "decode" else tiles.Tiles(16, 16)
+    choice = autotune.Choice(family, cut, ratio)
+    autotune.keep(work, torch.float32, autotune.bucket(rows), "cpu", choice)
+
+
+PLAIN = Work((TTSpec.low_rank(24, 24, 6),), epilogue=Epilogue(bias=True))
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_a_launch_is_used_only_where_it_won() -> None:
+    small = runtime.use_kernels(by_kernels(Block(mlp)), "auto")
+    assert traced(small, X).fused == ()
+    gelu = replace(PLAIN, epilogue=Epilogue(bias=True, activation="gelu_tanh"))
+    record(gelu, 5, ratio=0.99)
+    assert traced(small, X).fused == ()
+    record(gelu, 5, ratio=0.5)
+    assert [work for work, _ in traced(small, X).fused] == [gelu]
+    assert traced(small, torch.randn(17, 24)).fused == ()  # where it was not measured
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_the_report_names_the_winner_and_the_ratio_for_every_range_of_rows() -> None:
+    model = Block(lambda m, x, y: m.a(y) + m.b(y) + m.c(y)).eval()
+    record(PLAIN, 1, ratio=0.6)
+    record(PLAIN, 16, ratio=1.5)
+    record(PLAIN, 64, ratio=0.8, family="forward")
+    small = tensorize.compile(
+        model, None, example_inputs=(X,), formats="low_rank", ranks={"a.weight": 6, "b.weight": 4}
+    )
+    found = tensorize.report(small)
+    sites = {site.name: [str(each) for each in site.runs_by] for site in found.sites}
+    assert sites == {
+        "a.weight": [
+            "up to 1 rows: decode (the kernel takes 0.60 of the library's time)",
+            "up to 16 rows: library (the kernel takes 1.50 of the library's time)",
+            "up to 64 rows: forward (the kernel takes 0.80 of the library's time)",
+            "65 rows and more: library (not measured)",
+        ],
+        "b.weight": ["1 rows and more: library (not measured)"],
+        "c.weight": [],
+    }
+    assert "up to 64 rows: forward" in str(found)
+    assert tensorize.Report.from_dict(found.to_dict()) == found
+
+
+@here
+@pytest.mark.usefixtures("measured_here")
+def test_what_runs_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    record(PLAIN, 1, ratio=0.6)
+    record(PLAIN, 16, ratio=1.5)
+    small = runtime.use_kernels(by_kernels(Block(lambda m, x, y: m.a(y))), "auto")
+    exact = tensorize.densify(small).double()
+    launched: list[str] = []
+    launch_it = launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda source, *t: (launched.append(source.name), launch_it(source, *t))
+    )
+    with torch.no_grad():
+        for rows, wanted in ((1, ["decode"]), (5, []), (30, [])):
+            x = torch.randn(rows, 24)
+            launched.clear()
+            assert relative(small(x), exact(x.double())) < 1e-6
+            assert launched == wanted
+    launched.clear()
+    small(torch.randn(1, 24)).sum().backward()  # nobody measures gradients
+    assert launched == []
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_what_is_timed_are_the_weights_and_what_graphs_offer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = by_kernels(Block(swiglu, RMSNorm(24)))
+    timed: list[tuple[str, int]] = []
+    told: list[tuple[str, int, int]] = []
+
+    def tune(work: Work, dtype: torch.dtype, rows: int, device: str) -> autotune.Choice:
+        timed.append((work.fused, rows))
+        return autotune.Choice("decode", tiles.Tiles(), 0.5)
+
+    monkeypatch.setattr(autotune, "tune", tune)
+    monkeypatch.setattr(runtime, "device_of", lambda model: "cuda:0")
+    monkeypatch.setattr(autotune, "recorded", lambda *_: None)
+    won = tensorize.tune_kernels(
+        small, [1], example_inputs=(X,), progress=lambda *step: told.append(step)
+    )
+    assert {what for what, _ in timed} == {
+        "",
+        "residual",
+        "2 weights, silu, gated",
+        "rms norm, 2 weights, silu, gated",
+    }
+    assert won == len(timed) == told[-1][1] == told[-1][2]
+    assert tensorize.report(small).backend == "auto"
+
+
+def test_every_operation_that_is_timed_has_its_inputs() -> None:
+    work = Work(
+        (TTSpec.low_rank(24, 20, 6), TTSpec.low_rank(24, 20, 6)),
+        norm=Norm("layer", 1e-5),
+        epilogue=Epilogue(bias=True, residual=True),
+        gated=True,
+        shared=True,
+    )
+    source = triton_source.forward(work, tiles.default(work, torch.float32))
+    assert len(work.input_shapes(3)) == len(source.inputs) == 9
+    assert work_of(work.to_text()) == work
+    (y,) = reference.run(work, [torch.randn(shape) for shape in work.input_shapes(3)])
+    assert y.shape == (3, 24)
+
+
+# ------------------------------------------------------------------------------ saved and loaded
+
+
+def test_a_saved_model_runs_by_what_it_was_compiled_for(tmp_path: Path) -> None:
+    small = by_kernels(Block(swiglu, RMSNorm(24)))
+    tensorize.save(small, tmp_path)
+    again = tensorize.load(tmp_path, Block(swiglu, RMSNorm(24)))
+    found = tensorize.report(again)
+    assert found.backend == "triton"
+    assert len(traced(again, X).fused) == 2
+    where = "as asked" if launch.interpreting() else "move the model to a GPU"
+    assert all(where in site.runs_by[0].why for site in found.sites)
+    other = tensorize.compile(Block(mlp).eval(), 0.5, example_inputs=(X,), backend="aten")
+    tensorize.save(other, tmp_path)
+    again = tensorize.load(tmp_path, Block(mlp))
+    assert tensorize.report(again).backend == "aten"
+    assert traced(again, X).fused == ()
+
+
+# -------------------------------------------------------------------------------- the operation
+
+
+@here
+def test_the_operation_passes_opcheck() -> None:
+    work = Work((PLAIN.specs[0],) * 2, norm=Norm("rms", 1e-6))
+    shapes = work.input_shapes(3)
+    inputs = [torch.randn(shape) for shape in shapes]
+    for x in (inputs[0], torch.randn(2, 3, 24), torch.randn(0, 24), torch.randn(24, 5).t()):
+        torch.library.opcheck(torch.ops.tensorize.triton_fused, ([x, *inputs[1:]], work.to_text()))
 
 
 # ------------------------------------------------------------------------------- real models
