@@ -317,7 +317,7 @@ class Launches:
     contract = torch.ops.tensorize.triton_contract.default
     fused = torch.ops.tensorize.triton_fused.default
 
-    def run(self, work: Work, x: Tensor, measured: bool) -> bool:
+    def uses(self, work: Work, x: Tensor, measured: bool) -> bool:
         """Whether a launch is used for x; ``measured``: only where it was seen to win."""
         if x.dtype not in launch.DTYPES:
             return False

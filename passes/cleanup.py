@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from tensorize.passes.lowering import Lowered, argument, memory_of, value_of
+from tensorize.passes.lowering import Lowered, argument, memory_of, value_of, written
 
 # Only what is known to change nothing: a graph of torch functions also holds writes into tensors,
 # and random draws that the next ones depend on.
@@ -67,13 +67,13 @@ class RemoveIdentities:
     name: str = "identities"
 
     def run(self, program: Lowered) -> Lowered:
-        graph, count = program.graph.graph, 0
-        for node in list(graph.nodes):
-            if _gives_back_its_input(node):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-                count += 1
-        return replace(program, summary=f"{count} calls removed that changed nothing")
+        graph = program.graph.graph
+        changed = written(graph)  # dynamo does not know that dropout's result is its input
+        gone = [n for n in graph.nodes if _gives_back_its_input(n) and memory_of(n) not in changed]
+        for node in gone:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        return replace(program, summary=f"{len(gone)} calls removed that changed nothing")
 
 
 _MAYBE_IDENTITIES = {"contiguous", "float", "to", "type_as"}

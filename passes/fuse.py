@@ -40,7 +40,7 @@ class Kernels(Protocol):
     contract: Any
     fused: Any
 
-    def run(self, work: Work, x: Tensor, measured: bool) -> bool:
+    def uses(self, work: Work, x: Tensor, measured: bool) -> bool:
         """Whether a launch is used for x; ``measured``: only where it was seen to win."""
         ...
 
@@ -62,34 +62,36 @@ class FuseKernels:
             # A launch before may have given its input a new node, so readers are asked for now.
             readers = list(node.args[0].users)
             seen.update(readers)
-            found = (self._weight(reader, changed) for reader in readers)
+            found = (self._weight(reader) for reader in readers)
             for weights in _alike_in_kind([weight for weight in found if weight is not None]):
                 for launch in _launches(weights, changed):
-                    attempts = (*_with_norm(launch, changed), launch)
-                    used = next((each for each in attempts if self._used(each)), None)
+                    attempts = (*_with_norm(launch), launch)
+                    used = next((each for each in attempts if self._used(each, changed)), None)
                     if used is not None:
                         _replace(graph, used, self.kernels.fused)
                         fused.append(_record(used, program.parameters))
         many = f"{len(fused)} launches take in what is around their weights"
         return replace(program, fused=tuple(fused), summary=many)
 
-    def _weight(self, node: fx.Node, changed: set[int]) -> _Weight | None:
+    def _weight(self, node: fx.Node) -> _Weight | None:
         """A call of one weight, whose result alone is used."""
         if node.target is not self.kernels.contract:
             return None
         x, cores, bias, spec, contract, saved, measured = node.args
         y = _only_user(node)
-        if saved or y is None or y.target is not operator.getitem or memory_of(x) in changed:
+        if saved or y is None or y.target is not operator.getitem:
             return None
         spec = TTSpec.from_dict(json.loads(spec))
         return _Weight(node, y, x, tuple(cores), bias, spec, contract, measured)
 
-    def _used(self, launch: _Launch) -> bool:
+    def _used(self, launch: _Launch, changed: set[int]) -> bool:
         x, work = value_of(launch.x), launch.work
         if x is None or not work.fused:  # one weight by itself is what it was
             return False
+        if any(memory_of(node) in changed for node in launch.inputs):
+            return False
         known = all(node < min(launch.results) for node in launch.inputs)
-        return known and self.kernels.run(work, x, launch.weights[0].measured)
+        return known and self.kernels.uses(work, x, launch.weights[0].measured)
 
 
 # ------------------------------------------------------------------------------ what one launch is
@@ -216,7 +218,7 @@ def _followed(launch: _Launch, changed: set[int]) -> _Launch:
     for add in (_with_activation, _with_scale, _with_residual):
         (result,) = launch.results
         user = _next(result, changed)
-        launch = launch if user is None else add(launch, user, changed)
+        launch = launch if user is None else add(launch, user)
     return launch
 
 
@@ -227,24 +229,24 @@ def _further(launch: _Launch, user: fx.Node, **epilogue: Any) -> _Launch:
     return replace(launch, results=(user,), taken=taken, epilogue=what)
 
 
-def _with_activation(launch: _Launch, user: fx.Node, changed: set[int]) -> _Launch:
+def _with_activation(launch: _Launch, user: fx.Node) -> _Launch:
     activation = None if launch.gated else _activation(user)
     return launch if activation is None else _further(launch, user, activation=activation)
 
 
-def _with_scale(launch: _Launch, user: fx.Node, changed: set[int]) -> _Launch:
+def _with_scale(launch: _Launch, user: fx.Node) -> _Launch:
     numbers = [value for value in user.args if type(value) in (int, float)]
     if user.target not in _TIMES or len(numbers) != 1:
         return launch
     return _further(launch, user, scale=float(numbers[0]))
 
 
-def _with_residual(launch: _Launch, user: fx.Node, changed: set[int]) -> _Launch:
+def _with_residual(launch: _Launch, user: fx.Node) -> _Launch:
     (result,) = launch.results
     others = [value for value in user.args if value is not result]
     if user.target not in _PLUS or user.kwargs or len(others) != 1:
         return launch
-    if not _alike(others[0], result) or memory_of(others[0]) in changed:
+    if not _alike(others[0], result):
         return launch
     return replace(_further(launch, user, residual=True), residual=tuple(others))
 
@@ -290,7 +292,7 @@ def _alike(one: Any, other: Any) -> bool:
 # ----------------------------------------------------------------------------- before the weights
 
 
-def _with_norm(launch: _Launch, changed: set[int]) -> Iterator[_Launch]:
+def _with_norm(launch: _Launch) -> Iterator[_Launch]:
     """With the norm that nothing but its weights reads, if there is one."""
     weights = {weight.node for weight in launch.weights}
     found = _one_function(launch.x) or _written_out(launch.x)
@@ -301,7 +303,7 @@ def _with_norm(launch: _Launch, changed: set[int]) -> Iterator[_Launch]:
     read_elsewhere = any(set(node.users) - inside for node in between)
     width = value_of(launch.x).shape[-1:]  # type: ignore[union-attr]
     fits = all(_is_scale(scale, width, launch.x) for scale in scales)
-    if read_elsewhere or not fits or not _alike(x, launch.x) or memory_of(x) in changed:
+    if read_elsewhere or not fits or not _alike(x, launch.x):
         return
     taken = (*launch.taken, *between, launch.x)
     yield replace(launch, x=x, norm=norm, scales=tuple(scales), taken=taken)

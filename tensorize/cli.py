@@ -66,6 +66,14 @@ class Refine(StrEnum):
     polish = "polish"
 
 
+class Backend(StrEnum):
+    """What weights run by."""
+
+    auto = "auto"
+    aten = "aten"
+    triton = "triton"
+
+
 class Metric(StrEnum):
     """How a weight's error is weighed."""
 
@@ -173,6 +181,13 @@ def compile_command(
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     dtype: DtypeOption = Dtype.auto,
+    backend: Annotated[
+        Backend,
+        typer.Option(
+            help="What weights run by once the model is loaded: torch's matmuls (aten), kernels "
+            "(triton), or kernels where they were measured to be faster (auto)."
+        ),
+    ] = Backend.auto,
     autotune: Annotated[
         bool, typer.Option(help="Time the contraction orders of tensor trains on this machine.")
     ] = False,
@@ -218,6 +233,7 @@ def compile_command(
                     "--refine": refine not in (Refine.auto, Refine.none),
                     "--max-memory": max_memory is not None,
                     "--dtype": dtype is not Dtype.auto,
+                    "--backend": backend is not Backend.auto,
                     "--autotune": autotune,
                     "--emit": emit is not None,
                 }
@@ -241,6 +257,7 @@ def compile_command(
                 include=include or None,
                 exclude=exclude or None,
                 formats=chosen,
+                backend=backend.value,
                 autotune=autotune,
                 inplace=True,
                 seed=seed,

@@ -128,8 +128,8 @@ class OfferedWorks(triton_ops.Launches):
     def __init__(self) -> None:
         self.works: dict[tuple[Work, torch.dtype], None] = {}
 
-    def run(self, work: Work, x: torch.Tensor, measured: bool) -> bool:
-        if super().run(work, x, measured=False):
+    def uses(self, work: Work, x: torch.Tensor, measured: bool) -> bool:
+        if super().uses(work, x, measured=False):
             self.works[work, x.dtype] = None
         return False
 

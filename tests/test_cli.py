@@ -157,8 +157,11 @@ def test_kernels_are_written_and_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = ("compile", "clinet:make", "--budget", "0.5", "--out", "small", "--json")
-    result = invoke(*arguments, "--emit", "kernels", "--target", "hip:gfx90a")
+    result = invoke(
+        *arguments, "--backend", "triton", "--emit", "kernels", "--target", "hip:gfx90a"
+    )
     assert result.exit_code == 0, result.output
+    assert read_report("small").backend == "triton"
     told = json.loads(result.stdout)["kernels"]
     assert json.loads(Path("kernels/kernels.json").read_text()) == told
     assert told["up.weight.forward"]["hip:gfx90a"]["spills"] == 0

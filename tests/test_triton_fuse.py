@@ -204,6 +204,12 @@ def written_to(m: Block, x: Tensor, y: Tensor) -> Tensor:
     return a - m.b(y)
 
 
+def residual_written(m: Block, x: Tensor, y: Tensor) -> Tensor:
+    y = y + 1
+    y[0] = m.b(x)[0]
+    return m.a(x * 2) + y
+
+
 def broadcast(m: Block, x: Tensor, y: Tensor) -> Tensor:
     return m.a(y) + x[:1]
 
@@ -222,6 +228,7 @@ NOT_FUSED = {
     ),
     "a product of which something else reads a part": (Block(activated_twice), ["2 weights"]),
     "an input that is written to": (Block(written_to), []),
+    "a residual that is written to": (Block(residual_written), []),
     "a residual of another shape": (Block(broadcast), []),
     "an activation in place": (Block(in_place), []),
 }
@@ -525,6 +532,17 @@ def test_models_of_hugging_face(name: str, ranks: dict, wanted: dict) -> None:
     assert {what: len(names) for what, names in found.fused} == wanted
     assert "fused in compiled graphs" in str(found)
     assert tensorize.Report.from_dict(found.to_dict()) == found
+
+
+@here
+@pytest.mark.slow
+def test_inductor_takes_what_is_left() -> None:
+    small = by_kernels(Block(swiglu, RMSNorm(24)))
+    exact = tensorize.densify(small).double()
+    compiled = torch.compile(small, backend="tensorize", options={"inner": "inductor"})
+    with torch.no_grad():
+        assert relative(compiled(X), exact(X.double())) < 1e-6
+    assert len(tensorize.report(small).fused) == 2
 
 
 @here
