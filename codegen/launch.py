@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,17 @@ def load(text: str) -> dict[str, Any]:
 
 
 def stages(source: Source, vendor: str) -> int:
-    return min(source.tiles.stages, MOST_STAGES[vendor])
+    """Tiles in flight: as many as are asked for, where the target and its compiler can."""
+    most = MOST_STAGES[vendor]
+    if vendor == "hip" and _version() < (3, 7):
+        most = 1  # 3.6 holds them in registers, more than there are
+    return min(source.tiles.stages, most)
+
+
+@lru_cache
+def _version() -> tuple[int, ...]:
+    """Of triton, as (major, minor)."""
+    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
 
 
 # ------------------------------------------------------------------------------ ahead of time

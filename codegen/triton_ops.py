@@ -271,11 +271,12 @@ class TritonContraction:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cores = x.to(dtype), [core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
-        training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-        unmeasured = self.measured and (training or (torch.is_grad_enabled() and x.requires_grad))
-        if x.dtype not in launch.DTYPES or cores[0].dtype != x.dtype or unmeasured:
+        learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
+        known = x.dtype in launch.DTYPES and cores[0].dtype == x.dtype
+        if not known or (self.measured and gradients):
             return ops.matmul(ops.contractions(self.spec), cores, x, self.contract, bias)
-        saved = training and self.gradients
+        saved = learning and self.gradients
         y, _ = _contract(x, list(cores), bias, self.text, self.contract, saved, self.measured)
         return y
 

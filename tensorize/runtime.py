@@ -34,16 +34,14 @@ def use_kernels(model: nn.Module, backend: str) -> nn.Module:
     """Let weights run by the kernels that ``backend`` asks for; the report says which do."""
     measured, device = backend == "auto", device_of(model)
     found = report(model)
-    sites = found.sites
+    sites = tuple(replace(site, runs_by=()) for site in found.sites)  # what was saved is of there
     if backend == "triton" or (measured and autotune.known(device)):
         build = partial(triton_ops.contractions, measured=measured)
         count = weight.use_kernels(model, build)
         log.info("%d weights run by kernels", count)
         factors = dict(weight.factored(model))
-        sites = tuple(
-            replace(site, runs_by=_runs_by(model, site, factors, device, measured))
-            for site in sites
-        )
+        answers = (_runs_by(model, site, factors, device, measured) for site in sites)
+        sites = tuple(replace(s, runs_by=a) for s, a in zip(sites, answers, strict=True))
     attach(model, replace(found, backend=backend, sites=sites))
     return model
 
@@ -68,20 +66,29 @@ def _runs_by(
     why = triton_ops.why_not(held.spec)
     if why is not None:
         return library(why)
-    owner, leaf = weight.owner_of(model, site.name)
+    owner, _ = weight.owner_of(model, site.name)
     if isinstance(owner, weight.LowRankLinear) and owner.input_product is not None:
         return library("one product with a first factor, in compiled graphs one launch, serves all")
     if not measured:
         here = device != "cpu" or launch.interpreting()
         why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
         return (RunsBy(1, None, "kernels", why=why),)
-    bias = leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
-    work = Work((held.spec,), epilogue=Epilogue(bias=bias))
+    work = Work((held.spec,), epilogue=Epilogue(bias=_has_bias(model, site.name)))
+    return _measured(work, held.dtype, device)
+
+
+def _has_bias(model: nn.Module, name: str) -> bool:
+    owner, leaf = weight.owner_of(model, name)
+    return leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
+
+
+def _measured(work: Work, dtype: torch.dtype, device: str) -> tuple[RunsBy, ...]:
+    """The winner for every range of rows; ranges that were not measured are one."""
     found: list[RunsBy] = []
     first = 1
     for most in autotune.BUCKETS:
         last = None if most == autotune.BUCKETS[-1] else most
-        choice = autotune.recorded(work, held.dtype, most, device)
+        choice = autotune.recorded(work, dtype, most, device)
         if choice is None:
             now = RunsBy(first, last, "library", why="not measured")
         else:
@@ -113,10 +120,8 @@ def kernels(model: nn.Module) -> dict[str, Kernel]:
             factors = next((w for n, w in weight.factored(model) if n == name), None)
             if factors is None or factors.spec.batch or factors.dtype not in launch.DTYPES:
                 continue
-            owner, leaf = weight.owner_of(model, name)
-            bias = leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
-            lookup = "embedding" in site.kind
-            made = kernel.of_weight(factors.spec, factors.dtype, bias=bias, lookup=lookup)
+            known = {"bias": _has_bias(model, name), "lookup": "embedding" in site.kind}
+            made = kernel.of_weight(factors.spec, factors.dtype, **known)
             found |= {f"{name}.{k}": replace(v, name=f"{name}.{k}") for k, v in made.items()}
             break
     return found

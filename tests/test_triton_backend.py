@@ -106,6 +106,20 @@ def test_compiled_and_exported() -> None:
 
 
 @here
+@pytest.mark.slow  # it compiles C++
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch warns of itself
+def test_aot_inductor_calls_the_operations(tmp_path: Path) -> None:
+    """In this process, which knows them; a process without tensorize does not."""
+    model = compiled("triton")
+    wanted = model(IDS)
+    program = torch.export.export(model, (IDS,))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(IDS), wanted)
+
+
+@here
 def test_hooks_of_a_factor_are_run() -> None:
     model = compiled("triton")
     wanted, seen = model(IDS), []
