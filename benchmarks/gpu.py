@@ -208,11 +208,11 @@ def copies(nbytes: int, tokens: int = 1) -> int:
     return max(4, min(MOST_COPIES, ROTATED // max(nbytes, 1)))
 
 
-def check(y: Tensor, wanted: Tensor) -> float:
+def check(y: Tensor, wanted: Tensor, most: float = ERROR) -> float:
     """Relative error on some rows, against float64."""
     few = y[: len(wanted)].double()
     error = float((few - wanted).norm() / wanted.norm())
-    if not error < ERROR:
+    if not error < most:
         raise AssertionError(f"wrong: a relative error of {error:.3g}")
     return error
 
@@ -418,7 +418,8 @@ def layers(clock: Clock, sizes: Sizes, share: float, tokens: int, context: int) 
     weight.use_kernels(small, triton_ops.contractions)
     options = {"inner": "eager"}
     kernels = torch.compile(small, backend="tensorize", dynamic=False, options=options)
-    found["error"] = check(kernels(x, *past)[0], wanted[0, :64].double())
+    # Both are rounded after every step, of which one follows the other some ten times.
+    found["error"] = check(kernels(x, *past)[0], wanted[0, :64].double(), 10 * ERROR)
     found["kernels"] = clock.graph([partial(kernels, x, *past)])
     return found
 
