@@ -1,6 +1,7 @@
 """Low rank on a GPU: what is ideal, the dense layer, two library matmuls, and kernels.
 
-    python -m benchmarks.gpu            # one GPU, under 8 minutes; --smoke checks arguments only
+    python -m benchmarks.gpu            # one GPU, under 8 minutes
+    python -m benchmarks.gpu --smoke    # every step at a tiny size, without a GPU interpreted
 
 Rooflines are measured first (copy, matmul), by the same clock as everything after. Buffers rotate
 through more memory than the cache holds, data are random, and every result is compared with the
@@ -11,25 +12,74 @@ eager. Ideal: the larger of FLOPs at the measured matmul rate and bytes at the m
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.record import keep
-from tensorize.codegen import autotune, launch, tiles, triton_source
-from tensorize.codegen.triton_work import Epilogue, NotCovered, Work
+from tensorize import weight
+from tensorize.codegen import autotune, launch, tiles, triton_ops, triton_source
+from tensorize.codegen.triton_work import NotCovered
 from tensorize.ir import TTSpec
+from tensorize.work import Epilogue, Work
 
-SHAPES = ((4096, 4096), (8192, 8192), (11008, 4096))
-RANKS = (64, 128, 256, 512, 1024)
-TOKENS = (1, 16, 256, 4096, 32768)
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: weights (m, n), ranks and rows of the grid; and the shape of a layer.
+
+    ``wide`` is what the roofline's matmul and copy are of, ``fused`` are ranks and tokens of gate
+    and up, ``shares`` what the layer keeps of its weights, ``context`` what its decode step sees.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    ranks: tuple[int, ...]
+    tokens: tuple[int, ...]
+    wide: int
+    hidden: int
+    inner: int
+    heads: int
+    context: int
+    fused: tuple[tuple[int, int], ...]
+    trained: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+FULL = Sizes(
+    shapes=((4096, 4096), (8192, 8192), (11008, 4096)),
+    ranks=(64, 128, 256, 512, 1024),
+    tokens=(1, 16, 256, 4096, 32768),
+    wide=8192,
+    hidden=4096,
+    inner=11008,
+    heads=32,
+    context=4096,
+    fused=((128, 4096), (128, 1), (256, 4096)),
+    trained=(128, 512),
+    shares=(0.25, 0.1),
+)
+SMOKE = Sizes(
+    shapes=((64, 64),),
+    ranks=(16,),
+    tokens=(1, 20),
+    wide=64,
+    hidden=64,
+    inner=96,
+    heads=2,
+    context=8,
+    fused=((16, 20), (16, 1)),
+    trained=(16,),
+    shares=(0.5,),
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
 ROTATED = 256 << 20
 """Bytes that the copies of a cell's weights take together, at least: five times an L2 cache."""
@@ -61,11 +111,11 @@ class Cell:
         return 2 * (self.rank + self.tokens) * (self.m + self.n)
 
 
-def grid(smoke: bool) -> Iterator[Cell]:
+def grid(sizes: Sizes) -> Iterator[Cell]:
     """Every cell that makes sense: those most looked at first."""
-    for m, n in SHAPES[: 1 if smoke else None]:
-        for rank in RANKS[: 1 if smoke else None]:
-            for tokens in TOKENS[: 2 if smoke else None]:
+    for m, n in sizes.shapes:
+        for rank in sizes.ranks:
+            for tokens in sizes.tokens:
                 yield Cell(m, n, rank, tokens)
 
 
@@ -80,6 +130,8 @@ class Clock:
 
     def graph(self, calls: Sequence[Callable[[], object]]) -> float:
         """Of one call, from a CUDA graph of them all: no launch is paid twice."""
+        if DEVICE == "cpu":
+            return self.eager(calls)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -107,6 +159,11 @@ class Clock:
         samples = []
         call()
         for _ in range(self.rounds):
+            if DEVICE == "cpu":
+                began = time.perf_counter()
+                call()
+                samples.append(1e6 * (time.perf_counter() - began))
+                continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -128,20 +185,20 @@ class Roof:
         return 1e6 * max(flops / self.flops, nbytes / self.bandwidth)
 
 
-def roof(clock: Clock) -> Roof:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
+def roof(clock: Clock, wide: int) -> Roof:
+    a, b = (torch.randn(wide, wide, device=DEVICE, dtype=DTYPE) for _ in range(2))
     matmul = clock.graph([lambda: a @ b] * 4)
-    source = torch.randn(1 << 28, device="cuda", dtype=DTYPE)
+    source = torch.randn(4 * wide * wide, device=DEVICE, dtype=DTYPE)
     target = torch.empty_like(source)
     copy = clock.graph([lambda: target.copy_(source)] * 4)
-    return Roof(2 * 8192**3 / (1e-6 * matmul), 2 * source.nbytes / (1e-6 * copy))
+    return Roof(2 * wide**3 / (1e-6 * matmul), 2 * source.nbytes / (1e-6 * copy))
 
 
 # ---------------------------------------------------------------------------------- the grid
 
 
 def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=DTYPE) / shape[-1] ** 0.5
+    return torch.randn(shape, device=DEVICE, dtype=DTYPE) / shape[-1] ** 0.5
 
 
 def copies(nbytes: int, tokens: int = 1) -> int:
@@ -151,11 +208,11 @@ def copies(nbytes: int, tokens: int = 1) -> int:
     return max(4, min(MOST_COPIES, ROTATED // max(nbytes, 1)))
 
 
-def check(y: Tensor, wanted: Tensor) -> float:
+def check(y: Tensor, wanted: Tensor, most: float = ERROR) -> float:
     """Relative error on some rows, against float64."""
     few = y[: len(wanted)].double()
     error = float((few - wanted).norm() / wanted.norm())
-    if not error < ERROR:
+    if not error < most:
         raise AssertionError(f"wrong: a relative error of {error:.3g}")
     return error
 
@@ -163,8 +220,8 @@ def check(y: Tensor, wanted: Tensor) -> float:
 def exact(x: Tensor, *weights: Tensor) -> Tensor:
     """x W₁ᵀ W₂ᵀ … of some rows, in float64."""
     y = x[:64].double()
-    for weight in weights:
-        y = y @ weight.double().t()
+    for factor in weights:
+        y = y @ factor.double().t()
     return y
 
 
@@ -176,6 +233,22 @@ def two_matmuls(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return F.linear(F.linear(x, first), second)
 
 
+@lru_cache
+def dense(m: int, n: int, tokens: int, clock: Clock) -> dict[str, float]:
+    """The dense layer, which ranks have in common: in a CUDA graph, eager, compiled by torch."""
+    xs = [draw(tokens, n) for _ in range(4)]
+    weights = [draw(m, n) for _ in range(min(copies(2 * m * n), 8))]
+    calls = [partial(dense_layer, xs[k % 4], w) for k, w in enumerate(weights)]
+    torch._dynamo.reset()
+    faster = torch.compile(dense_layer, dynamic=False)
+    compiled = [partial(faster, xs[k % 4], w) for k, w in enumerate(weights)]
+    return {
+        "dense": clock.graph(calls),
+        "dense eager": clock.eager(calls),
+        "dense compiled": clock.graph(compiled),
+    }
+
+
 def measure(cell: Cell, clock: Clock, ceiling: Roof) -> dict[str, Any]:
     """Times of one cell in microseconds, and errors of what was timed."""
     count = copies(2 * cell.rank * (cell.m + cell.n), cell.tokens)
@@ -183,13 +256,10 @@ def measure(cell: Cell, clock: Clock, ceiling: Roof) -> dict[str, Any]:
     pairs = [
         (xs[k % len(xs)], draw(cell.rank, cell.n), draw(cell.m, cell.rank)) for k in range(count)
     ]
-    weights = [draw(cell.m, cell.n) for _ in range(min(copies(2 * cell.m * cell.n), 8))]
-    dense = [partial(dense_layer, xs[k % len(xs)], w) for k, w in enumerate(weights)]
-    y = torch.empty(cell.tokens, cell.m, device="cuda", dtype=DTYPE)
+    y = torch.empty(cell.tokens, cell.m, device=DEVICE, dtype=DTYPE)
     found: dict[str, Any] = {
         "ideal": ceiling.ideal(cell.flops, cell.bytes),
-        "dense": clock.graph(dense),
-        "dense eager": clock.eager(dense),
+        **dense(cell.m, cell.n, cell.tokens, clock),
         "two matmuls": clock.graph([partial(two_matmuls, *pair) for pair in pairs]),
     }
     work = Work((TTSpec.low_rank(cell.m, cell.n, cell.rank),))
@@ -210,25 +280,24 @@ def measure(cell: Cell, clock: Clock, ceiling: Roof) -> dict[str, Any]:
     library = found["two matmuls"]
     found["ours"] = min(library, found.get("kernel", library))
     found["winner"] = "two matmuls" if found["ours"] == library else found["family"]
-    if best is not None:
+    if best is not None and DEVICE != "cpu":
         choice = replace(best[1], ratio=best[0] / library)
-        autotune.keep(work, DTYPE, autotune.bucket(cell.tokens), "cuda", choice)
+        autotune.keep(work, DTYPE, autotune.bucket(cell.tokens), DEVICE, choice)
     return found
 
 
 # ------------------------------------------------------------------------------ fused projections
 
 
-def gated(clock: Clock, rank: int, tokens: int) -> dict[str, float]:
-    """silu(gate) · up of a 7B model: one launch, four matmuls, and those with the product."""
+def gated(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float]:
+    """silu(gate) · up of the layer: one launch, four matmuls, and those with the product."""
+    into, out = sizes.hidden, sizes.inner
     work = Work(
-        (TTSpec.low_rank(11008, 4096, rank),) * 2,
-        gated=True,
-        epilogue=Epilogue(activation="silu"),
+        (TTSpec.low_rank(out, into, rank),) * 2, gated=True, epilogue=Epilogue(activation="silu")
     )
-    x, a, b = draw(tokens, 4096), draw(rank, 4096), draw(rank, 4096)
-    u, v = draw(11008, rank), draw(11008, rank)
-    y = torch.empty(tokens, 11008, device="cuda", dtype=DTYPE)
+    x, a, b = draw(tokens, into), draw(rank, into), draw(rank, into)
+    u, v = draw(out, rank), draw(out, rank)
+    y = torch.empty(tokens, out, device=DEVICE, dtype=DTYPE)
     few = tokens <= tiles.FEW_ROWS
     cut = tiles.default_decode(work, DTYPE, tokens) if few else tiles.default(work, DTYPE)
     source = (triton_source.decode if few else triton_source.forward)(work, cut)
@@ -253,11 +322,12 @@ def gated(clock: Clock, rank: int, tokens: int) -> dict[str, float]:
     }
 
 
-def projections(clock: Clock, tokens: int) -> dict[str, float]:
+def projections(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float]:
     """q, k, v of one input: one launch, and three pairs of matmuls."""
-    work = Work(tuple(TTSpec.low_rank(m, 4096, 128) for m in (4096, 1024, 1024)))
-    x, cores = draw(tokens, 4096), [[draw(*s) for s in spec.core_shapes] for spec in work.specs]
-    ys = [torch.empty(tokens, m, device="cuda", dtype=DTYPE) for m in work.outs]
+    into = sizes.hidden
+    work = Work(tuple(TTSpec.low_rank(m, into, rank) for m in (into, into // 4, into // 4)))
+    x, cores = draw(tokens, into), [[draw(*s) for s in spec.core_shapes] for spec in work.specs]
+    ys = [torch.empty(tokens, m, device=DEVICE, dtype=DTYPE) for m in work.outs]
     source = triton_source.decode(work, tiles.default_decode(work, DTYPE, tokens))
 
     def three() -> list[Tensor]:
@@ -275,58 +345,116 @@ def projections(clock: Clock, tokens: int) -> dict[str, float]:
     }
 
 
-def fused(clock: Clock) -> dict[str, Any]:
+def fused(clock: Clock, sizes: Sizes) -> dict[str, Any]:
     """Several weights of one input in one launch."""
     found: dict[str, Any] = {}
-    for rank, tokens in ((128, 4096), (128, 1), (256, 4096)):
-        found[f"gate·up r{rank} T{tokens}"] = gated(clock, rank, tokens)
+    for rank, tokens in sizes.fused:
+        found[f"gate·up r{rank} T{tokens}"] = gated(clock, sizes, rank, tokens)
+    rank = sizes.fused[0][0]
     for tokens in (1, 16):
-        found[f"q, k, v r128 T{tokens}"] = projections(clock, tokens)
+        found[f"q, k, v r{rank} T{tokens}"] = projections(clock, sizes, rank, tokens)
     return found
 
 
-def linears(clock: Clock, share: float, tokens: int) -> dict[str, float]:
-    """All linears of a Llama-7B layer: prefill and decode without attention."""
-    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    ranks = [64 * max(1, round(share * m * n / (m + n) / 64)) for m, n in shapes]
-    dense = [partial(dense_layer, draw(tokens, n), draw(m, n)) for m, n in shapes]
-    library, ours = [], []
-    for (m, n), rank in zip(shapes, ranks, strict=True):
-        x, first, second = draw(tokens, n), draw(rank, n), draw(m, rank)
-        y = torch.empty(tokens, m, device="cuda", dtype=DTYPE)
-        library.append(partial(two_matmuls, x, first, second))
-        try:
-            work = Work((TTSpec.low_rank(m, n, rank),))
-            source = autotune.source(work, DTYPE, tokens, "cuda")
-            ours.append(partial(launch.run, source, x, second, first, y))
-        except NotCovered:
-            ours.append(library[-1])
-    calls = {"dense": dense, "two matmuls": library, "kernels": ours}
-    return {name: len(shapes) * clock.graph(each) for name, each in calls.items()}
+# ------------------------------------------------------------------------------ a whole layer
 
 
-def training(clock: Clock) -> dict[str, Any]:
-    """Forward and backward of one layer, eager: torch's own against the kernels'."""
-    from tensorize.codegen.triton_ops import contractions
+class Layer(nn.Module):
+    """A decoder layer of Llama's shape: norms, attention over a context, a gated MLP.
 
+    Positions are left out: they cost all variants the same, and next to nothing.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        width, self.heads = sizes.hidden, sizes.heads
+        self.before, self.after = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, sizes.inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(sizes.inner, width, bias=False)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """x (1, T, hidden); keys and values of the context (1, heads, C, hidden / heads)."""
+        y = self.before(x)
+        q, k, v = (
+            project(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q, self.k, self.v)
+        )
+        alone = keys.shape[2] == 0  # then later tokens are masked; one more sees all of the context
+        k, v = (k, v) if alone else (torch.cat([keys, k], 2), torch.cat([values, v], 2))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=alone)
+        x = x + self.o(seen.transpose(1, 2).flatten(2))
+        y = self.after(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def compressed(sizes: Sizes, share: float) -> Layer:
+    """The layer with random factors in place of its weights."""
+    layer = Layer(sizes).to(DEVICE, DTYPE).eval()
+    for name, child in list(layer.named_children()):
+        if isinstance(child, nn.Linear):
+            m, n = child.weight.shape
+            rank = 16 * max(1, round(share * m * n / (m + n) / 16))
+            cores = [nn.Parameter(draw(m, rank)), nn.Parameter(draw(rank, n))]
+            weight.install(layer, [f"{name}.weight"], TTSpec.low_rank(m, n, rank), cores)
+    return layer
+
+
+@torch.no_grad()
+def layers(clock: Clock, sizes: Sizes, share: float, tokens: int, context: int) -> dict[str, float]:
+    """A layer dense and compressed: by torch, compiled by torch, and by kernels."""
+    head = sizes.hidden // sizes.heads
+    x = draw(1, tokens, sizes.hidden)
+    past = [draw(1, sizes.heads, context, head) for _ in range(2)]
+    dense = Layer(sizes).to(DEVICE, DTYPE).eval()
+    small = compressed(sizes, share)
+    torch._dynamo.reset()
+    found: dict[str, float] = {}
+    wanted = small(x, *past)
+    for name, layer in (("dense", dense), ("two matmuls", small)):
+        found[name] = clock.graph([partial(layer, x, *past)])
+        faster = torch.compile(layer, dynamic=False)
+        found[f"{name} compiled"] = clock.graph([partial(faster, x, *past)])
+    weight.use_kernels(small, triton_ops.contractions)
+    options = {"inner": "eager"}
+    kernels = torch.compile(small, backend="tensorize", dynamic=False, options=options)
+    # Both are rounded after every step, of which one follows the other some ten times.
+    found["error"] = check(kernels(x, *past)[0], wanted[0, :64].double(), 10 * ERROR)
+    found["kernels"] = clock.graph([partial(kernels, x, *past)])
+    return found
+
+
+def training(clock: Clock, sizes: Sizes) -> dict[str, Any]:
+    """Forward and backward of one layer, eager: dense, torch's low rank, and the kernels'."""
     found: dict[str, Any] = {}
-    for rank in (128, 512):
-        spec = TTSpec.low_rank(4096, 4096, rank)
-        x = draw(4096, 4096).requires_grad_()
+    width, tokens = sizes.hidden, sizes.context
+    for rank in sizes.trained:
+        spec = TTSpec.low_rank(width, width, rank)
+        x, dy = draw(tokens, width).requires_grad_(), draw(tokens, width)
+        w = draw(width, width).requires_grad_()
         cores = [draw(*shape).requires_grad_() for shape in spec.core_shapes]
-        run = contractions(spec)["columns"]
-        dy = draw(4096, 4096)
+        run = triton_ops.contractions(spec)["columns"]
 
-        def library(x: Tensor = x, cores: list[Tensor] = cores, dy: Tensor = dy) -> None:
-            y = F.linear(F.linear(x, cores[1]), cores[0])
-            torch.autograd.grad(y, (x, *cores), dy)
+        def alone(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> None:
+            torch.autograd.grad(F.linear(x, w), (x, w), dy)
 
-        def kernels(x: Tensor = x, cores: list[Tensor] = cores, dy: Tensor = dy, run=run) -> None:
-            torch.autograd.grad(run(x, cores), (x, *cores), dy)
+        def library(
+            x: Tensor = x, cores: list[Tensor] = cores, dy: Tensor = dy
+        ) -> tuple[Tensor, ...]:
+            y = two_matmuls(x, cores[1], cores[0])
+            return torch.autograd.grad(y, (x, *cores), dy)
 
-        found[f"forward and backward r{rank} T4096"] = {
+        def kernels(
+            x: Tensor = x, cores: list[Tensor] = cores, dy: Tensor = dy, run=run
+        ) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(run(x, cores), (x, *cores), dy)
+
+        pairs = zip(kernels(), library(), strict=True)
+        found[f"forward and backward r{rank} T{tokens}"] = {
+            "dense": clock.eager([alone] * 4),
             "two matmuls": clock.eager([library] * 4),
             "kernels": clock.eager([kernels] * 4),
+            "error": max(check(mine, theirs[:64].double()) for mine, theirs in pairs),
         }
     return found
 
@@ -351,41 +479,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--name", default="gpu", help="of the file of results")
-    parser.add_argument("--smoke", action="store_true", help="say what would be timed, and stop")
+    parser.add_argument("--smoke", action="store_true", help="every step at a tiny size; no file")
     options = parser.parse_args(arguments)
-    if options.smoke:
-        print(f"{len(list(grid(False)))} cells; first {', '.join(map(str, grid(True)))}")
-        return
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU on this machine; --smoke checks the arguments")
+    if DEVICE == "cpu":
+        if not options.smoke:
+            raise SystemExit("no GPU on this machine; --smoke runs every step at a tiny size")
+        os.environ["TRITON_INTERPRET"] = "1"
+    results = run(SMOKE if options.smoke else FULL, Clock(1 if options.smoke else options.rounds))
+    if not options.smoke:
+        print(f"kept in {keep(options.name, results)}")
+    print(f"{len(results['skipped'])} cells skipped for time, {results['seconds']:.0f} s")
+    print(table(results["cells"]))
+
+
+def run(sizes: Sizes, clock: Clock) -> dict[str, Any]:
+    """Everything, in the order of what is looked at most, until the time is up."""
     torch.manual_seed(0)
-    begun, clock = time.monotonic(), Clock(options.rounds)
-    ceiling = roof(clock)
-    print(f"{ceiling.flops / 1e12:.0f} TFLOP/s, {ceiling.bandwidth / 1e12:.2f} TB/s", flush=True)
-    results: dict[str, Any] = {"roof": vars(ceiling), "fused": fused(clock)}
-    results["training"] = training(clock)
+    begun = time.monotonic()
+    ceiling = roof(clock, sizes.wide)
+    print(f"{ceiling.flops / 1e12:.3g} TFLOP/s, {ceiling.bandwidth / 1e12:.3g} TB/s", flush=True)
+    results: dict[str, Any] = {"roof": vars(ceiling), "fused": fused(clock, sizes)}
+    results["training"] = training(clock, sizes)
     results["layer"] = {
-        f"linears of a 7B layer at {share} T{tokens}": linears(clock, share, tokens)
-        for share in (0.25, 0.1)
-        for tokens in (1, 4096)
+        f"a layer at {share} T{tokens} after {past}": layers(clock, sizes, share, tokens, past)
+        for share in sizes.shares
+        for tokens, past in ((1, sizes.context), (sizes.context, 0))
     }
+    more = (results[kind].items() for kind in ("fused", "training", "layer"))
+    for name, figures in (item for items in more for item in items):
+        print(name, ", ".join(f"{k} {v:.3g}" for k, v in figures.items()), flush=True)
     cells: dict[str, dict[str, Any]] = {}
     skipped = []
     # Every third cell of the grid first, so that a run that ends early has seen all of it.
-    everything = list(grid(False))
+    everything = list(grid(sizes))
     for cell in (c for start in range(3) for c in everything[start::3]):
         if time.monotonic() - begun > SECONDS:
             skipped.append(str(cell))
             continue
         cells[str(cell)] = measure(cell, clock, ceiling)
         torch.cuda.empty_cache()
-    results |= {"cells": cells, "skipped": skipped}
-    results["seconds"] = time.monotonic() - begun
-    more = (results[kind].items() for kind in ("fused", "training", "layer"))
-    for name, figures in (item for items in more for item in items):
-        print(name, ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
-    print(f"kept in {keep(options.name, results)}; {len(skipped)} cells skipped for time")
-    print(table(cells))
+    seconds = time.monotonic() - begun
+    return {**results, "cells": cells, "skipped": skipped, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tensorize.codegen import launch, tiles, triton_source
+from tensorize.codegen import launch, reference, tiles, triton_source
 from tensorize.codegen.triton_module import Source
-from tensorize.codegen.triton_work import Epilogue, NotCovered, Tiles, Work
-from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.codegen.triton_work import NotCovered, Tiles
+from tensorize.ir import LOW_RANK
 from tensorize.version import __version__
+from tensorize.work import Work
 
 BUCKETS = (1, 16, 64, 512, 4096, 1 << 62)
 """Numbers of rows up to which one choice holds."""
@@ -36,12 +36,16 @@ _ROUNDS, _FLUSHED = 15, 1 << 28
 
 @dataclass(frozen=True)
 class Choice:
-    """How a work is run: ``family`` is "forward" or "decode"; ``ratio`` its time over the library's
-    two matmuls where that was measured."""
+    """How a work is run: ``family`` is "forward" or "decode"; ``ratio`` its time over that of the
+    library's matmuls (``reference``) where that was measured."""
 
     family: str
     tiles: Tiles
     ratio: float | None = None
+
+    @property
+    def wins(self) -> bool:
+        return self.ratio is not None and self.ratio <= FASTER
 
 
 def bucket(rows: int) -> int:
@@ -103,7 +107,19 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
 def wins(work: Work, dtype: torch.dtype, rows: int, device: str) -> bool:
     """Whether a kernel was measured to beat the library there."""
     found = recorded(work, dtype, bucket(rows), device)
-    return found is not None and found.ratio is not None and found.ratio <= FASTER
+    return found is not None and found.wins
+
+
+def runs(work: Work, dtype: torch.dtype, rows: int | None, device: str, *, measured: bool) -> bool:
+    """Whether a kernel runs a work; ``measured``: only where it won, for every number of rows that
+    may come (None: any)."""
+    most = BUCKETS if rows is None else (bucket(rows),)
+    if measured:
+        return all(wins(work, dtype, count, device) for count in most)
+    try:
+        return all(bool(_source(work, dtype, count, device)) for count in most)
+    except NotCovered:
+        return False
 
 
 def known(device: str) -> bool:
@@ -119,8 +135,8 @@ def recorded(work: Work, dtype: torch.dtype, most: int, device: str) -> Choice |
 
 
 def _key(work: Work, dtype: torch.dtype, most: int) -> str:
-    """Everything that the time depends on; the notes are only text."""
-    return f"{replace(work, notes=())} {dtype} {most}"
+    """Everything that the time depends on."""
+    return f"{work.to_text()} {dtype} {most}"
 
 
 @lru_cache(maxsize=16)
@@ -152,6 +168,11 @@ def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(records, indent=1))
     os.replace(draft, path)
+    forget()
+
+
+def forget() -> None:
+    """Read what is kept again when it is next asked for."""
     _records.cache_clear()
     _source.cache_clear()
 
@@ -162,53 +183,36 @@ def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice)
 def tune(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
     """Time the candidates and the library's matmuls for so many rows, and keep the best kernel.
 
-    Only one plain low-rank weight is compared with the library (``ratio``).
-
     Raises:
         ValueError: the device is no GPU.
+        NotCovered: no candidate runs there.
     """
     if not device.startswith("cuda"):
         raise ValueError(f"kernels are timed on a GPU, not on {device}")
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def draw(shape: tuple[int, ...]) -> Tensor:
         values = torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
         return values.to(dtype)
 
-    (spec,) = work.specs
-    x, cores = draw(rows, work.into), [draw(*shape) for shape in spec.core_shapes]
-    bias = [draw(work.outs[0])] if work.epilogue.bias else []
-    y = x.new_empty(rows, work.outs[0])
+    inputs = [draw(shape) for shape in work.input_shapes(rows)]
+    outputs = [inputs[0].new_empty(rows, width) for width in work.results]
     flush = torch.empty(_FLUSHED // 4, dtype=torch.int32, device=device)
     best: tuple[float, Choice] | None = None
     for choice in candidates(work, dtype, rows):
         made = emit(work, choice)
         try:
-            seconds = _time(lambda made=made: launch.run(made, x, *cores, *bias, y), flush)
+            seconds = _time(lambda made=made: launch.run(made, *inputs, *outputs), flush)
         except RuntimeError:  # it does not fit on this device
             continue
         if best is None or seconds < best[0]:
             best = seconds, choice
     if best is None:
         raise NotCovered("no candidate runs on this device")
-    ratio = None
-    if spec.format == LOW_RANK:
-        first, second = reversed(cores) if work.contract == "columns" else (c.t() for c in cores)
-        library = _time(lambda: F.linear(F.linear(x, first), second, *bias), flush)
-        ratio = best[0] / library
-    choice = replace(best[1], ratio=ratio)
+    library = _time(lambda: reference.run(work, inputs), flush)
+    choice = replace(best[1], ratio=best[0] / library)
     keep(work, dtype, bucket(rows), device, choice)
     return choice
-
-
-def tune_weight(spec: TTSpec, dtype: torch.dtype, bias: bool, rows: int, device: str) -> bool:
-    """``tune`` for one weight of a model; whether a kernel won."""
-    work = Work((spec,), epilogue=Epilogue(bias=bias))
-    try:
-        choice = tune(work, dtype, rows, device)
-    except NotCovered:
-        return False
-    return choice.ratio is not None and choice.ratio <= FASTER
 
 
 def _time(call: Callable[[], object], flush: Tensor) -> float:

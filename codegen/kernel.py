@@ -11,8 +11,9 @@ import torch
 
 from tensorize.codegen import launch, tiles, triton_source
 from tensorize.codegen.triton_module import Source
-from tensorize.codegen.triton_work import Epilogue, NotCovered, Work
+from tensorize.codegen.triton_work import NotCovered
 from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.work import Epilogue, Work
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import linecache
+import logging
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from torch import Tensor
 
 from tensorize.codegen.triton_module import Source
 from tensorize.errors import TensorizeError
+from tensorize.progress import announce
+
+log = logging.getLogger("tensorize")
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
 SHARED_LIMIT = {
@@ -85,7 +90,17 @@ def load(text: str) -> dict[str, Any]:
 
 
 def stages(source: Source, vendor: str) -> int:
-    return min(source.tiles.stages, MOST_STAGES[vendor])
+    """Tiles in flight: as many as are asked for, where the target and its compiler can."""
+    most = MOST_STAGES[vendor]
+    if vendor == "hip" and _version() < (3, 7):
+        most = 1  # 3.6 holds them in registers, more than there are
+    return min(source.tiles.stages, most)
+
+
+@lru_cache
+def _version() -> tuple[int, ...]:
+    """Of triton, as (major, minor)."""
+    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
 
 
 # ------------------------------------------------------------------------------ ahead of time
@@ -199,11 +214,28 @@ def run(source: Source, *tensors: Tensor) -> None:
     if not x.is_cuda:
         launch(*tensors, **options)
         return
+    _tell_of_first_call(source, x.dtype)
     options["num_stages"] = stages(source, "hip" if torch.version.hip else "cuda")
     with torch.cuda.device_of(x):  # triton launches on the current one
         if source.counters and (zeros := _counters(source, tensors[0])) is not None:
             options["arrived"] = zeros
         launch(*tensors, **options)
+
+
+_called: set[tuple[str, torch.dtype]] = set()
+
+
+def _tell_of_first_call(source: Source, dtype: torch.dtype) -> None:
+    """Triton compiles a kernel when it is called first, which takes about a second."""
+    if (source.text, dtype) in _called:
+        return
+    if not _called:
+        announce(
+            "Triton compiles kernels when they are first called, and keeps them; "
+            "tensorize calibrate --model DIR does that ahead"
+        )
+    _called.add((source.text, dtype))
+    log.info("first call of kernel %s of %d in %s", source.name, len(_called), dtype)
 
 
 def check_device(x: Tensor) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from tensorize.codegen import triton_chain
 from tensorize.codegen.triton_text import DOT, power
-from tensorize.codegen.triton_work import CHUNK, Tiles, Work, chunks
+from tensorize.codegen.triton_work import CHUNK, Tiles, chunks, held_at_once
 from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.work import Work
 
 FEW_ROWS = 16
 """Up to here a decode kernel is considered: one tile of a dot's least side."""
@@ -58,8 +59,7 @@ def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
     if len(spec.cores) > 2:
         rows = triton_chain.block_rows(spec, work.contract, 32)
         return Tiles(rows=rows, inner=32, warps=8, stages=2)
-    ranks = [sum(width for _, width in chunks(spec.ranks[0])) for spec in work.specs]
-    held = sum(ranks) if work.gated else max(ranks)
+    held = sum(width for spec in held_at_once(work) for _, width in chunks(spec.ranks[0]))
     single = dtype == torch.float32
     table = _SINGLE if single else _HALF
     fitting = (cut for rank, cut in table.items() if held <= rank)

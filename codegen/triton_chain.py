@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from tensorize.codegen.triton_module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton_pair import epilogue, inner_loop
 from tensorize.codegen.triton_text import DOT, Axis, Dimension, Lines, Operand, power
-from tensorize.codegen.triton_work import NotCovered, Tiles, Work, sides
+from tensorize.codegen.triton_work import NotCovered, Tiles, sides
 from tensorize.ir import TTSpec
+from tensorize.work import Work
 
 MOST_ELEMENTS = 16384
 """Of an accumulator: as many float32 as fill half the registers of four warps."""

@@ -25,8 +25,9 @@ from tensorize.codegen.triton_pair import (
     suffix,
 )
 from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
-from tensorize.codegen.triton_work import NotCovered, Tiles, Work, roles
+from tensorize.codegen.triton_work import NotCovered, Tiles, roles
 from tensorize.ir import LOW_RANK
+from tensorize.work import Work
 
 WAVE = 64
 """Threads that run together on AMD."""
@@ -119,8 +120,9 @@ def _body(
     if cut.inner_slices > 1 or work.norm is not None:
         text(f"inner_slice = share // {cut.rank_slices}")
     text.vector("r", f"rank_slice * {cut.rank_tile}", cut.rank_tile)
-    for k in group:
-        text.zeros(_name("t", group, k), tiles.rows, cut.rank_tile)
+    heads = group[:1] if work.shared else group
+    for k in heads:
+        text.zeros(_name("t", heads, k), tiles.rows, cut.rank_tile)
     prepare_norm(text, work, tiles.rows)
     inner_limit = cut.inner_size if cut.inner_size % cut.inner_tile else None
     inner = (Axis(cut.inner, cut.inner, inner_limit),)
@@ -136,16 +138,16 @@ def _body(
     with inner_loop(text, cut.inner, *bounds, cut.inner_tile, cut.inner_size):
         text.load("x_tile", known["x"], (block, inner))
         apply_norm(text, work, role, inner)
-        for k in group:
+        for k in heads:
             first = core(work, k, role.first)
             text.load("first", first, (inner, _rank(work, cut, k)))
-            text.dot(_name("t", group, k), "x_tile", "first")
+            text.dot(_name("t", heads, k), "x_tile", "first")
             used.append(first)
     if work.norm is not None:
         text.note("Scaled by what this program saw, so that float16 holds it.")
         text(f"seen = tl.rsqrt(squares / {work.into} + {work.norm.eps})")
-    for k in group:
-        t = _name("t", group, k)
+    for k in heads:
+        t = _name("t", heads, k)
         scaled = f"({t} * seen[:, None])" if work.norm is not None else t
         text(f"{t} = {scaled}.to(x.dtype.element_ty)")
     text(f"low_output = piece * {cut.outer_slice}")
@@ -160,7 +162,8 @@ def _body(
             used.append(second)
             text.load("second", second, (_rank(work, cut, k), outer))
             text.zeros("y_tile", tiles.rows, cut.outer_tile)
-            text.dot("y_tile", _name("t", group, k), "second")
+            head = k if k in heads else heads[0]
+            text.dot("y_tile", _name("t", heads, head), "second")
             if work.norm is not None:
                 text("y_tile = y_tile / seen[:, None]")
             text.store(shares[k], (block, outer), "y_tile")

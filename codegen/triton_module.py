@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tensorize.codegen.triton_text import Lines, Operand
-from tensorize.codegen.triton_work import NotCovered, Tiles, Work, flops_a_row, roles
+from tensorize.codegen.triton_work import NotCovered, Tiles, flops_a_row, roles
 from tensorize.ir import Tree, TTSpec
+from tensorize.work import Work
 
 MOST_PROGRAMS = 65535
 """Of the second axis of a grid, on NVIDIA."""
@@ -224,6 +225,8 @@ def title(work: Work, what: str, *, planned: bool = True) -> list[str]:
         sizes = ", ".join(f"{axis}={size}" for axis, size in spec.sizes)
         cores = ", ".join(f"c{c} ({', '.join(axes)})" for c, axes in enumerate(spec.cores))
         lines.append(f"{name} {spec.shape}: {cores}; {sizes}.")
+    if work.shared:
+        lines.append("All have the first factor of W_0, whose product with x is computed once.")
     if work.norm is not None:
         lines.append(f"x goes through a {work.norm.kind} norm (eps {work.norm.eps}) on the way in.")
     specs = work.specs if planned else ()

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tensorize import ops
-from tensorize.codegen import autotune, launch, tiles, triton_source
-from tensorize.codegen.triton_work import Epilogue, NotCovered, Work, roles, sides
-from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.codegen import autotune, launch, reference, tiles, triton_source
+from tensorize.codegen.triton_work import NotCovered, roles, sides
+from tensorize.ir import TTSpec
+from tensorize.work import Epilogue, Work, work_of
 
 OTHER = {"columns": "rows", "rows": "columns"}
 
@@ -63,13 +64,16 @@ def _out_width(spec: TTSpec, contract: str) -> int:
 
 def _outputs(x: Tensor, spec: TTSpec, contract: str, saved: bool) -> tuple[Tensor, Tensor]:
     """Room for y, and for what is between two cores if ``saved`` (else it is empty)."""
-    y = x.new_empty(x.shape[0], _out_width(spec, contract))
-    return y, x.new_empty(x.shape[0], _saved_width(spec, contract)) if saved else x.new_empty(0)
+    y = x.new_empty(*x.shape[:-1], _out_width(spec, contract))
+    if not saved:
+        return y, x.new_empty(0)
+    return y, x.new_empty(*x.shape[:-1], _saved_width(spec, contract))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Rows whose entries stand together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The last axis as rows, whose entries stand together."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 # ------------------------------------------------------------------------------- operations
@@ -85,36 +89,31 @@ def _contract(
     saved: bool,
     measured: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + bias for rows x, and what is between two cores if ``saved`` (else it is empty).
+    """y = x Wᵀ + bias for x of any leading shape; if ``saved``, also what is between two cores.
 
     ``measured``: a kernel runs only where it was measured to beat the library.
     """
     factors = _spec(spec)
-    x, cores = _rows(x), [core.contiguous() for core in cores]
     work = Work((factors,), contract, epilogue=Epilogue(bias=bias is not None), saved=saved)
-    if measured and not autotune.wins(work, x.dtype, x.shape[0], str(x.device)):
-        return _by_library(factors, x, cores, bias, contract, saved)
+    inputs = (x, *cores) if bias is None else (x, *cores, bias)
+    rows = math.prod(x.shape[:-1])
+    if measured and not autotune.wins(work, x.dtype, rows, str(x.device)):
+        (y,) = reference.run(work, inputs)
+        return y, x.new_empty(0)
     y, t = _outputs(x, factors, contract, saved)
-    inputs = (x, *cores) if bias is None else (x, *cores, bias.contiguous())
-    source = autotune.source(work, x.dtype, x.shape[0], str(x.device))
-    launch.run(source, *inputs, *((y, t) if saved else (y,)))
+    _launch(work, inputs, (y, t) if saved else (y,))
     return y, t
 
 
-def _by_library(
-    spec: TTSpec,
-    x: Tensor,
-    cores: Sequence[Tensor],
-    bias: Tensor | None,
-    contract: str,
-    saved: bool,
-) -> tuple[Tensor, Tensor]:
-    """Low rank by two matmuls: ``measured`` is of that only."""
-    left, right = cores
-    first, second = (right.t(), left.t()) if contract == "columns" else (left, right)
-    t = x @ first
-    y = t @ second if bias is None else torch.addmm(bias, t, second)
-    return y, t if saved else x.new_empty(0)
+def _launch(work: Work, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """One launch, of inputs of any leading shape."""
+    rows = _rows(inputs[0])
+    source = autotune.source(work, rows.dtype, rows.shape[0], str(rows.device))
+    others = [
+        _rows(tensor) if name.startswith("residual") else tensor.contiguous()
+        for name, tensor in zip(source.inputs[1:], inputs[1:], strict=True)
+    ]
+    launch.run(source, rows, *others, *(y.view(-1, y.shape[-1]) for y in outputs))
 
 
 @_contract.register_fake
@@ -130,6 +129,24 @@ def _(
     return _outputs(x, _spec(spec), contract, saved)
 
 
+@torch.library.custom_op("tensorize::triton_fused", mutates_args=())
+def _fused(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
+    """One launch of a ``Work`` (its ``to_text``): weights with what is before and behind them.
+
+    ``inputs`` are in the order that ``Work`` says, x of any leading shape. It has no gradients.
+    """
+    what, x = work_of(work), inputs[0]
+    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    _launch(what, inputs, results)
+    return results
+
+
+@_fused.register_fake
+def _(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
+    x = inputs[0]
+    return [x.new_empty(*x.shape[:-1], width) for width in work_of(work).results]
+
+
 @torch.library.custom_op("tensorize::triton_core_gradients", mutates_args=())
 def _core_gradients(
     x: Tensor, dy: Tensor, t: Tensor, s: Tensor, spec: str, contract: str
@@ -138,7 +155,7 @@ def _core_gradients(
     factors = _spec(spec)
     found = [x.new_empty(shape) for shape in factors.core_shapes]
     source = triton_source.gradients(factors, contract, tiles.default_gradients(factors, x.dtype))
-    launch.run(source, _rows(x), _rows(dy), t, s, *found)
+    launch.run(source, *(_rows(tensor) for tensor in (x, dy, t, s)), *found)
     return found
 
 
@@ -184,8 +201,8 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     if kernel:
         of_cores = _core_gradients(x, dy, t, s, ctx.spec, ctx.contract)
     elif cores_too:
-        of_cores = _through_the_weight(factors, cores, x, dy, ctx.contract)
-    of_bias = dy.sum(0) if ctx.with_bias else None
+        of_cores = _through_the_weight(factors, cores, _rows(x), _rows(dy), ctx.contract)
+    of_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.with_bias else None
     return of_x, of_cores, of_bias, None, None, None, None
 
 
@@ -237,7 +254,8 @@ class TritonContraction:
     """y = x Wᵀ + bias, y = x W + bias, or rows of W, by a kernel.
 
     ``text`` is the spec as an operation takes it; ``gradients``: those of the cores have a kernel,
-    ``measured``: a kernel runs only where it was measured to beat the library.
+    ``measured``: a kernel runs only where it was measured to beat the library, so never where there
+    are gradients, which nobody measures.
     """
 
     spec: TTSpec
@@ -253,13 +271,14 @@ class TritonContraction:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cores = x.to(dtype), [core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
-        if x.dtype not in launch.DTYPES or cores[0].dtype != x.dtype:
+        learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
+        known = x.dtype in launch.DTYPES and cores[0].dtype == x.dtype
+        if not known or (self.measured and gradients):
             return ops.matmul(ops.contractions(self.spec), cores, x, self.contract, bias)
-        training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-        saved = training and self.gradients
-        rows = x.reshape(-1, x.shape[-1])
-        y, _ = _contract(rows, list(cores), bias, self.text, self.contract, saved, self.measured)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        saved = learning and self.gradients
+        y, _ = _contract(x, list(cores), bias, self.text, self.contract, saved, self.measured)
+        return y
 
     def takes(self, core: Tensor) -> bool:
         return core.dtype in launch.DTYPES and not torch.is_autocast_enabled(core.device.type)
@@ -269,13 +288,17 @@ class TritonContraction:
         return y.reshape(*rows.shape, y.shape[-1])
 
 
+def why_not(spec: TTSpec) -> str | None:
+    """The reason why a weight of this spec has no kernels, None where it has."""
+    reasons = (covered(spec, side) for side in OTHER)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonContraction]:
     """What kernels a weight of this spec has, by what they contract; none where x or the gradient
     of y is not covered."""
-    if spec.batch or any(covered(spec, side) for side in OTHER):
+    if why_not(spec) is not None:
         return {}
-    if measured and spec.format != LOW_RANK:
-        return {}  # what trains are compared with is not one library's call
     text = json.dumps(spec.to_dict())
 
     def contraction(contract: str) -> TritonContraction:
@@ -284,3 +307,21 @@ def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonCon
 
     lookup = () if measured or covered(spec, "lookup") else ("lookup",)
     return {contract: contraction(contract) for contract in (*OTHER, *lookup)}
+
+
+# --------------------------------------------------------------------- what graphs are fused by
+
+
+class Launches:
+    """The operations of weights and of launches, and where the latter are used."""
+
+    contract = torch.ops.tensorize.triton_contract.default
+    fused = torch.ops.tensorize.triton_fused.default
+
+    def uses(self, work: Work, x: Tensor, measured: bool) -> bool:
+        """Whether a launch is used for x; ``measured``: only where it was seen to win."""
+        if x.dtype not in launch.DTYPES:
+            return False
+        rows = math.prod(x.shape[:-1])
+        known = rows if isinstance(rows, int) else None
+        return autotune.runs(work, x.dtype, known, str(x.device), measured=measured)

@@ -12,17 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from tensorize.codegen.triton_module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
-from tensorize.codegen.triton_work import (
-    Epilogue,
-    NotCovered,
-    Roles,
-    Tiles,
-    Work,
-    check_on_chip,
-    chunks,
-    roles,
-)
+from tensorize.codegen.triton_work import NotCovered, Roles, Tiles, check_on_chip, chunks, roles
 from tensorize.ir import TTSpec
+from tensorize.work import Epilogue, Work
 
 Widths = Sequence[tuple[int, int]]
 
@@ -30,13 +22,14 @@ Widths = Sequence[tuple[int, int]]
 def forward(work: Work, tiles: Tiles) -> Source:
     """y = epilogue(norm(x) Wᵀ) of every weight, or the gated product of two."""
     check_on_chip(work)
-    groups = [(0, 1)] if work.gated else [(k,) for k in range(len(work.specs))]
+    every = tuple(range(len(work.specs)))
+    groups = [every] if work.gated or work.shared else [(k,) for k in every]
     bodies = [_body(work, tiles, group) for group in groups]
     what = "y = (x c1ᵀ) c0ᵀ" if work.contract == "columns" else "y = (x c0) c1"
     if work.gated:
         what = f"y = {work.epilogue.activation or 'gate'}(x W_0ᵀ) · (x W_1ᵀ)"
     inputs, outputs = operands(work)
-    name = "gated" if work.gated else "grouped" if len(groups) > 1 else "pair"
+    name = "gated" if work.gated else "grouped" if len(every) > 1 else "pair"
     about = title(work, f"{what}, what is between the cores stays on chip")
     return assemble(name, about, bodies, inputs=inputs, outputs=outputs, tiles=tiles)
 
@@ -60,11 +53,12 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     for k, rank in enumerate(ranks):
         text.load(f"t{k}", table, ((Axis(role.inner, "number"),), rank))
     outer_tile = _outer_tile(tiles, spec.size[role.outer])
-    with _outputs(text, tiles, spec.size[role.outer], role.outer) as outer:
+    outputs = spec.size[role.outer]
+    programs = quotient(outputs, _slice(tiles, outputs))
+    with _outputs(text, outputs, role.outer, outer_tile, programs) as outer:
         _expand(text, second, ranks, outer, tiles, outer_tile, "y_tile")
         text('y_tile = tl.where(inside[:, None], y_tile, float("nan"))')
         text.store(y, (block, outer), "y_tile.to(y.dtype.element_ty)")
-    programs = quotient(spec.size[role.outer], _slice(tiles, spec.size[role.outer]))
     body = Body(tuple(text.lines), (row, table, second, y), programs)
     about = title(work, "y = rows of W by number", planned=False)
     inputs = (row, table, second)
@@ -81,7 +75,7 @@ def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
         if work.norm.kind == "layer":
             inputs.append(Operand.of("shift", role.x, size))
     for k, spec in enumerate(work.specs):
-        inputs += [core(work, k, number) for number in range(2)]
+        inputs += [core(work, k, number) for number in range(1 if work.shared and k else 2)]
         if work.epilogue.bias:
             inputs.append(Operand.of(f"bias{suffix(work, k)}", roles(spec, work.contract).y, size))
     for k, spec in enumerate(work.specs[:1] if work.gated else work.specs):
@@ -102,6 +96,8 @@ def suffix(work: Work, k: int) -> str:
 
 
 def core(work: Work, k: int, number: int) -> Operand:
+    if work.shared and number == 1:
+        k = 0  # the first factor that all have
     spec = work.specs[k]
     return Operand.of(f"c{number}{suffix(work, k)}", spec.cores[number], spec.size)
 
@@ -114,23 +110,23 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
     role = roles(spec, work.contract)
     size = spec.size
     known = {o.name: o for part in operands(work) for o in part}
-    end = "" if work.gated else suffix(work, group[0])
+    heads = group[:1] if work.shared else group
+    widest = max(work.specs[k].size[role.outer] for k in group)
     text = Lines()
     row_block(text, tiles)
     # Which program: a slice of the outputs, and one entry of every index of the grid.
-    outer_slice = _slice(tiles, size[role.outer])
-    slices = quotient(size[role.outer], outer_slice)
+    slices = quotient(widest, _slice(tiles, widest))
     for axis in reversed(role.grid):
         text(f"{axis} = part % {size[axis]}")
         text(f"part = part // {size[axis]}")
     programs = slices * math.prod(size[axis] for axis in role.grid)
     block = (Axis("b", "b", "rows"),)
     ranks = {}
-    for k in group:
+    for k in heads:
         width = chunks(work.specs[k].size[role.link])
-        ranks[k] = _ranks(text, work.specs[k], role, width, _mark(group, k))
+        ranks[k] = _ranks(text, work.specs[k], role, width, _mark(heads, k))
     used = [known["x"]]
-    outer_tile = _outer_tile(tiles, size[role.outer])
+    outer_tile = _outer_tile(tiles, widest)
     if role.loops:
         text.vector(role.outer, f"part * {outer_tile}", outer_tile)
         outer = (_axis(role.outer, size[role.outer], outer_tile),)
@@ -139,30 +135,35 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
     with contextlib.ExitStack() as nest:
         for axis in role.loops:
             nest.enter_context(text.block(f"for {axis} in range({size[axis]})"))
-        _project(text, work, tiles, group, role, ranks)
-        for k in group:
-            used += [core(work, k, number) for number in range(2)]
+        _project(text, work, tiles, heads, role, ranks)
+        used += [core(work, k, number) for k in group for number in range(2)]
+        for k in heads:
             if work.saved:
                 saved = known[f"t{suffix(work, k)}"]
                 used.append(saved)
                 text.note("For the gradients of the cores.")
                 with text.block("if part == 0"):
                     for c, rank in enumerate(ranks[k]):
-                        text.store(saved, (block, rank), f"t{_mark(group, k)}{c}")
+                        text.store(saved, (block, rank), f"t{_mark(heads, k)}{c}")
         if role.loops:
             second = core(work, group[0], role.second)
             for c, rank in enumerate(ranks[group[0]]):
                 text.load(f"w{c}", second, (rank, outer))
                 text.dot("y_tile", f"t{c}", f"w{c}")
     if role.loops:
-        used += _finish(text, work, known, group, end, block, outer)
+        used += _finish(text, work, known, group, block, outer)
     else:
-        with _outputs(text, tiles, size[role.outer], role.outer) as outer:
-            for k in group:
-                second = core(work, k, role.second)
-                result, mark = _result(group, k), _mark(group, k)
-                _expand(text, second, ranks[k], outer, tiles, outer_tile, result, mark)
-            used += _finish(text, work, known, group, end, block, outer)
+        results = [group] if work.gated else [(k,) for k in group]
+        for result in results:
+            outputs = work.specs[result[0]].size[role.outer]
+            loop = len(results) > 1  # names of one loop are not those of the next
+            with _outputs(text, outputs, role.outer, outer_tile, slices, loop) as outer:
+                for k in result:
+                    second = core(work, k, role.second)
+                    head = k if k in heads else heads[0]
+                    name, mark = _result(result, k), _mark(heads, head)
+                    _expand(text, second, ranks[head], outer, tiles, outer_tile, name, mark)
+                used += _finish(text, work, known, result, block, outer)
     if work.norm is not None:
         used += [known[name] for name in ("gain", "shift") if name in known]
     return Body(tuple(text.lines), tuple(used), programs)
@@ -247,10 +248,10 @@ def _project(
 
 @contextlib.contextmanager
 def inner_loop(
-    text: Lines, axis: str, start: str, stop: str, tile: int, size: int
+    text: Lines, axis: str, start: str, stop: str, tile: int, size: int, always: bool = False
 ) -> Iterator[None]:
-    """Over the summed entries; no loop where one tile holds all."""
-    if size <= tile and start == "0":
+    """Over the entries of an axis; no loop where one tile holds all, unless ``always``."""
+    if size <= tile and start == "0" and not always:
         text.vector(axis, "", tile)
         yield
         return
@@ -310,16 +311,19 @@ def finish_norm(text: Lines, work: Work) -> None:
 
 
 @contextlib.contextmanager
-def _outputs(text: Lines, tiles: Tiles, outputs: int, axis: str) -> Iterator[tuple[Axis, ...]]:
-    """Over the outputs of this program, tile by tile."""
-    tile, part = _outer_tile(tiles, outputs), _slice(tiles, outputs)
-    if part >= outputs:
+def _outputs(
+    text: Lines, outputs: int, axis: str, tile: int, slices: int, loop: bool = False
+) -> Iterator[tuple[Axis, ...]]:
+    """Over the outputs of this program, tile by tile: those of one of the slices."""
+    if slices == 1:
         first, last = "0", str(outputs)
     else:
+        part = tile * quotient(quotient(outputs, slices), tile)
         text(f"low = part * {part}")
         first = "low"
-        last = f"low + {part}" if outputs % part == 0 else f"min(low + {part}, {outputs})"
-    with inner_loop(text, axis, first, last, tile, outputs):
+        whole = outputs == part * slices
+        last = f"low + {part}" if whole else f"min(low + {part}, {outputs})"
+    with inner_loop(text, axis, first, last, tile, outputs, loop):
         yield (_axis(axis, outputs, tile),)
 
 
@@ -345,11 +349,11 @@ def _finish(
     work: Work,
     known: dict[str, Operand],
     group: Sequence[int],
-    end: str,
     block: tuple[Axis, ...],
     outer: tuple[Axis, ...],
 ) -> list[Operand]:
     """The epilogue on ``y_tile`` (and ``up``), and the store; what it reads and writes."""
+    end = "" if work.gated else suffix(work, group[0])
     used = epilogue(text, work, known, group, end, block, outer)
     y = known[f"y{end}"]
     text.store(y, (block, outer), f"y_tile.to({y.name}.dtype.element_ty)")

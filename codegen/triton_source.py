@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 from tensorize.codegen import triton_chain, triton_decode, triton_pair
 from tensorize.codegen.triton_module import Source
-from tensorize.codegen.triton_work import NotCovered, Tiles, Work, check
+from tensorize.codegen.triton_work import NotCovered, Tiles, check
 from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.work import Work
 
 
 def forward(work: Work, tiles: Tiles) -> Source:

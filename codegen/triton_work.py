@@ -1,16 +1,14 @@
-"""What one launch of a kernel computes, and how it is cut: what its text is made from."""
+"""How one launch of a kernel is cut, and what the indices of its cores do there."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 from tensorize.codegen.triton_text import DOT, power, quotient
 from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.work import Work
 
-ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-NORMS = ("rms", "layer")
 MOST_RANK = 512
 """Of low rank, of all weights of one result, where the intermediate stays on chip: more does not
 fit into registers on every target, and there is little to lose (from 190 on, fusing two library
@@ -42,60 +40,6 @@ class Tiles:
     inner_slice: int = 1 << 30
     warps: int = 4
     stages: int = 3
-
-
-@dataclass(frozen=True)
-class Norm:
-    """What x goes through first: "rms" x / √(mean x² + eps) · gain, "layer" with mean and shift."""
-
-    kind: str
-    eps: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in NORMS:
-            raise ValueError(f"a norm is one of {', '.join(NORMS)}, got {self.kind!r}")
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What a result goes through in float32: residual + scale · activation(y + bias)."""
-
-    bias: bool = False
-    activation: str | None = None
-    scale: float | None = None
-    residual: bool = False
-
-    def __post_init__(self) -> None:
-        if self.activation not in (None, *ACTIVATIONS):
-            raise ValueError(
-                f"an activation is one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
-            )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one launch computes: y_k = epilogue(norm(x) W_kᵀ), or x W_k for contract "rows".
-
-    ``gated``: two weights, one result: activation(x W_0ᵀ) · (x W_1ᵀ), then scale and residual.
-    ``saved``: the intermediate of the two cores is stored as well, for the gradients.
-    ``notes`` are lines on the plan that it comes from.
-    """
-
-    specs: tuple[TTSpec, ...]
-    contract: str = "columns"
-    norm: Norm | None = None
-    epilogue: Epilogue = Epilogue()
-    gated: bool = False
-    saved: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def into(self) -> int:
-        return self.specs[0].shape[-1 if self.contract == "columns" else -2]
-
-    @cached_property
-    def outs(self) -> tuple[int, ...]:
-        return tuple(s.shape[-2 if self.contract == "columns" else -1] for s in self.specs)
 
 
 # --------------------------------------------------------------------------- roles of the indices
@@ -199,14 +143,25 @@ def check(work: Work) -> None:
         raise NotCovered("norms and several weights of one input: low rank only")
     if work.gated and len(work.specs) != 2:
         raise NotCovered("a gated product takes two weights")
+    if work.shared and (not low_rank or work.contract != "columns" or work.saved):
+        raise NotCovered("one first factor for several weights: low rank without gradients only")
+    if work.shared and len({spec.ranks for spec in work.specs}) != 1:
+        raise NotCovered("weights with one first factor have one rank")
     if len({spec.shape[-1 if work.contract == "columns" else -2] for spec in work.specs}) != 1:
         raise NotCovered("the weights of one launch read one x")
 
 
+def held_at_once(work: Work) -> tuple[TTSpec, ...]:
+    """The low-rank weights whose products with x one program holds: of those that are apart, the
+    one of the highest rank."""
+    if work.gated and not work.shared:
+        return work.specs
+    return (max(work.specs, key=lambda spec: spec.ranks[0]),)
+
+
 def check_on_chip(work: Work) -> None:
     """Raises NotCovered where the intermediates of 16 rows do not fit into registers."""
-    ranks = [spec.ranks[0] for spec in work.specs]
-    held = sum(ranks) if work.gated else max(ranks)
+    held = sum(spec.ranks[0] for spec in held_at_once(work))
     if held > MOST_RANK:
         raise NotCovered(f"a rank of {held} is more than the {MOST_RANK} that fit on chip")
 

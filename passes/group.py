@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tensorize.passes.lowering import Lowered
+from tensorize.passes.lowering import Lowered, memory_of, value_of, written
 
 
 class GroupedLinears(nn.Module):
@@ -102,9 +102,9 @@ class GroupProjections:
         for node in graph.nodes:
             if _is_linear(node, program.parameters) and _few_rows(node.args[0], self.most_rows):
                 by_input[node.args[0]].append(node)
-        count = 0
+        count, changed = 0, written(graph)
         for x, linears in by_input.items():
-            if len(linears) < 2 or _is_changed(x):
+            if len(linears) < 2 or memory_of(x) in changed:
                 continue
             for group in _by_shape(linears, program.parameters):
                 if len(group) > 1:
@@ -133,8 +133,8 @@ def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
 
 
 def _few_rows(x: object, most: int) -> bool:
-    value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dim() < 1:
+    value = value_of(x)
+    if value is None or value.dim() < 1:
         return False
     rows = 1
     for size in value.shape[:-1]:
@@ -142,15 +142,6 @@ def _few_rows(x: object, most: int) -> bool:
             return False  # not known when the graph is compiled
         rows *= size
     return rows <= most
-
-
-def _is_changed(x: fx.Node) -> bool:
-    """Whether anything writes into x: then its uses do not see the same values."""
-    for user in x.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name.endswith("_") and not name.endswith("__"):
-            return True
-    return False
 
 
 def _next_linear(node: fx.Node, parameters: Mapping[str, Tensor]) -> fx.Node | None:

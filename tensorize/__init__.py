@@ -28,8 +28,9 @@ from tensorize.healing import Healing, heal
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
 from tensorize.passes.order import plan_contraction
 from tensorize.report import Report, report
-from tensorize.runtime import Kernel, kernels, tune_kernels
+from tensorize.runtime import Kernel, kernels
 from tensorize.training import initialize
+from tensorize.tuning import tune_kernels
 from tensorize.version import __version__
 
 __all__ = [

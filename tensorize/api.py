@@ -780,7 +780,8 @@ def load(
 ) -> nn.Module:
     """Read a saved model: a Hugging Face one by itself, any other into ``model``.
 
-    No pickle, no network, no dense weights. Returns the model, in evaluation mode.
+    No pickle, no network, no dense weights. Returns the model, in evaluation mode. Its weights run
+    by what it was compiled for (``backend``); the report says by what, and why.
 
     Args:
         device: where it goes; None: where ``model`` is, or the CPU.
@@ -789,4 +790,5 @@ def load(
     Raises:
         CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
     """
-    return checkpoint.load(directory, model, device=device, dtype=dtype)
+    found = checkpoint.load(directory, model, device=device, dtype=dtype)
+    return use_kernels(found, report(found).backend)

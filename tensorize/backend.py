@@ -1,8 +1,9 @@
 """``torch.compile(model, backend="tensorize", options={...})``.
 
-On a model that ``tensorize.compile`` rewrote, the backend lowers it: projections of one input are
-grouped, dead nodes removed, and the rest goes to inductor, or runs as it is where that is faster
-(on a CPU inductor gives low rank nothing and adds 30 to 200 µs a call).
+On a model that ``tensorize.compile`` rewrote, the backend lowers it: kernels take in the norms and
+the elementwise work around their weights, projections of one input are grouped, dead nodes removed,
+and the rest goes to inductor, or runs as it is where that is faster (on a CPU inductor gives low
+rank nothing and adds 30 to 200 µs a call).
 
 On a dense model it is a preview for inference: the linears of the graph are factorized within
 ``options["budget"]`` by the same analysis as ``tensorize.compile``. A backend cannot free the dense
@@ -23,9 +24,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tensorize import api
 from tensorize.errors import TensorizeError
 from tensorize.ir import TTSpec
-from tensorize.passes.cleanup import RemoveDead
+from tensorize.passes.cleanup import RemoveDead, RemoveIdentities
+from tensorize.passes.fuse import FuseKernels, Kernels
 from tensorize.passes.group import GroupProjections
 from tensorize.passes.lowering import Lowered, LoweringPass, lower, own_graph
+from tensorize.report import note_fused
+from tensorize.runtime import launches
 from tensorize.weight import LowRankLinear, factored, install
 
 log = logging.getLogger("tensorize")
@@ -79,17 +83,22 @@ def tensorize(
 ) -> Callable[..., Any]:
     """The backend: called by dynamo for every graph; the entry point ``torch_dynamo_backends``."""
     chosen = BackendOptions.of(options)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    parameters = {
-        node.name: value
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if isinstance(value, nn.Parameter)
-    }
+    parameters = _parameters(graph, example_inputs)
     if (chosen.budget is None and chosen.ranks is None) or _is_rewritten(graph):
         if chosen.budget is not None:
             log.warning("the model is compressed already: the backend's budget is not used")
         return _lowered(graph, example_inputs, parameters, chosen)
     return _preview(graph, example_inputs, parameters, chosen)
+
+
+def _parameters(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, nn.Parameter]:
+    """The parameters behind a graph's placeholders, by the names of those."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return {
+        node.name: value
+        for node, value in zip(placeholders, inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    }
 
 
 def _is_rewritten(graph: fx.GraphModule) -> bool:
@@ -114,15 +123,40 @@ def _lowered(
     inner = options.inner
     if inner == "auto":
         inner = "eager" if device == "cpu" else "inductor"
-    if inner == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+    lowered = fuse(graph, example_inputs, launches())
+    for work, cores in lowered.fused:
+        for core in cores:
+            note_fused(core, work.fused)
+    passes: list[LoweringPass] = []
+    if inner == "eager":
+        if not _has_gradients(example_inputs):  # packed copies of the weights would get none
+            passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
+        passes.append(RemoveDead())
+    lowered = lower(lowered, passes)
+    if inner == "eager":
+        return lowered.graph.forward
+    from torch._inductor.compile_fx import compile_fx
 
-        return cast(Callable[..., Any], compile_fx(own_graph(graph), list(example_inputs)))
-    training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
-    passes: list[LoweringPass] = [RemoveDead()]
-    if not training:  # packed copies of the weights would get no gradients
-        passes.insert(0, GroupProjections(_GROUPED_ROWS.get(device, 1)))
-    return lower(Lowered(own_graph(graph), parameters), passes).graph.forward
+    return cast(Callable[..., Any], compile_fx(lowered.graph, list(example_inputs)))
+
+
+def fuse(graph: fx.GraphModule, example_inputs: Sequence[Any], kernels: Kernels) -> Lowered:
+    """A copy of a graph, whose kernels take in what is around their weights.
+
+    Nothing is changed where the model does not run by kernels, or where there are gradients.
+    """
+    program = Lowered(own_graph(graph), _parameters(graph, example_inputs))
+    by_kernels = any(node.target is kernels.contract for node in graph.graph.nodes)
+    if not by_kernels or _has_gradients(example_inputs):
+        return program
+    return lower(program, (RemoveIdentities(), FuseKernels(kernels), RemoveDead()))
+
+
+def _has_gradients(inputs: Sequence[Any]) -> bool:
+    """Whether anything that goes in, a parameter or not, may be asked for its gradient."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in inputs
+    )
 
 
 # ----------------------------------------------------------------------------------- preview

@@ -66,6 +66,14 @@ class Refine(StrEnum):
     polish = "polish"
 
 
+class Backend(StrEnum):
+    """What weights run by."""
+
+    auto = "auto"
+    aten = "aten"
+    triton = "triton"
+
+
 class Metric(StrEnum):
     """How a weight's error is weighed."""
 
@@ -173,6 +181,13 @@ def compile_command(
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     dtype: DtypeOption = Dtype.auto,
+    backend: Annotated[
+        Backend,
+        typer.Option(
+            help="What weights run by once the model is loaded: torch's matmuls (aten), kernels "
+            "(triton), or kernels where they were measured to be faster (auto)."
+        ),
+    ] = Backend.auto,
     autotune: Annotated[
         bool, typer.Option(help="Time the contraction orders of tensor trains on this machine.")
     ] = False,
@@ -218,6 +233,7 @@ def compile_command(
                     "--refine": refine not in (Refine.auto, Refine.none),
                     "--max-memory": max_memory is not None,
                     "--dtype": dtype is not Dtype.auto,
+                    "--backend": backend is not Backend.auto,
                     "--autotune": autotune,
                     "--emit": emit is not None,
                 }
@@ -241,6 +257,7 @@ def compile_command(
                 include=include or None,
                 exclude=exclude or None,
                 formats=chosen,
+                backend=backend.value,
                 autotune=autotune,
                 inplace=True,
                 seed=seed,
@@ -322,10 +339,28 @@ def analyze_command(
             typer.echo(f"the curve is drawn in {plot}")
 
 
-@app.command("calibrate", epilog="Example: tensorize calibrate")
-def calibrate_command(as_json: Json = False) -> None:
+@app.command(
+    "calibrate", epilog="Example: tensorize calibrate; tensorize calibrate --model ./my-llama-small"
+)
+def calibrate_command(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time the kernels of a saved model instead, on the GPU of this machine: models "
+            "loaded afterwards run by those that beat the library, and wait for none.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="With --model: how many rows to time kernels for.")
+    ] = "1,16,256,4096",
+    as_json: Json = False,
+) -> None:
     """Measure what matmuls cost on this machine; plans are then made for it."""
     with _errors_told():
+        if model is not None:
+            _calibrate_kernels(model, rows, as_json)
+            return
         device = "cuda" if torch.cuda.is_available() else "cpu"
         measured = machine.measure(device)
         path = machine.keep(measured, device)
@@ -334,6 +369,28 @@ def calibrate_command(as_json: Json = False) -> None:
             return
         typer.echo(str(measured))
         typer.echo(f"kept in {path}")
+
+
+def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
+    counts = [int(count) for count in rows.split(",") if count.strip().isdigit() and int(count)]
+    if len(counts) != len(rows.split(",")):
+        raise typer.BadParameter(f"{rows!r} is no list of numbers as 1,16,256", param_hint="--rows")
+    if not torch.cuda.is_available():
+        raise TensorizeError(
+            "kernels are timed on a GPU, and this machine has none",
+            way_out="run it where the model will run; without --model this machine is measured",
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = tensorize.load(directory, device="cuda")
+        won = tensorize.tune_kernels(loaded, counts)
+    found = tensorize.report(loaded)
+    if as_json:
+        runs_by = {site.name: [asdict(each) for each in site.runs_by] for site in found.sites}
+        _print_json({"won": won, "sites": runs_by})
+        return
+    typer.echo(f"{won} kernels won")
+    for line in found.running:
+        typer.echo(f"  {line}")
 
 
 @app.command("report", epilog="Example: tensorize report ./my-llama-small --html report.html")

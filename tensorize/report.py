@@ -12,10 +12,11 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, overload
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize import printer
 from tensorize.errors import TensorizeError
@@ -27,12 +28,34 @@ SITE_HEADERS = ("kind", "shape", "format", "parameters", "error", "actual", "why
 
 
 @dataclass(frozen=True)
+class RunsBy:
+    """What a weight runs by for some numbers of rows, from ``first`` to ``last`` (None: any more).
+
+    ``winner`` is ``"library"`` or the family of a kernel, ``ratio`` the kernel's time over that of
+    the library's matmuls where it was measured on this machine, ``why`` what decided otherwise.
+    """
+
+    first: int
+    last: int | None
+    winner: str
+    ratio: float | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        rows = f"{self.first} rows and more" if self.last is None else f"up to {self.last} rows"
+        timed = f"the kernel takes {self.ratio or 0:.2f} of the library's time"
+        why = self.why if self.ratio is None else timed
+        return f"{rows}: {self.winner}{f' ({why})' if why else ''}"
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """What became of one parameter.
 
     ``format`` is ``"dense"``, ``"low_rank"``, ``"tt"`` or ``"block"``. ``predicted_error`` is the
     relative error of the weight in the plan's metric, ``actual_error`` the same measured on the
     cores (0.0 when dense), ``predicted_loss`` the site's share of the predicted rise of the loss.
+    ``runs_by`` is empty where a weight runs by torch operations whatever the rows.
     """
 
     name: str
@@ -47,13 +70,14 @@ class SiteReport:
     actual_error: float
     predicted_loss: float
     reason: str
+    runs_by: tuple[RunsBy, ...] = ()
 
     @classmethod
     def of(
         cls, choice: RankPlan, aliases: tuple[str, ...], actual_error: float = 0.0
     ) -> SiteReport:
         """What a plan said of a parameter, and the error that was measured."""
-        names = {f.name for f in fields(cls)} - {"aliases", "actual_error"}
+        names = {f.name for f in fields(cls)} - {"aliases", "actual_error", "runs_by"}
         planned = {name: getattr(choice, name) for name in names}
         return cls(aliases=aliases, actual_error=actual_error, **planned)
 
@@ -67,7 +91,9 @@ class SiteReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteReport:
-        return cls(**_tuples(decode(data), "aliases", "shape", "ranks"))
+        found = _tuples(decode(data), "aliases", "shape", "ranks")
+        found["runs_by"] = tuple(RunsBy(**each) for each in found.get("runs_by", ()))
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -219,9 +245,11 @@ class Stage:
 class Report:
     """The plan, what came of it, and the record of how.
 
-    ``notes`` are warnings, things that were skipped, and limits. ``environment`` is pairs of names
-    and values: versions, machine, seed. ``measured_loss`` and ``measured_error`` are the rise of
-    the loss and the error of the outputs where a compile measured them.
+    ``notes`` are warnings, things that were skipped, and limits. ``backend`` is what the caller
+    asked weights to run by, ``fused`` what launches of compiled graphs took in, and around which
+    weights. ``environment`` is pairs of names and values: versions, machine, seed.
+    ``measured_loss`` and ``measured_error`` are the rise of the loss and the error of the outputs
+    where a compile measured them.
     """
 
     plan: Plan
@@ -230,6 +258,8 @@ class Report:
     curve: Curve | None = None
     history: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
+    backend: str = "auto"
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     measured_loss: float | None = None
     measured_error: float | None = None
@@ -238,6 +268,15 @@ class Report:
     def factorized(self) -> tuple[SiteReport, ...]:
         """The sites that did not stay dense."""
         return tuple(site for site in self.sites if site.format != DENSE)
+
+    @property
+    def running(self) -> list[str]:
+        """What weights run by, a line for those of one answer."""
+        alike: dict[tuple[RunsBy, ...], list[str]] = {}
+        for site in self.sites:
+            if site.runs_by:
+                alike.setdefault(site.runs_by, []).append(site.name)
+        return [_named("; ".join(map(str, runs_by)), names) for runs_by, names in alike.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data: plain dicts, lists, strings and finite numbers."""
@@ -248,6 +287,8 @@ class Report:
             "curve": None if self.curve is None else self.curve.to_dict(),
             "history": [encode(asdict(stage)) for stage in self.history],
             "notes": list(self.notes),
+            "backend": self.backend,
+            "fused": [[what, list(names)] for what, names in self.fused],
             "environment": [list(pair) for pair in self.environment],
             "measured_loss": encode(self.measured_loss),
             "measured_error": encode(self.measured_error),
@@ -264,6 +305,8 @@ class Report:
             curve=None if curve is None else Curve.from_dict(curve),
             history=tuple(Stage(**decode(stage)) for stage in data["history"]),
             notes=tuple(data["notes"]),
+            backend=data.get("backend", "auto"),
+            fused=tuple((what, tuple(names)) for what, names in data.get("fused", ())),
             environment=tuple((name, value) for name, value in data["environment"]),
             measured_loss=decode(data["measured_loss"]),
             measured_error=decode(data["measured_error"]),
@@ -282,6 +325,8 @@ class Report:
             _site_table(self.sites, reasons) if self.sites else "no site was found",
             _totals_table(self.totals, self.plan.batch_sizes),
             "\n".join(_hanging(name, text) for name, text in self._quality()),
+            *_listing("runs by", self.running),
+            *_listing("fused in compiled graphs", [_named(*each) for each in self.fused]),
             *_listing("why", [f"[{k}] {reason}" for k, reason in enumerate(reasons, 1)]),
             *_listing("notes", [f"• {note}" for note in self.notes]),
         ]
@@ -333,6 +378,24 @@ def attach(model: nn.Module, found: Report) -> None:
     model.__dict__["_tensorize"] = found
 
 
+_fused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What the launch of a compiled graph took in, by a core of each of its weights."""
+
+
+def note_fused(core: Tensor, what: str) -> None:
+    """Remember what the launch of a weight took in; reports of its model say it."""
+    _fused[core] = what
+
+
+def _fused_in(model: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if (what := _fused.get(parameter)) is not None:
+            name = name.rpartition(".")[0]  # of the module that holds the core
+            found.setdefault(what, []).append(name.removesuffix(".second").removesuffix("_cores"))
+    return tuple((what, tuple(names)) for what, names in found.items())
+
+
 def detach(model: nn.Module) -> None:
     """Let a model know nothing of what was done to it."""
     model.__dict__.pop("_tensorize", None)
@@ -352,7 +415,7 @@ def report(model: nn.Module) -> Report:
             "the model was not made by tensorize",
             way_out="model = tensorize.compile(model, budget=0.1)",
         )
-    return found
+    return replace(found, fused=_fused_in(model))
 
 
 # ------------------------------------------------------------------------------------------ JSON
@@ -435,6 +498,12 @@ def _totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
         rows.append((title, printer.number(before), printer.number(after), share))
     align: list[printer.Align] = ["left", "right", "right", "right"]
     return printer.table(("total", "before", "after", "share"), rows, width=WIDTH, align=align)
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    """What holds for some weights, with the name of the first."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: {what}"
 
 
 def _measured(value: float | None) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,9 +13,12 @@ from torch import nn
 
 from tensorize import weight
 from tensorize.codegen import autotune, kernel, launch, triton_ops
-from tensorize.errors import TensorizeError
+from tensorize.codegen.triton_work import NotCovered
 from tensorize.ir import DENSE
-from tensorize.report import report
+from tensorize.lazy import FactoredWeight
+from tensorize.progress import Progress
+from tensorize.report import RunsBy, SiteReport, attach, report
+from tensorize.work import Epilogue, Work
 
 log = logging.getLogger("tensorize")
 
@@ -27,14 +31,79 @@ def device_of(model: nn.Module) -> str:
 
 
 def use_kernels(model: nn.Module, backend: str) -> nn.Module:
-    """Let weights run by the kernels that ``backend`` asks for."""
-    measured = backend == "auto"
-    if backend == "aten" or (measured and not autotune.known(device_of(model))):
-        return model
-    build = partial(triton_ops.contractions, measured=measured)
-    count = weight.use_kernels(model, build)
-    log.info("%d weights run by kernels", count)
+    """Let weights run by the kernels that ``backend`` asks for; the report says which do."""
+    measured, device = backend == "auto", device_of(model)
+    found = report(model)
+    sites = tuple(replace(site, runs_by=()) for site in found.sites)  # what was saved is of there
+    if backend == "triton" or (measured and autotune.known(device)):
+        build = partial(triton_ops.contractions, measured=measured)
+        count = weight.use_kernels(model, build)
+        log.info("%d weights run by kernels", count)
+        factors = dict(weight.factored(model))
+        answers = (_runs_by(model, site, factors, device, measured) for site in sites)
+        sites = tuple(replace(s, runs_by=a) for s, a in zip(sites, answers, strict=True))
+    attach(model, replace(found, backend=backend, sites=sites))
     return model
+
+
+def _runs_by(
+    model: nn.Module,
+    site: SiteReport,
+    factors: Mapping[str, FactoredWeight],
+    device: str,
+    measured: bool,
+) -> tuple[RunsBy, ...]:
+    """What a weight runs by, for every range of rows that one choice holds for."""
+    held = next((factors[n] for n in (site.name, *site.aliases) if n in factors), None)
+    if held is None:
+        return ()
+
+    def library(why: str) -> tuple[RunsBy, ...]:
+        return (RunsBy(1, None, "library", why=why),)
+
+    if held.dtype not in launch.DTYPES:
+        return library(f"kernels know no {held.dtype}")
+    why = triton_ops.why_not(held.spec)
+    if why is not None:
+        return library(why)
+    owner, _ = weight.owner_of(model, site.name)
+    if isinstance(owner, weight.LowRankLinear) and owner.input_product is not None:
+        return library("one product with a first factor, in compiled graphs one launch, serves all")
+    if not measured:
+        here = device != "cpu" or launch.interpreting()
+        why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
+        return (RunsBy(1, None, "kernels", why=why),)
+    work = Work((held.spec,), epilogue=Epilogue(bias=_has_bias(model, site.name)))
+    return _measured(work, held.dtype, device)
+
+
+def _has_bias(model: nn.Module, name: str) -> bool:
+    owner, leaf = weight.owner_of(model, name)
+    return leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
+
+
+def _measured(work: Work, dtype: torch.dtype, device: str) -> tuple[RunsBy, ...]:
+    """The winner for every range of rows; ranges that were not measured are one."""
+    found: list[RunsBy] = []
+    first = 1
+    for most in autotune.BUCKETS:
+        last = None if most == autotune.BUCKETS[-1] else most
+        choice = autotune.recorded(work, dtype, most, device)
+        if choice is None:
+            now = RunsBy(first, last, "library", why="not measured")
+        else:
+            winner = choice.family if choice.wins else "library"
+            now = RunsBy(first, last, winner, choice.ratio)
+        if found and choice is None and found[-1].why:
+            now = replace(now, first=found.pop().first)
+        found.append(now)
+        first = most + 1
+    return tuple(found)
+
+
+def launches() -> triton_ops.Launches:
+    """What graphs of models that run by kernels are fused by."""
+    return triton_ops.Launches()
 
 
 def kernels(model: nn.Module) -> dict[str, Kernel]:
@@ -51,35 +120,53 @@ def kernels(model: nn.Module) -> dict[str, Kernel]:
             factors = next((w for n, w in weight.factored(model) if n == name), None)
             if factors is None or factors.spec.batch or factors.dtype not in launch.DTYPES:
                 continue
-            owner, leaf = weight.owner_of(model, name)
-            bias = leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
-            lookup = "embedding" in site.kind
-            made = kernel.of_weight(factors.spec, factors.dtype, bias=bias, lookup=lookup)
+            known = {"bias": _has_bias(model, name), "lookup": "embedding" in site.kind}
+            made = kernel.of_weight(factors.spec, factors.dtype, **known)
             found |= {f"{name}.{k}": replace(v, name=f"{name}.{k}") for k, v in made.items()}
             break
     return found
 
 
-def tune_kernels(model: nn.Module, rows: Iterable[int] = (1, 16, 256, 4096)) -> int:
-    """Time the kernels of a compiled model on the GPU that it is on; returns how many won.
+class OfferedWorks(triton_ops.Launches):
+    """Launches that are noted, and never used."""
 
-    What is found is kept for this GPU; models compiled afterwards with ``backend="auto"`` use
-    kernels where they beat torch's own matmuls. This one does from now on.
+    def __init__(self) -> None:
+        self.works: dict[tuple[Work, torch.dtype], None] = {}
+
+    def uses(self, work: Work, x: torch.Tensor, measured: bool) -> bool:
+        if super().uses(work, x, measured=False):
+            self.works[work, x.dtype] = None
+        return False
+
+
+def works_of(model: nn.Module) -> dict[tuple[Work, torch.dtype], None]:
+    """What the weights of a model compute by themselves, where kernels cover it."""
+    return {
+        (Work((factors.spec,), epilogue=Epilogue(bias=bias)), factors.dtype): None
+        for _, factors in weight.factored(model)
+        for bias in (False, True)
+        if factors.dtype in launch.DTYPES and triton_ops.contractions(factors.spec)
+    }
+
+
+def tune(
+    works: Iterable[tuple[Work, torch.dtype]], rows: Sequence[int], device: str, tell: Progress
+) -> int:
+    """Time every work for these numbers of rows and keep the choices; how many kernels won.
 
     Raises:
-        TensorizeError: the model is not on a GPU.
+        ValueError: the device is no GPU.
     """
-    device = device_of(model)
-    if device == "cpu":
-        raise TensorizeError("kernels are timed on a GPU", way_out="model.to('cuda')")
-    seen, won = set(), 0
-    for _, factors in weight.factored(model):
-        for bias in (False, True):
-            key = (factors.spec, factors.dtype, bias)
-            if key in seen or factors.spec.batch or not triton_ops.contractions(factors.spec):
-                continue
-            seen.add(key)
-            for count in rows:
-                won += autotune.tune_weight(*key, count, device)
-    use_kernels(model, "auto")
+    pairs = [(*work, count) for work in works for count in rows]
+    won = 0
+    for done, (work, dtype, count) in enumerate(pairs):
+        tell("timing kernels", done, len(pairs))
+        with contextlib.suppress(NotCovered):
+            won += autotune.tune(work, dtype, count, device).wins
+    tell("timing kernels", len(pairs), len(pairs))
     return won
+
+
+def measure_all(model: nn.Module) -> None:
+    """Let every weight that kernels cover be one operation that runs by what was measured."""
+    weight.use_kernels(model, partial(triton_ops.contractions, measured=True))

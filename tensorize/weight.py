@@ -85,7 +85,8 @@ class LowRankLinear(nn.Module):
     """A linear layer y = second(first(x)) whose weight has rank ``first.out_features``.
 
     ``stored_transposed`` is True where the dense layer kept its weight as (in, out).
-    ``input_product`` is there where others have the same first factor. With ``contractions`` (see
+    ``input_product`` is there where others have the same first factor; ``kernels`` are then used in
+    compiled graphs only. With ``contractions`` (see
     ``limit_saved``) the two layers' weights are used, and their hooks are not. ``nonlinearity`` is
     the name of a function of ``torch.nn.functional`` between the two (CoLA, Liu et al. 2025): then
     the layer stands for no matrix.
@@ -109,7 +110,8 @@ class LowRankLinear(nn.Module):
         # What the two layers' own calls come to, which take longer than a product of one row.
         right, left, bias = first.weight, second.weight, second.bias
         x = ops.widened(x, right)
-        own = self.contractions or (self.kernels if type(right) is nn.Parameter else None)
+        by_kernels = type(right) is nn.Parameter and not self._waits_for_product()
+        own = self.contractions or (self.kernels if by_kernels else None)
         if own and self.nonlinearity is None:
             return ops.matmul(own, (left, right), x, "columns", bias)
         if self.input_product is None or torch.compiler.is_compiling():
@@ -117,6 +119,14 @@ class LowRankLinear(nn.Module):
         else:
             product = self.input_product(first, x)
         return F.linear(self._between(product), left, bias)
+
+    def _waits_for_product(self) -> bool:
+        """Whether the input's product, once computed, serves other layers as well.
+
+        In a compiled graph without gradients the backend makes one launch of their kernels.
+        """
+        compiled = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        return self.input_product is not None and not compiled
 
     def _between(self, product: Tensor) -> Tensor:
         return product if self.nonlinearity is None else getattr(F, self.nonlinearity)(product)

@@ -13,8 +13,8 @@ import torch
 
 from tensorize.codegen import launch, tiles, triton_source
 from tensorize.codegen.triton_module import Source
-from tensorize.codegen.triton_work import Epilogue, Norm, Work
 from tensorize.ir import TTSpec
+from tensorize.work import Epilogue, Norm, Work
 
 low_rank = TTSpec.low_rank
 
@@ -35,6 +35,11 @@ WORKS: Mapping[str, Work] = {
     ),
     "grouped": Work(
         (low_rank(4096, 4096, 128), low_rank(1024, 4096, 64), low_rank(1024, 4096, 64)),
+        norm=Norm("rms", 1e-6),
+    ),
+    "shared": Work(
+        (low_rank(4096, 4096, 128), low_rank(1024, 4096, 128), low_rank(1000, 4096, 128)),
+        shared=True,
         norm=Norm("rms", 1e-6),
     ),
     "two cores": Work((TTSpec((64, 64), (64, 64), (16,)),), epilogue=Epilogue(bias=True)),
@@ -78,6 +83,7 @@ FAMILIES: Mapping[str, Callable[[torch.dtype], Source]] = {
         )
     ),
     "decode grouped": _decode(WORKS["grouped"]),
+    "decode shared": _decode(WORKS["shared"]),
     **{f"lookup, {name}": _lookup(spec) for name, spec in TABLES.items()},
     "gradients": _gradients(low_rank(4096, 4096, 128)),
     "gradients, two cores": _gradients(TTSpec((64, 64), (64, 64), (16,))),
@@ -90,6 +96,9 @@ SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
     "pair back": _forward(Work((_odd,), "rows", norm=Norm("layer", 1e-5))),
     "gated": _forward(Work((_small, low_rank(30, 24, 40)), gated=True, norm=Norm("rms", 1e-6))),
     "grouped": _forward(Work((_small, _odd))),
+    "shared": _forward(Work((_small, low_rank(7, 24, 8), low_rank(300, 24, 8)), shared=True)),
+    "shared, gated": _forward(Work((_small, _small), shared=True, gated=True)),
+    "decode shared, gated": _decode(Work((_small, _small), shared=True, gated=True)),
     "decode": _decode(Work((_small,), epilogue=Epilogue(bias=True))),
     "decode back": _decode(Work((_odd,), "rows", norm=Norm("rms", 1e-6))),
     "decode gated": _decode(Work((_small, low_rank(30, 24, 40)), gated=True)),

@@ -157,8 +157,11 @@ def test_kernels_are_written_and_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = ("compile", "clinet:make", "--budget", "0.5", "--out", "small", "--json")
-    result = invoke(*arguments, "--emit", "kernels", "--target", "hip:gfx90a")
+    result = invoke(
+        *arguments, "--backend", "triton", "--emit", "kernels", "--target", "hip:gfx90a"
+    )
     assert result.exit_code == 0, result.output
+    assert read_report("small").backend == "triton"
     told = json.loads(result.stdout)["kernels"]
     assert json.loads(Path("kernels/kernels.json").read_text()) == told
     assert told["up.weight.forward"]["hip:gfx90a"]["spills"] == 0
@@ -495,3 +498,33 @@ def test_a_language_model_in_a_process(tmp_path: Path) -> None:
     assert "mlp.down_proj" in done.stdout
     assert sorted(p.suffix for p in Path("small").iterdir()).count(".safetensors") == 1
     assert Path("small/tokenizer.json").is_file()
+
+
+def test_kernels_of_a_saved_model_are_timed_on_a_gpu_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = invoke("calibrate", "--model", tmp_path)
+    assert result.exit_code not in (0, cli.DEFECT)
+    assert "kernels are timed on a GPU, and this machine has none" in result.output
+    assert "way out" in result.output
+    result = invoke("calibrate", "--model", tmp_path, "--rows", "1,many")
+    assert result.exit_code == cli.USAGE
+
+
+def test_calibrate_times_the_kernels_of_a_saved_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[object, list[int]]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    small = tensorize.compile(
+        torch.nn.Sequential(torch.nn.Linear(24, 24)), 0.5, example_inputs=(torch.randn(2, 24),)
+    )
+    monkeypatch.setattr(tensorize, "load", lambda directory, device: small)
+    monkeypatch.setattr(
+        tensorize, "tune_kernels", lambda model, rows: timed.append((model, rows)) or 3
+    )
+    result = invoke("calibrate", "--model", tmp_path, "--rows", "1,64")
+    assert result.exit_code == 0, result.output
+    assert timed == [(small, [1, 64])]
+    assert "3 kernels won" in result.output

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors", "version", "printer", "graph_text", "hooks"),
     ("ir",),
-    ("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors", "tensorfile"),
+    (
+        *("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
+        *("tensorfile", "work"),
+    ),
     ("interpret", "ops", "ties"),
     ("lazy",),
     ("weight", "report", "page"),
@@ -29,7 +32,7 @@ LAYERS = (
     ("runtime",),
     ("api",),
     ("training",),
-    ("backend", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
+    ("backend", "tuning", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 import tensorize
 from tensorize import TTSpec
 from tensorize.codegen import autotune, launch, tiles, triton_ops
-from tensorize.codegen.triton_work import Epilogue, Work
+from tensorize.work import Epilogue, Work
 from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -103,6 +106,20 @@ def test_compiled_and_exported() -> None:
 
 
 @here
+@pytest.mark.slow  # it compiles C++
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch warns of itself
+def test_aot_inductor_calls_the_operations(tmp_path: Path) -> None:
+    """In this process, which knows them; a process without tensorize does not."""
+    model = compiled("triton")
+    wanted = model(IDS)
+    program = torch.export.export(model, (IDS,))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(IDS), wanted)
+
+
+@here
 def test_hooks_of_a_factor_are_run() -> None:
     model = compiled("triton")
     wanted, seen = model(IDS), []
@@ -112,12 +129,13 @@ def test_hooks_of_a_factor_are_run() -> None:
 
 
 @here
-def test_what_was_not_measured_runs_by_the_library() -> None:
+def test_what_was_not_measured_runs_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     model = compiled("aten")
     wanted = model(IDS)
     build = partial(triton_ops.contractions, measured=True)
-    assert tensorize.weight.use_kernels(model, build) == 2  # low rank only
-    assert torch.equal(model(IDS), wanted)
+    assert tensorize.weight.use_kernels(model, build) == 4
+    monkeypatch.setattr(launch, "run", lambda *_: pytest.fail("a kernel was launched"))
+    torch.testing.assert_close(model(IDS), wanted)
     model(IDS).sum().backward()
     assert model.out.first.weight.grad is not None
 
@@ -198,6 +216,19 @@ def test_a_kernel_is_compiled_for_a_target() -> None:
     assert "amdgcn" in made.asm
 
 
+def test_the_first_call_of_a_kernel_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_called", set())
+    source = autotune.source(WORK, torch.float32, 1, "cpu")
+    with caplog.at_level(logging.INFO, logger="tensorize"):
+        for dtype in (torch.float32, torch.float32, torch.bfloat16):
+            launch._tell_of_first_call(source, dtype)
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("tensorize calibrate --model" in line for line in told) == 1
+    assert sum("first call of kernel decode" in line for line in told) == 2
+
+
 def test_a_backend_that_is_unknown_is_refused() -> None:
     with pytest.raises(tensorize.TensorizeError, match="'aten', 'triton'"):
         compiled("cuda")
@@ -224,7 +255,7 @@ def test_choices_are_deterministic_and_never_kernels_where_nothing_was_measured(
 
 def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
-    autotune._records.cache_clear()
+    autotune.forget()
     cut = tiles.Tiles(rows=16, inner=32, outer=32)
     try:
         choice = autotune.Choice("forward", cut, ratio=0.5)
@@ -235,11 +266,10 @@ def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not autotune.wins(WORK, torch.bfloat16, 9, "cpu")
         assert autotune.source(WORK, torch.float32, 2, "cpu").tiles == cut
         autotune.place("cpu").write_text("damaged")
-        autotune._records.cache_clear()
+        autotune.forget()
         assert not autotune.wins(WORK, torch.float32, 9, "cpu")
     finally:
-        autotune._records.cache_clear()
-        autotune._source.cache_clear()
+        autotune.forget()
 
 
 def test_every_candidate_is_emitted() -> None:
@@ -253,11 +283,56 @@ def test_every_candidate_is_emitted() -> None:
         list(autotune.candidates(large, torch.bfloat16, 100))
 
 
-def test_the_benchmark_knows_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_every_step_of_the_benchmark_runs() -> None:
+    """At a tiny size; without a GPU, in triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--smoke"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    assert "winner" in lines[-3]
+    assert [line.split()[:3] for line in lines[-2:]] == [
+        ["64x64", "r16", "T1"],
+        ["64x64", "r16", "T20"],
+    ]
+
+
+def test_the_benchmark_needs_a_gpu() -> None:
     from benchmarks import gpu
 
-    gpu.main(["--smoke"])
-    assert capsys.readouterr().out.startswith("75 cells; first 4096x4096 r64 T1")
+    assert len(list(gpu.grid(gpu.FULL))) == 75
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no GPU"):
             gpu.main([])
+
+
+# --------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_cuda_graph_captures_and_replays(rows: int) -> None:
+    """Few rows count arrivals in memory that no replay has to fill; both give the same bits."""
+    layers = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).cuda()
+    x = torch.randn(rows, 64, device="cuda")
+    small = tensorize.compile(
+        layers, None, example_inputs=(x,), formats="low_rank", ranks={"*": 16}, backend="triton"
+    )
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            small(x)  # kernels are compiled before anything is captured
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = small(x)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(y, small(x))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tensorize.codegen import autotune, launch
-from tensorize.codegen.triton_work import Epilogue, Work
 from tensorize.errors import TensorizeError
 from tensorize.ir import TTSpec
+from tensorize.work import Epilogue, Work
 from tests.kernels import FAMILIES, SMALL
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.codegen import launch, triton_source
+from tensorize.codegen import launch, reference, triton_source
 from tensorize.codegen.triton_module import Source
-from tensorize.codegen.triton_work import Epilogue, Norm, NotCovered, Tiles, Work, roles
+from tensorize.codegen.triton_work import NotCovered, Tiles, roles
 from tensorize.ir import TTSpec
 from tensorize.tt import reconstruct
+from tensorize.work import Epilogue, Norm, Work
 from tests.kernels import holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -279,16 +280,19 @@ epilogues = st.builds(
     epilogues,
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_norms_epilogues_and_several_weights(
-    device, dtype, into, shapes, rows, tiles, norm, epilogue, gated, few
+    device, dtype, into, shapes, rows, tiles, norm, epilogue, gated, shared, few
 ) -> None:
-    """Grouped, gated, with norms and epilogues: the kernels for many rows and for few."""
+    """Grouped, gated, of one first factor, with norms and epilogues; for many rows and for few."""
     torch.manual_seed(rows)
     if gated:
         shapes = [(shapes[0][0], rank) for _, rank in (shapes * 2)[:2]]
+    if shared:
+        shapes = [(m, shapes[0][1]) for m, _ in shapes]
     specs = tuple(TTSpec.low_rank(m, into, rank) for m, rank in shapes)
-    work = Work(specs, "columns", norm, epilogue, gated)
+    work = Work(specs, "columns", norm, epilogue, gated, shared)
     if few and norm is not None and norm.kind == "layer":
         return
     emit = triton_source.decode if few else triton_source.forward
@@ -296,6 +300,8 @@ def test_norms_epilogues_and_several_weights(
     x = draw_rows(rows, into, device, dtype) + 3
     gain, shift = draw((into,), device, dtype) + 1, draw((into,), device, dtype)
     cores = [draw_cores(spec, device, dtype) for spec in specs]
+    if shared:
+        cores = [[left, cores[0][1]] for left, _ in cores]
     biases = [draw((m,), device, dtype) for m, _ in shapes]
     results = shapes[:1] if gated else shapes
     residuals = [draw_rows(rows, m, device, dtype) for m, _ in results]
@@ -322,8 +328,10 @@ def test_norms_epilogues_and_several_weights(
             finish(y, epilogue, residuals[k] if epilogue.residual else None)
             for k, y in enumerate(found)
         ]
-    for y, out in zip(found, outputs, strict=True):
+    exact = reference.run(work, [known[name].double() for name in source.inputs])
+    for y, out, by_library in zip(found, outputs, exact, strict=True):
         y.check(out)
+        torch.testing.assert_close(by_library, y.value)
 
 
 @each_device

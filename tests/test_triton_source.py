@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tensorize.codegen import tiles, triton_source, triton_work
-from tensorize.codegen.triton_work import Epilogue, Norm, NotCovered, Work
+from tensorize.codegen.triton_work import NotCovered
 from tensorize.ir import TTSpec
 from tensorize.passes.order import plan_contraction
+from tensorize.work import Epilogue, Norm, Work
 from tests.kernels import FAMILIES, TABLES, WORKS
 
 GOLDEN = Path(__file__).parent / "golden"
