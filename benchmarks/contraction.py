@@ -102,9 +102,9 @@ def measure(spec: TTSpec, batch: int, dtype: torch.dtype, rounds: int) -> dict[s
     x = torch.randn(batch, spec.shape[1], dtype=dtype)
     trees = fastest_trees(spec, "columns", machine.current(), batch, CONTENDERS, _name(dtype))
     fewest = plan_contraction(spec).piece(batch).tree
-    plans = [one_order(spec, "columns", tree) for tree in trees]
-    plan = plans[orders.fastest(plans, batch, dtype)]
-    least = one_order(spec, "columns", fewest)
+    plans = [one_order(spec, "columns", tree, batch, batch) for tree in trees]
+    plan = orders.fastest(plans, batch, dtype)
+    least = one_order(spec, "columns", fewest, batch, batch)
     chosen = {"tensorize": plan, "predicted": plans[0], "fewest FLOPs": least}
     calls = {name: partial(aten.build(each), x, cores) for name, each in chosen.items()}
     calls |= others(spec, cores, x)
