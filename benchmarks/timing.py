@@ -13,6 +13,9 @@ import torch
 SHORTEST = 2e-3
 """Seconds that one sample takes at least: far above what the clocks resolve."""
 
+LONG, ENOUGH = 0.2, 30
+"""Seconds of a call that caches and the heap do not count in, and of all rounds together."""
+
 
 @dataclass(frozen=True)
 class Times:
@@ -40,11 +43,16 @@ class Times:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 31) -> dict[str, Times]:
-    """The times of every call; one sample of it is as many repeats as ``SHORTEST`` needs."""
+    """The times of every call; one sample of it is as many repeats as ``SHORTEST`` needs.
+
+    There are as many rounds as ``ENOUGH`` allows, three at least: a long call evens out by itself.
+    """
     repeats = {name: _repeats(call) for name, call in calls.items()}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    order, draw = list(calls), random.Random(0)
-    for _ in range(rounds):
+    order, draw, began = list(calls), random.Random(0), time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - began > ENOUGH:
+            break
         draw.shuffle(order)  # so that none always comes after the same one
         for name in order:
             samples[name].append(_sample(calls[name], repeats[name]))
@@ -52,6 +60,10 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 31) -> 
 
 
 def _repeats(call: Callable[[], object]) -> int:
+    """How often a sample has the call; 0 where it takes so long that it needs no other before."""
+    took = _sample(call, 0)[0]
+    if took >= LONG:
+        return 0
     count = 1
     while count * _sample(call, count)[0] < SHORTEST:
         count *= 2
@@ -59,8 +71,10 @@ def _repeats(call: Callable[[], object]) -> int:
 
 
 def _sample(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    call()  # what the one before left in the caches and took of the heap is not this one's
+    if repeats:
+        call()  # what the one before left in the caches and took of the heap is not this one's
+    count = max(repeats, 1)
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
+    for _ in range(count):
         call()
-    return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+    return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
