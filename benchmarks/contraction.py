@@ -4,10 +4,11 @@
 
 The same cores and the same input go to ``torch.einsum``, to opt_einsum (its optimal path, planned
 beforehand), to tensorly-torch (through its factors, and by rebuilding the weight; where it is
-installed), and to the contraction that tensorize plans and emits: the order that ``autotune=True``
-takes, the fastest of the four with the smallest predicted times. Beside it stand the first of those
-("predicted") and the one with the fewest FLOPs. Ratios are other over ours: above 1 where ours is
-faster; medians of interleaved rounds.
+installed), and to the contraction that tensorize plans and emits: the order and layout that
+``autotune=True`` takes, from the four orders with the smallest predicted times. Beside it stand the
+first of those ("predicted") and the one with the fewest FLOPs. Ratios are other over ours: above 1
+where ours is faster; medians of interleaved rounds, with one thread of the processor's time.
+Results are kept after every cell, and ``--resume`` goes on with a run that was cut.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import opt_einsum
 import torch
 from torch import Tensor
 
-from benchmarks.linear import BUDGETS, DTYPES, SHAPES
-from benchmarks.record import keep
+from benchmarks.linear import DTYPES, options_of_grid
+from benchmarks.record import cell_by_cell
 from benchmarks.timing import interleaved
-from tensorize import TTSpec, tt
+from tensorize import TTSpec, ops, tt
 from tensorize.codegen import aten, machine, orders
 from tensorize.passes.order import one_order, plan_contraction
 from tensorize.passes.timed import fastest_trees
@@ -35,10 +38,23 @@ from tensorize.passes.timed import fastest_trees
 BATCHES = (1, 16, 256)
 CONTENDERS, OWN = 4, ("predicted", "fewest FLOPs")
 CORES = (2, 3, 4)
+LONG, FAR = 1.0, 5
+"""What takes over so many seconds, and so many times as long as ours, is timed once."""
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a weight (m, n), the cores, the share of parameters, rows, dtype."""
+
+    shape: tuple[int, int]
+    cores: int
+    budget: float
+    batch: int
+    dtype: str
+
+    def __str__(self) -> str:
+        m, n = self.shape
+        return f"{m}x{n} {self.cores} cores {self.budget} B={self.batch} {self.dtype}"
 
 
 def balanced(shape: tuple[int, int], count: int, budget: float) -> TTSpec:
@@ -95,85 +111,93 @@ def _tltorch(spec: TTSpec, cores: list[Tensor], x: Tensor) -> dict[str, Callable
 
 
 @torch.no_grad()
-def measure(spec: TTSpec, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Seconds of ours, and every other's over ours; how far the results differ."""
+def measure(cell: Cell, rounds: int) -> dict[str, Any]:
+    """Microseconds of ours, and every other's time over ours; the order and its layout."""
+    spec, dtype = balanced(cell.shape, cell.cores, cell.budget), DTYPES[cell.dtype]
     torch.manual_seed(0)
     cores = [torch.randn(shape, dtype=dtype) / max(shape) ** 0.5 for shape in spec.core_shapes]
-    x = torch.randn(batch, spec.shape[1], dtype=dtype)
-    trees = fastest_trees(spec, "columns", machine.current(), batch, CONTENDERS, _name(dtype))
-    fewest = plan_contraction(spec).piece(batch).tree
-    plans = [one_order(spec, "columns", tree) for tree in trees]
-    plan = plans[orders.fastest(plans, batch, dtype)]
-    least = one_order(spec, "columns", fewest)
+    x = torch.randn(cell.batch, spec.shape[1], dtype=dtype)
+    best = fastest_trees(spec, "columns", machine.current(), cell.batch, CONTENDERS, cell.dtype)
+    fewest = plan_contraction(spec).piece(cell.batch).tree
+    *plans, least = [
+        one_order(spec, "columns", tree, cell.batch, cell.batch) for tree in (*best, fewest)
+    ]
+    plan = orders.fastest(plans, cell.batch, dtype)
     chosen = {"tensorize": plan, "predicted": plans[0], "fewest FLOPs": least}
-    calls = {name: partial(aten.build(each), x, cores) for name, each in chosen.items()}
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: partial(ops.matmul, {"columns": aten.build(each)}, cores, x, "columns")
+        for name, each in chosen.items()
+    }
     calls |= others(spec, cores, x)
-    want = opt_einsum.contract(
-        equation(spec),
-        *(c.double() for c in cores),
-        x.double().reshape(batch, *(spec.size[a] for a in spec.columns)),
-    ).reshape(batch, -1)
-    off = {
-        name: float((call().double() - want).norm() / want.norm()) for name, call in calls.items()
+    weight = tt.reconstruct(spec, [core.double() for core in cores])
+    once = _checked(calls, x.double() @ weight.t())
+    far = {n for n, took in once.items() if took > max(LONG, FAR * once["tensorize"])}
+    found = interleaved({n: call for n, call in calls.items() if n not in far}, rounds)
+    ours = found["tensorize"]
+    ratios = {
+        name: once[name] / once["tensorize"] if name in far else found[name].over(ours)
+        for name in calls
+        if name != "tensorize"
     }
-    worst = max(off.values())
-    if worst > 0.1:
-        raise AssertionError(f"{spec}: a result is off by {worst}: {off}")
-    found = interleaved(calls, rounds)
-    ratios = {name: found[name].over(found["tensorize"]) for name in calls if name != "tensorize"}
-    return {
-        "microseconds": 1e6 * found["tensorize"].wall,
-        "order": str(plan.pieces[0].tree),
-        **ratios,
-    }
+    (piece,) = plan.pieces
+    return {"microseconds": 1e6 * ours.cpu, "order": str((piece.tree, piece.layout)), **ratios}
+
+
+def _checked(calls: dict[str, Callable[[], Tensor]], want: Tensor) -> dict[str, float]:
+    """Seconds of one call of each.
+
+    Raises:
+        AssertionError: results differ by more than rounding does.
+    """
+    seconds = {}
+    for name, call in calls.items():
+        began = time.perf_counter()
+        got = call()
+        seconds[name] = time.perf_counter() - began
+        off = float((got.double() - want).norm() / want.norm())
+        if off > 0.1:
+            raise AssertionError(f"{name} is off by {off}")
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options_of_grid(parser, BATCHES, rounds=5)
+    parser.add_argument("--cores", nargs="+", type=int, choices=CORES, default=list(CORES))
     options = parser.parse_args()
-    results: dict[str, Any] = {}
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        cells: dict[str, Any] = {}
-        for dtype in options.dtypes:
-            for shape in SHAPES:
-                for count in CORES:
-                    for budget in options.budgets:
-                        for batch in options.batches:
-                            spec = balanced(shape, count, budget)
-                            name = f"{shape[0]}x{shape[1]} {count} cores {budget} B={batch} {dtype}"
-                            cells[name] = found = measure(
-                                spec, batch, DTYPES[dtype], options.rounds
-                            )
-                            shown = ", ".join(
-                                f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, float)
-                            )
-                            print(f"{threads} threads, {name}: {shown}", flush=True)
-        results[f"{threads} threads"] = {"summary": summary(cells), "cells": cells}
-        print(f"{threads} threads: {summary(cells)}")
-    print(f"kept in {keep('contraction', results)}")
+    grid = product(options.dtypes, options.shapes, options.cores, options.budgets, options.batches)
+    cell_by_cell(
+        "contraction",
+        [Cell(shape, cores, budget, b, dtype) for dtype, shape, cores, budget, b in grid],
+        partial(measure, rounds=options.rounds),
+        summary,
+        threads=options.threads,
+        resume=options.resume,
+    )
 
 
-def summary(cells: dict[str, Any]) -> dict[str, float]:
+def summary(cells: dict[str, Any]) -> dict[str, Any]:
     """Ours against the best of the others, cell by cell, and against each in the mean."""
     peers = sorted(set(chain.from_iterable(cells.values())) - {"microseconds", "order", *OWN})
-    best = [min(found[p] for p in peers if p in found) for found in cells.values()]
-    logs = [math.log(ratio) for ratio in best]
-    means = {
-        p: math.exp(statistics.mean(math.log(f[p]) for f in cells.values() if p in f))
-        for p in (*OWN, *peers)
-    }
+    best = {name: min(found[p] for p in peers if p in found) for name, found in cells.items()}
+
+    def mean(ratios: Iterable[float]) -> float:
+        return math.exp(statistics.mean(math.log(ratio) for ratio in ratios))
+
+    dtypes = {name.split()[-1] for name in cells}
     return {
-        "over the best, geometric mean": math.exp(statistics.mean(logs)),
-        "over the best, smallest": min(best),
-        "cells below .95": sum(ratio < 0.95 for ratio in best),
+        "over the best, geometric mean": mean(best.values()),
+        **{
+            f"over the best, {dtype}": mean(r for n, r in best.items() if n.endswith(dtype))
+            for dtype in sorted(dtypes)
+        },
+        "over the best, smallest": min(best.values()),
+        "cells below .95": sum(ratio < 0.95 for ratio in best.values()),
         "cells": len(best),
-        **{f"over {p}, geometric mean": mean for p, mean in means.items()},
+        **{
+            f"over {p}, geometric mean": mean(f[p] for f in cells.values() if p in f)
+            for p in (*OWN, *peers)
+        },
     }
 
 

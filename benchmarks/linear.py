@@ -5,7 +5,8 @@
 What ``tensorize.compile`` makes of one ``nn.Linear`` at a share of its parameters, against the
 dense layer (eager, and through inductor), and two ``nn.Linear`` of the same rank written by hand.
 A speedup is the dense layer's time over another's, the median of interleaved rounds. Ideal is the
-inverse of the share kept: ``speedup x share`` is the part of it that is reached.
+inverse of the share kept: ``speedup x share`` is the part of it that is reached. Results are kept
+after every cell, and ``--resume`` goes on with a run that was cut.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.record import keep
+from benchmarks.record import cell_by_cell
 from benchmarks.timing import interleaved
 
 SHAPES = ((3072, 768), (4096, 4096), (4096, 11008))
@@ -42,15 +44,6 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]} B={self.batch} {self.budget} {self.dtype}"
-
-
-def grid(shapes: Any = SHAPES, batches: Any = BATCHES, dtypes: Any = DTYPES) -> Iterator[Cell]:
-    """Every cell, those of one weight one after the other."""
-    for dtype in dtypes:
-        for shape in shapes:
-            for budget in BUDGETS:
-                for batch in batches:
-                    yield Cell(shape, batch, budget, dtype)
 
 
 class ByHand(nn.Module):
@@ -97,30 +90,54 @@ def measure(cell: Cell, rounds: int, *, inductor: bool) -> dict[str, float]:
     return {**speedups, "share": rank * (m + n) / (m * n), "dense µs": 1e6 * found["dense"].wall}
 
 
+def summary(cells: dict[str, Any]) -> dict[str, Any]:
+    """How much of the ideal is reached, over all cells and in those of each dtype."""
+
+    def of(found: list[dict[str, float]], name: str) -> dict[str, float]:
+        logs = [math.log(f[name] * f["share"]) for f in found]
+        return {
+            "of ideal, geometric mean": math.exp(statistics.mean(logs)),
+            "slowest over dense": min(f[name] for f in found),
+        }
+
+    parts = {dtype: [f for n, f in cells.items() if n.endswith(dtype)] for dtype in DTYPES}
+    parts = {"all": list(cells.values()), **{dtype: f for dtype, f in parts.items() if f}}
+    return {
+        name: {part: of(found, name) for part, found in parts.items()}
+        for name in ("tensorize", "by hand")
+    }
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    m, n = text.split("x")
+    return int(m), int(n)
+
+
+def options_of_grid(parser: argparse.ArgumentParser, batches: Sequence[int], rounds: int) -> None:
+    """What benchmarks over this grid have in common."""
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(batches))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--resume", action="store_true", help="go on with the cells that are kept")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=7)
+    options_of_grid(parser, BATCHES, rounds=7)
     parser.add_argument("--inductor", action="store_true", help="the dense layer compiled, too")
     options = parser.parse_args()
-    results: dict[str, Any] = {}
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        cells = {}
-        for cell in grid():
-            cells[str(cell)] = found = measure(cell, options.rounds, inductor=options.inductor)
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-            print(f"{threads} threads, {cell}: {shown}", flush=True)
-        summary = {}
-        for name in ("tensorize", "by hand"):
-            logs = [math.log(f[name] * f["share"]) for f in cells.values()]
-            summary[name] = {
-                "of ideal, geometric mean": math.exp(statistics.mean(logs)),
-                "slowest over dense": min(f[name] for f in cells.values()),
-            }
-        print(f"{threads} threads: {summary}")
-        results[f"{threads} threads"] = {"summary": summary, "cells": cells}
-    print(f"kept in {keep('linear', results)}")
+    grid = product(options.dtypes, options.shapes, options.budgets, options.batches)
+    cell_by_cell(
+        "linear",
+        [Cell(shape, batch, budget, dtype) for dtype, shape, budget, batch in grid],
+        partial(measure, rounds=options.rounds, inductor=options.inductor),
+        summary,
+        threads=options.threads,
+        resume=options.resume,
+    )
 
 
 if __name__ == "__main__":

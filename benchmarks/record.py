@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,34 @@ def kept(name: str) -> dict[str, Any]:
     """The results of ``results/<name>.json``; none where there is no such file."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text())["results"] if path.exists() else {}
+
+
+def cell_by_cell(
+    name: str,
+    cells: Sequence[object],
+    measure: Callable[[Any], dict[str, Any]],
+    summary: Callable[[dict[str, Any]], Any],
+    *,
+    threads: Sequence[int],
+    resume: bool,
+) -> None:
+    """Measure every cell with so many threads; results are kept after each, so no run is in vain.
+
+    ``resume``: cells that are there already are left as they are.
+    """
+    results = kept(name) if resume else {}
+    for count in threads:
+        torch.set_num_threads(count)
+        part = results.setdefault(f"{count} threads", {"summary": {}, "cells": {}})
+        for cell in cells:
+            if str(cell) in part["cells"]:
+                continue
+            found = part["cells"][str(cell)] = measure(cell)
+            part["summary"] = summary(part["cells"])
+            keep(name, results)
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, float))
+            print(f"{count} threads, {cell}: {shown}", flush=True)
+        print(f"{count} threads: {part['summary']}")
 
 
 def _lines(path: str) -> list[str]:

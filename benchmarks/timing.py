@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 SHORTEST = 2e-3
 """Seconds that one sample takes at least: far above what the clocks resolve."""
+
+LONG, ENOUGH = 0.2, 30
+"""Seconds of a call that caches and the heap do not count in, and of all rounds together."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +33,37 @@ class Times:
         return statistics.median(self.cpus)
 
     def over(self, other: Times) -> float:
-        """The ratio of wall times, round by round: what slows a whole round does not count."""
-        return statistics.median(a / b for a, b in zip(self.walls, other.walls, strict=True))
+        """The ratio of times, round by round: what slows a whole round does not count.
+
+        With one thread they are the processor's: what another process takes is not the call's.
+        """
+        alone = torch.get_num_threads() == 1
+        own, others = (t.cpus if alone else t.walls for t in (self, other))
+        return statistics.median(a / b for a, b in zip(own, others, strict=True))
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 31) -> dict[str, Times]:
-    """The times of every call; one sample of it is as many repeats as ``SHORTEST`` needs."""
+    """The times of every call; one sample of it is as many repeats as ``SHORTEST`` needs.
+
+    There are as many rounds as ``ENOUGH`` allows, three at least: a long call evens out by itself.
+    """
     repeats = {name: _repeats(call) for name, call in calls.items()}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(_sample(call, repeats[name]))
+    order, draw, began = list(calls), random.Random(0), time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - began > ENOUGH:
+            break
+        draw.shuffle(order)  # so that none always comes after the same one
+        for name in order:
+            samples[name].append(_sample(calls[name], repeats[name]))
     return {name: Times(*zip(*found, strict=True)) for name, found in samples.items()}
 
 
 def _repeats(call: Callable[[], object]) -> int:
-    call()  # what is made on the first call is not timed
+    """How often a sample has the call; 0 where it takes so long that it needs no other before."""
+    took = _sample(call, 0)[0]
+    if took >= LONG:
+        return 0
     count = 1
     while count * _sample(call, count)[0] < SHORTEST:
         count *= 2
@@ -50,7 +71,10 @@ def _repeats(call: Callable[[], object]) -> int:
 
 
 def _sample(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    if repeats:
+        call()  # what the one before left in the caches and took of the heap is not this one's
+    count = max(repeats, 1)
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
+    for _ in range(count):
         call()
-    return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+    return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count

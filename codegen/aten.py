@@ -2,15 +2,19 @@
 
 Every pairwise contraction becomes one matrix product. Its operands are views where the order of
 their axes allows it; where it does not, one of them is copied into order first, and the emitted
-line shows that as a ``permute``. Which orders the intermediates get is free, and chosen so that
-as little as possible is copied. Two facts, measured on one Zen 5 core, shape that choice:
+line shows that as a ``permute``. Which orders the intermediates get is free, and chosen by
+predicted time: copies cost by their elements, products by their FLOPs and their shapes. What was
+measured on one core (Zen 3 and Zen 5) shapes that choice:
 
 - Rebuilding a 4096 x 4096 weight of two cores by one GEMM and a permute takes 70 ms, of which the
   permute is over half. A batched product that writes whole column blocks takes 30 ms; it leaves the
   row blocks in another order, which is put right on the output (much smaller than the weight).
 - A batched product over an operand whose summed axis is in the middle is as fast as copying it, or
-  up to 6 times faster. It is up to 40 times slower where the matrices of the stack are thin: a side
-  below 8 (any dtype), or below a quarter of the summed axis (bfloat16).
+  up to 6 times faster. Where its matrices are thin (one row: a decoder's) it is up to 8 times
+  slower than a copy and one product of all of them.
+
+The prediction is good enough to leave out what is bad, not to tell the best few apart: ``layouts``
+gives those to whoever times them.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from tensorize.ir import (
     TrainingStep,
     Tree,
     TTSpec,
+    typical_batch,
 )
 
 Axes = tuple[str, ...]
@@ -40,12 +45,12 @@ Piece = TypeVar("Piece", ContractionPiece, TrainingPiece)
 LINE_LENGTH = 92
 """Of an emitted statement without its indentation."""
 
-BATCHED_SIDE, BATCHED_SHARE = 8, 4
-"""A batched product is considered where both sides of its matrices are at least BATCHED_SIDE, and
-at least the summed size over BATCHED_SHARE."""
+COPIED, STARTED = 100, 200_000
+"""FLOPs that a full-rate product does while an element is copied, and while a call starts."""
 
-TYPICAL_BATCH = 16
-"""Rows assumed in weighing copies of the input against copies of cores, where the piece has it."""
+HALF_RATE, NARROW, NARROW_HALF_RATE = 10, 16, 40
+"""A product runs at half its rate where a side or the summed size is HALF_RATE, and where it has
+fewer columns than NARROW (but several) at the rate of NARROW_HALF_RATE."""
 
 KEPT_LAYOUTS = 32
 """Alternatives kept for each intermediate, the cheapest ones: they double with every core."""
@@ -55,14 +60,13 @@ KEPT_LAYOUTS = 32
 class Value:
     """An input or an intermediate: a contiguous tensor.
 
-    ``blocks`` are its dimensions, each a run of axes; ``copied`` the elements copied to get it,
-    ``batched`` the number of batched products on the way. ``name``: where it has one.
+    ``blocks`` are its dimensions, each a run of axes; ``price`` the predicted time to get it, in
+    FLOPs of a full-rate product. ``name``: where it has one.
     """
 
     blocks: tuple[Axes, ...]
     source: Product | int | str
-    copied: int = 0
-    batched: int = 0
+    price: float = 0
     name: str | None = None
 
     @property
@@ -120,6 +124,14 @@ def emit(plan: ContractionPlan) -> str:
 def build(plan: ContractionPlan) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
     """Compile what ``emit`` writes, once for each plan. Tracebacks and debuggers show the text."""
     return compiled(emit(plan), "contract")["contract"]
+
+
+def layouts(plan: ContractionPlan, count: int) -> list[ContractionPlan]:
+    """A plan of one piece in its layouts of least predicted time, up to ``count`` of them."""
+    (piece,) = plan.pieces
+    found = len(_layouts(plan, piece).ranked(piece.tree, sides(plan.spec, plan.contract)[1]))
+    pieces = (replace(piece, layout=k) for k in range(min(count, found)))
+    return [replace(plan, pieces=(piece,)) for piece in pieces]
 
 
 def compiled(text: str, kind: str) -> dict[str, Any]:
@@ -188,7 +200,7 @@ def by_rows(
     lines = [f"    rows = {name}.shape[{len(spec.batch)}]"] if len(pieces) > 1 else []
     for piece in pieces:
         indent = "    "
-        if piece.last_batch is not None:
+        if piece is not pieces[-1]:
             lines.append(f"    if rows <= {piece.last_batch}:")
             indent *= 2
         lines += [indent + line for line in write(piece)]
@@ -197,17 +209,21 @@ def by_rows(
 
 def _piece(plan: ContractionPlan, piece: ContractionPiece) -> list[str]:
     """The straight-line body of one piece."""
-    spec = plan.spec
-    x_axes, output = sides(spec, plan.contract)
-    leaves = {**core_values(spec), "x": rows_value(spec, "x", x_axes)}
-    emitter = Emitter(Layouts(spec, typical_batch(piece), leaves))
-    result = emitter.result(piece.tree, output)
+    output = sides(plan.spec, plan.contract)[1]
+    emitter = Emitter(_layouts(plan, piece))
+    result = emitter.result(piece.tree, output, piece.layout)
     return [
         f"# {rows_of(piece)}: {piece.tree}",
         f"# {piece.constant} + {piece.slope} B FLOPs",
         *emitter.body,
-        f"return {result}.reshape(*lead, {width(spec, output)})",
+        f"return {result}.reshape(*lead, {width(plan.spec, output)})",
     ]
+
+
+def _layouts(plan: ContractionPlan, piece: ContractionPiece) -> Layouts:
+    x = rows_value(plan.spec, "x", sides(plan.spec, plan.contract)[0])
+    batch = typical_batch(piece.first_batch, piece.last_batch)
+    return Layouts(plan.spec, batch, {**core_values(plan.spec), "x": x})
 
 
 def rows_of(piece: ContractionPiece | TrainingPiece) -> str:
@@ -234,15 +250,11 @@ def rows_value(spec: TTSpec, name: str, axes: Axes) -> Value:
     return Value((*((axis,) for axis in axes[:lead]), axes[lead:]), name)
 
 
-def typical_batch(piece: ContractionPiece | TrainingPiece) -> int:
-    return max(piece.first_batch, min(piece.last_batch or TYPICAL_BATCH, TYPICAL_BATCH))
-
-
 # ----------------------------------------------------------------------------- choosing layouts
 
 
 class Layouts:
-    """Finds the products that copy the least.
+    """Finds the products that take the least time.
 
     ``leaves`` are the values that are there (several where a copy in another order is there too),
     ``steps`` trees with a name that stand in others.
@@ -269,39 +281,41 @@ class Layouts:
         )
         return long == other_long
 
-    def best(self, tree: Tree, output: Axes) -> Value:
-        """The cheapest way to the output, a last permute included."""
+    def ranked(self, tree: Tree, output: Axes) -> list[Value]:
+        """The ways to the output, cheapest first, a last permute included."""
 
-        def price(value: Value) -> tuple[int, int]:
-            permute = 0 if self.same(value.axes, output) else self.elements(output)
-            return value.copied + permute, value.batched
+        def price(value: Value) -> float:
+            return value.price + (0 if self.same(value.axes, output) else self.copying(output))
 
-        return min(self.values(tree, set(output)), key=price)
+        return sorted(dict.fromkeys(self.ways(tree, set(output))), key=price)
 
     def values(self, tree: Tree, needed: set[str]) -> list[Value]:
-        """Alternatives for a subtree, cheapest first; ``needed`` are the axes used outside it."""
-        if not isinstance(tree, tuple):
-            if tree in self.leaves:
-                return self.leaves[tree]
-            step = self.steps[str(tree)]
-            found = self.values(step.tree, set(step.axes))
-            return [replace(value, name=step.name) for value in found]
-        left, right = tree
-        left_axes, right_axes = self.open_axes(left), self.open_axes(right)
-        lefts = self.values(left, needed | right_axes)
-        rights = self.values(right, needed | left_axes)
+        """The cheapest way to a subtree in each order of its axes, the cheapest first.
+
+        ``needed`` are the axes used outside it.
+        """
         best: dict[Axes, Value] = {}
-        for a in lefts:
-            for b in rights:
-                for value in self.products(a, b, needed):
-                    known = best.get(value.axes)
-                    if known is None or (value.copied, value.batched) < (
-                        known.copied,
-                        known.batched,
-                    ):
-                        best[value.axes] = value
-        found = sorted(best.values(), key=lambda value: (value.copied, value.batched))
-        return found[:KEPT_LAYOUTS]
+        for value in self.ways(tree, needed):
+            known = best.get(value.axes)
+            if known is None or value.price < known.price:
+                best[value.axes] = value
+        return sorted(best.values(), key=lambda value: value.price)[:KEPT_LAYOUTS]
+
+    def ways(self, tree: Tree, needed: set[str]) -> Iterator[Value]:
+        """Every last product of a subtree, from the cheapest ways to its two parts."""
+        if isinstance(tree, tuple):
+            left, right = tree
+            lefts = self.values(left, needed | self.open_axes(right))
+            rights = self.values(right, needed | self.open_axes(left))
+            for a in lefts:
+                for b in rights:
+                    yield from self.products(a, b, needed)
+        elif tree in self.leaves:
+            yield from self.leaves[tree]
+        else:
+            step = self.steps[str(tree)]
+            for value in self.ways(step.tree, set(step.axes)):
+                yield replace(value, name=step.name)
 
     def open_axes(self, tree: Tree) -> set[str]:
         """All axes that occur in a subtree; what its parent still sees is among them."""
@@ -358,13 +372,23 @@ class Layouts:
     def product(self, left: View, right: View, summed: Axes) -> Value:
         stack = left.block("S") or right.block("S")
         blocks = (*((stack,) if stack else ()), left.block("F"), right.block("F"))
-        copied = sum(
-            view.value.copied + (self.elements(view.value.axes) if view.reorder else 0)
+        price = sum(
+            view.value.price + (self.copying(view.value.axes) if view.reorder else 0)
             for view in (left, right)
         )
-        batched = left.value.batched + right.value.batched
-        batched += ("S" in left.roles) != ("S" in right.roles)
-        return Value(blocks, Product(left, right, summed), copied, batched)
+        price += self.multiplying(stack, left.block("F"), summed, right.block("F"))
+        return Value(blocks, Product(left, right, summed), price)
+
+    def copying(self, axes: Axes) -> float:
+        return STARTED + COPIED * self.elements(axes)
+
+    def multiplying(self, stack: Axes, rows: Axes, summed: Axes, columns: Axes) -> float:
+        flops = 2.0 * self.elements(stack)
+        for axes in (rows, summed, columns):
+            size = self.elements(axes)
+            narrow = axes is columns and 1 < size < NARROW
+            flops *= size + (NARROW_HALF_RATE if narrow else HALF_RATE)
+        return STARTED + flops
 
     def batched(self, shared: View, value: Value, summed: Axes) -> Iterator[Value]:
         """One matrix times a stack of matrices: free axes of ``value`` become the stack.
@@ -386,10 +410,8 @@ class Layouts:
             options += [("FSK", (before[:k], before[k:], summed)) for k in range(1, len(before))]
         for roles, blocks in options:
             view = View(value, None, blocks, roles)
-            sides = (self.elements(view.block("F")), self.elements(shared.block("F")))
-            if min(sides) >= max(BATCHED_SIDE, self.elements(summed) // BATCHED_SHARE):
-                yield self.product(shared, view, summed)
-                yield self.product(view, shared, summed)
+            yield self.product(shared, view, summed)
+            yield self.product(view, shared, summed)
 
 
 def _orders(roles: Sequence[str]) -> Iterator[str]:
@@ -416,9 +438,9 @@ class Emitter:
         self.body: list[str] = []
         self.count = 0
 
-    def result(self, tree: Tree, output: Axes) -> str:
+    def result(self, tree: Tree, output: Axes, layout: int = 0) -> str:
         """Write what computes a tree; an expression of it with its axes in this order."""
-        value = self.layouts.best(tree, output)
+        value = self.layouts.ranked(tree, output)[layout]
         name = self.statement(value)
         if not self.layouts.same(value.axes, output):
             return self.reordered(name, value, output)

@@ -1,35 +1,42 @@
 """Contraction orders timed on this machine, and kept: what ``autotune=True`` finds.
 
 Predicted times are good enough to leave out the bad orders, not to tell the best few apart. So
-those are run, on random numbers, and the fastest is remembered beside the machine's own figures, by
-what was asked: the spec, its side, the range of batches.
+those are run, on random numbers, each in a few layouts, and the fastest is remembered beside the
+machine's own figures, by what was asked: the spec, its side, the range of batches.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from tensorize import ops
 from tensorize.codegen import aten, machine
 from tensorize.ir import ContractionPlan, Tree
 
-_ROUNDS = 7
+_LAYOUTS = 6
+"""Layouts of each order that are timed."""
+_KEPT, _ROUNDS = 4, 7
+"""The fastest of all go on, for so many rounds."""
+_TIE = 1.03
+"""What is slower by less than this is as fast: then the prediction decides."""
 
 
 def place(device: str = "cpu") -> Path:
     """Where the orders of this machine are kept."""
     figures = machine.place(device)
-    return figures.with_name(figures.name.replace("machine-", "orders-"))
+    return figures.with_name(figures.name.replace("machine-", "contractions-"))
 
 
-def known(device: str = "cpu") -> dict[str, Tree]:
-    """The fastest orders found so far, by what was asked."""
+def known(device: str = "cpu") -> dict[str, tuple[Tree, int]]:
+    """The fastest orders found so far, and their layouts, by what was asked."""
     try:
         found: dict[str, str] = json.loads(place(device).read_text())
         return {key: ast.literal_eval(text) for key, text in found.items()}
@@ -37,13 +44,13 @@ def known(device: str = "cpu") -> dict[str, Tree]:
         return {}
 
 
-def remember(found: Mapping[str, Tree], device: str = "cpu") -> Path:
-    """Adds orders to those that are kept."""
+def remember(found: Mapping[str, tuple[Tree, int]], device: str = "cpu") -> Path:
+    """Adds orders and their layouts to those that are kept."""
     path = place(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     everything = {**known(device), **found}
-    draft.write_text(json.dumps({key: str(tree) for key, tree in everything.items()}, indent=1))
+    draft.write_text(json.dumps({key: str(chosen) for key, chosen in everything.items()}, indent=1))
     os.replace(draft, path)
     return path
 
@@ -51,8 +58,11 @@ def remember(found: Mapping[str, Tree], device: str = "cpu") -> Path:
 @torch.no_grad()
 def fastest(
     plans: Sequence[ContractionPlan], batch: int, dtype: torch.dtype, device: str = "cpu"
-) -> int:
-    """Which of several plans of one spec takes the least time for a batch."""
+) -> ContractionPlan:
+    """Which of several plans of one spec, of one piece each, takes the least time for a batch.
+
+    Each is tried in its layouts of least predicted time.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -62,11 +72,19 @@ def fastest(
     cores = [draw(*shape) for shape in spec.core_shapes]
     width = spec.shape[-1] if plans[0].contract == "columns" else spec.shape[-2]
     x = draw(*spec.shape[:-2], batch, width)
-    calls = [aten.build(plan) for plan in plans]
-    # In turn, and of each its best: what else the machine does meanwhile decides nothing.
-    least = [math.inf] * len(calls)
+    tried = [layout for plan in plans for layout in aten.layouts(plan, _LAYOUTS)]
+
+    def seconds(plan: ContractionPlan) -> float:
+        call = {plan.contract: aten.build(plan)}
+        run = partial(ops.matmul, call, cores, x, plan.contract)
+        return machine.seconds_of(run, device, rounds=1)
+
+    # In turn: what else the machine does meanwhile slows all of them.
+    samples = {plan: [seconds(plan)] for plan in tried}
+    best = sorted(tried, key=samples.__getitem__)[:_KEPT]
     for _ in range(_ROUNDS):
-        for k, call in enumerate(calls):
-            took = machine.seconds_of(lambda call=call: call(x, cores), device, rounds=1)
-            least[k] = min(least[k], took)
-    return least.index(min(least))
+        for plan in best:
+            samples[plan].append(seconds(plan))
+    typical = {plan: statistics.median(samples[plan]) for plan in tried if plan in best}
+    least = min(typical.values())
+    return next(plan for plan, took in typical.items() if took <= _TIE * least)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorize.codegen import aten
 from tensorize.codegen.aten import Emitter, Layouts, Value
-from tensorize.ir import TrainingPiece, TrainingPlan
+from tensorize.ir import TrainingPiece, TrainingPlan, typical_batch
 
 
 def emit(plan: TrainingPlan) -> str:
@@ -56,7 +56,7 @@ def _forward(
     x_axes, y_axes = aten.sides(plan.spec, plan.contract)
     leaves = {**aten.core_values(plan.spec), "x": aten.rows_value(plan.spec, "x", x_axes)}
     steps = {step.name: step for step in piece.forward}
-    layouts = Layouts(plan.spec, aten.typical_batch(piece), leaves, steps)
+    layouts = Layouts(plan.spec, typical_batch(piece.first_batch, piece.last_batch), leaves, steps)
     emitter = Emitter(layouts, keep_copies=True)
     y = emitter.result(steps["y"].tree, y_axes)
     # Of a value and a copy of it in the order that y needed, the copy: its gradient needs the same.
@@ -86,7 +86,7 @@ def _backward(
         **known,
     }
     steps = {step.name: step for step in piece.backward}
-    layouts = Layouts(spec, aten.typical_batch(piece), leaves, steps)
+    layouts = Layouts(spec, typical_batch(piece.first_batch, piece.last_batch), leaves, steps)
     emitter = Emitter(layouts, keep_copies=True)
     if "x" in piece.saved:
         emitter.body += [line.strip() for line in aten.flattened("x", spec, x_axes)]

@@ -152,9 +152,12 @@ def piece_of(
     )
 
 
-def one_order(spec: TTSpec, contract: str, tree: Tree) -> ContractionPlan:
-    """The plan that contracts by one tree, whatever the batch."""
-    return ContractionPlan(spec, contract, (piece_of(spec, contract, tree, 1, None),))
+def one_order(
+    spec: TTSpec, contract: str, tree: Tree, first_batch: int = 1, last_batch: int | None = None
+) -> ContractionPlan:
+    """The plan that contracts by one tree, whatever the batch; laid out for those in a range."""
+    piece = piece_of(spec, contract, tree, first_batch, last_batch)
+    return ContractionPlan(spec, contract, (piece,))
 
 
 def undominated_trees(spec: TTSpec, contract: str) -> tuple[Tree, ...]:

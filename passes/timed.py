@@ -10,12 +10,13 @@ graph is compiled again for, at most twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
 
-from tensorize.ir import ContractionPlan, Machine, Tree, TTSpec
+from tensorize.ir import ContractionPlan, Machine, Tree, TTSpec, typical_batch
 from tensorize.passes.order import one_order, piece_of, undominated_trees
 from tensorize.passes.roofline import tree_times
 
@@ -79,23 +80,27 @@ def timed_plan(
     machine: Machine,
     breakpoints: Sequence[int] = BREAKPOINTS,
     dtype: str = "float32",
-    measured: Mapping[str, Tree] | None = None,
+    measured: Mapping[str, tuple[Tree, int]] | None = None,
 ) -> ContractionPlan:
     """The fastest order in each range of batches; ``breakpoints`` are where the next one begins.
 
-    ``measured`` are orders that were timed, by ``question``: they go before predictions.
+    ``measured`` are orders that were timed, and their layouts, by ``question``: they go before
+    predictions.
     """
     trees, times = priced(spec, contract, machine, dtype)
-    found: list[tuple[Tree, int, int | None]] = []
+    found: list[tuple[Tree, int, int, int | None]] = []
     for first, last in _ranges(breakpoints):
         cost = _lost(times)[:, _inside(first, last)].sum(1)
-        tree = (measured or {}).get(question(spec, contract, first, last))
-        tree = trees[int(np.argmin(cost))] if tree is None else tree
-        if found and found[-1][0] == tree:
-            found[-1] = (tree, found[-1][1], last)
+        predicted = trees[int(np.argmin(cost))], 0
+        chosen = (measured or {}).get(question(spec, contract, first, last), predicted)
+        if found and found[-1][:2] == chosen:
+            found[-1] = (*chosen, found[-1][2], last)
         else:
-            found.append((tree, first, last))
-    pieces = tuple(piece_of(spec, contract, *piece) for piece in found)
+            found.append((*chosen, first, last))
+    pieces = tuple(
+        replace(piece_of(spec, contract, tree, first, last), layout=layout)
+        for tree, layout, first, last in found
+    )
     return ContractionPlan(spec, contract, pieces)
 
 
@@ -109,9 +114,9 @@ def contenders(
 ) -> Iterator[tuple[str, int, tuple[ContractionPlan, ...]]]:
     """What is to be timed: for each range its question, a batch in its middle, the best few."""
     for first, last in _ranges(breakpoints):
-        middle = round((first * min(last or 8 * first, 8 * first)) ** 0.5)
+        middle = typical_batch(first, last)
         trees = fastest_trees(spec, contract, machine, middle, _TIMED)
-        plans = tuple(one_order(spec, contract, tree) for tree in trees)
+        plans = tuple(one_order(spec, contract, tree, first, last) for tree in trees)
         yield question(spec, contract, first, last), middle, plans
 
 

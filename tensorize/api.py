@@ -501,8 +501,8 @@ def _time_orders(program: Program) -> None:
         program.progress("timing orders", done, len(uses))
         rates = machine.current(device)
         for question, batch, plans in contenders(spec, contract, rates, breakpoints):
-            best = plans[orders.fastest(plans, batch, getattr(torch, dtype), device)]
-            found[question] = best.pieces[0].tree
+            (best,) = orders.fastest(plans, batch, getattr(torch, dtype), device).pieces
+            found[question] = best.tree, best.layout
     program.progress("timing orders", len(uses), len(uses))
     orders.remember(found, device)
     ops.contractions.cache_clear()

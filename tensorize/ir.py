@@ -281,7 +281,9 @@ class ContractionPiece:
     """One contraction tree and the batches for which it is the cheapest.
 
     Its cost is ``constant + slope * B`` FLOPs and its largest intermediate has
-    ``peak_constant`` or ``peak_slope * B`` elements, whichever is more.
+    ``peak_constant`` or ``peak_slope * B`` elements, whichever is more. ``layout`` is which of the
+    emitter's ways to lay out what lies between runs: the one of least predicted time, or another
+    that was timed.
     """
 
     tree: Tree
@@ -291,9 +293,15 @@ class ContractionPiece:
     slope: int
     peak_constant: int
     peak_slope: int
+    layout: int = 0
 
     def flops(self, batch: int) -> int:
         return self.constant + self.slope * batch
+
+
+def typical_batch(first_batch: int, last_batch: int | None) -> int:
+    """What stands for a range of batches, where one number must: nearer to its beginning."""
+    return round((first_batch * min(last_batch or 8 * first_batch, 8 * first_batch)) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,42 @@ def widened(x: Tensor, weight: Tensor) -> Tensor:
     return x.to(weight.dtype)
 
 
+def _without_instructions() -> frozenset[torch.dtype]:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if torch.backends.mkldnn.is_available():
+        ask = {
+            dtype: getattr(torch.ops.mkldnn, f"_is_mkldnn_{n}_supported")
+            for dtype, n in names.items()
+        }
+        return frozenset(dtype for dtype, supported in ask.items() if not supported())
+    return frozenset(names)
+
+
+SLOW_ON_CPU = _without_instructions()
+"""Dtypes that torch multiplies number by number on this processor: measured on one Zen 3 core, at 1
+to 10 GFLOP/s where float32 has 60."""
+
+_CAST = 96
+"""Rank for each row up to which casting two factors to float32 takes less than it saves."""
+
+
+def in_float32(x: Tensor, rank: int | None = None) -> bool:
+    """Whether a product of x with a weight is faster in float32, casts included.
+
+    Of a tensor train it always is where x has such a dtype, because a core meets many entries of
+    every row; in low rank (of this ``rank``) from some rows on. Not where gradients are recorded,
+    which would keep both copies.
+    """
+    if x.dtype not in SLOW_ON_CPU or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if rank is None:
+        return True
+    # A graph is not to be compiled again for this.
+    return not torch.compiler.is_compiling() and rank * x.shape[-1] < _CAST * x.numel()
+
+
 def matmul(
     contractions: Contractions,
     cores: Sequence[Tensor],
@@ -243,10 +279,14 @@ def matmul(
     the weight's spec.
     """
     x = widened(x, cores[0])
-    if contractions:
-        run = contractions[contract]
-        if getattr(run, "takes_bias", False):
-            return run(x, cores, bias)  # type: ignore[call-arg]
+    run: Any = contractions.get(contract)
+    if getattr(run, "takes_bias", False):
+        return run(x, cores, bias)
+    if in_float32(x, cores[1].shape[0] if run is None else None):
+        wide = [core.float() for core in cores]
+        bias = None if bias is None else bias.float()
+        return matmul(contractions, wide, x.float(), contract, bias).to(x.dtype)
+    if run is not None:
         y = run(x, cores)
         return y if bias is None else y + bias
     left, right = cores

@@ -104,16 +104,22 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.first, self.second
-        if not (_is_bare(first) and _is_bare(second)):
+        # Looked up where they are: through ``nn.Module`` it takes longer than a product of one row.
+        modules = self._modules
+        first: Any = modules["first"]
+        second: Any = modules["second"]
+        if not (_is_bare(first) and _is_bare(second)) or _has_any_global_hook():
             return second(self._between(first(ops.widened(x, first.weight))))
-        # What the two layers' own calls come to, which take longer than a product of one row.
-        right, left, bias = first.weight, second.weight, second.bias
+        # What the two layers' own calls come to.
+        right, left = first._parameters["weight"], second._parameters["weight"]
+        bias = second._parameters["bias"]
         x = ops.widened(x, right)
         by_kernels = type(right) is nn.Parameter and not self._waits_for_product()
         own = self.contractions or (self.kernels if by_kernels else None)
-        if own and self.nonlinearity is None:
-            return ops.matmul(own, (left, right), x, "columns", bias)
+        # A product that serves other layers as well is computed by itself.
+        wide = self.input_product is None and ops.in_float32(x, right.shape[0])
+        if (own or wide) and self.nonlinearity is None:
+            return ops.matmul(own or {}, (left, right), x, "columns", bias)
         if self.input_product is None or torch.compiler.is_compiling():
             product = F.linear(x, right)
         else:
@@ -170,8 +176,8 @@ def _is_bare(layer: nn.Module) -> bool:
     """Whether a layer's call is nothing but x Wᵀ + b: no hooks, and no forward of its own."""
     own = layer.__dict__
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-    alone = type(layer) is nn.Linear and "forward" not in own
-    return alone and not (hooked or own["_backward_pre_hooks"] or _has_any_global_hook())
+    alone = type(layer) is nn.Linear and "forward" not in own and "weight" in own["_parameters"]
+    return alone and not (hooked or own["_backward_pre_hooks"])
 
 
 def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -> int:

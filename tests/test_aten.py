@@ -135,25 +135,22 @@ modes = st.lists(st.integers(1, 3), min_size=3, max_size=3)
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    modes, modes, st.tuples(*[st.integers(1, 3)] * 2), st.sampled_from([0, 2]), st.booleans(),
+    modes, modes, st.tuples(*[st.integers(1, 3)] * 2), st.sampled_from([0, 2]),
     st.sampled_from(SIDES),
 )  # fmt: skip
-def test_any_tree_is_translated_even_those_that_never_win(
+def test_any_tree_is_translated_in_any_layout_even_those_that_never_win(
     rows: list[int],
     columns: list[int],
     ranks: tuple[int, int],
     experts: int,
-    batched: bool,
     contract: str,
 ) -> None:
     spec = TTSpec(rows, columns, ranks, experts=experts)
     cores = draw_cores(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        if batched:  # allow batched products of matrices as small as these
-            patch.setattr(aten, "BATCHED_SIDE", 1)
-        for tree in trees(("x", 0, 1, 2)):
-            piece = ContractionPiece(tree, 1, None, 0, 1, 0, 1)
-            function = aten.build.__wrapped__(ContractionPlan(spec, contract, (piece,)))
+    for tree in trees(("x", 0, 1, 2)):
+        piece = ContractionPiece(tree, 1, None, 0, 1, 0, 1)
+        for plan in aten.layouts(ContractionPlan(spec, contract, (piece,)), 8):
+            function = aten.build.__wrapped__(plan)
             for batch in (0, 1, 3):
                 x = draw_x(spec, contract, (batch,))
                 check(function(x, cores), spec, cores, x, contract)
@@ -345,6 +342,28 @@ def test_a_rebuilt_weight_is_not_permuted() -> None:
     source = aten.emit(alone(plan, rebuild))
     assert "t1 = F.linear(x, t0.reshape(768, 3072))" in source
     assert source.count("permute") == 2  # a view of a core, and the output
+
+
+def test_layouts_are_different_texts_of_one_order() -> None:
+    piece = ContractionPiece((("x", 1), 0), 1, 8, 0, 1, 0, 1)
+    plan = ContractionPlan(TTSpec((24, 32), (48, 64), (60,)), "columns", (piece,))
+    found = aten.layouts(plan, 6)
+    assert found[0] == plan
+    assert len({aten.emit(layout) for layout in found}) == len(found) == 6
+    assert len(aten.layouts(plan, 1000)) < 1000
+
+
+def test_layouts_follow_the_rows() -> None:
+    """One row is nothing to put in order; many rows are better the long side of a product."""
+    spec, tree = TTSpec((64, 48), (24, 32), (192,)), (("x", 1), 0)
+
+    def source(batch: int) -> str:
+        piece = ContractionPiece(tree, batch, batch, 0, 1, 0, 1)
+        return aten.emit(ContractionPlan(spec, "columns", (piece,)))
+
+    assert "permute" not in source(1)
+    assert "t0 = F.linear(x.reshape(-1, 32), c1.reshape(9216, 32))" in source(1)
+    assert "@ x.reshape(-1, 24, 32).permute(1, 2, 0)" in source(4096)
 
 
 def test_no_branch_without_need() -> None:

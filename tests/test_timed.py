@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import TTSpec, ops, tt
-from tensorize.codegen import orders
+from tensorize.codegen import aten, orders
 from tensorize.ir import GENERIC
 from tensorize.passes.order import one_order, piece_of, plan_contraction
 from tensorize.passes.roofline import tree_times
@@ -24,6 +24,7 @@ from tensorize.passes.timed import (
     contenders,
     fastest_trees,
     priced,
+    question,
     timed_plan,
 )
 from tensorize.weight import Cores, factored
@@ -82,6 +83,19 @@ def test_the_plan_that_runs_changes_only_at_the_breakpoints() -> None:
             assert set(plan.breakpoints) <= set(breakpoints)
             assert plan.pieces[0].first_batch == 1
             assert plan.pieces[-1].last_batch is None
+
+
+def test_what_was_timed_goes_before_predictions_and_each_range_has_its_own_layout() -> None:
+    spec, tree = SPECS[1], ("x", (0, 1))
+    measured = {
+        question(spec, "columns", 1, 8): (tree, 2),
+        question(spec, "columns", 9, None): (tree, 1),
+    }
+    plan = timed_plan(spec, "columns", GENERIC, (9,), measured=measured)
+    assert [(piece.tree, piece.layout) for piece in plan.pieces] == [(tree, 2), (tree, 1)]
+    same = dict.fromkeys(measured, (tree, 1))
+    (piece,) = timed_plan(spec, "columns", GENERIC, (9,), measured=same).pieces
+    assert (piece.tree, piece.layout) == (tree, 1)
 
 
 def test_a_model_has_two_breakpoints_at_most_and_none_without_a_gain() -> None:
@@ -188,15 +202,16 @@ def test_orders_are_timed_remembered_and_used(
     monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
     compressed()
     assert not orders.place().exists()  # nothing is timed unless asked for
-    monkeypatch.setattr(orders, "fastest", lambda plans, *rest: len(plans) - 1)
+    monkeypatch.setattr(orders, "fastest", lambda plans, *rest: aten.layouts(plans[-1], 2)[-1])
     tuned = compressed(autotune=True)
     known = orders.known()
     assert known
     (breakpoints,) = {holder.breakpoints for holder in holders(tuned)}
     for name, found in factored(tuned):
-        for question, _, plans in contenders(found.spec, "columns", GENERIC, breakpoints):
-            assert question in known, name
-            assert known[question] in [plan.pieces[0].tree for plan in plans]
+        for asked, _, plans in contenders(found.spec, "columns", GENERIC, breakpoints):
+            assert asked in known, name
+            (slowest,) = aten.layouts(plans[-1], 2)[-1].pieces
+            assert known[asked] == (slowest.tree, slowest.layout)
     x = torch.randn(5, 64)
     torch.testing.assert_close(tuned(x), tensorize.densify(tuned)(x))
     ops.contractions.cache_clear()
@@ -205,7 +220,8 @@ def test_orders_are_timed_remembered_and_used(
 def test_what_is_timed_are_the_calls_themselves() -> None:
     spec = SPECS[1]
     slow, fast = (one_order(spec, "columns", tree) for tree in (("x", (0, 1)), (("x", 0), 1)))
-    assert orders.fastest((slow, fast), 1, torch.float32) == 1
+    (piece,) = orders.fastest((slow, fast), 1, torch.float32).pieces
+    assert piece.tree == fast.pieces[0].tree
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": "b("}'])

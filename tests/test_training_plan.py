@@ -374,18 +374,19 @@ def backward(g, x, cores, saved):
     # Rows from 1 on
     x = x.reshape(-1, 256)
     (s0,) = saved
-    # s1 (m0, r1, n1, B) = c1 (r1, m1, n1) · g (B, m0, m1) over m1
-    s1 = c1.permute(0, 2, 1).reshape(128, 16) @ g.reshape(-1, 16, 16).permute(1, 2, 0)
-    # t0 (n1, B, n0) = s1 (m0, r1, n1, B) · c0 (m0, n0, r1) over m0, r1
-    t0 = s1.reshape(128, -1).mT @ c0.permute(1, 0, 2).reshape(16, 128).mT
-    dx = t0.reshape(16, -1, 16).permute(1, 2, 0).reshape(*lead, 256)
-    # t1 (m0, r1, n0) = s1 (m0, r1, n1, B) · x (B, n0, n1) over n1, B
-    x_1 = x.reshape(-1, 16, 16).permute(1, 2, 0).reshape(16, -1)
-    t1 = F.linear(s1.reshape(128, -1), x_1)
+    # s1 (B, m0, r1, n1) = g (B, m0, m1) · c1 (r1, m1, n1) over m1
+    s1 = F.linear(g.reshape(-1, 16), c1.permute(0, 2, 1).reshape(128, 16))
+    # t0 (B, n0, n1) = c0 (m0, n0, r1) · s1 (B, m0, r1, n1) over m0, r1
+    t0 = c0.permute(1, 0, 2).reshape(16, 128) @ s1.reshape(-1, 128, 16)
+    dx = t0.reshape(*lead, 256)
+    # t1 (m0, r1, n0) = s1 (B, m0, r1, n1) · x (B, n0, n1) over B, n1
+    s1_1 = s1.reshape(-1, 16, 8, 16).permute(1, 2, 0, 3).reshape(128, -1)
+    x_1 = x.reshape(-1, 16, 16).permute(1, 0, 2).reshape(16, -1)
+    t1 = F.linear(s1_1, x_1)
     d0 = t1.reshape(16, 8, 16).permute(0, 2, 1).reshape(16, 16, 8)
-    # t2 (m1, r1, n1) = g (B, m0, m1) · s0 (B, m0, r1, n1) over B, m0
-    t2 = g.reshape(-1, 16).mT @ s0.reshape(-1, 128)
-    d1 = t2.reshape(16, 8, 16).permute(1, 0, 2).reshape(8, 16, 16)
+    # t2 (r1, m1, n1) = g (B, m0, m1) · s0 (B, m0, r1, n1) over B, m0
+    t2 = g.reshape(-1, 16).mT @ s0.reshape(-1, 8, 16).permute(1, 0, 2)
+    d1 = t2.reshape(8, 16, 16)
     return dx, d0, d1
 '''
 
