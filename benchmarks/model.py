@@ -2,12 +2,13 @@
 
     python -m benchmarks.model --models llama gpt2 minilm vit --threads 1
 
-Dense (eager, and compiled by inductor), the factors of ``tensorize.compile`` and the same factors
-as two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill; 8 x 64 tokens for a
-sentence encoder, one image for a vision model), one token at a time with a cache (decode), and a
-batch of four. Interleaved rounds, medians; speedups are over eager dense. The peak of resident
-memory is that of a process of its own which loads the model and runs it. Energy is measured where
-zeus is installed and the machine tells it; else it is null.
+Dense and the factors of ``tensorize.compile`` (eager, and with ``--inductor`` compiled by it, too)
+and the same factors as two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill;
+8 x 64 tokens for a sentence encoder, one image for a vision model), one token at a time with a
+cache (decode), and a batch of four. Interleaved rounds, medians, with one thread of the processor's
+time; speedups are over eager dense. The peak of resident memory is that of a process of its own
+which loads the model and runs it. Energy is measured where zeus is installed and the machine tells
+it; else it is null.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from examples import demo_minilm
 from tensorize.weight import LowRankLinear
 
 KEPT = 0.25
+TASKS, DECODERS = ("prefill", "batch", "decode"), ("llama", "gpt2")
 TOKENS, BATCH, PROMPT, STEPS = 256, 4, 64, 8
 
 
@@ -130,7 +132,7 @@ def decode(model: Any, cache: Any, token: Tensor) -> None:
 
 
 @torch.no_grad()
-def measure(name: str, rounds: int, *, inductor: bool) -> dict[str, Any]:
+def measure(name: str, rounds: int, tasks: Sequence[str], *, inductor: bool) -> dict[str, Any]:
     """Milliseconds of dense, speedups of the others, parameters and memory."""
     dense = build(name)
     small = tensorize.compile(
@@ -141,20 +143,26 @@ def measure(name: str, rounds: int, *, inductor: bool) -> dict[str, Any]:
     ours, theirs = (model(*inputs(name, 1))[0] for model in (small, hand))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     models: dict[str, Any] = {"dense": dense, "tensorize": small, "by hand": hand}
+    eager = list(models)
     if inductor:
-        models["dense, inductor"] = torch.compile(dense)
-    tasks: dict[str, dict[str, Callable[[], object]]] = {
-        "prefill": {key: partial(model, *inputs(name, 1)) for key, model in models.items()},
-        "batch": {key: partial(model, *inputs(name, BATCH)) for key, model in models.items()},
-    }
-    if name in ("llama", "gpt2"):
-        tasks["decode"] = {}
-        for key in ("dense", "tensorize", "by hand"):  # inductor compiles each length of the cache
+        models |= {f"{key}, inductor": torch.compile(models[key]) for key in ("dense", "tensorize")}
+
+    def calls_of(task: str) -> dict[str, Callable[[], object]]:
+        if task != "decode":
+            given = inputs(name, BATCH if task == "batch" else 1)
+            return {key: partial(model, *given) for key, model in models.items()}
+        found: dict[str, Callable[[], object]] = {}
+        for key in eager:  # inductor compiles each length of the cache
             prompt = inputs(name, 1)[0][:, :PROMPT]
             cache = models[key](prompt, use_cache=True).past_key_values
-            tasks["decode"][key] = partial(decode, models[key], cache, prompt[:, :1])
+            found[key] = partial(decode, models[key], cache, prompt[:, :1])
+        return found
+
     found: dict[str, Any] = {}
-    for task, calls in tasks.items():
+    for task in tasks:
+        if task == "decode" and name not in DECODERS:
+            continue
+        calls = calls_of(task)
         times = interleaved(calls, rounds)
         each = STEPS if task == "decode" else 1
         found[task] = {
@@ -225,7 +233,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--inductor", action="store_true", help="dense compiled by inductor, too")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--inductor", action="store_true", help="dense and ours by inductor, too")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -236,7 +245,8 @@ def main() -> None:
     results = kept("model")
     for name in options.models:
         began = time.perf_counter()
-        results[name] = measure(name, options.rounds, inductor=options.inductor)
+        found = measure(name, options.rounds, options.tasks, inductor=options.inductor)
+        results[name] = results.get(name, {}) | found
         print(f"{name}: {time.perf_counter() - began:.0f} s; kept in {keep('model', results)}")
 
 

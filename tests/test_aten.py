@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+import timeit
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -375,6 +377,18 @@ def test_no_branch_without_need() -> None:
 def test_lines_are_of_readable_length() -> None:
     spec = TTSpec((8, 8, 8, 8), (8, 8, 8, 8), (16, 32, 16))
     assert max(map(len, aten.emit(plan_contraction(spec)).splitlines())) <= 120
+
+
+def test_the_piece_is_chosen_in_less_than_three_microseconds() -> None:
+    """In eager mode; the quickest of some rounds, as other processes only make it slower."""
+    plan = plan_contraction(TTSpec((16, 16, 16), (16, 16, 16), (32, 32)))
+    assert len(plan.pieces) == 3
+    body = aten.by_rows("x", plan.spec, plan.pieces, lambda piece: [f"return {piece.first_batch}"])
+    choose = aten.compiled("\n".join(["def choose(x):", *body]) + "\n", "choice")["choose"]
+    x = torch.empty(1000, 4096)
+    assert choose(x) == plan.pieces[-1].first_batch
+    took = min(timeit.repeat(lambda: choose(x), time.process_time, number=1000, repeat=7))
+    assert took / 1000 < 3e-6
 
 
 def test_it_is_compiled_once_and_tracebacks_show_it() -> None:
