@@ -88,20 +88,15 @@ def timed_plan(
     predictions.
     """
     trees, times = priced(spec, contract, machine, dtype)
-    found: list[tuple[Tree, int, int, int | None]] = []
+    pieces = []
     for first, last in _ranges(breakpoints):
         cost = _lost(times)[:, _inside(first, last)].sum(1)
         predicted = trees[int(np.argmin(cost))], 0
-        chosen = (measured or {}).get(question(spec, contract, first, last), predicted)
-        if found and found[-1][:2] == chosen:
-            found[-1] = (*chosen, found[-1][2], last)
-        else:
-            found.append((*chosen, first, last))
-    pieces = tuple(
-        replace(piece_of(spec, contract, tree, first, last), layout=layout)
-        for tree, layout, first, last in found
-    )
-    return ContractionPlan(spec, contract, pieces)
+        asked = question(spec, contract, first, last)
+        tree, layout = (measured or {}).get(asked, predicted)
+        # One tree in two ranges is two pieces: what is laid out well for few rows is not for many.
+        pieces.append(replace(piece_of(spec, contract, tree, first, last), layout=layout))
+    return ContractionPlan(spec, contract, tuple(pieces))
 
 
 def question(spec: TTSpec, contract: str, first: int, last: int | None) -> str:

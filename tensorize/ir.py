@@ -300,8 +300,9 @@ class ContractionPiece:
 
 
 def typical_batch(first_batch: int, last_batch: int | None) -> int:
-    """What stands for a range of batches, where one number must: nearer to its beginning."""
-    return round((first_batch * min(last_batch or 8 * first_batch, 8 * first_batch)) ** 0.5)
+    """What stands for a range of batches, where one number must; far ones do not count."""
+    far = 64 * first_batch
+    return round((first_batch * min(last_batch or far, far)) ** 0.5)
 
 
 @dataclass(frozen=True)

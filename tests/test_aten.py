@@ -327,8 +327,8 @@ def contract(x, cores):
 def test_experts_are_batched_products() -> None:
     source = aten.emit(plan_contraction(TTSpec.low_rank(12, 20, 5, experts=3)))
     assert "x = x.reshape(3, -1, 20)" in source
-    assert "t0 = x @ c1.mT" in source
-    assert "t1 = t0 @ c0.mT" in source
+    assert "t0 = c1 @ x.mT" in source
+    assert "t1 = t0.mT @ c0.mT" in source
 
 
 def test_low_rank_copies_nothing() -> None:

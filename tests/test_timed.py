@@ -93,9 +93,6 @@ def test_what_was_timed_goes_before_predictions_and_each_range_has_its_own_layou
     }
     plan = timed_plan(spec, "columns", GENERIC, (9,), measured=measured)
     assert [(piece.tree, piece.layout) for piece in plan.pieces] == [(tree, 2), (tree, 1)]
-    same = dict.fromkeys(measured, (tree, 1))
-    (piece,) = timed_plan(spec, "columns", GENERIC, (9,), measured=same).pieces
-    assert (piece.tree, piece.layout) == (tree, 1)
 
 
 def test_a_model_has_two_breakpoints_at_most_and_none_without_a_gain() -> None:

@@ -384,9 +384,9 @@ def backward(g, x, cores, saved):
     x_1 = x.reshape(-1, 16, 16).permute(1, 0, 2).reshape(16, -1)
     t1 = F.linear(s1_1, x_1)
     d0 = t1.reshape(16, 8, 16).permute(0, 2, 1).reshape(16, 16, 8)
-    # t2 (r1, m1, n1) = g (B, m0, m1) · s0 (B, m0, r1, n1) over B, m0
-    t2 = g.reshape(-1, 16).mT @ s0.reshape(-1, 8, 16).permute(1, 0, 2)
-    d1 = t2.reshape(8, 16, 16)
+    # t2 (m1, r1, n1) = g (B, m0, m1) · s0 (B, m0, r1, n1) over B, m0
+    t2 = g.reshape(-1, 16).mT @ s0.reshape(-1, 128)
+    d1 = t2.reshape(16, 8, 16).permute(1, 0, 2).reshape(8, 16, 16)
     return dx, d0, d1
 '''
 
