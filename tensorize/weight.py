@@ -104,15 +104,17 @@ class LowRankLinear(nn.Module):
     stored_transposed: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        # Looked up where they are: through ``nn.Module`` it takes longer than a product of one row.
-        modules = self._modules
-        first: Any = modules["first"]
-        second: Any = modules["second"]
+        if torch.compiler.is_compiling():  # a graph names weights by the attributes that lead there
+            first, second = self.first, self.second
+            right, left, bias = first.weight, second.weight, second.bias
+        else:  # through ``nn.Module`` they are found in more time than a product of one row takes
+            modules: Any = self._modules
+            first, second = modules["first"], modules["second"]
+            right, held = first._parameters.get("weight"), second._parameters
+            left, bias = held.get("weight"), held.get("bias")
         if not (_is_bare(first) and _is_bare(second)) or _has_any_global_hook():
             return second(self._between(first(ops.widened(x, first.weight))))
         # What the two layers' own calls come to.
-        right, left = first._parameters["weight"], second._parameters["weight"]
-        bias = second._parameters["bias"]
         x = ops.widened(x, right)
         by_kernels = type(right) is nn.Parameter and not self._waits_for_product()
         own = self.contractions or (self.kernels if by_kernels else None)
