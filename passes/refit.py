@@ -67,11 +67,12 @@ def refit(
     cores: dict[str, Cores] = {}
 
     def use_planned(*names: str) -> None:
-        wanted = [c for c in sites if c.name in names and c.name not in cores]
-        cores.update(planned_cores(program, wanted))
+        if wanted := [c for c in sites if c.name in names and c.name not in cores]:
+            cores.update(planned_cores(program, wanted))
 
     def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
-        use_planned(name)  # where it is not solved: not before this batch comes by it, or never
+        if name not in cores:  # it is solved after this batch came by it, or never
+            use_planned(name)
         shape = tuple(parameters[name].shape)
         whole = frame if shape == specs[name].shape else replace(frame, shape=shape)
         held = tuple(core.to(parameters[name].dtype) for core in cores[name])
