@@ -116,11 +116,12 @@ class LowRankLinear(nn.Module):
             return second(self._between(first(ops.widened(x, first.weight))))
         # What the two layers' own calls come to.
         x = ops.widened(x, right)
-        by_kernels = type(right) is nn.Parameter and not self._waits_for_product()
-        own = self.contractions or (self.kernels if by_kernels else None)
+        own = self.contractions
+        if self.kernels and not own and type(right) is nn.Parameter:
+            own = None if self._waits_for_product() else self.kernels
         # A product that serves other layers as well is computed by itself.
-        wide = self.input_product is None and ops.in_float32(x, right.shape[0])
-        if (own or wide) and self.nonlinearity is None:
+        alone = self.input_product is None
+        if self.nonlinearity is None and (own or (alone and ops.in_float32(x, right.shape[0]))):
             return ops.matmul(own or {}, (left, right), x, "columns", bias)
         if self.input_product is None or torch.compiler.is_compiling():
             product = F.linear(x, right)
