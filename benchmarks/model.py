@@ -2,8 +2,9 @@
 
     python -m benchmarks.model --models llama gpt2 minilm vit --threads 1
 
-Dense and the factors of ``tensorize.compile`` (eager, and with ``--inductor`` compiled by it, too)
-and the same factors as two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill;
+Dense and the factors of ``tensorize.compile`` (eager, and with ``--compiled`` under
+``torch.compile``, too: dense by inductor, ours by ``backend="tensorize"``), and the same factors as
+two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill;
 8 x 64 tokens for a sentence encoder, one image for a vision model), one token at a time with a
 cache (decode), and a batch of four. Interleaved rounds, medians, with one thread of the processor's
 time; speedups are over eager dense. The peak of resident memory is that of a process of its own
@@ -132,7 +133,7 @@ def decode(model: Any, cache: Any, token: Tensor) -> None:
 
 
 @torch.no_grad()
-def measure(name: str, rounds: int, tasks: Sequence[str], *, inductor: bool) -> dict[str, Any]:
+def measure(name: str, rounds: int, tasks: Sequence[str], *, compiled: bool) -> dict[str, Any]:
     """Milliseconds of dense, speedups of the others, parameters and memory."""
     dense = build(name)
     small = tensorize.compile(
@@ -143,19 +144,20 @@ def measure(name: str, rounds: int, tasks: Sequence[str], *, inductor: bool) -> 
     ours, theirs = (model(*inputs(name, 1))[0] for model in (small, hand))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     models: dict[str, Any] = {"dense": dense, "tensorize": small, "by hand": hand}
-    eager = list(models)
-    if inductor:
-        models |= {f"{key}, inductor": torch.compile(models[key]) for key in ("dense", "tensorize")}
+    if compiled:
+        models["dense, compiled"] = torch.compile(dense)
+        models["tensorize, compiled"] = torch.compile(small, backend="tensorize")
 
     def calls_of(task: str) -> dict[str, Callable[[], object]]:
         if task != "decode":
             given = inputs(name, BATCH if task == "batch" else 1)
             return {key: partial(model, *given) for key, model in models.items()}
         found: dict[str, Callable[[], object]] = {}
-        for key in eager:  # inductor compiles each length of the cache
-            prompt = inputs(name, 1)[0][:, :PROMPT]
-            cache = models[key](prompt, use_cache=True).past_key_values
-            found[key] = partial(decode, models[key], cache, prompt[:, :1])
+        prompt = inputs(name, 1)[0][:, :PROMPT]
+        for key, model in models.items():
+            cache = dense(prompt, use_cache=True).past_key_values
+            found[key] = partial(decode, model, cache, prompt[:, :1])
+            found[key]()  # under torch.compile the first two lengths of the cache are compiled
         return found
 
     found: dict[str, Any] = {}
@@ -173,8 +175,8 @@ def measure(name: str, rounds: int, tasks: Sequence[str], *, inductor: bool) -> 
             "joules": energy(calls),
         }
         print(name, task, {k: v if v is None else round(v, 3) for k, v in found[task].items()})
-    count = {key: sum(p.numel() for p in model.parameters()) for key, model in models.items()}
-    found["parameters"] = {key: count[key] for key in ("dense", "tensorize")}
+    count = {"dense": dense, "tensorize": small}
+    found["parameters"] = {k: sum(p.numel() for p in m.parameters()) for k, m in count.items()}
     found["peak MB"] = memory(name, {"dense": dense, "tensorize": small})
     print(name, found["parameters"], found["peak MB"], flush=True)
     return found
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--inductor", action="store_true", help="dense and ours by inductor, too")
+    parser.add_argument("--compiled", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -245,7 +247,7 @@ def main() -> None:
     results = kept("model")
     for name in options.models:
         began = time.perf_counter()
-        found = measure(name, options.rounds, options.tasks, inductor=options.inductor)
+        found = measure(name, options.rounds, options.tasks, compiled=options.compiled)
         results[name] = results.get(name, {}) | found
         print(f"{name}: {time.perf_counter() - began:.0f} s; kept in {keep('model', results)}")
 

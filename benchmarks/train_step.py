@@ -3,8 +3,8 @@
     python -m benchmarks.train_step --threads 1
 
 Forward, backward and fused AdamW for 2 x 256 tokens: dense, two matmuls for each linear written by
-hand (of the rank that a quarter comes to), and ours, interleaved in one run, medians. Also what
-each holds: weights, gradients, states of the optimizer, and what the forward pass saves (with
+hand (of the rank that a quarter comes to), and ours, eager and under ``torch.compile`` (inductor),
+interleaved in one run, medians. Also what each holds: weights, gradients, states of the optimizer, and what the forward pass saves (with
 low-rank checkpointing as well), beside what ``tensorize.training.memory`` predicted.
 """
 
@@ -89,6 +89,8 @@ def measure(rounds: int) -> dict[str, Any]:
         groups = parameter_groups(model, RATE, 0.1)
         optimizers[name] = torch.optim.AdamW(groups, fused=True)
         calls[name] = partial(step, model, optimizers[name], ids)
+        # Compiled, it is the same model with the same optimizer.
+        calls[f"{name}, compiled"] = partial(step, torch.compile(model), optimizers[name], ids)
     times = interleaved(calls, rounds)
     for name, model in models.items():
         sizes[name] = held(model, optimizers[name], ids)
@@ -100,8 +102,7 @@ def measure(rounds: int) -> dict[str, Any]:
     count = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     return {
         "dense ms": 1e3 * times["dense"].wall,
-        "by hand": times["dense"].over(times["by hand"]),
-        "tensorize": times["dense"].over(times["tensorize"]),
+        **{name: times["dense"].over(times[name]) for name in calls if name != "dense"},
         "tensorize over by hand": times["by hand"].over(times["tensorize"]),
         "parameters": count,
         "MB": sizes,

@@ -10,83 +10,53 @@ it gains nothing on a CPU. ``benchmarks/group.py`` measures it.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from tensorize.passes.lowering import Lowered, memory_of, value_of, written
+from tensorize.passes.lowering import Lowered, Packed, memory_of, value_of, written
+from tensorize.passes.packed import add_packed
+
+# ------------------------------------------------------------------- what is packed of the weights
 
 
-class GroupedLinears(nn.Module):
-    """y_k = x A_kᵀ + a_k for all k at once, and where there are B_k, y_k B_kᵀ + b_k.
+def side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """Weights (out_k, in) as one (in, sum of out_k)."""
+    return torch.cat(list(weights)).t().contiguous()
 
-    Packs copies of the weights, and packs them again when a weight was changed in place (by an
-    optimizer, by ``load_state_dict``).
-    """
 
-    def __init__(
-        self,
-        first: Sequence[tuple[Tensor, Tensor | None]],
-        second: Sequence[tuple[Tensor, Tensor | None]] = (),
-    ) -> None:
-        super().__init__()
-        self._first, self._second = list(first), list(second)
-        self._sources = [t for pair in (*first, *second) for t in pair if t is not None]
-        self._widths = [weight.shape[0] for weight, _ in first]
-        self._versions: list[int] | None = None
-
-    @torch.no_grad()
-    def _pack(self) -> None:
-        if self._second:
-            self._packed = [_Batch.of(self._first), _Batch.of(self._second)]
-        else:
-            self._weight = torch.cat([weight for weight, _ in self._first]).t().contiguous()
-            self._bias = _joined(self._first)
-        self._versions = [source._version for source in self._sources]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self._versions != [source._version for source in self._sources]:
-            self._pack()
-        lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        if self._second:
-            first, second = self._packed
-            y = second(first(rows.expand(len(self._second), -1, -1)))
-            return y.view(-1, *lead, y.shape[-1]).unbind()
-        y = torch.mm(rows, self._weight)
-        y = y if self._bias is None else y.add_(self._bias)
-        return y.view(*lead, y.shape[-1]).split(self._widths, -1)
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """Weights (out, in) as a stack (linears, in, out)."""
+    return torch.stack([weight.t() for weight in weights])
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Linears of equal shapes as one batched matmul: weights (linears, in, out)."""
+class Biases:
+    """The biases that there are, with zeros (of these sizes) for the others: (sum of sizes,).
 
-    weights: Tensor
-    biases: Tensor | None
+    ``stack``: (linears, 1, size).
+    """
 
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> _Batch:
-        bias = _joined(pairs)
-        return cls(
-            torch.stack([weight.t() for weight, _ in pairs]),
-            None if bias is None else bias.view(len(pairs), 1, -1),
-        )
+    sizes: tuple[int, ...]
+    given: tuple[bool, ...]
+    stack: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.biases is None:
-            return torch.bmm(x, self.weights)
-        return torch.baddbmm(self.biases, x, self.weights)
+    def __call__(self, biases: Sequence[Tensor]) -> Tensor:
+        there = iter(biases)
+        zeros = biases[0].new_zeros
+        pairs = zip(self.sizes, self.given, strict=True)
+        all_biases = [next(there) if given else zeros(size) for size, given in pairs]
+        return torch.stack(all_biases).unsqueeze(1) if self.stack else torch.cat(all_biases)
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """The biases side by side, zeros where there is none; None where none has one."""
-    if all(bias is None for _, bias in pairs):
-        return None
-    return torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs])
+# ---------------------------------------------------------------------------------------- the pass
 
 
 @dataclass(frozen=True)
@@ -100,7 +70,10 @@ class GroupProjections:
         graph = program.graph.graph
         by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
-            if _is_linear(node, program.parameters) and _few_rows(node.args[0], self.most_rows):
+            if not is_linear(node, program.parameters):
+                continue
+            rows = rows_of(node.args[0])
+            if rows is not None and rows <= self.most_rows:
                 by_input[node.args[0]].append(node)
         count, changed = 0, written(graph)
         for x, linears in by_input.items():
@@ -108,46 +81,42 @@ class GroupProjections:
                 continue
             for group in _by_shape(linears, program.parameters):
                 if len(group) > 1:
-                    _replace(program, x, group, f"_grouped_{count}")
+                    program = _replace(program, x, group, f"grouped_{count}")
                     count += 1
         return replace(program, summary=f"{count} groups of projections")
 
 
-def _is_linear(node: fx.Node, parameters: Mapping[str, Tensor]) -> bool:
+def is_linear(node: fx.Node, parameters: Mapping[str, Tensor]) -> bool:
     """A linear of a computed x against a parameter, and a parameter or nothing as its bias."""
     if node.op != "call_function" or node.target is not F.linear or not node.args:
         return False
-    arguments = _arguments(node)
-    if arguments is None or not isinstance(node.args[0], fx.Node):
+    weight, bias = arguments_of(node)
+    if not isinstance(node.args[0], fx.Node):
         return False
-    return all(a is None or a.name in parameters for a in arguments)
+    held = [weight] if bias is None else [weight, bias]
+    return all(isinstance(a, fx.Node) and a.name in parameters for a in held)
 
 
-def _arguments(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
-    """Weight and bias nodes."""
+def arguments_of(node: fx.Node) -> tuple[Any, Any]:
+    """The weight and the bias that a linear is given."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    if not isinstance(weight, fx.Node) or not (bias is None or isinstance(bias, fx.Node)):
-        return None
     return weight, bias
 
 
-def _few_rows(x: object, most: int) -> bool:
+def rows_of(x: object) -> int | None:
+    """How many rows a linear's input has; None where that is not known when a graph is compiled."""
     value = value_of(x)
     if value is None or value.dim() < 1:
-        return False
-    rows = 1
-    for size in value.shape[:-1]:
-        if not isinstance(size, int):
-            return False  # not known when the graph is compiled
-        rows *= size
-    return rows <= most
+        return None
+    sizes = value.shape[:-1]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _next_linear(node: fx.Node, parameters: Mapping[str, Tensor]) -> fx.Node | None:
     """The only use of a result, if that is another linear."""
     users = list(node.users)
-    if len(users) != 1 or not _is_linear(users[0], parameters) or users[0].args[0] is not node:
+    if len(users) != 1 or not is_linear(users[0], parameters) or users[0].args[0] is not node:
         return None
     return users[0]
 
@@ -168,37 +137,56 @@ def _by_shape(linears: Sequence[fx.Node], parameters: Mapping[str, Tensor]) -> l
 
 
 def _weight(node: fx.Node, parameters: Mapping[str, Tensor]) -> Tensor:
-    arguments = _arguments(node)
-    assert arguments is not None
-    return parameters[arguments[0].name]
+    return parameters[arguments_of(node)[0].name]
 
 
-def _pair(node: fx.Node, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    arguments = _arguments(node)
-    assert arguments is not None
-    weight, bias = arguments
-    return parameters[weight.name], None if bias is None else parameters[bias.name]
-
-
-def _replace(program: Lowered, x: fx.Node, group: Sequence[fx.Node], name: str) -> None:
-    """Put one module call in place of the group (and of the linears after it)."""
+def _replace(program: Lowered, x: fx.Node, group: Sequence[fx.Node], name: str) -> Lowered:
+    """The program with one product in place of the group (and one of the linears after it)."""
     parameters, graph = program.parameters, program.graph.graph
-    following = [_next_linear(node, parameters) for node in group]
-    together = [node for node in following if node is not None]
-    shapes = {tuple(_weight(node, parameters).shape) for node in together}
-    whole = len(together) == len(group) and len(shapes) == 1
-    first = [_pair(node, parameters) for node in group]
-    second = [_pair(node, parameters) for node in together] if whole else []
-    program.graph.add_submodule(name, GroupedLinears(first, second))
+    following = [node for node in (_next_linear(n, parameters) for n in group) if node is not None]
+    shapes = {tuple(_weight(node, parameters).shape) for node in following}
+    whole = len(following) == len(group) and len(shapes) == 1
+    results = following if whole else list(group)
+    widths = [len(_weight(node, parameters)) for node in results]
+    value = value_of(x)
+    assert value is not None
+    lead = value.shape[:-1]
     with graph.inserting_before(group[0]):
-        call = graph.call_module(name, (x,))
-        for k, node in enumerate(together if whole else group):
-            part = graph.call_function(_item, (call, k))
-            part.meta.update(node.meta)
-            node.replace_all_uses_with(part)
-    for node in [*(together if whole else []), *group]:
+        y = graph.call_method("reshape", (x, -1, value.shape[-1]))
+        if whole:
+            y = graph.call_method("expand", (y, len(group), -1, -1))  # (linears, rows, in)
+    for part, linears in (("first", group), ("second", following if whole else [])):
+        if linears:
+            program, y = _product(program, y, linears, f"{name}_{part}", stack=whole)
+    with graph.inserting_before(group[0]):
+        split = ("unbind", (y,)) if whole else ("split", (y, widths, -1))
+        parts = graph.call_method(*split)
+        for k, (node, width) in enumerate(zip(results, widths, strict=True)):
+            part = graph.call_function(operator.getitem, (parts, k))
+            result = graph.call_method("reshape", (part, *lead, width))
+            result.meta.update(node.meta)
+            node.replace_all_uses_with(result)
+    for node in [*(following if whole else []), *group]:
         graph.erase_node(node)
+    return program
 
 
-def _item(parts: tuple[Tensor, ...], k: int) -> Tensor:
-    return parts[k]
+def _product(
+    program: Lowered, x: fx.Node, linears: Sequence[fx.Node], name: str, *, stack: bool
+) -> tuple[Lowered, fx.Node]:
+    """Linears of x (rows, in) as one product, of x (linears, rows, in) as one batched product."""
+    pairs = [arguments_of(node) for node in linears]
+    weights = tuple(weight.name for weight, _ in pairs)
+    biases = tuple(bias.name for _, bias in pairs if bias is not None)
+    packed = Packed(weights, stacked if stack else side_by_side)
+    program, weight = add_packed(program, f"{name}_weights", packed)
+    graph = program.graph.graph
+    if not biases:
+        with graph.inserting_after(x):
+            return program, graph.call_function(torch.bmm if stack else torch.mm, (x, weight))
+    sizes = tuple(len(program.parameters[weight]) for weight in weights)
+    joined = Biases(sizes, tuple(bias is not None for _, bias in pairs), stack)
+    program, bias = add_packed(program, f"{name}_biases", Packed(biases, joined))
+    with graph.inserting_after(x):
+        product = torch.baddbmm if stack else torch.addmm
+        return program, graph.call_function(product, (bias, x, weight))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,15 +20,28 @@ from tensorize.work import Work
 log = logging.getLogger("tensorize")
 
 
+Pack = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An input that a graph has beside dynamo's: what ``pack`` makes of those of these names."""
+
+    names: tuple[str, ...]
+    pack: Pack
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A graph at the level of torch functions, and the real parameters behind its placeholders.
 
     ``fused``: the launches that took in what is around their weights, and those weights' cores.
+    ``packed``: the inputs that the graph has beside dynamo's, in order (``passes/packed.py``).
     """
 
     graph: fx.GraphModule
     parameters: Mapping[str, Tensor]
+    packed: tuple[Packed, ...] = ()
     fused: tuple[tuple[Work, tuple[Tensor, ...]], ...] = ()
     summary: str = ""
 

@@ -1,9 +1,9 @@
 """``torch.compile(model, backend="tensorize", options={...})``.
 
 On a model that ``tensorize.compile`` rewrote, the backend lowers it: kernels take in the norms and
-the elementwise work around their weights, projections of one input are grouped, dead nodes removed,
-and the rest goes to inductor, or runs as it is where that is faster (on a CPU inductor gives low
-rank nothing and adds 30 to 200 µs a call).
+the elementwise work around their weights; without gradients every product on a CPU is computed in
+the way that is fastest for its rows; and the rest goes to inductor (``options={"inner": "eager"}``:
+it runs as it is, projections of one token grouped; that compiles in a fraction of the time).
 
 On a dense model it is a preview for inference: the linears of the graph are factorized within
 ``options["budget"]`` by the same analysis as ``tensorize.compile``. A backend cannot free the dense
@@ -28,6 +28,8 @@ from tensorize.passes.cleanup import RemoveDead, RemoveIdentities
 from tensorize.passes.fuse import FuseKernels, Kernels
 from tensorize.passes.group import GroupProjections
 from tensorize.passes.lowering import Lowered, LoweringPass, lower, own_graph
+from tensorize.passes.packed import value, with_packed
+from tensorize.passes.products import ChooseProducts
 from tensorize.report import note_fused
 from tensorize.runtime import launches
 from tensorize.weight import LowRankLinear, factored, install
@@ -120,24 +122,51 @@ def _lowered(
     options: BackendOptions,
 ) -> Callable[..., Any]:
     device = next((p.device.type for p in parameters.values()), "cpu")
-    inner = options.inner
-    if inner == "auto":
-        inner = "eager" if device == "cpu" else "inductor"
+    inner = _best_inner(device) if options.inner == "auto" else options.inner
     lowered = fuse(graph, example_inputs, launches())
     for work, cores in lowered.fused:
         for core in cores:
             note_fused(core, work.fused)
     passes: list[LoweringPass] = []
-    if inner == "eager":
-        if not _has_gradients(example_inputs):  # packed copies of the weights would get none
+    if not _has_gradients(example_inputs):  # copies of the weights would get none
+        if inner == "eager":
             passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
-        passes.append(RemoveDead())
-    lowered = lower(lowered, passes)
+        if device == "cpu":
+            passes.append(ChooseProducts())
+    lowered = lower(lowered, [*passes, RemoveDead()])
+    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     if inner == "eager":
-        return lowered.graph.forward
+        return with_packed(lowered.graph.forward, lowered, names)
     from torch._inductor.compile_fx import compile_fx
 
-    return cast(Callable[..., Any], compile_fx(lowered.graph, list(example_inputs)))
+    copies = [value(p.pack, [parameters[name] for name in p.names]) for p in lowered.packed]
+    compiled = compile_fx(lowered.graph, [*example_inputs, *map(_of_fixed_shape, copies)])
+    return with_packed(cast(Callable[..., Any], compiled), lowered, names)
+
+
+def _of_fixed_shape(tensor: Tensor) -> Tensor:
+    """A further input as inductor is to see it: its sizes are no symbols, which have no source."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+def _best_inner(device: str) -> str:
+    """Inductor; on a CPU it needs a C++ compiler."""
+    if device != "cpu":
+        return "inductor"
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        log.warning(
+            "there is no C++ compiler, so the rest of the graph runs as it is: install one, name "
+            'one in CXX, or pass options={"inner": "eager"}'
+        )
+        return "eager"
+    return "inductor"
 
 
 def fuse(graph: fx.GraphModule, example_inputs: Sequence[Any], kernels: Kernels) -> Lowered:
@@ -192,6 +221,28 @@ def _preview(
             "in memory and an optimizer would not see the factors; tensorize.compile(model, "
             "budget) gives the compressed model itself"
         )
+    # Layers of equal shapes share one graph when they are compiled one by one.
+    at = [k for k, value in enumerate(example_inputs) if isinstance(value, nn.Parameter)]
+    made: dict[tuple[int, ...], tuple[list[Any], Callable[..., Any]]] = {}
+
+    def model_of(inputs: Sequence[Any]) -> Callable[..., Any]:
+        held = [inputs[k] for k in at]
+        key = tuple(map(id, held))
+        if key not in made:  # holding them keeps their identities theirs
+            made[key] = held, _previewed(graph, inputs, _parameters(graph, inputs), options)
+        return made[key][1]
+
+    model_of(example_inputs)
+    return lambda *inputs: model_of(inputs)(*inputs)
+
+
+def _previewed(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    options: BackendOptions,
+) -> Callable[..., Any]:
+    """The graph with these parameters factorized."""
     copied, kept = _as_module(graph, parameters)
     model = _Preview(copied)
     inputs = tuple(value for value, keep in zip(example_inputs, kept, strict=True) if keep)

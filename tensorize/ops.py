@@ -384,6 +384,26 @@ def _torch_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(x, weight, offs=offsets)
 
 
+# Inductor takes torch's own operation with weights that are constants only, so it is wrapped; by a
+# library and not ``custom_op``, whose checks take as long as a small product.
+_library = torch.library.Library("tensorize", "FRAGMENT")
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(_library, "onednn_linear", "CPU")
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b by oneDNN, in float32, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("tensorize::onednn_linear", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @torch.library.custom_op("tensorize::grouped_mm", mutates_args=())
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of x (S, K) between two offsets times their expert's weight (E, K, N)."""

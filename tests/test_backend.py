@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from torch import Tensor, fx, nn
 import tensorize
 from tensorize import backend
 from tensorize.passes.cleanup import RemoveDead, RemoveIdentities
-from tensorize.passes.group import GroupedLinears, GroupProjections
+from tensorize.passes.group import GroupProjections
 from tensorize.passes.lowering import Lowered, lower, memory_of, own_graph, written
+from tensorize.passes.packed import with_packed
+from tensorize.passes.products import ChooseProducts
 from tests.models import CASES, relative
 
 
@@ -45,22 +48,28 @@ def compressed(width: int = 32, rank: int = 4) -> nn.Module:
 
 
 X = torch.randn(1, 1, 32)
+EAGER = {"inner": "eager"}
+
+
+def lowered_and_run(model: nn.Module, x: Tensor, *passes: Any) -> tuple[Lowered, Any]:
+    """What passes make of the graph that dynamo hands a backend, and what it computes then."""
+    seen: list[Lowered] = []
+
+    def through_passes(graph: fx.GraphModule, inputs: list) -> object:
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        named = zip(nodes, inputs, strict=True)
+        parameters = {n.name: v for n, v in named if isinstance(v, nn.Parameter)}
+        seen.append(lower(Lowered(own_graph(graph), parameters), passes))
+        return with_packed(seen[0].graph.forward, seen[0], [node.name for node in nodes])
+
+    with torch.no_grad():
+        result = torch.compile(model, backend=through_passes)(x)
+    return seen[0], result
 
 
 def traced(model: nn.Module, x: Tensor) -> Lowered:
     """The graph that dynamo hands a backend, and the parameters behind its placeholders."""
-    seen: list[Lowered] = []
-
-    def keep(graph: fx.GraphModule, inputs: list) -> object:
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        named = zip(nodes, inputs, strict=True)
-        parameters = {n.name: v for n, v in named if isinstance(v, nn.Parameter)}
-        seen.append(Lowered(own_graph(graph), parameters))
-        return graph.forward
-
-    with torch.no_grad():
-        torch.compile(model, backend=keep)(x)
-    return seen[0]
+    return lowered_and_run(model, x)[0]
 
 
 def calls(graph: fx.GraphModule) -> list[str]:
@@ -76,15 +85,21 @@ def test_the_backend_is_found_by_its_entry_point() -> None:
     assert "tensorize" in torch._dynamo.list_backends()
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "gpt2", "bert", "vit", "t5", "mixtral"])
-def test_a_compressed_model_computes_the_same(name: str) -> None:
+MODELS = ["mlp", "gpt", "llama", "gpt2", "bert", "vit", "t5", "mixtral"]
+SLOW = [pytest.param(name, "auto", marks=pytest.mark.slow) for name in MODELS if name != "llama"]
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"), [*[(name, "eager") for name in MODELS], ("llama", "auto"), *SLOW]
+)
+def test_a_compressed_model_computes_the_same(name: str, inner: str) -> None:
     case = CASES[name]
     small = tensorize.compile(case.model(), budget=0.4, example_inputs=case.batch())
-    lowered = torch.compile(small, backend="tensorize")
+    lowered = torch.compile(small, backend="tensorize", options={"inner": inner})
     assert relative(case.output(lowered), case.output(small)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "gpt2", "bert", "vit", "t5", "mixtral"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_dense_model_is_previewed_with_the_numbers_of_compile(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,10 +123,12 @@ def test_projections_of_one_token_become_two_calls() -> None:
     lowered = lower(program, (GroupProjections(), RemoveDead()))
     # q, k and v (first and second factors) are one call; the output projection is left.
     assert calls(lowered.graph) == [
-        "_grouped_0",
-        "_item",
-        "_item",
-        "_item",
+        "reshape",
+        "expand",
+        "bmm",
+        "baddbmm",
+        "unbind",
+        *["getitem", "reshape"] * 3,
         "mul",
         "add",
         "linear",
@@ -121,8 +138,8 @@ def test_projections_of_one_token_become_two_calls() -> None:
 
 def test_grouping_does_not_fire_for_many_rows_or_unknown_ones() -> None:
     many = traced(compressed(), torch.randn(1, 7, 32))
-    assert "_grouped_0" not in calls(lower(many, (GroupProjections(),)).graph)
-    assert "_grouped_0" in calls(lower(many, (GroupProjections(most_rows=7),)).graph)
+    assert "bmm" not in calls(lower(many, (GroupProjections(),)).graph)
+    assert "bmm" in calls(lower(many, (GroupProjections(most_rows=7),)).graph)
 
 
 def test_grouping_does_not_fire_where_the_input_is_written_to() -> None:
@@ -138,16 +155,16 @@ def test_grouping_does_not_fire_where_the_input_is_written_to() -> None:
             return first + self.b(x)
 
     model = Writes()
-    lowered = torch.compile(model, backend="tensorize")
+    lowered = torch.compile(model, backend="tensorize", options=EAGER)
     with torch.no_grad():
         assert relative(lowered(X), model(X)) < 1e-6
     program = lower(traced(model, X), (GroupProjections(),))
-    assert "_grouped_0" not in calls(program.graph)
+    assert "bmm" not in calls(program.graph)
 
 
 def test_grouping_does_not_fire_while_training_and_training_is_the_same() -> None:
     model = compressed().train()
-    lowered = torch.compile(model, backend="tensorize")
+    lowered = torch.compile(model, backend="tensorize", options=EAGER)
     lowered(X).square().sum().backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -177,7 +194,7 @@ def test_a_lowered_model_learns_as_the_model_itself_does() -> None:
 
 def test_packed_weights_follow_changes_in_place() -> None:
     model = compressed()
-    lowered = torch.compile(model, backend="tensorize")
+    lowered = torch.compile(model, backend="tensorize", options=EAGER)
     with torch.no_grad():
         lowered(X)
         for parameter in model.parameters():
@@ -188,21 +205,88 @@ def test_packed_weights_follow_changes_in_place() -> None:
         assert relative(lowered(X), other(X)) < 1e-5
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", ["none", "all", "some"])
 @pytest.mark.parametrize("chained", [False, True])
-def test_grouped_linears_are_the_linears(bias: bool, chained: bool) -> None:
-    def pair(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-        return torch.randn(rows, columns), torch.randn(rows) if bias else None
+def test_grouped_linears_are_the_linears(bias: str, chained: bool) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            has = {"none": (False,) * 3, "all": (True,) * 3, "some": (True, False, True)}[bias]
+            ranks = (4, 4, 4) if chained else (3, 5, 7)
+            self.first = nn.ModuleList(nn.Linear(32, r, b) for r, b in zip(ranks, has, strict=True))
+            self.second = nn.ModuleList(nn.Linear(4, 24, b) for b in has)
 
-    first = [pair(4, 32) for _ in range(3)] if chained else [pair(r, 32) for r in (3, 5, 7)]
-    second = [pair(24, 4) for _ in range(3)] if chained else []
-    x = torch.randn(2, 3, 32)
-    got = GroupedLinears(first, second)(x)
-    for k, y in enumerate(got):
-        want = F.linear(x, *first[k])
-        want = F.linear(want, *second[k]) if chained else want
-        assert y.shape == want.shape
-        assert relative(y, want) < 1e-6
+        def forward(self, x: Tensor) -> list[Tensor]:
+            if not chained:
+                return [first(x) for first in self.first]
+            pairs = zip(self.first, self.second, strict=True)
+            return [second(first(x)) for first, second in pairs]
+
+    model, x = Branches(), torch.randn(1, 2, 32)
+    lowered, found = lowered_and_run(model, x, GroupProjections(most_rows=2), RemoveDead())
+    assert "linear" not in calls(lowered.graph)
+    for got, want in zip(found, model(x), strict=True):
+        assert got.shape == want.shape
+        assert relative(got, want.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("options", [EAGER, {}, {"budget": 0.4}])
+def test_layers_that_are_compiled_one_by_one_keep_their_own_weights(options: dict) -> None:
+    """Dynamo gives all of them one graph: they differ in nothing but their parameters."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(Attention() for _ in range(3))).eval()
+    whole = {"example_inputs": (X,), "metric": "frobenius"}
+    want = nn.Sequential(*(tensorize.compile(layer, 0.4, **whole) for layer in dense)).eval()
+    model = copy.deepcopy(dense if "budget" in options else want)
+    lowered = nn.Sequential(
+        *(torch.compile(layer, backend="tensorize", options=options) for layer in model)
+    )
+    with torch.no_grad():
+        assert relative(lowered(X), want(X)) < 1e-5
+
+
+def test_a_parameter_that_takes_the_place_of_another_is_what_runs() -> None:
+    model = compressed()
+    lowered = torch.compile(model, backend="tensorize")
+    with torch.no_grad():
+        lowered(X)
+        for layer in (model.q, model.out):
+            layer.second.weight = nn.Parameter(torch.randn(32, 4))
+            assert relative(lowered(X), model(X)) < 1e-5
+
+
+def test_products_are_chosen_by_their_rows() -> None:
+    """oneDNN for many or unknown rows, a transposed copy of a tall weight for one."""
+    model = compressed()
+
+    def chosen(rows: int) -> list[str]:
+        torch._dynamo.reset()  # else the rows are not known the second time
+        return calls(lower(traced(model, torch.randn(1, rows, 32)), (ChooseProducts(),)).graph)
+
+    assert chosen(64).count("onednn_linear.default") == 8
+    assert chosen(8).count("linear") == 8
+    assert chosen(1).count("t") == 4  # the second factors: 32 x 4
+
+
+def test_products_are_not_changed_where_they_are_not_in_float32_or_not_of_parameters() -> None:
+    half = lower(traced(compressed().to(torch.bfloat16), X.bfloat16()), (ChooseProducts(),))
+    assert set(calls(half.graph)) == {"linear", "mul", "add"}
+
+    class Computed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, x.flatten(0, 1) + 1)
+
+    computed = lower(traced(Computed(), torch.randn(1, 64, 32)), (ChooseProducts(),))
+    assert calls(computed.graph) == ["flatten", "add", "linear"]
+
+
+def test_the_product_by_onednn_is_a_linear_and_a_well_formed_operation() -> None:
+    x, weight, bias = torch.randn(2, 3, 32), torch.randn(8, 32), torch.randn(8)
+    for given in (None, bias):
+        arguments = (x, weight, given)
+        got = torch.ops.tensorize.onednn_linear(*arguments)
+        assert relative(got, F.linear(*arguments)) < 1e-6
+        torch.library.opcheck(torch.ops.tensorize.onednn_linear.default, arguments)
 
 
 def test_unequal_shapes_are_grouped_apart() -> None:
@@ -211,7 +295,7 @@ def test_unequal_shapes_are_grouped_apart() -> None:
     small = tensorize.compile(
         case.model(), None, ranks={"*self_attn*": 4}, example_inputs=case.batch()
     )
-    lowered = torch.compile(small, backend="tensorize")
+    lowered = torch.compile(small, backend="tensorize", options=EAGER)
     with torch.no_grad():
         one = torch.randint(3, 128, (1, 1))
         got = lowered(input_ids=one, use_cache=False).logits

@@ -113,6 +113,7 @@ def fused(model: nn.Module, *inputs: Tensor, **options: object) -> list[str]:
 
 
 X = torch.randn(5, 24)
+EAGER = {"inner": "eager"}
 
 
 def three(m: Block, x: Tensor, y: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ def test_a_fused_graph_computes_the_same(name: str, dtype: torch.dtype) -> None:
     for rows in (1, 5, 40):
         x = torch.randn(rows, 24).to(dtype)
         with torch.no_grad():
-            y = torch.compile(small, backend="tensorize")(x)
+            y = torch.compile(small, backend="tensorize", options=EAGER)(x)
             assert y.dtype == dtype
             # Three roundings in a row: of the norm, of what is between the factors, of the result.
             assert relative(y, exact(x.double())) < 6 * torch.finfo(dtype).eps
@@ -246,7 +247,7 @@ def test_and_its_numbers_are_right(name: str) -> None:
     small = by_kernels(copy.deepcopy(NOT_FUSED[name][0]))
     exact = tensorize.densify(small).double()
     with torch.no_grad():
-        y = torch.compile(small, backend="tensorize")(X)
+        y = torch.compile(small, backend="tensorize", options=EAGER)(X)
         assert relative(y, exact(X.double())) < 1e-6
 
 
@@ -259,7 +260,7 @@ def test_a_train_takes_no_norm_and_is_no_part_of_a_group() -> None:
 @here
 def test_nothing_is_fused_where_there_are_gradients() -> None:
     small = by_kernels(Block(swiglu, RMSNorm(24)))
-    compiled = torch.compile(small, backend="tensorize")
+    compiled = torch.compile(small, backend="tensorize", options=EAGER)
     x = X.clone().requires_grad_()
     compiled(x).square().sum().backward()
     got = {name: p.grad.clone() for name, p in small.named_parameters()}
@@ -272,7 +273,9 @@ def test_nothing_is_fused_where_there_are_gradients() -> None:
     assert tensorize.report(small).fused == ()
     small.requires_grad_(False)  # and where only the input has one
     torch._dynamo.reset()
-    (of_x,) = torch.autograd.grad(torch.compile(small, backend="tensorize")(x).square().sum(), x)
+    (of_x,) = torch.autograd.grad(
+        torch.compile(small, backend="tensorize", options=EAGER)(x).square().sum(), x
+    )
     torch.testing.assert_close(of_x, mine)
 
 
@@ -333,7 +336,7 @@ def test_eager_and_compiled_they_compute_their_product_once(
     monkeypatch.setattr(F, "linear", linear)
     launched.clear()
     with torch.no_grad():
-        assert relative(torch.compile(small, backend="tensorize")(X), exact) < 1e-6
+        assert relative(torch.compile(small, backend="tensorize", options=EAGER)(X), exact) < 1e-6
     assert launched == ["decode", "decode"]
     small(X).sum().backward()
     assert small.a.first.weight.grad is not None
@@ -526,7 +529,7 @@ def test_models_of_hugging_face(name: str, ranks: dict, wanted: dict) -> None:
     report = str(tensorize.report(small))
     assert "fused" not in report
     assert "kernels (as asked)" in report
-    compiled = torch.compile(small, backend="tensorize")
+    compiled = torch.compile(small, backend="tensorize", options=EAGER)
     assert relative(case.output(compiled), exact) < 1e-6
     found = tensorize.report(small)
     assert {what: len(names) for what, names in found.fused} == wanted
@@ -549,7 +552,7 @@ def test_inductor_takes_what_is_left() -> None:
 def test_dynamic_shapes_are_fused_as_well() -> None:
     small = by_kernels(Block(swiglu, RMSNorm(24)))
     exact = tensorize.densify(small).double()
-    compiled = torch.compile(small, backend="tensorize", dynamic=True)
+    compiled = torch.compile(small, backend="tensorize", options=EAGER, dynamic=True)
     with torch.no_grad():
         for rows in (3, 20, 50):
             x = torch.randn(rows, 24)
