@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import random
 import statistics
 import time
@@ -13,8 +15,8 @@ import torch
 SHORTEST = 2e-3
 """Seconds that one sample takes at least: far above what the clocks resolve."""
 
-LONG, ENOUGH = 0.2, 30
-"""Seconds of a call that caches and the heap do not count in, and of all rounds together."""
+LONG, ENOUGH = 2.0, 40
+"""Seconds of a call that none is done before a sample of any, and of all rounds together."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,15 @@ class Times:
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 31) -> dict[str, Times]:
     """The times of every call; one sample of it is as many repeats as ``SHORTEST`` needs.
 
+    Freed memory is kept by the process, as allocators for such work do it: else glibc gives a large
+    result back or not as its heap happens to lie, and new pages for 256 rows of logits cost as much
+    as a tenth of a compressed model.
+
     There are as many rounds as ``ENOUGH`` allows, three at least: a long call evens out by itself.
     """
+    _keep_freed_memory()
     repeats = {name: _repeats(call) for name, call in calls.items()}
+    warm = all(repeats.values())  # or none of them: what a first call pays is more for some
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     order, draw, began = list(calls), random.Random(0), time.perf_counter()
     for done in range(rounds):
@@ -55,23 +63,31 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int = 31) -> 
             break
         draw.shuffle(order)  # so that none always comes after the same one
         for name in order:
-            samples[name].append(_sample(calls[name], repeats[name]))
+            samples[name].append(_sample(calls[name], repeats[name], warm=warm))
     return {name: Times(*zip(*found, strict=True)) for name, found in samples.items()}
 
 
+def _keep_freed_memory() -> None:
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another library than glibc
+        libc = ctypes.CDLL("libc.so.6")
+        for option in (trim_threshold, mmap_threshold):
+            libc.mallopt(option, 2**30)
+
+
 def _repeats(call: Callable[[], object]) -> int:
-    """How often a sample has the call; 0 where it takes so long that it needs no other before."""
-    took = _sample(call, 0)[0]
+    """How many calls a sample is of; 0 where one takes so long that it is a sample by itself."""
+    took = _sample(call, 1, warm=False)[0]
     if took >= LONG:
         return 0
     count = 1
-    while count * _sample(call, count)[0] < SHORTEST:
+    while count * _sample(call, count, warm=True)[0] < SHORTEST:
         count *= 2
     return count
 
 
-def _sample(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    if repeats:
+def _sample(call: Callable[[], object], repeats: int, *, warm: bool) -> tuple[float, float]:
+    if warm:
         call()  # what the one before left in the caches and took of the heap is not this one's
     count = max(repeats, 1)
     wall, cpu = time.perf_counter(), time.process_time()

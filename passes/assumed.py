@@ -20,7 +20,8 @@ from tensorize.errors import AnalysisError
 from tensorize.ir import BLOCK, LOW_RANK, SHARED, TT, Site, TTSpec
 from tensorize.passes.pipeline import Program
 from tensorize.passes.sites import matches, require_match
-from tensorize.passes.spectra import FormatsOption, Spectrum, TensorTrain, formats_by_site
+from tensorize.passes.spectra import FormatsOption, Spectrum, formats_by_site
+from tensorize.passes.trains import TensorTrain
 
 _LOOKUP = 2.0
 _BLOCKS = 8

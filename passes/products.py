@@ -1,4 +1,4 @@
-"""Choose what multiplies by each weight, for inference on a CPU.
+"""Choose what multiplies by each weight, on a CPU.
 
 A dense library is tuned for products that are large in every direction. The factors of a low-rank
 weight are thin, and there what a product costs hangs on the library and on how the weight lies in
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from tensorize import ops
 from tensorize.passes.group import arguments_of, is_linear, rows_of
-from tensorize.passes.lowering import Lowered, Packed
+from tensorize.passes.lowering import Lowered, Packed, value_of
 from tensorize.passes.packed import add_packed
 
 _TALL = 2
@@ -40,29 +40,33 @@ _MANY_ROWS = 64
 class ChooseProducts:
     """Lowered with linears in float32 computed in the way that is fastest for their rows.
 
-    Transposed copies of weights are further inputs.
+    ``copies``: transposed copies of weights, which get no gradients, may be further inputs.
     """
 
+    copies: bool = True
     name: str = "products"
 
     def run(self, program: Lowered) -> Lowered:
         counts = {"by oneDNN": 0, "of transposed weights": 0}
         for node in list(program.graph.graph.nodes):
-            if not is_linear(node, program.parameters):
+            if not is_linear(node, program.parameters) or not _in_float32(node):
                 continue
-            weight = program.parameters[arguments_of(node)[0].name]
-            if weight.dtype != torch.float32:
-                continue
-            (out, into), rows = weight.shape, rows_of(node.args[0])
+            x, (weight, bias) = node.args[0], arguments_of(node)
+            (out, into), rows = program.parameters[weight.name].shape, rows_of(x)
             if ops.HAS_ONEDNN and (rows is None or rows >= _MANY_ROWS):
                 node.target = torch.ops.tensorize.onednn_linear.default
-                node.args, node.kwargs = (node.args[0], *arguments_of(node)), {}
+                node.args, node.kwargs = (x, weight, bias), {}
                 counts["by oneDNN"] += 1
-            elif rows == 1 and out >= _TALL * into:
+            elif self.copies and rows == 1 and out >= _TALL * into:
                 program = _take_transposed(program, node)
                 counts["of transposed weights"] += 1
-        summary = ", ".join(f"{count} {how}" for how, count in counts.items())
-        return replace(program, summary=f"products: {summary}")
+        return replace(program, summary=", ".join(f"{n} {how}" for how, n in counts.items()))
+
+
+def _in_float32(node: fx.Node) -> bool:
+    """Whether all that meets there is in float32: under autocast weights are, and results not."""
+    values = [value_of(each) for each in (node, node.args[0], arguments_of(node)[0])]
+    return all(value is not None and value.dtype == torch.float32 for value in values)
 
 
 def _take_transposed(program: Lowered, node: fx.Node) -> Lowered:

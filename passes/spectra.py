@@ -12,7 +12,6 @@ the factors, and the sum itself is evaluated at every rank.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -35,37 +34,25 @@ from tensorize.passes.metric import (
     times_root,
 )
 from tensorize.passes.pipeline import Program
+from tensorize.passes.side_by_side import side_by_side
 from tensorize.passes.sites import matches, require_match
+from tensorize.passes.trains import (
+    TensorTrain,
+    blocks_of,
+    has_kronecker_structure,
+    points_of,
+    trains_of,
+)
 from tensorize.progress import Progress, no_progress
+from tensorize.tensors import at_work
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
-_TT_POINTS = 8
-_ALIGNMENT = 64  # bytes, as torch allocates
-_PROBE_RANK = 8
-# So many blocks of rows, and of columns, are tried, or the most below that divide them; the shares
-# of the parameters at which they are compared.
-_BLOCKS, _SHARES = (2, 4, 8, 16), (0.1, 0.25, 0.5)
+# Weights up to this size are analysed side by side, each on one thread.
+_SMALL_SIDE, _SMALL = 1024, 4_000_000
 # A tied weight with more entries keeps the factors of its averaged metric.
 _LARGEST_ALS = 4_000_000
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
-
-
-@dataclass(frozen=True)
-class TensorTrain:
-    """The exact tensor train of a weight for one split of its modes; rounding gives the others.
-
-    Or its exact block low rank, of which fewer components are again the best.
-    """
-
-    spec: TTSpec
-    cores: tuple[Tensor, ...]
-
-    def rounded(self, ranks: Sequence[int]) -> tuple[TTSpec, list[Tensor]]:
-        """The train rounded to ``ranks`` (Oseledets 2011, algorithm 2)."""
-        if self.spec.format == BLOCK:
-            return tt.cut_block(self.spec, self.cores, *ranks)
-        return tt.round_tt(self.spec, list(self.cores), tuple(ranks))
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ class Spectrum:
                 return lost
         train = self._train(spec)
         weight = tt.reconstruct(train.spec, train.cores)
-        return error_of(spec, _cut(train, spec.ranks, weight, self.metrics), weight, self.metrics)
+        return error_of(spec, train.cut(spec.ranks, weight, self.metrics), weight, self.metrics)
 
     def _train(self, spec: TTSpec) -> TensorTrain:
         for train in self.trains:
@@ -151,8 +138,8 @@ class Spectrum:
             found = best_factors(weight, average(self.metrics), rank)
             if len(self.metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
                 return found
-            return improved(spec, found, _at_work(weight), self.metrics)
-        return _cut(self._train(spec), spec.ranks, _at_work(weight), self.metrics)
+            return improved(spec, found, at_work(weight), self.metrics)
+        return self._train(spec).cut(spec.ranks, at_work(weight), self.metrics)
 
     def require(self, formats: Sequence[str]) -> None:
         """Raises AnalysisError for a format that was not analysed."""
@@ -213,8 +200,8 @@ class ComputeSpectra:
         spectra = {**kept_curves(program, self.store)}
         todo = [s for s in free if s.name not in spectra and s.name in (self.only or {s.name})]
         found, start = len(spectra), time.perf_counter()
-        for done, site in enumerate(todo, found):
-            program.progress("spectra", done, len(free))
+
+        def curve_of(site: Site) -> Spectrum:
             moments = program.statistics.get(site.name)
             known = moments is not None and bool(moments.terms)
             metrics = site_metrics(site, moments, program.metric)
@@ -222,9 +209,13 @@ class ComputeSpectra:
                 moments.terms.clear()
             weight = as_matrix(site, weights(site.name))
             curve = spectrum(site, weight, metrics, allowed[site.name])
-            curve = replace(curve, in_nats=known and program.metric == "loss")
+            return replace(curve, in_nats=known and program.metric == "loss")
+
+        program.progress("spectra", found, len(free))
+        curves = side_by_side(curve_of, todo, _is_small)
+        for done, (site, curve) in enumerate(zip(todo, curves, strict=True), found + 1):
             spectra[site.name] = curve if self.store is None else self.store.keep(curve)
-        program.progress("spectra", found + len(todo), len(free))
+            program.progress("spectra", done, len(free))
         program = replace(program, statistics={})
         if len(spectra) < len(free):
             return replace(program, spectra=spectra, summary=f"{len(spectra)} curves so far")
@@ -241,6 +232,10 @@ class ComputeSpectra:
         if parameters := sum(site.parameters for site in todo):
             summary += f"; {1e6 * (time.perf_counter() - start) / parameters:.2g} µs a parameter"
         return replace(program, spectra=spectra, summary=summary)
+
+
+def _is_small(site: Site) -> bool:
+    return min(site.matrix) <= _SMALL_SIDE and site.parameters <= _SMALL
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -346,7 +341,7 @@ def joint_factors(
     """
     root = metrics[0].right
     plain = all(metric.plain for metric in metrics)
-    stacked = _at_work(torch.cat(list(weights))) if plain else None
+    stacked = at_work(torch.cat(list(weights))) if plain else None
     if stacked is not None and stacked.shape[1] <= len(stacked):
         basis = gram_eigenvectors(stacked, rank)[0][:, :rank].double()
     else:
@@ -371,19 +366,26 @@ def with_shared_factors(
         if curve.site.input_group is not None and not alone:
             groups[curve.site.input_group].append(curve)
     result = dict(spectra)
-    for done, (group, members) in enumerate(groups.items()):
-        progress("shared factors", done, len(groups))
+    alike: dict[str, list[Spectrum]] = {}
+    for group, members in groups.items():
         rights = [curve.metrics[0].right for curve in members]
-        if len(members) < 2 or not all(_alike(right, rights[0]) for right in rights):
-            continue
-        common = None if store is None else store.find_shared(group)
-        if common is None:
-            common = _common_factors(members, weights)
-            common = common if store is None else store.keep_shared(group, common)
+        if len(members) > 1 and all(_alike(right, rights[0]) for right in rights):
+            alike[group] = members
+    kept = {} if store is None else {group: store.find_shared(group) for group in alike}
+    todo = [group for group in alike if kept.get(group) is None]
+    made = side_by_side(
+        lambda group: _common_factors(alike[group], weights),
+        todo,
+        lambda group: all(_is_small(curve.site) for curve in alike[group]),
+    )
+    for done, (group, common) in enumerate(zip(todo, made, strict=True)):
+        progress("shared factors", done, len(todo))
+        kept[group] = common if store is None else store.keep_shared(group, common)
+    if todo:
+        progress("shared factors", len(todo), len(todo))
+    for group, members in alike.items():
         for curve in members:
-            result[curve.site.name] = replace(curve, shared=common[curve.site.name])
-    if groups:
-        progress("shared factors", len(groups), len(groups))
+            result[curve.site.name] = replace(curve, shared=kept[group][curve.site.name])
     return result
 
 
@@ -394,9 +396,9 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
     rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
     pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
     shared, reader = joint_factors(matrices, metrics, pay)
-    work = _at_work(matrices[0]).dtype
+    work = at_work(matrices[0]).dtype
     # The members hold the same tensors, laid out as they are once they were kept on disk.
-    factor, at_work = shared.to(work).contiguous(), reader.to(work).contiguous()
+    factor, given = shared.to(work).contiguous(), reader.to(work).contiguous()
     found: dict[str, SharedFactor] = {}
     for curve, weight, metric in zip(members, matrices, metrics, strict=True):
         # Whitened, V has orthogonal rows: what a rank loses is what the others hold.
@@ -405,7 +407,7 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
         held = metric.scale * left.square().sum(0) * sizes
         whole = curve.distortion[0].to(held.device)
         lost = whole - torch.cat([held.new_zeros(1), held.cumsum(0)])
-        found[curve.site.name] = SharedFactor(factor, at_work, lost.clamp_min(0).cpu())
+        found[curve.site.name] = SharedFactor(factor, given, lost.clamp_min(0).cpu())
     return found
 
 
@@ -422,14 +424,29 @@ def spectrum(
     m, n = site.matrix
     pay = max(1, (m * n - 1) // (m + n))
     if len(metrics) == 1:
-        values = singular_squares(_at_work(weight), pay, metrics[0]).double()
+        values = singular_squares(at_work(weight), pay, metrics[0]).double()
         tails = tt.tails(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
     else:
         left, right = best_factors(weight, average(metrics), pay)
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
     # What a plan reads is not on a GPU.
     curve = Spectrum(site, formats, metrics, tails.cpu())
-    return _with_blocks(_with_trains(curve, weight), weight) if site.takes_trains else curve
+    return _with_trains(curve, at_work(weight)) if site.takes_trains else curve
+
+
+def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
+    """The curve with the points of trains and blocks; trains also where they find structure."""
+    formats, counts = curve.formats, (2, 3)
+    if TT not in formats:
+        if LOW_RANK in formats and has_kronecker_structure(weight):
+            formats, counts = (*formats, TT), (2,)
+        else:
+            counts = ()
+    trains = trains_of(weight, counts)
+    if BLOCK in formats:
+        trains += blocks_of(weight)
+    points = points_of(trains, weight, curve.metrics)
+    return replace(curve, formats=formats, trains=tuple(trains), train_points=tuple(points))
 
 
 def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
@@ -438,7 +455,7 @@ def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
     The first r components are the best of rank r.
     """
     m, n = weight.shape[-2:]
-    work = _at_work(weight)
+    work = at_work(weight)
     basis = gram_eigenvectors(work, rank, metric)[0][..., :rank]
     # The weight meets only the small matrix that is final: its error is that of its own dtype.
     if n <= m:  # W̃ V Vᵀ with V (N, r): U = L_R⁻ᵀ W̃ V = W L_K V, V = Vᵀ L_K⁻¹
@@ -496,126 +513,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     ratio = (b / a.clamp_min(1e-30)).clamp(1e-15, 1e15).sqrt()
     left, right = left * ratio.unsqueeze(-2), right / ratio.unsqueeze(-1)
     return left.contiguous(), right.contiguous()
-
-
-# ----------------------------------------------------------------------------------- tensor trains
-
-
-def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
-    """TT points where asked for, or where a cheap probe finds structure that low rank misses."""
-    work = _at_work(weight)
-    formats, counts = curve.formats, (2, 3)
-    if TT not in formats:
-        if LOW_RANK not in formats or not _has_kronecker_structure(work):
-            return curve
-        formats, counts = (*formats, TT), (2,)
-    m, n = curve.site.matrix
-    trains: list[TensorTrain] = []
-    for count in counts:
-        row_modes = tt.balanced_modes(m, count)
-        column_modes = tuple(reversed(tt.balanced_modes(n, count)))
-        split = TTSpec(row_modes, column_modes, (1,) * (count - 1))
-        if split.format == LOW_RANK or 1 in map(math.prod, split.core_shapes):
-            continue  # primes: nothing to split, or a core that holds no mode
-        spec, cores = tt.tt_svd(work, row_modes, column_modes)
-        trains.append(TensorTrain(spec, tuple(core.contiguous() for core in cores)))
-    return _with_points(replace(curve, formats=formats), trains, work)
-
-
-def _with_blocks(curve: Spectrum, weight: Tensor) -> Spectrum:
-    """Points of block low rank where asked for, of the splits that lose the least without data.
-
-    Of all counts of blocks that are tried, those stay that are the best at some share of the
-    parameters.
-    """
-    if BLOCK not in curve.formats:
-        return curve
-    m, n = curve.site.matrix
-    work = _at_work(weight)
-    trains: dict[TTSpec, TensorTrain] = {}
-    for count in _BLOCKS:
-        m1, n0 = (tt.largest_divisor(size, count) for size in (m, n))
-        one = TTSpec.block((m // m1, m1), (n0, n // n0), 1)
-        if one.format == BLOCK and one.parameters < m * n and one not in trains:
-            spec, cores = tt.block_svd(work, one.row_modes, one.column_modes)
-            trains[one] = TensorTrain(spec, tuple(core.contiguous() for core in cores))
-
-    def kept(one: TTSpec, share: float) -> float:
-        """The energy that is kept at a share of the parameters."""
-        rank = min(int(share * m * n / one.parameters), *trains[one].spec.ranks)
-        left = trains[one].cores[0].reshape(*reversed(one.row_modes), one.column_modes[0], -1)
-        # Each component's left vectors have its singular value as their squared length.
-        return float(left[..., :rank].double().square().sum(1).square().sum())
-
-    best = {max(trains, key=lambda one: kept(one, share)) for share in _SHARES if trains}
-    return _with_points(curve, [train for one, train in trains.items() if one in best], work)
-
-
-def _with_points(curve: Spectrum, trains: Sequence[TensorTrain], weight: Tensor) -> Spectrum:
-    """The curve with what roundings of these trains lose in its metric."""
-    points: list[tuple[TTSpec, float]] = []
-    for train in trains:
-        for ranks in _rank_ladder(train.spec, weight.numel()):
-            point = train.spec.with_ranks(ranks)
-            cores = _cut(train, ranks, weight, curve.metrics)
-            points.append((point, error_of(point, cores, weight, curve.metrics)))
-    return replace(
-        curve, trains=(*curve.trains, *trains), train_points=(*curve.train_points, *points)
-    )
-
-
-def _at_work(weight: Tensor) -> Tensor:
-    """At least in float32, in aligned memory: how a matmul rounds hangs on where its operands lie.
-
-    A weight that is mapped from a file lies anywhere.
-    """
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    return weight.to(dtype, copy=weight.data_ptr() % _ALIGNMENT != 0)
-
-
-def _cut(
-    train: TensorTrain, ranks: Sequence[int], weight: Tensor, metrics: Sequence[Metric]
-) -> tuple[Tensor, ...]:
-    """The train at smaller ranks: rounded, and where the metric is another, improved in that."""
-    spec, cores = train.rounded(ranks)
-    if all(metric.plain for metric in metrics):
-        return tuple(cores)
-    return improved(spec, cores, weight, metrics)
-
-
-def _rank_ladder(exact: TTSpec, dense: int) -> list[tuple[int, ...]]:
-    """Ranks growing geometrically from 1 as long as the cores are smaller than the weight."""
-    ladder: list[tuple[int, ...]] = []
-    for step in range(_TT_POINTS + 1):
-        bound = max(1, round(max(exact.ranks) ** (step / _TT_POINTS)))
-        ranks = tuple(min(bound, r) for r in exact.ranks)
-        if ranks not in ladder and exact.with_ranks(ranks).parameters < dense:
-            ladder.append(ranks)
-    return ladder
-
-
-def _has_kronecker_structure(weight: Tensor) -> bool:
-    """Whether a few Kronecker terms hold more of W than low rank does at as many parameters.
-
-    Compares the energy that ``_PROBE_RANK`` terms keep (randomized SVD of the rearranged weight,
-    Van Loan & Pitsianis 1993) with the energy of the best low rank of the same size.
-    """
-    m, n = weight.shape
-    (m1, m2), (n1, n2) = tt.balanced_modes(m, 2), tuple(reversed(tt.balanced_modes(n, 2)))
-    if min(m1, m2, n1, n2) < 2:
-        return False
-    size = m1 * n1 + m2 * n2
-    terms = min(_PROBE_RANK, m * n // (2 * size))
-    if terms == 0:
-        return False  # so small that a single term saves little
-    rank = max(1, terms * size // (m + n))
-    rearranged = weight.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        kept_tt = torch.svd_lowrank(rearranged, q=terms, niter=2)[1].square().sum()
-        kept_low = torch.svd_lowrank(weight, q=min(rank, m, n), niter=2)[1].square().sum()
-    whole = weight.square().sum()
-    return bool((whole - kept_tt) < 0.5 * (whole - kept_low))
 
 
 def formats_by_site(sites: Sequence[Site], option: FormatsOption) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="tensorize", options={...})``.
 
 On a model that ``tensorize.compile`` rewrote, the backend lowers it: kernels take in the norms and
-the elementwise work around their weights; without gradients every product on a CPU is computed in
-the way that is fastest for its rows; and the rest goes to inductor (``options={"inner": "eager"}``:
+the elementwise work around their weights; every product on a CPU is computed in the way that is
+fastest for its rows; and the rest goes to inductor (``options={"inner": "eager"}``:
 it runs as it is, projections of one token grouped; that compiles in a fraction of the time).
 
 On a dense model it is a preview for inference: the linears of the graph are factorized within
@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize import api
@@ -127,26 +128,26 @@ def _lowered(
     for work, cores in lowered.fused:
         for core in cores:
             note_fused(core, work.fused)
+    copies = not _has_gradients(example_inputs)  # copies of the weights would get none
     passes: list[LoweringPass] = []
-    if not _has_gradients(example_inputs):  # copies of the weights would get none
-        if inner == "eager":
-            passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
-        if device == "cpu":
-            passes.append(ChooseProducts())
+    if copies and inner == "eager":
+        passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
+    if device == "cpu":
+        passes.append(ChooseProducts(copies))
     lowered = lower(lowered, [*passes, RemoveDead()])
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     if inner == "eager":
         return with_packed(lowered.graph.forward, lowered, names)
     from torch._inductor.compile_fx import compile_fx
 
-    copies = [value(p.pack, [parameters[name] for name in p.names]) for p in lowered.packed]
-    compiled = compile_fx(lowered.graph, [*example_inputs, *map(_of_fixed_shape, copies)])
+    packed = [value(p.pack, [parameters[name] for name in p.names]) for p in lowered.packed]
+    compiled = compile_fx(lowered.graph, [*example_inputs, *map(_of_fixed_shape, packed)])
     return with_packed(cast(Callable[..., Any], compiled), lowered, names)
 
 
 def _of_fixed_shape(tensor: Tensor) -> Tensor:
     """A further input as inductor is to see it: its sizes are no symbols, which have no source."""
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
         return tensor
     return context.fake_mode.from_tensor(tensor, static_shapes=True)

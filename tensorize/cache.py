@@ -30,7 +30,8 @@ from tensorize.ir import Batch, Site, TTSpec, Use
 from tensorize.passes.metric import Metric
 from tensorize.passes.pipeline import Program
 from tensorize.passes.predict import Predictor, Trial
-from tensorize.passes.spectra import FormatsOption, SharedFactor, Spectrum, TensorTrain
+from tensorize.passes.spectra import FormatsOption, SharedFactor, Spectrum
+from tensorize.passes.trains import TensorTrain
 from tensorize.tensorfile import Layout, Writer, is_padding, sha256_of
 from tensorize.tensors import raw_bytes
 

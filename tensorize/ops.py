@@ -392,7 +392,7 @@ _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 
 @torch.library.impl(_library, "onednn_linear", "CPU")
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b by oneDNN, in float32, without gradients."""
+    """x Wᵀ + b by oneDNN, in float32."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -400,6 +400,26 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
+
+def _save_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    flat = g.flatten(0, -2)
+    return (
+        torch.ops.tensorize.onednn_linear(g, weight.t(), None) if of_x else None,
+        flat.t() @ x.flatten(0, -2) if of_weight else None,
+        flat.sum(0) if of_bias else None,
+    )
+
+
+torch.library.register_autograd(
+    "tensorize::onednn_linear", _linear_backward, setup_context=_save_linear, lib=_library
+)
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

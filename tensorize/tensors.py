@@ -1,4 +1,4 @@
-"""Tensors that other libraries made: quantized ones, sharded ones, those of adapters."""
+"""Tensors as they come: quantized, sharded, mapped from a file, of adapters."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from plain_parts(getattr(tensor, name))
+
+
+_ALIGNMENT = 64  # bytes, as torch allocates
+
+
+def at_work(weight: Tensor) -> Tensor:
+    """At least in float32, in aligned memory: how a matmul rounds hangs on where its operands lie.
+
+    A weight that is mapped from a file lies anywhere.
+    """
+    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    return weight.to(dtype, copy=weight.data_ptr() % _ALIGNMENT != 0)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -162,13 +162,17 @@ def test_grouping_does_not_fire_where_the_input_is_written_to() -> None:
     assert "bmm" not in calls(program.graph)
 
 
-def test_grouping_does_not_fire_while_training_and_training_is_the_same() -> None:
-    model = compressed().train()
-    lowered = torch.compile(model, backend="tensorize", options=EAGER)
-    lowered(X).square().sum().backward()
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_copies_are_not_taken_while_training_and_training_is_the_same(
+    rows: int, inner: str
+) -> None:
+    model, x = compressed().train(), torch.randn(1, rows, 32)
+    lowered = torch.compile(model, backend="tensorize", options={"inner": inner})
+    lowered(x).square().sum().backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model(X).square().sum().backward()
+    model(x).square().sum().backward()
     assert all(relative(got[n], p.grad) < 1e-5 for n, p in model.named_parameters())
 
 
@@ -280,13 +284,45 @@ def test_products_are_not_changed_where_they_are_not_in_float32_or_not_of_parame
     assert calls(computed.graph) == ["flatten", "add", "linear"]
 
 
-def test_the_product_by_onednn_is_a_linear_and_a_well_formed_operation() -> None:
-    x, weight, bias = torch.randn(2, 3, 32), torch.randn(8, 32), torch.randn(8)
-    for given in (None, bias):
-        arguments = (x, weight, given)
-        got = torch.ops.tensorize.onednn_linear(*arguments)
-        assert relative(got, F.linear(*arguments)) < 1e-6
-        torch.library.opcheck(torch.ops.tensorize.onednn_linear.default, arguments)
+def test_products_are_not_changed_under_autocast() -> None:
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = compressed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.small(x)
+
+    model, x = Autocast(), torch.randn(1, 64, 32)
+    program, _ = lowered_and_run(model, x, ChooseProducts())
+    assert calls(program.graph).count("linear") == 8
+    lowered = torch.compile(model, backend="tensorize", options=EAGER)
+    with torch.no_grad():
+        assert torch.equal(lowered(x), model(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_by_onednn_is_a_linear_with_its_gradients(bias: bool) -> None:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    arguments = (draw(2, 3, 32), draw(8, 32), draw(8) if bias else None)
+    onednn = torch.ops.tensorize.onednn_linear
+    torch.library.opcheck(onednn.default, arguments)
+    got, want = onednn(*arguments), F.linear(*arguments)
+    assert relative(got.detach(), want.detach()) < 1e-6
+    given = [a for a in arguments if a is not None]
+    g = torch.randn_like(got)
+    for one, other in zip(*(torch.autograd.grad(y, given, g) for y in (got, want)), strict=True):
+        assert relative(one, other) < 1e-6
+    # Twice differentiable: the gradient of a gradient.
+    squares = [
+        torch.autograd.grad(f(*arguments), arguments[0], g, create_graph=True)[0].square().sum()
+        for f in (onednn, F.linear)
+    ]
+    one, other = (torch.autograd.grad(square, arguments[1])[0] for square in squares)
+    assert relative(one, other) < 1e-6
 
 
 def test_unequal_shapes_are_grouped_apart() -> None:
