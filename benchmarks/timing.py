@@ -15,7 +15,7 @@ import torch
 SHORTEST = 2e-3
 """Seconds that one sample takes at least: far above what the clocks resolve."""
 
-LONG, ENOUGH = 2.0, 40
+LONG, ENOUGH = 2.0, 60
 """Seconds of a call that none is done before a sample of any, and of all rounds together."""
 
 

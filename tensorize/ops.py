@@ -384,6 +384,9 @@ def _torch_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(x, weight, offs=offsets)
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether torch was built with oneDNN."""
+
 # Inductor takes torch's own operation with weights that are constants only, so it is wrapped; by a
 # library and not ``custom_op``, whose checks take as long as a small product.
 _library = torch.library.Library("tensorize", "FRAGMENT")
@@ -393,7 +396,7 @@ _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 @torch.library.impl(_library, "onednn_linear", "CPU")
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b by oneDNN, in float32."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 @torch.library.register_fake("tensorize::onednn_linear", lib=_library)
@@ -411,7 +414,7 @@ def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None,
     of_x, of_weight, of_bias = ctx.needs_input_grad
     flat = g.flatten(0, -2)
     return (
-        torch.ops.tensorize.onednn_linear(g, weight.t(), None) if of_x else None,
+        torch.ops.tensorize.onednn_linear.default(g, weight.t(), None) if of_x else None,
         flat.t() @ x.flatten(0, -2) if of_weight else None,
         flat.sum(0) if of_bias else None,
     )
@@ -420,8 +423,6 @@ def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None,
 torch.library.register_autograd(
     "tensorize::onednn_linear", _linear_backward, setup_context=_save_linear, lib=_library
 )
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @torch.library.custom_op("tensorize::grouped_mm", mutates_args=())
