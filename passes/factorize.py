@@ -18,7 +18,8 @@ from tensorize import tt
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import LOW_RANK, RankPlan, Site
 from tensorize.passes.pipeline import Program
-from tensorize.passes.spectra import Spectrum, as_matrix
+from tensorize.passes.side_by_side import side_by_side
+from tensorize.passes.spectra import Spectrum, as_matrix, is_small
 from tensorize.weight import first_factor, install, owner_of, settle
 
 _SMALL = 4_000_000
@@ -63,6 +64,7 @@ def planned_cores(
     """
     parameters = dict(program.model.named_parameters())
     found: dict[str, Cores] = {}
+    todo: list[RankPlan] = []
     for choice in sites:
         if choice.spec is None:
             continue
@@ -70,11 +72,17 @@ def planned_cores(
             left, right = known[choice.name]
             (rank,) = choice.spec.ranks
             found[choice.name] = left[..., :rank], right[..., :rank, :]
-            continue
+        else:
+            todo.append(choice)
+
+    def factors(choice: RankPlan) -> Cores:
+        assert choice.spec is not None
         curve, dense = program.spectra[choice.name], parameters[choice.name].detach()
         matrix = as_matrix(curve.site, dense)
-        found[choice.name] = curve.factors(choice.spec, matrix, shared=choice.shared is not None)
-    return found
+        return curve.factors(choice.spec, matrix, shared=choice.shared is not None)
+
+    made = side_by_side(factors, todo, lambda choice: is_small(program.spectra[choice.name].site))
+    return found | {choice.name: cores for choice, cores in zip(todo, made, strict=True)}
 
 
 def best_components(program: Program, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:

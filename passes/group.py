@@ -27,7 +27,7 @@ from tensorize.passes.packed import add_packed
 # ------------------------------------------------------------------- what is packed of the weights
 
 
-def side_by_side(weights: Sequence[Tensor]) -> Tensor:
+def joined(weights: Sequence[Tensor]) -> Tensor:
     """Weights (out_k, in) as one (in, sum of out_k)."""
     return torch.cat(list(weights)).t().contiguous()
 
@@ -178,15 +178,15 @@ def _product(
     pairs = [arguments_of(node) for node in linears]
     weights = tuple(weight.name for weight, _ in pairs)
     biases = tuple(bias.name for _, bias in pairs if bias is not None)
-    packed = Packed(weights, stacked if stack else side_by_side)
+    packed = Packed(weights, stacked if stack else joined)
     program, weight = add_packed(program, f"{name}_weights", packed)
     graph = program.graph.graph
     if not biases:
         with graph.inserting_after(x):
             return program, graph.call_function(torch.bmm if stack else torch.mm, (x, weight))
     sizes = tuple(len(program.parameters[weight]) for weight in weights)
-    joined = Biases(sizes, tuple(bias is not None for _, bias in pairs), stack)
-    program, bias = add_packed(program, f"{name}_biases", Packed(biases, joined))
+    every = Biases(sizes, tuple(bias is not None for _, bias in pairs), stack)
+    program, bias = add_packed(program, f"{name}_biases", Packed(biases, every))
     with graph.inserting_after(x):
         product = torch.baddbmm if stack else torch.addmm
         return program, graph.call_function(product, (bias, x, weight))

@@ -42,6 +42,10 @@ class Metric:
         """Whether it is the Frobenius norm."""
         return self.left is None and self.right is None
 
+    @property
+    def mixes_rows(self) -> bool:
+        return self.left is not None and self.left.dim() == 2
+
     def transposed(self) -> Metric:
         """The same metric on Wᵀ."""
         return Metric(self.scale, self.right, self.left)
@@ -55,15 +59,20 @@ class Metric:
         return self.scale * sum(float(part.square().sum()) for part in self._whitened(weight))
 
     def gram(self, weight: Tensor) -> Tensor:
-        """(L_Rᵀ W L_K)ᵀ (L_Rᵀ W L_K), (…, N, N), in float64."""
-        without_right = Metric(1.0, self.left, None)
+        """(L_Rᵀ W L_K)ᵀ (L_Rᵀ W L_K), (…, N, N), in float64.
+
+        Where rows mix, L_Rᵀ W is made in the weight's own precision.
+        """
         if weight.dim() == 3:
-            parts = [Metric(1.0, self.left, self.right).gram(expert) for expert in weight]
-            return torch.stack(parts)
-        n = weight.shape[-1]
-        total = torch.zeros(n, n, dtype=torch.float64, device=weight.device)
-        for part in without_right._whitened(weight):
-            total += part.t() @ part
+            return torch.stack([self.gram(expert) for expert in weight])
+        if self.mixes_rows:
+            part = root_times(self.left, weight).double()
+            total = part.t() @ part
+        else:
+            n = weight.shape[-1]
+            total = torch.zeros(n, n, dtype=torch.float64, device=weight.device)
+            for part in Metric(1.0, self.left, None)._whitened(weight):
+                total += part.t() @ part
         inner = times_root(total, self.right)
         return inner if self.right is None else root_times(self.right, inner)
 
@@ -72,7 +81,7 @@ class Metric:
         if weight.dim() == 3:
             for expert in weight:
                 yield from self._whitened(expert)
-        elif self.left is not None and self.left.dim() == 2:
+        elif self.mixes_rows:
             yield self.whiten(weight)
         else:
             for start in range(0, weight.shape[0], _CHUNK):

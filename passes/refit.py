@@ -254,10 +254,16 @@ class _Moments:
         cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
         rows = self._contract == "rows"
         factor = torch.linalg.cholesky(own)
-        targets, metrics = [], []
-        for weight, curve in zip(weights, curves, strict=True):
-            wanted = (weight.double().t() if rows else weight.double()) @ cross
-            targets.append(torch.cholesky_solve(wanted.t(), factor).t().to(weight.dtype))
+        matrices = [(weight.t() if rows else weight).double() for weight in weights]
+        # K C̃⁻¹ is one for all of them; for few rows W K C̃⁻¹ from the left is less work.
+        if sum(map(len, matrices)) >= len(own):
+            transfer = torch.cholesky_solve(cross.t(), factor).t()
+            maps = [matrix @ transfer for matrix in matrices]
+        else:
+            maps = [torch.cholesky_solve((m @ cross).t(), factor).t() for m in matrices]
+        targets = [m.to(w.dtype) for m, w in zip(maps, weights, strict=True)]
+        metrics = []
+        for curve in curves:
             (metric,) = curve.metrics
             outputs = metric.right if rows else metric.left
             metrics.append(Metric(metric.scale, outputs, factor.float()))

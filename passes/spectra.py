@@ -212,7 +212,7 @@ class ComputeSpectra:
             return replace(curve, in_nats=known and program.metric == "loss")
 
         program.progress("spectra", found, len(free))
-        curves = side_by_side(curve_of, todo, _is_small)
+        curves = side_by_side(curve_of, todo, is_small)
         for done, (site, curve) in enumerate(zip(todo, curves, strict=True), found + 1):
             spectra[site.name] = curve if self.store is None else self.store.keep(curve)
             program.progress("spectra", done, len(free))
@@ -234,7 +234,8 @@ class ComputeSpectra:
         return replace(program, spectra=spectra, summary=summary)
 
 
-def _is_small(site: Site) -> bool:
+def is_small(site: Site) -> bool:
+    """Whether a weight's decompositions leave a second thread idle."""
     return min(site.matrix) <= _SMALL_SIDE and site.parameters <= _SMALL
 
 
@@ -297,14 +298,13 @@ def _decomposed(
     weight: Tensor, pay: int, metric: Metric | None, *, vectors: bool
 ) -> tuple[Tensor | None, Tensor]:
     m, n = weight.shape[-2:]
-    plain = metric is None or metric.plain
+    metric = metric or Metric(1.0, None, None)
+    oriented, matrix = (metric, weight) if n <= m else (metric.transposed(), weight.mT)
     found: tuple[Tensor | None, Tensor] | None = None
-    for dtype in dict.fromkeys((weight.dtype, torch.float64) if plain else (torch.float64,)):
-        if plain or metric is None:
-            matrix = weight.to(dtype)
-            gram = matrix.mT @ matrix if n <= m else matrix @ matrix.mT
-        else:
-            gram = metric.gram(weight) if n <= m else metric.transposed().gram(weight.mT)
+    own = metric.plain or oriented.mixes_rows  # where less than float64 is less work
+    for dtype in dict.fromkeys((weight.dtype, torch.float64) if own else (torch.float64,)):
+        at_dtype = matrix.to(dtype)
+        gram = at_dtype.mT @ at_dtype if metric.plain else oriented.gram(at_dtype)
         try:
             if vectors:
                 values, basis = torch.linalg.eigh(gram)
@@ -316,10 +316,9 @@ def _decomposed(
         found = None if basis is None else basis.flip(-1), values
         tail = values[..., pay:].sum(-1) if pay < values.shape[-1] else values[..., -1]
         share = tail / values.sum(-1).clamp_min(1e-300)
-        # Four digits of the tail: its rounding noise is about eps of the total.
-        if bool((share > 1e4 * torch.finfo(dtype).eps).all()):
+        if bool((share > _noise(dtype, metric)).all()):
             return found
-    white = weight.double() if plain or metric is None else metric.whiten(weight)
+    white = metric.whiten(weight)
     try:
         if not vectors:
             return None, torch.linalg.svdvals(white).square()
@@ -329,6 +328,17 @@ def _decomposed(
             raise
         return found  # the float64 Gram is right to sqrt(eps) of the largest
     return (right.mT if n <= m else left), sigma.square()
+
+
+def _noise(dtype: torch.dtype, metric: Metric) -> float:
+    """The share of the energy from which on a tail has four digits.
+
+    The rounding of a Gram matrix is about eps of the whole. Where only L_Rᵀ W is made in a lower
+    precision, its rounding E shifts σ² by 2 σ uᵀE v, with random signs, and adds ‖E‖² = eps² of the
+    whole.
+    """
+    eps, exact = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
+    return max(1e4 * exact, 1e4 * eps if metric.plain else 1e6 * eps**2)
 
 
 def joint_factors(
@@ -376,7 +386,7 @@ def with_shared_factors(
     made = side_by_side(
         lambda group: _common_factors(alike[group], weights),
         todo,
-        lambda group: all(_is_small(curve.site) for curve in alike[group]),
+        lambda group: all(is_small(curve.site) for curve in alike[group]),
     )
     for done, (group, common) in enumerate(zip(todo, made, strict=True)):
         progress("shared factors", done, len(todo))

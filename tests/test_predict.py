@@ -115,8 +115,7 @@ def test_what_a_refit_gains_goes_on_beyond_its_trials() -> None:
     found = refined((0.01, 0.008), (0.1, 0.064))
     assert found.predict(0.01, "refit")[0] == pytest.approx(0.008)
     assert found.predict(1.0, "refit")[0] == pytest.approx(0.512)
-    assert found.predict(0.001, "refit")[0] == pytest.approx(0.001), "no gain is left"
-    assert found.predict(0.0001, "refit")[0] == pytest.approx(0.0001), "and never a loss"
+    assert found.predict(0.001, "refit")[0] == pytest.approx(0.0008), "of less damage it stays"
 
 
 @pytest.mark.parametrize("gains", [(0.9, 0.01), (0.3, 0.9), (1.2, 1.5)])
@@ -236,14 +235,15 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
 
 @pytest.mark.parametrize("name", ["mlp", "gpt", "bert"])
 @pytest.mark.parametrize("refine", ["refit", "polish"])
-def test_what_refining_gains_is_measured_at_three_trials(name: str, refine: str) -> None:
+def test_what_refining_gains_is_measured_in_trials(name: str, refine: str) -> None:
     case = CASES[name]
     model, given = case.model(), calibration(case)
     analysis = tensorize.analyze(model, calibration=given, refine=refine)
     trials = [t for t in analysis.program.predictor.trials if t.refine == refine]
-    assert len(trials) == 3
+    shares = {"refit": (0.5, 0.25), "polish": (0.75, 0.5, 0.25)}[refine]
+    assert len(trials) == len(shares)
     loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
-    for share in (0.75, 0.5, 0.25):
+    for share in shares:
         plan = analysis.plan(share, refine=refine)
         raw = sum(site.predicted_loss for site in plan.sites)
         trial = next(t for t in trials if t.raw == pytest.approx(raw, rel=1e-12))
