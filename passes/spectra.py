@@ -349,14 +349,31 @@ def joint_factors(
     W_k ≈ U_k V with U_k = W_k P: the best rank-r factors of the whitened weights stacked on each
     other, whose rows each have the gradients' metric of their own.
     """
-    root = metrics[0].right
-    plain = all(metric.plain for metric in metrics)
-    stacked = at_work(torch.cat(list(weights))) if plain else None
-    if stacked is not None and stacked.shape[1] <= len(stacked):
-        basis = gram_eigenvectors(stacked, rank)[0][:, :rank].double()
-    else:
-        gram = sum(m.scale * m.gram(w) for w, m in zip(weights, metrics, strict=True))
-        basis = torch.linalg.eigh(gram)[1].flip(-1)[:, :rank]
+    return _joint_pair(weights, metrics[0].right, _joint_basis(weights, metrics, rank)[0])
+
+
+def _joint_basis(
+    weights: Sequence[Tensor], metrics: Sequence[Metric], rank: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The best subspace (N, rank) of whitened inputs, and each weight's own whitened Gram matrix.
+
+    Without a metric their Gram matrices are not made one by one, and there are none.
+    """
+    if all(metric.plain for metric in metrics):
+        stacked = at_work(torch.cat(list(weights)))
+        if stacked.shape[1] <= len(stacked):
+            return gram_eigenvectors(stacked, rank)[0][:, :rank].double(), []
+    grams = [m.scale * m.gram(w) for w, m in zip(weights, metrics, strict=True)]
+    total = grams[0].clone()
+    for gram in grams[1:]:
+        total += gram
+    return torch.linalg.eigh(total)[1].flip(-1)[:, :rank], grams
+
+
+def _joint_pair(
+    weights: Sequence[Tensor], root: Tensor | None, basis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """V and P of a subspace, each component of the same length in both."""
     reader, shared = _left_times(root, basis), solve_root(root, basis).mT
     size = torch.stack([(w.double() @ reader).square().sum(0) for w in weights]).sum(0).sqrt()
     ratio = (shared.norm(dim=-1) / size.clamp_min(1e-30)).clamp(1e-15, 1e15).sqrt()
@@ -405,16 +422,18 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
     matrices = [weights(curve.site.name) for curve in members]
     rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
     pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
-    shared, reader = joint_factors(matrices, metrics, pay)
+    basis, grams = _joint_basis(matrices, metrics, pay)
+    shared, reader = _joint_pair(matrices, metrics[0].right, basis)
     work = at_work(matrices[0]).dtype
     # The members hold the same tensors, laid out as they are once they were kept on disk.
     factor, given = shared.to(work).contiguous(), reader.to(work).contiguous()
     found: dict[str, SharedFactor] = {}
-    for curve, weight, metric in zip(members, matrices, metrics, strict=True):
-        # Whitened, V has orthogonal rows: what a rank loses is what the others hold.
-        sizes = times_root(shared, metric.right).square().sum(1)
-        left = root_times(metric.left, weight.double() @ reader)
-        held = metric.scale * left.square().sum(0) * sizes
+    for k, (curve, weight) in enumerate(zip(members, matrices, strict=True)):
+        # What a rank loses is what the other components hold.
+        if grams:
+            held = (basis * (grams[k] @ basis)).sum(0)
+        else:
+            held = metrics[k].scale * (weight.double() @ basis).square().sum(0)
         whole = curve.distortion[0].to(held.device)
         lost = whole - torch.cat([held.new_zeros(1), held.cumsum(0)])
         found[curve.site.name] = SharedFactor(factor, given, lost.clamp_min(0).cpu())
