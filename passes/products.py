@@ -40,10 +40,11 @@ _MANY_ROWS = 64
 class ChooseProducts:
     """Lowered with linears in float32 computed in the way that is fastest for their rows.
 
-    ``copies``: transposed copies of weights, which get no gradients, may be further inputs.
+    ``gradients``: whether they are asked for. Else transposed copies of weights, which would get
+    none, may be further inputs.
     """
 
-    copies: bool = True
+    gradients: bool = False
     name: str = "products"
 
     def run(self, program: Lowered) -> Lowered:
@@ -54,10 +55,11 @@ class ChooseProducts:
             x, (weight, bias) = node.args[0], arguments_of(node)
             (out, into), rows = program.parameters[weight.name].shape, rows_of(x)
             if ops.HAS_ONEDNN and (rows is None or rows >= _MANY_ROWS):
-                node.target = torch.ops.tensorize.onednn_linear.default
+                plain = torch.ops.tensorize.onednn_linear.default
+                node.target = ops.onednn_linear if self.gradients else plain
                 node.args, node.kwargs = (x, weight, bias), {}
                 counts["by oneDNN"] += 1
-            elif self.copies and rows == 1 and out >= _TALL * into:
+            elif not self.gradients and rows == 1 and out >= _TALL * into:
                 program = _take_transposed(program, node)
                 counts["of transposed weights"] += 1
         return replace(program, summary=", ".join(f"{n} {how}" for how, n in counts.items()))

@@ -128,12 +128,12 @@ def _lowered(
     for work, cores in lowered.fused:
         for core in cores:
             note_fused(core, work.fused)
-    copies = not _has_gradients(example_inputs)  # copies of the weights would get none
+    gradients = _has_gradients(example_inputs)
     passes: list[LoweringPass] = []
-    if copies and inner == "eager":
+    if not gradients and inner == "eager":  # packed copies of the weights would get none
         passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
     if device == "cpu":
-        passes.append(ChooseProducts(copies))
+        passes.append(ChooseProducts(gradients))
     lowered = lower(lowered, [*passes, RemoveDead()])
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     if inner == "eager":

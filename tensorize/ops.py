@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -395,7 +395,7 @@ _library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 
 @torch.library.impl(_library, "onednn_linear", "CPU")
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b by oneDNN, in float32."""
+    """x Wᵀ + b by oneDNN, in float32, without gradients."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
@@ -404,25 +404,30 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _save_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+class _OneDnnLinear(torch.autograd.Function):
+    """The operation with its gradients, apart: asking for them costs as much as a small product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.tensorize.onednn_linear.default(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grad_outputs
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        flat = g.flatten(0, -2)
+        return (
+            onednn_linear(g, weight.t(), None) if of_x else None,
+            flat.t() @ x.flatten(0, -2) if of_weight else None,
+            flat.sum(0) if of_bias else None,
+        )
 
 
-def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    of_x, of_weight, of_bias = ctx.needs_input_grad
-    flat = g.flatten(0, -2)
-    return (
-        torch.ops.tensorize.onednn_linear.default(g, weight.t(), None) if of_x else None,
-        flat.t() @ x.flatten(0, -2) if of_weight else None,
-        flat.sum(0) if of_bias else None,
-    )
-
-
-torch.library.register_autograd(
-    "tensorize::onednn_linear", _linear_backward, setup_context=_save_linear, lib=_library
-)
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b by oneDNN, in float32, with gradients."""
+    return cast(Tensor, _OneDnnLinear.apply(x, weight, bias))
 
 
 @torch.library.custom_op("tensorize::grouped_mm", mutates_args=())
