@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from tensorize.passes.lowering import Lowered, Packed, memory_of, value_of, written
 from tensorize.passes.packed import add_packed
+from tensorize.tensors import is_plain
 
 # ------------------------------------------------------------------- what is packed of the weights
 
@@ -87,14 +88,15 @@ class GroupProjections:
 
 
 def is_linear(node: fx.Node, parameters: Mapping[str, Tensor]) -> bool:
-    """A linear of a computed x against a parameter, and a parameter or nothing as its bias."""
+    """A linear of a computed x against an ordinary parameter, and such a one or no bias."""
     if node.op != "call_function" or node.target is not F.linear or not node.args:
         return False
     weight, bias = arguments_of(node)
     if not isinstance(node.args[0], fx.Node):
         return False
     held = [weight] if bias is None else [weight, bias]
-    return all(isinstance(a, fx.Node) and a.name in parameters for a in held)
+    named = all(isinstance(a, fx.Node) and a.name in parameters for a in held)
+    return named and all(is_plain(parameters[a.name]) for a in held)
 
 
 def arguments_of(node: fx.Node) -> tuple[Any, Any]:

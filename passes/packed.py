@@ -20,10 +20,13 @@ from tensorize.passes.lowering import Lowered, Pack, Packed
 
 
 def add_packed(program: Lowered, name: str, packed: Packed) -> tuple[Lowered, fx.Node]:
-    """The program with one more input, and its placeholder."""
+    """The program with this input, and its placeholder: the one that it has where there is one."""
     graph = program.graph.graph
-    *_, last = (node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(last):
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if packed in program.packed:
+        own = placeholders[-len(program.packed) :]
+        return program, own[program.packed.index(packed)]
+    with graph.inserting_after(placeholders[-1]):
         placeholder = graph.placeholder(name)
     return replace(program, packed=(*program.packed, packed)), placeholder
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -282,6 +283,33 @@ def test_products_are_not_changed_where_they_are_not_in_float32_or_not_of_parame
 
     computed = lower(traced(Computed(), torch.randn(1, 64, 32)), (ChooseProducts(),))
     assert calls(computed.graph) == ["flatten", "add", "linear"]
+
+
+def test_a_weight_that_is_used_twice_has_one_copy() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(32, 96), nn.Linear(96, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(self.narrow(self.wide(x)))
+
+    model = Twice()
+    program, found = lowered_and_run(model, X, ChooseProducts())
+    assert calls(program.graph) == ["t", "linear", "linear", "t", "linear"]
+    assert len(program.packed) == 1
+    assert relative(found, model(X).detach()) < 1e-6
+
+
+def test_weights_that_dispatch_for_themselves_are_left_alone() -> None:
+    class Own(Tensor):
+        """As a quantized weight, or a shard of one, is."""
+
+    program = traced(compressed(), torch.randn(1, 64, 32))
+    before = calls(program.graph)
+    own = {k: v.as_subclass(Own) for k, v in program.parameters.items()}
+    changed = lower(replace(program, parameters=own), (GroupProjections(64), ChooseProducts()))
+    assert calls(changed.graph) == before
 
 
 def test_products_are_not_changed_under_autocast() -> None:
