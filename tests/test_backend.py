@@ -331,11 +331,14 @@ def test_products_are_not_changed_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_product_by_onednn_is_a_linear_with_its_gradients(bias: bool) -> None:
+@pytest.mark.parametrize(("out", "into"), [(8, 32), (32, 8)])
+def test_the_product_by_onednn_is_a_linear_with_its_gradients(
+    bias: bool, out: int, into: int
+) -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, requires_grad=True)
 
-    arguments = (draw(2, 3, 32), draw(8, 32), draw(8) if bias else None)
+    arguments = (draw(2, 3, into), draw(out, into), draw(out) if bias else None)
     plain = [a if a is None else a.detach() for a in arguments]
     torch.library.opcheck(torch.ops.tensorize.onednn_linear.default, plain)
     onednn = ops.onednn_linear
