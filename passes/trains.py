@@ -8,6 +8,7 @@ least squares (``als``).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ _PROBE_RANK = 8
 # So many blocks of rows, and of columns, are tried, or the most below that divide them; the shares
 # of the parameters at which they are compared.
 _BLOCKS, _SHARES = (2, 4, 8, 16), (0.1, 0.25, 0.5)
+
+# Of the whole process, while weights are probed side by side.
+_random_state = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def has_kronecker_structure(weight: Tensor) -> bool:
         return False  # so small that a single term saves little
     rank = max(1, terms * size // (m + n))
     rearranged = weight.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
-    with torch.random.fork_rng():
+    with _random_state, torch.random.fork_rng():
         torch.manual_seed(0)
         kept_tt = torch.svd_lowrank(rearranged, q=terms, niter=2)[1].square().sum()
         kept_low = torch.svd_lowrank(weight, q=min(rank, m, n), niter=2)[1].square().sum()

@@ -68,3 +68,13 @@ def test_a_curve_is_the_same_bits_whatever_is_analysed_beside_it() -> None:
     curves = [a.program.spectra["3.weight"].distortion for a in (whole, alone, again)]
     assert torch.equal(curves[0], curves[1])
     assert torch.equal(curves[0], curves[2])
+
+
+def test_the_random_state_is_as_it_was() -> None:
+    """Weights are probed with random numbers, all of them with the same ones."""
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(16))).eval()
+    for _ in range(3):
+        torch.manual_seed(7)
+        before = torch.get_rng_state()
+        tensorize.analyze(model, example_inputs=(torch.zeros(4, 128),), metric="frobenius")
+        assert torch.equal(torch.get_rng_state(), before)
