@@ -9,8 +9,9 @@ SVD            plain SVD, the same share of every weight
 relative SVD   plain SVD, one multiplier over relative errors ‖ΔW‖²/‖W‖²
 ASVD           columns scaled by the inputs' mean size to the power ½ (Yuan et al. 2023), uniform
 SVD-LLM        whitened by the inputs' second moment (Wang et al. 2024), uniform
-K-FAC SVD      two-sided; the rise of the loss measured for every weight alone at some ranks, and
-               the ranks of all chosen by an integer program over those measurements (as LEMS does)
+K-FAC SVD      two-sided, rows taken as independent; the rise of the loss measured for every weight
+               alone at some ranks, and the ranks of all chosen by an integer program over those
+               measurements (as LEMS does)
 TT             a balanced tensor train of two cores, uniform; made by tltorch itself
 =============  ===================================================================================
 
@@ -33,10 +34,13 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import Analysis, Plan, tt
-from tensorize.passes.metric import Metric
+from tensorize.capture import batch_of
+from tensorize.passes.metric import Metric, site_metrics
 from tensorize.passes.optimise import minimise_distortion
 from tensorize.passes.points import COSTS, Points
+from tensorize.passes.preserved import PreservedLoss, split
 from tensorize.passes.spectra import Spectrum, spectrum
+from tensorize.passes.statistics import CollectStatistics
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Shares of a weight's parameters at which the K-FAC SVD measures it alone."""
@@ -65,11 +69,13 @@ class Peers:
     plain: Analysis
     whitened: Analysis
     two_sided: Analysis
+    calibration: Sequence[Any]
     distance: Distance
 
     def methods(self) -> dict[str, Method]:
         """Method → budget → smaller model."""
-        sensed = measured_points(self.two_sided, self.model, self.distance)
+        independent = kfac(self.two_sided, self.model, self.calibration)
+        sensed = measured_points(independent, self.model, self.distance)
         scaled = with_metrics(self.whitened, self.model, _activation_scale)
         model = self.model
         plans: dict[str, Callable[[float], Plan]] = {
@@ -79,7 +85,7 @@ class Peers:
             ),
             "ASVD": lambda b: uniform_plan(scaled, model, b),
             "SVD-LLM": lambda b: uniform_plan(self.whitened, model, b),
-            "K-FAC SVD": lambda b: integer_plan(self.two_sided, model, sensed, b),
+            "K-FAC SVD": lambda b: integer_plan(independent, model, sensed, b),
         }
         found = {name: applied(model, plan_for) for name, plan_for in plans.items()}
         return {**found, "TT": partial(tensor_trains, self.plain, model)}
@@ -202,18 +208,29 @@ def compared(analysis: Analysis, exponent: float) -> Analysis:
 
 
 def with_metrics(
-    analysis: Analysis, model: nn.Module, metric: Callable[[Spectrum], Metric]
+    analysis: Analysis, model: nn.Module, metrics: Callable[[Spectrum], tuple[Metric, ...]]
 ) -> Analysis:
     """The curves of the same weights in another metric."""
     parameters = dict(model.named_parameters())
     spectra = {}
     for name, curve in analysis.program.spectra.items():
         weight = parameters[name].detach().reshape(curve.site.matrix)
-        spectra[name] = spectrum(curve.site, weight, (metric(curve),), curve.formats)
+        spectra[name] = spectrum(curve.site, weight, metrics(curve), curve.formats)
     return replace(analysis, program=replace(analysis.program, spectra=spectra))
 
 
-def _activation_scale(curve: Spectrum) -> Metric:
+def kfac(analysis: Analysis, model: nn.Module, calibration: Sequence[Any]) -> Analysis:
+    """The curves in the metric of K-FAC, of the data that the analysis learnt from."""
+    batches = tuple(map(batch_of, calibration))
+    loss = PreservedLoss.fit(model, batches, None)
+    learn = CollectStatistics(split(batches)[0], loss, by_sample=False)
+    moments = learn.run(replace(analysis.program, model=model)).statistics
+    return with_metrics(
+        analysis, model, lambda c: site_metrics(c.site, moments[c.site.name], "loss")
+    )
+
+
+def _activation_scale(curve: Spectrum) -> tuple[Metric, ...]:
     """Input channels weighed by the square root of their root mean square."""
 
     def scale(root: Tensor | None) -> Tensor | None:
@@ -223,7 +240,7 @@ def _activation_scale(curve: Spectrum) -> Metric:
         return second.clamp_min(1e-12) ** 0.25
 
     known = curve.metrics[0]
-    return Metric(1.0, scale(known.left), scale(known.right))
+    return (Metric(1.0, scale(known.left), scale(known.right)),)
 
 
 def level_rank(site: tensorize.Site, level: float) -> int:

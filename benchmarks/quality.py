@@ -240,6 +240,7 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
         ),
         tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
         ours,
+        calibration,
         subject.distance(calibration),
     )
     methods = others.methods()
@@ -300,7 +301,7 @@ def rank_correlation(
         curve = analysis.program.spectra[point.site.name]
         for rank, lost in zip(point.labels, point.distortion, strict=True):
             if rank > 0:  # 0: dense
-                predicted[point.site.name, rank] = float(curve.distortion[rank])
+                predicted[point.site.name, rank] = float(curve.rise(curve.distortion[rank].numpy()))
                 measured[point.site.name, rank] = float(lost)
 
     def spearman(pairs: Sequence[tuple[str, int]]) -> float:

@@ -123,8 +123,8 @@ def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metr
         return (Metric(1.0, None, None),)
     scale = 0.5 if metric == "loss" else 1.0
     return tuple(
-        Metric(scale, *(_root(s, n, site, t) for s, n in zip(t.sides, t.samples, strict=True)))
-        for t in terms
+        Metric(scale, *(_root(moment, k, site, term) for k, moment in enumerate(term.sides)))
+        for term in terms
     )
 
 
@@ -142,6 +142,13 @@ def shrinkage(moment: Tensor, samples: int) -> float:
     return min(1.0, ((1 - 2 / width) * square + trace**2) / spread) if spread > 0 else 1.0
 
 
+def shrinkage_of_noise(moment: Tensor, noise: float) -> float:
+    """The same, of a mean of matrices: ``noise`` is its relative variance (Ledoit & Wolf 2004)."""
+    trace, square = float(moment.diagonal().sum()), float(moment.square().sum())
+    spread = 1 - trace**2 / (len(moment) * square)
+    return min(1.0, noise / spread) if spread > 0 else 1.0
+
+
 def shrink(moment: Tensor, share: float, mean: float) -> Tensor:
     """A new moment: shrunk by a share, and damped, towards a mean eigenvalue."""
     result = moment * (1 - share)
@@ -149,8 +156,11 @@ def shrink(moment: Tensor, share: float, mean: float) -> Tensor:
     return result
 
 
-def _root(moment: Tensor | None, samples: int, site: Site, term: Term) -> Tensor | None:
-    """L with L Lᵀ = the moment shrunk and damped, in float32; the square root of a diagonal."""
+def _root(moment: Tensor | None, side: int, site: Site, term: Term) -> Tensor | None:
+    """L with L Lᵀ = the moment shrunk and damped, in float32; the square root of a diagonal.
+
+    ``side`` says which of the term's two sides the moment is.
+    """
     if moment is None:
         return None
     moment = moment.double()
@@ -162,7 +172,11 @@ def _root(moment: Tensor | None, samples: int, site: Site, term: Term) -> Tensor
         share = min(max(term.unseen, _DIAGONAL_DAMPING), 0.5)
         return (moment + share / (1 - share) * mean).sqrt().float()
     if torch.isfinite(moment).all():
-        factor, info = torch.linalg.cholesky_ex(shrink(moment, shrinkage(moment, samples), mean))
+        if term.noise is None:
+            given = shrinkage(moment, term.samples[side])
+        else:
+            given = shrinkage_of_noise(moment, term.noise[side])
+        factor, info = torch.linalg.cholesky_ex(shrink(moment, given, mean))
         if int(info) == 0:
             return factor.float().contiguous()  # as it is once it was kept on disk
     raise AnalysisError(

@@ -234,11 +234,12 @@ def curve_points(
     order = np.lexsort((distortion, costs[:, 0]))
     costs, distortion = costs[order], distortion[order]
     whole = float(curve.distortion[0])
+    rises = curve.rise(distortion)
     return Points(
         site,
         costs,
-        distortion if curve.in_nats else np.zeros_like(distortion),
-        distortion * _scale(curve),
+        rises if curve.in_nats else np.zeros_like(rises),
+        rises * _scale(curve),
         np.sqrt(np.maximum(distortion, 0) / whole) if whole > 0 else np.zeros_like(distortion),
         np.concatenate(labels)[order],
         others,
@@ -279,7 +280,7 @@ class GroupPoints(Points):
                     shape=curve.site.shape,
                     spec=TTSpec.low_rank(*curve.site.matrix, rank),
                     predicted_error=curve.error(lost),
-                    predicted_loss=lost if curve.in_nats else 0.0,
+                    predicted_loss=float(curve.rise(np.array(lost))) if curve.in_nats else 0.0,
                     reason=f"rank chosen by the budget, one first factor for {names}",
                     shared=self.site.name,
                 )
@@ -315,14 +316,15 @@ def group_points(
     tails = [s.distortion.numpy()[ranks] for s in shared if s is not None]
     itemsize = element_size(curves[0].site)
     together = ranks * (rows + n)
-    weighed = sum(tail * _scale(curve) for tail, curve in zip(tails, curves, strict=True))
+    rises = [curve.rise(tail) for tail, curve in zip(tails, curves, strict=True)]
+    weighed = sum(rise * _scale(curve) for rise, curve in zip(rises, curves, strict=True))
     order = np.argsort(costs[:, 0], kind="stable")
     better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
     if not better.any():
         return None
     ranks, together, weighed = ranks[better], together[better], weighed[better]
     tails = [tail[better] for tail in tails]
-    in_nats = [tail * curve.in_nats for tail, curve in zip(tails, curves, strict=True)]
+    in_nats = [rise[better] * curve.in_nats for rise, curve in zip(rises, curves, strict=True)]
     off = [np.sqrt(t / float(c.distortion[0])) for t, c in zip(tails, curves, strict=True)]
     # The product with the input is computed once.
     dtype = curves[0].site.dtype
@@ -385,11 +387,12 @@ def forced_point(
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
         spec = TTSpec.low_rank(m, n, size, experts=site.experts)
     lost = curve.distortion_of(spec)
+    rise = curve.rise(np.array([lost]))
     return Points(
         site,
         np.array([_costs(site, spec, itemsize, batch_sizes, machine)], dtype=float),
-        np.array([lost if curve.in_nats else 0.0]),
-        np.array([lost]),
+        rise * curve.in_nats,
+        rise,
         np.array([curve.error(lost)]),
         np.array([-1]),
         (spec,),

@@ -15,20 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 
-from tensorize import tt
 from tensorize.budget import Budget
 from tensorize.errors import BudgetError
-from tensorize.forward import untouched
 from tensorize.ir import POLISH, REFIT, Batch, RankPlan
 from tensorize.passes.allocate import Allocate
 from tensorize.passes.factorize import Cores, best_components, compressed_copy, planned_cores
+from tensorize.passes.measured import Reference, approximations
 from tensorize.passes.pipeline import Program
 from tensorize.passes.polish import polish
-from tensorize.passes.preserved import PreservedLoss, call, outputs_of
+from tensorize.passes.preserved import PreservedLoss
 from tensorize.passes.refit import refit
 from tensorize.weight import factored
 
@@ -172,9 +168,7 @@ class CalibratePrediction:
             return replace(program, summary="no loss to predict: weights and inputs alone")
         if not any(curve.in_nats for curve in program.spectra.values()):
             return replace(program, summary="no loss to predict: its gradients say nothing")
-        model = program.model
-        with untouched(model):
-            dense = [call(model, batch, k) for k, batch in enumerate(self._batches)]
+        reference = Reference(program.model, self._batches, self.loss)
         plans = {share: _planned(program, share) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
         first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
@@ -188,7 +182,7 @@ class CalibratePrediction:
             program.progress("prediction", done, len(wanted))
             plan = plans[share]
             if plan is not None and first[plan] == share:
-                trials.append(self._measure(program, plan, refine, known, dense))
+                trials.append(self._measure(program, plan, refine, known, reference))
         program.progress("prediction", len(wanted), len(wanted))
         ordered = tuple(sorted((t for t in trials if t.measured > 0), key=lambda trial: trial.raw))
         predictor = Predictor(ordered, self.loss.unit, bool(self.held_out))
@@ -202,40 +196,20 @@ class CalibratePrediction:
         sites: Sequence[RankPlan],
         refine: str | None,
         known: Mapping[str, Cores],
-        dense: Sequence[object],
+        reference: Reference,
     ) -> Trial:
         assert self.loss is not None
-        model = program.model
         if refine is None:
             cores = planned_cores(program, sites, known)
         else:
             cores = refit(program, sites, self.learnt)
         if refine == POLISH:
             small = compressed_copy(program, sites, cores)
-            polish(small, model, self.learnt, self._batches, self.loss)
+            polish(small, program.model, self.learnt, self._batches, self.loss)
             cores = {name: weight.cores for name, weight in factored(small)}
-        weights = approximations(program, sites, cores)
-        rises: list[tuple[float, int]] = []
-        error, size = 0.0, 0.0
-        with untouched(model):
-            for batch, before in zip(self._batches, dense, strict=True):
-                after = functional_call(model, weights, batch.args, dict(batch.kwargs))
-                rises.append(self.loss.rise(before, after, batch, model))
-                for a, b in zip(
-                    outputs_of(before, batch, model), outputs_of(after, batch, model), strict=True
-                ):
-                    centred = a.rows.double() - a.rows.double().mean(0)
-                    error += float((a.rows - b.rows).double().square().sum())
-                    size += float(centred.square().sum())
-        rows = sum(count for _, count in rises)
-        measured = sum(total for total, _ in rises) / max(rows, 1)
-        means = torch.tensor([total / max(count, 1) for total, count in rises])
-        spread = 0.0
-        if len(means) > 1 and measured > 0:
-            spread = float(means.std() / math.sqrt(len(means)) / measured)
+        found = reference.measure(approximations(program, sites, cores))
         raw = sum(site.predicted_loss for site in sites)
-        off = math.sqrt(error / size) if size > 0 else 0.0
-        return Trial(raw, measured, spread, off, refine)
+        return Trial(raw, found.rise, found.spread, found.output_error, refine)
 
 
 def _planned(program: Program, share: float) -> tuple[RankPlan, ...] | None:
@@ -246,17 +220,3 @@ def _planned(program: Program, share: float) -> tuple[RankPlan, ...] | None:
         return None  # the weights that cannot be factorized take more than this share
     assert plan is not None
     return plan.sites if sum(site.predicted_loss for site in plan.sites) > 0 else None
-
-
-def approximations(
-    program: Program, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
-) -> dict[str, Tensor]:
-    """Dense weights as the cores would leave them, by parameter name; tied names included."""
-    parameters: dict[str, nn.Parameter] = dict(program.model.named_parameters())
-    weights: dict[str, Tensor] = {}
-    for choice in sites:
-        if choice.spec is not None:
-            dense = parameters[choice.name]
-            weight = tt.reconstruct(choice.spec, cores[choice.name]).to(dense.dtype)
-            weights[choice.name] = weight.detach().reshape(dense.shape)
-    return weights

@@ -83,6 +83,17 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     return found
 
 
+def samples_of(result: Any, batch: Batch, model: nn.Module) -> int | None:
+    """The number of samples of a batch, where every output has one row for each of them."""
+    try:
+        shapes = [output.shape for output in outputs_of(result, batch, model)]
+    except CaptureError:
+        return None  # a loss_fn knows what to do with it
+    counts = {shape[0] if len(shape) > 1 else 1 for shape in shapes}
+    pooled = all(math.prod(shape[:-1]) <= (shape[0] if len(shape) > 1 else 1) for shape in shapes)
+    return counts.pop() if pooled and len(counts) == 1 else None
+
+
 def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
     if isinstance(result, Tensor):
         return [("output", result)]

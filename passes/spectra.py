@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +78,8 @@ class Spectrum:
     rank that is wanted: all of them would take as much memory as the weight. ``trains`` are the
     splits tried for TT and blocks, ``train_points`` what their roundings lose. ``in_nats`` is False
     for a weight that the calibration data say nothing about. ``shared`` is the curve with a first
-    factor in common with other weights.
+    factor in common with other weights. ``measured`` are pairs of a distortion and the rise of the
+    loss that it was found to cost, of a weight measured by itself.
     """
 
     site: Site
@@ -88,6 +90,22 @@ class Spectrum:
     train_points: tuple[tuple[TTSpec, float], ...] = ()
     in_nats: bool = True
     shared: SharedFactor | None = None
+    measured: tuple[tuple[float, float], ...] = ()
+
+    def rise(self, distortion: np.ndarray) -> np.ndarray:
+        """What distortions add to the loss: as much, or as was measured for this weight.
+
+        Between two measured ones on logarithmic scales, beyond them in proportion.
+        """
+        known = [(lost, found) for lost, found in self.measured if lost > 0 and found > 0]
+        if not known:
+            return distortion
+        losses, found = np.log(np.array(known).T)
+        found = np.maximum.accumulate(found)
+        logs = np.log(np.maximum(distortion, 1e-300))
+        nearest = np.clip(logs, losses[0], losses[-1])
+        rises = np.exp(np.interp(nearest, losses, found) + logs - nearest)
+        return np.where(distortion > 0, rises, 0.0)
 
     def error(self, distortion: float) -> float:
         """The relative error of the weight in its metric: sqrt(distortion / whole)."""

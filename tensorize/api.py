@@ -53,6 +53,7 @@ from tensorize.lazy import FactoredWeight
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.in_groups import LearnInGroups
+from tensorize.passes.measured import MeasureLargest
 from tensorize.passes.pipeline import Pass, Program, debug_level, run_passes
 from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
@@ -370,11 +371,12 @@ def _analysis_passes(program: Program, kept: _Kept, curves: disk.Curves | None) 
         loss = PreservedLoss.fit(program.model, program.calibration, kept.loss_fn)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(kept.refine, (REFIT,))
     statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(kept.formats)
+    largest = MeasureLargest(program.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:
-        return statistics, spectra, prediction
+        return statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)
-    return LearnInGroups(statistics, stored, kept.max_bytes), prediction
+    return LearnInGroups(statistics, stored, kept.max_bytes), largest, prediction
 
 
 def _metric(metric: str | None, batches: tuple[Batch, ...], loss_fn: Any) -> str:

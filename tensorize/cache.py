@@ -38,7 +38,7 @@ from tensorize.tensors import raw_bytes
 log = logging.getLogger("tensorize")
 
 # Of what is kept: entries of another format have other keys.
-_FORMAT = 3
+_FORMAT = 4
 _ENDING = ".safetensors"
 # Names of groups, so that they are not those of weights.
 _SHARED = "shared: "
@@ -313,6 +313,7 @@ def write(base: str, curves: Curves, program: Program) -> None:
         "files": {name: curves.files[name] for name in program.spectra},
         "shared": {group: curves.files[_SHARED + group] for group in _shared_groups(program)},
         "notes": program.notes,
+        "measured": {n: curve.measured for n, curve in program.spectra.items() if curve.measured},
         "predictor": None
         if predictor is None
         else {
@@ -373,7 +374,8 @@ def read_location(base: str, held: Held = Held.memory) -> Program | None:
             curve = curves.find(by_name[name])
             if curve is None:
                 raise ValueError(f"the curve of {name} cannot be read")
-            spectra[name] = replace(curve, shared=shared.get(name))
+            measured = tuple((lost, rise) for lost, rise in data["measured"].get(name, ()))
+            spectra[name] = replace(curve, shared=shared.get(name), measured=measured)
         predictor = None
         if data["predictor"] is not None:
             trials = tuple(Trial(*values) for values in data["predictor"]["trials"])

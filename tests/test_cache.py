@@ -84,6 +84,7 @@ def assert_alike(one: Analysis, other: Analysis, budget: float = 0.5) -> None:
         again = other.program.spectra[name]
         assert curve.formats == again.formats
         assert curve.in_nats == again.in_nats
+        assert curve.measured == again.measured
         assert (curve.shared is None) == (again.shared is None)
         for first, second in zip(tensors_of(curve), tensors_of(again), strict=True):
             assert torch.equal(first, second), name

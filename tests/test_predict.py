@@ -21,7 +21,8 @@ from tensorize.capture import batch_of
 from tensorize.errors import BudgetError
 from tensorize.ir import TTSpec
 from tensorize.passes.factorize import planned_cores
-from tensorize.passes.predict import TRIAL_SHARES, Predictor, Trial, approximations
+from tensorize.passes.measured import approximations
+from tensorize.passes.predict import TRIAL_SHARES, Predictor, Trial
 from tensorize.passes.preserved import PreservedLoss, call
 from tests.models import CASES, MLP, Case
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,14 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import DENSE, LOW_RANK, TT, Site, TTSpec, Use
-from tensorize.passes.metric import DAMPING, Metric, average, shrinkage, site_metrics
+from tensorize.passes.metric import (
+    DAMPING,
+    Metric,
+    average,
+    shrinkage,
+    shrinkage_of_noise,
+    site_metrics,
+)
 from tensorize.passes.spectra import (
     Spectrum,
     best_factors,
@@ -138,6 +147,53 @@ def test_shrinkage_brings_a_moment_of_few_rows_closer_to_the_truth() -> None:
 
 def test_rows_without_directions_are_shrunk_to_their_mean() -> None:
     assert shrinkage(torch.eye(30, dtype=torch.float64), 500) == 1.0
+
+
+def test_shrinkage_by_noise_brings_a_mean_of_few_matrices_closer_to_the_truth() -> None:
+    """Samples of which each has a moment of its own, that many of its rows are alike in."""
+    width, truth = 40, torch.logspace(0, -1, 40, dtype=torch.float64).diag()
+    identity = torch.eye(width, dtype=torch.float64)
+    gains = []
+    for samples in (10, 40, 4000):
+        rows = draw((samples, 1, width), samples) @ truth.sqrt()
+        each = (rows + 0.1 * draw((samples, 5, width), samples + 1)).float().double()
+        moments = each.mT @ each / 5
+        found = moments.mean(0)
+        spread = (moments - found).square().sum((1, 2)).mean() / samples
+        share = shrinkage_of_noise(found, float(spread / found.square().sum()))
+        mean = float(found.diagonal().mean())
+        shrunk = (1 - share) * found + share * mean * identity
+        of_rows = shrinkage(found, 5 * samples)  # as if all rows were independent: too little
+        assert share > of_rows
+        aim = truth + 0.01 * identity
+        gains.append(float((shrunk - aim).norm() / (found - aim).norm()))
+    assert gains[0] < gains[1] < 0.9
+    assert gains[2] == pytest.approx(1.0, abs=0.1)
+
+
+# ------------------------------------------------------------------------------ measured rises
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=5))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_more_distortion_never_costs_less_by_what_was_measured(
+    pairs: list[tuple[float, float]],
+) -> None:
+    found = replace(
+        curve(draw((6, 5)), Moments(), "frobenius"), measured=tuple(sorted(dict(pairs).items()))
+    )
+    distortions = np.logspace(-8, 4, 200)
+    rises = found.rise(distortions)
+    assert (np.diff(rises) >= -1e-12 * rises[1:]).all()
+    assert float(found.rise(np.array(0.0))) == 0.0
+
+
+def test_measured_rises_come_out_again_and_go_on_in_proportion() -> None:
+    plain = curve(draw((6, 5)), Moments(), "frobenius")
+    found = replace(plain, measured=((0.1, 0.2), (1.0, 5.0)))
+    rises = found.rise(np.array([0.01, 0.1, 1.0, 2.0]))
+    np.testing.assert_allclose(rises, [0.02, 0.2, 5.0, 10.0], rtol=1e-12)
+    np.testing.assert_array_equal(plain.rise(np.array([0.3])), [0.3])
 
 
 # The roots of a metric are kept in float32.

@@ -39,20 +39,27 @@ def collect(
     *,
     loss_fn: Any = None,
     seed: int = 0,
+    by_sample: bool = True,
 ) -> dict[str, Moments]:
     """The moments of every site; the pipeline up to and with ``statistics``."""
-    program = run(model, batches, metric, loss_fn=loss_fn, seed=seed)
+    program = run(model, batches, metric, loss_fn=loss_fn, seed=seed, by_sample=by_sample)
     return dict(program.statistics)
 
 
 def run(
-    model: nn.Module, given: Sequence[Any], metric: str, *, loss_fn: Any = None, seed: int = 0
+    model: nn.Module,
+    given: Sequence[Any],
+    metric: str,
+    *,
+    loss_fn: Any = None,
+    seed: int = 0,
+    by_sample: bool = True,
 ) -> Program:
     batches = tuple(batch_of(value) for value in given)
     program = Program(model, batches[0], batches, metric, seed)
     program = FindSites().run(program)
     loss = PreservedLoss.fit(model, batches, loss_fn) if metric == "loss" else None
-    return CollectStatistics(batches, loss, most_probes=1).run(program)
+    return CollectStatistics(batches, loss, most_probes=1, by_sample=by_sample).run(program)
 
 
 def the_term(moments: Moments) -> Term:
@@ -335,10 +342,34 @@ def test_gradients_of_a_loss_of_the_caller() -> None:
     close(term.rows, second_moment(2 * (model(x) - target).detach()))
 
 
+class Pooled(nn.Module):
+    """One output row of all positions of a sample: (B, T, 5), or (T, B, 5), to (B, 3)."""
+
+    def __init__(self, *, time_first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 3).double()
+        self.head = nn.Linear(3, 3).double()
+        self.time = 0 if time_first else 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).tanh().sum(self.time))
+
+
+def gradients_of_samples(model: nn.Module, x: Tensor) -> Tensor:
+    """What autograd gives for the layer's weight, of each sample's own probe: (B, 3, 5)."""
+    y = model(x)
+    variance = float((y - y.mean(0)).detach().square().sum(1).mean())
+    noise = torch.randn(len(y), 3, generator=torch.Generator().manual_seed(0))
+    probe = (noise * y.float()).sum(1) * (2 / variance) ** 0.5
+    found = [torch.autograd.grad(p, model.layer.weight, retain_graph=True)[0] for p in probe]
+    return torch.stack(found)
+
+
 def test_gradients_are_summed_over_a_sites_rows_and_averaged_over_the_outputs() -> None:
     """A site that sees many rows for every row of the output matters as much more."""
 
-    class Pooled(nn.Module):
+    class Summed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(5, 3).double()
@@ -347,13 +378,131 @@ def test_gradients_are_summed_over_a_sites_rows_and_averaged_over_the_outputs() 
             return self.layer(x).sum(1)
 
     x = draw((9, 4, 5))
-    model = Pooled()
+    model = Summed()
     y = model(x).detach()
     variance = float((y - y.mean(0)).square().sum(1).mean())
     noise = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
-    term = the_term(collect(model, [x])["layer.weight"])
+    term = the_term(collect(model, [x], by_sample=False)["layer.weight"])
     assert term.input_rows == 36
     close(term.rows, 4 * second_moment(noise) * 2 / variance, torch.float32)
+
+
+# ------------------------------------------------------------------------- samples as a whole
+
+
+@pytest.mark.parametrize("time", [2, 4, 40], ids="{} positions".format)
+def test_where_a_sample_has_one_output_row_its_positions_add_up(time: int) -> None:
+    """The two sides are moments of the gradients of whole samples, by autograd."""
+    model, x = Pooled(), draw((9, time, 5))
+    term = the_term(collect(model, [x])["layer.weight"])
+    d = gradients_of_samples(model, x)
+    close(term.rows, (d @ d.mT).mean(0), torch.float32)
+    close(term.columns, (d.mT @ d).sum(0) / d.square().sum(), torch.float32)
+    assert term.pooled == 9
+    assert term.input_rows == 9 * time
+
+
+def test_their_metric_is_right_where_k_fac_is_not() -> None:
+    """Gradients are the same at all positions: what an error does is ΔW times the mean input."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.layer = nn.Linear(6, 200, bias=False).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).mean(1)
+
+    model = Mean()
+    x = draw((300, 8, 6)) + 0.5 * draw((300, 1, 6), 1)
+    y = model(x).detach()
+    variance = float((y - y.mean(0)).square().sum(1).mean())
+    delta = 0.1 * draw((200, 6), 2)
+    exact = float((x.mean(1) @ delta.T).square().sum(1).mean()) / variance
+
+    def predicted(*, by_sample: bool) -> float:
+        term = the_term(collect(model, [x], by_sample=by_sample)["layer.weight"])
+        assert term.rows is not None
+        assert term.columns is not None
+        return 0.5 * float((term.rows @ delta * (delta @ term.columns)).sum())
+
+    assert predicted(by_sample=True) == pytest.approx(exact, rel=0.05)
+    assert predicted(by_sample=False) < 0.5 * exact
+
+
+def test_samples_are_told_apart_whatever_comes_first() -> None:
+    x = draw((9, 4, 5))
+    one = the_term(collect(Pooled(), [x])["layer.weight"])
+    other = the_term(collect(Pooled(time_first=True), [x.transpose(0, 1)])["layer.weight"])
+    close(one.rows, other.rows)
+    close(one.columns, other.columns)
+    assert one.noise == pytest.approx(other.noise)
+
+
+def test_what_stands_in_padding_counts_in_nothing() -> None:
+    class Masked(Pooled):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            y = torch.where(mask[..., None], self.layer(x).tanh(), 0.0)
+            return self.head(y.sum(1))
+
+    x, mask = draw((9, 4, 5)), torch.ones(9, 4, dtype=torch.bool)
+    mask[3:, 2:] = False
+    wild = torch.where(mask[..., None], x, 1e30)
+    one, other = (
+        the_term(collect(Masked(), [{"x": given, "mask": mask}])["layer.weight"])
+        for given in (x, wild)
+    )
+    assert one.input_rows == int(mask.sum())
+    close(one.rows, other.rows)
+    close(one.columns, other.columns)
+
+
+def test_outputs_of_every_position_are_rows_of_their_own() -> None:
+    """Nothing is added up there, nor for a weight that meets one row of each sample."""
+
+    class Positions(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x))
+
+    found = collect(Positions(), [draw((9, 4, 5))])
+    assert not any(term.pooled for moments in found.values() for term in moments.terms.values())
+    pooled = collect(Pooled(), [draw((9, 4, 5))])
+    assert the_term(pooled["layer.weight"]).pooled == 9
+    assert the_term(pooled["head.weight"]).pooled == 0
+
+
+def test_an_image_is_one_sample_of_a_convolution() -> None:
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Conv2d(2, 3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).tanh().sum((2, 3))
+
+    model, x = Image(), draw((7, 2, 4, 5))
+    term = the_term(collect(model, [x])["layer.weight"])
+    d = gradients_of_samples(model, x).reshape(7, 3, 8)
+    close(term.rows, (d @ d.mT).mean(0), torch.float32)
+    assert term.pooled == 7
+
+
+@pytest.mark.parametrize("size", [(3, 2, 4), (2, 7, 5), (9, 4, 6)], ids=str)
+def test_moments_of_samples_are_those_of_their_gradients(size: tuple[int, int, int]) -> None:
+    """With many positions the gradients are made, with few they are not; in parts or at once."""
+    time, rows, columns = size
+    g, x = draw((11, time, rows)), draw((11, time, columns), 1)
+    d = g.mT @ x
+    want = (d @ d.mT).sum(0), (d.mT @ d).sum(0), (d @ d.mT).square().sum()
+    for held in (16_000_000, 3 * rows * columns):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(statistics, "_ELEMENTS", held)
+            got = statistics.sample_moments(g, x)
+        close(got[0], want[0])
+        close(got[1], want[1])
+        assert got[2] == pytest.approx(float(want[2]))
 
 
 def test_gradients_of_frozen_weights_are_the_same() -> None:
