@@ -105,15 +105,16 @@ class Product:
 
 
 def emit(plan: ContractionPlan) -> str:
-    """Source text of ``contract(x, cores)`` for a contraction plan.
+    """Source text of ``contract(x, cores, bias=None)`` for a contraction plan.
 
     The text stands alone. The function takes x of (..., n) for ``plan.contract == "columns"``
     ((..., m) for ``"rows"``; with experts (experts, ..., n)), with any number of rows, zero
-    included, and the cores in ``spec.core_shapes``. It returns (..., m), or (..., n). It is
+    included, and the cores in ``spec.core_shapes``. It returns (..., m), or (..., n), to which a
+    bias is added: by the last product, where its columns are all of the outputs. It is
     differentiable and can be traced; the number of rows alone decides which piece runs.
     """
     lines = [
-        *opening("contract", plan.spec, plan.contract),
+        *opening("contract", plan.spec, plan.contract, bias=True),
         *flattened("x", plan.spec, sides(plan.spec, plan.contract)[0]),
         *by_rows("x", plan.spec, plan.pieces, lambda piece: _piece(plan, piece)),
     ]
@@ -121,7 +122,7 @@ def emit(plan: ContractionPlan) -> str:
 
 
 @lru_cache(maxsize=4096)
-def build(plan: ContractionPlan) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+def build(plan: ContractionPlan) -> Callable[..., Tensor]:
     """Compile what ``emit`` writes, once for each plan. Tracebacks and debuggers show the text."""
     return compiled(emit(plan), "contract")["contract"]
 
@@ -155,7 +156,7 @@ def unpacked(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) > 1 else f"({names[0]},)"
 
 
-def opening(name: str, spec: TTSpec, contract: str) -> list[str]:
+def opening(name: str, spec: TTSpec, contract: str, *, bias: bool = False) -> list[str]:
     """A function of (x, cores), up to where it has the cores by their names."""
     into, out = (width(spec, axes) for axes in sides(spec, contract))
     experts = f"{spec.shape[0]}, " if spec.batch else ""
@@ -164,8 +165,9 @@ def opening(name: str, spec: TTSpec, contract: str) -> list[str]:
     if spec.batch:
         unfit = f"x.ndim < 2 or x.shape[0] != {spec.shape[0]} or {unfit}"
     return [
-        f"def {name}(x, cores):",
-        f'    """y = x {"Wᵀ" if contract == "columns" else "W"}: {takes} to ({experts}..., {out}).',
+        f"def {name}(x, cores{', bias=None' if bias else ''}):",
+        f'    """y = x {"Wᵀ" if contract == "columns" else "W"}{" + bias" if bias else ""}: '
+        f"{takes} to ({experts}..., {out}).",
         "",
         f"    W is {spec} of {spec.shape}.",
         f"    Sizes: {', '.join(f'{name}={size}' for name, size in spec.sizes)}.",
@@ -211,12 +213,18 @@ def _piece(plan: ContractionPlan, piece: ContractionPiece) -> list[str]:
     """The straight-line body of one piece."""
     output = sides(plan.spec, plan.contract)[1]
     emitter = Emitter(_layouts(plan, piece))
-    result = emitter.result(piece.tree, output, piece.layout)
+    last = emitter.layouts.ranked(piece.tree, output)[piece.layout]
+    takes_bias = ends_in_outputs(last)
+    if takes_bias:
+        emitter.reorder_bias(last.blocks[1], output[1:])
+    result = emitter.ordered(last, output, "bias" if takes_bias else None)
+    result = f"{result}.reshape(*lead, {width(plan.spec, output)})"
+    ending = [f"y = {result}", "return y if bias is None else y + bias.to(y.dtype)"]
     return [
         f"# {rows_of(piece)}: {piece.tree}",
         f"# {piece.constant} + {piece.slope} B FLOPs",
         *emitter.body,
-        f"return {result}.reshape(*lead, {width(plan.spec, output)})",
+        *([f"return {result}"] if takes_bias else ending),
     ]
 
 
@@ -224,6 +232,13 @@ def _layouts(plan: ContractionPlan, piece: ContractionPiece) -> Layouts:
     x = rows_value(plan.spec, "x", sides(plan.spec, plan.contract)[0])
     batch = typical_batch(piece.first_batch, piece.last_batch)
     return Layouts(plan.spec, batch, {**core_values(plan.spec), "x": x})
+
+
+def ends_in_outputs(value: Value) -> bool:
+    """Whether its last product is one of matrices, with all axes of the output as its columns."""
+    if not isinstance(value.source, Product) or not value.source.summed:
+        return False
+    return len(value.blocks) == 2 and value.blocks[0] == ("B",)
 
 
 def rows_of(piece: ContractionPiece | TrainingPiece) -> str:
@@ -440,14 +455,26 @@ class Emitter:
 
     def result(self, tree: Tree, output: Axes, layout: int = 0) -> str:
         """Write what computes a tree; an expression of it with its axes in this order."""
-        value = self.layouts.ranked(tree, output)[layout]
-        name = self.statement(value)
+        return self.ordered(self.layouts.ranked(tree, output)[layout], output)
+
+    def ordered(self, value: Value, output: Axes, bias: str | None = None) -> str:
+        """Write what computes a value; an expression of it with its axes in this order."""
+        name = self.statement(value, bias)
         if not self.layouts.same(value.axes, output):
             return self.reordered(name, value, output)
         return name
 
-    def statement(self, value: Value) -> str:
-        """Write what computes a value, unless it is there; its name."""
+    def reorder_bias(self, axes: Axes, output: Axes) -> None:
+        """Write what brings the bias, which has the output's axes, into the order of others."""
+        if not self.layouts.same(axes, output):
+            turned = self.reordered("bias", Value((output,), "bias"), axes)
+            self.body.append(f"bias = None if bias is None else {turned}.reshape(-1)")
+
+    def statement(self, value: Value, bias: str | None = None) -> str:
+        """Write what computes a value, unless it is there; its name.
+
+        With the name of a ``bias``, that is added by the product that computes it.
+        """
         product = value.source
         if isinstance(product, int):
             return f"c{product}"
@@ -462,15 +489,19 @@ class Emitter:
             f"# {name} {_named(value.axes)} = {left} {_named(product.left.value.axes)} · "
             f"{right} {_named(product.right.value.axes)}{over}"
         )
-        self.body += self.assignment(name, product, left, right)
+        self.body += self.assignment(name, product, left, right, bias)
         if value.name is not None:
             self.layouts.leaves[value.name] = [Value(value.blocks, value.name)]
         return name
 
-    def assignment(self, name: str, product: Product, left: str, right: str) -> list[str]:
-        linear = product.left.roles == product.right.roles == "FK"
+    def assignment(
+        self, name: str, product: Product, left: str, right: str, bias: str | None = None
+    ) -> list[str]:
+        linear = bias is not None or product.left.roles == product.right.roles == "FK"
         if linear:
-            left, right = self.reshaped(left, product.left), self.reshaped(right, product.right)
+            left = self.turned(left, product.left, "FK")
+            right = self.turned(right, product.right, "FK")
+            right += f", {bias}" if bias else ""
             line = f"{name} = F.linear({left}, {right})"
         else:
             left = self.turned(left, product.left, "SFK")

@@ -21,7 +21,8 @@ from tensorize import hooks
 from tensorize.ir import BLOCK, LOW_RANK, TTSpec
 from tensorize.uses import Convolution
 
-Contraction = Callable[[Tensor, Sequence[Tensor]], Tensor]
+Contraction = Callable[..., Tensor]
+"""``contract(x, cores, bias=None)``."""
 
 Contractions = Mapping[str, Contraction]
 """The callables of one spec by what they contract: ``"columns"`` and ``"rows"``."""
@@ -117,14 +118,15 @@ class _Differentiated:
     plain: Contraction
     built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
 
-    def __call__(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.plain(x, cores)
+            return self.plain(x, cores, bias)
         wanted = (x.requires_grad, *[core.requires_grad for core in cores])
         if not any(wanted) or _transformed():
-            return self.plain(x, cores)
+            return self.plain(x, cores, bias)
         x, cores = _autocast(x, cores)
-        return _Planned.apply(self, wanted, x, *cores)
+        y: Tensor = _Planned.apply(self, wanted, x, *cores)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def passes(self, wanted: tuple[bool, ...]) -> Trained:
         self._build(wanted)
@@ -287,8 +289,7 @@ def matmul(
         bias = None if bias is None else bias.float()
         return matmul(contractions, wide, x.float(), contract, bias).to(x.dtype)
     if run is not None:
-        y = run(x, cores)
-        return y if bias is None else y + bias
+        return run(x, cores, bias)
     left, right = cores
     if contract == "columns":
         return F.linear(F.linear(x, right), left, bias)

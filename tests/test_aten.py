@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensorize import interpret, tt
+from tensorize import interpret, ops, tt
 from tensorize.codegen import aten
 from tensorize.ir import ContractionPiece, ContractionPlan, TTSpec
 from tensorize.passes.order import plan_contraction
@@ -103,6 +103,41 @@ def test_the_plan_computes_the_product_on_both_sides_of_every_breakpoint(
     for rows in {0, 1, 40, *plan.breakpoints, *(turn - 1 for turn in plan.breakpoints)}:
         x = draw_x(spec, contract, (rows,))
         check(function(x, cores), spec, cores, x, contract)
+
+
+@pytest.mark.parametrize("contract", SIDES)
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_a_bias_is_added_to_every_row_whatever_the_order_and_layout(
+    spec: TTSpec, contract: str
+) -> None:
+    plan, cores = plan_contraction(spec, contract), draw_cores(spec)
+    for piece in plan.pieces:
+        for layout in aten.layouts(alone(plan, piece), 8):
+            function = aten.build(layout)
+            for rows in (0, 1, 17):
+                x = draw_x(spec, contract, (rows,))
+                y = function(x, cores)
+                bias = draw((y.shape[-1],), 7)
+                terms = sum(spec.size.values()) + len(spec.cores) + 1
+                scale = interpret.apply(spec, [c.abs() for c in cores], x.abs(), contract)
+                allowed = 2 * terms * torch.finfo(x.dtype).eps * (scale + bias.abs())
+                assert ((function(x, cores, bias) - (y + bias)).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids=["core by core", "rebuilt"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["plain", "with gradients"])
+def test_a_bias_does_not_widen_what_autocast_narrows(rows: int, *, gradients: bool) -> None:
+    spec = TTSpec((24, 32), (48, 64), (60,))
+    cores = [(core.float() / 30).requires_grad_() for core in draw_cores(spec)]
+    bias = torch.ones(768, requires_grad=True)
+    x = draw((rows, 3072)).float()
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+        y = ops.matmul(ops.contractions(spec), cores, x, "columns", bias)
+    assert y.dtype == torch.bfloat16
+    if gradients:
+        y.float().sum().backward()
+        assert bias.grad is not None
+        assert torch.equal(bias.grad, torch.full((768,), float(rows)))
 
 
 @pytest.mark.parametrize("contract", SIDES)
@@ -263,8 +298,8 @@ LOW_RANK = '''\
 import torch.nn.functional as F
 
 
-def contract(x, cores):
-    """y = x Wᵀ: (..., 3072) to (..., 768).
+def contract(x, cores, bias=None):
+    """y = x Wᵀ + bias: (..., 3072) to (..., 768).
 
     W is TTSpec((768, 1), (1, 3072), (64,)) of (768, 3072).
     Sizes: m0=768, r1=64, n1=3072.
@@ -280,7 +315,7 @@ def contract(x, cores):
     # t0 (B, r1) = x (B, n1) · c1 (r1, n1) over n1
     t0 = F.linear(x, c1)
     # t1 (B, m0) = t0 (B, r1) · c0 (m0, r1) over r1
-    t1 = F.linear(t0, c0)
+    t1 = F.linear(t0, c0, bias)
     return t1.reshape(*lead, 768)
 '''
 
@@ -293,8 +328,8 @@ TWO_CORES = '''\
 import torch.nn.functional as F
 
 
-def contract(x, cores):
-    """y = x Wᵀ: (..., 3072) to (..., 768).
+def contract(x, cores, bias=None):
+    """y = x Wᵀ + bias: (..., 3072) to (..., 768).
 
     W is TTSpec((24, 32), (48, 64), (60,)) of (768, 3072).
     Sizes: m0=24, n0=48, r1=60, m1=32, n1=64.
@@ -313,13 +348,15 @@ def contract(x, cores):
         t0 = x.reshape(-1, 48, 64).permute(0, 2, 1).reshape(-1, 48) @ c0
         # t1 (m0, B, m1) = t0 (m0, B, n1, r1) · c1 (r1, m1, n1) over n1, r1
         t1 = F.linear(t0.reshape(-1, 3840), c1.permute(1, 2, 0).reshape(32, 3840))
-        return t1.reshape(24, -1, 32).permute(1, 0, 2).reshape(*lead, 768)
+        y = t1.reshape(24, -1, 32).permute(1, 0, 2).reshape(*lead, 768)
+        return y if bias is None else y + bias.to(y.dtype)
     # Rows from 29 on: ('x', (0, 1))
     # 283115520 + 4718592 B FLOPs
+    bias = None if bias is None else bias.reshape(24, 32).permute(1, 0).reshape(-1)
     # t0 (m1, m0, n0, n1) = c0 (m0, n0, r1) · c1 (r1, m1, n1) over r1
     t0 = c0.reshape(1152, 60) @ c1.permute(1, 0, 2)
     # t1 (B, m1, m0) = x (B, n0, n1) · t0 (m1, m0, n0, n1) over n0, n1
-    t1 = F.linear(x, t0.reshape(768, 3072))
+    t1 = F.linear(x, t0.reshape(768, 3072), bias)
     return t1.reshape(-1, 32, 24).permute(0, 2, 1).reshape(*lead, 768)
 '''
 
@@ -342,8 +379,8 @@ def test_a_rebuilt_weight_is_not_permuted() -> None:
     plan = plan_contraction(TTSpec((24, 32), (48, 64), (60,)))
     *_, rebuild = plan.pieces
     source = aten.emit(alone(plan, rebuild))
-    assert "t1 = F.linear(x, t0.reshape(768, 3072))" in source
-    assert source.count("permute") == 2  # a view of a core, and the output
+    assert "t1 = F.linear(x, t0.reshape(768, 3072), bias)" in source
+    assert source.count("permute") == 3  # a view of a core, the bias, and the output
 
 
 def test_layouts_are_different_texts_of_one_order() -> None:

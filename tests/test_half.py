@@ -30,7 +30,7 @@ def seen_by_the_contraction(cores: Sequence[Tensor], x: Tensor) -> set[torch.dty
     """The dtypes that a train's contraction is called with, through ``ops.matmul``."""
     seen: set[torch.dtype] = set()
 
-    def contract(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    def contract(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         seen.update(tensor.dtype for tensor in (x, *cores))
         return interpret.apply(TRAIN, cores, x, "columns").to(x.dtype)
 
