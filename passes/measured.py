@@ -58,11 +58,6 @@ class Reference:
         with untouched(model):
             self.dense = [call(model, batch, k) for k, batch in enumerate(batches)]
 
-    @property
-    def one_row_a_sample(self) -> bool:
-        """Whether the outputs have one row for each sample, however many positions it has."""
-        return samples_of(self.dense[0], self.batches[0], self.model) is not None
-
     def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
         """What the model loses with some weights replaced, by name; itself it is not touched."""
         model, rises = self.model, []
@@ -118,9 +113,9 @@ class MeasureLargest:
         trials = {curve.site.name: _alone(curve) for curve in curves}
         if not any(trials.values()):
             return replace(program, summary="no weight is large enough to be measured by itself")
-        reference = Reference(program.model, self.batches, self.loss)
-        if not reference.one_row_a_sample:
+        if not _one_row_a_sample(program.model, self.batches[0]):
             return replace(program, summary="not measured: every position has an output of its own")
+        reference = Reference(program.model, self.batches, self.loss)
         found, done = dict(program.spectra), 0
         ratios: list[str] = []
         for name, choices in trials.items():
@@ -138,6 +133,12 @@ class MeasureLargest:
         if not _is_better(measured, program, reference):
             return replace(program, summary=f"{summary}; not used, as plans with it lose more")
         return replace(measured, summary=summary)
+
+
+def _one_row_a_sample(model: nn.Module, batch: Batch) -> bool:
+    """Whether the outputs have one row for each sample, however many positions it has."""
+    with untouched(model):
+        return samples_of(call(model, batch, 0), batch, model) is not None
 
 
 def _is_better(one: Program, other: Program, reference: Reference) -> bool:

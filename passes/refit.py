@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +85,12 @@ def refit(
             for position, batch in enumerate(batches):
                 given = program.model, batch, position, parameters, order
                 runs.append((_Run(*given, None), _Run(*given, compressed)))
+            moments: _Moments | None = None
             for done, name in enumerate(order):
                 program.progress("refit", done, len(order))
-                moments = _Moments(by_name[name])
-                for dense, small in runs:
-                    if dense.reach(done) and small.reach(done):
-                        moments.add(dense, small)
+                there = [pair for pair in runs if all(one.reach(done) for one in pair)]
+                if moments is None or not moments.are_of(there):
+                    moments = _Moments(by_name[name], there)
                 if moments.seen:
                     group = {n: program.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
@@ -212,15 +213,22 @@ class _Run:
 
 
 class _Moments:
-    """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64."""
+    """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64, and of others of the same input."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, runs: Sequence[tuple[_Run, _Run]]) -> None:
         self.site, self.count = site, 0
         self._cross: Tensor | None = None
         self._own: Tensor | None = None
         self._contract = "columns"
+        self._inputs = _inputs(runs)
+        for pair in runs:
+            self._add(*pair)
 
-    def add(self, dense: _Run, small: _Run) -> None:
+    def are_of(self, runs: Sequence[tuple[_Run, _Run]]) -> bool:
+        """Whether what the runs wait with are products of the very same inputs."""
+        return _inputs(runs)[1] == self._inputs[1]
+
+    def _add(self, dense: _Run, small: _Run) -> None:
         assert dense.matmul is not None
         assert small.matmul is not None
         if self.count == 0:
@@ -246,19 +254,12 @@ class _Moments:
         self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int
     ) -> list[Cores]:
         """The best factors of the maps that take x̃ to W x; several have one first factor."""
-        assert self._cross is not None
-        assert self._own is not None
-        mean = float(self._own.diagonal().mean())
-        share = shrinkage(self._own, self.count)
-        # What is added is as noise that both models see.
-        cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
         rows = self._contract == "rows"
-        factor = torch.linalg.cholesky(own)
+        factor, cross = self._damped
         matrices = [(weight.t() if rows else weight).double() for weight in weights]
-        # K C̃⁻¹ is one for all of them; for few rows W K C̃⁻¹ from the left is less work.
-        if sum(map(len, matrices)) >= len(own):
-            transfer = torch.cholesky_solve(cross.t(), factor).t()
-            maps = [matrix @ transfer for matrix in matrices]
+        # K C̃⁻¹ is one for all weights of an input; for few rows W K C̃⁻¹ from the left is less work.
+        if sum(map(len, matrices)) >= len(factor):
+            maps = [matrix @ self._transfer for matrix in matrices]
         else:
             maps = [torch.cholesky_solve((m @ cross).t(), factor).t() for m in matrices]
         targets = [m.to(w.dtype) for m, w in zip(maps, weights, strict=True)]
@@ -273,3 +274,35 @@ class _Moments:
             return [((t.double() @ reader).to(t.dtype), shared) for t in targets]
         left, right = best_factors(targets[0], metrics[0], rank)
         return [(right.t(), left.t()) if rows else (left, right)]
+
+    @cached_property
+    def _damped(self) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of C̃, and K; what is added to both is noise that both models see."""
+        assert self._cross is not None
+        assert self._own is not None
+        mean = float(self._own.diagonal().mean())
+        share = shrinkage(self._own, self.count)
+        cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
+        return torch.linalg.cholesky(own), cross
+
+    @cached_property
+    def _transfer(self) -> Tensor:
+        """K C̃⁻¹."""
+        factor, cross = self._damped
+        return torch.cholesky_solve(cross.t(), factor).t()
+
+
+def _inputs(runs: Sequence[tuple[_Run, _Run]]) -> tuple[list[Tensor], list[object]]:
+    """What a weight is multiplied with in every run, and what tells whether another's is the same.
+
+    While the first are held, none of their numbers is given to another tensor.
+    """
+    matmuls = [one.matmul for pair in runs for one in pair if one.matmul is not None]
+    same: list[object] = []
+    for matmul in matmuls:
+        if matmul.convolution is not None or matmul.x.is_inference():
+            # Patches depend on the weight's shape; writes in place are not always counted.
+            same.append(object())
+        else:
+            same.append((id(matmul.x), matmul.x._version, matmul.contract))
+    return [matmul.x for matmul in matmuls], same

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize.errors import AnalysisError, BudgetError, CaptureError
-from tensorize.ir import Batch
+from tensorize.ir import Batch, Site
 from tensorize.passes.factorize import planned_cores
 from tensorize.passes.metric import DAMPING, shrinkage
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import split
-from tensorize.passes.refit import refit
+from tensorize.passes.refit import _Moments, refit
 from tests.models import CASES, MLP, relative
 
 
@@ -119,6 +119,46 @@ def test_exact_ranks_stay_exact() -> None:
     small = tensorize.compile(model, None, ranks={"*": "full"}, calibration=data, refine="refit")
     with torch.no_grad():
         assert relative(small(data[0]), model(data[0])) < 1e-5
+
+
+class Group(nn.Module):
+    """Three matrices of one input, which changes in place before the last one where asked."""
+
+    def __init__(self, *, changed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(24, 24) for _ in range(4))
+        self.changed = changed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x))
+        y = self.b(x) + self.c(x)
+        if self.changed:
+            x.mul_(torch.linspace(-2, 2, 24))
+        return y + self.d(x)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["one input", "changed in place"])
+def test_weights_of_one_input_share_their_moments(
+    monkeypatch: pytest.MonkeyPatch, *, changed: bool
+) -> None:
+    """To the same bits as each with its own; what was written to in between is another input."""
+    model, data = Group(changed=changed), batches(4)
+    program, sites = ready(model, data, "input", 5)
+    made: list[str] = []
+    plain = _Moments.__init__
+
+    def noted(self: _Moments, site: Site, runs: Any) -> None:
+        made.append(site.name)
+        plain(self, site, runs)
+
+    monkeypatch.setattr(_Moments, "__init__", noted)
+    shared = refit(program, sites, given(data))
+    assert made == ["a.weight", "b.weight", *(["d.weight"] if changed else [])]
+    monkeypatch.setattr(_Moments, "are_of", lambda self, runs: False)
+    alone = refit(program, sites, given(data))
+    for name, cores in shared.items():
+        assert all(torch.equal(a, b) for a, b in zip(cores, alone[name], strict=True)), name
 
 
 def test_a_weight_that_is_used_twice_keeps_its_factors() -> None:
