@@ -84,49 +84,50 @@ def outputs(
 
 
 @dataclass
-class Subject:
-    """A trained model, text to calibrate with, other text to measure on, and what is measured.
+class Measure:
+    """How far another model is from a dense one, on some batches: its figures, by name."""
 
-    ``alike`` is of the same files as the calibration, ``unseen`` of other ones. The first of the
-    figures is the distance that compression is to keep small. So many batches as ``sensed`` serve
-    where every weight is compressed alone; ``dense`` are the dense model's own figures.
+    model: nn.Module
+    batches: Sequence[Any]
+    figures: Figures
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        return list(outputs(self.model, self.batches))
+
+    def __call__(self, other: nn.Module) -> dict[str, float]:
+        return self.figures(self.dense, outputs(other, self.batches), self.batches)
+
+    def alone(self, count: int) -> peers.Distance:
+        """The first figure on the first ``count`` batches, as a function of weights replaced."""
+        batches, dense = self.batches[:count], self.dense[:count]
+
+        def distance(weights: Mapping[str, Tensor]) -> float:
+            return first(self.figures(dense, outputs(self.model, batches, weights), batches))
+
+        return distance
+
+
+def first(figures: Mapping[str, float]) -> float:
+    """The figure that compression is to keep small."""
+    return next(iter(figures.values()))
+
+
+@dataclass
+class Subject:
+    """A trained model, text to calibrate with, and other text to measure on.
+
+    ``alike`` is of the same files as the calibration, ``unseen`` of other ones. So many batches as
+    ``sensed`` serve where every weight is compressed alone; ``dense`` are the dense model's own
+    figures.
     """
 
     model: nn.Module
-    calibration: Sequence[Any]
-    alike: Sequence[Any]
-    unseen: Sequence[Any]
-    figures: Figures
+    calibration: Measure
+    alike: Measure
+    unseen: Measure
     sensed: int
     dense: dict[str, float]
-
-    @cached_property
-    def _dense(self) -> list[Tensor]:
-        return list(outputs(self.model, self.unseen))
-
-    @cached_property
-    def _dense_alike(self) -> list[Tensor]:
-        return list(outputs(self.model, self.alike))
-
-    def measure(self, other: nn.Module) -> dict[str, float]:
-        """The figures of a compressed model, on text of other files than the calibration's."""
-        return self.figures(self._dense, outputs(other, self.unseen), self.unseen)
-
-    def measure_alike(self, other: nn.Module) -> float:
-        """The first figure, on other text of the calibration's files."""
-        figures = self.figures(self._dense_alike, outputs(other, self.alike), self.alike)
-        return next(iter(figures.values()))
-
-    def distance(self, batches: Sequence[Any]) -> peers.Distance:
-        """The first figure on the first batches, as a function of the weights replaced."""
-        batches = batches[: self.sensed]
-        dense = list(outputs(self.model, batches))
-
-        def distance(weights: Mapping[str, Tensor]) -> float:
-            figures = self.figures(dense, outputs(self.model, batches, weights), batches)
-            return next(iter(figures.values()))
-
-        return distance
 
 
 def predictions(
@@ -178,12 +179,14 @@ def decoder(load: Callable[[], nn.Module], seed: int) -> Subject:
     model = load()
     known = text("validation", 2 * WINDOWS, CONTEXT, seed=seed).split(WINDOWS)
     unseen = text("held_out", WINDOWS, CONTEXT, seed=seed)
+    calibration, alike, other = (
+        Measure(model, windows.split(BATCH), predictions) for windows in (*known, unseen)
+    )
     return Subject(
         model=model,
-        calibration=known[0].split(BATCH),
-        alike=known[1].split(BATCH),
-        unseen=unseen.split(BATCH),
-        figures=predictions,
+        calibration=calibration,
+        alike=alike,
+        unseen=other,
         sensed=2,
         dense={"loss": loss(model, unseen)},
     )
@@ -194,18 +197,18 @@ def encoder(seed: int) -> Subject:
     model = demo_minilm.trained()
     tokenizer = demo_minilm.load_tokenizer(demo_minilm.weights_folder())
 
-    def batches(texts: list[str]) -> list[demo_minilm.TextBatch]:
+    def on(texts: list[str]) -> Measure:
         # In the order drawn, not sorted by length: the first few are then like all others.
         groups = [texts[k : k + BATCH] for k in range(0, len(texts), BATCH)]
-        return [demo_minilm.batches_of(tokenizer, group, BATCH)[0] for group in groups]
+        batches = [demo_minilm.batches_of(tokenizer, group, BATCH)[0] for group in groups]
+        return Measure(model, batches, embeddings)
 
     known, unseen = demo_minilm.sentences(SENTENCES + UNSEEN_SENTENCES, UNSEEN_SENTENCES, seed)
     return Subject(
         model=model,
-        calibration=batches(known[:SENTENCES]),
-        alike=batches(known[SENTENCES:]),
-        unseen=batches(unseen),
-        figures=embeddings,
+        calibration=on(known[:SENTENCES]),
+        alike=on(known[SENTENCES:]),
+        unseen=on(unseen),
         sensed=SENSED_SENTENCES // BATCH,
         dense={},
     )
@@ -226,7 +229,7 @@ MODELS: dict[str, Callable[[int], Subject]] = {
 def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
     """All methods on one model and one draw of text, and the rank correlation of our curves."""
     subject = MODELS[name](seed)
-    model, calibration = subject.model, subject.calibration
+    model, calibration = subject.model, subject.calibration.batches
     began = time.perf_counter()
     ours = tensorize.analyze(
         model, calibration=calibration, refine="polish", seed=seed, progress=False
@@ -241,7 +244,7 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
         tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
         ours,
         calibration,
-        subject.distance(calibration),
+        subject.calibration.alone(subject.sensed),
     )
     methods = others.methods()
     for method, refine in OURS.items():
@@ -253,24 +256,24 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
             began = time.perf_counter()
             small = compress(budget)
             figures = {"seconds": time.perf_counter() - began, "parameters": small.parameters}
-            figures |= subject.measure(small.model)
+            figures |= subject.unseen(small.model)
             predicted = small.predicted
             if predicted is not None and predicted.loss is not None and predicted.loss_interval:
                 low, high = predicted.loss_interval
                 figures |= {"predicted": predicted.loss, "low": low, "high": high}
-                figures["alike"] = subject.measure_alike(small.model)
+                figures["alike"] = first(subject.alike(small.model))
             found.setdefault(method, {})[str(budget)] = figures
             shown = " ".join(f"{key} {figures[key]:.5f}" for key in figures if key in TITLES)
             print(f"{name} {seed} {method:<14} {budget:<5} {shown}", flush=True)
-    return found, rank_correlation(ours, model, subject.distance(subject.unseen))
+    return found, rank_correlation(ours, model, subject.unseen.alone(subject.sensed))
 
 
 def compare_trains(name: str, seed: int) -> Run:
     """Our tensor trains on one model and one draw of text, with what improves them and without."""
     subject = MODELS[name](seed)
     ours = tensorize.analyze(
-        subject.model, calibration=subject.calibration, formats=("dense", "tt"), refine=None,
-        seed=seed, progress=False,
+        subject.model, calibration=subject.calibration.batches, formats=("dense", "tt"),
+        refine=None, seed=seed, progress=False,
     )  # fmt: skip
     plan_for = partial(ours.plan, refine=None)
     methods = {
@@ -281,7 +284,7 @@ def compare_trains(name: str, seed: int) -> Run:
     for method, compress in methods.items():
         for budget in BUDGETS:
             small = compress(budget)
-            figures = {"parameters": small.parameters, **subject.measure(small.model)}
+            figures = {"parameters": small.parameters, **subject.unseen(small.model)}
             found.setdefault(method, {})[str(budget)] = figures
             print(f"{name} {seed} {method:<24} {budget:<5} {figures}", flush=True)
     return found

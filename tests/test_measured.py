@@ -155,14 +155,14 @@ def test_weights_alone_are_not_measured() -> None:
 def test_a_trained_sentence_encoder_loses_less_by_it() -> None:
     subject = quality.MODELS["minilm"](0)
     analysis = tensorize.analyze(
-        subject.model, calibration=subject.calibration, refine=None, progress=False
+        subject.model, calibration=subject.calibration.batches, refine=None, progress=False
     )
     curves = analysis.program.spectra
     plain = {name: replace(curve, measured=()) for name, curve in curves.items()}
     without = replace(analysis, program=replace(analysis.program, spectra=plain))
     for budget, share in ((0.25, 0.75), (0.5, 1.0)):
         lost = [
-            subject.measure(
+            subject.unseen(
                 tensorize.apply(subject.model, one.plan(budget, refine=None), progress=False)
             )["error"]
             for one in (analysis, without)
