@@ -8,6 +8,8 @@ installed), and to the contraction that tensorize plans and emits: the order and
 ``autotune=True`` takes, from the four orders with the smallest predicted times. Beside it stand the
 first of those ("predicted") and the one with the fewest FLOPs. Ratios are other over ours: above 1
 where ours is faster; medians of interleaved rounds, with one thread of the processor's time.
+"The rate" is the time that the fewest FLOPs would take at the rate of one large product, over ours:
+what no implementation by products can be below.
 Results are kept after every cell, and ``--resume`` goes on with a run that was cut.
 """
 
@@ -19,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, product
 from typing import Any
 
@@ -36,7 +38,8 @@ from tensorize.passes.order import one_order, plan_contraction
 from tensorize.passes.timed import fastest_trees
 
 BATCHES = (1, 16, 256)
-CONTENDERS, OWN = 4, ("predicted", "fewest FLOPs")
+RATE, LARGE = "the rate", 2048
+CONTENDERS, OWN = 4, ("predicted", "fewest FLOPs", RATE)
 CORES = (2, 3, 4)
 LONG, FAR = 1.0, 5
 """What takes over so many seconds, and so many times as long as ours, is timed once."""
@@ -139,8 +142,16 @@ def measure(cell: Cell, rounds: int) -> dict[str, Any]:
         for name in calls
         if name != "tensorize"
     }
+    ratios[RATE] = least.flops(cell.batch) / full_rate(dtype) / ours.wall
     (piece,) = plan.pieces
     return {"microseconds": 1e6 * ours.cpu, "order": str((piece.tree, piece.layout)), **ratios}
+
+
+@lru_cache
+def full_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of a product of two matrices (LARGE, LARGE), the best of some."""
+    a, b = (torch.randn(LARGE, LARGE).to(dtype) for _ in range(2))
+    return 2 * LARGE**3 / min(interleaved({"product": lambda: a @ b}, 7)["product"].walls)
 
 
 def _checked(calls: dict[str, Callable[[], Tensor]], want: Tensor) -> dict[str, float]:
@@ -193,6 +204,7 @@ def summary(cells: dict[str, Any]) -> dict[str, Any]:
         },
         "over the best, smallest": min(best.values()),
         "cells below .95": sum(ratio < 0.95 for ratio in best.values()),
+        "over the best, at most": mean(best[n] / found[RATE] for n, found in cells.items()),
         "cells": len(best),
         **{
             f"over {p}, geometric mean": mean(f[p] for f in cells.values() if p in f)
