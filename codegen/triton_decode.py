@@ -96,7 +96,8 @@ def _body(
     role = roles(work.specs[0], work.contract)
     known = {o.name: o for part in operands(work) for o in part}
     end = "" if work.gated else suffix(work, group[0])
-    block = (Axis("b", "b", "rows"),)
+    # 64 bits for masks as well took registers enough for ptxas to spill an address.
+    block = (Axis("b", "b", "rows", narrow=True),)
     shares = {
         k: Operand(
             f"shares{suffix(work, k)}",
@@ -111,7 +112,7 @@ def _body(
         "float32",
     )
     text = Lines()
-    row_block(text, tiles)
+    row_block(text, tiles, narrow=True)
     many = f"{cut.slices} slices of outputs, {cut.rank_slices} of the rank"
     text.note(f"{many}, {cut.inner_slices} of the summed entries.")
     text(f"piece = part % {cut.slices}")

@@ -200,9 +200,10 @@ def _launch(
     text(")")
 
 
-def row_block(text: Lines, tiles: Tiles) -> None:
-    """Positions of rows: 64 bits, so that no offset overflows."""
-    text(f"b = tl.program_id(0).to(tl.int64) * {tiles.rows} + tl.arange(0, {tiles.rows})")
+def row_block(text: Lines, tiles: Tiles, *, narrow: bool = False) -> None:
+    """Positions of rows: 64 bits, so that no offset overflows, or ``narrow``, for few rows."""
+    first = "tl.program_id(0)" if narrow else "tl.program_id(0).to(tl.int64)"
+    text(f"b = {first} * {tiles.rows} + tl.arange(0, {tiles.rows})")
 
 
 def _order(spec: TTSpec, contract: str) -> str:

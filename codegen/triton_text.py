@@ -31,12 +31,14 @@ def quotient(size: int, part: int) -> int:
 class Axis:
     """An index of a tile: the variable that holds its positions, and where they must be masked.
 
-    ``limit`` is the size that some positions reach over, ``None`` where none does.
+    ``limit`` is the size that some positions reach over, ``None`` where none does. ``narrow``
+    positions have 32 bits, and are widened where the caller says how far apart they are.
     """
 
     name: str
     variable: str
     limit: int | str | None = None
+    narrow: bool = False
 
 
 Dimension = tuple[Axis, ...]
@@ -179,7 +181,8 @@ def _address(operand: Operand, tile: Sequence[Dimension]) -> tuple[str, str]:
             continue
         axis, place = places[name]
         vector = _spread(axis.variable, place, len(tile))
-        terms.append(_times(vector, stride))
+        far = axis.narrow and stride == operand.row_stride
+        terms.append(_times(f"{vector}.to(tl.int64)" if far else vector, stride))
         if axis.limit is not None:
             conditions.append(f"{vector} < {axis.limit}")
     if len(conditions) > 1:
