@@ -23,6 +23,8 @@ from tensorize.ir import ContractionPlan, Tree
 
 _LAYOUTS = 6
 """Layouts of each order that are timed."""
+_LOOKS = 2
+"""Times that each is looked at."""
 _KEPT, _ROUNDS = 4, 7
 """The fastest of all go on, for so many rounds."""
 _TIE = 1.03
@@ -79,9 +81,13 @@ def fastest(
         run = partial(ops.matmul, call, cores, x, plan.contract)
         return machine.seconds_of(run, device, rounds=1)
 
-    # In turn: what else the machine does meanwhile slows all of them.
-    samples = {plan: [seconds(plan)] for plan in tried}
-    best = sorted(tried, key=samples.__getitem__)[:_KEPT]
+    # In turn: what else the machine does meanwhile slows all of them. The first ones pay for memory
+    # that those after them find, so that none is left out by what it took at first.
+    samples: dict[ContractionPlan, list[float]] = {plan: [] for plan in tried}
+    for _ in range(_LOOKS):
+        for plan in tried:
+            samples[plan].append(seconds(plan))
+    best = sorted(tried, key=lambda plan: min(samples[plan]))[:_KEPT]
     for _ in range(_ROUNDS):
         for plan in best:
             samples[plan].append(seconds(plan))
