@@ -116,7 +116,9 @@ def test_what_a_refit_gains_goes_on_beyond_its_trials() -> None:
     found = refined((0.01, 0.008), (0.1, 0.064))
     assert found.predict(0.01, "refit")[0] == pytest.approx(0.008)
     assert found.predict(1.0, "refit")[0] == pytest.approx(0.512)
-    assert found.predict(0.001, "refit")[0] == pytest.approx(0.0008), "of less damage it stays"
+    less = found.predict(0.001, "refit")[0] / 0.001
+    assert 0.8 < less < 0.9, "of less damage it fades slowly"
+    assert less < found.predict(0.0001, "refit")[0] / 0.0001 < 1.0
 
 
 @pytest.mark.parametrize("gains", [(0.9, 0.01), (0.3, 0.9), (1.2, 1.5)])
