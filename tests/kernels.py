@@ -115,12 +115,12 @@ SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
 }
 
 
-def holds_under_the_interpreter(file: str) -> None:
+def holds_under_the_interpreter(file: str, marks: str = "not slow") -> None:
     """Run the tests of a file in a process of its own, in which triton interprets kernels."""
     if launch.interpreting():
         pytest.skip("this is that process")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, file],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
         capture_output=True,
         text=True,

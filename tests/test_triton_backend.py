@@ -64,6 +64,11 @@ def test_everything_holds_under_the_interpreter() -> None:
     holds_under_the_interpreter(__file__)
 
 
+@pytest.mark.slow
+def test_what_takes_longer_holds_under_the_interpreter() -> None:
+    holds_under_the_interpreter(__file__, "slow")
+
+
 @here
 def test_outputs_and_gradients_are_those_of_torch() -> None:
     expected, model = compiled("aten"), compiled("triton")
@@ -286,6 +291,8 @@ def test_every_candidate_is_emitted() -> None:
 @pytest.mark.slow
 def test_every_step_of_the_benchmark_runs() -> None:
     """At a tiny size; without a GPU, in triton's interpreter."""
+    if launch.interpreting():
+        pytest.skip("it is run by the tests that need no interpreter")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--smoke"],
         capture_output=True,

@@ -38,6 +38,11 @@ def test_everything_holds_under_the_interpreter() -> None:
     holds_under_the_interpreter(__file__)
 
 
+@pytest.mark.slow
+def test_what_takes_longer_holds_under_the_interpreter() -> None:
+    holds_under_the_interpreter(__file__, "slow")
+
+
 # ------------------------------------------------------------------------------ small graphs
 
 
