@@ -531,7 +531,9 @@ def test_frozen_operands_save_and_cost_less() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("spec", [SPECS[2], SPECS[7]], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(SPECS[2], marks=pytest.mark.slow), SPECS[7]], ids=repr
+)
 def test_it_compiles_without_a_graph_break(spec: TTSpec, dynamic: bool) -> None:
     torch._dynamo.reset()
     planned, cores = ops.contractions(spec)["columns"], draw_cores(spec, torch.float32)
