@@ -138,20 +138,28 @@ class MeasureLargest:
 def _one_row_a_sample(model: nn.Module, batch: Batch) -> bool:
     """Whether the outputs have one row for each sample, however many positions it has."""
     with untouched(model):
-        return samples_of(call(model, batch, 0), batch, model) is not None
+        return samples_of(call(model, batch, 0)) is not None
 
 
 def _is_better(one: Program, other: Program, reference: Reference) -> bool:
     """Whether a trial plan of one program loses less than one of the other."""
     rises = []
     for program in (one, other):
-        try:
-            plan = Allocate(Budget(params=TRIAL)).run(program).plan
-        except BudgetError:
-            return False  # the weights that cannot be factorized take more
-        assert plan is not None
-        rises.append(_rise(program, plan.sites, None, reference))
+        plan = trial_plan(program, TRIAL)
+        if plan is None:
+            return False
+        rises.append(_rise(program, plan, None, reference))
     return rises[0] < rises[1]
+
+
+def trial_plan(program: Program, share: float) -> tuple[RankPlan, ...] | None:
+    """What a trial at a share of the parameters does; None where it does nothing."""
+    try:
+        plan = Allocate(Budget(params=share)).run(program).plan
+    except BudgetError:
+        return None  # the weights that cannot be factorized take more than this share
+    assert plan is not None
+    return plan.sites if sum(site.predicted_loss for site in plan.sites) > 0 else None
 
 
 def _rise(

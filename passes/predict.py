@@ -16,12 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tensorize.budget import Budget
-from tensorize.errors import BudgetError
 from tensorize.ir import POLISH, REFIT, Batch, RankPlan
-from tensorize.passes.allocate import Allocate
 from tensorize.passes.factorize import Cores, best_components, compressed_copy, planned_cores
-from tensorize.passes.measured import Reference, approximations
+from tensorize.passes.measured import Reference, approximations, trial_plan
 from tensorize.passes.pipeline import Program
 from tensorize.passes.polish import polish
 from tensorize.passes.preserved import PreservedLoss
@@ -173,7 +170,7 @@ class CalibratePrediction:
         if not any(curve.in_nats for curve in program.spectra.values()):
             return replace(program, summary="no loss to predict: its gradients say nothing")
         reference = Reference(program.model, self._batches, self.loss)
-        plans = {share: _planned(program, share) for share in TRIAL_SHARES}
+        plans = {share: trial_plan(program, share) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
         first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
         wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
@@ -214,13 +211,3 @@ class CalibratePrediction:
         found = reference.measure(approximations(program, sites, cores))
         raw = sum(site.predicted_loss for site in sites)
         return Trial(raw, found.rise, found.spread, found.output_error, refine)
-
-
-def _planned(program: Program, share: float) -> tuple[RankPlan, ...] | None:
-    """What a trial at a share of the parameters does; None where it does nothing."""
-    try:
-        plan = Allocate(Budget(params=share)).run(program).plan
-    except BudgetError:
-        return None  # the weights that cannot be factorized take more than this share
-    assert plan is not None
-    return plan.sites if sum(site.predicted_loss for site in plan.sites) > 0 else None

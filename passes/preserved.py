@@ -66,9 +66,7 @@ def call(model: nn.Module, batch: Batch, position: int) -> Any:
 
 def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     """The tensors to preserve among a model's outputs, with only the rows that count."""
-    named = [(name, t) for name, t in _named_tensors(result) if t.is_floating_point()]
-    logits = [(name, t) for name, t in named if name == "logits"]
-    chosen = logits or named
+    chosen = _preserved_tensors(result)
     if not chosen:
         raise CaptureError(
             f"the model's output ({type(result).__name__}) holds no floating-point tensor",
@@ -79,19 +77,22 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
         flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 0 else tensor.reshape(1, 1)
         counted = _counted_rows(tensor, batch, model)
         rows = flat if counted is None else flat[counted]
-        found.append(Output(rows, bool(logits), name, tuple(tensor.shape), counted))
+        found.append(Output(rows, name == "logits", name, tuple(tensor.shape), counted))
     return found
 
 
-def samples_of(result: Any, batch: Batch, model: nn.Module) -> int | None:
+def samples_of(result: Any) -> int | None:
     """The number of samples of a batch, where every output has one row for each of them."""
-    try:
-        shapes = [output.shape for output in outputs_of(result, batch, model)]
-    except CaptureError:
-        return None  # a loss_fn knows what to do with it
-    counts = {shape[0] if len(shape) > 1 else 1 for shape in shapes}
-    pooled = all(math.prod(shape[:-1]) <= (shape[0] if len(shape) > 1 else 1) for shape in shapes)
+    leads = [tensor.shape[:-1] for _, tensor in _preserved_tensors(result)]
+    counts = {lead[0] if lead else 1 for lead in leads}
+    pooled = all(math.prod(lead[1:]) <= 1 for lead in leads)
     return counts.pop() if pooled and len(counts) == 1 else None
+
+
+def _preserved_tensors(result: Any) -> list[tuple[str, Tensor]]:
+    """The logits of a model's outputs; where there are none, all that could count."""
+    named = [(name, t) for name, t in _named_tensors(result) if t.is_floating_point()]
+    return [(name, t) for name, t in named if name == "logits"] or named
 
 
 def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:

@@ -301,7 +301,7 @@ def backward(
         with Observer(wanted, on_matmul, frozen=True, stand_ins=leaves):
             result = call(model, batch, position)
         scalar, rows = loss.probe(result, batch, model, generator)
-        samples = samples_of(result, batch, model)
+        samples = samples_of(result)
         roots += wholes.values()
         if not roots or not scalar.requires_grad:
             raise AnalysisError(
@@ -394,10 +394,10 @@ def rows_by_sample(
     None where a sample has one row (a head's), where rows cannot be told apart by samples, and for
     lookups, whose inputs' moment is a diagonal.
     """
-    x, g = matmul_rows(site, matmul, gradient)
-    if x is None or g is None or matmul.contract == "lookup" or len(x) != len(g) or site.experts:
+    if matmul.contract == "lookup" or site.experts or max(site.matrix) > LARGEST_FULL_MOMENT:
         return None
-    if len(x) <= samples or len(x) % samples or max(site.matrix) > LARGEST_FULL_MOMENT:
+    x, g = matmul_rows(site, matmul, gradient)
+    if x is None or g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:
         return None
     lead = tuple(matmul.x.shape[:-1])
     if matmul.convolution is None and lead[0] != samples and lead[1:2] == (samples,):
