@@ -35,11 +35,12 @@ from torch import Tensor, nn
 import tensorize
 from tensorize import Analysis, Plan, tt
 from tensorize.capture import batch_of
+from tensorize.passes.curves import Spectrum
 from tensorize.passes.metric import Metric, site_metrics
 from tensorize.passes.optimise import minimise_distortion
 from tensorize.passes.points import COSTS, Points
 from tensorize.passes.preserved import PreservedLoss, split
-from tensorize.passes.spectra import Spectrum, spectrum
+from tensorize.passes.spectra import spectrum
 from tensorize.passes.statistics import CollectStatistics
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)

@@ -18,9 +18,10 @@ import torch
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import BLOCK, LOW_RANK, SHARED, TT, Site, TTSpec
+from tensorize.passes.curves import Spectrum
 from tensorize.passes.pipeline import Program
 from tensorize.passes.sites import matches, require_match
-from tensorize.passes.spectra import FormatsOption, Spectrum, formats_by_site
+from tensorize.passes.spectra import FormatsOption, formats_by_site
 from tensorize.passes.trains import TensorTrain
 
 _LOOKUP = 2.0

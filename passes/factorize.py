@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tensorize import tt
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import LOW_RANK, RankPlan, Site
+from tensorize.passes.curves import Spectrum, as_matrix
+from tensorize.passes.decompositions import is_small
 from tensorize.passes.pipeline import Program
 from tensorize.passes.side_by_side import side_by_side
-from tensorize.passes.spectra import Spectrum, as_matrix, is_small
 from tensorize.weight import first_factor, install, owner_of, settle
 
 _SMALL = 4_000_000

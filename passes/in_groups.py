@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from tensorize import printer
 from tensorize.errors import AnalysisError
 from tensorize.ir import Site
+from tensorize.passes.moments import has_moments, moment_bytes
 from tensorize.passes.pipeline import Program
 from tensorize.passes.spectra import ComputeSpectra, kept_curves
-from tensorize.passes.statistics import CollectStatistics, has_moments, moment_bytes
+from tensorize.passes.statistics import CollectStatistics
 
 
 @dataclass(frozen=True)

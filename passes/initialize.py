@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from tensorize import tt
 from tensorize.ir import BLOCK, LOW_RANK, RankPlan, Site, TTSpec
+from tensorize.passes.curves import as_matrix
+from tensorize.passes.decompositions import best_factors
 from tensorize.passes.fresh import Initializer, is_on_meta, made_fresh
 from tensorize.passes.metric import average, site_metrics
 from tensorize.passes.pipeline import Program
-from tensorize.passes.spectra import as_matrix, best_factors
 from tensorize.weight import install, owner_of, settle, takes_nonlinearity
 
 SCALED, SPECTRAL = "scaled", "spectral"

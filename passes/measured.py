@@ -26,10 +26,10 @@ from tensorize.errors import BudgetError
 from tensorize.forward import untouched
 from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
 from tensorize.passes.allocate import Allocate
+from tensorize.passes.curves import Spectrum
 from tensorize.passes.factorize import Cores, best_components, planned_cores
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call, outputs_of, samples_of
-from tensorize.passes.spectra import Spectrum
 
 LARGE = 0.1
 """A weight that holds this share of a model's parameters is measured by itself."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorize.errors import AnalysisError
 from tensorize.ir import Site
-from tensorize.passes.statistics import Moments, Term
+from tensorize.passes.moments import Moments, Term
 
 # Share of the mean eigenvalue that is added to a second moment, however many rows it is of.
 DAMPING = 0.01

@@ -11,9 +11,9 @@ import torch
 
 from tensorize.ir import BLOCK, DENSE, GENERIC, LOW_RANK, Machine, RankPlan, Site, Totals, TTSpec
 from tensorize.passes.cost import dense_times, low_rank_times, matmul_time, spec_times
+from tensorize.passes.curves import Spectrum
 from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Program
-from tensorize.passes.spectra import Spectrum
 
 COSTS = ("params", "bytes", "flops")
 """The first columns of a point's costs; then come its times, one for each of the batch sizes."""

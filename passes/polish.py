@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tensorize import tt
 from tensorize.forward import untouched
 from tensorize.ir import Batch
+from tensorize.passes.curves import as_matrix
 from tensorize.passes.descent import Descent, rate_for, rounds, share_of_rate, trainable, write
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call
-from tensorize.passes.spectra import as_matrix
 from tensorize.progress import Progress, no_progress
 from tensorize.weight import factored
 

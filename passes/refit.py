@@ -26,12 +26,15 @@ from tensorize.forward import untouched
 from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
 from tensorize.lazy import FactoredWeight
 from tensorize.observer import Observer
+from tensorize.passes.curves import Spectrum, as_matrix
+from tensorize.passes.decompositions import best_factors
 from tensorize.passes.factorize import Cores, planned_cores
+from tensorize.passes.joint import joint_factors
 from tensorize.passes.metric import Metric, shrink, shrinkage
+from tensorize.passes.moments import plus, products
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import call, row_mask
-from tensorize.passes.spectra import Spectrum, as_matrix, best_factors, joint_factors
-from tensorize.passes.statistics import input_rows, plus, products
+from tensorize.passes.rows import input_rows
 from tensorize.uses import Frame, Matmul
 
 

@@ -16,9 +16,8 @@ weight to weight, these moments by 1/2 to 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,74 +27,28 @@ from tensorize.errors import AnalysisError
 from tensorize.forward import untouched
 from tensorize.ir import Batch, Site
 from tensorize.observer import Observer
+from tensorize.passes.moments import (
+    Moments,
+    Term,
+    alike,
+    among,
+    has_full_moments,
+    has_moments,
+    moment_of,
+    noise_of,
+    plus,
+    sample_moments,
+    unseen_share,
+    widened,
+)
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call, row_mask, samples_of
-from tensorize.uses import Frame, Matmul, patches
+from tensorize.passes.rows import matmul_rows, rows_by_sample
+from tensorize.uses import Frame, Matmul
 
-# A side with more entries than this keeps only the diagonal of its second moment (float64: a full
-# one of 8192 takes 512 MB).
-LARGEST_FULL_MOMENT = 8192
 # Each row of the outputs gives one sample of the gradients. Where there are few (one a sentence),
 # the same batches are probed again, until there are about this many.
 _OUTPUT_ROWS = 2048
-# Gradients of samples, or products of their rows, are held so many elements at a time.
-_ELEMENTS = 16_000_000
-
-
-@dataclass
-class Term:
-    """Moments of one kind of use of a weight W (M, N).
-
-    ``rows`` (M, M) or its diagonal (M,), ``columns`` likewise for N: which of them belongs to the
-    inputs and which to the gradients depends on ``contract``. ``None`` stands for the identity.
-    Both are sums, over ``input_rows`` rows; of a weight used as a whole, over as many gradients.
-    The rows were seen ``probes`` times, with gradients that come from ``output_rows`` rows of the
-    model's outputs (0: from as many). Of lookups, ``unseen`` is the share of those to come that
-    will be of rows not looked up yet.
-
-    ``pooled`` is the number of samples whose positions were added up first (0: none were), and
-    ``squares`` the sum of ‖D Dᵀ‖² over them; ``noise`` is then the relative variance of each side
-    that comes of their number.
-    """
-
-    contract: str
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    input_rows: int = 0
-    output_rows: int = 0
-    probes: int = 1
-    unseen: float = 0.0
-    pooled: int = 0
-    squares: float = 0.0
-    noise: tuple[float, float] | None = None
-
-    @property
-    def sides(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.rows, self.columns
-
-    @property
-    def samples(self) -> tuple[int, int]:
-        """Of how many independent vectors ``rows`` and ``columns`` are the moments, about.
-
-        Gradients that come from one row of the outputs count once, however many rows they reach.
-        """
-        if self.contract == "whole":
-            widths = [1 if side is None else len(side) for side in (self.columns, self.rows)]
-            return self.input_rows * widths[0], self.input_rows * widths[1]
-        inputs = self.input_rows // max(self.probes, 1)
-        gradients = min(self.input_rows, self.output_rows or self.input_rows)
-        return (gradients, inputs) if self.contract == "columns" else (inputs, gradients)
-
-
-@dataclass
-class Moments:
-    """The terms of one weight: one a kind of use (a tied weight has several)."""
-
-    terms: dict[str, Term] = field(default_factory=dict)
-
-    def term(self, contract: str, *, pooled: bool = False) -> Term:
-        kind = f"{contract}, by sample" if pooled else contract
-        return self.terms.setdefault(kind, Term(contract))
 
 
 @dataclass(frozen=True)
@@ -157,42 +110,13 @@ class CollectStatistics:
         for term in (term for moment in moments.values() for term in moment.terms.values()):
             term.output_rows, term.probes = output_rows, probes
             if term.contract == "lookup" and term.rows is not None:
-                term.unseen = _unseen(term.rows, probes)
+                term.unseen = unseen_share(term.rows, probes)
         notes = [*program.notes, *_normalise(moments, sites, output_rows, program.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
         summary += f" in {probes} probes" if probes > 1 else ""
         if any(term.pooled for moment in moments.values() for term in moment.terms.values()):
             summary += ", one a sample: its positions are added up"
         return replace(program, statistics=moments, summary=summary, notes=tuple(notes))
-
-
-def has_moments(site: Site, metric: str) -> bool:
-    """Whether a metric asks for moments of a weight: what uses it as a whole has no inputs."""
-    return site.blocked is None and (metric == "loss" or not site.last_resort)
-
-
-def moment_bytes(site: Site, metric: str) -> int:
-    """Memory of the second moments of one weight, of all its kinds of uses."""
-
-    def side(width: int) -> int:
-        return 8 * (width if width > LARGEST_FULL_MOMENT else width**2)
-
-    rows, columns = site.matrix
-    total = 0
-    for contract in {use.contract for use in site.uses}:
-        inputs, outputs = (columns, rows) if contract == "columns" else (rows, columns)
-        own = 8 * inputs if contract == "lookup" else side(inputs)
-        total += own + (side(outputs) if metric == "loss" else 0)
-    return total
-
-
-def _unseen(counts: Tensor, probes: int) -> float:
-    """The chance that the next lookup is of a row never seen: the share of rows seen once.
-
-    Good, "The population frequencies of species", Biometrika 40 (1953).
-    """
-    once = int(((counts > 0) & (counts <= probes)).sum())
-    return once * probes / max(float(counts.sum()), 1.0)
 
 
 def _add_inputs(
@@ -244,7 +168,9 @@ def _add_rows(
     if name not in moments:
         return
     site = sites[name]
-    pairs = rows_by_sample(site, matmul, gradient, samples) if by_sample and samples else None
+    pairs = None
+    if by_sample and samples and has_full_moments(site):
+        pairs = rows_by_sample(site, matmul, gradient, samples)
     if pairs is None:
         _add_term(moments[name].term(matmul.contract), site, frame, matmul, gradient, None)
     else:
@@ -327,24 +253,9 @@ def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:
     """
     rows, columns = site.matrix
     gradient = gradient.reshape(rows, columns)
-    term.rows = plus(term.rows, _moment(gradient.t(), rows))
-    term.columns = plus(term.columns, _moment(gradient, columns))
+    term.rows = plus(term.rows, moment_of(gradient.t(), rows))
+    term.columns = plus(term.columns, moment_of(gradient, columns))
     term.input_rows += 1
-
-
-def _noise(term: Term) -> tuple[float, float]:
-    """The relative variance of both sides, as means of the samples' own moments.
-
-    Of the inputs a sample says the same in every probe; of the gradients, something new.
-    """
-    variances = []
-    for name, side in (("rows", term.rows), ("columns", term.columns)):
-        assert side is not None
-        square = float(side.square().sum()) / term.pooled
-        spread = max(term.squares / square - 1, 0.0) / term.pooled if square > 0 else 0.0
-        of_inputs = name == ("columns" if term.contract == "columns" else "rows")
-        variances.append(spread * term.probes if of_inputs else spread)
-    return variances[0], variances[1]
 
 
 def _detached(value: object) -> object:
@@ -372,178 +283,33 @@ def _add_term(
     term.input_rows += count
     width, other_width = (columns, rows) if matmul.contract == "columns" else (rows, columns)
     if x is None:
-        own = _alike(matmul.x, width, count)
+        own = alike(matmul.x, width, count)
     elif lookup:
         own = torch.bincount(x, minlength=rows).double().cpu()
     else:
-        own = _moment(x, width)
-    other = None if g is None else _moment(g, g.shape[-1])
+        own = moment_of(x, width)
+    other = None if g is None else moment_of(g, g.shape[-1])
     if other is None and gradient is not None:
-        other = _alike(gradient, other_width, count)
+        other = alike(gradient, other_width, count)
     of_rows, of_columns = (other, own) if matmul.contract == "columns" else (own, other)
     if frame.rows is not None and of_rows is not None:
-        of_rows = _among(of_rows, frame.rows, rows)
+        of_rows = among(of_rows, frame.rows, rows)
     term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
-
-
-def rows_by_sample(
-    site: Site, matmul: Matmul, gradient: Tensor, samples: int
-) -> tuple[Tensor, Tensor] | None:
-    """x (samples, T, width) and g (samples, T, width) of one call, the rows of a sample together.
-
-    None where a sample has one row (a head's), where rows cannot be told apart by samples, and for
-    lookups, whose inputs' moment is a diagonal.
-    """
-    if matmul.contract == "lookup" or site.experts or max(site.matrix) > LARGEST_FULL_MOMENT:
-        return None
-    x, g = matmul_rows(site, matmul, gradient)
-    if x is None or g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:
-        return None
-    lead = tuple(matmul.x.shape[:-1])
-    if matmul.convolution is None and lead[0] != samples and lead[1:2] == (samples,):
-        # Time comes first, as in torch's own recurrent and attention modules.
-        x, g = (t.reshape(*lead[:2], -1, t.shape[-1]).transpose(0, 1) for t in (x, g))
-    return x.reshape(samples, -1, x.shape[-1]), g.reshape(samples, -1, g.shape[-1])
 
 
 def _add_samples(term: Term, site: Site, frame: Frame, x: Tensor, g: Tensor) -> None:
     """Add the two moments of the gradients D = Σ_t g_t x_tᵀ of every sample of one call."""
     counted = (g != 0).any(-1, keepdim=True)
     x = x.masked_fill(~counted, 0)  # what stands in padding may be anything
-    of_outputs, of_inputs, squares = sample_moments(_widened(g), _widened(x))
+    of_outputs, of_inputs, squares = sample_moments(widened(g), widened(x))
     columns = term.contract == "columns"
     of_rows, of_columns = (of_outputs, of_inputs) if columns else (of_inputs, of_outputs)
     if frame.rows is not None:
-        of_rows = _among(of_rows, frame.rows, site.matrix[0])
+        of_rows = among(of_rows, frame.rows, site.matrix[0])
     term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
     term.squares += squares
     term.pooled += int(counted.any(1).sum())
     term.input_rows += int(counted.sum())
-
-
-def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x, in float64.
-
-    g is (samples, T, M), x (samples, T, N). No D is made where T is the smallest side:
-    D Dᵀ = gᵀ (x xᵀ) g.
-    """
-    (_, time, rows), columns = g.shape, x.shape[-1]
-    total_rows = torch.zeros(rows, rows, dtype=torch.float64)
-    total_columns = torch.zeros(columns, columns, dtype=torch.float64)
-    squares = 0.0
-    direct = time > min(rows, columns)
-    few = max(1, _ELEMENTS // (rows * columns if direct else time * time))
-    for g_STM, x_STN in zip(g.split(few), x.split(few), strict=True):
-        if direct:
-            d_SMN = g_STM.mT @ x_STN
-            own_rows = products(d_SMN.transpose(1, 2).flatten(0, 1))
-            own_columns = products(d_SMN.flatten(0, 1))
-            each = d_SMN @ d_SMN.mT if rows <= columns else d_SMN.mT @ d_SMN
-            squares += float(each.square().sum(dtype=torch.float64))
-        else:
-            inner, outer = x_STN @ x_STN.mT, g_STM @ g_STM.mT
-            own_rows = products(g_STM.flatten(0, 1), (inner @ g_STM).flatten(0, 1))
-            own_columns = products(x_STN.flatten(0, 1), (outer @ x_STN).flatten(0, 1))
-            both = inner @ outer  # tr(D Dᵀ D Dᵀ) = tr((x xᵀ) (g gᵀ) (x xᵀ) (g gᵀ))
-            squares += float((both * both.mT).sum(dtype=torch.float64))
-        total_rows += own_rows.cpu()
-        total_columns += own_columns.cpu()
-    return total_rows, total_columns, squares
-
-
-def input_rows(site: Site, matmul: Matmul) -> Tensor | None:
-    """The rows (rows, width) that a call multiplies the matrix by; None where none can be told."""
-    return matmul_rows(site, matmul, None)[0]
-
-
-def matmul_rows(
-    site: Site, matmul: Matmul, gradient: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The rows that one call multiplies the matrix by, and what arrives at each product.
-
-    None for a side whose rows cannot be told (a convolution in three dimensions).
-    """
-    x, call, kernel = matmul.x.detach(), matmul.convolution, site.shape[2:]
-    if matmul.bag is not None:
-        return _bag_rows(x, matmul.bag, site.matrix[0], gradient)
-    if call is None:
-        x = x.reshape(-1) if matmul.contract == "lookup" else _as_rows(x)
-        return x, None if gradient is None else _as_rows(gradient)
-    x = patches(matmul, kernel)
-    x = None if x is None else x.detach()
-    if gradient is None:
-        return x, None
-    if call.output_padding is None:
-        return x, gradient.reshape(-1, site.matrix[0])
-    # Transposed: a pixel's product is a patch of the output.
-    forward = replace(matmul, x=gradient, convolution=replace(call, output_padding=None))
-    return x, patches(forward, kernel)
-
-
-def _bag_rows(
-    ids: Tensor, bag: Mapping[str, Any], rows: int, gradient: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Row numbers in all bags, and what arrives at each of them: its share of the bag's."""
-    if ids.dim() == 2:
-        owner = torch.arange(ids.numel(), device=ids.device) // ids.shape[1]
-    else:
-        places = torch.arange(ids.numel(), device=ids.device)
-        owner = torch.bucketize(places, bag["offsets"], right=True) - 1
-    ids, padding = ids.reshape(-1), bag["padding_idx"]
-    kept = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding % rows
-    ids, owner = ids[kept], owner[kept]
-    if gradient is None:
-        return ids, None
-    g = gradient[owner]
-    if bag["mode"] == "mean":
-        g = g / torch.bincount(owner).to(g.dtype)[owner].unsqueeze(-1)
-    elif bag["per_sample_weights"] is not None:
-        g = g * bag["per_sample_weights"].detach().reshape(-1)[kept].unsqueeze(-1)
-    return ids, g
-
-
-def _alike(values: Tensor, width: int, count: int) -> Tensor:
-    """The diagonal for ``count`` rows of which only the mean square of an entry is known."""
-    size = float(values.detach().double().square().mean()) * count
-    return torch.full((width,), size, dtype=torch.float64)
-
-
-def _among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
-    """The moment of some rows of a weight as one of all of them."""
-    first, end = rows
-    if moment.dim() == 1 or width > LARGEST_FULL_MOMENT:
-        diagonal = moment if moment.dim() == 1 else moment.diagonal()
-        return torch.nn.functional.pad(diagonal, (first, width - end))
-    return torch.nn.functional.pad(moment, (first, width - end, first, width - end))
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _moment(rows: Tensor, width: int) -> Tensor:
-    """Σ x xᵀ over the rows, in float64: full (width, width), or its diagonal (width,)."""
-    if width > LARGEST_FULL_MOMENT:
-        return _widened(rows).square().sum(0, dtype=torch.float64).cpu()
-    return products(rows).cpu()
-
-
-def products(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Σ x yᵀ over the rows of x and y (x itself where there is none), in float64."""
-    x = _widened(x)
-    return (x.t() @ (x if y is None else _widened(y))).double()
-
-
-def _widened(rows: Tensor) -> Tensor:
-    """Half precision as float32: sums of products overflow in it, or lose their last digits."""
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-
-
-def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum, in the place of ``total``; None is nothing yet."""
-    if part is None or total is None:
-        return part if total is None else total
-    return total.add_(part)
 
 
 def _normalise(
@@ -562,7 +328,7 @@ def _normalise(
             gradients = "rows" if inputs == "columns" else "columns"
             sums = getattr(term, inputs)
             if term.pooled:
-                term.noise = _noise(term)
+                term.noise = noise_of(term)
             if (term.pooled or term.contract == "whole") and sums is not None:  # sizes count once
                 sums.div_(max(float((sums.diagonal() if sums.dim() == 2 else sums).sum()), 1e-300))
             elif sums is not None:

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tensorize.ir import Batch, Site, TTSpec, Use
+from tensorize.passes.curves import SharedFactor, Spectrum
 from tensorize.passes.metric import Metric
 from tensorize.passes.pipeline import Program
 from tensorize.passes.predict import Predictor, Trial
-from tensorize.passes.spectra import FormatsOption, SharedFactor, Spectrum
+from tensorize.passes.spectra import FormatsOption
 from tensorize.passes.trains import TensorTrain
 from tensorize.tensorfile import Layout, Writer, is_padding, sha256_of
 from tensorize.tensors import raw_bytes

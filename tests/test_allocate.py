@@ -21,13 +21,14 @@ from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError
 from tensorize.ir import DENSE, LOW_RANK, TT, Plan, Site, TTSpec, Use
 from tensorize.passes.allocate import Allocate
+from tensorize.passes.curves import Spectrum
 from tensorize.passes.metric import Metric
 from tensorize.passes.optimise import TooTight, minimise_cost, minimise_distortion, solve
 from tensorize.passes.order import plan_contraction
 from tensorize.passes.pipeline import Program
 from tensorize.passes.points import COSTS, Points, spec_flops
 from tensorize.passes.predict import Predictor, Trial
-from tensorize.passes.spectra import Spectrum, spectrum
+from tensorize.passes.spectra import spectrum
 from tests.models import MLP, parameters
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.ir import TTSpec
 from tensorize.passes import als
+from tensorize.passes.decompositions import best_factors
 from tensorize.passes.metric import Metric
-from tensorize.passes.spectra import best_factors
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

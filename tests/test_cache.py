@@ -24,7 +24,8 @@ from tensorize import Analysis
 from tensorize.budget import parse_bytes
 from tensorize.errors import AnalysisError, BudgetError
 from tensorize.passes import in_groups
-from tensorize.passes.statistics import CollectStatistics, has_moments, moment_bytes
+from tensorize.passes.moments import has_moments, moment_bytes
+from tensorize.passes.statistics import CollectStatistics
 
 ROOT = Path(__file__).parent.parent
 IDS = [torch.arange(24).reshape(2, 12).roll(k) for k in range(6)]

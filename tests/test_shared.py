@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize.ir import DENSE, LOW_RANK, SHARED
+from tensorize.passes.joint import joint_factors
 from tensorize.passes.metric import Metric
 from tensorize.passes.points import curve_points, group_points
-from tensorize.passes.spectra import joint_factors
 from tensorize.weight import LowRankLinear
 from tests.models import CASES, relative
 

@@ -20,6 +20,13 @@ from torch import Tensor
 from tensorize import tt
 from tensorize.errors import AnalysisError
 from tensorize.ir import DENSE, LOW_RANK, TT, Site, TTSpec, Use
+from tensorize.passes.curves import Spectrum
+from tensorize.passes.decompositions import (
+    best_factors,
+    exact_factors,
+    gram_eigenvectors,
+    singular_squares,
+)
 from tensorize.passes.metric import (
     DAMPING,
     Metric,
@@ -28,16 +35,8 @@ from tensorize.passes.metric import (
     shrinkage_of_noise,
     site_metrics,
 )
-from tensorize.passes.spectra import (
-    Spectrum,
-    best_factors,
-    exact_factors,
-    formats_by_site,
-    gram_eigenvectors,
-    singular_squares,
-    spectrum,
-)
-from tensorize.passes.statistics import Moments, Term
+from tensorize.passes.moments import Moments, Term
+from tensorize.passes.spectra import formats_by_site, spectrum
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 

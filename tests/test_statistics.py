@@ -21,11 +21,12 @@ import tensorize
 from tensorize.capture import batch_of
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import Batch
-from tensorize.passes import statistics
+from tensorize.passes import moments
+from tensorize.passes.moments import Moments, Term
 from tensorize.passes.pipeline import Program
 from tensorize.passes.preserved import PreservedLoss, call
 from tensorize.passes.sites import FindSites
-from tensorize.passes.statistics import CollectStatistics, Moments, Term
+from tensorize.passes.statistics import CollectStatistics
 
 
 def draw(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -270,11 +271,11 @@ def test_a_wide_side_keeps_only_its_diagonal(monkeypatch: pytest.MonkeyPatch) ->
     full = the_term(collect(model, [x])["weight"])
     assert full.columns is not None
     assert full.rows is not None
-    monkeypatch.setattr(statistics, "LARGEST_FULL_MOMENT", 4)
+    monkeypatch.setattr(moments, "LARGEST_FULL_MOMENT", 4)
     wide = the_term(collect(model, [x])["weight"])
     close(wide.columns, full.columns.diagonal())
     close(wide.rows, full.rows)
-    monkeypatch.setattr(statistics, "LARGEST_FULL_MOMENT", 2)
+    monkeypatch.setattr(moments, "LARGEST_FULL_MOMENT", 2)
     close(the_term(collect(model, [x])["weight"]).rows, full.rows.diagonal())
 
 
@@ -498,8 +499,8 @@ def test_moments_of_samples_are_those_of_their_gradients(size: tuple[int, int, i
     want = (d @ d.mT).sum(0), (d.mT @ d).sum(0), (d @ d.mT).square().sum()
     for held in (16_000_000, 3 * rows * columns):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(statistics, "_ELEMENTS", held)
-            got = statistics.sample_moments(g, x)
+            patch.setattr(moments, "_ELEMENTS", held)
+            got = moments.sample_moments(g, x)
         close(got[0], want[0])
         close(got[1], want[1])
         assert got[2] == pytest.approx(float(want[2]))
@@ -1073,8 +1074,8 @@ def test_rows_not_seen_yet_are_expected_as_often_as_rows_seen_once() -> None:
     drawn = torch.multinomial(chance, 600, replacement=True, generator=generator)
     counts = torch.bincount(drawn, minlength=2000).double()
     missed = float(chance[counts == 0].sum())
-    assert statistics._unseen(counts, 1) == pytest.approx(missed, abs=0.05)
-    assert statistics._unseen(4 * counts, 4) == statistics._unseen(counts, 1)
+    assert moments.unseen_share(counts, 1) == pytest.approx(missed, abs=0.05)
+    assert moments.unseen_share(4 * counts, 4) == moments.unseen_share(counts, 1)
 
 
 def test_few_output_rows_are_probed_several_times() -> None:
@@ -1093,6 +1094,6 @@ def test_few_output_rows_are_probed_several_times() -> None:
 
 
 def test_gradients_of_one_output_row_count_once() -> None:
-    term = statistics.Term("columns", input_rows=400, output_rows=12, probes=4)
+    term = Term("columns", input_rows=400, output_rows=12, probes=4)
     assert term.samples == (12, 100)
-    assert statistics.Term("rows", input_rows=400, output_rows=12, probes=4).samples == (100, 12)
+    assert Term("rows", input_rows=400, output_rows=12, probes=4).samples == (100, 12)

@@ -26,9 +26,9 @@ from tensorize.ir import LOW_RANK, Site, TTSpec
 from tensorize.lazy import FactoredWeight
 from tensorize.manifest import dtype_name
 from tensorize.passes.assumed import ladder
+from tensorize.passes.curves import Spectrum
 from tensorize.passes.optimise import TooTight, solve
 from tensorize.passes.points import COSTS, Points, curve_points
-from tensorize.passes.spectra import Spectrum
 from tensorize.report import attach, report
 from tensorize.training.bonds import Bond, bonds, extended, with_ranks
 from tensorize.tt import tails
