@@ -26,17 +26,9 @@ def circumstances() -> dict[str, Any]:
         )
         return done.stdout.strip()
 
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in _lines("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
         "machine": {
-            "cpu": model,
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "system": platform.platform(),
@@ -49,6 +41,18 @@ def circumstances() -> dict[str, Any]:
         },
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
     }
+
+
+def processor() -> str:
+    """Its name, with what tells apart those that virtual machines give the same name."""
+    found = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in _lines("/proc/cpuinfo")
+        if ":" in line
+    )
+    name = found.get("model name", platform.processor())
+    known = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([name, *known])
 
 
 def keep(name: str, results: Any) -> Path:
@@ -75,21 +79,19 @@ def cell_by_cell(
 ) -> None:
     """Measure every cell with so many threads; results are kept after each, so no run is in vain.
 
-    ``resume``: cells that are there already are left as they are.
+    Those of another processor, or with other threads, stay. ``resume``: so do cells that are there.
     """
-    results = kept(name) if resume else {}
     for count in threads:
         torch.set_num_threads(count)
-        part = results.setdefault(f"{count} threads", {"summary": {}, "cells": {}})
-        for cell in cells:
-            if str(cell) in part["cells"]:
-                continue
-            found = part["cells"][str(cell)] = measure(cell)
-            part["summary"] = summary(part["cells"])
-            keep(name, results)
+        results, key = kept(name), f"{processor()}, {count} threads"
+        known = results.get(key, {}).get("cells", {}) if resume else {}
+        for cell in (cell for cell in cells if str(cell) not in known):
+            found = known[str(cell)] = measure(cell)
+            part = {"made_with": circumstances(), "summary": summary(known), "cells": known}
+            keep(name, {**results, key: part})
             shown = ", ".join(f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, float))
             print(f"{count} threads, {cell}: {shown}", flush=True)
-        print(f"{count} threads: {part['summary']}")
+        print(f"{key}: {summary(known)}")
 
 
 def _lines(path: str) -> list[str]:
