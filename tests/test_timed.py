@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tensorize
 from tensorize import TTSpec, ops, tt
 from tensorize.codegen import aten, orders
-from tensorize.ir import GENERIC
+from tensorize.ir import GENERIC, Tree
 from tensorize.passes.order import one_order, piece_of, plan_contraction
 from tensorize.passes.roofline import tree_times
 from tensorize.passes.timed import (
@@ -66,6 +66,30 @@ def test_the_fastest_order_is_the_fastest_of_all(spec: TTSpec) -> None:
             for tree in trees or [best]
         }
         assert times[best] == min(times.values())
+
+
+@pytest.mark.parametrize("contract", ["columns", "rows"])
+@pytest.mark.parametrize(
+    "spec",
+    [TTSpec((64, 64), (64, 64), (102,)), TTSpec((16, 16, 16), (16, 16, 16), (102, 102))],
+    ids=str,
+)
+def test_of_two_orders_of_equal_flops_the_one_with_fewer_copies_of_cores_is_taken(
+    spec: TTSpec, contract: str
+) -> None:
+    """The two ends of a train with equal modes cost the same FLOPs, and not the same copies."""
+
+    def copies_of_cores(tree: Tree) -> int:
+        text = aten.emit(one_order(spec, contract, tree, 1, 1))
+        return sum(f"c{k}.permute" in text for k in range(len(spec.cores)))
+
+    def flops(tree: Tree) -> int:
+        return one_order(spec, contract, tree, 1, 1).flops(1)
+
+    best, *others = fastest_trees(spec, contract, GENERIC, 1, 3)
+    mirrored = [tree for tree in others if flops(tree) == flops(best)]
+    assert mirrored
+    assert all(copies_of_cores(tree) > copies_of_cores(best) for tree in mirrored)
 
 
 def test_more_work_takes_longer_and_a_slower_machine_too() -> None:
