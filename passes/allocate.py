@@ -147,8 +147,6 @@ class Allocate:
                 f"{cost} found is {need:,}",
                 way_out=f"{cost}={need}, or a larger limit on what it is traded for",
             ) from None
-        if budget.latency is None:
-            solution = self._not_slower(points, caps, solution, program)
         lost = total_distortion(points, solution.choice)
         if ceiling is not None and lost > ceiling:
             reached = program.predictor.predict(lost, self.refine)[0]
@@ -158,26 +156,42 @@ class Allocate:
                 site=_largest(points, solution.choice),
                 way_out=f"allow loss={reached * 1.01:.4g}, a larger size, or more formats=",
             )
-        if limits:
+        if not limits:
+            solution = Solution(minimise_cost(points, ceiling), 0.0, 0.0)
+        if budget.latency is not None:
             return solution
-        return Solution(minimise_cost(points, ceiling), 0.0, 0.0)
+        return self._not_slower(points, caps, ceiling, solution, program)
 
     def _not_slower(
-        self, points: list[Points], caps: np.ndarray, solution: Solution, program: Program
+        self,
+        points: list[Points],
+        caps: np.ndarray,
+        ceiling: float | None,
+        solution: Solution,
+        program: Program,
     ) -> Solution:
-        """A choice without weights slower than dense, where that costs next to nothing."""
+        """A choice without weights slower than dense, where that costs next to nothing.
+
+        What it costs is distortion where the size is limited, else parameters.
+        """
         fast = without_slow_points(points, self.batch_sizes, program.machine)
         if fast is None or (np.sum([p.costs.min(0) for p in fast], axis=0) > caps).any():
             return solution
+        limited = bool(np.isfinite(caps).any())
         try:
-            found = solve(fast, caps)
+            found = solve(fast, caps) if limited else Solution(minimise_cost(fast, ceiling), 0, 0)
         except TooTight:
             return solution
-        before, after = (
-            sum(float(p.objective[k]) for p, k in zip(those, choice, strict=True))
-            for those, choice in ((points, solution.choice), (fast, found.choice))
-        )
-        if after > WORTH * before:
+
+        def price(those: Sequence[Points], choice: Sequence[int]) -> float:
+            return sum(
+                float(p.objective[k] if limited else p.costs[k, 0])
+                for p, k in zip(those, choice, strict=True)
+            )
+
+        if price(fast, found.choice) > WORTH * price(points, solution.choice):
+            return solution
+        if ceiling is not None and total_distortion(fast, found.choice) > ceiling:
             return solution
         points[:] = fast
         return found

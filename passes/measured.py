@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,14 @@ from torch.func import functional_call
 
 from tensorize import tt
 from tensorize.budget import Budget
-from tensorize.errors import BudgetError
+from tensorize.errors import BudgetError, CaptureError
 from tensorize.forward import untouched
 from tensorize.ir import LOW_RANK, Batch, RankPlan, Site, TTSpec
 from tensorize.passes.allocate import Allocate
 from tensorize.passes.curves import Spectrum
 from tensorize.passes.factorize import Cores, best_components, planned_cores
 from tensorize.passes.pipeline import Program
-from tensorize.passes.preserved import PreservedLoss, call, outputs_of, samples_of
+from tensorize.passes.preserved import Output, PreservedLoss, call, outputs_of, samples_of
 
 LARGE = 0.1
 """A weight that holds this share of a model's parameters is measured by itself."""
@@ -56,7 +57,9 @@ class Reference:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: PreservedLoss) -> None:
         self.model, self.batches, self.loss = model, batches, loss
         with untouched(model):
-            self.dense = [call(model, batch, k) for k, batch in enumerate(batches)]
+            self.dense = [call(model, batch) for batch in batches]
+        for result, batch in zip(self.dense, batches, strict=True):
+            loss.require_finite(result, batch, model)
 
     def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
         """What the model loses with some weights replaced, by name; itself it is not touched."""
@@ -66,9 +69,7 @@ class Reference:
             for batch, before in zip(self.batches, self.dense, strict=True):
                 after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
                 rises.append(self.loss.rise(before, after, batch, model))
-                for a, b in zip(
-                    outputs_of(before, batch, model), outputs_of(after, batch, model), strict=True
-                ):
+                for a, b in self._outputs(before, after, batch):
                     centred = a.rows.double() - a.rows.double().mean(0)
                     error += float((a.rows - b.rows).double().square().sum())
                     size += float(centred.square().sum())
@@ -78,6 +79,17 @@ class Reference:
         if len(means) > 1 and rise > 0:
             spread = float(means.std() / len(means) ** 0.5 / rise)
         return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
+
+    def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
+        """The outputs that can be compared: with a loss of the caller's they may be anything."""
+        try:
+            those = (outputs_of(result, batch, self.model) for result in (before, after))
+            pairs = list(zip(*those, strict=True))
+        except (CaptureError, ValueError):
+            if self.loss.loss_fn is None:
+                raise
+            return []
+        return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
 
 
 def approximations(
@@ -138,7 +150,7 @@ class MeasureLargest:
 def _one_row_a_sample(model: nn.Module, batch: Batch) -> bool:
     """Whether the outputs have one row for each sample, however many positions it has."""
     with untouched(model):
-        return samples_of(call(model, batch, 0)) is not None
+        return samples_of(call(model, batch), batch, model) is not None
 
 
 def _is_better(one: Program, other: Program, reference: Reference) -> bool:

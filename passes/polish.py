@@ -116,9 +116,9 @@ def _descend(
         progress("polish", done, steps)
         batch = batches[position]
         with trainable(cores):
-            wanted = call(dense, batch, position)
+            wanted = call(dense, batch)
             with torch.enable_grad():
-                total, rows = loss.distance(wanted, call(small, batch, position), batch, small)
+                total, rows = loss.distance(wanted, call(small, batch), batch, small)
                 gradients = torch.autograd.grad(total / rows, cores, allow_unused=True)
         descent.step(gradients, share_of_rate(done, steps))
         if (done + 1) % (steps // 4) == 0:

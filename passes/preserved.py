@@ -1,9 +1,9 @@
 """The loss to preserve: how far a model's outputs are from the dense model's own.
 
 By default it is measured on the outputs themselves, as a mean over output rows (tokens): the KL
-divergence in nats where the output has ``.logits``, else the squared error relative to the
-outputs' variance. A caller's ``loss_fn`` replaces it. Rows that the attention mask hides, and rows
-whose label is -100, count in nothing.
+divergence in nats where the output has ``.logits`` of several classes, else the squared error
+relative to the outputs' variance. A caller's ``loss_fn`` replaces it. Rows that the attention mask
+hides, and rows whose label is -100, count in nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.errors import CaptureError
+from tensorize.errors import AnalysisError, CaptureError, TensorizeError
 from tensorize.forward import untouched
 from tensorize.ir import Batch
 
 LossFunction = Callable[[Any, Any], Tensor]
 
+LOGITS = "logits"
 # Outputs that are by-products: caches, and copies of what other outputs already hold.
 _BY_PRODUCTS = ("loss", "past_key_values", "hidden_states", "attentions", "cache", "router")
 
@@ -49,7 +50,7 @@ class Output:
         return self.counted.nonzero()[:, 0].cpu()
 
 
-def call(model: nn.Module, batch: Batch, position: int) -> Any:
+def call(model: nn.Module, batch: Batch) -> Any:
     """The model's outputs for a batch of the caller's data.
 
     Raises:
@@ -57,9 +58,12 @@ def call(model: nn.Module, batch: Batch, position: int) -> Any:
     """
     try:
         return model(*batch.args, **batch.kwargs)
+    except (TensorizeError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
+        why = f"{type(error).__name__}: {error}"
         raise CaptureError(
-            f"batch {position} does not fit the model's forward: {type(error).__name__}: {error}",
+            f"batch {batch.number} does not fit the model's forward: {why}",
             way_out="a batch is a tensor, a tuple of positional or a dict of keyword arguments",
         ) from error
 
@@ -74,25 +78,46 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
         )
     found = []
     for name, tensor in chosen:
-        flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 0 else tensor.reshape(1, 1)
-        counted = _counted_rows(tensor, batch, model)
+        entries = _by_rows(name, tensor, batch, model)
+        flat = entries.reshape(-1, entries.shape[-1])
+        counted = _counted_rows(entries, batch, model)
         rows = flat if counted is None else flat[counted]
-        found.append(Output(rows, name == "logits", name, tuple(tensor.shape), counted))
+        logits = name == LOGITS and flat.shape[-1] > 1  # a single one is a score, no chance
+        found.append(Output(rows, logits, name, tuple(entries.shape), counted))
     return found
 
 
-def samples_of(result: Any) -> int | None:
+def samples_of(result: Any, batch: Batch, model: nn.Module) -> int | None:
     """The number of samples of a batch, where every output has one row for each of them."""
-    leads = [tensor.shape[:-1] for _, tensor in _preserved_tensors(result)]
+    leads = [
+        _by_rows(name, tensor, batch, model).shape[:-1]
+        for name, tensor in _preserved_tensors(result)
+    ]
     counts = {lead[0] if lead else 1 for lead in leads}
     pooled = all(math.prod(lead[1:]) <= 1 for lead in leads)
     return counts.pop() if pooled and len(counts) == 1 else None
 
 
+def _by_rows(name: str, tensor: Tensor, batch: Batch, model: nn.Module) -> Tensor:
+    """An output with its rows' entries along the last axis.
+
+    Classes of pixels come as (B, classes, H, W) in transformers, and scores of positions, of where
+    an answer starts, as (B, T).
+    """
+    if tensor.dim() == 0:
+        return tensor.reshape(1, 1)
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if name == LOGITS and tensor.dim() == 4 and tensor.shape[1] == classes != tensor.shape[3]:
+        return tensor.movedim(1, -1)
+    if name != LOGITS and name.endswith(LOGITS) and tensor.dim() == 2:
+        return tensor.unsqueeze(-1)
+    return tensor
+
+
 def _preserved_tensors(result: Any) -> list[tuple[str, Tensor]]:
     """The logits of a model's outputs; where there are none, all that could count."""
     named = [(name, t) for name, t in _named_tensors(result) if t.is_floating_point()]
-    return [(name, t) for name, t in named if name == "logits"] or named
+    return [(name, t) for name, t in named if name == LOGITS] or named
 
 
 def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
@@ -107,7 +132,7 @@ def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
     elif isinstance(result, Sequence):
         items = [(f"output {k}", value) for k, value in enumerate(result)]
     elif hasattr(result, "logits"):
-        items = [("logits", result.logits)]
+        items = [(LOGITS, result.logits)]
     else:
         items = list(getattr(result, "__dict__", {}).items())
     tensors = []
@@ -118,6 +143,8 @@ def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
             tensors.append((str(name), value))
         elif isinstance(value, tuple | list) and all(isinstance(v, Tensor) for v in value):
             tensors.extend((f"{name}[{k}]", v) for k, v in enumerate(value))
+        elif isinstance(value, tuple | list | Mapping) or is_dataclass(value):
+            tensors.extend((f"{name}.{inner}", v) for inner, v in _named_tensors(value))
     return tensors
 
 
@@ -127,7 +154,7 @@ def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
 def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | None:
     """A mask over the output's rows (all but the last axis, flattened); None: all count."""
     lead = tuple(output.shape[:-1])
-    labels = batch.kwargs.get("labels")
+    labels = batch.argument("labels")
     counted: Tensor | None = None
     if isinstance(labels, Tensor) and tuple(labels.shape) == lead:
         if shifts_labels(model):
@@ -135,7 +162,7 @@ def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | No
             labels = F.pad(labels[..., 1:], (0, 1), value=-100)
         counted = labels != -100
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    hidden = batch.kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    hidden = batch.argument("decoder_attention_mask" if encoder_decoder else "attention_mask")
     if isinstance(hidden, Tensor) and tuple(hidden.shape) == lead:
         shown = hidden != 0
         counted = shown if counted is None else counted & shown
@@ -158,7 +185,7 @@ def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
     """Which rows of a site's input the batch's masks count; None where they do not apply."""
     lead = tuple(x.shape) if contract == "lookup" else tuple(x.shape[:-1])
     for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.kwargs.get(name)
+        mask = batch.argument(name)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             continue
         if lead == tuple(mask.shape) or lead == (mask.numel(),):
@@ -178,6 +205,33 @@ def split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, .
 # ------------------------------------------------------------------------------------ the loss
 
 
+class _Sums:
+    """Sums over the rows of an output, and the variance of a row that follows from them."""
+
+    def __init__(self) -> None:
+        self.rows, self.entries, self.squares = 0, 0, 0.0
+        self.totals: dict[int, Tensor | float] = {}
+
+    def add(self, rows: Tensor) -> None:
+        count, width = rows.shape
+        self.rows, self.entries = self.rows + count, self.entries + count * width
+        self.squares += float(rows.square().sum())
+        self.totals[width] = self.totals.get(width, 0.0) + rows.sum(0)
+
+    @property
+    def variance(self) -> float:
+        count = max(self.rows, 1)
+        totals = [torch.as_tensor(total) for total in self.totals.values()]
+        if len(totals) == 1:
+            of_mean = float((totals[0] / count).square().sum())
+        else:  # rows of several widths have one mean entry in common
+            of_mean = sum(float(t.sum()) for t in totals) ** 2 / max(self.entries, 1) / count
+        mean_square = self.squares / count
+        # One row, or constant outputs, have no variance to compare with: their size serves.
+        variance = mean_square - of_mean
+        return variance if variance > 1e-6 * mean_square else mean_square
+
+
 @dataclass(frozen=True)
 class PreservedLoss:
     """The distance to the dense model's outputs, or the caller's loss.
@@ -195,7 +249,7 @@ class PreservedLoss:
         model: nn.Module,
         batches: Sequence[Batch],
         loss_fn: LossFunction | None,
-        run: Callable[[nn.Module, Batch, int], Any] = call,
+        run: Callable[[nn.Module, Batch], Any] = call,
     ) -> PreservedLoss:
         """Learn the outputs' variance from one pass over the calibration data.
 
@@ -203,23 +257,15 @@ class PreservedLoss:
         """
         if loss_fn is not None:
             return cls(loss_fn, {}, "loss_fn")
-        sums: dict[str, list[Any]] = {}
+        sums: dict[str, _Sums] = {}
         with untouched(model):
-            for position, batch in enumerate(batches):
-                for output in outputs_of(run(model, batch, position), batch, model):
+            for batch in batches:
+                for output in outputs_of(run(model, batch), batch, model):
+                    _require_finite(output, batch)
                     if output.logits:
                         return cls(None, {}, "nats")
-                    rows = output.rows.double()
-                    total = sums.setdefault(output.name, [0, 0.0, 0.0])
-                    total[0] += rows.shape[0]
-                    total[1] = total[1] + rows.sum(0)
-                    total[2] += float(rows.square().sum())
-        variances = {}
-        for name, (count, total, squares) in sums.items():
-            mean_square = squares / max(count, 1)
-            variance = mean_square - float((total / max(count, 1)).square().sum())
-            # One row, or constant outputs, have no variance to compare with: their size serves.
-            variances[name] = variance if variance > 1e-6 * mean_square else mean_square
+                    sums.setdefault(output.name, _Sums()).add(output.rows.double())
+        variances = {name: found.variance for name, found in sums.items()}
         return cls(None, variances, "relative squared error")
 
     def probe(
@@ -231,10 +277,10 @@ class PreservedLoss:
         Fisher). For other outputs: Gaussian probes scaled by the variance (Gauss-Newton).
         """
         if self.loss_fn is not None:
-            loss = self.loss_fn(result, batch.given)
             rows = _row_total(result, batch, model)
             # The mean's gradient is 1/rows of each row's: scaled so that the rule above holds.
-            return loss * rows, rows
+            return self._of_the_caller(result, batch) * rows, rows
+        self.require_finite(result, batch, model)
         outputs = outputs_of(result, batch, model)
         total = outputs[0].rows.new_zeros((), dtype=torch.float32)
         for output in outputs:
@@ -251,13 +297,31 @@ class PreservedLoss:
                 total = total + share * scale * (noise * rows).sum()
         return total, outputs[0].rows.shape[0]
 
+    def require_finite(self, result: Any, batch: Batch, model: nn.Module) -> None:
+        """Raises AnalysisError where the dense model's outputs are no numbers to preserve."""
+        if self.loss_fn is None:
+            for output in outputs_of(result, batch, model):
+                _require_finite(output, batch)
+
+    def _of_the_caller(self, result: Any, batch: Batch) -> Tensor:
+        """What ``loss_fn`` gives for a batch."""
+        assert self.loss_fn is not None
+        loss = self.loss_fn(result, batch.given)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise AnalysisError(
+                f"loss_fn gave {given} for batch {batch.number}, which is no scalar tensor",
+                way_out="return a tensor of one entry that depends on the outputs, such as a mean",
+            )
+        return loss.reshape(())
+
     def distance(
         self, dense: Any, result: Any, batch: Batch, model: nn.Module
     ) -> tuple[Tensor, int]:
         """The rise of the loss on one batch, differentiable, as (sum over rows, rows)."""
         if self.loss_fn is not None:
             rows = _row_total(result, batch, model)
-            rise = self.loss_fn(result, batch.given) - self.loss_fn(dense, batch.given)
+            rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
             return rise * rows, rows
         before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
         count = before[0].rows.shape[0]
@@ -280,11 +344,21 @@ class PreservedLoss:
     def mean_distance(self, model: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> float:
         """The mean rise of the loss a row, over batches that both models are run on."""
         total, rows = 0.0, 0
-        for position, batch in enumerate(batches):
-            wanted, got = call(dense, batch, position), call(model, batch, position)
+        for batch in batches:
+            wanted, got = call(dense, batch), call(model, batch)
             part, count = self.rise(wanted, got, batch, model)
             total, rows = total + part, rows + count
         return total / max(rows, 1)
+
+
+def _require_finite(output: Output, batch: Batch) -> None:
+    # A chance of zero is a logit of minus infinity.
+    values = output.rows.amax(-1) if output.logits else output.rows
+    if not bool(values.isfinite().all()):
+        raise AnalysisError(
+            f"the dense model's {output.name} for batch {batch.number} is not finite",
+            way_out="leave that batch out, or run the model in a wider dtype",
+        )
 
 
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:

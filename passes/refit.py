@@ -85,8 +85,8 @@ def refit(
     runs: list[tuple[_Run, _Run]] = []
     try:
         with untouched(program.model):
-            for position, batch in enumerate(batches):
-                given = program.model, batch, position, parameters, order
+            for batch in batches:
+                given = program.model, batch, parameters, order
                 runs.append((_Run(*given, None), _Run(*given, compressed)))
             moments: _Moments | None = None
             for done, name in enumerate(order):
@@ -119,7 +119,7 @@ def _order(model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parameter
         return output
 
     with untouched(model), Observer(parameters.items(), on_matmul):
-        call(model, batch, 0)
+        call(model, batch)
     return [name for name, count in uses.items() if count == 1]
 
 
@@ -160,7 +160,6 @@ class _Run:
         self,
         model: nn.Module,
         batch: Batch,
-        position: int,
         parameters: Mapping[str, nn.Parameter],
         order: Sequence[str],
         compressed: Callable[[str, Frame, Matmul], Tensor] | None,
@@ -178,7 +177,7 @@ class _Run:
             try:
                 if not self._stopped:
                     with torch.no_grad(), Observer(parameters.items(), self._on_matmul):
-                        call(model, batch, position)
+                        call(model, batch)
             except _Stop:
                 pass
             except BaseException as error:

@@ -91,21 +91,20 @@ class CollectStatistics:
         done = 0
         while done < total:
             program.progress("statistics", done, total)
-            position = done % len(self.batches)
-            batch = self.batches[position]
+            batch = self.batches[done % len(self.batches)]
             done += 1
             if program.metric == "loss":
                 assert self.loss is not None
                 if done == 1:
                     changed = _changed_after_use(program.model, batch, wanted)
-                given = program.model, batch, position, wanted
+                given = program.model, batch, wanted
                 add = partial(_add_rows, moments, sites, by_sample=self.by_sample)
                 output_rows += backward(*given, add, self.loss, generator, changed, whole)
                 if done == len(self.batches):
                     probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), self.most_probes)
                     total *= probes
             else:
-                _add_inputs(program.model, batch, position, wanted, sites, moments)
+                _add_inputs(program.model, batch, wanted, sites, moments)
         program.progress("statistics", total, total)
         for term in (term for moment in moments.values() for term in moment.terms.values()):
             term.output_rows, term.probes = output_rows, probes
@@ -122,7 +121,6 @@ class CollectStatistics:
 def _add_inputs(
     model: nn.Module,
     batch: Batch,
-    position: int,
     wanted: Sequence[tuple[str, nn.Parameter]],
     sites: Mapping[str, Site],
     moments: Mapping[str, Moments],
@@ -135,7 +133,7 @@ def _add_inputs(
         return output
 
     with untouched(model), Observer(wanted, on_matmul):
-        call(model, batch, position)
+        call(model, batch)
 
 
 def _changed_after_use(
@@ -150,7 +148,7 @@ def _changed_after_use(
         return output
 
     with untouched(model), Observer(wanted, on_matmul):
-        call(model, batch, 0)
+        call(model, batch)
     return {name for name, x, version in used if x._version != version}
 
 
@@ -180,7 +178,6 @@ def _add_rows(
 def backward(
     model: nn.Module,
     batch: Batch,
-    position: int,
     wanted: Sequence[tuple[str, nn.Parameter]],
     on_rows: Callable[[str, Frame, Matmul, Tensor, int | None], None],
     loss: PreservedLoss,
@@ -225,9 +222,9 @@ def backward(
     leaves = {id(parameter): wholes[name] for name, parameter in wanted if name in wholes}
     with untouched(model), torch.enable_grad():
         with Observer(wanted, on_matmul, frozen=True, stand_ins=leaves):
-            result = call(model, batch, position)
+            result = call(model, batch)
         scalar, rows = loss.probe(result, batch, model, generator)
-        samples = samples_of(result)
+        samples = samples_of(result, batch, model)
         roots += wholes.values()
         if not roots or not scalar.requires_grad:
             raise AnalysisError(

@@ -12,6 +12,8 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -89,7 +91,19 @@ def calibration_batches(
         raise CaptureError(f"{name} is empty", way_out="pass at least one batch, or None")
     if all(isinstance(item, str) for item in items):
         items = list(_tokenized(items, model, tokenizer, name))
-    return tuple(batch_of(item) for item in items)
+    names = positional(model)
+    batches = (batch_of(item) for item in items)
+    return tuple(replace(batch, names=names, number=k) for k, batch in enumerate(batches))
+
+
+def positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that forward takes by position."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    taken = takewhile(lambda p: p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD), parameters)
+    return tuple(p.name for p in taken)
 
 
 def _tokenized(

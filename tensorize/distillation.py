@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from tensorize.capture import batch_of, calibration_batches
+from tensorize.capture import batch_of, calibration_batches, positional
 from tensorize.errors import CaptureError
 from tensorize.forward import untouched
 from tensorize.ir import Batch
@@ -58,11 +58,11 @@ class Distillation:
         """
         return self.mean(model, batch_of(batch))[0].float()
 
-    def mean(self, model: nn.Module, batch: Batch, position: int = 0) -> tuple[Tensor, int]:
+    def mean(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """The mean distance of a batch, and the rows that it is a mean over."""
-        wanted, inside = self._taught(batch, position)
+        wanted, inside = self._taught(batch)
         with _watched(model, self.layers) as seen:
-            result = call(model, batch, position)
+            result = call(model, batch)
         return self._between(model, batch, (wanted, inside), (result, seen))
 
     def fit(self, batches: Sequence[Batch]) -> PreservedLoss:
@@ -87,7 +87,7 @@ class Distillation:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # How many labels there are is said to models that compute their own loss.
             kwargs = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
-            calls[:] = [Batch(args, kwargs, kwargs or args)]
+            calls[:] = [Batch(args, kwargs, kwargs or args, positional(model))]
 
         with _watched(model, self.layers) as seen:
 
@@ -95,9 +95,9 @@ class Distillation:
                 outputs: Any, labels: Tensor | None = None, num_items_in_batch: Any = None
             ) -> Tensor:
                 (batch,) = calls
-                taught = self._taught(batch, 0)
+                taught = self._taught(batch)
                 if labels is not None:
-                    batch = Batch(batch.args, {**batch.kwargs, "labels": labels}, batch.given)
+                    batch = replace(batch, kwargs={**batch.kwargs, "labels": labels})
                 loss, rows = self._between(model, batch, taught, (outputs, seen))
                 seen.clear()  # or the graph would stay until the next call
                 if num_items_in_batch is not None:
@@ -110,10 +110,10 @@ class Distillation:
             finally:
                 hook.remove()
 
-    def _taught(self, batch: Batch, position: int) -> tuple[Any, dict[str, Tensor]]:
+    def _taught(self, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
         """What the teacher gives for a batch, and what its layers do."""
         with untouched(self.teacher), _watched(self.teacher, self.layers) as inside:
-            return call(self.teacher, batch, position), inside
+            return call(self.teacher, batch), inside
 
     def _between(
         self,
@@ -251,9 +251,7 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
             hook.remove()
 
 
-def _outputs_of_layers(
-    model: nn.Module, batch: Batch, position: int, names: Sequence[str]
-) -> dict[str, Tensor]:
+def _outputs_of_layers(model: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
     with _watched(model, names) as seen:
-        call(model, batch, position)
+        call(model, batch)
     return seen

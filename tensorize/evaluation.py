@@ -15,7 +15,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -384,14 +384,14 @@ def _measure(
 ) -> None:
     """All models on all batches; the dense model's outputs are kept for one batch at a time."""
     dense, total, done = rows["dense"], len(samples) * len(rows), 0
-    for position, sample in enumerate(samples):
+    for sample in samples:
         wanted = None
         for name, model in rows.items():
             tell("evaluating", done, total)
             with untouched(model):
-                result = call(model, sample.batch, position)
+                result = call(model, sample.batch)
             wanted = result if wanted is None else wanted
-            meters[name].add(wanted, result, sample, position, dense)
+            meters[name].add(wanted, result, sample, dense)
             done += 1
     tell("evaluating", total, total)
 
@@ -412,17 +412,17 @@ def _samples(
     takes = inspect.signature(dense.forward).parameters
     accepted = "labels" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     samples, kind, causal = [], OUTPUTS, False
-    for position, batch in enumerate(given):
+    for batch in given:
         own = batch.kwargs.get("labels")
         if own is not None and not accepted:
             kwargs = {k: v for k, v in batch.kwargs.items() if k != "labels"}
-            batch = Batch(batch.args, kwargs, kwargs or batch.args)
+            batch = replace(batch, kwargs=kwargs, given=kwargs or batch.args)
         if beside is not None:
-            own = beside[position]
+            own = beside[batch.number]
         ids = only_ids(batch)
-        if position == 0:
+        if not samples:
             with untouched(dense):
-                output = outputs_of(call(dense, batch, 0), batch, dense)[0]
+                output = outputs_of(call(dense, batch), batch, dense)[0]
                 if output.logits and ids is not None and output.shape[:-1] == ids.shape:
                     causal = is_causal(dense, batch, ids)
             kind = _kind(output.shape, output.logits, own, dense)
@@ -444,11 +444,11 @@ def _sample(
     targets, counted = None, batch
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         targets = labels
-        counted = Batch(batch.args, {**batch.kwargs, "labels": labels}, batch.given)
+        counted = replace(batch, kwargs={**batch.kwargs, "labels": labels})
         if shifts_labels(dense):
             targets = _next(labels)
     elif causal and ids is not None:
-        mask = batch.kwargs.get("attention_mask")
+        mask = batch.argument("attention_mask")
         hidden = isinstance(mask, Tensor) and mask.shape == ids.shape
         targets = _next(ids.masked_fill(mask == 0, -100) if hidden else ids)
     return Sample(batch, counted, targets, ids)
@@ -509,7 +509,7 @@ def _timed(
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(untouched(model))
-        output = outputs_of(call(models[0], batch, 0), batch, models[0])[0]
+        output = outputs_of(call(models[0], batch), batch, models[0])[0]
         single = times(models, first_sample(batch))
         whole = times(models, batch)
     return list(single), [len(output.rows) / max(seconds, 1e-9) for seconds in whole]
@@ -528,7 +528,7 @@ def _prompts(
     starts: list[Tensor] = []
     for sample in samples:
         assert sample.ids is not None
-        mask = sample.batch.kwargs.get("attention_mask")
+        mask = sample.batch.argument("attention_mask")
         for k, ids in enumerate(sample.ids):
             seen = ids if mask is None or mask.shape != sample.ids.shape else ids[mask[k] != 0]
             if len(starts) < PROMPTS and len(seen) > 1:

@@ -249,7 +249,7 @@ class _Run:
         state = self.state
         torch.manual_seed(self.seed + state.done)
         with trainable(self.parameters), torch.enable_grad():
-            loss, _ = self.distance.mean(self.model, self.learnt[position], position)
+            loss, _ = self.distance.mean(self.model, self.learnt[position])
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         sizes = [g.float().norm() for g in gradients if g is not None]
         share = state.scale * share_of_rate(state.done, self.steps)

@@ -536,11 +536,21 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One call of the model: its arguments, and what the caller gave (a ``loss_fn`` gets that)."""
+    """One call of the model: its arguments, and what the caller gave (a ``loss_fn`` gets that).
+
+    ``names`` are those of the positional arguments, where they are known; ``number`` is its place
+    among the batches that the caller gave.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     given: Any
+    names: tuple[str, ...] = ()
+    number: int = 0
+
+    def argument(self, name: str) -> Any:
+        """What forward gets by a name; None where it is not passed."""
+        return {**dict(zip(self.names, self.args, strict=False)), **self.kwargs}.get(name)
 
 
 # --------------------------------------------------------------------------------------- plans

@@ -129,7 +129,7 @@ class Meter:
         self.confusion: Tensor | None = None
         self.embeddings: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, dense: Any, result: Any, sample: Sample, position: int, model: nn.Module) -> None:
+    def add(self, dense: Any, result: Any, sample: Sample, model: nn.Module) -> None:
         """Measure one batch."""
         batch = sample.counted
         before, after = outputs_of(dense, batch, model)[0], outputs_of(result, batch, model)[0]
@@ -138,7 +138,7 @@ class Meter:
         if sample.targets is not None:
             if sample.targets.numel() != math.prod(before.shape[:-1]):
                 raise CaptureError(
-                    f"batch {position} has labels of shape {tuple(sample.targets.shape)}, and an "
+                    f"batch {sample.batch.number} has labels of shape {tuple(sample.targets.shape)}, and an "
                     f"output of shape {before.shape}",
                     way_out="give one label for each row of the output",
                 )
@@ -163,7 +163,7 @@ class Meter:
         if math.isnan(value) or value > self.worst[0]:
             ids = sample.ids
             its_own = ids is not None and ids.numel() == math.prod(before.shape[:-1])
-            self.worst = (value, position, row, ids if its_own else None)
+            self.worst = (value, sample.batch.number, row, ids if its_own else None)
 
     def _agreement(self, dense: Tensor, logits: Tensor, wanted: Tensor | None) -> None:
         five = min(5, dense.shape[-1])

@@ -194,8 +194,8 @@ def rise(dense: nn.Module, small: nn.Module, given: Sequence[Any], loss: Preserv
     """The rise of the preserved loss over batches, directly."""
     total, rows = 0.0, 0
     with torch.no_grad():
-        for k, batch in enumerate(map(batch_of, given)):
-            part, count = loss.rise(call(dense, batch, k), call(small, batch, k), batch, dense)
+        for batch in map(batch_of, given):
+            part, count = loss.rise(call(dense, batch), call(small, batch), batch, dense)
             total, rows = total + part, rows + count
     return total / rows
 

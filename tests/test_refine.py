@@ -47,7 +47,7 @@ def ready(model: nn.Module, data: list[Tensor], metric: str, rank: int) -> tuple
 
 
 def given(data: list[Tensor]) -> tuple[Batch, ...]:
-    return tuple(Batch((x,), {}, x) for x in data)
+    return tuple(Batch((x,), {}, x, number=k) for k, x in enumerate(data))
 
 
 # ------------------------------------------------------------------------------------ the refit

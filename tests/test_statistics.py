@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.capture import batch_of
+from tensorize.capture import batch_of, calibration_batches
 from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import Batch
 from tensorize.passes import moments
@@ -723,7 +723,7 @@ def test_the_loss_itself_counts_neither_padding_nor_labels_of_minus_100(logits: 
         batch = batch_of(kwargs)
         loss = PreservedLoss.fit(model, [batch], None)
         with torch.no_grad():
-            dense, changed = call(model, batch, 0), call(other, batch, 0)
+            dense, changed = call(model, batch), call(other, batch)
             rises.append(loss.rise(dense, changed, batch, model))
     assert rises[0][1] == rises[1][1] == 4 * 4
     assert rises[0][0] == pytest.approx(rises[1][0], rel=1e-6)
@@ -784,8 +784,7 @@ def measured(model: nn.Module, name: str, delta: Tensor, batches: Sequence[Any])
     with torch.no_grad():
         changed.get_parameter(name).add_(delta)
         rises = [
-            loss.rise(call(model, batch, 0), call(changed, batch, 0), batch, model)
-            for batch in given
+            loss.rise(call(model, batch), call(changed, batch), batch, model) for batch in given
         ]
     return sum(total for total, _ in rises) / sum(rows for _, rows in rises)
 
@@ -1035,7 +1034,7 @@ def test_the_model_stays_as_it_was_when_a_batch_fails(metric: str) -> None:
     model = touchy()
     before = State.of(model)
     good, bad = draw((8, 5)).float(), draw((8, 7)).float()
-    batches = tuple(batch_of(x) for x in (good, good, bad, good))
+    batches = calibration_batches((good, good, bad, good), model)
     program = FindSites().run(Program(model, batches[0], batches, metric))
     loss = PreservedLoss.fit(model, batches[:2], None) if metric == "loss" else None
     with pytest.raises(CaptureError, match="batch 2 does not fit"):
