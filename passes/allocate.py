@@ -258,6 +258,13 @@ class Allocate:
         )
 
 
+def smallest_share(program: Program) -> float:
+    """The share of a model's parameters that is left where every weight is as small as can be."""
+    points = Allocate(Budget(params=1.0))._points(program, last_resort=False)
+    least = sum(float(p.costs[:, 0].min()) for p in points) + float(other_costs(program)[0])
+    return least / max(dense_totals(program).parameters, 1)
+
+
 def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str]:
     if ranks is None:
         return {}

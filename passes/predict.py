@@ -11,12 +11,13 @@ same way, at fewer points: it changes slowly with the size of the damage.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tensorize.ir import POLISH, REFIT, Batch, RankPlan
+from tensorize.passes.allocate import smallest_share
 from tensorize.passes.factorize import Cores, best_components, compressed_copy, planned_cores
 from tensorize.passes.measured import Reference, approximations, trial_plan
 from tensorize.passes.pipeline import Program
@@ -41,6 +42,10 @@ _STEEPEST = 0.5
 _FADES = 0.12
 
 
+# A refinement leaves at least this share of a rise, as far as predictions go.
+_NOTHING = 0.01
+
+
 @dataclass(frozen=True)
 class Trial:
     """One measured plan: the curves' sum, the rise of the loss, its relative standard error.
@@ -62,11 +67,8 @@ class Predictor:
     trials: tuple[Trial, ...]
     unit: str
     held_out: bool
-
-    @property
-    def refinements(self) -> tuple[str, ...]:
-        """What can be predicted beside factors as they come from the decompositions."""
-        return tuple(dict.fromkeys(t.refine for t in self.trials if t.refine is not None))
+    refinements: tuple[str, ...] = ()
+    """What can be predicted beside factors as they come from the decompositions."""
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]
@@ -106,7 +108,7 @@ class Predictor:
         Beyond its trials it goes on as between the last two, and never past no change; below them
         it fades.
         """
-        if refine is None or not self._of(refine):
+        if refine is None or not self._of(refine) or not self._of(None):
             return 0.0
         at, refined = self._measured(refine)
         gains = refined - np.interp(at, *self._measured(None))
@@ -170,7 +172,8 @@ class CalibratePrediction:
         if not any(curve.in_nats for curve in program.spectra.values()):
             return replace(program, summary="no loss to predict: its gradients say nothing")
         reference = Reference(program.model, self._batches, self.loss)
-        plans = {share: trial_plan(program, share) for share in TRIAL_SHARES}
+        least = smallest_share(program)
+        plans = {share: trial_plan(program, trial_share(least, share)) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
         first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
         wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
@@ -185,8 +188,8 @@ class CalibratePrediction:
             if plan is not None and first[plan] == share:
                 trials.append(self._measure(program, plan, refine, known, reference))
         program.progress("prediction", len(wanted), len(wanted))
-        ordered = tuple(sorted((t for t in trials if t.measured > 0), key=lambda trial: trial.raw))
-        predictor = Predictor(ordered, self.loss.unit, bool(self.held_out))
+        ordered = tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
+        predictor = Predictor(ordered, self.loss.unit, bool(self.held_out), self.refinements)
         ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
         summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
         return replace(program, predictor=predictor, summary=summary)
@@ -211,3 +214,20 @@ class CalibratePrediction:
         found = reference.measure(approximations(program, sites, cores))
         raw = sum(site.predicted_loss for site in sites)
         return Trial(raw, found.rise, found.spread, found.output_error, refine)
+
+
+def trial_share(least: float, share: float) -> float:
+    """A share of a trial; where no model is so small, that of what can be saved at all."""
+    return share if share > least else least + (1 - least) * share
+
+
+def _positive(trials: Sequence[Trial]) -> Iterator[Trial]:
+    """Trials whose rise can be predicted from: those that are worse than the dense model.
+
+    Refined factors may be better than it, by a loss of the caller's: then almost nothing is lost.
+    """
+    plain = {t.raw: t.measured for t in trials if t.refine is None}
+    for trial in trials:
+        least = 0.0 if trial.refine is None else _NOTHING * plain.get(trial.raw, 0.0)
+        if max(trial.measured, least) > 0:
+            yield replace(trial, measured=max(trial.measured, least))

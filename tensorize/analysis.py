@@ -73,7 +73,8 @@ class Analysis:
         allocate = self._allocation(budget, refine, formats, ranks, batch_sizes, rank_multiple)
         plan = run_passes(self.program, (allocate,)).plan
         assert plan is not None
-        return replace(plan, analysis=self, cache=self.cache)
+        own_loss = self.loss_fn is not None
+        return replace(plan, analysis=self, cache=self.cache, own_loss=own_loss)
 
     def _allocation(
         self,

@@ -195,9 +195,8 @@ def compile(
         analysis = analyze(
             model,
             example_inputs=example_inputs,
-            calibration=calibration
-            if _of_itself(calibration)
-            else capture.calibration_batches(calibration, model, tokenizer) or None,
+            calibration=calibration,
+            tokenizer=tokenizer,
             loss_fn=loss_fn,
             metric=metric,
             refine=refine,
@@ -219,6 +218,7 @@ def analyze(
     *,
     example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
+    tokenizer: Any = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
@@ -244,7 +244,7 @@ def analyze(
     capture.check_model(model)
     check_weights(model)
     check_refine(refine)
-    batches, made = _calibration(calibration, model, example_inputs, seed)
+    batches, made = _calibration(calibration, model, example_inputs, seed, tokenizer)
     unasked = calibration is None and metric is None and loss_fn is None
     metric = _metric(metric, batches, loss_fn)
     inputs, source = capture.find_inputs(model, example_inputs, batches)
@@ -324,13 +324,13 @@ def _of_itself(calibration: Any) -> bool:
 
 
 def _calibration(
-    calibration: Any, model: nn.Module, example_inputs: Any, seed: int
+    calibration: Any, model: nn.Module, example_inputs: Any, seed: int, tokenizer: Any = None
 ) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if calibration is None:
         return (), ()
     if not _of_itself(calibration):
-        return capture.calibration_batches(calibration, model), ()
+        return capture.calibration_batches(calibration, model, tokenizer), ()
     inputs, _ = capture.find_inputs(model, example_inputs, ())
     batches, what = self_made(model, inputs, seed)
     return batches, (f"calibrated on {what}",)
@@ -417,6 +417,8 @@ def apply(
     plan: Plan,
     *,
     calibration: Iterable[Any] | str | None = None,
+    tokenizer: Any = None,
+    loss_fn: LossFunction | None = None,
     refine: str | None = "auto",
     autotune: bool = False,
     inplace: bool = False,
@@ -428,24 +430,27 @@ def apply(
     holds it, or ``calibration=`` to make it again; a plan of the weights alone needs neither.
 
     Args:
-        calibration: the data that the plan was made with, where it does not carry them itself.
+        calibration, tokenizer: the data that the plan was made with, where it does not carry them
+            itself.
+        loss_fn: the loss that it was made for, likewise.
         refine: "auto" does what the plan predicts; anything else overrides it, and then the result
             is not what was predicted.
         autotune: time contraction orders on this machine, as ``compile`` does.
 
     Raises:
-        AnalysisError: the plan was made for other weights, or its analysis or the data for its
-            ``refine`` cannot be had.
+        AnalysisError: the plan was made for other weights or another loss, or its analysis or the
+            data for its ``refine`` cannot be had.
     """
     capture.check_model(model)
     check_refine(refine)
     analysis = plan.analysis
-    batches, _ = _calibration(calibration, model, None, plan.seed)
+    batches, _ = _calibration(calibration, model, None, plan.seed, tokenizer)
     if refine != "auto":
         plan = replace(plan, refine=refine)
+    _check_loss(plan, loss_fn)
     with shown(progress) as tell:
         if analysis is None:
-            analysis = _analysis_of(model, plan, batches, tell)
+            analysis = _analysis_of(model, plan, batches, loss_fn, tell)
         if batches and not analysis.calibration:
             analysis = replace(analysis, calibration=batches)
         if plan.refine is not None and not analysis.calibration:
@@ -457,8 +462,23 @@ def apply(
         return _apply(model, plan, analysis, inplace, tell, autotune)
 
 
+def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
+    """Raises AnalysisError where a plan cannot be carried out for the loss that it was made for."""
+    if loss_fn is not None and not plan.own_loss:
+        raise AnalysisError("the plan was made without a loss_fn", way_out="analyse with loss_fn=")
+    if plan.own_loss and plan.analysis is None and loss_fn is None:
+        raise AnalysisError(
+            "the plan was made for a loss_fn, which JSON does not hold",
+            way_out="pass the same loss_fn= again",
+        )
+
+
 def _analysis_of(
-    model: nn.Module, plan: Plan, batches: tuple[Batch, ...], tell: Progress
+    model: nn.Module,
+    plan: Plan,
+    batches: tuple[Batch, ...],
+    loss_fn: LossFunction | None,
+    tell: Progress,
 ) -> Analysis:
     if plan.cache is not None and (found := disk.read_location(plan.cache)) is not None:
         return Analysis(found, plan.fingerprint, plan.cache)
@@ -476,6 +496,7 @@ def _analysis_of(
     return analyze(
         model,
         calibration=None if plan.metric == "frobenius" else [batch.given for batch in batches],
+        loss_fn=loss_fn,
         metric=plan.metric,
         refine=plan.refine,
         formats=formats or None,

@@ -39,7 +39,7 @@ from tensorize.tensors import raw_bytes
 log = logging.getLogger("tensorize")
 
 # Of what is kept: entries of another format have other keys.
-_FORMAT = 4
+_FORMAT = 5
 _ENDING = ".safetensors"
 # Names of groups, so that they are not those of weights.
 _SHARED = "shared: "
@@ -320,6 +320,7 @@ def write(base: str, curves: Curves, program: Program) -> None:
         else {
             "unit": predictor.unit,
             "held_out": predictor.held_out,
+            "refinements": predictor.refinements,
             "trials": [[getattr(t, f.name) for f in fields(Trial)] for t in predictor.trials],
         },
     }
@@ -379,8 +380,13 @@ def read_location(base: str, held: Held = Held.memory) -> Program | None:
             spectra[name] = replace(curve, shared=shared.get(name), measured=measured)
         predictor = None
         if data["predictor"] is not None:
-            trials = tuple(Trial(*values) for values in data["predictor"]["trials"])
-            predictor = Predictor(trials, data["predictor"]["unit"], data["predictor"]["held_out"])
+            kept = data["predictor"]
+            predictor = Predictor(
+                tuple(Trial(*values) for values in kept["trials"]),
+                kept["unit"],
+                kept["held_out"],
+                tuple(kept["refinements"]),
+            )
     except _DAMAGE as error:
         return _damaged(base, error)
     return Program(

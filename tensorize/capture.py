@@ -8,10 +8,11 @@ the first layers; where nothing runs, modules are read by their type (``passes/s
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -90,7 +91,12 @@ def calibration_batches(
     if not items:
         raise CaptureError(f"{name} is empty", way_out="pass at least one batch, or None")
     if all(isinstance(item, str) for item in items):
-        items = list(_tokenized(items, model, tokenizer, name))
+        if tokenizer is None:
+            raise CaptureError(
+                f"{name} holds strings, and there is no tokenizer",
+                way_out="pass tokenizer=, or batches of what the model's forward takes",
+            )
+        items = tokenized(items, model, tokenizer)
     names = positional(model)
     batches = (batch_of(item) for item in items)
     return tuple(replace(batch, names=names, number=k) for k, batch in enumerate(batches))
@@ -106,32 +112,47 @@ def positional(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in taken)
 
 
-def _tokenized(
-    texts: list[str], model: nn.Module, tokenizer: Any, name: str
-) -> Iterator[Mapping[str, Any]]:
-    if tokenizer is None:
-        raise CaptureError(
-            f"{name} holds strings, and there is no tokenizer",
-            way_out="pass tokenizer=, or batches of what the model's forward takes",
-        )
-    config = getattr(model, "config", None)
-    longest = getattr(config, "max_position_embeddings", None) or _TEXT_TOKENS
-    longest = min(longest, _TEXT_TOKENS, getattr(tokenizer, "model_max_length", _TEXT_TOKENS))
-    if getattr(tokenizer, "pad_token", "") is None:
-        # Batches of one need no padding, and a tokenizer without a pad token is left as it is.
-        groups = [[text] for text in texts]
-    else:
-        groups = [texts[i : i + _TEXT_BATCH] for i in range(0, len(texts), _TEXT_BATCH)]
-    accepted = inspect.signature(model.forward).parameters
-    for group in groups:
+def tokenized(
+    texts: Sequence[str],
+    model: nn.Module,
+    tokenizer: Any,
+    batch_size: int = _TEXT_BATCH,
+    max_length: int = _TEXT_TOKENS,
+) -> list[Mapping[str, Any]]:
+    """Texts in batches of what the model's forward takes, cut to the length that it can.
+
+    They are padded together where a mask says so; else each is a batch of its own.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # the caller's, and what is saved, stays as it is
+    accepted = accepted_names(model)
+    if getattr(tokenizer, "pad_token", "") is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
+    masked = accepted is None or "attention_mask" in accepted
+    if not masked or getattr(tokenizer, "pad_token", "") is None:
+        batch_size = 1
+    tokenizer.padding_side = "right"
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = min(max_length, positions or max_length)
+    longest = min(longest, getattr(tokenizer, "model_max_length", longest))
+    batches = []
+    for start in range(0, len(texts), batch_size):
         tokens = tokenizer(
-            group,
-            padding=len(group) > 1,
+            list(texts[start : start + batch_size]),
+            padding=batch_size > 1,
             truncation=True,
             max_length=longest,
             return_tensors="pt",
         )
-        yield {name: tokens[name] for name in tokens if name in accepted}
+        batches.append({k: tokens[k] for k in tokens if accepted is None or k in accepted})
+    return batches
+
+
+def accepted_names(model: nn.Module) -> set[str] | None:
+    """The names that forward takes; None where it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(parameters) == 1:
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def find_inputs(

@@ -41,7 +41,7 @@ from tensorize.sources import (
     parse_budget,
     parse_formats,
     parse_shares,
-    read_calibration,
+    read_batches,
     tokenizer_of,
 )
 
@@ -477,7 +477,7 @@ def eval_command(
         _check_target(html, "--html")
         with contextlib.redirect_stdout(sys.stderr):
             loaded, learnt = _load(dense, dtype, calibration, batch_size, max_length)
-            batches = read_calibration(data, loaded, batch_size, max_length)
+            batches = read_batches(data, loaded, batch_size, max_length, labels=True)
             models: dict[str, Any] = {}
             for source in sources or ():
                 name = Path(source).name
@@ -525,7 +525,7 @@ def _load(
     if str(calibration) == "self" and not calibration.exists():
         _say("the model makes its own calibration data")
         return loaded, "self"
-    batches = read_calibration(calibration, loaded, batch_size, max_length)
+    batches = read_batches(calibration, loaded, batch_size, max_length)
     _say(f"calibrating on {len(batches)} batches from {calibration}")
     return loaded, batches
 

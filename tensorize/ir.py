@@ -649,8 +649,9 @@ class Plan:
     ``fingerprint`` identifies the model and analysis that it was made for; ``refine`` is what will
     be done to the cores, and what ``predicted`` is of; ``gap`` the share of the sum of distortions
     by which a better choice might be better (the duality gap); ``machine`` the one whose figures
-    its times are predicted from. A plan that comes from
-    ``Analysis.plan`` also carries that analysis; it is no part of equality, hash or JSON.
+    its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's.
+    A plan that comes from ``Analysis.plan`` also carries that analysis; it is no part of equality,
+    hash or JSON.
     """
 
     sites: tuple[RankPlan, ...]
@@ -666,6 +667,7 @@ class Plan:
     machine: str = GENERIC.name
     notes: tuple[str, ...] = ()
     cache: str | None = None
+    own_loss: bool = False
     analysis: Any = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> str:

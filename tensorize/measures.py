@@ -138,8 +138,8 @@ class Meter:
         if sample.targets is not None:
             if sample.targets.numel() != math.prod(before.shape[:-1]):
                 raise CaptureError(
-                    f"batch {sample.batch.number} has labels of shape {tuple(sample.targets.shape)}, and an "
-                    f"output of shape {before.shape}",
+                    f"batch {sample.batch.number} has labels of shape "
+                    f"{tuple(sample.targets.shape)}, and an output of shape {before.shape}",
                     way_out="give one label for each row of the output",
                 )
             wanted = sample.targets.reshape(-1)[places.to(sample.targets.device)]

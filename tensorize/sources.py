@@ -19,7 +19,7 @@ import typer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tensorize import checkpoint
+from tensorize import capture, checkpoint
 from tensorize.budget import Budget
 from tensorize.errors import CaptureError
 from tensorize.manifest import MANIFEST
@@ -213,21 +213,28 @@ def load_compressed(directory: str, dense: Loaded) -> nn.Module:
 # --------------------------------------------------------------------------------- calibration
 
 
-def read_calibration(path: Path, loaded: Loaded, batch_size: int, max_length: int) -> list[Any]:
+def read_batches(
+    path: Path, loaded: Loaded, batch_size: int, max_length: int, *, labels: bool = False
+) -> list[Any]:
     """Batches of a text file or of named tensors, as the model's forward takes them.
+
+    ``labels``: they may hold labels as well, whether forward takes them or not.
 
     Raises:
         CaptureError: there is no such file, it is of another kind, or it does not fit the model.
     """
     if not path.is_file():
-        raise CaptureError(f"there is no calibration file {path}", way_out="check the path")
+        raise CaptureError(f"there is no file {path}", way_out="check the path")
     if path.suffix == ".safetensors":
-        return _tensor_batches(path, loaded.model, batch_size)
+        return _tensor_batches(path, loaded.model, batch_size, {"labels"} if labels else set())
     return _text_batches(path, loaded, batch_size, max_length)
 
 
-def _tensor_batches(path: Path, model: nn.Module, batch_size: int) -> list[Any]:
-    """Named inputs, cut along their first axis; one tensor of any name is the only input."""
+def _tensor_batches(path: Path, model: nn.Module, batch_size: int, more: set[str]) -> list[Any]:
+    """Named inputs, cut along their first axis; one tensor of any name is the only input.
+
+    ``more`` names what may be there beside them.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -241,27 +248,21 @@ def _tensor_batches(path: Path, model: nn.Module, batch_size: int) -> list[Any]:
             f"the tensors of {path} have different numbers of samples: {lengths}",
             way_out="give all of them the same first axis, the sample",
         )
-    accepted = _accepted(model)
+    accepted = capture.accepted_names(model)
     positional = len(tensors) == 1 and accepted is not None and not accepted & tensors.keys()
     count = next(iter(lengths.values()))
     cuts = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
     if positional:
         (only,) = tensors.values()
         return [(only[cut],) for cut in cuts]
-    if accepted is not None and (unknown := tensors.keys() - accepted):
+    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+    unknown = tensors.keys() - (accepted or tensors.keys()) - more
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise CaptureError(
             f"{path} holds {', '.join(sorted(unknown))}, which the model's forward does not take",
-            way_out=f"name the tensors as its arguments: {', '.join(sorted(accepted))}",
+            way_out=f"name the tensors as its arguments: {', '.join(sorted(accepted or ()))}",
         )
     return [{name: tensor[cut] for name, tensor in tensors.items()} for cut in cuts]
-
-
-def _accepted(model: nn.Module) -> set[str] | None:
-    """The names that forward takes; None where it takes any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(parameters) == 1:
-        return None
-    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def documents(text: str) -> list[str]:
@@ -288,23 +289,4 @@ def _text_batches(
         ) from error
     if not texts:
         raise CaptureError(f"{path} holds no text", way_out="one document a paragraph or line")
-    tokenizer = copy.deepcopy(loaded.tokenizer)  # what is saved beside the model stays as it is
-    accepted = _accepted(loaded.model)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
-    if tokenizer.pad_token is None or (accepted is not None and "attention_mask" not in accepted):
-        batch_size = 1
-    positions = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
-    longest = min(max_length, positions or max_length, tokenizer.model_max_length)
-    batches = []
-    for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(
-            texts[start : start + batch_size],
-            padding=batch_size > 1,
-            padding_side="right",
-            truncation=True,
-            max_length=longest,
-            return_tensors="pt",
-        )
-        batches.append({k: v for k, v in tokens.items() if accepted is None or k in accepted})
-    return batches
+    return capture.tokenized(texts, loaded.model, loaded.tokenizer, batch_size, max_length)

@@ -261,7 +261,7 @@ def test_unusable_calibration() -> None:
         "point.safetensors": "numbers of samples",
         "broken.safetensors": "no safetensors file",
         "text.txt": "no tokenizer",
-        "missing.txt": "no calibration file",
+        "missing.txt": "there is no file missing.txt",
     }
     for file, message in expected.items():
         result = invoke("compile", "clinet:make", "--out", "small", "--calibration", file)

@@ -18,11 +18,11 @@ import tensorize
 from benchmarks.quality import text
 from examples.gpt import load_pretrained
 from tensorize.capture import batch_of
-from tensorize.errors import BudgetError
 from tensorize.ir import TTSpec
+from tensorize.passes.allocate import smallest_share
 from tensorize.passes.factorize import planned_cores
 from tensorize.passes.measured import approximations
-from tensorize.passes.predict import TRIAL_SHARES, Predictor, Trial
+from tensorize.passes.predict import TRIAL_SHARES, Predictor, Trial, trial_share
 from tensorize.passes.preserved import PreservedLoss, call
 from tests.models import CASES, MLP, Case
 
@@ -217,11 +217,9 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
     assert raws == sorted(raws)
     loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
     checked = 0
+    least = smallest_share(analysis.program)
     for share in TRIAL_SHARES:
-        try:
-            plan = analysis.plan(share, refine=None)
-        except BudgetError:
-            continue
+        plan = analysis.plan(trial_share(least, share), refine=None)
         raw = sum(site.predicted_loss for site in plan.sites)
         trial = next((t for t in plain if t.raw == pytest.approx(raw, rel=1e-12)), None)
         if trial is None:
@@ -277,7 +275,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_shares_that_are_not_feasible_are_left_out() -> None:
+def test_shares_that_are_not_feasible_are_those_of_what_can_be_saved() -> None:
     class Heavy(nn.Module):
         """Half of the parameters are no matmul's."""
 
@@ -291,8 +289,47 @@ def test_shares_that_are_not_feasible_are_left_out() -> None:
 
     analysis = tensorize.analyze(Heavy(), calibration=[torch.randn(32, 48) for _ in range(4)])
     found = analysis.program.predictor.trials
-    _, trial = [t for t in found if t.refine is None]  # 0.9 and 0.75: 0.5 and less cannot be
-    assert analysis.plan(0.75, refine=None).predicted.loss == pytest.approx(trial.measured)
+    least = smallest_share(analysis.program)
+    assert 0.5 < least < 0.6
+    shares = [0.9, 0.75, *(least + (1 - least) * share for share in (0.5, 0.25, 0.1))]
+    losses = sorted({analysis.plan(share, refine=None).predicted.loss for share in shares})
+    assert losses == pytest.approx(sorted(t.measured for t in found if t.refine is None))
+
+
+@pytest.mark.parametrize("refine", ["refit", "polish"])
+def test_a_small_part_of_a_model_is_predicted_and_refined_as_all_of_it(refine: str) -> None:
+    model = nn.Sequential(
+        nn.Linear(48, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 48)
+    )
+    data = [torch.randn(32, 48) for _ in range(8)]
+    analysis = tensorize.analyze(model, calibration=data, include="4", refine=refine)
+    plan = analysis.plan(0.95, refine=refine)  # less than 0.9 cannot be
+    low, high = plan.predicted.loss_interval
+    assert 0 < low < plan.predicted.loss < high
+    small = tensorize.apply(model, plan)
+    assert sum(p.numel() for p in small.parameters()) == plan.predicted.parameters
+
+
+def test_a_polish_that_beats_the_dense_model_is_predicted_to_lose_next_to_nothing() -> None:
+    """A loss of the caller's may fall below the dense model's, and has no logarithm there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    data = [torch.randn(64, 64) for _ in range(8)]
+    analysis = tensorize.analyze(
+        model,
+        calibration=data,
+        loss_fn=lambda outputs, _: (outputs[:, 0] - 1).square().mean(),
+        refine="polish",
+    )
+    plan = analysis.plan(0.5, refine="polish")
+    plain = analysis.plan(0.5, refine=None).predicted.loss
+    assert 0 <= plan.predicted.loss <= plain
+
+
+def test_a_predictor_whose_plain_trials_lost_nothing_predicts_from_the_curves() -> None:
+    found = Predictor((Trial(1.0, 0.5, 0.0, 0.1, "refit"),), "nats", True, ("refit",))
+    assert found.predict(2.0, "refit")[0] == 2.0
+    assert not found.pays("refit")
 
 
 @pytest.mark.parametrize("metric", ["frobenius", "input"])
