@@ -35,6 +35,7 @@ from tensorize.passes.points import (
     forced_point,
     group_points,
     other_costs,
+    scales,
 )
 from tensorize.passes.sites import matches, require_match
 from tensorize.passes.slower import WORTH, slow_choices, without_slow_points
@@ -80,7 +81,7 @@ class Allocate:
 
     def _points(self, program: Program, *, last_resort: bool) -> list[Points]:
         overrides = _overrides(program.sites, self.ranks)
-        load = self.batch_sizes, program.machine
+        load, scale = (self.batch_sizes, program.machine), scales(program)
         result = []
         for site in program.sites:
             curve = program.spectra.get(site.name)
@@ -106,17 +107,14 @@ class Allocate:
                 result.append(dense_point(site, itemsize, "not named by ranks=", *load))
             else:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
-                result.append(
-                    curve_points(
-                        curve, allowed, itemsize, load[0], self.rank_multiple, machine=load[1]
-                    )
-                )
+                given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
+                result.append(curve_points(*given, scale[site.name]))
         names = {
             site.name
             for site in program.sites
             if self.formats is None or SHARED in self.formats.get(site.name, ())
         }
-        return _grouped(result, program, names, self.rank_multiple, self.batch_sizes)
+        return _grouped(result, program, names, scale, self.rank_multiple, self.batch_sizes)
 
     @property
     def _cost_names(self) -> tuple[str, ...]:
@@ -260,27 +258,43 @@ class Allocate:
 
 def smallest_share(program: Program) -> float:
     """The share of a model's parameters that is left where every weight is as small as can be."""
-    points = Allocate(Budget(params=1.0))._points(program, last_resort=False)
+    points = Allocate(Budget(params=1.0))._points(program, last_resort=True)
     least = sum(float(p.costs[:, 0].min()) for p in points) + float(other_costs(program)[0])
     return least / max(dense_totals(program).parameters, 1)
 
 
-def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str]:
-    if ranks is None:
-        return {}
-    require_match(sites, list(ranks), "ranks")
-    chosen: dict[str, int | str] = {}
-    for pattern, rank in ranks.items():
+def check_ranks(ranks: RanksOption) -> None:
+    """Raises AnalysisError for what ``ranks=`` cannot be, whatever the model."""
+    if ranks is not None and not isinstance(ranks, Mapping):
+        raise AnalysisError(
+            f"ranks= maps patterns to ranks, got {ranks!r}", way_out='ranks={"*": 8}'
+        )
+    for pattern, rank in (ranks or {}).items():
         good = rank == "full" or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0)
         if not good:
             raise AnalysisError(
-                f"ranks[{pattern!r}] must be a positive integer or 'full', got {rank!r}"
+                f"ranks[{pattern!r}] must be a positive integer or 'full', got {rank!r}",
+                way_out=f"ranks={{{pattern!r}: 8}}",
             )
+
+
+def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str]:
+    check_ranks(ranks)
+    require_match(sites, list(ranks or {}), "ranks")
+    chosen: dict[str, int | str] = {}
+    for pattern, rank in (ranks or {}).items():
         exact = {site.name for site in sites if pattern in site.names}
-        for site in sites:
-            named = site.name in exact if exact else matches(site, pattern)
-            if named and (exact or not (site.blocked or site.last_resort)):
-                chosen.setdefault(site.name, rank)
+        named = [s for s in sites if (s.name in exact if exact else matches(s, pattern))]
+        free = named if exact else [s for s in named if not (s.blocked or s.last_resort)]
+        if not free:
+            raise AnalysisError(
+                f"ranks[{pattern!r}] names only weights that stay dense: "
+                f"{named[0].blocked or named[0].last_resort}",
+                site=named[0].name,
+                way_out="name one of them in full, where it can be factorized, or leave it out",
+            )
+        for site in free:
+            chosen.setdefault(site.name, rank)
     return chosen
 
 
@@ -303,6 +317,8 @@ def _rounded_errors(points: Points) -> np.ndarray:
     Rounding every entry of two factors changes their product by some .2 eps of its size, measured
     on trained weights (the entries' errors are independent of each other and of the truncation).
     """
+    if not points.errors.any():
+        return points.errors  # dense, and perhaps of a dtype that rounds nothing
     eps = torch.finfo(getattr(torch, points.site.dtype)).eps
     return np.where(points.errors > 0, np.hypot(points.errors, eps / 2), 0.0)
 
@@ -329,11 +345,14 @@ def _check_feasible(
         blocking = [f"{p.site.name} ({int(v):,}: {p.fixed})" for v, p in fixed[:3] if v > 0]
         if overhead[j]:
             blocking.append(f"biases, norms and other small parameters ({int(overhead[j]):,})")
-        share = np.ceil(need / whole[j] * 1e4) / 1e4  # with four digits, still enough
+        share = np.ceil(need / whole[j] * 1e4) / 1e4 if whole[j] else np.inf  # still enough
         short = cost == "params" and share <= 1
+        of_dense = (
+            f"{need / whole[j]:.4f} of the dense model" if whole[j] else "dense it costs none"
+        )
         raise BudgetError(
             f"{cost} cannot be within {limits[name]:,.0f}: the smallest feasible value is "
-            f"{need:,} ({need / whole[j]:.4f} of the dense model); in the way: "
+            f"{need:,} ({of_dense}); in the way: "
             f"{'; '.join(blocking) or 'every weight is at its smallest rank already'}",
             site=fixed[0][1].site.name if fixed else None,
             way_out=f"budget={f'{share:.4f}' if short else f'tensorize.Budget({cost}={need})'}, "
@@ -351,6 +370,7 @@ def _grouped(
     points: Sequence[Points],
     program: Program,
     allowed: Collection[str],
+    scale: Mapping[str, float],
     rank_multiple: int,
     batch_sizes: Sequence[int],
 ) -> list[Points]:
@@ -363,7 +383,7 @@ def _grouped(
             groups[p.site.input_group or ""].append(p)
     for members in groups.values():
         curves = [program.spectra[p.site.name] for p in members]
-        load = rank_multiple, batch_sizes, program.machine
+        load = [scale[p.site.name] for p in members], rank_multiple, batch_sizes, program.machine
         if len(members) > 1 and (group := group_points(members, curves, *load)):
             for p in members:
                 del result[p.site.name]

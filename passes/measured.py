@@ -80,6 +80,11 @@ class Reference:
             spread = float(means.std() / len(means) ** 0.5 / rise)
         return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
 
+    @property
+    def one_row_a_sample(self) -> bool:
+        """Whether the outputs have one row for each sample, however many positions it has."""
+        return samples_of(self.dense[0], self.batches[0], self.model) is not None
+
     def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
         """The outputs that can be compared: with a loss of the caller's they may be anything."""
         try:
@@ -125,7 +130,8 @@ class MeasureLargest:
         trials = {curve.site.name: _alone(curve) for curve in curves}
         if not any(trials.values()):
             return replace(program, summary="no weight is large enough to be measured by itself")
-        if not _one_row_a_sample(program.model, self.batches[0]):
+        first = Reference(program.model, self.batches[:1], self.loss)
+        if not first.one_row_a_sample:
             return replace(program, summary="not measured: every position has an output of its own")
         reference = Reference(program.model, self.batches, self.loss)
         found, done = dict(program.spectra), 0
@@ -145,12 +151,6 @@ class MeasureLargest:
         if not _is_better(measured, program, reference):
             return replace(program, summary=f"{summary}; not used, as plans with it lose more")
         return replace(measured, summary=summary)
-
-
-def _one_row_a_sample(model: nn.Module, batch: Batch) -> bool:
-    """Whether the outputs have one row for each sample, however many positions it has."""
-    with untouched(model):
-        return samples_of(call(model, batch), batch, model) is not None
 
 
 def _is_better(one: Program, other: Program, reference: Reference) -> bool:

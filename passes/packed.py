@@ -3,7 +3,8 @@
 A graph of dynamo's is not one model's own: layers of equal shapes share it when they are compiled
 one by one, and a parameter may be replaced by another. So what a pass packs is not kept in the
 graph but found at every call, by the very tensors that the graph is called with, and made again
-where one of them was changed.
+where one of them was changed. Writes are those that torch counts: one through ``.data`` is not
+seen, as autograd does not see it either.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def value(pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
     """What ``pack`` makes of tensors as they are now; kept as long as the first of them is."""
     known: dict[Any, _Made] = _made.setdefault(tensors[0], {})
     key = pack, tuple(map(id, tensors))
-    state = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+    state = [(_version(tensor), tensor.data_ptr()) for tensor in tensors]
     if key in known:
         references, before, result = known[key]
         same = (ref() is tensor for ref, tensor in zip(references, tensors, strict=True))
@@ -65,3 +66,8 @@ def value(pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
         result = pack([tensor.detach() for tensor in tensors])
     known[key] = [TensorWeakRef(tensor) for tensor in tensors], state, result
     return result
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of writes to a tensor; what inference mode made does not count them."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -187,12 +187,27 @@ def dense_point(
     return Points(site, costs, zero, zero, zero, np.zeros(1, int), fixed=reason)
 
 
-def _scale(curve: Spectrum) -> float:
-    """What turns a curve's distortion into the unit in which weights are compared."""
-    if curve.in_nats:
-        return 1.0
-    whole = float(curve.distortion[0])
-    return whole**-_RELATIVE if whole > 0 else 1.0
+def scales(program: Program) -> dict[str, float]:
+    """What turns each curve's distortion into the unit in which weights are compared.
+
+    That is the loss, where there is one. A weight that the calibration data did not reach is then
+    taken to be worth as much of it as a typical one of its size.
+    """
+    whole = {name: float(curve.distortion[0]) for name, curve in program.spectra.items()}
+    known = [
+        whole[name] / curve.site.parameters
+        for name, curve in program.spectra.items()
+        if curve.in_nats and whole[name] > 0
+    ]
+    found = {}
+    for name, curve in program.spectra.items():
+        if curve.in_nats or whole[name] <= 0:
+            found[name] = 1.0
+        elif known:
+            found[name] = float(np.median(known)) * curve.site.parameters / whole[name]
+        else:
+            found[name] = whole[name] ** -_RELATIVE
+    return found
 
 
 def curve_points(
@@ -202,8 +217,12 @@ def curve_points(
     batch_sizes: Sequence[int],
     rank_multiple: int = 1,
     machine: Machine = GENERIC,
+    scale: float = 1.0,
 ) -> Points:
-    """All points of a weight; low ranks above ``rank_multiple`` only at its multiples."""
+    """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
+
+    ``scale`` turns its distortion into what the allocation minimises.
+    """
     site = curve.site
     m, n = site.matrix
     count = max(site.experts, 1)
@@ -239,7 +258,7 @@ def curve_points(
         site,
         costs,
         rises if curve.in_nats else np.zeros_like(rises),
-        rises * _scale(curve),
+        rises * scale,
         np.sqrt(np.maximum(distortion, 0) / whole) if whole > 0 else np.zeros_like(distortion),
         np.concatenate(labels)[order],
         others,
@@ -291,6 +310,7 @@ class GroupPoints(Points):
 def group_points(
     members: Sequence[Points],
     curves: Sequence[Spectrum],
+    scale: Sequence[float],
     rank_multiple: int = 1,
     batch_sizes: Sequence[int] = (),
     machine: Machine = GENERIC,
@@ -317,7 +337,7 @@ def group_points(
     itemsize = element_size(curves[0].site)
     together = ranks * (rows + n)
     rises = [curve.rise(tail) for tail, curve in zip(tails, curves, strict=True)]
-    weighed = sum(rise * _scale(curve) for rise, curve in zip(rises, curves, strict=True))
+    weighed = sum(rise * each for rise, each in zip(rises, scale, strict=True))
     order = np.argsort(costs[:, 0], kind="stable")
     better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
     if not better.any():
@@ -325,7 +345,10 @@ def group_points(
     ranks, together, weighed = ranks[better], together[better], weighed[better]
     tails = [tail[better] for tail in tails]
     in_nats = [rise[better] * curve.in_nats for rise, curve in zip(rises, curves, strict=True)]
-    off = [np.sqrt(t / float(c.distortion[0])) for t, c in zip(tails, curves, strict=True)]
+    off = [
+        np.array([curve.error(float(lost)) for lost in tail])
+        for tail, curve in zip(tails, curves, strict=True)
+    ]
     # The product with the input is computed once.
     dtype = curves[0].site.dtype
     times = [matmul_time(machine, batch, n, ranks, dtype) for batch in batch_sizes]

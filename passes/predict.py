@@ -27,8 +27,10 @@ from tensorize.passes.refit import refit
 from tensorize.weight import factored
 
 TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
-# A refit's gain changes slowly from half the parameters on, a polish's does not.
+# A refit's gain changes slowly from half the parameters on, a polish's does not, and neither does
+# that of a model with one output row a sample, where a table is the first to lose: it has no refit.
 _REFINED_SHARES = {REFIT: (0.5, 0.25), POLISH: (0.75, 0.5, 0.25)}
+_REFINED_POOLED = (0.75, 0.5, 0.25)
 _NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.13
@@ -177,9 +179,10 @@ class CalibratePrediction:
         # Of shares that come to one plan the first is tried.
         first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
         wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
-        wanted += [
-            (share, refine) for refine in self.refinements for share in _REFINED_SHARES[refine]
-        ]
+        pooled = reference.one_row_a_sample
+        for refine in self.refinements:
+            shares = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
+            wanted += [(share, refine) for share in shares]
         known = best_components(program, first)
         trials: list[Trial] = []
         for done, (share, refine) in enumerate(wanted):

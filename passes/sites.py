@@ -227,6 +227,14 @@ def matches(site: Site, select: Select) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in candidates)
 
 
+def named_parameters(model: nn.Module) -> list[Site]:
+    """Every parameter with its names, of no known use: what patterns can be compared with early."""
+    return [
+        Site(aliases[0], tuple(p.shape), str(p.dtype).removeprefix("torch."), (), aliases[1:])
+        for p, aliases in _names(model).values()
+    ]
+
+
 def require_match(sites: Sequence[Site], patterns: Sequence[str], option: str) -> None:
     """Raises AnalysisError, with near names, for a pattern that names no site."""
     names = [name for site in sites for name in site.names]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,11 +180,12 @@ def formats_by_site(sites: Sequence[Site], option: FormatsOption) -> dict[str, t
     }
 
 
-def _checked(names: str | Sequence[str]) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) else tuple(names)
+def _checked(names: Any) -> tuple[str, ...]:
+    names = (names,) if not isinstance(names, tuple | list | set | frozenset) else tuple(names)
     for name in names:
         if name not in FORMATS:
             raise AnalysisError(
                 f"formats={name!r} is no format", way_out=f"one of {', '.join(FORMATS)}"
             )
-    return names
+    # A first factor in common is one more point of low rank.
+    return (*names, LOW_RANK) if SHARED in names and LOW_RANK not in names else names

@@ -163,8 +163,8 @@ def _add_rows(
     *,
     by_sample: bool,
 ) -> None:
-    if name not in moments:
-        return
+    if name not in moments or sites[name].last_resort:
+        return  # the gradient of what is used as a whole holds what comes by its matmuls, too
     site = sites[name]
     pairs = None
     if by_sample and samples and has_full_moments(site):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError
 from tensorize.ir import POLISH, REFIT, Batch, Plan
-from tensorize.passes.allocate import Allocate, RanksOption
+from tensorize.passes.allocate import Allocate, RanksOption, check_ranks
 from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.preserved import LossFunction
 from tensorize.passes.spectra import FormatsOption, formats_by_site
@@ -85,10 +85,14 @@ class Analysis:
         batch_sizes: Sequence[int],
         rank_multiple: int | None = None,
     ) -> Allocate:
-        if budget is None and ranks is None:
-            raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
-        if not batch_sizes or any(not isinstance(b, int) or b < 1 for b in batch_sizes):
-            raise BudgetError(f"batch_sizes must be positive integers, got {batch_sizes!r}")
+        budget = None if budget is None else Budget.of(budget)
+        check_choice(budget, refine, ranks)
+        several = isinstance(batch_sizes, Sequence) and len(batch_sizes) > 0
+        if not several or any(not isinstance(b, int) or b < 1 for b in batch_sizes):
+            raise BudgetError(
+                f"batch_sizes must be positive integers, got {batch_sizes!r}",
+                way_out="batch_sizes=(1, 16, 256)",
+            )
         chosen = None
         if formats is not None:
             free = [site for site in self.program.sites if site.blocked is None]
@@ -97,9 +101,11 @@ class Analysis:
                 self.program.spectra[site.name].require(chosen[site.name])
         if rank_multiple is None:
             rank_multiple = self.program.machine.rank_multiple
-        if rank_multiple < 1:
-            raise BudgetError(f"rank_multiple must be a positive integer, got {rank_multiple}")
-        budget = None if budget is None else Budget.of(budget)
+        if not isinstance(rank_multiple, int) or rank_multiple < 1:
+            raise BudgetError(
+                f"rank_multiple must be a positive integer, got {rank_multiple!r}",
+                way_out="rank_multiple=8",
+            )
         return Allocate(
             budget,
             ranks=ranks,
@@ -117,14 +123,8 @@ class Analysis:
         if refine == "auto":
             pays = self.calibration and (predictor is None or predictor.pays(REFIT))
             return REFIT if pays and not limited else None
-        check_refine(refine)
         if refine is None:
             return None
-        if limited:
-            raise BudgetError(
-                f"refine={refine!r} moves errors between weights, and the budget limits each",
-                way_out="refine=None, or limit the loss instead of the error",
-            )
         if not self.calibration:
             raise AnalysisError(
                 f"refine={refine!r} needs calibration data", way_out="analyse with calibration="
@@ -165,6 +165,19 @@ class Analysis:
         return (
             f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
             f"can be factorized\n{self.curve()}"
+        )
+
+
+def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) -> None:
+    """Raises AnalysisError or BudgetError for what no analysis can make a plan of."""
+    check_ranks(ranks)
+    check_refine(refine)
+    if budget is None and ranks is None:
+        raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
+    if budget is not None and budget.error is not None and refine in (REFIT, POLISH):
+        raise BudgetError(
+            f"refine={refine!r} moves errors between weights, and the budget limits each",
+            way_out="refine=None, or limit the loss instead of the error",
         )
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, shards, streaming, weight
-from tensorize.analysis import Analysis, check_refine, fingerprint
+from tensorize.analysis import Analysis, check_choice, check_refine, fingerprint
 from tensorize.budget import Budget, parse_bytes
 from tensorize.codegen import (
     aten,
@@ -33,6 +33,7 @@ from tensorize.codegen import (
     training,
 )
 from tensorize.errors import AnalysisError, CaptureError, CheckpointError, TensorizeError
+from tensorize.forward import in_usual_modes
 from tensorize.graphs import Graphs
 from tensorize.ir import (
     BLOCK,
@@ -59,9 +60,15 @@ from tensorize.passes.polish import Polish
 from tensorize.passes.predict import CalibratePrediction
 from tensorize.passes.preserved import LossFunction, PreservedLoss, split
 from tensorize.passes.refit import Refit
-from tensorize.passes.sites import FindSites, Select, check_weights
+from tensorize.passes.sites import (
+    FindSites,
+    Select,
+    check_weights,
+    named_parameters,
+    require_match,
+)
 from tensorize.passes.slower import slow_choices
-from tensorize.passes.spectra import ComputeSpectra, FormatsOption
+from tensorize.passes.spectra import ComputeSpectra, FormatsOption, formats_by_site
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, timed_plan
 from tensorize.passes.training import plan_training
@@ -121,6 +128,7 @@ hooks.when_imported("transformers.quantizers.auto", "tensorize.pretrained")
 hooks.when_imported("peft.tuners.lora.model", "tensorize.lora")
 
 
+@in_usual_modes
 def compile(
     model: nn.Module,
     budget: float | Budget | None = 0.1,
@@ -184,8 +192,11 @@ def compile(
         CaptureError: the model or its inputs cannot be used.
         AnalysisError: weights or options do not allow an analysis.
     """
-    if budget is not None:
-        budget = Budget.of(budget)
+    budget = None if budget is None else Budget.of(budget)
+    check_choice(budget, refine, ranks)
+    if ranks is not None:
+        capture.check_model(model)
+        require_match(named_parameters(model), list(ranks), "ranks")
     if backend not in BACKENDS:
         raise TensorizeError(
             f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}",
@@ -213,6 +224,7 @@ def compile(
         return use_kernels(small, backend)
 
 
+@in_usual_modes
 def analyze(
     model: nn.Module,
     *,
@@ -261,6 +273,8 @@ def analyze(
     with shown(progress) as tell:
         program = replace(program, progress=tell)
         program = run_passes(program, (FindSites(include, exclude),))
+        # A format that is none is said before the expensive stage.
+        formats_by_site([site for site in program.sites if site.blocked is None], formats)
         plain = program
         if unasked:
             program = _with_own_data(program)
@@ -412,6 +426,7 @@ def _cost(program: Program) -> str:
     )
 
 
+@in_usual_modes
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -794,6 +809,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     checkpoint.save(model, directory)
 
 
+@in_usual_modes
 def load(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,

@@ -55,6 +55,12 @@ def check_model(model: Any, *, on_meta: bool = False) -> None:
                 site=name,
                 way_out="load the weights; a model is compiled before it is offloaded, not after",
             )
+        if parameter.is_inference():
+            raise CaptureError(
+                "the parameter was made under torch.inference_mode: no gradient passes it",
+                site=name,
+                way_out="make or load the model outside of inference mode",
+            )
     if count == 0:
         raise CaptureError("the model has no parameters", way_out="there is nothing to compress")
 

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from tensorize.errors import AnalysisError
 from tensorize.ir import Batch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def in_usual_modes(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that is called outside of inference mode, and refuses to run under autocast.
+
+    What inference mode makes, no gradient can pass; autocast would round the decompositions.
+
+    Raises:
+        AnalysisError: autocast is on.
+    """
+
+    @functools.wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+            raise AnalysisError(
+                f"{function.__name__} was called under torch.autocast, which would compute "
+                "decompositions in half precision",
+                way_out="call it outside of it; a model may use autocast inside its forward",
+            )
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return called
 
 
 @contextlib.contextmanager

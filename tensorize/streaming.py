@@ -87,7 +87,7 @@ class WriteFactors:
         planned = planned_model(program, self.source.model)
         artefact = self.artefact(replace(program, model=planned))
         scratch = copy.deepcopy(self.source.model)
-        journal = Journal(artefact.journal)
+        journal = artefact.open_journal()
         errors = dict(journal.errors)
         units = self._units(program)
         with Writer(artefact.draft, artefact.layout) as file:
@@ -221,9 +221,12 @@ class Artefact:
     contents: Contents
     layout: Layout
 
-    @property
-    def journal(self) -> Path:
-        return self.draft.with_suffix(".jsonl")
+    def open_journal(self) -> Journal:
+        """What the draft holds; where there is no draft (it was put in its place), nothing."""
+        path = self.draft.with_suffix(".jsonl")
+        if not self.draft.exists() or self.draft.stat().st_size != self.layout.size:
+            path.unlink(missing_ok=True)
+        return Journal(path)
 
     def save(self, model: nn.Module, report: Report, directory: Path) -> None:
         """Complete it: configurations and manifest beside it, and the file in its place."""

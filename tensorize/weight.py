@@ -215,9 +215,9 @@ class SharedProduct:
         self._left = 0
 
     def __call__(self, first: nn.Module, x: Tensor) -> Tensor:
-        if x.is_inference():
-            return first(x)
-        weight = first.weight
+        weight: Any = first.weight
+        if x.is_inference() or weight.is_inference():
+            return first(x)  # writes to them are not counted
         state = (
             id(weight),
             weight._version,

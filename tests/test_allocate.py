@@ -305,6 +305,15 @@ def test_equal_weights_share_equally() -> None:
     assert max(ranks) - min(ranks) <= 1
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_weight_that_no_data_reach_is_worth_what_a_typical_one_is(size: float) -> None:
+    """Its distortion is in another unit than the loss, of whatever size."""
+    unseen = replace(falling(linear("unseen"), size=size), in_nats=False)
+    made = program([*(falling(linear(f"w{k}"), size=0.02) for k in range(4)), unseen])
+    ranks = [site.ranks[0] for site in plan(made, 0.4).sites]
+    assert max(ranks) - min(ranks) <= 1
+
+
 def test_what_matters_more_gets_more() -> None:
     sizes = (0.01, 1.0, 100.0)
     made = program([falling(linear(f"w{k}"), size=s) for k, s in enumerate(sizes)])

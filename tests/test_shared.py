@@ -127,7 +127,7 @@ def test_the_choice_of_a_group_is_the_best_of_all_combinations() -> None:
     analysis = tensorize.analyze(model, example_inputs=(rows(),))
     curves = [analysis.program.spectra[name] for name in ("gate.weight", "up.weight")]
     members = [curve_points(c, (DENSE, LOW_RANK), 4, (1,)) for c in curves]
-    group = group_points(members, curves, batch_sizes=(1,))
+    group = group_points(members, curves, [1.0] * len(curves), batch_sizes=(1,))
     assert group is not None
     for price in np.geomspace(1e-6, 1.0, 60):
         apart = sum((p.objective + price * p.costs[:, 0]).min() for p in members)

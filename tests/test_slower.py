@@ -88,6 +88,17 @@ def test_what_is_negligible_in_the_whole_model_is_not_slow() -> None:
     assert is_slow(np.array([50.0]), dense, whole)
 
 
+@pytest.mark.parametrize("budget", [tensorize.Budget(error=0.9), tensorize.Budget(loss=0.5)])
+def test_a_limit_on_quality_alone_compresses_weights_that_are_slower(budget: Any) -> None:
+    """Where all of them are, leaving them dense would keep all parameters, not next to none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    data = [torch.randn(32, 64) for _ in range(4)]
+    plan = tensorize.analyze(model, calibration=data).plan(budget)
+    assert plan.predicted.parameters < 0.8 * plan.dense.parameters
+    assert "slower than dense" in str(plan)
+
+
 def test_a_limit_on_the_latency_speaks_for_itself() -> None:
     plan = planned(tensorize.Budget(params=0.5, latency=1.0), SLOW_CALLS)
     assert all(a <= b for a, b in zip(plan.predicted.latency, plan.dense.latency, strict=True))

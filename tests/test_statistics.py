@@ -388,6 +388,44 @@ def test_gradients_are_summed_over_a_sites_rows_and_averaged_over_the_outputs() 
     close(term.rows, 4 * second_moment(noise) * 2 / variance, torch.float32)
 
 
+# ----------------------------------------------------------- weights that are used as a whole
+
+
+class Both(nn.Module):
+    """A weight, or a stack of them, that a matmul uses and another function as well."""
+
+    def __init__(self, experts: int, whole: bool) -> None:
+        super().__init__()
+        shape = (experts, 6, 6) if experts else (6, 6)
+        self.weight, self.whole = nn.Parameter(draw(shape)), whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (
+            x @ self.weight
+            if self.weight.dim() == 2
+            else torch.bmm(x.expand(3, -1, -1), self.weight)
+        )
+        return y + self.weight.square().sum() if self.whole else y
+
+
+def test_what_is_used_by_a_matmul_and_as_a_whole_counts_once() -> None:
+    """The gradient of the whole weight is of both uses: no rows are added beside it."""
+    model, x = Both(0, whole=True), draw((9, 6))
+    term = the_term(collect(model, [x])["weight"])
+    assert term.contract == "whole"
+    assert term.rows is not None
+    assert term.rows.shape == (6, 6)
+    assert the_term(collect(Both(0, whole=False), [x])["weight"]).contract == "rows"
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.6])
+def test_a_stack_that_is_used_in_both_ways_compiles(budget: float) -> None:
+    model = nn.Sequential(nn.Linear(6, 48), nn.Linear(48, 6), Both(3, whole=True)).float()
+    small = tensorize.compile(model, budget, calibration=[draw((9, 6)).float() for _ in range(4)])
+    kept = sum(p.numel() for p in small.parameters())
+    assert kept <= budget * sum(p.numel() for p in model.parameters())
+
+
 # ------------------------------------------------------------------------- samples as a whole
 
 

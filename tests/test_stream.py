@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tensorize
-from tensorize import analysis, cli, shards, streaming
+from tensorize import analysis, api, cli, huggingface, shards, streaming
 from tensorize.errors import (
     AnalysisError,
     BudgetError,
@@ -318,6 +319,33 @@ def test_a_run_stopped_while_it_writes_goes_on_there(
     assert made
     assert not written & set(made)
     assert_same(tmp_path / "stopped", compiled(checkpoint, tmp_path / "compiled"))
+
+
+@pytest.mark.parametrize("where", ["the configurations", "clearing up", "a file taken away"])
+def test_a_run_that_ends_after_the_last_weight_is_made_whole_by_the_next(
+    where: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is in its place by then, and what was said of the draft holds of none."""
+    out = tmp_path / "stopped"
+    if where == "a file taken away":
+        stop("factorize", 6, checkpoint, out)
+        (draft,) = (out / WORK).glob("*.tmp")
+        draft.unlink()
+    else:
+        place = {
+            "the configurations": (huggingface, "save_configs"),
+            "clearing up": (api.shutil, "rmtree"),
+        }[where]
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError("no space left on device")
+
+        with monkeypatch.context() as patch, contextlib.suppress(CheckpointError):
+            patch.setattr(*place, full)
+            tensorize.compile_checkpoint(checkpoint, out, 0.5)
+    tensorize.compile_checkpoint(checkpoint, out, 0.5)
+    assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
+    assert not (out / WORK).exists()
 
 
 def test_a_damaged_curve_is_made_again(
