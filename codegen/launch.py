@@ -74,12 +74,7 @@ def load(text: str) -> dict[str, Any]:
     Raises:
         TensorizeError: triton is not installed.
     """
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise TensorizeError(
-            "kernels need triton to be compiled or run", way_out="pip install triton"
-        ) from error
+    _require_triton()
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     filename = f"<tensorize kernel {digest}>"
     # Without a modification time, linecache never drops the entry.
@@ -87,6 +82,25 @@ def load(text: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": f"tensorize_kernel_{digest}"}
     exec(builtins.compile(text, filename, "exec"), namespace)
     return namespace
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise TensorizeError(
+            "kernels need triton to be compiled or run", way_out="pip install triton"
+        ) from error
+
+
+def check_compiler() -> None:
+    """Raises TensorizeError where kernels cannot be compiled ahead: there is no triton, or it
+    interprets."""
+    _require_triton()
+    if interpreting():
+        raise TensorizeError(
+            "with TRITON_INTERPRET=1 triton does not compile", way_out="unset TRITON_INTERPRET"
+        )
 
 
 def stages(source: Source, vendor: str) -> int:
@@ -121,16 +135,14 @@ def compile(
             is on.
     """
     vendor, _, architecture = target.partition(":")
-    if vendor not in _WARP or not architecture:
+    known = architecture.isdigit() if vendor == "cuda" else bool(architecture)
+    if vendor not in _WARP or not known:
         raise TensorizeError(
             f"target {target!r} is not known", way_out=f"one of {', '.join(TARGETS)}"
         )
     if dtype not in DTYPES:
         raise TensorizeError(f"kernels are for {', '.join(map(str, DTYPES))}, not {dtype}")
-    if interpreting():
-        raise TensorizeError(
-            "with TRITON_INTERPRET=1 triton does not compile", way_out="unset TRITON_INTERPRET"
-        )
+    check_compiler()
     namespace = load(source.text)
     import triton
     from triton.backends.compiler import GPUTarget

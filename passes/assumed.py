@@ -84,13 +84,11 @@ def split_formats(
                 exact[site.name] = _fitting(site, chosen)
         names = {p: (f.format if isinstance(f, TTSpec) else f) for p, f in option.items()}
     allowed = formats_by_site(sites, names)  # type: ignore[arg-type]
-    for name, formats in allowed.items():
-        if names is not None and SHARED in formats and LOW_RANK not in formats:
-            raise AnalysisError(
-                "a first factor in common is chosen by trained weights",
-                site=name,
-                way_out=f"formats={LOW_RANK!r}",
-            )
+    asked = names.values() if isinstance(names, Mapping) else (names,)
+    if any(f == SHARED or (isinstance(f, tuple | list) and SHARED in f) for f in asked):
+        raise AnalysisError(
+            "a first factor in common is chosen by trained weights", way_out=f"formats={LOW_RANK!r}"
+        )
     without = {name: tuple(f for f in formats if f != SHARED) for name, formats in allowed.items()}
     return without, exact
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class RemoveIdentities:
         changed = written(graph)  # dynamo does not know that dropout's result is its input
         gone = [n for n in graph.nodes if _gives_back_its_input(n) and memory_of(n) not in changed]
         for node in gone:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(_input(node))
             graph.erase_node(node)
         return replace(program, summary=f"{len(gone)} calls removed that changed nothing")
 
@@ -85,6 +86,10 @@ def _gives_back_its_input(node: fx.Node) -> bool:
         return argument(node, "training") is False
     if node.target not in _MAYBE_IDENTITIES:
         return False
-    result, given = value_of(node), value_of(node.args[0])
+    result, given = value_of(node), value_of(_input(node))
     same_dtype = result is not None and given is not None and result.dtype == given.dtype
-    return same_dtype and memory_of(node) == memory_of(node.args[0])
+    return same_dtype and memory_of(node) == memory_of(_input(node))
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else argument(node, "input")

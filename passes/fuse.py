@@ -382,6 +382,8 @@ def _root_of_mean_square(root: Any) -> tuple[Any, float, tuple[fx.Node, ...]] | 
     """Of rsqrt(mean(v²) + eps): v, eps, and the nodes."""
     if not _is_call(root, torch.rsqrt, "rsqrt") or not _is_call(root.args[0], *_PLUS):
         return None
+    if len(root.args[0].args) != 2:
+        return None  # an argument by name
     mean, eps = root.args[0].args
     if not _is_call(mean, torch.mean, "mean") or type(eps) not in (int, float):
         return None

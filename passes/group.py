@@ -95,8 +95,10 @@ def is_linear(node: fx.Node, parameters: Mapping[str, Tensor]) -> bool:
     if not isinstance(node.args[0], fx.Node):
         return False
     held = [weight] if bias is None else [weight, bias]
-    named = all(isinstance(a, fx.Node) and a.name in parameters for a in held)
-    return named and all(is_plain(parameters[a.name]) for a in held)
+    if not all(isinstance(a, fx.Node) and a.name in parameters for a in held):
+        return False
+    matrix = parameters[weight.name].dim() == 2  # a vector is allowed as well
+    return matrix and all(is_plain(parameters[a.name]) for a in held)
 
 
 def arguments_of(node: fx.Node) -> tuple[Any, Any]:

@@ -253,6 +253,8 @@ def analyze(
         AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
     """
     most = parse_bytes(max_memory)
+    if cache_dir is not None:
+        disk.prepare(cache_dir)
     capture.check_model(model)
     check_weights(model)
     check_refine(refine)
@@ -702,7 +704,8 @@ def compile_checkpoint(
         BudgetError: the budget is malformed or not feasible.
         CaptureError: the directory is no checkpoint that can be read a tensor at a time.
         AnalysisError: weights or options do not allow an analysis, or the metric does not stream.
-        CheckpointError: ``out`` cannot be written, or is the checkpoint's own directory.
+        CheckpointError: ``out`` or ``cache_dir`` cannot be written, or ``out`` holds a dense
+            checkpoint.
     """
     limits = None if budget is None else Budget.of(budget)
     streaming.check_metric(metric)
@@ -711,6 +714,9 @@ def compile_checkpoint(
         raise CheckpointError(
             f"{out} is the checkpoint's own directory", way_out="choose another directory"
         )
+    huggingface.check_place(out)
+    if cache_dir is not None:
+        disk.prepare(cache_dir)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = shards.open_checkpoint(directory)
     running = source.model

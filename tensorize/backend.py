@@ -73,6 +73,7 @@ class BackendOptions:
         if found.inner not in INNER:
             raise TensorizeError(
                 f"options['inner']={found.inner!r} is not one of {', '.join(INNER)}",
+                way_out='options={"inner": "auto"}',
             )
         return found
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tensorize.errors import CheckpointError
 from tensorize.ir import Batch, Site, TTSpec, Use
 from tensorize.passes.curves import SharedFactor, Spectrum
 from tensorize.passes.metric import Metric
@@ -103,6 +104,25 @@ def hash_batch(digest: Any, batch: Batch) -> None:
 def _hash_values(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(raw_bytes(tensor))
+
+
+def prepare(cache_dir: str | os.PathLike[str]) -> None:
+    """Make the directory that keeps analyses, before the long work.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        folder = Path(cache_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache directory {cache_dir} cannot be written: {type(error).__name__}: {error}",
+            way_out="choose a directory that you may write to, or none",
+        ) from error
 
 
 def location(cache_dir: str | os.PathLike[str], key: str) -> str:

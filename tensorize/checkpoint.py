@@ -73,7 +73,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the model carries no report (it does not come from ``tensorize.compile``,
             ``apply`` or ``load``), holds something that safetensors cannot store, or the directory
-            cannot be written. What was saved there before is then still valid.
+            cannot be written or holds a dense checkpoint. What was saved there before is then still
+            valid.
     """
     directory = Path(directory)
     report = known_report(model)
@@ -85,6 +86,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             if inner
             else "make it with tensorize.compile or tensorize.apply first",
         )
+    if huggingface.describe(model)["huggingface"]:
+        huggingface.check_place(directory)
     contents, stored = contents_of(model)
     with _drafted(directory) as draft:
         _write_tensors(stored, draft)

@@ -26,11 +26,12 @@ import typer
 from torch import nn
 
 import tensorize
-from tensorize import printer
-from tensorize.budget import Budget
-from tensorize.codegen import kernel, machine
+from tensorize import printer, tuning
+from tensorize.budget import Budget, parse_bytes
+from tensorize.codegen import kernel, launch, machine
 from tensorize.codegen.launch import TARGETS
 from tensorize.errors import BudgetError, CheckpointError, TensorizeError
+from tensorize.huggingface import check_place
 from tensorize.manifest import read_report
 from tensorize.report import Report
 from tensorize.sources import (
@@ -121,7 +122,8 @@ Exclude = Annotated[
 Formats = Annotated[
     list[str] | None,
     typer.Option(
-        help="dense, low_rank, tt or block, or PATTERN=FORMAT,...; repeatable.", show_default=False
+        help="dense, low_rank, shared, tt or block, or PATTERN=FORMAT,...; repeatable.",
+        show_default=False,
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the probes.")]
@@ -140,6 +142,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a calibration ba
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a document that are used.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Load the weights in this dtype.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+_ROWS = ",".join(map(str, tuning.ROWS))
 
 
 # ------------------------------------------------------------------------------------ commands
@@ -226,6 +231,7 @@ def compile_command(
         _check_target(html, "--html")
         _check_out(out, source)
         _check_emit(emit, target)
+        _check_size(max_memory)
         if stream:
             _check_streams(
                 {
@@ -270,7 +276,7 @@ def compile_command(
                 _save_tokenizer(loaded.tokenizer, out)
             if html is not None:
                 report.to_html(html)
-            kernels = None if emit is None else _emit(model, emit, target or [])
+            kernels = None if emit is None else _emit(model, emit, target or [], out)
         argument = "" if loaded.factory is None else f", model={loaded.factory}"
         _tell_saved(out, report, html, as_json, argument, kernels, emit)
 
@@ -310,7 +316,8 @@ def analyze_command(
     with _errors_told():
         shares = None if budgets is None else parse_shares(budgets)
         chosen = parse_formats(formats)
-        _check_target(plot, "--plot")
+        _check_plot(plot)
+        _check_size(max_memory)
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = _load(source, dtype, calibration, batch_size, max_length)
             _say(f"analysing {_count(loaded.model)} parameters")
@@ -353,7 +360,7 @@ def calibrate_command(
     ] = None,
     rows: Annotated[
         str, typer.Option(help="With --model: how many rows to time kernels for.")
-    ] = "1,16,256,4096",
+    ] = _ROWS,
     as_json: Json = False,
 ) -> None:
     """Measure what matmuls cost on this machine; plans are then made for it."""
@@ -361,6 +368,8 @@ def calibrate_command(
         if model is not None:
             _calibrate_kernels(model, rows, as_json)
             return
+        if rows != _ROWS:
+            raise typer.BadParameter("is for kernels; give --model as well", param_hint="--rows")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         measured = machine.measure(device)
         path = machine.keep(measured, device)
@@ -474,6 +483,8 @@ def eval_command(
         shares = [] if budgets is None else parse_shares(budgets)
         if not shares and not sources:
             raise typer.BadParameter("name saved models, or give --budgets", param_hint="SOURCE")
+        if calibration is not None and not shares:
+            raise typer.BadParameter("is for --budgets; give both", param_hint="--calibration")
         _check_target(html, "--html")
         with contextlib.redirect_stdout(sys.stderr):
             loaded, learnt = _load(dense, dtype, calibration, batch_size, max_length)
@@ -596,6 +607,19 @@ def _check_target(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"there is no directory {path.parent}", param_hint=option)
 
 
+def _check_plot(path: Path | None) -> None:
+    _check_target(path, "--plot")
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{path} is no .png, .svg or .pdf", param_hint="--plot")
+
+
+def _check_size(max_memory: str | None) -> None:
+    try:
+        parse_bytes(max_memory)
+    except BudgetError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
+
+
 def _check_emit(emit: Path | None, targets: list[str] | None) -> None:
     if targets and emit is None:
         raise typer.BadParameter("says what --emit compiles; give both", param_hint="--target")
@@ -606,24 +630,28 @@ def _check_emit(emit: Path | None, targets: list[str] | None) -> None:
             )
     if emit is not None and emit.exists() and not emit.is_dir():
         raise typer.BadParameter(f"{emit} is not a directory", param_hint="--emit")
+    if targets:
+        launch.check_compiler()
 
 
 def _emit(
-    model: nn.Module, directory: Path, targets: list[str]
+    model: nn.Module, directory: Path, targets: list[str], out: Path
 ) -> dict[str, dict[str, dict[str, int]]]:
     found = tensorize.kernels(model)
     _say(f"writing {len(found)} kernels for {', '.join(targets) or 'reading'}")
     try:
         return kernel.write(found, directory, targets)
-    except OSError as error:
+    except (OSError, TensorizeError) as error:
         raise CheckpointError(
-            f"the model is saved, its kernels are not: {error}", way_out="choose another --emit"
+            f"the model is saved in {out}, its kernels are not: {error}",
+            way_out="load it from there, and write tensorize.kernels(model) to another place",
         ) from error
 
 
 def _check_out(out: Path, source: str) -> None:
     if os.path.isdir(source) and out.exists() and os.path.samefile(out, source):
         raise typer.BadParameter("is the model's own directory; choose another", param_hint="--out")
+    check_place(out)
     place = out.absolute()
     while not place.exists():
         place = place.parent

@@ -523,8 +523,14 @@ def _prompts(
         return []
     device = samples[0].ids.device if samples[0].ids is not None else None
     if given is not None:
-        found = [tokenizer.encode(text) for text in given]
-        return [torch.tensor([getattr(ids, "ids", ids)], device=device) for ids in found]
+        encoded = [tokenizer.encode(text) for text in given]
+        found = [getattr(ids, "ids", ids) for ids in encoded]
+        if not all(found):
+            raise CaptureError(
+                f"prompts[{[bool(ids) for ids in found].index(False)}] has no token",
+                way_out="give texts to write on from, or prompts=None",
+            )
+        return [torch.tensor([ids], device=device) for ids in found]
     starts: list[Tensor] = []
     for sample in samples:
         assert sample.ids is not None

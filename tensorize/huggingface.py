@@ -36,6 +36,8 @@ from tensorize.manifest import (
 )
 from tensorize.report import decode
 
+# The weights of a checkpoint that is not ours.
+_DENSE = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 # Those that every machine has; the others are chosen anew where the model is loaded.
 _IMPLEMENTATIONS = {"attn": ("eager", "sdpa"), "experts": ("eager", "batched_mm", "grouped_mm")}
 
@@ -80,6 +82,20 @@ def _without_factors(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != "quantization_config" or not _is_ours(value)
     }
+
+
+def check_place(directory: Path) -> None:
+    """Raises CheckpointError where a configuration would take the place of a dense checkpoint's."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    kept = [path.name for pattern in _DENSE for path in directory.glob(pattern)]
+    if kept and not _is_ours(config.get("quantization_config")):
+        raise CheckpointError(
+            f"{directory} holds a dense checkpoint ({kept[0]}), whose config.json would be lost",
+            way_out="choose another directory",
+        )
 
 
 def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -> None:

@@ -230,7 +230,7 @@ class FactoredWeight:
 
     def _seen(self, frame: Frame, *, detach: bool = False) -> FactoredWeight:
         cores = tuple(core.detach() for core in self.cores) if detach else self.cores
-        return FactoredWeight(self.spec, cores, frame, self.contractions)
+        return FactoredWeight(self.spec, cores, frame, self.contractions, self.nonlinearity)
 
     def _can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""

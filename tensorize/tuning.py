@@ -17,7 +17,8 @@ from tensorize.work import Work
 
 log = logging.getLogger("tensorize")
 
-ROWS = (1, 16, 256, 4096)
+ROWS = (1, 16, 64, 256, 4096, 8192)
+"""One for each range of rows that a choice holds for (``autotune.BUCKETS``)."""
 
 
 def tune_kernels(

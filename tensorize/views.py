@@ -70,7 +70,9 @@ def _parts(
         return frame.slice_rows(first, end) if step == 1 and end > first else None
     given = [*args[1:], *(value for name, value in kwargs.items() if name != "dim")]
     if func in _NARROWS and len(given) == 3 and not kwargs and given[0] == 0:
-        return frame.slice_rows(given[1], given[1] + given[2])
+        first = given[1] + rows if given[1] < 0 else given[1]
+        inside = 0 <= first <= first + given[2] <= rows  # else the dense weight says what is wrong
+        return frame.slice_rows(first, first + given[2]) if inside else None
     if func not in (*_CHUNKS, *_SPLITS) or not given:
         return None
     if kwargs.get("dim", args[2] if len(args) > 2 else 0) != 0:
@@ -83,6 +85,8 @@ def _parts(
         ends = [0]
         for length in given[0]:
             ends.append(ends[-1] + length)
+        if ends[-1] != rows:
+            return None
         return tuple(frame.slice_rows(a, b) for a, b in pairwise(ends))
     return tuple(frame.slice_rows(a, min(a + size, rows)) for a in range(0, rows, size))
 

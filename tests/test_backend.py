@@ -285,6 +285,21 @@ def test_products_are_not_changed_where_they_are_not_in_float32_or_not_of_parame
     assert calls(computed.graph) == ["flatten", "add", "linear"]
 
 
+def test_a_vector_is_no_matrix_of_a_linear() -> None:
+    class Score(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.weight = nn.Linear(32, 16), nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.layer(x), self.weight)
+
+    model, x = Score(), torch.randn(64, 32)
+    lowered = torch.compile(model, backend="tensorize", options={"inner": "eager"})
+    with torch.no_grad():
+        assert relative(lowered(x), model(x)) < 1e-5
+
+
 def test_a_weight_that_is_used_twice_has_one_copy() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -481,6 +496,7 @@ def test_cleanup_removes_dead_views_and_keeps_writes() -> None:
 def test_identities_are_removed_and_nothing_that_computes() -> None:
     def forward(x: Tensor) -> Tensor:
         x = F.dropout(x + 1, 0.5, False).to(torch.float32).contiguous()
+        x = F.dropout(input=x, training=False)
         y = F.dropout(x, 0.5, True)
         return y.t().contiguous().to(torch.float64)
 

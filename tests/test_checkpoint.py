@@ -400,6 +400,19 @@ def test_gpt2_without_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
+def test_a_dense_checkpoint_keeps_its_configuration(tmp_path: Path) -> None:
+    dense = gpt2()
+    dense.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    small = compressed_gpt2()
+    with pytest.raises(CheckpointError, match=r"holds a dense checkpoint \(model\.safetensors\)"):
+        save(small, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save(small, tmp_path / "small")
+    save(small, tmp_path / "small")  # its own place
+
+
+@pytest.mark.usefixtures("offline")
 def test_config_files_are_for_other_tools(tmp_path: Path) -> None:
     from transformers import AutoConfig, GenerationConfig
 

@@ -285,6 +285,7 @@ def test_unusable_calibration() -> None:
         (["clinet:make", "--budget", "0.001"], cli.BUDGET, "smallest feasible"),
         (["clinet:make", "--budget", "12"], cli.BUDGET, "share"),
         (["clinet:make", "--out", "clinet.py"], cli.CHECKPOINT, "not a directory"),
+        (["clinet:make", "--cache", "clinet.py"], cli.CHECKPOINT, "cache directory clinet.py"),
     ],
 )
 def test_errors_are_one_message(arguments: list[str], code: int, message: str) -> None:
@@ -295,6 +296,41 @@ def test_errors_are_one_message(arguments: list[str], code: int, message: str) -
     assert "error: " in result.stderr
     assert "Traceback" not in result.output
     assert result.stdout == ""
+    assert not Path("small").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["analyze", "clinet:make", "--plot", "curve.xyz"], "--plot"),
+        (["analyze", "clinet:make", "--plot", "curve"], "--plot"),
+        (["compile", "clinet:make", "--out", "small", "--max-memory", "much"], "--max-memory"),
+        (["calibrate", "--rows", "banana"], "--rows"),
+        (
+            ["eval", "s", "--dense", "clinet:make", "--data", "x.txt", "--calibration", "y.txt"],
+            "--calibration",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_the_work(
+    arguments: list[str], option: str
+) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert option in result.stderr
+    assert "loading" not in result.stderr
+    assert not Path("small").exists()
+
+
+def test_kernels_that_cannot_be_compiled_are_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = invoke(
+        "compile", "clinet:make", "--out", "small", "--emit", "kernels", "--target", "cuda:90"
+    )
+    assert result.exit_code == cli.CAPTURE
+    assert "unset TRITON_INTERPRET" in result.stderr
     assert not Path("small").exists()
 
 

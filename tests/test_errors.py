@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +144,132 @@ def test_cores_that_overflow_their_dtype() -> None:
     with pytest.raises(tensorize.TensorizeError) as caught:
         tensorize.compile(model, budget=None, ranks={"*": "full"})
     assert "0.weight" in str(caught.value)
+
+
+# --------------------------------------------------------- found before the expensive stage
+
+
+def refused_early(error: type[Exception], match: str, **options: Any) -> None:
+    """A compile with calibration data that is refused before any statistics are taken."""
+    stages: list[str] = []
+    options = {"budget": 0.5, "calibration": [torch.randn(8, 48) for _ in range(4)], **options}
+    with pytest.raises(error, match=match) as caught:
+        tensorize.compile(MLP(), progress=lambda stage, *_: stages.append(stage), **options)
+    assert "way out" in str(caught.value)
+    assert "statistics" not in stages
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"formats": "lowrank"}, "formats='lowrank' is no format"),
+        ({"formats": 5}, "formats=5 is no format"),
+        ({"ranks": {"midle": 3}}, "'midle' matches no weight"),
+        ({"ranks": {"middle": 0}}, "must be a positive integer"),
+        ({"ranks": 8}, "maps patterns to ranks"),
+    ],
+)
+def test_options_that_name_nothing(options: dict[str, Any], match: str) -> None:
+    refused_early(tensorize.AnalysisError, match, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"budget": None}, "needs ranks="),
+        ({"budget": tensorize.Budget(error=0.5), "refine": "polish"}, "the budget limits each"),
+        ({"max_memory": "much"}, "is no size"),
+    ],
+)
+def test_budgets_that_cannot_be_met_whatever_is_learnt(options: dict[str, Any], match: str) -> None:
+    refused_early(tensorize.BudgetError, match, **options)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused_early(tensorize.CheckpointError, "cache directory", cache_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_sizes": 16}, {"batch_sizes": ()}, {"rank_multiple": "8"}]
+)
+def test_options_of_plans(options: dict[str, Any]) -> None:
+    analysis = tensorize.analyze(MLP(), example_inputs=(torch.randn(2, 48),))
+    with pytest.raises(tensorize.BudgetError, match="must be") as caught:
+        analysis.plan(0.5, **options)
+    assert "way out" in str(caught.value)
+
+
+def test_ranks_for_weights_that_stay_dense_only() -> None:
+    with pytest.raises(tensorize.AnalysisError, match="only weights that stay dense: excluded"):
+        tensorize.compile(MLP(), None, ranks={"midd*": 2}, exclude="middle")
+
+
+def test_a_limit_that_a_dense_model_does_not_use_at_all() -> None:
+    """A table is looked up without a FLOP: no share of the dense model's can be named."""
+    with pytest.raises(tensorize.BudgetError, match="dense it costs none"):
+        tensorize.compile(
+            nn.Embedding(100, 32), tensorize.Budget(flops=1.0), formats="low_rank",
+            metric="frobenius",
+        )  # fmt: skip
+
+
+def test_a_parameter_of_integers_beside_a_limit_on_the_error() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model.register_parameter(
+        "packed", nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    )
+    small = tensorize.compile(model, tensorize.Budget(error=0.9), metric="frobenius")
+    assert tensorize.report(small).totals.share.parameters < 1
+
+
+# ------------------------------------------------------------------------------------- modes
+
+
+def test_under_autocast_it_is_refused() -> None:
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(tensorize.AnalysisError, match=r"under torch\.autocast"),
+    ):
+        tensorize.compile(MLP(), 0.5, metric="frobenius")
+
+
+def test_inference_mode_changes_nothing() -> None:
+    data = [torch.randn(8, 48) for _ in range(4)]
+    model = MLP()
+    usual = tensorize.compile(model, 0.5, calibration=data)
+    with torch.inference_mode():
+        small = tensorize.compile(model, 0.5, calibration=data)
+    for one, other in zip(usual.parameters(), small.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert not other.is_inference()
+    small(data[0]).sum().backward()
+
+
+def test_parameters_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(48, 48))
+    with pytest.raises(tensorize.CaptureError, match=r"0\.weight: .*torch\.inference_mode"):
+        tensorize.compile(model, 0.5)
+
+
+# ---------------------------------------------------------------------- a loss of the caller's
+
+
+def test_a_plan_for_a_loss_of_the_caller_asks_for_it_again() -> None:
+    def loss_fn(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return (outputs[:, 0] - 1).square().mean()
+
+    model, data = MLP(), [torch.randn(32, 48) for _ in range(8)]
+    plan = tensorize.analyze(model, calibration=data, loss_fn=loss_fn).plan(0.5)
+    kept = tensorize.ir.Plan.from_json(plan.to_json())
+    assert kept == plan
+    with pytest.raises(tensorize.AnalysisError, match="made for a loss_fn"):
+        tensorize.apply(model, kept, calibration=data)
+    without = tensorize.analyze(model, calibration=data).plan(0.5)
+    with pytest.raises(tensorize.AnalysisError, match="made without a loss_fn"):
+        tensorize.apply(model, without, loss_fn=loss_fn)
+    one = tensorize.apply(model, plan)
+    again = tensorize.apply(model, kept, calibration=data, loss_fn=loss_fn)
+    for a, b in zip(one.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

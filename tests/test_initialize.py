@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,14 @@ def test_a_layer_with_a_nonlinearity_stands_for_no_matrix() -> None:
     small = tensorize.initialize(nn.Sequential(nn.Linear(64, 64)), 0.3, nonlinearity="gelu")
     with pytest.raises(tensorize.TensorizeError, match=r"0\.weight: there is a gelu between"):
         tensorize.densify(small)
+
+
+@pytest.mark.parametrize("look", [lambda w: w.t(), lambda w: w.detach().t(), lambda w: w[:3].T])
+def test_nor_does_a_view_of_it(look: Callable[[Any], Any]) -> None:
+    small = tensorize.initialize(nn.Sequential(nn.Linear(64, 64)), 0.3, nonlinearity="gelu")
+    weight = small.get_submodule("0").weight
+    with pytest.raises(tensorize.TensorizeError, match="there is a gelu between"):
+        torch.randn(2, 64) @ look(weight)
 
 
 @pytest.mark.parametrize(

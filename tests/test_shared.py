@@ -120,6 +120,17 @@ def test_the_curve_says_what_each_weight_loses(calibrated: bool) -> None:
 # ------------------------------------------------------------------------------ the allocation
 
 
+def test_a_first_factor_in_common_is_a_kind_of_low_rank() -> None:
+    """Naming it alone allows weights of one input that; others are low rank by themselves."""
+    model, x = gated(alike=True), rows()
+    shared, both = (
+        tensorize.analyze(model, example_inputs=(x,), formats=formats).plan(0.5)
+        for formats in ("shared", ("shared", "low_rank"))
+    )
+    assert shared == both
+    assert all(site.spec is not None for site in shared.sites)
+
+
 def test_the_choice_of_a_group_is_the_best_of_all_combinations() -> None:
     model = gated(alike=True)
     with torch.no_grad():

@@ -443,6 +443,7 @@ ROWS: dict[str, tuple[Callable[[Any], Any], tuple[int, int]]] = {
     "twice": (lambda w: w[1:][1:3], (2, 4)),
     "narrow": (lambda w: w.narrow(0, 1, 3), (1, 4)),
     "torch.narrow": (lambda w: torch.narrow(w, 0, 0, 2), (0, 2)),
+    "narrow from the end": (lambda w: w.narrow(0, -3, 2), (3, 5)),
     "chunk": (lambda w: w.chunk(3)[1], (2, 4)),
     "uneven chunks": (lambda w: torch.chunk(w, 4, dim=0)[2], (4, 6)),
     "split": (lambda w: w.split(4)[1], (4, 6)),
