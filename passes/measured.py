@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from tensorize import tt
 from tensorize.budget import Budget
@@ -30,13 +31,22 @@ from tensorize.passes.allocate import Allocate
 from tensorize.passes.curves import Spectrum
 from tensorize.passes.factorize import Cores, best_components, planned_cores
 from tensorize.passes.pipeline import Program
-from tensorize.passes.preserved import Output, PreservedLoss, call, outputs_of, samples_of
+from tensorize.passes.preserved import (
+    Output,
+    PreservedLoss,
+    call,
+    essential,
+    outputs_of,
+    samples_of,
+)
 
 LARGE = 0.1
 """A weight that holds this share of a model's parameters is measured by itself."""
 
 LEVELS = (0.05, 0.1, 0.35, 0.7)
 """Shares of its parameters at which it is."""
+
+_KEPT_BYTES = 1 << 30
 
 TRIAL = 0.25
 """The share of a model's parameters at which plans with and without that are compared."""
@@ -52,21 +62,35 @@ class Measurement:
 
 
 class Reference:
-    """The dense model's outputs on some batches: what other weights are measured against."""
+    """The dense model's outputs on some batches: what other weights are measured against.
+
+    They are held where they take no more than a gigabyte, else made again each time.
+    """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: PreservedLoss) -> None:
         self.model, self.batches, self.loss = model, batches, loss
+        self._kept: dict[int, Any] = {}
+        size = 0
         with untouched(model):
-            self.dense = [call(model, batch) for batch in batches]
-        for result, batch in zip(self.dense, batches, strict=True):
-            loss.require_finite(result, batch, model)
+            for k, batch in enumerate(batches):
+                result = self._run(batch)
+                loss.require_finite(result, batch, model)
+                size += sum(leaf.nbytes for leaf in pytree.tree_leaves(result) if is_tensor(leaf))
+                if k == 0 or size <= _KEPT_BYTES:
+                    self._kept[k] = result
+
+    def _run(self, batch: Batch) -> Any:
+        """The dense model's outputs; with a loss of the caller's all of them."""
+        result = call(self.model, batch)
+        return result if self.loss.loss_fn is not None else essential(result)
 
     def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
         """What the model loses with some weights replaced, by name; itself it is not touched."""
         model, rises = self.model, []
         error, size = 0.0, 0.0
         with untouched(model):
-            for batch, before in zip(self.batches, self.dense, strict=True):
+            for k, batch in enumerate(self.batches):
+                before = self._kept[k] if k in self._kept else self._run(batch)
                 after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
                 rises.append(self.loss.rise(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):
@@ -83,7 +107,7 @@ class Reference:
     @property
     def one_row_a_sample(self) -> bool:
         """Whether the outputs have one row for each sample, however many positions it has."""
-        return samples_of(self.dense[0], self.batches[0], self.model) is not None
+        return samples_of(self._kept[0], self.batches[0], self.model) is not None
 
     def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
         """The outputs that can be compared: with a loss of the caller's they may be anything."""

@@ -87,6 +87,11 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     return found
 
 
+def essential(result: Any) -> Any:
+    """Of a model's outputs what is to be preserved: no cache of keys and values."""
+    return dict(_preserved_tensors(result))
+
+
 def samples_of(result: Any, batch: Batch, model: nn.Module) -> int | None:
     """The number of samples of a batch, where every output has one row for each of them."""
     leads = [

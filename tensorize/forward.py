@@ -49,7 +49,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), _recurrent_gradients(model):
             model.eval()
             yield
     finally:
@@ -61,6 +61,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _recurrent_gradients(model: nn.Module) -> Iterator[None]:
+    """cuDNN has no gradients of recurrent layers in evaluation mode; torch's own kernels do."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext():
+        yield
 
 
 def run(model: nn.Module, batch: Batch) -> Any:

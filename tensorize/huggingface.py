@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from tensorize.errors import CheckpointError
+from tensorize.errors import CaptureError, CheckpointError
 from tensorize.manifest import (
     FORMAT_VERSION,
     PARAMETER,
@@ -54,6 +54,27 @@ def class_path(model: nn.Module) -> str:
 def _is_huggingface(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     return hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")
+
+
+def architecture(config: Any) -> Any:
+    """The class of transformers that a checkpoint's configuration names; a decoder where none is.
+
+    Raises:
+        CaptureError: transformers has no such class.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    names = getattr(config, "architectures", None) or ()
+    kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if kinds:
+        return kinds[0]
+    decoders = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if names or type(config) not in decoders:
+        raise CaptureError(
+            f"transformers has no {' or '.join(names) or 'decoder'} for this {config.model_type} "
+            "checkpoint",
+            way_out="load the model with its own code, and pass it to tensorize.compile",
+        )
+    return decoders[type(config)]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

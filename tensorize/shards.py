@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tensorize.analysis import hash_tensor
 from tensorize.errors import AnalysisError, CaptureError
+from tensorize.huggingface import architecture
 from tensorize.manifest import MANIFEST, PARAMETER, slots_of, transient_buffers
 from tensorize.tensors import is_finite
 from tensorize.weight import owner_of
@@ -289,9 +290,7 @@ def _blank_model(directory: Path, tensors: Mapping[str, Tensor]) -> Any:
         config = transformers.AutoConfig.from_pretrained(directory)
         if getattr(config, "quantization_config", None) is not None:
             raise CaptureError(f"{directory} is quantized", way_out="stream the dense checkpoint")
-        names = getattr(config, "architectures", None) or ()
-        kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-        kind = kinds[0] if kinds else transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind = architecture(config)
         dtype = _dtype(config, tensors)
         config.dtype = dtype
         with _default_dtype(dtype), initialization.no_init_weights(), torch.device("meta"):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tensorize import capture, checkpoint
 from tensorize.budget import Budget
 from tensorize.errors import CaptureError
+from tensorize.huggingface import architecture
 from tensorize.manifest import MANIFEST
 
 # ------------------------------------------------------------------------------------- options
@@ -180,10 +181,9 @@ def _from_hugging_face(source: str, dtype: Dtype) -> Loaded:
     where = str(local) if local.is_dir() else source
     try:
         config = transformers.AutoConfig.from_pretrained(where)
-        names = getattr(config, "architectures", None) or ()
-        kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-        kind = kinds[0] if kinds else transformers.AutoModelForCausalLM
-        model = kind.from_pretrained(where, dtype=dtype.value)
+        model = architecture(config).from_pretrained(where, dtype=dtype.value)
+    except CaptureError:
+        raise
     except Exception as error:  # transformers raises whatever its parts do
         raise CaptureError(
             f"transformers cannot load {source}: {type(error).__name__}: {error}",

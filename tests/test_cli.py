@@ -21,6 +21,7 @@ from tensorize import cli, sources
 from tensorize.budget import Budget
 from tensorize.errors import BudgetError
 from tensorize.manifest import read_report
+from tests.models import CASES
 
 ROOT = Path(tensorize.__file__).absolute().parents[1]
 NET = """
@@ -332,6 +333,19 @@ def test_kernels_that_cannot_be_compiled_are_refused_before_the_work(
     assert result.exit_code == cli.CAPTURE
     assert "unset TRITON_INTERPRET" in result.stderr
     assert not Path("small").exists()
+
+
+def test_an_architecture_that_transformers_does_not_have(tmp_path: Path) -> None:
+    """A decoder of that kind would be loaded without its head."""
+    model = CASES["gpt2"].model()
+    model.save_pretrained(tmp_path / "scores")
+    config = json.loads((tmp_path / "scores" / "config.json").read_text())
+    config["architectures"] = ["GPT2ForRewardScoring"]
+    (tmp_path / "scores" / "config.json").write_text(json.dumps(config))
+    for more in ([], ["--stream"]):
+        result = invoke("compile", str(tmp_path / "scores"), "--out", "small", *more)
+        assert result.exit_code == cli.CAPTURE
+        assert "transformers has no GPT2ForRewardScoring for this gpt2" in result.stderr
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,29 @@ def test_a_measurement_is_the_rise_of_the_loss_with_other_weights() -> None:
     assert found.output_error == pytest.approx(float(off / spread) ** 0.5, rel=0.05)
 
 
+def test_outputs_that_are_too_large_to_be_held_are_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, data = Encoder(), sentences(3)
+    batches = [batch_of(ids) for ids in data]
+    loss = PreservedLoss.fit(model, batches, None)
+    weights = {"hidden.0.weight": model.hidden[0].weight.detach() * 0.9}
+    held = Reference(model, batches, loss).measure(weights)
+    calls: list[None] = []
+    model.register_forward_hook(lambda *_: calls.append(None))
+    monkeypatch.setattr(measured, "_KEPT_BYTES", 1)
+    reference = Reference(model, batches, loss)
+    assert reference.measure(weights) == held
+    assert len(calls) == 3 + 2 + 3  # once, again but for the first, and with other weights
+
+
+def test_what_a_decoder_caches_is_not_held() -> None:
+    case = CASES["gpt2"]
+    model, batches = case.model(), [batch_of(case.batch(k)) for k in range(2)]
+    reference = Reference(model, batches, PreservedLoss.fit(model, batches, None))
+    assert [set(kept) for kept in reference._kept.values()] == [{"logits"}, {"logits"}]
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured is used, whether or not it makes the trial plan better."""

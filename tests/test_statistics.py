@@ -388,6 +388,30 @@ def test_gradients_are_summed_over_a_sites_rows_and_averaged_over_the_outputs() 
     close(term.rows, 4 * second_moment(noise) * 2 / variance, torch.float32)
 
 
+def test_recurrent_layers_have_gradients_in_evaluation_mode_on_a_gpu_too() -> None:
+    """Not by cuDNN, which is then left out."""
+    used: list[bool] = []
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.LSTM(5, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            used.append(torch.backends.cudnn.enabled)
+            return self.head(self.layer(x)[0])
+
+    before = torch.backends.cudnn.enabled
+    collect(Recurrent().double(), [draw((2, 4, 5))])
+    assert not any(used)
+    assert torch.backends.cudnn.enabled == before
+    used.clear()
+    plain = touchy()
+    plain.register_forward_hook(lambda *_: used.append(torch.backends.cudnn.enabled))
+    collect(plain, [draw((8, 5)).float()])
+    assert all(seen == before for seen in used)
+
+
 # ----------------------------------------------------------- weights that are used as a whole
 
 
