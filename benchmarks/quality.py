@@ -19,6 +19,9 @@ for, and on that of other files), and how the curves rank what compressing one w
 ``--trains`` compares tensor trains of ours alone: improved in the metric by alternating least
 squares, and as TT-SVD leaves them.
 
+``--predictions`` measures how predictions hold, alone, without a polish and the other methods: of
+``minilm-512``, with eight times the sentences, as well.
+
 Results are kept by model, after every draw of text: a run of some models leaves those of the
 others as they were, and ``--resume`` adds the draws that are missing.
 """
@@ -52,8 +55,9 @@ BUDGETS = (0.1, 0.25, 0.5, 0.75)
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured
 PREDICTED = (0.25, 0.5, 0.75, 0.9)  # those at which predictions are meant to hold
 CONTEXT, WINDOWS, BATCH = 256, 64, 8
-SENTENCES, UNSEEN_SENTENCES, SENSED_SENTENCES = 64, 256, 32
+SENTENCES, MANY_SENTENCES, UNSEEN_SENTENCES, SENSED_SENTENCES = 64, 512, 256, 32
 OURS = {"ours, one-shot": None, "ours, refit": "refit", "ours, polish": "polish"}
+UNPOLISHED = tuple(method for method, refine in OURS.items() if refine != "polish")
 # Ours with an option taken away: what that option gains.
 WITHOUT = {"no shared factors": {"refine": "refit", "formats": ("dense", "low_rank")}}
 TITLES = {
@@ -192,7 +196,7 @@ def decoder(load: Callable[[], nn.Module], seed: int) -> Subject:
     )
 
 
-def encoder(seed: int) -> Subject:
+def encoder(seed: int, count: int = SENTENCES) -> Subject:
     """The sentence encoder, and sentences from docstrings."""
     model = demo_minilm.trained()
     tokenizer = demo_minilm.load_tokenizer(demo_minilm.weights_folder())
@@ -203,11 +207,13 @@ def encoder(seed: int) -> Subject:
         batches = [demo_minilm.batches_of(tokenizer, group, BATCH)[0] for group in groups]
         return Measure(model, batches, embeddings)
 
-    known, unseen = demo_minilm.sentences(SENTENCES + UNSEEN_SENTENCES, UNSEEN_SENTENCES, seed)
+    # As many to compare predictions with as to calibrate: the mean of fewer is no better known.
+    alike = max(UNSEEN_SENTENCES, count)
+    known, unseen = demo_minilm.sentences(count + alike, UNSEEN_SENTENCES, seed)
     return Subject(
         model=model,
-        calibration=on(known[:SENTENCES]),
-        alike=on(known[SENTENCES:]),
+        calibration=on(known[:count]),
+        alike=on(known[count:]),
         unseen=on(unseen),
         sensed=SENSED_SENTENCES // BATCH,
         dense={},
@@ -218,10 +224,11 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "gpt": gpt.load_pretrained,
     "llama": llama.load_pretrained,
 }
-MODELS: dict[str, Callable[[int], Subject]] = {
+COMPARED: dict[str, Callable[[int], Subject]] = {
     **{name: partial(decoder, load) for name, load in DECODERS.items()},
     "minilm": encoder,
 }
+MODELS = {**COMPARED, f"minilm-{MANY_SENTENCES}": partial(encoder, count=MANY_SENTENCES)}
 
 # ------------------------------------------------------------------------------------ measuring
 
@@ -257,11 +264,8 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
             small = compress(budget)
             figures = {"seconds": time.perf_counter() - began, "parameters": small.parameters}
             figures |= subject.unseen(small.model)
-            predicted = small.predicted
-            if predicted is not None and predicted.loss is not None and predicted.loss_interval:
-                low, high = predicted.loss_interval
-                figures |= {"predicted": predicted.loss, "low": low, "high": high}
-                figures["alike"] = first(subject.alike(small.model))
+            if said := predicted(small):
+                figures |= {**said, "alike": first(subject.alike(small.model))}
             found.setdefault(method, {})[str(budget)] = figures
             shown = " ".join(f"{key} {figures[key]:.5f}" for key in figures if key in TITLES)
             print(f"{name} {seed} {method:<14} {budget:<5} {shown}", flush=True)
@@ -288,6 +292,32 @@ def compare_trains(name: str, seed: int) -> Run:
             found.setdefault(method, {})[str(budget)] = figures
             print(f"{name} {seed} {method:<24} {budget:<5} {figures}", flush=True)
     return found
+
+
+def predict_alone(name: str, seed: int) -> Run:
+    """Our predictions on one model and one draw of text, and what they are of."""
+    subject = MODELS[name](seed)
+    ours = tensorize.analyze(
+        subject.model, calibration=subject.calibration.batches, seed=seed, progress=False
+    )
+    found: Run = {}
+    for method in UNPOLISHED:
+        compress = peers.applied(subject.model, partial(ours.plan, refine=OURS[method]))
+        for budget in MEASURED:
+            small = compress(budget)
+            figures = {**predicted(small), "alike": first(subject.alike(small.model))}
+            found.setdefault(method, {})[str(budget)] = figures
+            print(f"{name} {seed} {method:<14} {budget:<5} {figures}", flush=True)
+    return found
+
+
+def predicted(small: peers.Compressed) -> dict[str, float]:
+    """The loss that a plan predicts, and the ends of its interval."""
+    said = small.predicted
+    if said is None or said.loss is None or said.loss_interval is None:
+        return {}
+    low, high = said.loss_interval
+    return {"predicted": said.loss, "low": low, "high": high}
 
 
 def rank_correlation(
@@ -353,7 +383,7 @@ def ratios(runs: Sequence[Run], key: str) -> dict[str, float]:
 def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
     """How well the predictions of ours hold for a figure, over budgets and seeds."""
     found = {}
-    for method in OURS:
+    for method in (method for method in OURS if method in runs[0]):
         points = [run[method][str(budget)] for run in runs for budget in PREDICTED]
         found[method] = {
             "median_error": statistics.median(abs(p["predicted"] / p[key] - 1) for p in points),
@@ -388,12 +418,7 @@ def show(name: str, found: Mapping[str, Any]) -> None:
         ("prediction", "other text of the calibration's files"),
         ("prediction_other_files", "text of other files"),
     ):
-        print(f"\n{name}: predictions from {PREDICTED[0]:.0%} kept on, on {where}")
-        for method, held in found[key].items():
-            print(
-                f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside "
-                f"the 90 % interval, whose ends are at most {held['widest']:.2f} times apart"
-            )
+        show_predictions(name, found[key], where)
     seeds = [draw["rank_correlation"] for draw in draws]
     medians = {key: statistics.median(seed[key] for seed in seeds) for key in seeds[0]}
     levels = ", ".join(f"{level:g}: {medians[str(level)]:.3f}" for level in peers.LEVELS[1:])
@@ -404,13 +429,30 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     )
 
 
+def show_predictions(name: str, found: Mapping[str, Mapping[str, float]], where: str) -> None:
+    print(f"\n{name}: predictions from {PREDICTED[0]:.0%} kept on, on {where}")
+    for method, held in found.items():
+        print(
+            f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside "
+            f"the 90 % interval, whose ends are at most {held['widest']:.2f} times apart"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--resume", action="store_true", help="keep the draws that are there")
     parser.add_argument("--trains", action="store_true", help="tensor trains of ours alone")
+    parser.add_argument("--predictions", action="store_true", help="predictions of ours alone")
     options = parser.parse_args()
+    if options.predictions:
+        for name in options.models:
+            runs = [predict_alone(name, seed) for seed in options.seeds]
+            held = prediction(runs, "alike")
+            keep("predictions", {**kept("predictions"), name: {"runs": runs, "held": held}})
+            show_predictions(name, held, "other text of the calibration's files")
+        return
     if options.trains:
         for name in options.models:
             runs = [compare_trains(name, seed) for seed in options.seeds]

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import logging
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -46,11 +45,10 @@ from tensorize.ir import (
     ContractionPlan,
     Machine,
     Plan,
-    Prediction,
-    Totals,
     TTSpec,
 )
 from tensorize.lazy import FactoredWeight
+from tensorize.outcome import report_of, slow_weights
 from tensorize.passes.allocate import RanksOption
 from tensorize.passes.factorize import Factorize, copy_sharing
 from tensorize.passes.in_groups import LearnInGroups
@@ -67,14 +65,13 @@ from tensorize.passes.sites import (
     named_parameters,
     require_match,
 )
-from tensorize.passes.slower import slow_choices
 from tensorize.passes.spectra import ComputeSpectra, FormatsOption, formats_by_site
 from tensorize.passes.statistics import CollectStatistics
 from tensorize.passes.timed import BREAKPOINTS, common_breakpoints, contenders, timed_plan
 from tensorize.passes.training import plan_training
 from tensorize.passes.verify import VerifyResult
 from tensorize.progress import Progress, announce, shown
-from tensorize.report import Curve, Report, ReportTotals, SiteReport, attach, detach, report
+from tensorize.report import Report, attach, detach, report
 from tensorize.runtime import device_of, use_kernels
 from tensorize.selfmade import affordable, self_made
 from tensorize.version import __version__
@@ -580,30 +577,8 @@ def _apply(
     return target
 
 
-_MOST_TIMED = 4
-
-
-def _slow_weights(program: Program) -> tuple[str, ...]:
-    """Notes on weights that are slower than dense; of each shape one is timed."""
-    plan = program.plan
-    assert plan is not None
-    slow = slow_choices(program.sites, plan.sites, plan.batch_sizes, program.machine)
-    alike: dict[Any, list[str]] = {}
-    for choice in plan.sites:
-        if choice.name in slow:
-            alike.setdefault((choice.shape, choice.spec), []).append(choice.name)
-    weights = dict(weight.factored(program.model))
-    notes = []
-    for names in alike.values():
-        worst = max(slow[names[0]], key=lambda each: each.factorized / each.dense)
-        said = f"{worst.factorized:.1f} µs predicted, {worst.dense:.1f} dense"
-        found = weights[names[0]]
-        if len(notes) < _MOST_TIMED and len(found.shape) == 2 and not found.is_meta:
-            ours, dense = _timed(found, worst.batch)
-            said += f"; {ours:.1f} measured, {dense:.1f} dense"
-        others = f" and {len(names) - 1} like it" if len(names) > 1 else ""
-        notes.append(f"{names[0]}{others}: slower than dense at {worst.batch} rows: {said}")
-    return tuple(notes)
+def _report(program: Program, analysis: Analysis) -> Report:
+    return report_of(program, analysis.curve(), slow_weights(program, _timed))
 
 
 @torch.no_grad()
@@ -618,51 +593,6 @@ def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
         for w in calls
     )
     return ours, own
-
-
-def _report(program: Program, analysis: Analysis) -> Report:
-    return report_of(program, analysis.curve(), _slow_weights(program))
-
-
-def report_of(program: Program, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
-    """What was done to the model of a program, with ``notes`` beside its own."""
-    plan = program.plan
-    assert plan is not None
-    aliases = {site.name: site.aliases for site in program.sites}
-    sites = tuple(
-        SiteReport.of(choice, aliases.get(choice.name, ()), program.errors.get(choice.name, 0.0))
-        for choice in plan.sites
-    )
-    return Report(
-        plan=replace(plan, analysis=None),
-        sites=sites,
-        totals=ReportTotals(plan.dense, _totals_of(program.model, plan.predicted)),
-        curve=curve,
-        history=program.history,
-        notes=(*program.notes, *notes),
-        environment=_environment(),
-    )
-
-
-def _totals_of(model: nn.Module, predicted: Prediction) -> Totals:
-    """Parameters and bytes of a model, each once; FLOPs and times are those predicted."""
-    parameters = {id(p): p for p in model.parameters()}.values()
-    return Totals(
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
-        predicted.flops,
-        predicted.latency,
-    )
-
-
-def _environment() -> tuple[tuple[str, str], ...]:
-    return (
-        ("tensorize", __version__),
-        ("torch", torch.__version__),
-        ("python", platform.python_version()),
-        ("machine", f"{platform.machine()} {platform.system()}"),
-        ("threads", str(torch.get_num_threads())),
-    )
 
 
 # ------------------------------------------------------------------------------------ streaming

@@ -24,7 +24,7 @@ LAYERS = (
     ("lazy",),
     ("weight", "report", "page"),
     ("passes", "codegen"),
-    ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade"),
+    ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade", "outcome"),
     (
         *("huggingface", "pretrained", "lora", "checkpoint", "distillation", "healing", "measures"),
         *("shards", "streaming"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize import api, capture, huggingface
+from tensorize import api, capture, huggingface, outcome
 from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError, CaptureError, TensorizeError
 from tensorize.ir import NONLINEARITIES, Batch, Plan
@@ -109,7 +109,7 @@ def initialize(
         cores = InitializeCores(method, nonlinearity, initializer, str(device))
         program = run_passes(program, (cores,))
     notes = ("not trained yet: errors are those of no weight",)
-    attach(target, api.report_of(program, notes=notes))
+    attach(target, outcome.report_of(program, notes=notes))
     huggingface.note_factors(target)
     return target
 
