@@ -159,9 +159,9 @@ def train(run: Run, text: Text, folder: Path, every: int) -> list[dict[str, Any]
     data = islice(batches(text.train, run.batch, run.config.context, generator), began, run.steps)
     energy, pending, flops = Energy(), None, 0
     last = log[-1] if log else {"seconds": 0.0, "flops": 0, "joules": None}
-    clock = time.monotonic()
+    clock, changed = time.monotonic(), True
     for step, ids in enumerate(data, began):
-        if step == began or (ranks is not None and ranks.trace):
+        if changed:
             flops = step_flops(model, ids)
         share = schedule(step, step / run.steps, WARMUP)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -172,8 +172,7 @@ def train(run: Run, text: Text, folder: Path, every: int) -> list[dict[str, Any]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if ranks is not None:
-            ranks.step()
+        changed = ranks is not None and ranks.step() is not None
         total = (log[-1]["flops"] if log else 0) + flops
         seconds = last["seconds"] + time.monotonic() - clock
         log.append({"step": step + 1, "loss": loss.item(), "flops": total, "seconds": seconds})

@@ -90,10 +90,11 @@ class InitializeCores:
         bent = None
         if self.nonlinearity and takes_nonlinearity(model, site.names, choice.spec):
             bent = self.nonlinearity
-        if self.method == SPECTRAL:
+        size = root_mean_square(weight)
+        if self.method == SPECTRAL and size > 0:
             cores = spectral_cores(choice.spec, site, weight)
-        else:
-            cores = scaled_cores(choice.spec, root_mean_square(weight), weight, bent)
+        else:  # a weight that begins as zero has no directions
+            cores = scaled_cores(choice.spec, size, weight, bent)
         padding = getattr(owner, "padding_idx", None)
         if padding is not None and choice.spec.format == LOW_RANK:
             cores[0][padding] = 0  # as the dense table's

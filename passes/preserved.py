@@ -329,6 +329,12 @@ class PreservedLoss:
             rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
             return rise * rows, rows
         before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
+        if len(before) != len(after):
+            raise CaptureError(
+                f"one model gives {len(before)} outputs for batch {batch.number}, the other "
+                f"{len(after)}",
+                way_out="let both return the same, in training mode as well, or pass loss_fn=",
+            )
         count = before[0].rows.shape[0]
         total = before[0].rows.new_zeros((), dtype=torch.float64)
         for a, b in zip(before, after, strict=True):

@@ -226,6 +226,15 @@ def layer_names(model: nn.Module, layers: Layers) -> tuple[str, ...]:
     return tuple(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and what ``torch.compile`` made of it."""
+    for name in ("module", "_orig_mod"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1:
+            return _unwrapped(inner)
+    return model
+
+
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of modules at their last call, by the position of their name."""
@@ -240,9 +249,14 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         if isinstance(found, Tensor) and found.is_floating_point():
             seen[place] = found
 
+    places = dict(_unwrapped(model).named_modules())
+    if missing := [name for name in names if name not in places]:
+        raise CaptureError(
+            f"the model has no layer {missing[0]!r}, as the teacher has",
+            way_out="pass the model itself and not a wrapper, or layers=None",
+        )
     hooks = [
-        model.get_submodule(name).register_forward_hook(partial(keep, str(k)))
-        for k, name in enumerate(names)
+        places[name].register_forward_hook(partial(keep, str(k))) for k, name in enumerate(names)
     ]
     try:
         yield seen

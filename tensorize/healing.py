@@ -35,7 +35,7 @@ from tensorize.distillation import (
     trained_parameters,
 )
 from tensorize.errors import CaptureError, CheckpointError
-from tensorize.forward import untouched
+from tensorize.forward import in_usual_modes, untouched
 from tensorize.ir import Batch
 from tensorize.passes.descent import Descent, rate_for, rounds, share_of_rate, trainable, write
 from tensorize.passes.preserved import LossFunction, PreservedLoss, split
@@ -89,6 +89,7 @@ class Healing:
         )
 
 
+@in_usual_modes
 def heal(
     model: nn.Module,
     teacher: nn.Module,

@@ -113,6 +113,17 @@ class Sample:
     ids: Tensor | None
 
 
+def _check_labels(labels: Tensor, classes: int, number: int) -> None:
+    """Raises CaptureError for a label that is no class."""
+    counted = labels[labels != _IGNORED]
+    odd = counted[(counted < 0) | (counted >= classes)]
+    if len(odd):
+        raise CaptureError(
+            f"batch {number} has a label {int(odd[0])}, and its output {classes} classes",
+            way_out=f"labels are 0 to {classes - 1}, or {_IGNORED} for what does not count",
+        )
+
+
 class Meter:
     """Takes the outputs of one model batch by batch, beside the dense model's.
 
@@ -143,6 +154,7 @@ class Meter:
                     way_out="give one label for each row of the output",
                 )
             wanted = sample.targets.reshape(-1)[places.to(sample.targets.device)]
+            _check_labels(wanted, before.rows.shape[-1], batch.number)
         if before.logits or self.kind == CLASSES:
             self._agreement(before.rows, after.rows, wanted)
         if before.logits:

@@ -60,6 +60,7 @@ class Cores(nn.Module):
     def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
         """Take cores of other ranks."""
         self.spec = spec
+        self.__dict__.pop("kernels", None)
         for k, core in enumerate(cores):
             self._parameters[f"core_{k}"] = core
         self._choose_orders()
@@ -150,6 +151,7 @@ class LowRankLinear(nn.Module):
     def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
         """Take factors of another rank."""
         self.__dict__["spec"] = spec
+        self.__dict__.pop("kernels", None)
         self.second.weight, self.first.weight = cores
         self.first.out_features = self.second.in_features = spec.ranks[0]
         limit = self.__dict__.pop("memory_limit", None)
@@ -343,7 +345,7 @@ def _check_tie(own: FactoredWeight, value: Any, what: str) -> None:
 
 
 @cache
-def _factored_class(
+def factored_class(
     dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]
 ) -> type[nn.Module]:
     """``base`` with lazy weights in place of the ``parameters`` of a module of class ``dense``."""
@@ -383,7 +385,7 @@ def _drop(owner: nn.Module, value: Any) -> None:
 
 def _blank(dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]) -> nn.Module:
     """An empty instance for pickle and deepcopy, which fill it."""
-    cls = _factored_class(dense, parameters, base)
+    cls = factored_class(dense, parameters, base)
     return cls.__new__(cls)
 
 
@@ -454,17 +456,25 @@ def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: TTSpec) -> 
 
 
 def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
-    """Give a factorized weight other ranks.
+    """Give a factorized weight other ranks, wherever it is used; kernels for the old ones go.
 
     Args:
         name: the qualified name that its dense parameter had, any of those of a tied one.
         spec: the weight's own, with other ranks.
         cores: the new parameters, in the shapes of ``spec.core_shapes``.
     """
+
+    def held(module: LowRankLinear | Cores) -> list[int]:
+        weight = module.weight if isinstance(module, LowRankLinear) else module.forward()
+        return [id(core) for core in weight.cores]
+
     owner, leaf = owner_of(model, name)
     holder = owner if isinstance(owner, LowRankLinear) else owner._modules[_cores_name(leaf)]
     assert isinstance(holder, LowRankLinear | Cores)
-    holder.resize(spec, cores)
+    before = held(holder)
+    holders = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
+    for module in [m for m in holders if held(m) == before]:
+        module.resize(spec, cores)
 
 
 def first_factor(model: nn.Module, name: str) -> nn.Parameter:
@@ -514,7 +524,7 @@ def _become_factored(
     dense = getattr(owner, "_dense_class", type(owner))
     parameters = (*_lazy_parameters(owner), parameter)
     owner.__dict__.pop("_flat_weights", None)  # of a recurrent layer: it holds the dense ones
-    owner.__class__ = _factored_class(dense, parameters, kind or dense)
+    owner.__class__ = factored_class(dense, parameters, kind or dense)
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:

@@ -216,6 +216,18 @@ def test_labels_of_a_plain_module() -> None:
         measured(small, dense, [x], labels=[y, y])
 
 
+@pytest.mark.parametrize(("classes", "label"), [(3, 3), (3, -2), (1, 1)])
+def test_labels_that_are_no_class_are_named(classes: int, label: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, classes))
+    small = tensorize.compile(model, 0.6, example_inputs=(torch.randn(2, 32),))
+    labels = [torch.zeros(8, dtype=torch.long), torch.full((8,), label)]
+    with pytest.raises(tensorize.CaptureError, match=f"batch 1 has a label {label}"):
+        tensorize.evaluate(
+            small, model, [torch.randn(8, 32) for _ in labels], labels=labels, time=False
+        )
+
+
 def test_labels_of_a_sequence_to_sequence_model() -> None:
     case = CASES["t5"]
     dense = case.model()

@@ -383,6 +383,40 @@ def test_mistakes_are_named() -> None:
 # ----------------------------------------------------------------------------- other people's loops
 
 
+def test_under_autocast_it_is_refused() -> None:
+    """Its copies of weights would be those of before every step."""
+    dense, small = models()
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TensorizeError, match=r"heal was called under torch\.autocast"),
+    ):
+        tensorize.heal(small, dense, texts(4), steps=4)
+
+
+def test_models_in_wrappers_and_with_other_outputs() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    class Twice(Wrapped):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            hidden = self.module(*args, **kwargs).logits
+            return (hidden, hidden) if self.training else hidden
+
+    dense, small = models()
+    (ids,) = texts(1)
+    plain = tensorize.distillation_loss(dense, layers=True)
+    assert torch.equal(plain(Wrapped(small), ids), plain(small, ids))
+    with pytest.raises(CaptureError, match="one model gives 1 outputs for batch 0, the other 2"):
+        tensorize.distillation_loss(Twice(dense).eval())(Twice(small).train(), ids)
+    with pytest.raises(CaptureError, match="has no layer"):
+        plain(nn.Sequential(nn.Linear(1, 1), small), ids)
+
+
 def test_a_loop_of_ones_own() -> None:
     (dense, small), unseen = models(), texts(2, seed=9)
     before = divergence(small, dense, unseen)

@@ -299,6 +299,19 @@ def test_what_nothing_initialises_is_an_error_that_names_it() -> None:
     assert torch.equal(model.scale, torch.ones(16))
 
 
+@pytest.mark.parametrize("method", ["scaled", "spectral"])
+def test_a_weight_that_begins_as_zero_can_learn(method: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 48))
+    nn.init.zeros_(dense[1].weight)
+    small = tensorize.initialize(dense, 0.5, method=method)
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.01)
+    for _ in range(3):
+        (small(torch.randn(8, 48)) - 1).square().mean().backward()
+        optimizer.step()
+    assert small[1].weight.dense().abs().max() > 0
+
+
 # ----------------------------------------------------------------------------------- refused
 
 

@@ -223,3 +223,26 @@ def test_evaluation_is_as_before_and_pickles_fill_the_same_class() -> None:
 def test_a_model_without_blocks_is_an_error() -> None:
     with pytest.raises(tensorize.TensorizeError, match="no entry of a ModuleList"):
         checkpoint_low_rank(nn.Sequential(nn.Linear(4, 4)))
+
+
+class Mixed(nn.Module):
+    """A block with a factorized parameter of its own beside low-rank linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(48, 48) / 7), nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x @ self.weight).tanh()
+
+
+def test_blocks_with_factorized_weights_of_their_own_are_pickled() -> None:
+    torch.manual_seed(0)
+    small = tensorize.compile(
+        nn.Sequential(Mixed(), Mixed()), 0.6, example_inputs=(torch.randn(2, 48),)
+    )
+    assert checkpoint_low_rank(small) == 2  # the model is the Sequential itself
+    x = torch.randn(4, 48)
+    again = pickle.loads(pickle.dumps(small))
+    assert torch.equal(again(x), small(x))
+    assert type(again[0]) is type(small[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,3 +271,88 @@ def test_bad_schedules_are_named(options: dict[str, Any], cause: str) -> None:
 def test_a_dense_model_has_no_ranks_to_change() -> None:
     with pytest.raises(tensorize.TensorizeError, match="not made by tensorize"):
         RankSchedule(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter()]), 0.5, start=0, end=1)
+
+
+# --------------------------------------------------------- wherever the weight is used
+
+
+class Tied(nn.Module):
+    """A table of words that is the head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer = nn.Embedding(64, 48), nn.Linear(48, 48)
+        self.head = nn.Linear(48, 64, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layer(self.words(ids)).tanh())
+
+
+@pytest.mark.parametrize("formats", [None, "tt"])
+def test_a_tied_weight_stays_tied(formats: Any) -> None:
+    model = tensorize.initialize(Tied(), 0.7, formats=formats)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = RankSchedule(model, optimizer, 0.35, start=0, end=2, every=1, rank_multiple=1)
+    ids = torch.randint(64, (8, 5))
+    for _ in range(2):
+        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        schedule.step()
+    held = dict(factored(model))
+    assert [id(c) for c in held["words.weight"].cores] == [id(c) for c in held["head.weight"].cores]
+    assert count(model) <= schedule.target
+    learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert learnt == {id(p) for p in model.parameters()}
+
+
+def test_with_a_function_between_the_factors_the_largest_components_stay() -> None:
+    """They cannot be mixed there: a component that is nearly nothing is what a cut takes away."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    model = tensorize.initialize(dense, 0.5, nonlinearity="silu")
+    optimizer = torch.optim.AdamW(model.parameters())
+    for module in model:
+        with torch.no_grad():
+            module.second.weight[:, 3] *= 1e-6
+    x = torch.randn(32, 64)
+    before, ranks = model(x).detach(), [m.spec.ranks[0] for m in model]
+    less = count(model) - sum(m.in_features + m.out_features for m in model)
+    schedule = RankSchedule(
+        model, optimizer, tensorize.Budget(params=less), start=0, end=1, every=1, rank_multiple=1
+    )
+    schedule.step()
+    assert [m.spec.ranks[0] for m in model] == [rank - 1 for rank in ranks]
+    assert (model(x) - before).norm() < 1e-4 * before.norm()
+
+
+def test_kernels_of_the_ranks_before_are_not_used() -> None:
+    model, optimizer = model_and_optimizer()
+    for module in model.modules():
+        if hasattr(module, "first"):
+            module.__dict__["kernels"] = {"columns": None}
+    schedule = RankSchedule(model, optimizer, 0.3, start=0, end=1, every=1)
+    schedule.step()
+    resized = [m for m in model.modules() if hasattr(m, "first")]
+    assert resized
+    assert any(m.kernels is None for m in resized)
+    assert torch.isfinite(model(batches(1)[0]).logits).all()
+
+
+def test_a_model_of_transformers_is_saved_with_its_new_ranks(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=16, vocab_size=64)
+    model = tensorize.initialize(hf.GPT2LMHeadModel(config), 0.7)
+    optimizer = torch.optim.AdamW(model.parameters())
+    RankSchedule(model, optimizer, 0.4, start=0, end=1, every=1, rank_multiple=1).step()
+    model.save_pretrained(tmp_path)
+    again = hf.GPT2LMHeadModel.from_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+    report = tensorize.report(model)
+    assert report.totals.after.bytes == sum(4 * p.numel() for p in model.parameters())
+    for choice in report.plan.sites:
+        assert choice.spec is None or choice.spec.shape == choice.shape
+    assert any("are of the ranks before" in note for note in report.notes)

@@ -114,3 +114,14 @@ def test_states_stay_wide_when_they_are_loaded() -> None:
 def test_nothing_to_round_is_an_error() -> None:
     with pytest.raises(tensorize.TensorizeError, match="holds no bfloat16"):
         round_stochastically(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def test_a_closure_is_refused() -> None:
+    """Its forward pass would see parameters in float32."""
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    rounding = round_stochastically(optimizer)
+    with pytest.raises(tensorize.TensorizeError, match="a closure would see"):
+        optimizer.step(lambda: (weight.sum() * 1.0).backward())
+    assert weight.dtype == torch.bfloat16
+    rounding.remove()

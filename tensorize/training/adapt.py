@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from tensorize import weight
 from tensorize.budget import Budget
 from tensorize.errors import BudgetError, TensorizeError
+from tensorize.huggingface import note_factors
 from tensorize.ir import LOW_RANK, Site, TTSpec
 from tensorize.lazy import FactoredWeight
-from tensorize.manifest import dtype_name
+from tensorize.manifest import dtype_name, record_of
 from tensorize.passes.assumed import ladder
 from tensorize.passes.curves import Spectrum
 from tensorize.passes.optimise import TooTight, solve
 from tensorize.passes.points import COSTS, Points, curve_points
 from tensorize.report import attach, report
-from tensorize.training.bonds import Bond, bonds, extended, with_ranks
+from tensorize.runtime import use_kernels
+from tensorize.training.bonds import Bond, bonds, components, extended, with_ranks
 from tensorize.tt import tails
 
 _GROWTH = 1.25
@@ -187,7 +189,12 @@ class RankSchedule:
     def _adapt(self, allowed: int) -> Adaptation:
         before = _parameters(self.model)
         weights = self._weights()
-        spectra = {name: bonds(factors.spec, factors.cores) for name, factors in weights}
+        spectra = {
+            name: (bonds if factors.nonlinearity is None else components)(
+                factors.spec, factors.cores
+            )
+            for name, factors in weights
+        }
         points = [self._points(name, factors, spectra[name]) for name, factors in weights]
         others = before - sum(factors.spec.parameters for _, factors in weights)
         caps = np.full(len(COSTS), np.inf)
@@ -305,7 +312,7 @@ def _smallest(spec: TTSpec) -> int:
 def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
     """What the ranks are now, in the model's report, and how they came about."""
     known = report(model)
-    specs = {name: factors.spec for name, factors in weight.factored(model)}
+    specs = {name: record_of(name, factors).spec for name, factors in weight.factored(model)}
     planned = tuple(
         replace(choice, spec=specs.get(choice.name, choice.spec)) for choice in known.plan.sites
     )
@@ -318,11 +325,15 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         )
         for site in known.sites
     )
-    totals = replace(known.totals.after, parameters=_parameters(model))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    totals = replace(known.totals.after, parameters=_parameters(model), bytes=size)
     notes = [note for note in known.notes if not note.startswith(_TRACE)]
     if trace:
         steps = ", ".join(f"{c.step}: {c.after:,}" for c in trace)
-        notes.append(f"{_TRACE} from {trace[0].before:,} parameters: after step {steps}")
+        notes.append(
+            f"{_TRACE} from {trace[0].before:,} parameters: after step {steps}; FLOPs, times and "
+            "predictions are of the ranks before"
+        )
     now = replace(
         known,
         plan=replace(known.plan, sites=planned),
@@ -331,3 +342,5 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         notes=tuple(notes),
     )
     attach(model, now)
+    note_factors(model)
+    use_kernels(model, now.backend)

@@ -8,7 +8,7 @@ pair for each of their values.
 Cut at a bond, L T and S R with S T = I are the best approximation of the rank, both of equal norm
 in every component (as in balanced truncation, Moore 1981). Cutting several bonds at once is
 quasi-optimal as TT rounding is. A gradient by L T is that by L times Sᵀ, so what an optimizer keeps
-of gradients goes along.
+of gradients goes along. With a function between two factors T can only be a permutation.
 """
 
 from __future__ import annotations
@@ -55,6 +55,18 @@ def bonds(spec: TTSpec, cores: Sequence[Tensor]) -> list[Bond]:
         right = _gram(spec.cores[k + 1 :][::-1], exact[k + 1 :][::-1], name, shared)
         found.append(_balanced(name, shared, left, right))
     return found
+
+
+def components(spec: TTSpec, cores: Sequence[Tensor]) -> list[Bond]:
+    """The bond of two factors with a function of each entry between them, in float64.
+
+    Only the order of the components may change there, so a cut keeps the largest: of a component
+    the squared norm of its column times that of its row.
+    """
+    left, right = (core.detach().double() for core in cores)
+    squares, order = (left.square().sum(0) * right.square().sum(1)).sort(descending=True)
+    turn = torch.eye(len(order), dtype=torch.float64, device=left.device)[:, order]
+    return [Bond("r1", (), squares, turn, turn.mT)]
 
 
 def _gram(

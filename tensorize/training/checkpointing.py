@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 )
 
 from tensorize.errors import TensorizeError
-from tensorize.weight import LowRankLinear
+from tensorize.weight import LowRankLinear, factored_class
 
 _PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm"))
 _now = threading.local()
@@ -93,11 +93,12 @@ def _leave(layer: nn.Module, args: Any, output: Tensor) -> None:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    entries = isinstance(model, nn.ModuleList | nn.Sequential)
     for child in model.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from (block for block in child if _has_low_rank(block))
-        else:
+        if not entries:
             yield from _blocks(child)
+        elif _has_low_rank(child):
+            yield child
 
 
 def _has_low_rank(block: nn.Module) -> bool:
@@ -114,7 +115,10 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
         return _checkpoint(kind.forward, self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        return _blank, (kind,), self.__getstate__()
+        # The class may itself be made on the way, of a block with factorized weights of its own.
+        made = getattr(kind, "_factored_parameters", None)
+        inner = (getattr(kind, "_dense_class", kind), made, kind.__bases__[0]) if made else kind
+        return _blank, (inner,), self.__getstate__()
 
     body = {
         "forward": forward,
@@ -127,7 +131,7 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), body)
 
 
-def _blank(kind: type[nn.Module]) -> nn.Module:
+def _blank(kind: type[nn.Module] | tuple[Any, ...]) -> nn.Module:
     """An empty instance for pickle and deepcopy, which fill it."""
-    cls = _checkpointed(kind)
+    cls = _checkpointed(factored_class(*kind) if isinstance(kind, tuple) else kind)
     return cls.__new__(cls)

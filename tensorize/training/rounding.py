@@ -70,6 +70,11 @@ class RoundedSteps:
             self._generators[torch.device(name)].set_state(values)
 
     def _widen(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(value is not None for value in (*args[1:], *kwargs.values())):
+            raise TensorizeError(
+                "a closure would see parameters in float32, whose steps are rounded after it",
+                way_out="compute the gradients first, and call optimizer.step() without a closure",
+            )
         self._swap(optimizer, with_gradients=True)
 
     def _widen_for_states(self, optimizer: torch.optim.Optimizer, state: Any) -> None:

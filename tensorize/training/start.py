@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from tensorize import api, capture, huggingface, outcome
 from tensorize.budget import Budget
 from tensorize.errors import AnalysisError, BudgetError, CaptureError, TensorizeError
+from tensorize.forward import in_usual_modes
 from tensorize.ir import NONLINEARITIES, Batch, Plan
 from tensorize.passes.allocate import Allocate, RanksOption
 from tensorize.passes.assumed import AssumeSpectra, TrainingFormats, exact_ranks
@@ -27,6 +28,7 @@ from tensorize.report import attach
 _METRIC = "shape"
 
 
+@in_usual_modes
 def initialize(
     model: nn.Module,
     budget: float | Budget | None = 0.25,
