@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from tensorize.codegen import triton_chain
+from tensorize.codegen import triton_chain, triton_decode
 from tensorize.codegen.triton_text import DOT, power
 from tensorize.codegen.triton_work import CHUNK, Tiles, chunks, held_at_once
 from tensorize.ir import LOW_RANK, TTSpec
@@ -20,6 +20,8 @@ FEW_ROWS = 16
 """Up to here a decode kernel is considered: one tile of a dot's least side."""
 PROCESSORS = 132
 """Of a large GPU, which a decode kernel is cut for."""
+_WAIT = 16_000
+"""Bytes that a processor could read while it waits for what others wrote, about half a µs."""
 
 # Padded rank → rows, inner, outer, warps, stages; two bytes an entry, and four.
 _HALF = {
@@ -77,8 +79,8 @@ def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tile
     """For ``triton_source.decode``: the cut that moves the fewest bytes through one processor.
 
     Every program reads its slices of both factors, most of them from the second-level cache, and
-    the last ones to arrive read the shares of all others: many slices of the summed side make the
-    first cheap and the second dear, the more so the more rows there are.
+    the last ones to arrive read the shares of all others, and wait for them: many slices of the
+    summed side make the first cheap and the second dear, the more so the more rows there are.
     """
     rank = max(spec.ranks[0] for spec in work.specs)
     outputs, item = max(work.outs), dtype.itemsize
@@ -92,7 +94,8 @@ def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tile
         programs = launched * shares * output_slices
         slice_of_outputs = outputs / output_slices
         factors = rank_tile * (work.into / inner_slices + slice_of_outputs) * item
-        added = rows * shares * slice_of_outputs * 4
+        waits = -(-shares // triton_decode.AT_ONCE) * -(-slice_of_outputs // 64)
+        added = rows * shares * slice_of_outputs * 4 + _WAIT * waits
         every = -(-programs // PROCESSORS) * (factors + rows * slice_of_outputs * 4)
         return held * (every + -(-launched * output_slices // PROCESSORS) * added), programs
 

@@ -12,7 +12,8 @@ release of one thread would do on NVIDIA, but not on AMD, where neither waits fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from tensorize.codegen.triton_module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton_pair import (
@@ -24,13 +25,15 @@ from tensorize.codegen.triton_pair import (
     prepare_norm,
     suffix,
 )
-from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
+from tensorize.codegen.triton_text import DOT, Axis, Dimension, Lines, Operand, power, quotient
 from tensorize.codegen.triton_work import NotCovered, Tiles, roles
 from tensorize.ir import LOW_RANK
 from tensorize.work import Work
 
 WAVE = 64
 """Threads that run together on AMD."""
+AT_ONCE = 8
+"""Shares that are loaded together: one by one each would take a round trip to the second cache."""
 
 
 def decode(work: Work, tiles: Tiles) -> Source:
@@ -189,18 +192,19 @@ def _body(
         text("tl.debug_barrier()")
         if work.norm is not None:
             text.zeros("squares", tiles.rows)
-            with text.block(f"for inner_slice in range({cut.inner_slices})"):
-                text.load("found", norms, (block,), ['cache_modifier=".cg"'])
-                text("squares += found")
+            with _some_at_once(text, "inner_slice", cut.inner_slices) as slices:
+                text.load("parts", norms, (slices, block), ['cache_modifier=".cg"'])
+                text("squares += tl.sum(parts, 0)")
             text(f"scale = tl.rsqrt(squares / {work.into} + {work.norm.eps})")
         with inner_loop(text, cut.outer, "low_output", last, cut.outer_tile, cut.outer_size):
             for k in group:
                 text.zeros(_result(group, k), tiles.rows, cut.outer_tile)
-            with text.block(f"for share in range({cut.shares})"):
+            with _some_at_once(text, "share", cut.shares) as some:
                 for k in group:
                     # What other programs wrote is not in this one's first cache.
-                    text.load("found", shares[k], (block, outer), ['cache_modifier=".cg"'])
-                    text(f"{_result(group, k)} += found")
+                    more = ['cache_modifier=".cg"']
+                    text.load("found", shares[k], (some, block, outer), more)
+                    text(f"{_result(group, k)} += tl.sum(found, 0)")
             if work.norm is not None:
                 for k in group:
                     text(f"{_result(group, k)} *= scale[:, None]")
@@ -212,6 +216,20 @@ def _body(
     if work.norm is not None:
         used.append(known["gain"])
     return Body(tuple(text.lines), (*used, *shares.values()), cut.slices * cut.shares)
+
+
+@contextlib.contextmanager
+def _some_at_once(text: Lines, axis: str, count: int) -> Iterator[Dimension]:
+    """What is loaded along an axis, so many at once that no load waits for the one before it."""
+    at_once = min(AT_ONCE, power(count))
+    few = count <= at_once
+    with (
+        contextlib.nullcontext()
+        if few
+        else text.block(f"for begin in range(0, {count}, {at_once})")
+    ):
+        text.vector(f"next_{axis}", "" if few else "begin", at_once)
+        yield (Axis(axis, f"next_{axis}", count if count % at_once else None),)
 
 
 def _rank(work: Work, cut: _Cut, k: int) -> tuple[Axis, ...]:
