@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks.record import keep
 from tensorize import weight
-from tensorize.codegen import autotune, launch, tiles, triton_ops, triton_source
+from tensorize.codegen import autotune, launch, triton_ops
+from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import NotCovered
 from tensorize.ir import TTSpec
 from tensorize.work import Epilogue, Work
@@ -83,7 +84,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
 ROTATED = 256 << 20
 """Bytes that the copies of a cell's weights take together, at least: five times an L2 cache."""
-MOST_COPIES = 64
+MOST_COPIES = 256
+AHEAD = 300_000
+"""Cycles of the GPU that a graph has to be launched in."""
 ERROR = 2e-2
 """Relative error (a norm) that is taken for wrong: about five roundings of bfloat16."""
 SECONDS = 440
@@ -143,7 +146,7 @@ class Clock:
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
-        return self._median(graph.replay) / len(calls)
+        return self._median(graph.replay, ahead=True) / len(calls)
 
     def eager(self, calls: Sequence[Callable[[], object]]) -> float:
         """Of one call, as Python makes it."""
@@ -155,7 +158,7 @@ class Clock:
         every()
         return self._median(every) / len(calls)
 
-    def _median(self, call: Callable[[], object]) -> float:
+    def _median(self, call: Callable[[], object], *, ahead: bool = False) -> float:
         samples = []
         call()
         for _ in range(self.rounds):
@@ -165,6 +168,8 @@ class Clock:
                 samples.append(1e6 * (time.perf_counter() - began))
                 continue
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if ahead:
+                torch.cuda._sleep(AHEAD)  # so that the launch is there before the start is
             start.record()
             call()
             end.record()
@@ -203,7 +208,7 @@ def draw(*shape: int) -> Tensor:
 
 def copies(nbytes: int, tokens: int = 1) -> int:
     """How many operands are rotated, so that none is in the cache when it is used again."""
-    if tokens >= 4096:
+    if tokens >= 4096 or DEVICE == "cpu":
         return 4  # what goes through x and y alone is more than a cache holds
     return max(4, min(MOST_COPIES, ROTATED // max(nbytes, 1)))
 
@@ -269,7 +274,10 @@ def measure(cell: Cell, clock: Clock, ceiling: Roof) -> dict[str, Any]:
         for choice in autotune.candidates(work, DTYPE, cell.tokens):
             source = autotune.emit(work, choice)
             y.fill_(float("nan"))
-            launch.run(source, x, second, first, y)
+            try:
+                launch.run(source, x, second, first, y)
+            except launch.DoesNotFit:
+                continue
             error = check(y, exact(x, first, second))
             took = clock.graph([partial(launch.run, source, a, c, b, y) for a, b, c in pairs])
             if best is None or took < best[0]:
@@ -295,65 +303,78 @@ def gated(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float
     work = Work(
         (TTSpec.low_rank(out, into, rank),) * 2, gated=True, epilogue=Epilogue(activation="silu")
     )
-    x, a, b = draw(tokens, into), draw(rank, into), draw(rank, into)
-    u, v = draw(out, rank), draw(out, rank)
-    y = torch.empty(tokens, out, device=DEVICE, dtype=DTYPE)
-    few = tokens <= tiles.FEW_ROWS
-    cut = tiles.default_decode(work, DTYPE, tokens) if few else tiles.default(work, DTYPE)
-    source = (triton_source.decode if few else triton_source.forward)(work, cut)
+    count = copies(4 * rank * (into + out), tokens)
+    x, y = draw(tokens, into), torch.empty(tokens, out, device=DEVICE, dtype=DTYPE)
+    weights = [
+        (draw(rank, into), draw(out, rank), draw(rank, into), draw(out, rank)) for _ in range(count)
+    ]
 
-    def four() -> tuple[Tensor, Tensor]:
+    def four(a: Tensor, u: Tensor, b: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return two_matmuls(x, a, u), two_matmuls(x, b, v)
 
-    def product() -> Tensor:
-        gate, up = four()
+    def product(*held: Tensor) -> Tensor:
+        gate, up = four(*held)
         return F.silu(gate) * up
 
-    def one() -> None:
+    def launched(source: Source, a: Tensor, u: Tensor, b: Tensor, v: Tensor) -> None:
         launch.run(source, x, u, a, v, b, y)
 
-    one()
-    error = check(y, F.silu(exact(x, a, u)) * exact(x, b, v))
+    def right(a: Tensor, u: Tensor, b: Tensor, v: Tensor) -> float:
+        return check(y, F.silu(exact(x, a, u)) * exact(x, b, v))
+
     return {
-        "four matmuls": clock.graph([four] * 4),
-        "four matmuls and a product": clock.graph([product] * 4),
-        "one launch": clock.graph([one] * 4),
-        "error": error,
+        "four matmuls": clock.graph([partial(four, *held) for held in weights]),
+        "four matmuls and a product": clock.graph([partial(product, *held) for held in weights]),
+        **best_launch(clock, work, tokens, launched, weights, right),
     }
+
+
+def best_launch(
+    clock: Clock,
+    work: Work,
+    tokens: int,
+    launched: Callable[..., None],
+    operands: Sequence[tuple[Tensor, ...]],
+    right: Callable[..., float],
+) -> dict[str, float]:
+    """The time and the error of the fastest of the cuts that are tried."""
+    found: dict[str, float] = {}
+    for choice in autotune.candidates(work, DTYPE, tokens):
+        source = autotune.emit(work, choice)
+        try:
+            launched(source, *operands[0])
+        except launch.DoesNotFit:
+            continue
+        error = right(*operands[0])
+        took = clock.graph([partial(launched, source, *held) for held in operands])
+        if took < found.get("one launch", float("inf")):
+            found = {"one launch": took, "error": error}
+    return found
 
 
 def projections(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float]:
     """q, k, v of one input: one launch, and three pairs of matmuls."""
     into = sizes.hidden
     work = Work(tuple(TTSpec.low_rank(m, into, rank) for m in (into, into // 4, into // 4)))
-    x, cores = draw(tokens, into), [[draw(*s) for s in spec.core_shapes] for spec in work.specs]
+    x = draw(tokens, into)
     ys = [torch.empty(tokens, m, device=DEVICE, dtype=DTYPE) for m in work.outs]
-    source = triton_source.decode(work, tiles.default_decode(work, DTYPE, tokens))
+    shapes = [shape for spec in work.specs for shape in spec.core_shapes]
+    count = copies(2 * sum(a * b for a, b in shapes), tokens)
+    cores = [tuple(draw(*shape) for shape in shapes) for _ in range(count)]
 
-    def three() -> list[Tensor]:
-        return [two_matmuls(x, first, second) for second, first in cores]
+    def three(*held: Tensor) -> list[Tensor]:
+        return [two_matmuls(x, held[k + 1], held[k]) for k in range(0, len(held), 2)]
 
-    def one() -> None:
-        launch.run(source, x, *(core for pair in cores for core in pair), *ys)
+    def launched(source: Source, *held: Tensor) -> None:
+        launch.run(source, x, *held, *ys)
 
-    one()
-    error = max(check(y, exact(x, c[1], c[0])) for y, c in zip(ys, cores, strict=True))
+    def right(*held: Tensor) -> float:
+        return max(check(y, exact(x, held[2 * k + 1], held[2 * k])) for k, y in enumerate(ys))
+
     return {
-        "six matmuls": clock.graph([three] * 8),
-        "one launch": clock.graph([one] * 8),
-        "error": error,
+        "six matmuls": clock.graph([partial(three, *held) for held in cores]),
+        **best_launch(clock, work, tokens, launched, cores, right),
     }
-
-
-def fused(clock: Clock, sizes: Sizes) -> dict[str, Any]:
-    """Several weights of one input in one launch."""
-    found: dict[str, Any] = {}
-    for rank, tokens in sizes.fused:
-        found[f"gate·up r{rank} T{tokens}"] = gated(clock, sizes, rank, tokens)
-    rank = sizes.fused[0][0]
-    for tokens in (1, 16):
-        found[f"q, k, v r{rank} T{tokens}"] = projections(clock, sizes, rank, tokens)
-    return found
 
 
 # ------------------------------------------------------------------------------ a whole layer
@@ -424,39 +445,31 @@ def layers(clock: Clock, sizes: Sizes, share: float, tokens: int, context: int) 
     return found
 
 
-def training(clock: Clock, sizes: Sizes) -> dict[str, Any]:
-    """Forward and backward of one layer, eager: dense, torch's low rank, and the kernels'."""
-    found: dict[str, Any] = {}
+def training(clock: Clock, sizes: Sizes, rank: int) -> dict[str, float]:
+    """Forward and backward of one layer, in CUDA graphs: dense, torch's low rank, and kernels."""
     width, tokens = sizes.hidden, sizes.context
-    for rank in sizes.trained:
-        spec = TTSpec.low_rank(width, width, rank)
-        x, dy = draw(tokens, width).requires_grad_(), draw(tokens, width)
-        w = draw(width, width).requires_grad_()
-        cores = [draw(*shape).requires_grad_() for shape in spec.core_shapes]
-        run = triton_ops.contractions(spec)["columns"]
+    spec = TTSpec.low_rank(width, width, rank)
+    x, dy = draw(tokens, width).requires_grad_(), draw(tokens, width)
+    w = draw(width, width).requires_grad_()
+    cores = [draw(*shape).requires_grad_() for shape in spec.core_shapes]
+    contraction = triton_ops.contractions(spec)["columns"]
 
-        def alone(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> None:
-            torch.autograd.grad(F.linear(x, w), (x, w), dy)
+    def alone() -> None:
+        torch.autograd.grad(F.linear(x, w), (x, w), dy)
 
-        def library(
-            x: Tensor = x, cores: list[Tensor] = cores, dy: Tensor = dy
-        ) -> tuple[Tensor, ...]:
-            y = two_matmuls(x, cores[1], cores[0])
-            return torch.autograd.grad(y, (x, *cores), dy)
+    def library() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(two_matmuls(x, cores[1], cores[0]), (x, *cores), dy)
 
-        def kernels(
-            x: Tensor = x, cores: list[Tensor] = cores, dy: Tensor = dy, run=run
-        ) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(run(x, cores), (x, *cores), dy)
+    def kernels() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(contraction(x, cores), (x, *cores), dy)
 
-        pairs = zip(kernels(), library(), strict=True)
-        found[f"forward and backward r{rank} T{tokens}"] = {
-            "dense": clock.eager([alone] * 4),
-            "two matmuls": clock.eager([library] * 4),
-            "kernels": clock.eager([kernels] * 4),
-            "error": max(check(mine, theirs[:64].double()) for mine, theirs in pairs),
-        }
-    return found
+    pairs = zip(kernels(), library(), strict=True)
+    return {
+        "dense": clock.graph([alone] * 4),
+        "two matmuls": clock.graph([library] * 4),
+        "kernels": clock.graph([kernels] * 4),
+        "error": max(check(mine, theirs[:64].double()) for mine, theirs in pairs),
+    }
 
 
 # --------------------------------------------------------------------------------------- output
@@ -485,41 +498,68 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.smoke:
             raise SystemExit("no GPU on this machine; --smoke runs every step at a tiny size")
         os.environ["TRITON_INTERPRET"] = "1"
-    results = run(SMOKE if options.smoke else FULL, Clock(1 if options.smoke else options.rounds))
-    if not options.smoke:
-        print(f"kept in {keep(options.name, results)}")
-    print(f"{len(results['skipped'])} cells skipped for time, {results['seconds']:.0f} s")
+
+    def kept(results: dict[str, Any]) -> None:
+        if not options.smoke:
+            keep(options.name, results)
+
+    clock = Clock(1 if options.smoke else options.rounds)
+    results = run(SMOKE if options.smoke else FULL, clock, kept)
+    counts = f"{len(results['skipped'])} skipped for time, {len(results['failed'])} failed"
+    print(f"{counts}, {results['seconds']:.0f} s")
     print(table(results["cells"]))
 
 
-def run(sizes: Sizes, clock: Clock) -> dict[str, Any]:
-    """Everything, in the order of what is looked at most, until the time is up."""
+def run(sizes: Sizes, clock: Clock, kept: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything, in the order of what is looked at most, until the time is up.
+
+    What there is goes to ``kept`` after every part, and what failed stands beside it.
+    """
     torch.manual_seed(0)
     begun = time.monotonic()
     ceiling = roof(clock, sizes.wide)
     print(f"{ceiling.flops / 1e12:.3g} TFLOP/s, {ceiling.bandwidth / 1e12:.3g} TB/s", flush=True)
-    results: dict[str, Any] = {"roof": vars(ceiling), "fused": fused(clock, sizes)}
-    results["training"] = training(clock, sizes)
-    results["layer"] = {
-        f"a layer at {share} T{tokens} after {past}": layers(clock, sizes, share, tokens, past)
-        for share in sizes.shares
-        for tokens, past in ((1, sizes.context), (sizes.context, 0))
-    }
-    more = (results[kind].items() for kind in ("fused", "training", "layer"))
-    for name, figures in (item for items in more for item in items):
-        print(name, ", ".join(f"{k} {v:.3g}" for k, v in figures.items()), flush=True)
-    cells: dict[str, dict[str, Any]] = {}
-    skipped = []
-    # Every third cell of the grid first, so that a run that ends early has seen all of it.
+    parts: dict[str, Callable[[], dict[str, float]]] = {}
+    for rank, tokens in sizes.fused:
+        parts[f"gate·up r{rank} T{tokens}"] = partial(gated, clock, sizes, rank, tokens)
+    for tokens in (1, 16):
+        rank = sizes.fused[0][0]
+        parts[f"q, k, v r{rank} T{tokens}"] = partial(projections, clock, sizes, rank, tokens)
+    for share in sizes.shares:
+        for tokens, past in ((1, sizes.context), (sizes.context, 0)):
+            name = f"a layer at {share} T{tokens} after {past}"
+            parts[name] = partial(layers, clock, sizes, share, tokens, past)
+    for rank in sizes.trained:
+        name = f"forward and backward r{rank} T{sizes.context}"
+        parts[name] = partial(training, clock, sizes, rank)
+    results: dict[str, Any] = {"roof": vars(ceiling), "parts": {}, "cells": {}, "failed": {}}
     everything = list(grid(sizes))
-    for cell in (c for start in range(3) for c in everything[start::3]):
-        if time.monotonic() - begun > SECONDS:
-            skipped.append(str(cell))
-            continue
-        cells[str(cell)] = measure(cell, clock, ceiling)
-        torch.cuda.empty_cache()
-    seconds = time.monotonic() - begun
-    return {**results, "cells": cells, "skipped": skipped, "seconds": seconds}
+    # Every third cell of the grid first, so that a run that ends early has seen all of it.
+    cells = {
+        str(cell): partial(measure, cell, clock, ceiling)
+        for start in range(3)
+        for cell in everything[start::3]
+    }
+    skipped = []
+    for kind, measures in (("parts", parts), ("cells", cells)):
+        for name, call in measures.items():
+            if time.monotonic() - begun > SECONDS:
+                skipped.append(name)
+                continue
+            try:
+                figures = results[kind][name] = call()
+            except Exception as error:  # what else there is must not be lost by it
+                figures = results["failed"][name] = f"{type(error).__name__}: {error}"
+            if kind == "parts" or isinstance(figures, str):
+                shown = figures if isinstance(figures, str) else _figures(figures)
+                print(name, shown, flush=True)
+            torch.cuda.empty_cache()
+            kept({**results, "skipped": skipped, "seconds": time.monotonic() - begun})
+    return {**results, "skipped": skipped, "seconds": time.monotonic() - begun}
+
+
+def _figures(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items())
 
 
 if __name__ == "__main__":

@@ -23,15 +23,17 @@ from torch import Tensor
 from tensorize.codegen import launch, reference, tiles, triton_source
 from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import NotCovered, Tiles
-from tensorize.ir import LOW_RANK
+from tensorize.ir import LOW_RANK, TTSpec
 from tensorize.version import __version__
-from tensorize.work import Work
+from tensorize.work import Work, work_of
 
 BUCKETS = (1, 16, 64, 512, 4096, 1 << 62)
 """Numbers of rows up to which one choice holds."""
 FASTER = 0.97
 """A kernel wins where its time is at most this share of the library's: above the noise."""
 _ROUNDS, _FLUSHED = 15, 1 << 28
+_AHEAD = 500_000
+"""Cycles of the GPU that the processor has to make a call in, a quarter of a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,12 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
 
 def wins(work: Work, dtype: torch.dtype, rows: int, device: str) -> bool:
     """Whether a kernel was measured to beat the library there."""
-    found = recorded(work, dtype, bucket(rows), device)
+    return _wins(work, dtype, bucket(rows), device)
+
+
+@lru_cache(maxsize=4096)
+def _wins(work: Work, dtype: torch.dtype, most: int, device: str) -> bool:
+    found = recorded(work, dtype, most, device)
     return found is not None and found.wins
 
 
@@ -120,6 +127,13 @@ def runs(work: Work, dtype: torch.dtype, rows: int | None, device: str, *, measu
         return all(bool(_source(work, dtype, count, device)) for count in most)
     except NotCovered:
         return False
+
+
+@lru_cache(maxsize=16)
+def winners(device: str) -> frozenset[TTSpec]:
+    """What won somewhere on this device, by itself or in a launch with others."""
+    won = (key for key, found in _records(device).items() if found["ratio"] <= FASTER)
+    return frozenset(spec for key in won for spec in work_of(key.rsplit(" ", 2)[0]).specs)
 
 
 def known(device: str) -> bool:
@@ -175,6 +189,8 @@ def forget() -> None:
     """Read what is kept again when it is next asked for."""
     _records.cache_clear()
     _source.cache_clear()
+    _wins.cache_clear()
+    winners.cache_clear()
 
 
 # ------------------------------------------------------------------------------------- timing
@@ -189,6 +205,11 @@ def tune(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
     """
     if not device.startswith("cuda"):
         raise ValueError(f"kernels are timed on a GPU, not on {device}")
+    with torch.cuda.device(device):  # whose streams are timed
+        return _tuned(work, dtype, rows, device)
+
+
+def _tuned(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -203,7 +224,7 @@ def tune(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
         made = emit(work, choice)
         try:
             seconds = _time(lambda made=made: launch.run(made, *inputs, *outputs), flush)
-        except RuntimeError:  # it does not fit on this device
+        except (launch.DoesNotFit, RuntimeError):
             continue
         if best is None or seconds < best[0]:
             best = seconds, choice
@@ -222,6 +243,7 @@ def _time(call: Callable[[], object], flush: Tensor) -> float:
     samples = []
     for _ in range(_ROUNDS):
         flush.zero_()
+        torch.cuda._sleep(_AHEAD)  # so that the call is there before the start is
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()

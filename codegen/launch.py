@@ -13,9 +13,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ def run(source: Source, *tensors: Tensor) -> None:
 
     Raises:
         TensorizeError: there is no GPU, and the interpreter is not on.
+        DoesNotFit: it needs more than the device has, even with one tile in flight.
     """
     x = tensors[-1]
     check_device(x)
@@ -227,11 +229,42 @@ def run(source: Source, *tensors: Tensor) -> None:
         launch(*tensors, **options)
         return
     _tell_of_first_call(source, x.dtype)
-    options["num_stages"] = stages(source, "hip" if torch.version.hip else "cuda")
+    most = stages(source, "hip" if torch.version.hip else "cuda")
     with torch.cuda.device_of(x):  # triton launches on the current one
         if source.counters and (zeros := _counters(source, tensors[0])) is not None:
             options["arrived"] = zeros
-        launch(*tensors, **options)
+        fit(partial(launch, *tensors, **options), most, (source.text, x.dtype, x.device))
+
+
+def fit(launch: Callable[..., None], most: int, key: Hashable) -> None:
+    """Launch with as many tiles in flight as the device has room for, ``most`` at most.
+
+    Raises:
+        DoesNotFit: not even one has.
+    """
+    while True:
+        count = _fitting.get(key, most)
+        try:
+            return launch(num_stages=count)
+        except Exception as error:
+            if type(error).__name__ not in _DOES_NOT_FIT:
+                raise
+            if count == 1:
+                raise DoesNotFit(
+                    f"a kernel does not fit on this GPU: {error}",
+                    way_out='backend="aten", or backend="auto" with tensorize.tune_kernels',
+                ) from error
+            _fitting[key] = count - 1
+
+
+_DOES_NOT_FIT = ("OutOfResources", "PTXASError")
+"""What triton raises where a device has too little shared memory, or too few registers."""
+_fitting: dict[Hashable, int] = {}
+"""Tiles in flight of kernels that did not fit with all that were asked for."""
+
+
+class DoesNotFit(TensorizeError):
+    """A kernel that needs more than the device has."""
 
 
 _called: set[tuple[str, torch.dtype]] = set()
@@ -263,14 +296,21 @@ def check_device(x: Tensor) -> None:
 
 def precision(x: Tensor) -> str:
     """Of float32 dots: what torch allows its own matmuls."""
-    wanted = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if wanted and x.is_cuda and not torch.version.hip else "ieee"
+    if x.dtype != torch.float32 or not x.is_cuda or torch.version.hip:
+        return "ieee"
+    # The attribute follows both of torch's ways to say it, of which reading the older one may fail.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 _POOL = 1 << 20
 _pools: dict[torch.device, tuple[Tensor, int]] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
-_PER_STREAM = 4096
+_PER_STREAM, _ALIGNED = 4096, 32
+
+
+def _fill_pool(device: torch.device) -> None:
+    _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
+    torch.cuda.synchronize(device)
 
 
 def _counters(source: Source, x: Tensor) -> Tensor | None:
@@ -287,13 +327,16 @@ def _counters(source: Source, x: Tensor) -> Tensor | None:
     if needed > _PER_STREAM or (device not in _pools and capturing):
         return None
     if device not in _pools:
-        _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
-        torch.cuda.synchronize(device)
+        # In a thread of its own: this one may allocate in the pool of a CUDA graph to be.
+        filling = threading.Thread(target=_fill_pool, args=(device,))
+        filling.start()
+        filling.join()
     key = device, torch.cuda.current_stream(device).cuda_stream
     if not capturing and key in _of_stream:
         return _of_stream[key]
     pool, used = _pools[device]
-    taken = needed if capturing else _PER_STREAM
+    # At multiples of 16 bytes: triton compiles a kernel again for a pointer that is at none.
+    taken = _ALIGNED * -(-needed // _ALIGNED) if capturing else _PER_STREAM
     if used + taken > _POOL:
         return None
     _pools[device] = pool, used + taken

@@ -93,8 +93,7 @@ def _contract(
 
     ``measured``: a kernel runs only where it was measured to beat the library.
     """
-    factors = _spec(spec)
-    work = Work((factors,), contract, epilogue=Epilogue(bias=bias is not None), saved=saved)
+    factors, work = _spec(spec), _work(spec, contract, bias is not None, saved)
     inputs = (x, *cores) if bias is None else (x, *cores, bias)
     rows = math.prod(x.shape[:-1])
     if measured and not autotune.wins(work, x.dtype, rows, str(x.device)):
@@ -114,6 +113,11 @@ def _launch(work: Work, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
         for name, tensor in zip(source.inputs[1:], inputs[1:], strict=True)
     ]
     launch.run(source, rows, *others, *(y.view(-1, y.shape[-1]) for y in outputs))
+
+
+@lru_cache(maxsize=4096)
+def _work(spec: str, contract: str, bias: bool, saved: bool) -> Work:
+    return Work((_spec(spec),), contract, epilogue=Epilogue(bias=bias), saved=saved)
 
 
 @_contract.register_fake

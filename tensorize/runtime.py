@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from tensorize import weight
+from tensorize import ops, weight
 from tensorize.codegen import autotune, kernel, launch, triton_ops
 from tensorize.codegen.triton_work import NotCovered
-from tensorize.ir import DENSE
+from tensorize.ir import DENSE, TTSpec
 from tensorize.lazy import FactoredWeight
 from tensorize.progress import Progress
 from tensorize.report import RunsBy, SiteReport, attach, report
@@ -36,7 +36,13 @@ def use_kernels(model: nn.Module, backend: str) -> nn.Module:
     found = report(model)
     sites = tuple(replace(site, runs_by=()) for site in found.sites)  # what was saved is of there
     if backend == "triton" or (measured and autotune.known(device)):
-        build = partial(triton_ops.contractions, measured=measured)
+        # An operation of its own costs a weight that the library wins more than it could gain.
+        won = autotune.winners(device) if measured else None
+
+        def build(spec: TTSpec) -> ops.Contractions:
+            used = won is None or spec in won
+            return triton_ops.contractions(spec, measured=measured) if used else {}
+
         count = weight.use_kernels(model, build)
         log.info("%d weights run by kernels", count)
         factors = dict(weight.factored(model))

@@ -8,6 +8,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -275,6 +276,48 @@ def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not autotune.wins(WORK, torch.float32, 9, "cpu")
     finally:
         autotune.forget()
+
+
+def test_what_won_anywhere_is_an_operation_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself or in a launch with others; what never won is left to the library."""
+    monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
+    autotune.forget()
+    try:
+        won, lost, never = (TTSpec.low_rank(64, 48, rank) for rank in (8, 12, 16))
+        for works, ratio in (((won, won), 0.8), ((lost,), 1.1)):
+            work = Work(works)
+            (choice, *_) = autotune.candidates(work, torch.float32, 9)
+            autotune.keep(work, torch.float32, 16, "cpu", replace(choice, ratio=ratio))
+        assert autotune.winners("cpu") == {won}
+        assert never not in autotune.winners("cpu")
+    finally:
+        autotune.forget()
+
+
+def test_a_kernel_that_does_not_fit_gets_fewer_tiles_in_flight() -> None:
+    class OutOfResources(Exception):
+        """As triton's."""
+
+    asked: list[int] = []
+
+    def launched(room: int, num_stages: int) -> None:
+        asked.append(num_stages)
+        if num_stages > room:
+            raise OutOfResources("shared memory")
+
+    launch.fit(partial(launched, 2), 4, "one")
+    launch.fit(partial(launched, 2), 4, "one")  # what fits is known now
+    assert asked == [4, 3, 2, 2]
+    with pytest.raises(launch.DoesNotFit, match="shared memory"):
+        launch.fit(partial(launched, 0), 2, "another")
+
+    def other(num_stages: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        launch.fit(other, 4, "third")
 
 
 def test_every_candidate_is_emitted() -> None:
