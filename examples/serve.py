@@ -101,21 +101,29 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while (first := self._queue.get()) is not None:
-            batch, open_still = [first], True
-            end = time.monotonic() + self._wait
-            while len(batch) < self._most:
-                try:
-                    following = self._queue.get(timeout=max(end - time.monotonic(), 0))
-                except queue.Empty:
-                    break
-                if following is None:
-                    open_still = False
-                    break
-                batch.append(following)
+        waiting = self._queue.get()
+        while waiting is not None:
+            batch, after = self._gathered(waiting)
             self._answer(batch)
-            if not open_still:
-                return
+            # What came last was of no batch yet: the first of the next one, or the end.
+            waiting = after.pop() if after else self._queue.get()
+
+    def _gathered(self, first: Waiting) -> tuple[list[Waiting], list[Waiting | None]]:
+        """Requests to answer together, and one that does not go with them, where there is one."""
+        batch, end = [first], time.monotonic() + self._wait
+        longest = self.model.config.max_position_embeddings
+        while len(batch) < self._most:
+            try:
+                following = self._queue.get(timeout=max(end - time.monotonic(), 0))
+            except queue.Empty:
+                break
+            if following is None:
+                return batch, [None]
+            together = [*batch, following]
+            if max(len(w.ids) for w in together) + max(w.tokens for w in together) > longest:
+                return batch, [following]  # a prompt of one and the answer of another are too long
+            batch = together
+        return batch, []
 
     def _answer(self, batch: Sequence[Waiting]) -> None:
         try:
@@ -178,7 +186,12 @@ class Handler(BaseHTTPRequestHandler):
         self._say(200, {"parameters": totals.after.parameters, "kept": totals.share.parameters})
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
+        length = self.headers.get("Content-Length") or "0"
+        if not length.isdecimal():
+            self.close_connection = True
+            self._say(400, {"error": f"Content-Length: {length}"})
+            return
+        length = int(length)
         if length > MOST_BYTES:
             self.close_connection = True  # the body is not read
             self._say(413, {"error": f"at most {MOST_BYTES} bytes"})

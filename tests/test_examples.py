@@ -167,6 +167,21 @@ def test_more_requests_than_a_batch_holds(served: tuple[str, serve.Batcher]) -> 
     assert sum(answer["batch"] for answer in answers) > 10
 
 
+def test_requests_that_are_too_long_together_are_answered_one_after_the_other(
+    small: Any, served: tuple[str, serve.Batcher]
+) -> None:
+    """A long prompt with a short answer, and a short prompt with a long answer."""
+    url, _ = served
+    longest = small.config.max_position_embeddings
+    ids = gpt.load_tokenizer().encode("import os\n" * longest).ids[: longest - 8]
+    long = gpt.load_tokenizer().decode(ids)
+    with ThreadPoolExecutor(2) as pool:
+        pairs = ((long, 1), ("import", longest // 2))
+        answers = list(pool.map(lambda pair: serve.ask(url, *pair), pairs))
+    assert [answer["tokens"] for answer in answers] == [1, longest // 2]
+    assert [answer["batch"] for answer in answers] == [1, 1]
+
+
 def test_bad_requests_are_told_and_harm_nobody(
     served: tuple[str, serve.Batcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
