@@ -206,6 +206,8 @@ class SharedProduct:
     The layers are called one after the other with the very same tensor; the first call computes
     the product, the others take it. It is computed anew wherever anything is not as it was then:
     another tensor, one that was written to, other modes, a first layer that became something else.
+    With gradients the layers have a node of the graph in common: they are to be in one backward
+    pass (or ``retain_graph``), and in one part where parts are checkpointed.
     """
 
     def __init__(self, layers: int) -> None:
