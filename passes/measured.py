@@ -107,7 +107,7 @@ class Reference:
     @property
     def one_row_a_sample(self) -> bool:
         """Whether the outputs have one row for each sample, however many positions it has."""
-        return samples_of(self._kept[0], self.batches[0], self.model) is not None
+        return samples_of(self._kept[0], self.model) is not None
 
     def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
         """The outputs that can be compared: with a loss of the caller's they may be anything."""

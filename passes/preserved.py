@@ -78,7 +78,7 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
         )
     found = []
     for name, tensor in chosen:
-        entries = _by_rows(name, tensor, batch, model)
+        entries = _by_rows(name, tensor, model)
         flat = entries.reshape(-1, entries.shape[-1])
         counted = _counted_rows(entries, batch, model)
         rows = flat if counted is None else flat[counted]
@@ -92,18 +92,17 @@ def essential(result: Any) -> Any:
     return dict(_preserved_tensors(result))
 
 
-def samples_of(result: Any, batch: Batch, model: nn.Module) -> int | None:
+def samples_of(result: Any, model: nn.Module) -> int | None:
     """The number of samples of a batch, where every output has one row for each of them."""
     leads = [
-        _by_rows(name, tensor, batch, model).shape[:-1]
-        for name, tensor in _preserved_tensors(result)
+        _by_rows(name, tensor, model).shape[:-1] for name, tensor in _preserved_tensors(result)
     ]
     counts = {lead[0] if lead else 1 for lead in leads}
     pooled = all(math.prod(lead[1:]) <= 1 for lead in leads)
     return counts.pop() if pooled and len(counts) == 1 else None
 
 
-def _by_rows(name: str, tensor: Tensor, batch: Batch, model: nn.Module) -> Tensor:
+def _by_rows(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
     """An output with its rows' entries along the last axis.
 
     Classes of pixels come as (B, classes, H, W) in transformers, and scores of positions, of where

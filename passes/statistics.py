@@ -224,7 +224,7 @@ def backward(
         with Observer(wanted, on_matmul, frozen=True, stand_ins=leaves):
             result = call(model, batch)
         scalar, rows = loss.probe(result, batch, model, generator)
-        samples = samples_of(result, batch, model)
+        samples = samples_of(result, model)
         roots += wholes.values()
         if not roots or not scalar.requires_grad:
             raise AnalysisError(

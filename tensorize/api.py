@@ -745,7 +745,6 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     checkpoint.save(model, directory)
 
 
-@in_usual_modes
 def load(
     directory: str | os.PathLike[str],
     model: nn.Module | None = None,

@@ -80,7 +80,7 @@ def test_scores_of_positions_are_one_a_row_and_padding_counts_in_none() -> None:
     start, end = outputs(model, draw(2, 5, 8), mask)
     assert start.rows.shape == end.rows.shape == (8, 1)
     (batch,) = calibration_batches([(draw(2, 5, 8), mask)], model)
-    assert samples_of(call(model, batch), batch, model) is None
+    assert samples_of(call(model, batch), model) is None
 
 
 def test_batches_of_several_lengths_calibrate_scores_of_positions() -> None:
