@@ -505,7 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     paragraph(
         "Compressing all-MiniLM-L6-v2, a sentence encoder with trained weights, to "
         f"{', '.join(f'{100 * budget:g}' for budget in budgets)} % of its parameters, and "
-        "comparing each with the dense model: about a minute on two cores."
+        "comparing each with the dense model: some two minutes on two cores."
     )
     model, tokenizer = trained(), load_tokenizer(weights_folder())
     say(f"loaded: {count(sum(p.numel() for p in model.parameters()))} parameters")
