@@ -35,15 +35,16 @@ def use_kernels(model: nn.Module, backend: str) -> nn.Module:
     measured, device = backend == "auto", device_of(model)
     found = report(model)
     sites = tuple(replace(site, runs_by=()) for site in found.sites)  # what was saved is of there
-    if backend == "triton" or (measured and autotune.known(device)):
-        # An operation of its own costs a weight that the library wins more than it could gain.
-        won = autotune.winners(device) if measured else None
+    some = backend == "triton" or (measured and autotune.known(device))
+    # An operation of its own costs a weight that the library wins more than it could gain.
+    won = autotune.winners(device) if some and measured else None
 
-        def build(spec: TTSpec) -> ops.Contractions:
-            used = won is None or spec in won
-            return triton_ops.contractions(spec, measured=measured) if used else {}
+    def build(spec: TTSpec) -> ops.Contractions:
+        used = some and (won is None or spec in won)
+        return triton_ops.contractions(spec, measured=measured) if used else {}
 
-        count = weight.use_kernels(model, build)
+    count = weight.use_kernels(model, build)
+    if some:
         log.info("%d weights run by kernels", count)
         factors = dict(weight.factored(model))
         answers = (_runs_by(model, site, factors, device, measured) for site in sites)

@@ -186,17 +186,18 @@ def _is_bare(layer: nn.Module) -> bool:
 
 
 def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -> int:
-    """Run the weights that ``build`` has kernels for by those; returns how many they are."""
+    """Run the weights that ``build`` has kernels for by those, all others without; how many."""
     count = 0
     for module in model.modules():
-        bent = isinstance(module, LowRankLinear) and module.nonlinearity is not None
-        if bent or not isinstance(module, LowRankLinear | Cores):
+        if not isinstance(module, LowRankLinear | Cores):
             continue
-        if kernels := build(module.spec):
+        module.__dict__.pop("kernels", None)
+        bent = isinstance(module, LowRankLinear) and module.nonlinearity is not None
+        if not bent and (kernels := build(module.spec)):
             module.__dict__["kernels"] = kernels
-            if isinstance(module, Cores):
-                module.contractions = kernels
             count += 1
+        if isinstance(module, Cores):
+            module._choose_orders()
     return count
 
 

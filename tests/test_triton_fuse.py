@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -371,14 +372,32 @@ PLAIN = Work((TTSpec.low_rank(24, 24, 6),), epilogue=Epilogue(bias=True))
 
 @pytest.mark.usefixtures("measured_here")
 def test_a_launch_is_used_only_where_it_won() -> None:
-    small = runtime.use_kernels(by_kernels(Block(mlp)), "auto")
-    assert traced(small, X).fused == ()
+    small = by_kernels(Block(mlp))
+
+    def fused(x: Tensor) -> list[Work]:
+        return [work for work, _ in traced(runtime.use_kernels(small, "auto"), x).fused]
+
+    assert fused(X) == []
     gelu = replace(PLAIN, epilogue=Epilogue(bias=True, activation="gelu_tanh"))
     record(gelu, 5, ratio=0.99)
-    assert traced(small, X).fused == ()
+    assert fused(X) == []
     record(gelu, 5, ratio=0.5)
-    assert [work for work, _ in traced(small, X).fused] == [gelu]
-    assert traced(small, torch.randn(17, 24)).fused == ()  # where it was not measured
+    assert fused(X) == [gelu]
+    assert fused(torch.randn(17, 24)) == []  # where it was not measured
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_weights_whose_kernels_never_won_are_the_librarys() -> None:
+    small = by_kernels(Block(mlp))
+    modules = [m for m in small.modules() if hasattr(m, "kernels")]
+    assert all(m.kernels for m in modules)
+    runtime.use_kernels(small, "auto")
+    assert not any(m.kernels for m in modules)
+    record(PLAIN, 5, ratio=0.5)
+    runtime.use_kernels(small, "auto")
+    assert [bool(m.kernels) for m in modules] == [m.spec == PLAIN.specs[0] for m in modules]
+    runtime.use_kernels(small, "aten")
+    assert not any(m.kernels for m in modules)
 
 
 @pytest.mark.usefixtures("measured_here")
@@ -444,6 +463,7 @@ def test_what_is_timed_are_the_weights_and_what_graphs_offer(
     monkeypatch.setattr(autotune, "tune", tune)
     monkeypatch.setattr(runtime, "device_of", lambda model: "cuda:0")
     monkeypatch.setattr(autotune, "recorded", lambda *_: None)
+    monkeypatch.setattr(autotune, "winners", cache(lambda device: frozenset()))
     won = tensorize.tune_kernels(
         small, [1], example_inputs=(X,), progress=lambda *step: told.append(step)
     )
