@@ -12,6 +12,7 @@ eager. Ideal: the larger of FLOPs at the measured matmul rate and bytes at the m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
@@ -208,7 +209,9 @@ def draw(*shape: int) -> Tensor:
 
 def copies(nbytes: int, tokens: int = 1) -> int:
     """How many operands are rotated, so that none is in the cache when it is used again."""
-    if tokens >= 4096 or DEVICE == "cpu":
+    if DEVICE == "cpu":
+        return 4  # the interpreter is slow
+    if tokens >= 4096:
         return 4  # what goes through x and y alone is more than a cache holds
     return max(4, min(MOST_COPIES, ROTATED // max(nbytes, 1)))
 
@@ -254,6 +257,45 @@ def dense(m: int, n: int, tokens: int, clock: Clock) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Fastest:
+    """The choice that took the least time, in microseconds, and its error."""
+
+    choice: autotune.Choice
+    took: float
+    error: float
+
+
+def fastest(
+    clock: Clock,
+    work: Work,
+    tokens: int,
+    launched: Callable[..., None],
+    operands: Sequence[tuple[Tensor, ...]],
+    right: Callable[..., float],
+    outputs: Sequence[Tensor],
+) -> Fastest | None:
+    """Of the choices that are tried; ``right`` checks what the first operands gave.
+
+    Raises:
+        NotCovered: there is none.
+    """
+    best: Fastest | None = None
+    for choice in autotune.candidates(work, DTYPE, tokens):
+        source = autotune.emit(work, choice)
+        for output in outputs:
+            output.fill_(float("nan"))
+        try:
+            launched(source, *operands[0])
+        except launch.DoesNotFit:
+            continue
+        error = right(*operands[0])
+        took = clock.graph([partial(launched, source, *held) for held in operands])
+        if best is None or took < best.took:
+            best = Fastest(choice, took, error)
+    return best
+
+
 def measure(cell: Cell, clock: Clock, ceiling: Roof) -> dict[str, Any]:
     """Times of one cell in microseconds, and errors of what was timed."""
     count = copies(2 * cell.rank * (cell.m + cell.n), cell.tokens)
@@ -268,33 +310,32 @@ def measure(cell: Cell, clock: Clock, ceiling: Roof) -> dict[str, Any]:
         "two matmuls": clock.graph([partial(two_matmuls, *pair) for pair in pairs]),
     }
     work = Work((TTSpec.low_rank(cell.m, cell.n, cell.rank),))
-    x, first, second = pairs[0]
-    best: tuple[float, autotune.Choice] | None = None
-    try:
-        for choice in autotune.candidates(work, DTYPE, cell.tokens):
-            source = autotune.emit(work, choice)
-            y.fill_(float("nan"))
-            try:
-                launch.run(source, x, second, first, y)
-            except launch.DoesNotFit:
-                continue
-            error = check(y, exact(x, first, second))
-            took = clock.graph([partial(launch.run, source, a, c, b, y) for a, b, c in pairs])
-            if best is None or took < best[0]:
-                best = took, choice
-                found |= {"kernel": took, "family": choice.family, "error": error}
-    except NotCovered:
-        pass
+
+    def launched(source: Source, x: Tensor, first: Tensor, second: Tensor) -> None:
+        launch.run(source, x, second, first, y)
+
+    def right(x: Tensor, first: Tensor, second: Tensor) -> float:
+        return check(y, exact(x, first, second))
+
+    best = None
+    with contextlib.suppress(NotCovered):
+        best = fastest(clock, work, cell.tokens, launched, pairs, right, [y])
+    if best is not None:
+        found |= {"kernel": best.took, "family": best.choice.family, "error": best.error}
     library = found["two matmuls"]
     found["ours"] = min(library, found.get("kernel", library))
     found["winner"] = "two matmuls" if found["ours"] == library else found["family"]
     if best is not None and DEVICE != "cpu":
-        choice = replace(best[1], ratio=best[0] / library)
+        choice = replace(best.choice, ratio=best.took / library)
         autotune.keep(work, DTYPE, autotune.bucket(cell.tokens), DEVICE, choice)
     return found
 
 
 # ------------------------------------------------------------------------------ fused projections
+
+
+def one_launch(best: Fastest | None) -> dict[str, float]:
+    return {} if best is None else {"one launch": best.took, "error": best.error}
 
 
 def gated(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float]:
@@ -325,31 +366,8 @@ def gated(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float
     return {
         "four matmuls": clock.graph([partial(four, *held) for held in weights]),
         "four matmuls and a product": clock.graph([partial(product, *held) for held in weights]),
-        **best_launch(clock, work, tokens, launched, weights, right),
+        **one_launch(fastest(clock, work, tokens, launched, weights, right, [y])),
     }
-
-
-def best_launch(
-    clock: Clock,
-    work: Work,
-    tokens: int,
-    launched: Callable[..., None],
-    operands: Sequence[tuple[Tensor, ...]],
-    right: Callable[..., float],
-) -> dict[str, float]:
-    """The time and the error of the fastest of the cuts that are tried."""
-    found: dict[str, float] = {}
-    for choice in autotune.candidates(work, DTYPE, tokens):
-        source = autotune.emit(work, choice)
-        try:
-            launched(source, *operands[0])
-        except launch.DoesNotFit:
-            continue
-        error = right(*operands[0])
-        took = clock.graph([partial(launched, source, *held) for held in operands])
-        if took < found.get("one launch", float("inf")):
-            found = {"one launch": took, "error": error}
-    return found
 
 
 def projections(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str, float]:
@@ -373,7 +391,7 @@ def projections(clock: Clock, sizes: Sizes, rank: int, tokens: int) -> dict[str,
 
     return {
         "six matmuls": clock.graph([partial(three, *held) for held in cores]),
-        **best_launch(clock, work, tokens, launched, cores, right),
+        **one_launch(fastest(clock, work, tokens, launched, cores, right, ys)),
     }
 
 

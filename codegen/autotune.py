@@ -132,7 +132,7 @@ def runs(work: Work, dtype: torch.dtype, rows: int | None, device: str, *, measu
 @lru_cache(maxsize=16)
 def winners(device: str) -> frozenset[TTSpec]:
     """What won somewhere on this device, by itself or in a launch with others."""
-    won = (key for key, found in _records(device).items() if found["ratio"] <= FASTER)
+    won = (key for key, found in _records(device).items() if _choice(found).wins)
     return frozenset(spec for key in won for spec in work_of(key.rsplit(" ", 2)[0]).specs)
 
 
@@ -143,8 +143,11 @@ def known(device: str) -> bool:
 
 def recorded(work: Work, dtype: torch.dtype, most: int, device: str) -> Choice | None:
     found = _records(device).get(_key(work, dtype, most))
-    if found is None:
-        return None
+    return None if found is None else _choice(found)
+
+
+def _choice(found: dict) -> Choice:
+    """What ``keep`` wrote."""
     return Choice(found["family"], Tiles(**found["tiles"]), found["ratio"])
 
 

@@ -78,8 +78,14 @@ class Spectrum:
 
     def error(self, distortion: float) -> float:
         """The relative error of the weight in its metric: sqrt(distortion / whole)."""
+        return float(self.errors(np.array(distortion)))
+
+    def errors(self, distortions: np.ndarray) -> np.ndarray:
+        """The relative errors that go with distortions."""
         whole = float(self.distortion[0])
-        return (max(distortion, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+        if whole <= 0:
+            return np.zeros_like(distortions)
+        return np.sqrt(np.maximum(distortions, 0.0) / whole)
 
     def distortion_of(self, spec: TTSpec) -> float:
         """What a spec of this weight loses; exact ranks lose nothing."""

@@ -252,14 +252,13 @@ def curve_points(
     costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
     order = np.lexsort((distortion, costs[:, 0]))
     costs, distortion = costs[order], distortion[order]
-    whole = float(curve.distortion[0])
     rises = curve.rise(distortion)
     return Points(
         site,
         costs,
         rises if curve.in_nats else np.zeros_like(rises),
         rises * scale,
-        np.sqrt(np.maximum(distortion, 0) / whole) if whole > 0 else np.zeros_like(distortion),
+        curve.errors(distortion),
         np.concatenate(labels)[order],
         others,
         fixed=reason,
@@ -345,10 +344,7 @@ def group_points(
     ranks, together, weighed = ranks[better], together[better], weighed[better]
     tails = [tail[better] for tail in tails]
     in_nats = [rise[better] * curve.in_nats for rise, curve in zip(rises, curves, strict=True)]
-    off = [
-        np.array([curve.error(float(lost)) for lost in tail])
-        for tail, curve in zip(tails, curves, strict=True)
-    ]
+    off = [curve.errors(tail) for tail, curve in zip(tails, curves, strict=True)]
     # The product with the input is computed once.
     dtype = curves[0].site.dtype
     times = [matmul_time(machine, batch, n, ranks, dtype) for batch in batch_sizes]

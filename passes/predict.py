@@ -42,8 +42,6 @@ _STEEPEST = 0.5
 # And below its trials it fades, by this for each unit of the logarithm of the damage (decoders: at
 # 50, 75 and 90 % kept a refit takes 16 to 23, 13 to 16 and 11 to 14 % off the loss).
 _FADES = 0.12
-
-
 # A refinement leaves at least this share of a rise, as far as predictions go.
 _NOTHING = 0.01
 

@@ -284,10 +284,10 @@ class PreservedLoss:
             rows = _row_total(result, batch, model)
             # The mean's gradient is 1/rows of each row's: scaled so that the rule above holds.
             return self._of_the_caller(result, batch) * rows, rows
-        self.require_finite(result, batch, model)
         outputs = outputs_of(result, batch, model)
         total = outputs[0].rows.new_zeros((), dtype=torch.float32)
         for output in outputs:
+            _require_finite(output, batch)
             rows = output.rows.float()
             # Every output is a mean over its own rows: bring them to the first one's count.
             share = math.sqrt(outputs[0].rows.shape[0] / max(rows.shape[0], 1))

@@ -153,6 +153,14 @@ def tokenized(
     return batches
 
 
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether forward may be given an argument by this name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    accepted = accepted_names(model)
+    named = accepted is None or name in accepted
+    return named or any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def accepted_names(model: nn.Module) -> set[str] | None:
     """The names that forward takes; None where it takes any."""
     parameters = inspect.signature(model.forward).parameters.values()

@@ -86,7 +86,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             if inner
             else "make it with tensorize.compile or tensorize.apply first",
         )
-    if huggingface.describe(model)["huggingface"]:
+    if huggingface.is_huggingface(model):
         huggingface.check_place(directory)
     contents, stored = contents_of(model)
     with _drafted(directory) as draft:

@@ -83,11 +83,12 @@ class Distillation:
         hook on it. Labels say which rows count, and are not learnt from.
         """
         calls: list[Batch] = []
+        names = positional(model)
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # How many labels there are is said to models that compute their own loss.
             kwargs = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
-            calls[:] = [Batch(args, kwargs, kwargs or args, positional(model))]
+            calls[:] = [Batch(args, kwargs, kwargs or args, names)]
 
         with _watched(model, self.layers) as seen:
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import inspect
 import math
 import os
 import textwrap
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from tensorize import api, printer
 from tensorize.budget import Budget
-from tensorize.capture import calibration_batches, check_model
+from tensorize.capture import calibration_batches, check_model, takes
 from tensorize.errors import CaptureError, TensorizeError
 from tensorize.forward import untouched
 from tensorize.ir import DENSE, Batch
@@ -409,8 +408,7 @@ def _samples(
             f"there are {len(given)} batches and {len(beside)} labels",
             way_out="labels= holds one tensor for each batch",
         )
-    takes = inspect.signature(dense.forward).parameters
-    accepted = "labels" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    accepted = takes(dense, "labels")
     samples, kind, causal = [], OUTPUTS, False
     for batch in given:
         own = batch.kwargs.get("labels")

@@ -51,7 +51,7 @@ def class_path(model: nn.Module) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _is_huggingface(model: nn.Module) -> bool:
+def is_huggingface(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     return hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")
 
@@ -79,7 +79,7 @@ def architecture(config: Any) -> Any:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The model's class, and for a Hugging Face model what it takes to build it again."""
-    if not _is_huggingface(model):
+    if not is_huggingface(model):
         return {"class": class_path(model), "huggingface": False}
     config: Any = model.config
     generation = getattr(model, "generation_config", None)
@@ -172,7 +172,7 @@ def _is_ours(noted: Any) -> bool:
 
 def _huggingface_models(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost ones: a part of another model goes by that one's configuration."""
-    if _is_huggingface(model):
+    if is_huggingface(model):
         yield model
         return
     for child in model.children():

@@ -37,7 +37,7 @@ def report_of(program: Program, curve: Curve | None = None, notes: Sequence[str]
     return Report(
         plan=replace(plan, analysis=None),
         sites=sites,
-        totals=ReportTotals(plan.dense, _totals_of(program.model, plan.predicted)),
+        totals=ReportTotals(plan.dense, totals_of(program.model, plan.predicted)),
         curve=curve,
         history=program.history,
         notes=(*program.notes, *notes),
@@ -45,7 +45,7 @@ def report_of(program: Program, curve: Curve | None = None, notes: Sequence[str]
     )
 
 
-def _totals_of(model: nn.Module, predicted: Prediction) -> Totals:
+def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
     """Parameters and bytes of a model, each once; FLOPs and times are those predicted."""
     parameters = {id(p): p for p in model.parameters()}.values()
     return Totals(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import os
 import re
 import sys
@@ -255,9 +254,7 @@ def _tensor_batches(path: Path, model: nn.Module, batch_size: int, more: set[str
     if positional:
         (only,) = tensors.values()
         return [(only[cut],) for cut in cuts]
-    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
-    unknown = tensors.keys() - (accepted or tensors.keys()) - more
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+    if unknown := {name for name in tensors.keys() - more if not capture.takes(model, name)}:
         raise CaptureError(
             f"{path} holds {', '.join(sorted(unknown))}, which the model's forward does not take",
             way_out=f"name the tensors as its arguments: {', '.join(sorted(accepted or ()))}",

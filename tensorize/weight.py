@@ -60,7 +60,6 @@ class Cores(nn.Module):
     def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
         """Take cores of other ranks."""
         self.spec = spec
-        self.__dict__.pop("kernels", None)
         for k, core in enumerate(cores):
             self._parameters[f"core_{k}"] = core
         self._choose_orders()
@@ -151,7 +150,6 @@ class LowRankLinear(nn.Module):
     def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
         """Take factors of another rank."""
         self.__dict__["spec"] = spec
-        self.__dict__.pop("kernels", None)
         self.second.weight, self.first.weight = cores
         self.first.out_features = self.second.in_features = spec.ranks[0]
         limit = self.__dict__.pop("memory_limit", None)
@@ -477,6 +475,7 @@ def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[nn.Paramet
     before = held(holder)
     holders = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
     for module in [m for m in holders if held(m) == before]:
+        module.__dict__.pop("kernels", None)
         module.resize(spec, cores)
 
 

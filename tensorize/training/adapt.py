@@ -26,6 +26,7 @@ from tensorize.huggingface import note_factors
 from tensorize.ir import LOW_RANK, Site, TTSpec
 from tensorize.lazy import FactoredWeight
 from tensorize.manifest import dtype_name, record_of
+from tensorize.outcome import totals_of
 from tensorize.passes.assumed import ladder
 from tensorize.passes.curves import Spectrum
 from tensorize.passes.optimise import TooTight, solve
@@ -325,8 +326,6 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         )
         for site in known.sites
     )
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    totals = replace(known.totals.after, parameters=_parameters(model), bytes=size)
     notes = [note for note in known.notes if not note.startswith(_TRACE)]
     if trace:
         steps = ", ".join(f"{c.step}: {c.after:,}" for c in trace)
@@ -338,7 +337,7 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         known,
         plan=replace(known.plan, sites=planned),
         sites=sites,
-        totals=replace(known.totals, after=totals),
+        totals=replace(known.totals, after=totals_of(model, known.plan.predicted)),
         notes=tuple(notes),
     )
     attach(model, now)
