@@ -4,9 +4,10 @@
 
 The same cores and the same input go to ``torch.einsum``, to opt_einsum (its optimal path, planned
 beforehand), to tensorly-torch (through its factors, and by rebuilding the weight; where it is
-installed), and to the contraction that tensorize plans and emits: the order and layout that
-``autotune=True`` takes, from the four orders with the smallest predicted times. Beside it stand the
-first of those ("predicted") and the one with the fewest FLOPs. Ratios are other over ours: above 1
+installed), and to the contraction that tensorize plans and emits: the one that ``autotune=True``
+makes of these cores, whose order and layout are timed for a range of rows, not for just these.
+Beside it stand the one that it makes untimed ("predicted") and the order with the fewest FLOPs,
+each for these rows. Ratios are other over ours: above 1
 where ours is faster; medians of interleaved rounds, with one thread of the processor's time.
 "The rate" is the time that the fewest FLOPs would take at the rate of one large product, over ours:
 what no implementation by products can be below.
@@ -33,13 +34,15 @@ from benchmarks.linear import DTYPES, options_of_grid
 from benchmarks.record import cell_by_cell
 from benchmarks.timing import interleaved
 from tensorize import TTSpec, ops, tt
-from tensorize.codegen import aten, machine, orders
+from tensorize.api import fastest_orders
+from tensorize.codegen import aten, machine
+from tensorize.ir import ContractionPlan
 from tensorize.passes.order import one_order, plan_contraction
-from tensorize.passes.timed import fastest_trees
+from tensorize.passes.timed import timed_plan
 
 BATCHES = (1, 16, 256)
 RATE, LARGE = "the rate", 2048
-CONTENDERS, OWN = 4, ("predicted", "fewest FLOPs", RATE)
+OWN = "predicted", "fewest FLOPs", RATE
 CORES = (2, 3, 4)
 LONG, FAR = 1.0, 5
 """What takes over so many seconds, and so many times as long as ours, is timed once."""
@@ -120,13 +123,10 @@ def measure(cell: Cell, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     cores = [torch.randn(shape, dtype=dtype) / max(shape) ** 0.5 for shape in spec.core_shapes]
     x = torch.randn(cell.batch, spec.shape[1], dtype=dtype)
-    best = fastest_trees(spec, "columns", machine.current(), cell.batch, CONTENDERS, cell.dtype)
+    tuned, predicted = plans_of(spec, dtype, torch.get_num_threads())
     fewest = plan_contraction(spec).piece(cell.batch).tree
-    *plans, least = [
-        one_order(spec, "columns", tree, cell.batch, cell.batch) for tree in (*best, fewest)
-    ]
-    plan = orders.fastest(plans, cell.batch, dtype)
-    chosen = {"tensorize": plan, "predicted": plans[0], "fewest FLOPs": least}
+    least = one_order(spec, "columns", fewest, cell.batch, cell.batch)
+    chosen = {"tensorize": tuned, "predicted": predicted, "fewest FLOPs": least}
     calls: dict[str, Callable[[], Tensor]] = {
         name: partial(ops.matmul, {"columns": aten.build(each)}, cores, x, "columns")
         for name, each in chosen.items()
@@ -142,14 +142,25 @@ def measure(cell: Cell, rounds: int) -> dict[str, Any]:
         for name in calls
         if name != "tensorize"
     }
-    ratios[RATE] = least.flops(cell.batch) / full_rate(dtype) / ours.wall
-    (piece,) = plan.pieces
+    ratios[RATE] = least.flops(cell.batch) / full_rate(dtype, torch.get_num_threads()) / ours.wall
+    piece = tuned.piece(cell.batch)
     return {"microseconds": 1e6 * ours.cpu, "order": str((piece.tree, piece.layout)), **ratios}
 
 
+@lru_cache(maxsize=1)  # cells of one weight come one after the other
+def plans_of(
+    spec: TTSpec, dtype: torch.dtype, threads: int
+) -> tuple[ContractionPlan, ContractionPlan]:
+    """What runs in a model of this weight with ``autotune=True``, and without, by its threads."""
+    breakpoints = ops.common_breakpoints([(spec, dtype)])
+    asked = ops.Asked(spec, "columns", "cpu", ops.multiplied_in(dtype, "cpu"), breakpoints)
+    made = partial(timed_plan, spec, "columns", machine.current(), breakpoints, asked.dtype)
+    return made(fastest_orders(asked)), made()
+
+
 @lru_cache
-def full_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a product of two matrices (LARGE, LARGE), the best of some."""
+def full_rate(dtype: torch.dtype, threads: int) -> float:
+    """FLOPs a second of a product of two matrices (LARGE, LARGE) by so many threads, the best."""
     a, b = (torch.randn(LARGE, LARGE).to(dtype) for _ in range(2))
     return 2 * LARGE**3 / min(interleaved({"product": lambda: a @ b}, 7)["product"].walls)
 

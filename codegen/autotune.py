@@ -54,15 +54,21 @@ def bucket(rows: int) -> int:
     return next(most for most in BUCKETS if rows <= most)
 
 
-def source(work: Work, dtype: torch.dtype, rows: int, device: str) -> Source:
-    """The kernel for that many rows: the measured choice, else the default one."""
-    return _source(work, dtype, bucket(rows), device)
+def source(work: Work, dtype: torch.dtype, rows: int, device: str) -> Source | None:
+    """The kernel for that many rows: the measured choice, else the default one; None where no
+    family covers them."""
+    return _source(work, dtype, bucket(rows), device, _precision(dtype, device))
 
 
 @lru_cache(maxsize=4096)
-def _source(work: Work, dtype: torch.dtype, most: int, device: str) -> Source:
-    chosen = recorded(work, dtype, most, device)
-    return emit(work, chosen or next(candidates(work, dtype, most)))
+def _source(
+    work: Work, dtype: torch.dtype, most: int, device: str, precision: str
+) -> Source | None:
+    chosen = _recorded(work, dtype, most, device, precision)
+    try:
+        return emit(work, chosen or next(candidates(work, dtype, most)))
+    except NotCovered:
+        return None
 
 
 def emit(work: Work, choice: Choice) -> Source:
@@ -108,12 +114,12 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
 
 def wins(work: Work, dtype: torch.dtype, rows: int, device: str) -> bool:
     """Whether a kernel was measured to beat the library there."""
-    return _wins(work, dtype, bucket(rows), device)
+    return _wins(work, dtype, bucket(rows), device, _precision(dtype, device))
 
 
 @lru_cache(maxsize=4096)
-def _wins(work: Work, dtype: torch.dtype, most: int, device: str) -> bool:
-    found = recorded(work, dtype, most, device)
+def _wins(work: Work, dtype: torch.dtype, most: int, device: str, precision: str) -> bool:
+    found = _recorded(work, dtype, most, device, precision)
     return found is not None and found.wins
 
 
@@ -123,17 +129,14 @@ def runs(work: Work, dtype: torch.dtype, rows: int | None, device: str, *, measu
     most = BUCKETS if rows is None else (bucket(rows),)
     if measured:
         return all(wins(work, dtype, count, device) for count in most)
-    try:
-        return all(bool(_source(work, dtype, count, device)) for count in most)
-    except NotCovered:
-        return False
+    return all(source(work, dtype, count, device) is not None for count in most)
 
 
 @lru_cache(maxsize=16)
 def winners(device: str) -> frozenset[TTSpec]:
     """What won somewhere on this device, by itself or in a launch with others."""
     won = (key for key, found in _records(device).items() if _choice(found).wins)
-    return frozenset(spec for key in won for spec in work_of(key.rsplit(" ", 2)[0]).specs)
+    return frozenset(spec for key in won for spec in work_of(key.rsplit(" ", 3)[0]).specs)
 
 
 def known(device: str) -> bool:
@@ -142,8 +145,20 @@ def known(device: str) -> bool:
 
 
 def recorded(work: Work, dtype: torch.dtype, most: int, device: str) -> Choice | None:
-    found = _records(device).get(_key(work, dtype, most))
+    """What was measured for a bucket of rows, None where nothing was."""
+    return _recorded(work, dtype, most, device, _precision(dtype, device))
+
+
+def _recorded(
+    work: Work, dtype: torch.dtype, most: int, device: str, precision: str
+) -> Choice | None:
+    found = _records(device).get(_key(work, dtype, most, precision))
     return None if found is None else _choice(found)
+
+
+def _precision(dtype: torch.dtype, device: str) -> str:
+    """Of float32 products, which torch may be told to compute by tf32: kernels and library both."""
+    return launch.precision(dtype, device)
 
 
 def _choice(found: dict) -> Choice:
@@ -151,9 +166,9 @@ def _choice(found: dict) -> Choice:
     return Choice(found["family"], Tiles(**found["tiles"]), found["ratio"])
 
 
-def _key(work: Work, dtype: torch.dtype, most: int) -> str:
+def _key(work: Work, dtype: torch.dtype, most: int, precision: str) -> str:
     """Everything that the time depends on."""
-    return f"{work.to_text()} {dtype} {most}"
+    return f"{work.to_text()} {dtype} {precision} {most}"
 
 
 @lru_cache(maxsize=16)
@@ -181,7 +196,9 @@ def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice)
     """Write a choice to where ``recorded`` looks for it."""
     path = place(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = {**_records(device), _key(work, dtype, most): asdict(choice)}
+    _records.cache_clear()  # others may have written meanwhile
+    key = _key(work, dtype, most, _precision(dtype, device))
+    records = {**_records(device), key: asdict(choice)}
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(records, indent=1))
     os.replace(draft, path)

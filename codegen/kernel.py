@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from tensorize.codegen import launch, tiles, triton_source
+from tensorize.codegen import autotune, launch, tiles, triton_source
 from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import NotCovered
-from tensorize.ir import LOW_RANK, TTSpec
+from tensorize.ir import TTSpec
 from tensorize.work import Epilogue, Work
 
 
@@ -47,36 +48,54 @@ class Kernel:
         return f"Kernel({self.name!r}, {self.dtype})"
 
 
-def of_weight(spec: TTSpec, dtype: torch.dtype, *, bias: bool, lookup: bool) -> dict[str, Kernel]:
+def of_weight(
+    spec: TTSpec, dtype: torch.dtype, device: str, *, bias: bool, lookup: bool
+) -> dict[str, Kernel]:
     """Every kernel that a weight of this spec may be run by, by what it does.
 
-    ``forward`` (many rows), ``decode`` (few), ``input_gradient``, ``core_gradients``, ``lookup``;
-    those that no family covers are not there.
+    ``forward`` and ``decode`` as ``of_work`` has them; for training ``forward_saved``,
+    ``input_gradient`` and ``core_gradients``; ``lookup``. Those that no family covers are not
+    there.
     """
-    epilogue = Epilogue(bias=bias)
-    inference, training = Work((spec,), epilogue=epilogue), Work((spec,), "rows", saved=True)
-    plain = Work((spec,), "rows")
+    found = of_work(Work((spec,), epilogue=Epilogue(bias=bias)), dtype, device)
+    saving, back = (Work((spec,), side, saved=True) for side in ("columns", "rows"))
+    saving = replace(saving, epilogue=Epilogue(bias=bias))
+    if len(spec.cores) > 2:
+        back = replace(back, saved=False)
     makers = {
-        "forward": lambda: triton_source.forward(inference, tiles.default(inference, dtype)),
-        "decode": lambda: triton_source.decode(inference, tiles.default_decode(inference, dtype)),
-        "input_gradient": lambda: triton_source.forward(
-            work := training if len(spec.cores) == 2 else plain, tiles.default(work, dtype)
-        ),
+        "forward_saved": lambda: triton_source.forward(saving, tiles.default(saving, dtype)),
+        "input_gradient": lambda: triton_source.forward(back, tiles.default(back, dtype)),
         "core_gradients": lambda: triton_source.gradients(
             spec, "columns", tiles.default_gradients(spec, dtype)
         ),
     }
-    if spec.format != LOW_RANK:
-        del makers["decode"]
     if lookup:
         makers["lookup"] = lambda: triton_source.lookup(spec, tiles.default_lookup(spec, dtype))
-    found = {}
     for name, make in makers.items():
-        try:
+        with contextlib.suppress(NotCovered):
             found[name] = Kernel(name, make(), dtype)
-        except NotCovered:
-            continue
     return found
+
+
+def of_work(work: Work, dtype: torch.dtype, device: str) -> dict[str, Kernel]:
+    """What a launch is run by for any number of rows: ``forward``, ``decode`` for few of them.
+
+    What serves fewer rows than its family does has their most in its name: ``forward_to_64``.
+    """
+    found: dict[str, Kernel] = {}
+    for most in reversed(autotune.BUCKETS):
+        source = autotune.source(work, dtype, most, device)
+        if source is None or source in [known.source for known in found.values()]:
+            continue
+        family = "decode" if source.counters else "forward"
+        name = f"{family}_to_{most}" if family in found else family
+        found[name] = Kernel(name, source, dtype)
+    return found
+
+
+def named(owner: str, kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
+    """The kernels of one owner, by its name and theirs."""
+    return {f"{owner}.{k}": replace(v, name=f"{owner}.{k}") for k, v in kernels.items()}
 
 
 def write(

@@ -224,7 +224,8 @@ def run(source: Source, *tensors: Tensor) -> None:
     x = tensors[-1]
     check_device(x)
     launch: Callable[..., None] = load(source.text)["launch"]
-    options: dict[str, Any] = {"precision": precision(x), "widen": interpreting()}
+    exactness = precision(x.dtype, x.device.type)
+    options: dict[str, Any] = {"precision": exactness, "widen": interpreting()}
     if not x.is_cuda:
         launch(*tensors, **options)
         return
@@ -294,9 +295,9 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def precision(x: Tensor) -> str:
+def precision(dtype: torch.dtype, device: str) -> str:
     """Of float32 dots: what torch allows its own matmuls."""
-    if x.dtype != torch.float32 or not x.is_cuda or torch.version.hip:
+    if dtype != torch.float32 or not device.startswith("cuda") or torch.version.hip:
         return "ieee"
     # The attribute follows both of torch's ways to say it, of which reading the older one may fail.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -306,11 +307,14 @@ _POOL = 1 << 20
 _pools: dict[torch.device, tuple[Tensor, int]] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _PER_STREAM, _ALIGNED = 4096, 32
+_taking = threading.Lock()
 
 
 def _fill_pool(device: torch.device) -> None:
-    _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
-    torch.cuda.synchronize(device)
+    with _taking:
+        if device not in _pools:
+            _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
+            torch.cuda.synchronize(device)
 
 
 def _counters(source: Source, x: Tensor) -> Tensor | None:
@@ -332,15 +336,16 @@ def _counters(source: Source, x: Tensor) -> Tensor | None:
         filling.start()
         filling.join()
     key = device, torch.cuda.current_stream(device).cuda_stream
-    if not capturing and key in _of_stream:
-        return _of_stream[key]
-    pool, used = _pools[device]
-    # At multiples of 16 bytes: triton compiles a kernel again for a pointer that is at none.
-    taken = _ALIGNED * -(-needed // _ALIGNED) if capturing else _PER_STREAM
-    if used + taken > _POOL:
-        return None
-    _pools[device] = pool, used + taken
-    zeros = pool[used : used + taken]
-    if not capturing:
-        _of_stream[key] = zeros
-    return zeros
+    with _taking:
+        if not capturing and key in _of_stream:
+            return _of_stream[key]
+        pool, used = _pools[device]
+        # At multiples of 16 bytes: triton compiles a kernel again for a pointer that is at none.
+        taken = _ALIGNED * -(-needed // _ALIGNED) if capturing else _PER_STREAM
+        if used + taken > _POOL:
+            return None
+        _pools[device] = pool, used + taken
+        zeros = pool[used : used + taken]
+        if not capturing:
+            _of_stream[key] = zeros
+        return zeros

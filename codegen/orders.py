@@ -20,6 +20,7 @@ import torch
 from tensorize import ops
 from tensorize.codegen import aten, machine
 from tensorize.ir import ContractionPlan, Tree
+from tensorize.version import __version__
 
 _LAYOUTS = 6
 """Layouts of each order that are timed."""
@@ -32,9 +33,10 @@ _TIE = 1.03
 
 
 def place(device: str = "cpu") -> Path:
-    """Where the orders of this machine are kept."""
+    """Where the orders of this machine are kept: layouts are numbers, which a version counts."""
     figures = machine.place(device)
-    return figures.with_name(figures.name.replace("machine-", "contractions-"))
+    name = figures.name.replace("machine-", f"contractions-{__version__}-")
+    return figures.with_name(name)
 
 
 def known(device: str = "cpu") -> dict[str, tuple[Tree, int]]:

@@ -22,7 +22,8 @@ from tensorize.codegen.triton_pair import (
     epilogue,
     inner_loop,
     operands,
-    prepare_norm,
+    scale_of,
+    start_norm,
     suffix,
 )
 from tensorize.codegen.triton_text import DOT, Axis, Dimension, Lines, Operand, power, quotient
@@ -127,7 +128,7 @@ def _body(
     heads = group[:1] if work.shared else group
     for k in heads:
         text.zeros(_name("t", heads, k), tiles.rows, cut.rank_tile)
-    prepare_norm(text, work, tiles.rows)
+    start_norm(text, work, tiles.rows)
     inner_limit = cut.inner_size if cut.inner_size % cut.inner_tile else None
     inner = (Axis(cut.inner, cut.inner, inner_limit),)
     if cut.inner_slices > 1:
@@ -149,7 +150,7 @@ def _body(
             used.append(first)
     if work.norm is not None:
         text.note("Scaled by what this program saw, so that float16 holds it.")
-        text(f"seen = tl.rsqrt(squares / {work.into} + {work.norm.eps})")
+        text(f"seen = {scale_of(work)}")
     for k in heads:
         t = _name("t", heads, k)
         scaled = f"({t} * seen[:, None])" if work.norm is not None else t
@@ -195,7 +196,7 @@ def _body(
             with _some_at_once(text, "inner_slice", cut.inner_slices) as slices:
                 text.load("parts", norms, (slices, block), ['cache_modifier=".cg"'])
                 text("squares += tl.sum(parts, 0)")
-            text(f"scale = tl.rsqrt(squares / {work.into} + {work.norm.eps})")
+            text(f"scale = {scale_of(work)}")
         with inner_loop(text, cut.outer, "low_output", last, cut.outer_tile, cut.outer_size):
             for k in group:
                 text.zeros(_result(group, k), tiles.rows, cut.outer_tile)

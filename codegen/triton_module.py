@@ -83,7 +83,8 @@ def assemble(
     """The module's text: docstring, ``dot``, the bodies, the kernel and its ``launch``.
 
     Args:
-        blocks: whether axis 0 of the grid runs over row blocks; else there is one.
+        blocks: whether axis 0 of the grid runs over row blocks, and axis 1 over the programs of
+            each; else the programs are all that there is.
         scratch: workspaces by name, and the shape of each (in terms of ``rows``).
         counters: int32 zeros that the kernel needs a row block, and leaves as zeros.
         rows_of: the input whose first size is the number of rows.
@@ -117,11 +118,12 @@ def assemble(
         text.lines += ["", "", "@triton.jit"]
         text.call(f"def part_{k}", ["part", *names, *flags], ":")
         text.lines += body.lines
-    text.lines += ["", "", "@triton.jit"]
+    # Else it would be compiled again for one row, and for each multiple of 16 that comes first.
+    text.lines += ["", "", '@triton.jit(do_not_specialize=["rows"])']
     text.call(f"def {name}", [*names, *flags], ":")
     text.depth = 1
     if not whole or any("part" in line for line in bodies[0].lines):
-        text("part = tl.program_id(1)")
+        text(f"part = tl.program_id({1 if blocks else 0})")
     first = 0
     for k, body in enumerate(bodies):
         if whole:
@@ -134,7 +136,7 @@ def assemble(
             text.call(f"part_{k}", [offset, *names, "PRECISION", "WIDEN"])
         first += body.programs
     programs = sum(body.programs for body in bodies)
-    if programs > MOST_PROGRAMS:
+    if blocks and programs > MOST_PROGRAMS:
         raise NotCovered(f"{programs} programs a row block are more than a grid takes")
     _launch(text, name, inputs, outputs, tiles, programs, blocks, scratch, counters, rows_of, names)
     return Source(
@@ -176,7 +178,7 @@ def _launch(
         text("    return")
         text(f"grid = (triton.cdiv(rows, {tiles.rows}), {programs})")
     else:
-        text(f"grid = (1, {programs})")
+        text(f"grid = ({programs},)")
     for workspace, shape in scratch.items():
         text.call(
             f"{workspace} = torch.empty",

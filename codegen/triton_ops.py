@@ -1,7 +1,8 @@
 """Kernels as operations of torch: with fake kernels and gradients, for any leading shape.
 
 ``TritonContraction`` is what a weight calls in place of a contraction of torch operations. What no
-kernel family covers (a dtype, a deeper chain's gradients) is done by torch operations.
+kernel family covers (a dtype, many rows of a high rank, training of a deeper chain) is done by
+torch operations.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,13 +33,13 @@ def _spec(text: str) -> TTSpec:
 
 @lru_cache(maxsize=4096)
 def covered(spec: TTSpec, contract: str) -> str | None:
-    """The reason why no kernel computes a contraction, ``None`` where one does."""
+    """The reason why no kernel computes a contraction for any number of rows, ``None`` where one
+    does for some."""
     try:
         if contract == "lookup":
             triton_source.lookup(spec, tiles.default_lookup(spec, torch.bfloat16))
         else:
-            work = Work((spec,), contract)
-            triton_source.forward(work, tiles.default(work, torch.bfloat16))
+            next(autotune.candidates(Work((spec,), contract), torch.bfloat16, 1))
     except NotCovered as reason:
         return str(reason)
     return None
@@ -46,9 +47,12 @@ def covered(spec: TTSpec, contract: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _has_gradients(spec: TTSpec, contract: str) -> bool:
-    """Whether the gradients of the cores have a kernel."""
+    """Whether kernels give the gradients of the cores, and what those need of both passes."""
     try:
-        triton_source.gradients(spec, contract, tiles.Tiles())
+        triton_source.gradients(spec, contract, tiles.default_gradients(spec, torch.bfloat16))
+        for side in (contract, OTHER[contract]):
+            work = Work((spec,), side, saved=True)
+            triton_source.forward(work, tiles.default(work, torch.bfloat16))
     except NotCovered:
         return False
     return True
@@ -91,12 +95,15 @@ def _contract(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + bias for x of any leading shape; if ``saved``, also what is between two cores.
 
-    ``measured``: a kernel runs only where it was measured to beat the library.
+    ``measured``: a kernel runs only where it was measured to beat the library. Numbers of rows that
+    no family covers are the library's too.
     """
     factors, work = _spec(spec), _work(spec, contract, bias is not None, saved)
     inputs = (x, *cores) if bias is None else (x, *cores, bias)
     rows = math.prod(x.shape[:-1])
-    if measured and not autotune.wins(work, x.dtype, rows, str(x.device)):
+    if not autotune.runs(work, x.dtype, rows, str(x.device), measured=measured):
+        if not measured:
+            launch.check_device(x)
         (y,) = reference.run(work, inputs)
         return y, x.new_empty(0)
     y, t = _outputs(x, factors, contract, saved)
@@ -108,6 +115,7 @@ def _launch(work: Work, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
     """One launch, of inputs of any leading shape."""
     rows = _rows(inputs[0])
     source = autotune.source(work, rows.dtype, rows.shape[0], str(rows.device))
+    assert source is not None, work
     others = [
         _rows(tensor) if name.startswith("residual") else tensor.contiguous()
         for name, tensor in zip(source.inputs[1:], inputs[1:], strict=True)
@@ -195,39 +203,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     x, t, *cores = ctx.saved_tensors
-    factors, other = _spec(ctx.spec), OTHER[ctx.contract]
     dy = dy.contiguous()
     wanted = ctx.needs_input_grad[1]
     cores_too = any(wanted) if isinstance(wanted, list | tuple) else bool(wanted)
-    kernel = cores_too and ctx.saved
-    of_x, s = _contract(dy, cores, None, ctx.spec, other, kernel, ctx.measured)
+    if cores_too and not ctx.saved:
+        raise RuntimeError("nothing was saved for the gradients of the cores: saved=True")
+    of_x, s = _contract(dy, cores, None, ctx.spec, OTHER[ctx.contract], cores_too, ctx.measured)
     of_cores: Any = [None] * len(cores)
-    if kernel:
+    if cores_too:
         of_cores = _core_gradients(x, dy, t, s, ctx.spec, ctx.contract)
-    elif cores_too:
-        of_cores = _through_the_weight(factors, cores, _rows(x), _rows(dy), ctx.contract)
     of_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.with_bias else None
     return of_x, of_cores, of_bias, None, None, None, None
-
-
-def _through_the_weight(
-    spec: TTSpec, cores: Sequence[Tensor], x: Tensor, dy: Tensor, contract: str
-) -> list[Tensor]:
-    """Gradients of a longer chain's cores: those of the weight, once, times all other cores."""
-    of_weight = dy.t() @ x if contract == "columns" else x.t() @ dy
-    letters = {name: chr(97 + k) for k, (name, _) in enumerate(spec.sizes)}
-
-    def term(axes: Sequence[str]) -> str:
-        return "".join(letters[axis] for axis in axes)
-
-    sizes = [spec.size[axis] for axis in (*spec.rows, *spec.columns)]
-    weight = of_weight.reshape(sizes)
-    found = []
-    for k, axes in enumerate(spec.cores):
-        others = [(term(a), c) for j, (a, c) in enumerate(zip(spec.cores, cores)) if j != k]  # noqa: B905
-        equation = ",".join([term((*spec.rows, *spec.columns)), *(t for t, _ in others)])
-        found.append(torch.einsum(f"{equation}->{term(axes)}", weight, *(c for _, c in others)))
-    return found
 
 
 _contract.register_autograd(_backward, setup_context=_save)
@@ -259,30 +245,36 @@ class TritonContraction:
 
     ``text`` is the spec as an operation takes it; ``gradients``: those of the cores have a kernel,
     ``measured``: a kernel runs only where it was measured to beat the library, so never where there
-    are gradients, which nobody measures.
+    are gradients, which nobody measures. ``planned`` is what runs instead: the contractions of
+    torch operations, with their plan for training.
     """
 
     spec: TTSpec
     text: str
     contract: str
     gradients: bool
-    measured: bool = False
+    measured: bool
+    planned: ops.Contractions = field(repr=False, compare=False)
 
     takes_bias = True
 
     def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
+        if (self.measured and gradients) or (learning and not self.gradients):
+            return ops.matmul(self.planned, cores, x, self.contract, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cores = x.to(dtype), [core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
-        learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-        gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
-        known = x.dtype in launch.DTYPES and cores[0].dtype == x.dtype
-        if not known or (self.measured and gradients):
-            return ops.matmul(ops.contractions(self.spec), cores, x, self.contract, bias)
-        saved = learning and self.gradients
-        y, _ = _contract(x, list(cores), bias, self.text, self.contract, saved, self.measured)
+        if x.dtype not in launch.DTYPES or cores[0].dtype != x.dtype:
+            return ops.matmul(self.planned, cores, x, self.contract, bias)
+        y, _ = _contract(x, list(cores), bias, self.text, self.contract, learning, self.measured)
         return y
+
+    def beside(self, planned: ops.Contractions) -> TritonContraction:
+        """The same, with what the weight's own plan is."""
+        return replace(self, planned=planned)
 
     def takes(self, core: Tensor) -> bool:
         return core.dtype in launch.DTYPES and not torch.is_autocast_enabled(core.device.type)
@@ -304,10 +296,12 @@ def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonCon
     if why_not(spec) is not None:
         return {}
     text = json.dumps(spec.to_dict())
+    planned = ops.contractions(spec)
 
     def contraction(contract: str) -> TritonContraction:
         side = "columns" if contract == "lookup" else contract
-        return TritonContraction(spec, text, contract, _has_gradients(spec, side), measured)
+        gradients = _has_gradients(spec, side)
+        return TritonContraction(spec, text, contract, gradients, measured, planned)
 
     lookup = () if measured or covered(spec, "lookup") else ("lookup",)
     return {contract: contraction(contract) for contract in (*OTHER, *lookup)}

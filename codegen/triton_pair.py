@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tensorize.codegen.triton_module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton_text import DOT, Axis, Lines, Operand, power, quotient
 from tensorize.codegen.triton_work import NotCovered, Roles, Tiles, check_on_chip, chunks, roles
 from tensorize.ir import TTSpec
-from tensorize.work import Epilogue, Work
+from tensorize.work import Epilogue, Norm, Work
 
 Widths = Sequence[tuple[int, int]]
 
@@ -214,34 +214,32 @@ def _project(
 ) -> None:
     """t = norm(x) times the first core of every weight of the group, rounded to x's dtype."""
     size = work.specs[group[0]].size
-    layer = work.norm is not None and work.norm.kind == "layer"
     names = [(k, c, f"t{_mark(group, k)}{c}") for k in group for c in range(len(ranks[k]))]
     width = {name: chunks(work.specs[k].size[role.link])[c][1] for k, c, name in names}
     for _, _, name in names:
         text.zeros(name, tiles.rows, width[name])
-        if layer:
-            text.zeros(f"{name}_gain", width[name])
-            text.zeros(f"{name}_shift", width[name])
     block = (Axis("b", "b", "rows"),)
     x = Operand.rows("x", role.x, size)
-    prepare_norm(text, work, tiles.rows)
     inner_tile = min(tiles.inner, power(size[role.inner], DOT))
-    with inner_loop(text, role.inner, "0", str(size[role.inner]), inner_tile, size[role.inner]):
-        inner = (_axis(role.inner, size[role.inner], inner_tile),)
+    inner = (_axis(role.inner, size[role.inner], inner_tile),)
+
+    def over_row() -> contextlib.AbstractContextManager[None]:
+        length = size[role.inner]
+        return inner_loop(text, role.inner, "0", str(length), inner_tile, length)
+
+    if work.norm is not None and work.norm.kind == "layer":
+        _row_statistics(text, work.norm, x, over_row, block, inner, tiles.rows)
+    rides_along = start_norm(text, work, tiles.rows)
+    with over_row():
         text.load("x_tile", x, (block, inner))
         apply_norm(text, work, role, inner)
         for k, c, name in names:
             text.load("first", core(work, k, role.first), (inner, ranks[k][c]))
             text.dot(name, "x_tile", "first")
-            if layer:
-                text(f"{name}_gain += tl.sum(first.to(tl.float32) * gain_tile[:, None], 0)")
-                text(f"{name}_shift += tl.sum(first.to(tl.float32) * shift_tile[:, None], 0)")
-    finish_norm(text, work)
+    if rides_along:
+        text(f"scale = {scale_of(work)}")
     for _, _, name in names:
-        if layer:
-            text(f"{name} = ({name} - mean[:, None] * {name}_gain[None, :]) * scale[:, None]")
-            text(f"{name} += {name}_shift[None, :]")
-        elif work.norm is not None:
+        if rides_along:
             text(f"{name} *= scale[:, None]")
         text(f"{name} = {name}.to(x.dtype.element_ty)")
 
@@ -264,47 +262,74 @@ def inner_loop(
 # -------------------------------------------------------------------------------------- norms
 
 
-def prepare_norm(text: Lines, work: Work, rows: int) -> None:
-    if work.norm is None:
-        return
+_SPARE = 16
+"""A gain is made smaller by this, a power of two, so that in float16 no product of it and an entry
+is too large; it comes back with the scale."""
+
+
+def _row_statistics(
+    text: Lines,
+    norm: Norm,
+    x: Operand,
+    over_row: Callable[[], contextlib.AbstractContextManager[None]],
+    block: tuple[Axis, ...],
+    inner: tuple[Axis, ...],
+    rows: int,
+) -> None:
+    """Of a layer norm, in a pass of their own: an entry is rounded after the mean is taken off.
+
+    Taken off the result instead, it would leave the rounding of entries that are far from zero.
+    """
+    limit = inner[0].limit
+    text.note("Relative to a row's first entry, so that no large mean is taken from itself.")
+    text("pilot = tl.load(x + b * x_row, mask=b < rows, other=0.0).to(tl.float32)")
+    text.zeros("sums", rows)
     text.zeros("squares", rows)
-    if work.norm.kind == "layer":
-        text.note("Relative to a row's first entry, so that no large mean is taken from itself.")
-        text("pilot = tl.load(x + b * x_row, mask=b < rows, other=0.0).to(tl.float32)")
-        text.zeros("sums", rows)
-
-
-def apply_norm(text: Lines, work: Work, role: Roles, inner: tuple[Axis, ...]) -> None:
-    """The statistic rides along while x is read; it scales the result, not x."""
-    if work.norm is None:
-        return
-    size = work.specs[0].size
-    text("wide = x_tile.to(tl.float32)")
-    if work.norm.kind == "layer":
-        limit = inner[0].limit
-        shifted = "wide - pilot[:, None]"
+    with over_row():
+        text.load("x_tile", x, (block, inner))
+        shifted = "x_tile.to(tl.float32) - pilot[:, None]"
         if limit is not None:
             shifted = f"tl.where({inner[0].variable}[None, :] < {limit}, {shifted}, 0.0)"
         text(f"wide = {shifted}")
         text("sums += tl.sum(wide, 1)")
-    text("squares += tl.sum(wide * wide, 1)")
+        text("squares += tl.sum(wide * wide, 1)")
+    text(f"mean = sums / {x.width}")
+    text(f"variance = tl.maximum(squares / {x.width} - mean * mean, 0.0)")
+    text(f"scale = tl.rsqrt(variance + {norm.eps})")
+
+
+def start_norm(text: Lines, work: Work, rows: int) -> bool:
+    """Whether the norm's statistic rides along while x is read: it then scales the result."""
+    if work.norm is None or work.norm.kind != "rms":
+        return False
+    text.zeros("squares", rows)
+    return True
+
+
+def apply_norm(text: Lines, work: Work, role: Roles, inner: tuple[Axis, ...]) -> None:
+    """What a tile of x becomes before it meets a core, and what the statistic learns of it."""
+    if work.norm is None:
+        return
+    size = work.specs[0].size
+    text("wide = x_tile.to(tl.float32)")
     text.load("gain_tile", Operand.of("gain", role.x, size), (inner,))
     text("gain_tile = gain_tile.to(tl.float32)")
     if work.norm.kind == "layer":
         text.load("shift_tile", Operand.of("shift", role.x, size), (inner,))
         text("shift_tile = shift_tile.to(tl.float32)")
+        text("wide = (wide - pilot[:, None] - mean[:, None]) * scale[:, None]")
+        text("wide = wide * gain_tile[None, :] + shift_tile[None, :]")
+        text("x_tile = wide.to(x.dtype.element_ty)")
+        return
+    text("squares += tl.sum(wide * wide, 1)")
+    text(f"gain_tile *= {1 / _SPARE}")
     text("x_tile = (wide * gain_tile[None, :]).to(x.dtype.element_ty)")
 
 
-def finish_norm(text: Lines, work: Work) -> None:
-    if work.norm is None:
-        return
-    if work.norm.kind == "layer":
-        text(f"mean = sums / {work.into}")
-        text(f"variance = tl.maximum(squares / {work.into} - mean * mean, 0.0)")
-        text(f"scale = tl.rsqrt(variance + {work.norm.eps})")
-    else:
-        text(f"scale = tl.rsqrt(squares / {work.into} + {work.norm.eps})")
+def scale_of(work: Work) -> str:
+    """What the result of an RMS norm that rides along is to be multiplied by."""
+    assert work.norm is not None
+    return f"{_SPARE} * tl.rsqrt(squares / {work.into} + {work.norm.eps})"
 
 
 # ------------------------------------------------------------------------------------- outputs
@@ -394,7 +419,8 @@ def epilogue(
 
 
 _ACTIVATIONS = {
-    "relu": ("y_tile = tl.maximum(y_tile, 0.0)",),
+    # Not ``tl.maximum``, which makes a number of NaN on a GPU.
+    "relu": ("y_tile = tl.where(y_tile < 0.0, 0.0, y_tile)",),
     "silu": ("y_tile *= tl.sigmoid(y_tile)",),
     "gelu": ("y_tile *= 0.5 + 0.5 * tl.erf(y_tile * 0.7071067811865476)",),
     # tanh(u) = 2 sigmoid(2 u) - 1

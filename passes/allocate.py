@@ -172,7 +172,8 @@ class Allocate:
 
         What it costs is distortion where the size is limited, else parameters.
         """
-        fast = without_slow_points(points, self.batch_sizes, program.machine)
+        given = points, solution.choice, self.batch_sizes, program.machine
+        fast = without_slow_points(*given)
         if fast is None or (np.sum([p.costs.min(0) for p in fast], axis=0) > caps).any():
             return solution
         limited = bool(np.isfinite(caps).any())

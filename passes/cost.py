@@ -50,6 +50,14 @@ def low_rank_times(
     return total
 
 
+def first_times(
+    site: Site, spec: TTSpec, batch_sizes: Sequence[int], machine: Machine
+) -> np.ndarray:
+    """Microseconds of the first of a low-rank linear's two products."""
+    (rank,), (_, n) = spec.ranks, site.matrix
+    return np.array([matmul_time(machine, rows, n, rank, site.dtype) for rows in batch_sizes])
+
+
 def spec_times(
     site: Site, spec: TTSpec, batch_sizes: Sequence[int], machine: Machine
 ) -> np.ndarray:

@@ -333,7 +333,8 @@ def _one_function(node: fx.Node) -> _Found | None:
     ):
         return None
     eps = given.get("eps", 1e-5 if kind == "layer" else None)
-    eps = torch.finfo(value.dtype).eps if eps is None else eps
+    if eps is None:  # that of the dtype that torch computes norms in
+        eps = torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
     return Norm(kind, eps), given["input"], scales, ()
 
 

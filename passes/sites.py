@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tensorize.errors import AnalysisError, CaptureError
-from tensorize.forward import untouched
+from tensorize.errors import AnalysisError
+from tensorize.forward import unfit, untouched
 from tensorize.ir import Site, Use
 from tensorize.observer import Observer
 from tensorize.passes.pipeline import Program
@@ -131,11 +131,7 @@ def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str], li
         with untouched(model), observer:
             model(*batch.args, **batch.kwargs)
     except Exception as error:
-        raise CaptureError(
-            f"the example inputs do not fit the model's forward: {type(error).__name__}: {error}",
-            way_out="example_inputs= is a tuple of positional or a dict of keyword arguments; "
-            "without it the first calibration batch is used",
-        ) from error
+        raise unfit(error) from error
     uses = {
         name: [replace(use, rows=count) for use, count in table.items()]
         for name, table in seen.items()

@@ -7,19 +7,21 @@ them; where the budget forces them, the plan says so, and the report how slow th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tensorize.ir import Machine, RankPlan, Site, TTSpec
-from tensorize.passes.cost import dense_times, spec_times
+from tensorize.ir import Machine, RankPlan, Site
+from tensorize.passes.cost import dense_times, first_times, spec_times
 from tensorize.passes.points import COSTS, Points
 
 WORTH = 1.05
 """By what factor the distortion may grow so that no weight is slower than dense."""
 
-# What is slower by less than this share of the whole model's time is not worth a parameter.
+# What all weights together lose by being slower is not worth a parameter below this share of the
+# whole model's time.
 _NEGLIGIBLE = 0.01
 
 
@@ -32,41 +34,48 @@ class Slower:
     dense: float
 
 
-def is_slow(times: np.ndarray, dense: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Whether times (…, batch sizes) exceed the dense ones by what counts in the whole model."""
-    return (times > dense + _NEGLIGIBLE * whole).any(-1)
+def allowances(excess: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """For each batch the most that one weight may be slower by without counting as slow.
+
+    So that those which do not count are together slower by at most ``_NEGLIGIBLE`` of the whole
+    model's time: where many are a little slower, all of them count.
+
+    Args:
+        excess: microseconds (weights, batches) by which weights are slower than dense.
+        whole: microseconds (batches) of the whole dense model.
+    """
+    found = np.zeros(len(whole))
+    for k, column in enumerate(np.sort(excess.clip(min=0), axis=0).T):
+        # Weights that are alike count, or do not, together.
+        up_to = np.cumsum(column)[np.searchsorted(column, column, side="right") - 1]
+        within = column[up_to <= _NEGLIGIBLE * whole[k]]
+        found[k] = within[-1] if len(within) else 0.0
+    return found
 
 
 def without_slow_points(
-    points: Sequence[Points], batch_sizes: Sequence[int], machine: Machine
+    points: Sequence[Points],
+    choice: Sequence[int],
+    batch_sizes: Sequence[int],
+    machine: Machine,
 ) -> list[Points] | None:
-    """Points that are not slower than dense, for every weight; None where all are already so."""
+    """Points that are not slower than dense, for every weight; None where none is chosen."""
     dense = [
         np.sum([dense_times(site, batch_sizes, machine) for site in p.sites], axis=0)
         for p in points
     ]
-    whole = np.sum(dense, axis=0)
-    found, dropped = [], False
-    for p, own in zip(points, dense, strict=True):
-        fast = ~is_slow(p.costs[:, len(COSTS) :], own, whole)
+    excess = [p.costs[:, len(COSTS) :] - own for p, own in zip(points, dense, strict=True)]
+    chosen = np.stack([each[k] for each, k in zip(excess, choice, strict=True)])
+    allowed = allowances(chosen, np.sum(dense, axis=0))
+    if (chosen <= allowed).all():
+        return None
+    found = []
+    for p, each in zip(points, excess, strict=True):
+        fast = (each <= allowed).all(-1)
         # A weight of which every point is slow (its rank is forced, say) keeps them all.
         useful = p.fixed is None and fast.any() and not fast.all()
         found.append(p.only(np.flatnonzero(fast)) if useful else p)
-        dropped = dropped or useful
-    return found if dropped else None
-
-
-def slower_than_dense(
-    site: Site, spec: TTSpec, batch_sizes: Sequence[int], machine: Machine, whole: np.ndarray
-) -> tuple[Slower, ...]:
-    """At which of the batches factors are predicted to be slower, and by how much."""
-    dense = dense_times(site, batch_sizes, machine)
-    times = spec_times(site, spec, batch_sizes, machine)
-    return tuple(
-        Slower(batch, float(times[k]), float(dense[k]))
-        for k, batch in enumerate(batch_sizes)
-        if is_slow(times[k : k + 1], dense[k : k + 1], whole[k : k + 1])
-    )
+    return found
 
 
 def slow_choices(
@@ -78,11 +87,38 @@ def slow_choices(
     """The factorized weights of a plan that are predicted to be slower than dense, by name."""
     if not sites:
         return {}
-    whole = np.sum([dense_times(site, batch_sizes, machine) for site in sites], axis=0)
-    specs = {choice.name: choice.spec for choice in choices if choice.shared is None}
-    found = {
-        site.name: slower_than_dense(site, spec, batch_sizes, machine, whole)
-        for site in sites
-        if (spec := specs.get(site.name)) is not None
+    dense = np.stack([dense_times(site, batch_sizes, machine) for site in sites])
+    times = np.stack(_times(sites, choices, batch_sizes, machine, dense))
+    slow = times - dense > allowances(times - dense, dense.sum(0))
+    return {
+        site.name: tuple(
+            Slower(batch_sizes[k], float(times[row, k]), float(dense[row, k]))
+            for k in np.flatnonzero(slow[row])
+        )
+        for row, site in enumerate(sites)
+        if slow[row].any()
     }
-    return {name: slower for name, slower in found.items() if slower}
+
+
+def _times(
+    sites: Sequence[Site],
+    choices: Sequence[RankPlan],
+    batch_sizes: Sequence[int],
+    machine: Machine,
+    dense: np.ndarray,
+) -> list[np.ndarray]:
+    """What each weight takes in a plan; weights with one first factor share its product."""
+    chosen = {choice.name: choice for choice in choices}
+    readers = Counter(choice.shared for choice in choices if choice.shared is not None)
+    found = []
+    for site, own in zip(sites, dense, strict=True):
+        choice = chosen[site.name]
+        if choice.spec is None:
+            found.append(own)
+            continue
+        took = spec_times(site, choice.spec, batch_sizes, machine)
+        if choice.shared is not None:
+            saved = 1 - 1 / readers[choice.shared]
+            took = took - saved * first_times(site, choice.spec, batch_sizes, machine)
+        found.append(took)
+    return found

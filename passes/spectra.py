@@ -33,6 +33,9 @@ from tensorize.tensors import at_work
 
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
+UNASKED = DENSE, LOW_RANK, SHARED
+"""What a weight may become where nobody chose; a probe may add trains."""
+
 
 @dataclass(frozen=True)
 class ComputeSpectra:
@@ -52,7 +55,7 @@ class ComputeSpectra:
 
     def run(self, program: Program) -> Program:
         free = [site for site in program.sites if site.blocked is None]
-        allowed = formats_by_site(free, self.formats)
+        asked = asked_formats(free, self.formats)
         weights = self.weights or weights_of(program.model)
         spectra = {**kept_curves(program, self.store)}
         todo = [s for s in free if s.name not in spectra and s.name in (self.only or {s.name})]
@@ -65,7 +68,7 @@ class ComputeSpectra:
             if moments is not None:
                 moments.terms.clear()
             weight = as_matrix(site, weights(site.name))
-            curve = spectrum(site, weight, metrics, allowed[site.name])
+            curve = spectrum(site, weight, metrics, asked[site.name])
             return replace(curve, in_nats=known and program.metric == "loss")
 
         program.progress("spectra", found, len(free))
@@ -103,9 +106,12 @@ def kept_curves(program: Program, store: Store | None) -> dict[str, Spectrum]:
 
 
 def spectrum(
-    site: Site, weight: Tensor, metrics: tuple[Metric, ...], formats: tuple[str, ...]
+    site: Site, weight: Tensor, metrics: tuple[Metric, ...], formats: tuple[str, ...] | None
 ) -> Spectrum:
-    """The curve of one weight in its metric."""
+    """The curve of one weight in its metric.
+
+    Where nobody chose ``formats`` (None), trains are among them if a probe finds that structure.
+    """
     m, n = site.matrix
     pay = max(1, (m * n - 1) // (m + n))
     if len(metrics) == 1:
@@ -115,23 +121,22 @@ def spectrum(
         left, right = best_factors(weight, average(metrics), pay)
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
     # What a plan reads is not on a GPU.
-    curve = Spectrum(site, formats, metrics, tails.cpu())
-    return _with_trains(curve, at_work(weight)) if site.takes_trains else curve
+    curve = Spectrum(site, formats or UNASKED, metrics, tails.cpu())
+    if not site.takes_trains:
+        return curve
+    weight = at_work(weight)
+    if formats is None and has_kronecker_structure(weight):
+        return _with_trains(replace(curve, formats=(*UNASKED, TT)), weight, (2,))
+    return _with_trains(curve, weight, (2, 3) if TT in curve.formats else ())
 
 
-def _with_trains(curve: Spectrum, weight: Tensor) -> Spectrum:
-    """The curve with the points of trains and blocks; trains also where they find structure."""
-    formats, counts = curve.formats, (2, 3)
-    if TT not in formats:
-        if LOW_RANK in formats and has_kronecker_structure(weight):
-            formats, counts = (*formats, TT), (2,)
-        else:
-            counts = ()
+def _with_trains(curve: Spectrum, weight: Tensor, counts: tuple[int, ...]) -> Spectrum:
+    """The curve with the points of trains of so many cores, and of blocks."""
     trains = trains_of(weight, counts)
-    if BLOCK in formats:
+    if BLOCK in curve.formats:
         trains += blocks_of(weight)
     points = points_of(trains, weight, curve.metrics)
-    return replace(curve, formats=formats, trains=tuple(trains), train_points=tuple(points))
+    return replace(curve, trains=tuple(trains), train_points=tuple(points))
 
 
 def _summed_tails(
@@ -165,17 +170,25 @@ def _summed_tails(
 
 def formats_by_site(sites: Sequence[Site], option: FormatsOption) -> dict[str, tuple[str, ...]]:
     """The formats that each site may take: dense and low rank where nothing else is asked for."""
-    default = (DENSE, LOW_RANK, SHARED)
+    return {name: asked or UNASKED for name, asked in asked_formats(sites, option).items()}
+
+
+def asked_formats(
+    sites: Sequence[Site], option: FormatsOption
+) -> dict[str, tuple[str, ...] | None]:
+    """The formats that a caller chose for each site; None where that is left open.
+
+    Raises:
+        AnalysisError: a format is none, or a pattern matches no site.
+    """
     if option is None:
-        return {site.name: default for site in sites}
+        return dict.fromkeys(site.name for site in sites)
     if not isinstance(option, Mapping):
-        chosen = _checked(option)
-        return {site.name: chosen for site in sites}
+        return dict.fromkeys((site.name for site in sites), _checked(option))
     require_match(sites, list(option), "formats")
+    chosen = {pattern: _checked(formats) for pattern, formats in option.items()}
     return {
-        site.name: next(
-            (_checked(f) for pattern, f in option.items() if matches(site, pattern)), default
-        )
+        site.name: next((f for pattern, f in chosen.items() if matches(site, pattern)), None)
         for site in sites
     }
 

@@ -92,34 +92,38 @@ def timed_plan(
     for first, last in _ranges(breakpoints):
         cost = _lost(times)[:, _inside(first, last)].sum(1)
         predicted = trees[int(np.argmin(cost))], 0
-        asked = question(spec, contract, first, last)
+        asked = question(spec, contract, dtype, first, last)
         tree, layout = (measured or {}).get(asked, predicted)
         # One tree in two ranges is two pieces: what is laid out well for few rows is not for many.
         pieces.append(replace(piece_of(spec, contract, tree, first, last), layout=layout))
     return ContractionPlan(spec, contract, tuple(pieces))
 
 
-def question(spec: TTSpec, contract: str, first: int, last: int | None) -> str:
+def question(spec: TTSpec, contract: str, dtype: str, first: int, last: int | None) -> str:
     """What an order that was timed is remembered by."""
-    return f"{spec} {contract} {first} to {last or 'any'}"
+    return f"{spec} {contract} {dtype} {first} to {last or 'any'}"
 
 
 def contenders(
-    spec: TTSpec, contract: str, machine: Machine, breakpoints: Sequence[int]
+    spec: TTSpec,
+    contract: str,
+    machine: Machine,
+    breakpoints: Sequence[int] | None = None,
+    dtype: str = "float32",
 ) -> Iterator[tuple[str, int, tuple[ContractionPlan, ...]]]:
     """What is to be timed: for each range its question, a batch in its middle, the best few."""
-    for first, last in _ranges(breakpoints):
+    for first, last in _ranges(BREAKPOINTS if breakpoints is None else breakpoints):
         middle = typical_batch(first, last)
-        trees = fastest_trees(spec, contract, machine, middle, _TIMED)
+        trees = fastest_trees(spec, contract, machine, middle, _TIMED, dtype)
         plans = tuple(one_order(spec, contract, tree, first, last) for tree in trees)
-        yield question(spec, contract, first, last), middle, plans
+        yield question(spec, contract, dtype, first, last), middle, plans
 
 
 def common_breakpoints(
-    uses: Iterable[tuple[TTSpec, str]], machine: Machine, dtype: str = "float32"
+    uses: Iterable[tuple[TTSpec, str, str]], machine: Machine
 ) -> tuple[int, ...]:
-    """At most two batches where orders change, the best for all (spec, contract) together."""
-    lost = [_lost(priced(spec, contract, machine, dtype)[1]) for spec, contract in uses]
+    """At most two batches where orders change, the best for all (spec, contract, dtype)."""
+    lost = [_lost(priced(spec, contract, machine, dtype)[1]) for spec, contract, dtype in uses]
     if not lost:
         return ()
 

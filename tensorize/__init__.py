@@ -26,9 +26,10 @@ from tensorize.errors import (
 from tensorize.evaluation import Evaluation, evaluate
 from tensorize.healing import Healing, heal
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
+from tensorize.offered import kernels
 from tensorize.passes.order import plan_contraction
 from tensorize.report import Report, report
-from tensorize.runtime import Kernel, kernels
+from tensorize.runtime import Kernel
 from tensorize.training import initialize
 from tensorize.tuning import tune_kernels
 from tensorize.version import __version__

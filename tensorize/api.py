@@ -25,12 +25,7 @@ from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, shards, streaming, weight
 from tensorize.analysis import Analysis, check_choice, check_refine, fingerprint
 from tensorize.budget import Budget, parse_bytes
-from tensorize.codegen import (
-    aten,
-    machine,
-    orders,
-    training,
-)
+from tensorize.codegen import aten, machine, orders, training
 from tensorize.errors import AnalysisError, CaptureError, CheckpointError, TensorizeError
 from tensorize.forward import in_usual_modes
 from tensorize.graphs import Graphs
@@ -45,6 +40,7 @@ from tensorize.ir import (
     ContractionPlan,
     Machine,
     Plan,
+    Tree,
     TTSpec,
 )
 from tensorize.lazy import FactoredWeight
@@ -86,37 +82,34 @@ SELF = "self"
 class _Contractions:
     """Contractions in the fastest order that the machine's figures predict, as torch operations."""
 
-    def contraction(
-        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
-    ) -> ops.Contraction:
-        return aten.build(self._plan(spec, contract, device, breakpoints))
+    def contraction(self, asked: ops.Asked) -> ops.Contraction:
+        return aten.build(self._plan(asked))
 
     def training(
-        self,
-        spec: TTSpec,
-        contract: str,
-        device: str,
-        breakpoints: tuple[int, ...] | None,
-        gradients: tuple[int | str, ...],
-        memory_limit: int | None,
+        self, asked: ops.Asked, gradients: tuple[int | str, ...], memory_limit: int | None
     ) -> ops.Trained:
-        forward = self._plan(spec, contract, device, breakpoints)
-        return training.build(
-            plan_training(
-                spec, contract, gradients=gradients, memory_limit=memory_limit, forward=forward
-            )
+        plan = plan_training(
+            asked.spec,
+            asked.contract,
+            gradients=gradients,
+            memory_limit=memory_limit,
+            forward=self._plan(asked),
+        )
+        return training.build(plan)
+
+    def _plan(self, asked: ops.Asked) -> ContractionPlan:
+        return timed_plan(
+            asked.spec,
+            asked.contract,
+            machine.current(asked.device),
+            BREAKPOINTS if asked.breakpoints is None else asked.breakpoints,
+            asked.dtype,
+            orders.known(asked.device),
         )
 
-    def _plan(
-        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
-    ) -> ContractionPlan:
-        rates, measured = machine.current(device), orders.known(device)
-        chosen = BREAKPOINTS if breakpoints is None else breakpoints
-        return timed_plan(spec, contract, rates, chosen, measured=measured)
-
-    def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
-        uses = [(spec, contract) for spec in specs for contract in ("columns", "rows")]
-        return common_breakpoints(uses, machine.current(device))
+    def breakpoints(self, uses: Sequence[tuple[TTSpec, str]], device: str) -> tuple[int, ...]:
+        sides = [(s, contract, dtype) for s, dtype in uses for contract in ("columns", "rows")]
+        return common_breakpoints(sides, machine.current(device))
 
 
 ops.register_backend(_Contractions())
@@ -167,14 +160,15 @@ def compile(
             steps on the distance to the dense outputs as well); "auto" is a refit.
         include, exclude: shell patterns over parameter and module names, or a predicate on sites.
         formats: which of ``"dense"``, ``"low_rank"``, ``"shared"`` (low rank with one first factor
-            for weights of one input), ``"tt"`` and ``"block"`` may be used, by default the first
-            three; a name, several, or pattern → names.
+            for weights of one input), ``"tt"`` and ``"block"`` may be used: a name, several, or
+            pattern → names. By default the first three, and trains of weights that a cheap probe
+            finds to be sums of a few Kronecker products.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"aten"``: contractions run as torch operations. ``"triton"``: as kernels wherever
             a family covers them, on a GPU or, with ``TRITON_INTERPRET=1``, on the CPU. ``"auto"``:
             as kernels where they were measured to beat torch on this GPU (``tune_kernels``).
         autotune: time the best few contraction orders of every tensor train on this machine, and
-            remember the fastest (in ``~/.cache/tensorize``). Nothing is timed otherwise.
+            remember the fastest (in ``~/.cache/tensorize``). No choice rests on a timing otherwise.
         seed: of the probes; same seed, same inputs, same machine: the same bits.
         cache_dir: where analyses are kept on disk, a weight at a time: a run that was killed goes
             on after the last one. None: nowhere.
@@ -521,29 +515,38 @@ def _analysis_of(
 
 def _time_orders(program: Program) -> None:
     """Time the best few orders of every train of a model, keep the fastest, and use them."""
-    assert program.plan is not None
-    specs = {
-        s.name: s.spec for s in program.plan.sites if s.spec is not None and s.format in (TT, BLOCK)
-    }
-    uses = {
-        (specs[site.name], use.contract, site.dtype)
+    contracts = {
+        site.name: {use.contract for use in site.uses if use.contract in ("columns", "rows")}
         for site in program.sites
-        if site.name in specs
-        for use in site.uses
-        if use.contract in ("columns", "rows")
     }
     device, found = device_of(program.model), {}
-    breakpoints = ops.common_breakpoints([spec for spec, _, _ in uses], device)
-    for done, (spec, contract, dtype) in enumerate(sorted(uses, key=str)):
-        program.progress("timing orders", done, len(uses))
-        rates = machine.current(device)
-        for question, batch, plans in contenders(spec, contract, rates, breakpoints):
-            (best,) = orders.fastest(plans, batch, getattr(torch, dtype), device).pieces
-            found[question] = best.tree, best.layout
-    program.progress("timing orders", len(uses), len(uses))
+    breakpoints = weight.breakpoints(program.model)
+    asked = {
+        ops.Asked(w.spec, contract, device, ops.multiplied_in(w.dtype, device), breakpoints)
+        for name, w in weight.factored(program.model)
+        for contract in contracts.get(name, ())
+        if w.spec.format in (TT, BLOCK)
+    }
+    for done, each in enumerate(sorted(asked, key=str)):
+        program.progress("timing orders", done, len(asked))
+        found |= fastest_orders(each)
+    program.progress("timing orders", len(asked), len(asked))
     orders.remember(found, device)
     ops.contractions.cache_clear()
     weight.settle(program.model)
+
+
+def fastest_orders(asked: ops.Asked) -> dict[str, tuple[Tree, int]]:
+    """For each range of rows the fastest of the best few orders and its layout, by what is asked
+    for where they are kept."""
+    rates = machine.current(asked.device)
+    tried = contenders(asked.spec, asked.contract, rates, asked.breakpoints, asked.dtype)
+    found = {}
+    for question, batch, plans in tried:
+        dtype = getattr(torch, asked.dtype)
+        (best,) = orders.fastest(plans, batch, dtype, asked.device).pieces
+        found[question] = best.tree, best.layout
+    return found
 
 
 def _apply(
@@ -689,7 +692,11 @@ def compile_checkpoint(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """A copy of a compiled model with plain dense modules, holding the reconstructed weights."""
+    """A copy of a compiled model with plain dense modules, holding the reconstructed weights.
+
+    Raises:
+        TensorizeError: a weight stands for no matrix (there is a function between its factors).
+    """
     capture.check_model(model)
     for name, factored in weight.factored(model):
         factored.require_matrix(name)
@@ -714,10 +721,15 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
         example_inputs: as in ``compile``; without them, inputs are found as ``compile`` finds them.
 
     Raises:
-        CaptureError: no inputs are known, or ``torch.export`` cannot trace the model.
+        TensorizeError: the model was not made by tensorize.
+        CaptureError: no inputs are known, the model does not run on ``example_inputs``, or
+            ``torch.export`` cannot trace it.
     """
     found = report(model)
-    batch, _ = capture.find_inputs(model, example_inputs, ())
+    if example_inputs is None:
+        batch, _ = capture.find_inputs(model, None, ())
+    else:
+        batch = capture.checked(model, example_inputs)
     if batch is None:
         raise CaptureError(
             "graphs need inputs to trace the model with", way_out="pass example_inputs="

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.errors import CaptureError
-from tensorize.forward import run, untouched
+from tensorize.forward import run, unfit, untouched
 from tensorize.ir import Batch
 
 log = logging.getLogger("tensorize")
@@ -172,11 +172,7 @@ def accepted_names(model: nn.Module) -> set[str] | None:
 def find_inputs(
     model: nn.Module, example_inputs: Any, calibration: tuple[Batch, ...]
 ) -> tuple[Batch | None, str]:
-    """Inputs to see the model's parameters in use, and where they come from.
-
-    Raises:
-        CaptureError: the caller's own example inputs do not fit the model's forward.
-    """
+    """Inputs to see the model's parameters in use, and where they come from."""
     if example_inputs is not None:
         return batch_of(example_inputs), "example_inputs"
     if calibration:
@@ -195,6 +191,20 @@ def find_inputs(
             continue
         return batch, source
     return None, "none: modules are read by their type"
+
+
+def checked(model: nn.Module, example_inputs: Any) -> Batch:
+    """The caller's own inputs.
+
+    Raises:
+        CaptureError: the model does not run on them.
+    """
+    batch = batch_of(example_inputs)
+    try:
+        run(model, batch)
+    except Exception as error:  # whatever the model raises
+        raise unfit(error) from error
+    return batch
 
 
 def _guesses(model: nn.Module) -> Iterator[Any]:

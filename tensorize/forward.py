@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from tensorize.errors import AnalysisError
+from tensorize.errors import AnalysisError, CaptureError
 from tensorize.ir import Batch
 
 _P = ParamSpec("_P")
@@ -75,3 +75,12 @@ def run(model: nn.Module, batch: Batch) -> Any:
     """The outputs of one forward pass in evaluation mode."""
     with untouched(model):
         return model(*batch.args, **batch.kwargs)
+
+
+def unfit(error: Exception) -> CaptureError:
+    """What a caller is told whose example inputs made the model's forward fail."""
+    return CaptureError(
+        f"the example inputs do not fit the model's forward: {type(error).__name__}: {error}",
+        way_out="example_inputs= is a tuple of positional or a dict of keyword arguments; "
+        "without it the first calibration batch is used",
+    )

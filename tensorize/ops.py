@@ -31,29 +31,37 @@ Trained = tuple[Callable[..., Any], Callable[..., Any]]
 """``forward(x, cores)`` to y, x or None, and what is saved; ``backward(g, x, cores, saved)``."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a contraction is asked for by: a spec, which of its sides x meets, and where it runs.
+
+    ``dtype`` is the one that is multiplied in; ``breakpoints`` are the batches at which the order
+    is chosen anew (None: not known).
+    """
+
+    spec: TTSpec
+    contract: str
+    device: str
+    dtype: str
+    breakpoints: tuple[int, ...] | None
+
+
 class Backend(Protocol):
     """What makes the callables of contractions."""
 
-    def contraction(
-        self, spec: TTSpec, contract: str, device: str, breakpoints: tuple[int, ...] | None
-    ) -> Contraction:
-        """How x meets a weight, with its order chosen anew at some batches (None: not known)."""
+    def contraction(self, asked: Asked) -> Contraction:
+        """How x meets a weight."""
         ...
 
     def training(
-        self,
-        spec: TTSpec,
-        contract: str,
-        device: str,
-        breakpoints: tuple[int, ...] | None,
-        gradients: tuple[int | str, ...],
-        memory_limit: int | None,
+        self, asked: Asked, gradients: tuple[int | str, ...], memory_limit: int | None
     ) -> Trained:
         """Both passes of a contraction that is differentiated by some of x and the cores."""
         ...
 
-    def breakpoints(self, specs: Sequence[TTSpec], device: str) -> tuple[int, ...]:
-        """At most two batches at which the orders of all weights of a model change."""
+    def breakpoints(self, uses: Sequence[tuple[TTSpec, str]], device: str) -> tuple[int, ...]:
+        """At most two batches at which the orders of all weights of a model change: specs, and the
+        dtypes that they are multiplied in."""
         ...
 
 
@@ -77,6 +85,7 @@ def _registered() -> Backend:
 def contractions(
     spec: TTSpec,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     breakpoints: tuple[int, ...] | None = None,
     memory_limit: int | None = None,
 ) -> Contractions:
@@ -87,20 +96,25 @@ def contractions(
     """
     if spec.format == LOW_RANK and memory_limit is None:
         return {}
-    make = _registered().contraction
-    return {
-        contract: _Differentiated(
-            spec, contract, device, breakpoints, memory_limit,
-            make(spec, contract, device, breakpoints),
-        )
-        for contract in ("columns", "rows")
-    }  # fmt: skip
+    found = {}
+    for contract in ("columns", "rows"):
+        asked = Asked(spec, contract, device, multiplied_in(dtype, device), breakpoints)
+        found[contract] = _Differentiated(asked, memory_limit, _registered().contraction(asked))
+    return found
 
 
-def common_breakpoints(specs: Sequence[TTSpec], device: str = "cpu") -> tuple[int, ...]:
-    """The batches at which weights of these specs, in one model, change their order."""
-    planned = [spec for spec in specs if spec.format != LOW_RANK]
+def common_breakpoints(
+    uses: Sequence[tuple[TTSpec, torch.dtype]], device: str = "cpu"
+) -> tuple[int, ...]:
+    """The batches at which weights of these specs and dtypes, in one model, change their order."""
+    planned = [(s, multiplied_in(d, device)) for s, d in uses if s.format != LOW_RANK]
     return _registered().breakpoints(planned, device) if planned else ()
+
+
+def multiplied_in(dtype: torch.dtype, device: str) -> str:
+    """The dtype that cores of a dtype meet their input in, by its name."""
+    slow = device == "cpu" and dtype in SLOW_ON_CPU
+    return str(torch.float32 if slow else dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +124,7 @@ class _Differentiated:
     ``built`` are both passes for every choice of operands that get a gradient, made when it comes.
     """
 
-    spec: TTSpec
-    contract: str
-    device: str
-    breakpoints: tuple[int, ...] | None
+    asked: Asked
     memory_limit: int | None
     plain: Contraction
     built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
@@ -122,7 +133,7 @@ class _Differentiated:
         if not torch.is_grad_enabled():
             return self.plain(x, cores, bias)
         wanted = (x.requires_grad, *[core.requires_grad for core in cores])
-        if not any(wanted) or _transformed():
+        if not any(wanted) or _transformed() or x.is_complex() or cores[0].is_complex():
             return self.plain(x, cores, bias)
         x, cores = _autocast(x, cores)
         y: Tensor = _Planned.apply(self, wanted, x, *cores)
@@ -134,20 +145,19 @@ class _Differentiated:
 
     def _build(self, wanted: tuple[bool, ...]) -> bool:
         if wanted not in self.built:
-            operands = ("x", *range(len(self.spec.cores)))
-            gradients = tuple(o for o, asked in zip(operands, wanted, strict=True) if asked)
-            how = (self.spec, self.contract, self.device, self.breakpoints)
-            self.built[wanted] = _registered().training(*how, gradients, self.memory_limit)
+            operands = ("x", *range(len(self.asked.spec.cores)))
+            gradients = tuple(o for o, w in zip(operands, wanted, strict=True) if w)
+            self.built[wanted] = _registered().training(self.asked, gradients, self.memory_limit)
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is built is compiled from text: a copy finds it again by the spec.
-        asked = (self.spec, self.device, self.breakpoints, self.memory_limit)
-        return _again, (self.contract, *asked)
+        return _again, (self.asked, self.memory_limit)
 
 
-def _again(contract: str, *asked: Any) -> Contraction:
-    return contractions(*asked)[contract]
+def _again(asked: Asked, memory_limit: int | None) -> Contraction:
+    how = asked.device, getattr(torch, asked.dtype), asked.breakpoints, memory_limit
+    return contractions(asked.spec, *how)[asked.contract]
 
 
 def _teach_dynamo() -> None:
@@ -179,8 +189,10 @@ class _Planned(torch.autograd.Function):
         count = len(ctx.wanted) - 1
         cores, saved = others[:count], others[count:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # What is saved was computed without a graph: its own derivatives need one.
-            return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
+            # What is saved was computed without a graph: its own derivatives need one. A single
+            # gradient depends on nothing else that is differentiated, as y is linear in each.
+            if sum(ctx.wanted) > 1:
+                return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
         return None, None, *ctx.how.passes(ctx.wanted)[1](g, x, cores, saved)
 
 
@@ -188,9 +200,12 @@ def _twice_differentiable(
     how: _Differentiated, wanted: tuple[bool, ...], g: Tensor, x: Tensor | None, cores: list[Tensor]
 ) -> list[Tensor | None]:
     """The gradients as functions of g, x and the cores, by autograd."""
-    if x is None:  # no gradient depends on it, as y is linear in it
-        features = how.spec.shape[-1] if how.contract == "columns" else how.spec.shape[-2]
-        x = g.new_zeros(*g.shape[:-1], features)
+    if x is None:
+        raise RuntimeError(
+            f"no second derivatives here: the input of {how.asked.spec} was not kept, as the "
+            f"gradients of {_trained(wanted)} need less; let all cores require gradients, or use "
+            "torch.func"
+        )
     # Leaves of their own, so that no gradient goes on to what they were computed from.
     operands = [t.view_as(t) for t in (x, *cores)]
     operands = [t if t.requires_grad else t.requires_grad_() for t in operands]
@@ -198,6 +213,11 @@ def _twice_differentiable(
     asked = [t for t, w in zip(operands, wanted, strict=True) if w]
     found = iter(torch.autograd.grad(y, asked, g, create_graph=True))
     return [next(found) if w else None for w in wanted]
+
+
+def _trained(wanted: Sequence[bool]) -> str:
+    names = ("x", *(f"core {k}" for k in range(len(wanted) - 1)))
+    return " and ".join(name for name, asked in zip(names, wanted, strict=True) if asked)
 
 
 def _transformed() -> bool:

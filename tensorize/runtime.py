@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch import nn
 from tensorize import ops, weight
 from tensorize.codegen import autotune, kernel, launch, triton_ops
 from tensorize.codegen.triton_work import NotCovered
-from tensorize.ir import DENSE, TTSpec
+from tensorize.ir import TTSpec
 from tensorize.lazy import FactoredWeight
 from tensorize.progress import Progress
 from tensorize.report import RunsBy, SiteReport, attach, report
@@ -23,6 +23,8 @@ from tensorize.work import Epilogue, Work
 log = logging.getLogger("tensorize")
 
 Kernel = kernel.Kernel
+
+_KINDS = frozenset({"linear", "addmm", "matmul", "einsum", "embedding"})
 
 
 def device_of(model: nn.Module) -> str:
@@ -76,17 +78,40 @@ def _runs_by(
     owner, _ = weight.owner_of(model, site.name)
     if isinstance(owner, weight.LowRankLinear) and owner.input_product is not None:
         return library("one product with a first factor, in compiled graphs one launch, serves all")
-    if not measured:
-        here = device != "cpu" or launch.interpreting()
-        why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
-        return (RunsBy(1, None, "kernels", why=why),)
+    if not _has_kernels_for(site.kind):
+        return library(f"kernels compute no {site.kind}")
     work = Work((held.spec,), epilogue=Epilogue(bias=_has_bias(model, site.name)))
-    return _measured(work, held.dtype, device)
+    if measured:
+        return _measured(work, held.dtype, device)
+    here = device != "cpu" or launch.interpreting()
+    why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
+    return _covered(work, held.dtype, device, why)
+
+
+def _has_kernels_for(kind: str) -> bool:
+    """Whether one of a weight's uses may be a kernel; others have torch operations only."""
+    return not _KINDS.isdisjoint(kind.split("+"))
 
 
 def _has_bias(model: nn.Module, name: str) -> bool:
     owner, leaf = weight.owner_of(model, name)
     return leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
+
+
+def _covered(work: Work, dtype: torch.dtype, device: str, why: str) -> tuple[RunsBy, ...]:
+    """Kernels for every number of rows that a family covers."""
+    found: list[RunsBy] = []
+    first = 1
+    for most in autotune.BUCKETS:
+        last = None if most == autotune.BUCKETS[-1] else most
+        kernels = autotune.runs(work, dtype, most, device, measured=False)
+        how = ("kernels", why) if kernels else ("library", "no kernel for so many rows and ranks")
+        if found and (found[-1].winner, found[-1].why) == how:
+            found[-1] = replace(found[-1], last=last)
+        else:
+            found.append(RunsBy(first, last, how[0], why=how[1]))
+        first = most + 1
+    return tuple(found)
 
 
 def _measured(work: Work, dtype: torch.dtype, device: str) -> tuple[RunsBy, ...]:
@@ -113,24 +138,25 @@ def launches() -> triton_ops.Launches:
     return triton_ops.Launches()
 
 
-def kernels(model: nn.Module) -> dict[str, Kernel]:
-    """The Triton kernels of a compiled model's weights, whatever it runs by, by weight and purpose.
-
-    ``str(kernel)`` is its source; ``kernel.compile("cuda:90")`` compiles it, without a GPU. Weights
-    that no kernel family covers have none.
-    """
-    found: dict[str, Kernel] = {}
+def factors_with_kernels(model: nn.Module) -> Iterator[tuple[str, SiteReport, FactoredWeight]]:
+    """The weights that kernels may compute: each once, by the name that it is found by."""
+    factors = dict(weight.factored(model))
     for site in report(model).sites:
-        if site.format == DENSE:
+        name = next((n for n in (site.name, *site.aliases) if n in factors), None)
+        if name is None or not _has_kernels_for(site.kind):
             continue
-        for name in (site.name, *site.aliases):
-            factors = next((w for n, w in weight.factored(model) if n == name), None)
-            if factors is None or factors.spec.batch or factors.dtype not in launch.DTYPES:
-                continue
-            known = {"bias": _has_bias(model, name), "lookup": "embedding" in site.kind}
-            made = kernel.of_weight(factors.spec, factors.dtype, **known)
-            found |= {f"{name}.{k}": replace(v, name=f"{name}.{k}") for k, v in made.items()}
-            break
+        if not factors[name].spec.batch and factors[name].dtype in launch.DTYPES:
+            yield name, site, factors[name]
+
+
+def kernels_of_weights(model: nn.Module) -> dict[str, Kernel]:
+    """Those of single weights, by weight and purpose."""
+    device = device_of(model)
+    found: dict[str, Kernel] = {}
+    for name, site, factors in factors_with_kernels(model):
+        given = {"bias": _has_bias(model, name), "lookup": "embedding" in site.kind}
+        made = kernel.of_weight(factors.spec, factors.dtype, device, **given)
+        found |= kernel.named(name, made)
     return found
 
 
@@ -150,9 +176,9 @@ def works_of(model: nn.Module) -> dict[tuple[Work, torch.dtype], None]:
     """What the weights of a model compute by themselves, where kernels cover it."""
     return {
         (Work((factors.spec,), epilogue=Epilogue(bias=bias)), factors.dtype): None
-        for _, factors in weight.factored(model)
+        for _, _, factors in factors_with_kernels(model)
         for bias in (False, True)
-        if factors.dtype in launch.DTYPES and triton_ops.contractions(factors.spec)
+        if triton_ops.contractions(factors.spec)
     }
 
 
@@ -174,6 +200,8 @@ def tune(
     return won
 
 
-def measure_all(model: nn.Module) -> None:
-    """Let every weight that kernels cover be one operation that runs by what was measured."""
-    weight.use_kernels(model, partial(triton_ops.contractions, measured=True))
+@contextlib.contextmanager
+def every_kernel(model: nn.Module) -> Iterator[None]:
+    """Every weight that kernels cover is one operation, that runs by what was measured."""
+    with weight.other_kernels(model, partial(triton_ops.contractions, measured=True)):
+        yield

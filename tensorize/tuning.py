@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from tensorize import capture, forward, runtime
-from tensorize.backend import fuse
+from tensorize import capture, runtime
 from tensorize.errors import TensorizeError
+from tensorize.offered import launches_of
 from tensorize.progress import Progress, shown
-from tensorize.work import Work
 
 log = logging.getLogger("tensorize")
 
@@ -42,37 +40,21 @@ def tune_kernels(
 
     Raises:
         TensorizeError: the model is not on a GPU.
+        CaptureError: it does not run on ``example_inputs``.
     """
     device = runtime.device_of(model)
     if device == "cpu":
         raise TensorizeError(
             "kernels are timed on a GPU, and the model is on the CPU", way_out="model.to('cuda')"
         )
-    works = {**runtime.works_of(model), **launches_of(model, example_inputs)}
+    works = runtime.works_of(model)
+    batch, source = capture.find_inputs(model, example_inputs, ())
+    if batch is None:
+        log.warning("no inputs are known that the model runs on: only its weights are timed alone")
+    else:
+        log.info("graphs are seen with %s", source)
+        works |= launches_of(model, batch)
     with shown(progress) as tell:
         won = runtime.tune(works, rows, device, tell)
     runtime.use_kernels(model, "auto")
     return won
-
-
-def launches_of(
-    model: nn.Module, example_inputs: Any = None
-) -> dict[tuple[Work, torch.dtype], None]:
-    """What the graphs of a model offer to launches that take in more than one weight.
-
-    Its weights run by what was measured, from then on.
-    """
-    runtime.measure_all(model)
-    batch, source = capture.find_inputs(model, example_inputs, ())
-    if batch is None:
-        log.warning("no inputs are known that the model runs on: only its weights are timed alone")
-        return {}
-    log.info("graphs are seen with %s", source)
-    offered = runtime.OfferedWorks()
-
-    def note(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        fuse(graph, inputs, offered)
-        return graph.forward
-
-    forward.run(torch.compile(model, backend=note), batch)  # type: ignore[arg-type]
-    return offered.works

@@ -16,6 +16,7 @@ Tied weights share their cores as they shared the dense weight.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,12 @@ class Cores(nn.Module):
             self._parameters[f"core_{k}"] = core
         self._choose_orders()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
+        super()._apply(fn, recurse)
+        if "core_0" in self._parameters:
+            self._choose_orders()  # for another device or dtype they may be others
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # The contractions are compiled functions: they are found again by the spec.
         return {k: v for k, v in self.__dict__.items() if k != "contractions"}
@@ -73,9 +80,13 @@ class Cores(nn.Module):
         self._choose_orders()
 
     def _choose_orders(self) -> None:
-        device = str(self.get_parameter("core_0").device)
-        planned = ops.contractions(self.spec, device, self.breakpoints, self.memory_limit)
-        self.contractions = self.__dict__.get("kernels") or planned
+        core = self.get_parameter("core_0")
+        how = str(core.device), core.dtype, self.breakpoints, self.memory_limit
+        planned = ops.contractions(self.spec, *how)
+        kernels = self.__dict__.get("kernels") if self.memory_limit is None else None
+        self.contractions = (
+            {k: v.beside(planned) for k, v in kernels.items()} if kernels else planned
+        )
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -158,9 +169,9 @@ class LowRankLinear(nn.Module):
 
     def limit_saved(self, memory_limit: int | None) -> None:
         """One order for all batches, that of the two layers."""
-        device = str(self.first.weight.device)
+        how = str(self.first.weight.device), self.first.weight.dtype, (), memory_limit
         self.__dict__["memory_limit"] = memory_limit
-        self.__dict__["contractions"] = ops.contractions(self.spec, device, (), memory_limit)
+        self.__dict__["contractions"] = ops.contractions(self.spec, *how)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -187,16 +198,33 @@ def use_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -
     """Run the weights that ``build`` has kernels for by those, all others without; how many."""
     count = 0
     for module in model.modules():
-        if not isinstance(module, LowRankLinear | Cores):
-            continue
-        module.__dict__.pop("kernels", None)
-        bent = isinstance(module, LowRankLinear) and module.nonlinearity is not None
-        if not bent and (kernels := build(module.spec)):
-            module.__dict__["kernels"] = kernels
-            count += 1
-        if isinstance(module, Cores):
-            module._choose_orders()
+        if isinstance(module, LowRankLinear | Cores):
+            bent = isinstance(module, LowRankLinear) and module.nonlinearity is not None
+            kernels = {} if bent else build(module.spec)
+            _set_kernels(module, kernels)
+            count += bool(kernels)
     return count
+
+
+@contextlib.contextmanager
+def other_kernels(model: nn.Module, build: Callable[[TTSpec], ops.Contractions]) -> Iterator[None]:
+    """``use_kernels``, until the end; then a model runs by what it ran by."""
+    modules = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
+    before = [module.__dict__.get("kernels") for module in modules]
+    try:
+        use_kernels(model, build)
+        yield
+    finally:
+        for module, kernels in zip(modules, before, strict=True):
+            _set_kernels(module, kernels)
+
+
+def _set_kernels(module: LowRankLinear | Cores, kernels: ops.Contractions | None) -> None:
+    module.__dict__.pop("kernels", None)
+    if kernels:
+        module.__dict__["kernels"] = kernels
+    if isinstance(module, Cores):
+        module._choose_orders()
 
 
 class SharedProduct:
@@ -250,11 +278,18 @@ def settle(model: nn.Module) -> None:
     """What the factorized weights of a whole model have in common: products, and breakpoints."""
     _share_products(model)
     holders = [module for module in model.modules() if isinstance(module, Cores)]
-    device = str(holders[0].core_0.device) if holders else "cpu"
-    breakpoints = ops.common_breakpoints([holder.spec for holder in holders], device)
+    cores = [holder.get_parameter("core_0") for holder in holders]
+    device = str(cores[0].device) if cores else "cpu"
+    uses = [(holder.spec, core.dtype) for holder, core in zip(holders, cores, strict=True)]
+    breakpoints = ops.common_breakpoints(uses, device)
     for holder in holders:
         holder.breakpoints = breakpoints
         holder._choose_orders()
+
+
+def breakpoints(model: nn.Module) -> tuple[int, ...] | None:
+    """The batches at which the weights of a model change their order (None: not settled)."""
+    return next((m.breakpoints for m in model.modules() if isinstance(m, Cores)), None)
 
 
 def _share_products(model: nn.Module) -> None:

@@ -18,6 +18,14 @@ from tensorize.work import Epilogue, Norm, Work
 
 low_rank = TTSpec.low_rank
 
+here = pytest.mark.skipif(
+    not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
+)
+each_device = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=here), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+"""Kernels as the interpreter runs them, and for real where there is a GPU (``-m gpu``)."""
+
 
 WORKS: Mapping[str, Work] = {
     "pair": Work((low_rank(4096, 4096, 128),), epilogue=Epilogue(bias=True), saved=True),

@@ -22,7 +22,7 @@ from tensorize.ir import BLOCK, FORMATS, GENERIC, RankPlan, Site, TTSpec, Use
 from tensorize.passes import als, cost
 from tensorize.passes.metric import Metric
 from tensorize.passes.order import plan_contraction
-from tensorize.passes.spectra import formats_by_site, spectrum
+from tensorize.passes.spectra import spectrum
 from tests.models import CASES, MLP
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -202,7 +202,7 @@ def test_without_being_asked_for_there_are_no_blocks() -> None:
     spec = TTSpec.block((16, 4), (4, 16), 2)
     weight = tt.reconstruct(spec, draw_cores(spec))
     site = block_site(64, 64)
-    for formats in (formats_by_site([site], None)["w"], ("dense", "low_rank"), ("tt",)):
+    for formats in (None, ("dense", "low_rank"), ("tt",)):
         curve = spectrum(site, weight, (PLAIN,), formats)
         assert BLOCK not in curve.formats
         assert all(known.format != BLOCK for known, _ in curve.train_points)

@@ -32,7 +32,7 @@ LAYERS = (
     ("runtime",),
     ("api",),
     ("training",),
-    ("backend", "tuning", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
+    ("backend", "offered", "tuning", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

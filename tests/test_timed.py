@@ -112,29 +112,29 @@ def test_the_plan_that_runs_changes_only_at_the_breakpoints() -> None:
 def test_what_was_timed_goes_before_predictions_and_each_range_has_its_own_layout() -> None:
     spec, tree = SPECS[1], ("x", (0, 1))
     measured = {
-        question(spec, "columns", 1, 8): (tree, 2),
-        question(spec, "columns", 9, None): (tree, 1),
+        question(spec, "columns", "float32", 1, 8): (tree, 2),
+        question(spec, "columns", "float32", 9, None): (tree, 1),
     }
     plan = timed_plan(spec, "columns", GENERIC, (9,), measured=measured)
     assert [(piece.tree, piece.layout) for piece in plan.pieces] == [(tree, 2), (tree, 1)]
 
 
 def test_a_model_has_two_breakpoints_at_most_and_none_without_a_gain() -> None:
-    uses = [(spec, contract) for spec in SPECS for contract in ("columns", "rows")]
+    uses = [(spec, contract, "float32") for spec in SPECS for contract in ("columns", "rows")]
     assert len(common_breakpoints(uses, GENERIC)) <= 2
     assert common_breakpoints([], GENERIC) == ()
     exact = TTSpec((8,), (8,), ())  # one core: there is one order
-    assert common_breakpoints([(exact, "columns")], GENERIC) == ()
+    assert common_breakpoints([(exact, "columns", "float32")], GENERIC) == ()
 
 
 def test_breakpoints_are_where_the_time_is_saved() -> None:
     """Of all pairs on the grid none is better by more than what a range must save."""
-    uses = [(SPECS[1], "columns"), (SPECS[2], "columns")]
+    uses = [(SPECS[1], "columns", "float32"), (SPECS[2], "columns", "float32")]
     found = common_breakpoints(uses, GENERIC)
 
     def slower(breakpoints: tuple[int, ...]) -> float:
         total = 0.0
-        for spec, contract in uses:
+        for spec, contract, _ in uses:
             _, times = priced(spec, contract, GENERIC, "float32")
             plan = timed_plan(spec, contract, GENERIC, breakpoints)
             for k, batch in enumerate(GRID):
@@ -260,7 +260,7 @@ def test_any_order_gives_the_same_product() -> None:
     x = torch.randn(3, spec.shape[1], dtype=torch.float64)
     want = x @ tt.reconstruct(spec, cores).t()
     for breakpoints in (None, (), (2,), (2, 3)):
-        found = ops.contractions(spec, "cpu", breakpoints)["columns"](x, cores)
+        found = ops.contractions(spec, breakpoints=breakpoints)["columns"](x, cores)
         torch.testing.assert_close(found, want)
 
 

@@ -462,6 +462,44 @@ def test_first_and_second_derivatives_against_finite_differences(
         assert torch.autograd.gradgradcheck(run, some, fast_mode=True)
 
 
+@pytest.mark.parametrize("limit", [None, 0])
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[3], SPECS[4], SPECS[7]], ids=repr)
+def test_second_derivatives_are_right_or_refused_whatever_is_frozen(
+    spec: TTSpec, limit: int | None
+) -> None:
+    """Where the plan keeps no input, those of several operands cannot be had, and none is wrong."""
+    small = spec.with_ranks(tuple(min(rank, 2) for rank in spec.ranks))
+    planned = ops.contractions(small, memory_limit=limit)["columns"]
+    operands = (draw_x(small, "columns", (2,)), *draw_cores(small))
+    refused = right = 0
+    for wanted in itertools.product((False, True), repeat=len(operands)):
+        if not any(wanted):
+            continue
+        some = [t.detach().requires_grad_(w) for t, w in zip(operands, wanted, strict=True)]
+        asked = [t for t in some if t.requires_grad]
+
+        def twice(y: Tensor, asked: list[Tensor] = asked) -> list[Tensor]:
+            dy = y.detach().cos().requires_grad_()
+            once = torch.autograd.grad(y, asked, dy, create_graph=True)
+            total = sum(g.pow(2).sum() for g in once)
+            found = torch.autograd.grad(total, (dy, *asked), allow_unused=True)
+            shapes = zip(found, (dy, *asked), strict=True)
+            return [torch.zeros_like(t) if g is None else g for g, t in shapes]
+
+        want = twice(interpret.apply(small, some[1:], some[0]))
+        try:
+            got = twice(planned(some[0], some[1:]))
+        except RuntimeError as error:
+            assert "no second derivatives" in str(error)
+            refused += 1
+            continue
+        right += 1
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+    assert right >= len(operands) + 1
+    assert refused < right
+
+
 def test_third_derivatives() -> None:
     spec = TTSpec((2, 3), (3, 2), (2,))
     planned, cores = ops.contractions(spec)["columns"], draw_cores(spec)

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,10 @@ import tensorize
 from tensorize import TTSpec
 from tensorize.codegen import autotune, launch, tiles, triton_ops
 from tensorize.work import Epilogue, Work
-from tests.kernels import holds_under_the_interpreter
+from tests.kernels import each_device, here, holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-here = pytest.mark.skipif(
-    not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
-)
 RANKS = {"table.weight": "full", "up.weight": 8, "down.weight": "full", "out.weight": 4}
 FORMATS = {"table.weight": "tt", "down.weight": "tt", "*": "low_rank"}
 
@@ -70,10 +68,11 @@ def test_what_takes_longer_holds_under_the_interpreter() -> None:
     holds_under_the_interpreter(__file__, "slow")
 
 
-@here
-def test_outputs_and_gradients_are_those_of_torch() -> None:
-    expected, model = compiled("aten"), compiled("triton")
-    y, wanted = model(IDS), expected(IDS)
+@each_device
+def test_outputs_and_gradients_are_those_of_torch(device: str) -> None:
+    expected, model = compiled("aten").to(device), compiled("triton").to(device)
+    ids = IDS.to(device)
+    y, wanted = model(ids), expected(ids)
     torch.testing.assert_close(y, wanted)
     y.square().sum().backward()
     wanted.square().sum().backward()
@@ -97,32 +96,32 @@ def test_copies_pickles_and_other_dtypes() -> None:
     torch.testing.assert_close(tensorize.densify(model)(IDS), wanted)
 
 
-@here
-def test_compiled_and_exported() -> None:
-    model = compiled("triton")
-    wanted = model(IDS)
+@each_device
+def test_compiled_and_exported(device: str) -> None:
+    model, ids = compiled("triton").to(device), IDS.to(device)
+    wanted = model(ids)
     fast = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(fast(IDS), wanted)
-    fast(IDS).sum().backward()
+    torch.testing.assert_close(fast(ids), wanted)
+    fast(ids).sum().backward()
     assert model.up.first.weight.grad is not None
-    exported = torch.export.export(model, (IDS,))
-    torch.testing.assert_close(exported.module()(IDS), wanted)
+    exported = torch.export.export(model, (ids,))
+    torch.testing.assert_close(exported.module()(ids), wanted)
     called = {str(node.target) for node in exported.graph.nodes}
     assert {"tensorize.triton_contract.default", "tensorize.triton_lookup.default"} <= called
 
 
-@here
+@each_device
 @pytest.mark.slow  # it compiles C++
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch warns of itself
-def test_aot_inductor_calls_the_operations(tmp_path: Path) -> None:
+def test_aot_inductor_calls_the_operations(tmp_path: Path, device: str) -> None:
     """In this process, which knows them; a process without tensorize does not."""
-    model = compiled("triton")
-    wanted = model(IDS)
-    program = torch.export.export(model, (IDS,))
+    model, ids = compiled("triton").to(device), IDS.to(device)
+    wanted = model(ids)
+    program = torch.export.export(model, (ids,))
     package = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "model.pt2")
     )
-    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(IDS), wanted)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(ids), wanted)
 
 
 @here
@@ -146,46 +145,91 @@ def test_what_was_not_measured_runs_by_the_library(monkeypatch: pytest.MonkeyPat
     assert model.out.first.weight.grad is not None
 
 
-@here
+@each_device
 @pytest.mark.parametrize("spec", [TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,))], ids=repr)
 @pytest.mark.parametrize("contract", ["columns", "rows"])
-def test_operations_pass_opcheck(spec: TTSpec, contract: str) -> None:
+def test_operations_pass_opcheck(spec: TTSpec, contract: str, device: str) -> None:
+    def draw(*shape: int, learns: bool = False) -> Tensor:
+        return torch.randn(shape, device=device, requires_grad=learns)
+
     text = json.dumps(spec.to_dict())
     into, out = spec.shape[::-1] if contract == "columns" else spec.shape
-    cores = [torch.randn(shape, requires_grad=True) for shape in spec.core_shapes]
-    x = torch.randn(5, into, requires_grad=True)
-    bias = torch.randn(out, requires_grad=True)
+    cores = [draw(*shape, learns=True) for shape in spec.core_shapes]
+    x, bias = draw(5, into, learns=True), draw(out, learns=True)
     contract_op, lookup_op = torch.ops.tensorize.triton_contract, torch.ops.tensorize.triton_lookup
-    none = torch.randn(0, into, requires_grad=True)
-    for rows, saved in ((x, True), (none, True), (x, False)):
-        torch.library.opcheck(contract_op, (rows, cores, bias, text, contract, saved, False))
+    none, frozen = draw(0, into, learns=True), [core.detach() for core in cores]
+    for rows, own, saved in ((x, cores, True), (none, cores, True), (x, frozen, False)):
+        torch.library.opcheck(contract_op, (rows, own, bias, text, contract, saved, False))
+    with pytest.raises(RuntimeError, match="nothing was saved"):
+        contract_op(x, cores, bias, text, contract, False, False)[0].sum().backward()
     if contract == "columns":
-        torch.library.opcheck(lookup_op, (torch.tensor([0, 8, 3]), cores, text))
-        t = torch.randn(5, triton_ops._saved_width(spec, "columns"))
-        s = torch.randn(5, triton_ops._saved_width(spec, "rows"))
+        numbers = torch.tensor([0, 8, 3], device=device)
+        torch.library.opcheck(lookup_op, (numbers, cores, text))
+        t = draw(5, triton_ops._saved_width(spec, "columns"))
+        s = draw(5, triton_ops._saved_width(spec, "rows"))
         gradients = torch.ops.tensorize.triton_core_gradients
-        arguments = (torch.randn(5, into), torch.randn(5, out), t, s, text, contract)
-        torch.library.opcheck(gradients, arguments)
+        torch.library.opcheck(gradients, (draw(5, into), draw(5, out), t, s, text, contract))
 
 
-@here
+@each_device
 @pytest.mark.parametrize(
     "spec",
-    [TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,)), TTSpec((2, 2, 2), (2, 2, 3), (2, 3))],
+    [
+        TTSpec.low_rank(9, 7, 3),
+        TTSpec.low_rank(560, 530, 528),  # many rows of such a rank are the library's
+        TTSpec((3, 3), (2, 4), (2,)),
+        TTSpec((2, 2, 2), (2, 2, 3), (2, 3)),
+    ],
     ids=repr,
 )
-def test_gradients_of_any_leading_shape(spec: TTSpec) -> None:
+def test_gradients_of_any_leading_shape(spec: TTSpec, device: str) -> None:
     run = triton_ops.contractions(spec)["columns"]
-    cores = [torch.randn(shape, requires_grad=True) for shape in spec.core_shapes]
+    cores = [
+        torch.nn.Parameter(torch.randn(shape, device=device) / max(shape) ** 0.5)
+        for shape in spec.core_shapes
+    ]
     for lead in ((), (3,), (2, 0), (2, 3)):
-        x = torch.randn(*lead, spec.shape[1], requires_grad=True)
+        x = torch.randn(*lead, spec.shape[1], device=device, requires_grad=True)
         y, wanted = run(x, cores), tensorize.interpret.apply(spec, cores, x).float()
-        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-4)
         dy = torch.randn_like(y)
         mine = torch.autograd.grad(y, (x, *cores), dy)
         other = torch.autograd.grad(wanted, (x, *cores), dy)
         for a, b in zip(mine, other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@each_device
+def test_few_rows_of_a_high_rank_are_a_kernels_and_many_the_librarys(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TTSpec.low_rank(64, 48, 600)
+    run = triton_ops.contractions(spec)["columns"]
+    cores = [torch.randn(shape, device=device) / 20 for shape in spec.core_shapes]
+    launched: list[str] = []
+    launch_it = launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda source, *t: (launched.append(source.name), launch_it(source, *t))
+    )
+    for rows in (3, 40):
+        x = torch.randn(rows, 48, device=device)
+        torch.testing.assert_close(run(x, cores), x @ cores[1].t() @ cores[0].t())
+    assert launched == ["decode"]
+
+
+def test_a_limit_on_what_is_saved_goes_before_kernels() -> None:
+    """And what a weight with kernels runs by else is its own plan."""
+    model = compiled("triton")
+    holder = next(m for m in model.modules() if isinstance(m, tensorize.weight.Cores))
+    planned = tensorize.ops.contractions(
+        holder.spec, "cpu", torch.float32, holder.breakpoints, None
+    )
+    assert holder.contractions["columns"].planned is planned
+    tensorize.weight.limit_saved(model)
+    limited = tensorize.ops.contractions(holder.spec, "cpu", torch.float32, holder.breakpoints, 0)
+    assert holder.contractions is limited
+    tensorize.weight.limit_saved(model, None)
+    assert holder.contractions["columns"].planned is planned
 
 
 # --------------------------------------------------------------------------- without a GPU
@@ -202,7 +246,10 @@ def test_kernels_of_any_compiled_model_can_be_read() -> None:
     found = tensorize.kernels(compiled("aten"))
     assert {name for name in found if name.startswith("up.")} == {
         "up.weight.forward",
+        "up.weight.forward_to_512",
+        "up.weight.forward_to_64",
         "up.weight.decode",
+        "up.weight.forward_saved",
         "up.weight.input_gradient",
         "up.weight.core_gradients",
     }
@@ -212,6 +259,31 @@ def test_kernels_of_any_compiled_model_can_be_read() -> None:
     assert "bias" in text
     assert "bias" not in str(found["down.weight.forward"])
     assert repr(found["up.weight.decode"]) == "Kernel('up.weight.decode', torch.float32)"
+
+
+def test_weights_that_no_kernel_computes_say_so() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 640))
+    small = tensorize.compile(
+        model,
+        None,
+        example_inputs=(torch.randn(1, 8, 6, 6),),
+        formats="low_rank",
+        ranks={"0.weight": 4, "2.weight": "full"},
+        backend="triton",
+    )
+    assert not any(name.startswith("0.") for name in tensorize.kernels(small))
+    said = {site.name: site.runs_by for site in tensorize.report(small).sites}
+    assert [(by.winner, by.why) for by in said["0.weight"]] == [
+        ("library", "kernels compute no conv2d")
+    ]
+    assert [(by.first, by.last, by.winner) for by in said["2.weight"]] == [(1, None, "kernels")]
+    high = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))
+    small = tensorize.compile(
+        high, None, example_inputs=(torch.randn(1, 600),), ranks={"*": 560}, backend="triton"
+    )
+    (by, rest) = tensorize.report(small).sites[0].runs_by
+    assert (by.first, by.last, by.winner) == (1, 16, "kernels")
+    assert (rest.first, rest.last, rest.winner) == (17, None, "library")
 
 
 def test_a_kernel_is_compiled_for_a_target() -> None:
@@ -275,6 +347,30 @@ def test_choices_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         autotune.forget()
         assert not autotune.wins(WORK, torch.float32, 9, "cpu")
     finally:
+        autotune.forget()
+
+
+def test_a_choice_holds_for_the_precision_that_it_was_measured_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch is told of TF32 is true of both, the kernel and the library."""
+    monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    given = torch.float32, 16, "cuda:0"
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    autotune.forget()
+    try:
+        matmul.fp32_precision = "tf32"
+        assert launch.precision(torch.float32, "cuda:0") == "tf32"
+        assert launch.precision(torch.bfloat16, "cuda:0") == "ieee"
+        assert launch.precision(torch.float32, "cpu") == "ieee"
+        autotune.keep(WORK, *given, autotune.Choice("forward", tiles.Tiles(), ratio=0.5))
+        assert autotune.wins(WORK, *given)
+        matmul.fp32_precision = "ieee"
+        assert not autotune.wins(WORK, *given)
+    finally:
+        matmul.fp32_precision = before
         autotune.forget()
 
 

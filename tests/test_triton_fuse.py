@@ -20,12 +20,9 @@ from tensorize.codegen import autotune, launch, reference, tiles, triton_source
 from tensorize.passes.lowering import Lowered, own_graph
 from tensorize.runtime import launches
 from tensorize.work import Epilogue, Norm, Work, work_of
-from tests.kernels import holds_under_the_interpreter
+from tests.kernels import each_device, here, holds_under_the_interpreter
 from tests.models import CASES, relative
 
-here = pytest.mark.skipif(
-    not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
-)
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -155,22 +152,36 @@ def test_a_launch_takes_in_what_is_around_its_weights(name: str) -> None:
     assert fused(model) == wanted
 
 
-@here
+@each_device
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_fused_graph_computes_the_same(name: str, dtype: torch.dtype) -> None:
-    small = by_kernels(copy.deepcopy(FUSED[name][0]))
+def test_a_fused_graph_computes_the_same(name: str, dtype: torch.dtype, device: str) -> None:
+    small = by_kernels(copy.deepcopy(FUSED[name][0])).to(device)
     exact = tensorize.densify(small).double()
     small = small.to(dtype)
     if dtype == torch.bfloat16:  # what was rounded is what the oracle has
         exact = tensorize.densify(small).double()
     for rows in (1, 5, 40):
-        x = torch.randn(rows, 24).to(dtype)
+        x = torch.randn(rows, 24, device=device).to(dtype)
         with torch.no_grad():
             y = torch.compile(small, backend="tensorize", options=EAGER)(x)
             assert y.dtype == dtype
             # Three roundings in a row: of the norm, of what is between the factors, of the result.
             assert relative(y, exact(x.double())) < 6 * torch.finfo(dtype).eps
+
+
+@each_device
+def test_a_norm_without_an_eps_has_that_of_the_dtype_it_is_computed_in(device: str) -> None:
+    """Which for small entries in bfloat16 decides how large they become."""
+    small = by_kernels(Block(three, nn.RMSNorm(24))).to(device).bfloat16()
+    x = (0.01 * torch.randn(40, 24, device=device)).bfloat16()
+    normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 2**-23).rsqrt()
+    dense = tensorize.densify(small).double()
+    dense.norm = nn.Identity()
+    with torch.no_grad():
+        wanted = dense.behind(dense, x.double(), normed)
+        y = torch.compile(small, backend="tensorize", options=EAGER)(x)
+    assert relative(y, wanted) < 6 * torch.finfo(torch.bfloat16).eps
 
 
 def test_the_text_of_a_fused_graph_is_golden() -> None:
@@ -463,6 +474,7 @@ def test_what_is_timed_are_the_weights_and_what_graphs_offer(
     monkeypatch.setattr(autotune, "tune", tune)
     monkeypatch.setattr(runtime, "device_of", lambda model: "cuda:0")
     monkeypatch.setattr(autotune, "recorded", lambda *_: None)
+    monkeypatch.setattr(autotune, "_recorded", lambda *_: None)
     monkeypatch.setattr(autotune, "winners", cache(lambda device: frozenset()))
     won = tensorize.tune_kernels(
         small, [1], example_inputs=(X,), progress=lambda *step: told.append(step)
@@ -475,6 +487,22 @@ def test_what_is_timed_are_the_weights_and_what_graphs_offer(
     }
     assert won == len(timed) == told[-1][1] == told[-1][2]
     assert tensorize.report(small).backend == "auto"
+
+
+def test_the_launches_of_a_graph_can_be_read() -> None:
+    small = by_kernels(Block(swiglu, RMSNorm(24)))
+    before = {name: module.__dict__.get("kernels") for name, module in small.named_modules()}
+    alone, found = tensorize.kernels(small), tensorize.kernels(small, (X,))
+    assert alone.keys() < found.keys()
+    fused = {name: str(kernel) for name, kernel in found.items() if name not in alone}
+    assert all(name.startswith("graph_") for name in fused)
+    assert any("rms norm" in text and "silu(x W_0ᵀ) · (x W_1ᵀ)" in text for text in fused.values())
+    assert {"graph_0.forward", "graph_0.decode"} <= fused.keys()
+    # What it runs by is what it ran by.
+    for name, module in small.named_modules():
+        assert module.__dict__.get("kernels") is before[name]
+    with pytest.raises(tensorize.CaptureError, match="do not fit"):
+        tensorize.kernels(small, (torch.randn(2, 5),))
 
 
 def test_every_operation_that_is_timed_has_its_inputs() -> None:

@@ -20,17 +20,11 @@ from tensorize.codegen.triton_work import NotCovered, Tiles, roles
 from tensorize.ir import TTSpec
 from tensorize.tt import reconstruct
 from tensorize.work import Epilogue, Norm, Work
-from tests.kernels import holds_under_the_interpreter
+from tests.kernels import each_device, holds_under_the_interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-here = pytest.mark.skipif(
-    not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
-)
-each_device = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=here), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 drawn = settings(
     max_examples=12,
@@ -242,6 +236,7 @@ def finish(y: Bounded, epilogue: Epilogue, residual: Tensor | None, up: Bounded 
 
 def normed(x: Tensor, norm: Norm | None, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """norm(x) in float64, and the sizes of what it was computed from."""
+    exactness = torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps
     x, gain, shift = x.double(), gain.double(), shift.double()
     if norm is None:
         return x, x.abs()
@@ -253,9 +248,9 @@ def normed(x: Tensor, norm: Norm | None, gain: Tensor, shift: Tensor) -> tuple[T
     scale = ((x - mean).square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     pilot = x[:, :1]
     size = ((x - pilot).abs() + (mean - pilot).abs()) * gain.abs() * scale
-    # The variance is a difference of two sums, relative to the pilot.
+    # The variance is a difference of two sums, relative to the pilot, in float32.
     spread = 1 + ((x - pilot).square().mean(-1, keepdim=True) * scale.square())
-    return value, spread * size + shift.abs()
+    return value, value.abs() + exactness * (spread * size + shift.abs())
 
 
 norms = st.sampled_from((None, Norm("rms", 1e-6), Norm("layer", 1e-5)))
@@ -332,6 +327,41 @@ def test_norms_epilogues_and_several_weights(
     for y, out, by_library in zip(found, outputs, exact, strict=True):
         y.check(out)
         torch.testing.assert_close(by_library, y.value)
+
+
+@each_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_large_entries_and_gains_leave_the_others_as_they_are(device, dtype, kind) -> None:
+    """An entry a thousand times as large as the others, first in its row, and a gain at which its
+    product with it is no number of float16."""
+    torch.manual_seed(0)
+    spec = TTSpec.low_rank(32, 64, 16)
+    norm = Norm(kind, 1e-6)
+    x = draw_rows(8, 64, device, dtype)
+    x[:, 0] = 3e4 if kind == "rms" else 1000.0
+    gain, shift = draw((64,), device, dtype) + 4, draw((64,), device, dtype)
+    cores = draw_cores(spec, device, dtype)
+    cores[1][:, 0] = 0  # so that the others are all that is seen
+    given = (x, gain, shift) if kind == "layer" else (x, gain)
+    value, size = normed(x, norm, gain, shift)
+    y = product(value, size, spec, cores, "columns")
+    for few in (False,) if kind == "layer" else (False, True):
+        emit = triton_source.decode if few else triton_source.forward
+        out = poisoned(8, 32, x)
+        check(emit(Work((spec,), norm=norm), Tiles(rows=16, inner=16)), *given, *cores, out)
+        y.check(out)
+
+
+@each_device
+def test_an_activation_does_not_hide_what_is_no_number(device) -> None:
+    spec = TTSpec.low_rank(16, 16, 16)
+    cores = draw_cores(spec, device, torch.float32)
+    for activation in ACTIVATE:
+        work = Work((spec,), epilogue=Epilogue(activation=activation))
+        x, out = torch.full((16, 16), float("nan"), device=device), torch.zeros(16, 16).to(device)
+        check(triton_source.forward(work, Tiles(rows=16, inner=16)), x, *cores, out)
+        assert out.isnan().all()
 
 
 @each_device
