@@ -42,6 +42,9 @@ from tensorize.passes.slower import WORTH, slow_choices, without_slow_points
 
 RanksOption = Mapping[str, int | str] | None
 
+BATCH_SIZES = (1, 16, 256)
+"""Input rows at which FLOPs and times are counted where nothing is said: a token, a few, many."""
+
 
 @dataclass(frozen=True)
 class Allocate:
@@ -54,11 +57,24 @@ class Allocate:
     budget: Budget | None
     ranks: RanksOption = None
     formats: Mapping[str, tuple[str, ...]] | None = None
-    batch_sizes: tuple[int, ...] = (1, 16, 256)
+    batch_sizes: Sequence[int] = BATCH_SIZES
     refine: str | None = None
     rank_multiple: int = 1
     fingerprint: str = ""
     name: str = "allocate"
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.batch_sizes, Sequence) and len(self.batch_sizes) > 0
+        if not several or any(not isinstance(b, int) or b < 1 for b in self.batch_sizes):
+            raise BudgetError(
+                f"batch_sizes must be positive integers, got {self.batch_sizes!r}",
+                way_out=f"batch_sizes={BATCH_SIZES}",
+            )
+        if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
+            raise BudgetError(
+                f"rank_multiple must be a positive integer, got {self.rank_multiple!r}",
+                way_out="rank_multiple=8",
+            )
 
     def run(self, program: Program) -> Program:
         dense = dense_totals(program, self.batch_sizes)
@@ -247,7 +263,8 @@ class Allocate:
             metric=program.metric,
             predicted=predicted,
             dense=dense,
-            batch_sizes=self.batch_sizes,
+            batch_sizes=tuple(self.batch_sizes),
+            limits_errors=self.budget is not None and self.budget.error is not None,
             seed=program.seed,
             fingerprint=self.fingerprint,
             refine=self.refine,

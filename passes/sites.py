@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,9 +218,25 @@ def matches(site: Site, select: Select) -> bool:
         return False
     if callable(select):
         return bool(select(site))
-    patterns = [select] if isinstance(select, str) else list(select)
+    patterns = _patterns(select)
     candidates = [*site.names, *(name.rpartition(".")[0] for name in site.names)]
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in candidates)
+
+
+def _patterns(select: Any) -> list[str]:
+    """One shell pattern or several.
+
+    Raises:
+        AnalysisError: it is something else.
+    """
+    several = isinstance(select, Iterable) and not isinstance(select, str)
+    found = list(select) if several else [select]
+    if all(isinstance(each, str) for each in found):
+        return found
+    raise AnalysisError(
+        f"weights are chosen by shell patterns or by a predicate on sites, got {select!r}",
+        way_out='"blocks.*.weight", a list of such, or lambda site: site.shape[0] > 512',
+    )
 
 
 def named_parameters(model: nn.Module) -> list[Site]:
@@ -247,7 +263,7 @@ def require_match(sites: Sequence[Site], patterns: Sequence[str], option: str) -
 def _selected(sites: list[Site], include: Select, exclude: Select) -> list[Site]:
     for option, select in (("include", include), ("exclude", exclude)):
         if select is not None and not callable(select):
-            require_match(sites, [select] if isinstance(select, str) else list(select), option)
+            require_match(sites, _patterns(select), option)
     chosen: list[Site] = []
     for site in sites:
         blocked = site.blocked

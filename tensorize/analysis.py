@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorize.budget import Budget
-from tensorize.errors import AnalysisError, BudgetError
+from tensorize.errors import AnalysisError, BudgetError, check_one_of
 from tensorize.ir import POLISH, REFIT, Batch, Plan
-from tensorize.passes.allocate import Allocate, RanksOption, check_ranks
+from tensorize.passes.allocate import BATCH_SIZES, Allocate, RanksOption, check_ranks
 from tensorize.passes.pipeline import Program, run_passes
 from tensorize.passes.preserved import LossFunction
 from tensorize.passes.spectra import FormatsOption, formats_by_site
@@ -52,7 +52,7 @@ class Analysis:
         refine: str | None = "auto",
         formats: FormatsOption = None,
         ranks: RanksOption = None,
-        batch_sizes: Sequence[int] = (1, 16, 256),
+        batch_sizes: Sequence[int] = BATCH_SIZES,
         rank_multiple: int | None = None,
     ) -> Plan:
         """The best formats and ranks within a budget, in milliseconds.
@@ -69,6 +69,8 @@ class Analysis:
 
         Raises:
             BudgetError: no choice satisfies the budget; it names the nearest feasible value.
+            AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
+                ``formats`` or ``ranks`` do not fit its weights.
         """
         allocate = self._allocation(budget, refine, formats, ranks, batch_sizes, rank_multiple)
         plan = run_passes(self.program, (allocate,)).plan
@@ -87,12 +89,6 @@ class Analysis:
     ) -> Allocate:
         budget = None if budget is None else Budget.of(budget)
         check_choice(budget, refine, ranks)
-        several = isinstance(batch_sizes, Sequence) and len(batch_sizes) > 0
-        if not several or any(not isinstance(b, int) or b < 1 for b in batch_sizes):
-            raise BudgetError(
-                f"batch_sizes must be positive integers, got {batch_sizes!r}",
-                way_out="batch_sizes=(1, 16, 256)",
-            )
         chosen = None
         if formats is not None:
             free = [site for site in self.program.sites if site.blocked is None]
@@ -101,16 +97,11 @@ class Analysis:
                 self.program.spectra[site.name].require(chosen[site.name])
         if rank_multiple is None:
             rank_multiple = self.program.machine.rank_multiple
-        if not isinstance(rank_multiple, int) or rank_multiple < 1:
-            raise BudgetError(
-                f"rank_multiple must be a positive integer, got {rank_multiple!r}",
-                way_out="rank_multiple=8",
-            )
         return Allocate(
             budget,
             ranks=ranks,
             formats=chosen,
-            batch_sizes=tuple(batch_sizes),
+            batch_sizes=batch_sizes,
             refine=self._refinement(refine, budget),
             rank_multiple=rank_multiple,
             fingerprint=self.fingerprint,
@@ -144,13 +135,16 @@ class Analysis:
         Raises:
             BudgetError: one of the given budgets is not feasible.
         """
+        if budgets is not None and not all(isinstance(b, float | int) for b in _several(budgets)):
+            raise BudgetError(
+                f"budgets are shares of the parameters, got {budgets!r}",
+                way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(…)) for others",
+            )
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
                 plan = (
-                    self._allocation(budget, "auto", None, None, (1, 16, 256))
-                    .run(self.program)
-                    .plan
+                    self._allocation(budget, "auto", None, None, BATCH_SIZES).run(self.program).plan
                 )
             except BudgetError:
                 if budgets is not None:
@@ -168,13 +162,23 @@ class Analysis:
         )
 
 
+def _several(budgets: object) -> Sequence[object]:
+    """What was given as several budgets; something that is no share where it is not several."""
+    return budgets if isinstance(budgets, Sequence) and not isinstance(budgets, str) else (None,)
+
+
 def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) -> None:
     """Raises AnalysisError or BudgetError for what no analysis can make a plan of."""
     check_ranks(ranks)
     check_refine(refine)
     if budget is None and ranks is None:
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
-    if budget is not None and budget.error is not None and refine in (REFIT, POLISH):
+    check_errors_stay(budget is not None and budget.error is not None, refine)
+
+
+def check_errors_stay(limited: bool, refine: str | None) -> None:
+    """Raises BudgetError where single errors are limited, and a refinement would move them."""
+    if limited and refine in (REFIT, POLISH):
         raise BudgetError(
             f"refine={refine!r} moves errors between weights, and the budget limits each",
             way_out="refine=None, or limit the loss instead of the error",
@@ -183,10 +187,7 @@ def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) 
 
 def check_refine(refine: str | None) -> None:
     """Raises AnalysisError for a value that ``refine`` cannot take."""
-    if refine not in ("auto", None, REFIT, POLISH):
-        raise AnalysisError(
-            f"refine={refine!r} is not one of 'auto', None, 'refit', 'polish'",
-        )
+    check_one_of("refine", refine, ("auto", None, REFIT, POLISH), AnalysisError)
 
 
 def fingerprint(model: nn.Module) -> str:

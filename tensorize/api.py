@@ -23,10 +23,16 @@ from torch import nn
 
 from tensorize import cache as disk
 from tensorize import capture, checkpoint, hooks, huggingface, ops, shards, streaming, weight
-from tensorize.analysis import Analysis, check_choice, check_refine, fingerprint
+from tensorize.analysis import (
+    Analysis,
+    check_choice,
+    check_errors_stay,
+    check_refine,
+    fingerprint,
+)
 from tensorize.budget import Budget, parse_bytes
 from tensorize.codegen import aten, machine, orders, training
-from tensorize.errors import AnalysisError, CaptureError, CheckpointError, TensorizeError
+from tensorize.errors import AnalysisError, CaptureError, CheckpointError, check_one_of
 from tensorize.forward import in_usual_modes
 from tensorize.graphs import Graphs
 from tensorize.ir import (
@@ -70,12 +76,13 @@ from tensorize.progress import Progress, announce, shown
 from tensorize.report import Report, attach, detach, report
 from tensorize.runtime import device_of, use_kernels
 from tensorize.selfmade import affordable, self_made
+from tensorize.tensors import unwrapped
 from tensorize.version import __version__
 
 log = logging.getLogger("tensorize")
 
 METRICS = ("frobenius", "input", "loss")
-BACKENDS = ("auto", "aten", "triton")
+BACKENDS = ("auto", "aten", "triton", "inductor")
 SELF = "self"
 
 
@@ -167,6 +174,8 @@ def compile(
         backend: ``"aten"``: contractions run as torch operations. ``"triton"``: as kernels wherever
             a family covers them, on a GPU or, with ``TRITON_INTERPRET=1``, on the CPU. ``"auto"``:
             as kernels where they were measured to beat torch on this GPU (``tune_kernels``).
+            ``"inductor"``: the model's own call is compiled, at its first use, as by
+            ``torch.compile(model, backend="tensorize")``.
         autotune: time the best few contraction orders of every tensor train on this machine, and
             remember the fastest (in ``~/.cache/tensorize``). No choice rests on a timing otherwise.
         seed: of the probes; same seed, same inputs, same machine: the same bits.
@@ -182,17 +191,15 @@ def compile(
         BudgetError: the budget is malformed or not feasible (it names the nearest that is).
         CaptureError: the model or its inputs cannot be used.
         AnalysisError: weights or options do not allow an analysis.
+        CheckpointError: ``cache_dir`` cannot be used.
+        TensorizeError: ``backend`` is unknown.
     """
     budget = None if budget is None else Budget.of(budget)
     check_choice(budget, refine, ranks)
     if ranks is not None:
         capture.check_model(model)
         require_match(named_parameters(model), list(ranks), "ranks")
-    if backend not in BACKENDS:
-        raise TensorizeError(
-            f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}",
-            way_out='backend="auto"',
-        )
+    check_one_of("backend", backend, BACKENDS)
     with shown(progress) as tell:
         analysis = analyze(
             model,
@@ -242,6 +249,8 @@ def analyze(
         CaptureError: the model, the example inputs or a calibration batch (it says which) do not
             fit.
         AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
+        BudgetError: ``max_memory`` is no number of bytes.
+        CheckpointError: ``cache_dir`` cannot be used.
     """
     most = parse_bytes(max_memory)
     if cache_dir is not None:
@@ -389,10 +398,7 @@ def _analysis_passes(program: Program, kept: _Kept, curves: disk.Curves | None) 
 def _metric(metric: str | None, batches: tuple[Batch, ...], loss_fn: Any) -> str:
     if metric is None:
         metric = "loss" if batches else "frobenius"
-    if metric not in METRICS:
-        raise AnalysisError(
-            f"metric={metric!r} is not one of {', '.join(map(repr, METRICS))}",
-        )
+    check_one_of("metric", metric, METRICS, AnalysisError)
     if metric != "frobenius" and not batches:
         raise AnalysisError(
             f"metric={metric!r} needs calibration data", way_out="pass calibration="
@@ -424,6 +430,7 @@ def apply(
     model: nn.Module,
     plan: Plan,
     *,
+    example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
     loss_fn: LossFunction | None = None,
@@ -438,6 +445,7 @@ def apply(
     holds it, or ``calibration=`` to make it again; a plan of the weights alone needs neither.
 
     Args:
+        example_inputs: what forward takes, where a plan from JSON was made with it.
         calibration, tokenizer: the data that the plan was made with, where it does not carry them
             itself.
         loss_fn: the loss that it was made for, likewise.
@@ -448,9 +456,17 @@ def apply(
     Raises:
         AnalysisError: the plan was made for other weights or another loss, or its analysis or the
             data for its ``refine`` cannot be had.
+        BudgetError: the plan keeps a limit on single errors, and ``refine`` moves them.
+        CaptureError: ``model`` is none, or the inputs do not fit it.
     """
     capture.check_model(model)
+    if not isinstance(plan, Plan):
+        raise AnalysisError(
+            f"plan is a {type(plan).__name__}, not a Plan",
+            way_out="tensorize.apply(model, analysis.plan(0.5))",
+        )
     check_refine(refine)
+    check_errors_stay(plan.limits_errors, refine)
     analysis = plan.analysis
     batches, _ = _calibration(calibration, model, None, plan.seed, tokenizer)
     if refine != "auto":
@@ -458,7 +474,7 @@ def apply(
     _check_loss(plan, loss_fn)
     with shown(progress) as tell:
         if analysis is None:
-            analysis = _analysis_of(model, plan, batches, loss_fn, tell)
+            analysis = _analysis_of(model, plan, example_inputs, batches, loss_fn, tell)
         if batches and not analysis.calibration:
             analysis = replace(analysis, calibration=batches)
         if plan.refine is not None and not analysis.calibration:
@@ -484,6 +500,7 @@ def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
 def _analysis_of(
     model: nn.Module,
     plan: Plan,
+    example_inputs: Any,
     batches: tuple[Batch, ...],
     loss_fn: LossFunction | None,
     tell: Progress,
@@ -503,6 +520,7 @@ def _analysis_of(
     }
     return analyze(
         model,
+        example_inputs=example_inputs,
         calibration=None if plan.metric == "frobenius" else [batch.given for batch in batches],
         loss_fn=loss_fn,
         metric=plan.metric,
@@ -601,6 +619,7 @@ def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------ streaming
 
 
+@in_usual_modes
 def compile_checkpoint(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -698,6 +717,7 @@ def densify(model: nn.Module) -> nn.Module:
         TensorizeError: a weight stands for no matrix (there is a function between its factors).
     """
     capture.check_model(model)
+    model = unwrapped(model)
     for name, factored in weight.factored(model):
         factored.require_matrix(name)
     dense = copy.deepcopy(model)
@@ -725,7 +745,7 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
         CaptureError: no inputs are known, the model does not run on ``example_inputs``, or
             ``torch.export`` cannot trace it.
     """
-    found = report(model)
+    found, model = report(model), unwrapped(model)
     if example_inputs is None:
         batch, _ = capture.find_inputs(model, None, ())
     else:

@@ -88,7 +88,7 @@ def calibration_batches(
     """
     if calibration is None:
         return ()
-    if isinstance(calibration, Tensor | Mapping | str):
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
         raise CaptureError(
             f"{name} must be an iterable of batches, got one {type(calibration).__name__}",
             way_out=f"wrap it in a list: {name}=[batch]",

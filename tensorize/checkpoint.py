@@ -56,6 +56,7 @@ from tensorize.manifest import (
 )
 from tensorize.report import Report, attach, known_report
 from tensorize.tensorfile import sha256_of
+from tensorize.tensors import unwrapped
 
 _DRAFTS = ".tensorize-*.tmp"
 
@@ -76,7 +77,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             cannot be written or holds a dense checkpoint. What was saved there before is then still
             valid.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), unwrapped(model)
     report = known_report(model)
     if report is None:
         inner = [name for name, child in model.named_children() if known_report(child)]
@@ -201,8 +202,10 @@ def load(
         CheckpointError: a file is missing, damaged, foreign or of a newer format, or it does not
             fit ``model``, which is then exactly as it was.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype={dtype} is no floating-point dtype", way_out="dtype=None")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(
+            f"dtype={dtype!r} is no floating-point dtype", way_out="dtype=torch.bfloat16, or None"
+        )
     manifest = read_manifest(Path(directory))
     _check_weights(manifest)
     if model is None:

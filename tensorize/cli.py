@@ -73,6 +73,7 @@ class Backend(StrEnum):
     auto = "auto"
     aten = "aten"
     triton = "triton"
+    inductor = "inductor"
 
 
 class Metric(StrEnum):

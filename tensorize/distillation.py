@@ -25,11 +25,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorize.capture import batch_of, calibration_batches, positional
-from tensorize.errors import CaptureError
+from tensorize.errors import CaptureError, check_one_of
 from tensorize.forward import untouched
 from tensorize.ir import Batch
 from tensorize.passes.descent import relative_groups
 from tensorize.passes.preserved import LossFunction, PreservedLoss, call
+from tensorize.tensors import unwrapped
 from tensorize.weight import factored
 
 Layers = bool | str | Sequence[str] | None
@@ -186,8 +187,7 @@ def trained_parameters(model: nn.Module, train: str = CORES) -> dict[str, nn.Par
     Raises:
         CaptureError: the model has no factorized weight, or ``train`` is neither.
     """
-    if train not in (CORES, ALL):
-        raise CaptureError(f"train={train!r} is not one of 'cores', 'all'", way_out='train="cores"')
+    check_one_of("train", train, (CORES, ALL), CaptureError)
     cores = {id(core) for _, weight in factored(model) for core in weight.cores}
     named = dict(model.named_parameters())
     found = {n: p for n, p in named.items() if p.is_floating_point() and id(p) in cores}
@@ -227,15 +227,6 @@ def layer_names(model: nn.Module, layers: Layers) -> tuple[str, ...]:
     return tuple(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and what ``torch.compile`` made of it."""
-    for name in ("module", "_orig_mod"):
-        inner = model._modules.get(name)
-        if inner is not None and len(model._modules) == 1:
-            return _unwrapped(inner)
-    return model
-
-
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of modules at their last call, by the position of their name."""
@@ -250,7 +241,7 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         if isinstance(found, Tensor) and found.is_floating_point():
             seen[place] = found
 
-    places = dict(_unwrapped(model).named_modules())
+    places = dict(unwrapped(model).named_modules())
     if missing := [name for name in names if name not in places]:
         raise CaptureError(
             f"the model has no layer {missing[0]!r}, as the teacher has",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TensorizeError(Exception):
     """Base of every error that tensorize raises on purpose.
@@ -33,3 +35,15 @@ class AnalysisError(TensorizeError):
 
 class CheckpointError(TensorizeError):
     """A saved artefact is missing, damaged, foreign or of a newer format."""
+
+
+def check_one_of(
+    option: str, value: object, known: Iterable[object], kind: type[TensorizeError] = TensorizeError
+) -> None:
+    """Raises an error of the kind for an option that has none of the known values."""
+    names = list(known)
+    if value not in names:
+        raise kind(
+            f"{option}={value!r} is not one of {', '.join(map(repr, names))}",
+            way_out=f"{option}={names[0]!r}",
+        )

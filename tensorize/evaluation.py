@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tensorize import api, printer
 from tensorize.budget import Budget
 from tensorize.capture import calibration_batches, check_model, takes
-from tensorize.errors import CaptureError, TensorizeError
+from tensorize.errors import CaptureError, TensorizeError, check_one_of
 from tensorize.forward import untouched
 from tensorize.ir import DENSE, Batch
 from tensorize.measures import (
@@ -461,11 +461,7 @@ def _next(ids: Tensor) -> Tensor:
 
 
 def _check_quantization(way: str) -> None:
-    if way not in QUANTIZATIONS:
-        raise TensorizeError(
-            f"quantize={way!r} is not one of {', '.join(map(repr, QUANTIZATIONS))}",
-            way_out='quantize="int8"',
-        )
+    check_one_of("quantize", way, QUANTIZATIONS)
     try:
         importlib.import_module("torchao.quantization")
     except ImportError as error:

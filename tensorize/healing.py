@@ -136,6 +136,7 @@ def heal(
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
     """
     check_model(model)
+    check_model(teacher)
     if model is teacher:
         raise CaptureError("model and teacher are one", way_out="teacher= is the dense model")
     if steps < 1 or patience < 1 or (rate is not None and not 0 < rate < 1):

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
+from tensorize import printer
+from tensorize.errors import AnalysisError
+
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
 """What ``formats`` calls low rank where weights of one input have their first factor in common."""
@@ -649,7 +652,8 @@ class Plan:
     ``fingerprint`` identifies the model and analysis that it was made for; ``refine`` is what will
     be done to the cores, and what ``predicted`` is of; ``gap`` the share of the sum of distortions
     by which a better choice might be better (the duality gap); ``machine`` the one whose figures
-    its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's.
+    its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
+    ``limits_errors`` that its budget limits the error of every weight.
     A plan that comes from ``Analysis.plan`` also carries that analysis; it is no part of equality,
     hash or JSON.
     """
@@ -668,9 +672,39 @@ class Plan:
     notes: tuple[str, ...] = ()
     cache: str | None = None
     own_loss: bool = False
+    limits_errors: bool = False
     analysis: Any = field(default=None, compare=False, repr=False)
 
+    def __str__(self) -> str:
+        after, before = self.predicted, self.dense
+        refined = f", refined by a {self.refine}" if self.refine else ""
+        lines = [
+            f"plan for {self.budget} in the {self.metric} metric{refined}",
+            f"parameters {printer.count(before.parameters)} to {printer.count(after.parameters)}, "
+            f"FLOPs a row {printer.count(before.flops)} to {printer.count(after.flops)}, "
+            f"error {printer.number(after.output_error)}",
+        ]
+        if after.loss is not None:
+            span = printer.interval(after.loss_interval)
+            lines[-1] += f", loss {printer.number(after.loss)} (90 %: {span})"
+        rows = [
+            (
+                site.name,
+                site.kind,
+                printer.shape_text(site.shape),
+                printer.format_text(site.format, site.ranks),
+                printer.count(site.parameters_after),
+                printer.number(site.predicted_error),
+                site.reason,
+            )
+            for site in self.sites
+        ]
+        headers = ("weight", "kind", "shape", "format", "parameters", "error", "why")
+        align: list[printer.Align] = ["left", "left", "keep", "keep", "right", "right", "wrap"]
+        return "\n".join([*lines, "", printer.table(headers, rows, align=align)])
+
     def to_json(self) -> str:
+        """Everything but the analysis that it carries; ``from_json`` reads it."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "analysis"}
         data["sites"] = [site.to_dict() for site in self.sites]
         data["predicted"] = {f.name: getattr(self.predicted, f.name) for f in fields(Prediction)}
@@ -679,8 +713,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        data = json.loads(text)
-        predicted, dense = data["predicted"], data["dense"]
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            AnalysisError: the text is none.
+        """
+        try:
+            data = json.loads(text)
+            predicted, dense = data["predicted"], data["dense"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise AnalysisError(
+                "the text is no plan", way_out="what plan.to_json() wrote"
+            ) from error
         if predicted["loss_interval"] is not None:
             predicted["loss_interval"] = tuple(predicted["loss_interval"])
         for figures in (predicted, dense):

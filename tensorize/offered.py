@@ -11,6 +11,7 @@ from torch import nn
 from tensorize import capture, forward, runtime
 from tensorize.backend import fuse
 from tensorize.codegen import kernel
+from tensorize.tensors import unwrapped
 from tensorize.work import Work
 
 
@@ -30,6 +31,7 @@ def kernels(model: nn.Module, example_inputs: Any = None) -> dict[str, runtime.K
         TensorizeError: the model was not made by tensorize.
         CaptureError: the model does not run on ``example_inputs``.
     """
+    model = unwrapped(model)
     found = runtime.kernels_of_weights(model)
     if example_inputs is None:
         return found

@@ -188,11 +188,11 @@ class _Planned(torch.autograd.Function):
         x, *others = ctx.saved_tensors
         count = len(ctx.wanted) - 1
         cores, saved = others[:count], others[count:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if again and sum(ctx.wanted) > 1:
             # What is saved was computed without a graph: its own derivatives need one. A single
             # gradient depends on nothing else that is differentiated, as y is linear in each.
-            if sum(ctx.wanted) > 1:
-                return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
+            return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
         return None, None, *ctx.how.passes(ctx.wanted)[1](g, x, cores, saved)
 
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tensorize import printer
 from tensorize.errors import TensorizeError
 from tensorize.ir import DENSE, Plan, Prediction, RankPlan, Totals
+from tensorize.tensors import unwrapped
 
 WIDTH = 100
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
@@ -179,10 +180,14 @@ class Curve(Sequence[CurvePoint]):
                 printer.number(point.output_error),
                 printer.number(point.loss),
                 printer.interval(point.loss_interval),
+                ", ".join(printer.seconds(1e-6 * each) for each in point.latency),
             )
             for point in self.points
         ]
-        headers = ("budget", "parameters", "bytes", "FLOPs a row", "error", "loss", "90 % interval")
+        headers = (
+            *("budget", "parameters", "bytes", "FLOPs a row", "error", "loss", "90 % interval"),
+            "times",
+        )
         align: list[printer.Align] = ["right"] * len(headers)
         body = printer.table(headers, rows, width=WIDTH, align=align)
         return f"predicted by budget, metric {self.metric}\n\n{body}"
@@ -408,7 +413,17 @@ def known_report(model: nn.Module) -> Report | None:
 
 
 def report(model: nn.Module) -> Report:
-    """What was done to a compiled model: ``str()`` is a table, ``to_html(path)`` a page."""
+    """What was done to a compiled model: ``str()`` is a table, ``to_html(path)`` a page.
+
+    Raises:
+        TensorizeError: the model was not made by tensorize.
+    """
+    if not isinstance(model, nn.Module):
+        raise TensorizeError(
+            f"a {type(model).__name__} has no report",
+            way_out="tensorize.report(tensorize.load(directory)), or `tensorize report directory`",
+        )
+    model = unwrapped(model)
     found = known_report(model)
     if found is None:
         raise TensorizeError(

@@ -33,7 +33,7 @@ def device_of(model: nn.Module) -> str:
 
 
 def use_kernels(model: nn.Module, backend: str) -> nn.Module:
-    """Let weights run by the kernels that ``backend`` asks for; the report says which do."""
+    """Let a model run by what ``backend`` asks for; the report says which weights do by kernels."""
     measured, device = backend == "auto", device_of(model)
     found = report(model)
     sites = tuple(replace(site, runs_by=()) for site in found.sites)  # what was saved is of there
@@ -45,6 +45,8 @@ def use_kernels(model: nn.Module, backend: str) -> nn.Module:
         used = some and (won is None or spec in won)
         return triton_ops.contractions(spec, measured=measured) if used else {}
 
+    if backend == "inductor":
+        model.compile(backend="tensorize", options={"inner": "inductor"})
     count = weight.use_kernels(model, build)
     if some:
         log.info("%d weights run by kernels", count)

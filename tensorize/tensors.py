@@ -52,3 +52,12 @@ def adapted_layers(model: nn.Module) -> tuple[str, ...]:
     """The paths of the layers that peft wrapped with an adapter; peft itself is not needed."""
     modules = model.named_modules()
     return tuple(path for path, m in modules if hasattr(type(m), "adapter_layer_names"))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and what ``torch.compile`` made of it."""
+    for name in ("module", "_orig_mod"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1:
+            return unwrapped(inner)
+    return model

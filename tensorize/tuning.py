@@ -12,6 +12,7 @@ from tensorize import capture, runtime
 from tensorize.errors import TensorizeError
 from tensorize.offered import launches_of
 from tensorize.progress import Progress, shown
+from tensorize.tensors import unwrapped
 
 log = logging.getLogger("tensorize")
 
@@ -42,6 +43,7 @@ def tune_kernels(
         TensorizeError: the model is not on a GPU.
         CaptureError: it does not run on ``example_inputs``.
     """
+    model = unwrapped(model)
     device = runtime.device_of(model)
     if device == "cpu":
         raise TensorizeError(

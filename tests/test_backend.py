@@ -7,6 +7,7 @@ import logging
 import operator
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -534,3 +535,39 @@ def test_what_is_written_to_is_known_through_views() -> None:
 
     torch.compile(forward, backend=keep)(X[0], X[0] + 0, X[0] * 1)
     assert seen[0] == [True, True, True, False]
+
+
+# --------------------------------------------------------------------------- the option of compile
+
+
+def test_inductor_compiles_the_models_own_call(tmp_path: Path) -> None:
+    """Its copies, its dense form and what is saved of it are plain modules."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
+    x = torch.randn(5, 64)
+    small = tensorize.compile(model, 0.4, metric="frobenius", backend="inductor")
+    plain = tensorize.compile(model, 0.4, metric="frobenius", backend="aten")
+    assert tensorize.report(small).backend == "inductor"
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), plain(x))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+        torch.testing.assert_close(copy.deepcopy(small)(x), plain(x))
+        torch.testing.assert_close(tensorize.densify(small)(x), plain(x), atol=1e-5, rtol=1e-5)
+        tensorize.save(small, tmp_path)
+        again = tensorize.load(tmp_path, copy.deepcopy(model))
+        assert tensorize.report(again).backend == "inductor"
+        torch.testing.assert_close(again(x), plain(x))
+
+
+def test_a_compiled_model_is_looked_at_as_what_it_was_made_of(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval()
+    small = tensorize.compile(model, 0.4, metric="frobenius")
+    wrapped: Any = torch.compile(small, backend="eager")
+    assert tensorize.report(wrapped) == tensorize.report(small)
+    assert tensorize.kernels(wrapped).keys() == tensorize.kernels(small).keys() != set()
+    assert not list(tensorize.weight.factored(tensorize.densify(wrapped)))
+    tensorize.save(wrapped, tmp_path)
+    again = tensorize.load(tmp_path, copy.deepcopy(model))
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(again(x), small(x))

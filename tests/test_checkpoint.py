@@ -26,7 +26,7 @@ from tensorize.checkpoint import load, save
 from tensorize.errors import CheckpointError
 from tensorize.ir import Plan, Prediction, RankPlan, Totals, TTSpec
 from tensorize.manifest import MANIFEST, read_report
-from tensorize.report import Report, ReportTotals, SiteReport
+from tensorize.report import Report, ReportTotals, SiteReport, known_report
 
 # ------------------------------------------------------------------------- models and helpers
 
@@ -721,10 +721,12 @@ def test_interrupt_while_filling_leaves_the_model(
 def test_a_model_without_a_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensorize report(.|\n)*tensorize\.compile"):
         save(build(Mlp), tmp_path / "out")
-    wrapped = torch.nn.DataParallel(compressed_mlp())
-    with pytest.raises(CheckpointError, match=r"model\.module"):
-        save(wrapped, tmp_path / "out")
+    within = torch.nn.Sequential(compressed_mlp(), torch.nn.ReLU())
+    with pytest.raises(CheckpointError, match=r"model\.0"):
+        save(within, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    save(torch.nn.DataParallel(compressed_mlp()), tmp_path / "out")  # is what it wraps
+    assert known_report(load(tmp_path / "out", build(Mlp)))
 
 
 def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:

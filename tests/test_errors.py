@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,65 @@ def test_options_of_plans(options: dict[str, Any]) -> None:
     with pytest.raises(tensorize.BudgetError, match="must be") as caught:
         analysis.plan(0.5, **options)
     assert "way out" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("value", [5, re.compile("middle"), [3]])
+def test_what_chooses_no_weight(option: str, value: Any) -> None:
+    with pytest.raises(tensorize.AnalysisError, match="shell patterns or by a predicate") as caught:
+        tensorize.compile(MLP(), 0.5, **{option: value})
+    assert "way out" in str(caught.value)
+
+
+def test_what_is_no_data_no_plan_no_teacher_and_no_model() -> None:
+    model, analysis = MLP(), tensorize.analyze(MLP(), metric="frobenius")
+    small = tensorize.compile(model, 0.5, metric="frobenius")
+    data: Any = 5
+    for error, match, call in (
+        (tensorize.CaptureError, "iterable of batches", lambda: analyze(calibration=data)),
+        (tensorize.AnalysisError, "not a Plan", lambda: tensorize.apply(model, data)),
+        (tensorize.AnalysisError, "is no plan", lambda: tensorize.Plan.from_json("{}")),
+        (tensorize.BudgetError, "shares of the parameters", lambda: analysis.curve(data)),
+        (
+            tensorize.CaptureError,
+            "torch.nn.Module",
+            lambda: tensorize.heal(small, data, [], steps=1),
+        ),
+        (tensorize.TensorizeError, "has no report", lambda: tensorize.report(data)),
+        (
+            tensorize.BudgetError,
+            "batch_sizes",
+            lambda: tensorize.initialize(model, batch_sizes=data),
+        ),
+    ):
+        with pytest.raises(error, match=match) as caught:
+            call()
+        assert "way out" in str(caught.value)
+
+
+def analyze(**options: Any) -> tensorize.Analysis:
+    return tensorize.analyze(MLP(), **options)
+
+
+def test_a_dtype_that_is_none(tmp_path: Path) -> None:
+    tensorize.save(tensorize.compile(MLP(), 0.5, metric="frobenius"), tmp_path)
+    wrong: Any = "bfloat16"
+    with pytest.raises(tensorize.CheckpointError, match="is no floating-point dtype"):
+        tensorize.load(tmp_path, MLP(), dtype=wrong)
+
+
+def test_a_refinement_of_a_plan_that_limits_errors() -> None:
+    model, data = MLP(), [torch.randn(32, 48) for _ in range(4)]
+    plan = tensorize.analyze(model, calibration=data).plan(tensorize.Budget(error=0.5))
+    assert tensorize.Plan.from_json(plan.to_json()).limits_errors
+    with pytest.raises(tensorize.BudgetError, match="the budget limits each"):
+        tensorize.apply(model, plan, refine="refit")
+
+
+def test_graphs_of_inputs_that_do_not_fit() -> None:
+    small = tensorize.compile(MLP(), 0.5, metric="frobenius")
+    with pytest.raises(tensorize.CaptureError, match="example inputs do not fit"):
+        tensorize.graphs(small, (torch.randn(2, 3),))
 
 
 def test_ranks_for_weights_that_stay_dense_only() -> None:

@@ -243,7 +243,7 @@ def test_curve_is_a_sequence_that_prints(report: Report) -> None:
     lines = str(curve).split("\n")
     assert lines[2].split() == [
         *["budget", "parameters", "bytes", "FLOPs", "a", "row", "error", "loss", "90", "%"],
-        "interval",
+        *["interval", "times"],
     ]
     assert lines[6].split()[:2] == ["10.0", "%"]
 

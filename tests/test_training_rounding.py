@@ -111,6 +111,41 @@ def test_states_stay_wide_when_they_are_loaded() -> None:
     other.step()
 
 
+@pytest.mark.parametrize("scheduled", [None, "before", "after"])
+def test_what_a_step_or_a_loading_raises_leaves_parameters_as_they_were(
+    scheduled: str | None,
+) -> None:
+    parameter = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([parameter], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR
+    before = schedule(optimizer) if scheduled == "before" else None
+    handle = round_stochastically(optimizer)
+    after = schedule(optimizer) if scheduled == "after" else None
+    gradient = parameter.grad = torch.ones_like(parameter)
+    other = torch.optim.SGD([parameter, nn.Parameter(torch.ones(2))], lr=1e-3)
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        optimizer.load_state_dict(other.state_dict())
+    assert parameter.dtype == torch.bfloat16
+    assert parameter.grad is gradient
+
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    failing = optimizer.register_step_pre_hook(fails)  # once parameters are wide
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    failing.remove()
+    assert parameter.dtype == torch.bfloat16
+    assert parameter.grad is gradient
+    optimizer.step()
+    for each in (before, after):
+        if each is not None:
+            each.step()
+    handle.remove()
+    optimizer.step()
+    assert parameter.dtype == torch.bfloat16
+
+
 def test_nothing_to_round_is_an_error() -> None:
     with pytest.raises(tensorize.TensorizeError, match="holds no bfloat16"):
         round_stochastically(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))

@@ -103,7 +103,8 @@ class RankSchedule:
         if not 0 <= start <= end or every < 1 or rank_multiple < 1:
             raise TensorizeError(
                 f"0 <= start <= end and every, rank_multiple >= 1, got start={start}, end={end}, "
-                f"every={every}, rank_multiple={rank_multiple}"
+                f"every={every}, rank_multiple={rank_multiple}",
+                way_out="start=100, end=900",
             )
         self.model, self.optimizer = model, optimizer
         self.start, self.end, self.every = start, end, every
@@ -120,7 +121,10 @@ class RankSchedule:
         self.target = int(limits["params"])
         self.first = _parameters(model)
         if not (found := self._weights()):
-            raise TensorizeError("the model has no factorized weight of its own")
+            raise TensorizeError(
+                "the model has no factorized weight of its own",
+                way_out="model = tensorize.initialize(model, 0.25) first",
+            )
         least = self.first - sum(w.spec.parameters - _smallest(w.spec) for _, w in found)
         if self.target < least:
             raise BudgetError(
@@ -166,7 +170,11 @@ class RankSchedule:
         known = dict(self._weights())
         if known.keys() != state["ranks"].keys():
             odd = min(known.keys() ^ state["ranks"].keys())
-            raise TensorizeError("the state is of a model with other weights", site=odd)
+            raise TensorizeError(
+                "the state is of a model with other weights",
+                site=odd,
+                way_out="load it into a schedule of a model made as that one was",
+            )
         for name, ranks in state["ranks"].items():
             spec = known[name].spec.with_ranks(ranks)
             if spec != known[name].spec:

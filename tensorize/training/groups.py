@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from tensorize.errors import TensorizeError
+from tensorize.errors import TensorizeError, check_one_of
 from tensorize.ir import TTSpec
 from tensorize.lazy import FactoredWeight
 from tensorize.passes.initialize import core_scales, root_mean_square
@@ -56,9 +56,11 @@ def parameter_groups(
         TensorizeError: an argument makes no sense, or nothing needs a gradient.
     """
     if not (lr > 0 and weight_decay >= 0):
-        raise TensorizeError(f"lr must be > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
-    if rule not in RULES:
-        raise TensorizeError(f"rule={rule!r} is not one of {', '.join(map(repr, RULES))}")
+        raise TensorizeError(
+            f"lr must be > 0 and weight_decay >= 0, got {lr} and {weight_decay}",
+            way_out="lr=1e-3, weight_decay=0.1",
+        )
+    check_one_of("rule", rule, RULES)
     speeds = core_speeds(model, rule)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
@@ -73,7 +75,9 @@ def parameter_groups(
             key = "vectors", lr, 0.0
         groups[key].append(parameter)
     if not groups:
-        raise TensorizeError("no parameter of the model needs a gradient")
+        raise TensorizeError(
+            "no parameter of the model needs a gradient", way_out="model.requires_grad_()"
+        )
     return [
         {"params": parameters, "lr": rate, "weight_decay": decay, "name": name}
         for (name, rate, decay), parameters in sorted(groups.items(), key=lambda group: group[0])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tensorize import capture, printer
-from tensorize.errors import CaptureError, TensorizeError
+from tensorize.errors import CaptureError, TensorizeError, check_one_of
 
 # Bytes a parameter: the weights themselves (mixed: float32 masters and their bfloat16 copies),
 # gradients, each of the optimizer's states, and what else there is of every parameter (mixed: the
@@ -87,12 +87,8 @@ def memory(
         TensorizeError: an option is unknown, or a number of parameters came with a batch.
         CaptureError: the batch does not fit, or the forward pass needs values.
     """
-    for option, value, known in (
-        ("optimizer", optimizer, STATES),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in known:
-            raise TensorizeError(f"{option}={value!r} is not one of {', '.join(map(repr, known))}")
+    check_one_of("optimizer", optimizer, STATES)
+    check_one_of("precision", precision, PRECISIONS)
     weight, gradient, state, other = PRECISIONS[precision]
     if isinstance(model, nn.Module):
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]

@@ -8,6 +8,9 @@ are needed.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,6 +45,40 @@ def round_stochastically(optimizer: torch.optim.Optimizer, seed: int = 0) -> Rou
     return RoundedSteps(optimizer, seed)
 
 
+_WIDENED = ("step", "load_state_dict")
+"""Methods of an optimizer for whose time its parameters are float32."""
+
+
+class _Restored:
+    """A method of an optimizer after which, whatever it raised, parameters are what they were."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str,
+        restore: Callable[[torch.optim.Optimizer], None],
+    ) -> None:
+        own = optimizer.__dict__.get(name)  # a scheduler may have put one there
+        method = getattr(optimizer, name)
+
+        @functools.wraps(method)
+        def called(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            finally:
+                restore(self)
+
+        self._optimizer, self._name, self._own = optimizer, name, own
+        optimizer.__dict__[name] = self._method = MethodType(called, optimizer)
+
+    def remove(self) -> None:
+        if self._optimizer.__dict__.get(self._name) is not self._method:
+            return  # wrapped once more meanwhile; what is left restores nothing
+        del self._optimizer.__dict__[self._name]
+        if self._own is not None:
+            self._optimizer.__dict__[self._name] = self._own
+
+
 class RoundedSteps:
     """What ``round_stochastically`` put around an optimizer's steps."""
 
@@ -56,10 +93,11 @@ class RoundedSteps:
             optimizer.register_load_state_dict_pre_hook(self._widen_for_states),
             optimizer.register_load_state_dict_post_hook(self._narrow_again),
         ]
+        self._restored = [_Restored(optimizer, name, self._narrow_again) for name in _WIDENED]
 
     def remove(self) -> None:
         """Steps are again what they were."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._restored):
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from tensorize import api, capture, huggingface, outcome
 from tensorize.budget import Budget
-from tensorize.errors import AnalysisError, BudgetError, CaptureError, TensorizeError
+from tensorize.errors import BudgetError, CaptureError, check_one_of
 from tensorize.forward import in_usual_modes
 from tensorize.ir import NONLINEARITIES, Batch, Plan
-from tensorize.passes.allocate import Allocate, RanksOption
+from tensorize.passes.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.assumed import AssumeSpectra, TrainingFormats, exact_ranks
 from tensorize.passes.factorize import copy_sharing
 from tensorize.passes.fresh import Initializer, is_on_meta
@@ -41,7 +41,7 @@ def initialize(
     method: str = SCALED,
     nonlinearity: str | None = None,
     rank_multiple: int = 8,
-    batch_sizes: tuple[int, ...] = (1, 16, 256),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     initializer: Initializer | None = None,
     device: torch.device | str = "cpu",
     inplace: bool = False,
@@ -85,7 +85,8 @@ def initialize(
         CaptureError: the model or its inputs cannot be used, or nothing makes a module's values.
         AnalysisError: an option does not fit the model's weights.
     """
-    _check_options(method, nonlinearity, rank_multiple)
+    check_one_of("method", method, METHODS)
+    check_one_of("nonlinearity", nonlinearity, (None, *NONLINEARITIES))
     limits = None if budget is None else Budget.of(budget)
     if limits is not None and (limits.error is not None or limits.loss is not None):
         raise BudgetError(
@@ -94,14 +95,13 @@ def initialize(
         )
     if limits is None and ranks is None and not _names_specs(formats):
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
+    allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple)
     capture.check_model(model, on_meta=True)
     with shown(progress) as tell:
         program = _found(model, example_inputs, include, exclude, seed, tell)
         program = run_passes(program, (AssumeSpectra(formats),))
         asked = {**(ranks or {}), **exact_ranks(program.spectra)}
-        allocate = Allocate(
-            limits, asked or None, batch_sizes=batch_sizes, rank_multiple=rank_multiple
-        )
+        allocate = replace(allocate, ranks=asked or None)
         program = run_passes(program, (allocate,))
         assert program.plan is not None
         plan = _of_shapes(program.plan)
@@ -114,17 +114,6 @@ def initialize(
     attach(target, outcome.report_of(program, notes=notes))
     huggingface.note_factors(target)
     return target
-
-
-def _check_options(method: str, nonlinearity: str | None, rank_multiple: int) -> None:
-    for option, value, known in (
-        ("method", method, METHODS),
-        ("nonlinearity", nonlinearity, (None, *NONLINEARITIES)),
-    ):
-        if value not in known:
-            raise TensorizeError(f"{option}={value!r} is not one of {', '.join(map(repr, known))}")
-    if not isinstance(rank_multiple, int) or rank_multiple < 1:
-        raise AnalysisError(f"rank_multiple must be a positive integer, got {rank_multiple!r}")
 
 
 def _names_specs(formats: TrainingFormats) -> bool:
