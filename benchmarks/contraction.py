@@ -30,7 +30,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from benchmarks.linear import DTYPES, options_of_grid
+from benchmarks.linear import BATCHES, DTYPES, options_of_grid
 from benchmarks.record import cell_by_cell
 from benchmarks.timing import interleaved
 from tensorize import TTSpec, ops, tt
@@ -40,7 +40,6 @@ from tensorize.ir import ContractionPlan
 from tensorize.passes.order import one_order, plan_contraction
 from tensorize.passes.timed import timed_plan
 
-BATCHES = (1, 16, 256)
 RATE, LARGE = "the rate", 2048
 OWN = "predicted", "fewest FLOPs", RATE
 CORES = (2, 3, 4)
