@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import statistics
 import time
@@ -65,7 +66,7 @@ FULL = Sizes(
     heads=32,
     context=4096,
     fused=((128, 4096), (128, 1), (256, 4096)),
-    trained=(128, 512),
+    trained=(64, 128, 256, 512),
     shares=(0.25, 0.1),
 )
 SMOKE = Sizes(
@@ -86,6 +87,8 @@ DTYPE = torch.bfloat16
 ROTATED = 256 << 20
 """Bytes that the copies of a cell's weights take together, at least: five times an L2 cache."""
 MOST_COPIES = 256
+STACKED, FEW = 4, 16
+"""Layers that are timed one after the other; tokens up to which nobody trains."""
 AHEAD = 300_000
 """Cycles of the GPU that a graph has to be launched in."""
 ERROR = 2e-2
@@ -439,54 +442,70 @@ def compressed(sizes: Sizes, share: float) -> Layer:
     return layer
 
 
+class Stack(nn.Module):
+    """Layers one after the other, so that none finds its weights in a cache."""
+
+    def __init__(self, made: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(made)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, keys, values)
+        return x
+
+
 @torch.no_grad()
 def layers(clock: Clock, sizes: Sizes, share: float, tokens: int, context: int) -> dict[str, float]:
-    """A layer dense and compressed: by torch, compiled by torch, and by kernels."""
+    """A layer dense and compressed: by torch, compiled by torch, and by kernels; one of a stack."""
     head = sizes.hidden // sizes.heads
     x = draw(1, tokens, sizes.hidden)
     past = [draw(1, sizes.heads, context, head) for _ in range(2)]
-    dense = Layer(sizes).to(DEVICE, DTYPE).eval()
-    small = compressed(sizes, share)
+    dense = Stack([Layer(sizes).to(DEVICE, DTYPE).eval() for _ in range(STACKED)])
+    small = Stack([compressed(sizes, share) for _ in range(STACKED)])
     torch._dynamo.reset()
     found: dict[str, float] = {}
-    wanted = small(x, *past)
-    for name, layer in (("dense", dense), ("two matmuls", small)):
-        found[name] = clock.graph([partial(layer, x, *past)])
-        faster = torch.compile(layer, dynamic=False)
-        found[f"{name} compiled"] = clock.graph([partial(faster, x, *past)])
+    wanted = copy.deepcopy(small).double()(x.double(), *(each.double() for each in past))
+    for name, stack in (("dense", dense), ("two matmuls", small)):
+        found[name] = clock.graph([partial(stack, x, *past)]) / STACKED
+        faster = torch.compile(stack, dynamic=False)
+        found[f"{name} compiled"] = clock.graph([partial(faster, x, *past)]) / STACKED
     weight.use_kernels(small, triton_ops.contractions)
     options = {"inner": "eager"}
     kernels = torch.compile(small, backend="tensorize", dynamic=False, options=options)
-    # Both are rounded after every step, of which one follows the other some ten times.
-    found["error"] = check(kernels(x, *past)[0], wanted[0, :64].double(), 10 * ERROR)
-    found["kernels"] = clock.graph([partial(kernels, x, *past)])
+    # Every layer rounds some ten times, one result after the other.
+    found["error"] = check(kernels(x, *past)[0], wanted[0, :64], 3 * ERROR)
+    found["kernels"] = clock.graph([partial(kernels, x, *past)]) / STACKED
     return found
 
 
-def training(clock: Clock, sizes: Sizes, rank: int) -> dict[str, float]:
+def training(cell: Cell, clock: Clock) -> dict[str, float]:
     """Forward and backward of one layer, in CUDA graphs: dense, torch's low rank, and kernels."""
-    width, tokens = sizes.hidden, sizes.context
-    spec = TTSpec.low_rank(width, width, rank)
-    x, dy = draw(tokens, width).requires_grad_(), draw(tokens, width)
-    w = draw(width, width).requires_grad_()
-    cores = [draw(*shape).requires_grad_() for shape in spec.core_shapes]
+    spec = TTSpec.low_rank(cell.m, cell.n, cell.rank)
     contraction = triton_ops.contractions(spec)["columns"]
+    count = copies(2 * cell.rank * (cell.m + cell.n), cell.tokens)
+    x, dy = draw(cell.tokens, cell.n).requires_grad_(), draw(cell.tokens, cell.m)
+    weights = [draw(cell.m, cell.n).requires_grad_() for _ in range(min(count, 8))]
+    pairs = [[draw(*s).requires_grad_() for s in spec.core_shapes] for _ in range(count)]
 
-    def alone() -> None:
+    def alone(w: Tensor) -> None:
         torch.autograd.grad(F.linear(x, w), (x, w), dy)
 
-    def library() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(two_matmuls(x, cores[1], cores[0]), (x, *cores), dy)
+    def library(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(two_matmuls(x, right, left), (x, left, right), dy)
 
-    def kernels() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(contraction(x, cores), (x, *cores), dy)
+    def kernels(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(contraction(x, [left, right]), (x, left, right), dy)
 
-    pairs = zip(kernels(), library(), strict=True)
+    inputs = [each.detach().double().requires_grad_() for each in (x, *pairs[0])]
+    wide, left, right = inputs
+    exactly = torch.autograd.grad(two_matmuls(wide, right, left), inputs, dy.double())
+    found = zip(kernels(*pairs[0]), exactly, strict=True)
     return {
-        "dense": clock.graph([alone] * 4),
-        "two matmuls": clock.graph([library] * 4),
-        "kernels": clock.graph([kernels] * 4),
-        "error": max(check(mine, theirs[:64].double()) for mine, theirs in pairs),
+        "error": max(check(mine, theirs[:64]) for mine, theirs in found),
+        "dense": clock.graph([partial(alone, w) for w in weights]),
+        "two matmuls": clock.graph([partial(library, *pair) for pair in pairs]),
+        "kernels": clock.graph([partial(kernels, *pair) for pair in pairs]),
     }
 
 
@@ -547,30 +566,29 @@ def run(sizes: Sizes, clock: Clock, kept: Callable[[dict[str, Any]], None]) -> d
         for tokens, past in ((1, sizes.context), (sizes.context, 0)):
             name = f"a layer at {share} T{tokens} after {past}"
             parts[name] = partial(layers, clock, sizes, share, tokens, past)
-    for rank in sizes.trained:
-        name = f"forward and backward r{rank} T{sizes.context}"
-        parts[name] = partial(training, clock, sizes, rank)
-    results: dict[str, Any] = {"roof": vars(ceiling), "parts": {}, "cells": {}, "failed": {}}
-    everything = list(grid(sizes))
     # Every third cell of the grid first, so that a run that ends early has seen all of it.
-    cells = {
-        str(cell): partial(measure, cell, clock, ceiling)
-        for start in range(3)
-        for cell in everything[start::3]
+    everything = list(grid(sizes))
+    everything = [cell for start in range(3) for cell in everything[start::3]]
+    learning = [c for c in everything if c.tokens > FEW and c.rank in sizes.trained]
+    kinds: dict[str, Mapping[str, Callable[[], dict[str, Any]]]] = {
+        "parts": parts,
+        "cells": {str(cell): partial(measure, cell, clock, ceiling) for cell in everything},
+        "forward and backward": {str(cell): partial(training, cell, clock) for cell in learning},
     }
+    results: dict[str, Any] = {"roof": vars(ceiling), **{kind: {} for kind in kinds}, "failed": {}}
     skipped = []
-    for kind, measures in (("parts", parts), ("cells", cells)):
+    for kind, measures in kinds.items():
         for name, call in measures.items():
             if time.monotonic() - begun > SECONDS:
-                skipped.append(name)
+                skipped.append(f"{kind} {name}")
                 continue
             try:
                 figures = results[kind][name] = call()
             except Exception as error:  # what else there is must not be lost by it
-                figures = results["failed"][name] = f"{type(error).__name__}: {error}"
-            if kind == "parts" or isinstance(figures, str):
+                figures = results["failed"][f"{kind} {name}"] = f"{type(error).__name__}: {error}"
+            if kind != "cells" or isinstance(figures, str):
                 shown = figures if isinstance(figures, str) else _figures(figures)
-                print(name, shown, flush=True)
+                print(kind, name, shown, flush=True)
             torch.cuda.empty_cache()
             kept({**results, "skipped": skipped, "seconds": time.monotonic() - begun})
     return {**results, "skipped": skipped, "seconds": time.monotonic() - begun}

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,19 @@ def circumstances() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "triton": _version("triton"),
             "tensorize": tensorize.__version__,
         },
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

@@ -29,12 +29,17 @@ _WIDE = 8192  # a weight of this side is in no cache: reading it is what one row
 # FLOP/s of float32 (without TF32) and bfloat16, bytes/s: the makers' figures, of which large
 # matmuls reach about two thirds.
 _GPUS = {
+    "B200": (80e12, 2250e12, 8.0e12),
     "H200": (67e12, 989e12, 4.8e12),
     "H100": (67e12, 989e12, 3.35e12),
     "A100": (19.5e12, 312e12, 2.0e12),
+    "L40S": (91.6e12, 362e12, 0.86e12),
+    "RTX 4090": (82.6e12, 165e12, 1.01e12),
     "MI300X": (163e12, 1307e12, 5.3e12),
     "MI250X": (48e12, 383e12, 3.2e12),
 }
+_OF_A_PROCESSOR = (0.18e12, 2.9e12, 18e9)
+"""The same for each multiprocessor of a GPU that is not named: an A100's."""
 _REACHED, _GPU_LAUNCH, _GPU_MULTIPLE = 2 / 3, 5e-6, 8
 
 
@@ -65,16 +70,23 @@ def current(device: str = "cpu") -> Machine:
 
 
 def known(device: str = "cpu") -> Machine:
-    """Figures of a named GPU, or of a usual processor core for each thread."""
+    """Figures of a named GPU, of another one by its size, or of a usual core for each thread."""
     name = identity(device)
-    for part, (single, half, bandwidth) in _GPUS.items():
-        if part in name:
-            rates = (("float32", (_REACHED * single,)), ("bfloat16", (_REACHED * half,)))
-            bandwidth *= _REACHED
-            return Machine(f"{name} (known)", (1,), rates, bandwidth, _GPU_LAUNCH, _GPU_MULTIPLE)
+    if device.startswith("cuda"):
+        known = next((figures for part, figures in _GPUS.items() if part in name), None)
+        if known is not None:
+            return _gpu(f"{name} (known)", *known)
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        guessed = (count * figure for figure in _OF_A_PROCESSOR)
+        return _gpu(f"{name} (not known: run `tensorize calibrate` on it)", *guessed)
     threads = torch.get_num_threads()
     rates = tuple((dtype, tuple(rate * threads for rate in r)) for dtype, r in GENERIC.rates)
     return replace(GENERIC, name=f"{name} (not calibrated)", rates=rates)
+
+
+def _gpu(name: str, single: float, half: float, bandwidth: float) -> Machine:
+    rates = (("float32", (_REACHED * single,)), ("bfloat16", (_REACHED * half,)))
+    return Machine(name, (1,), rates, _REACHED * bandwidth, _GPU_LAUNCH, _GPU_MULTIPLE)
 
 
 def place(device: str = "cpu") -> Path:

@@ -11,7 +11,7 @@ import ast
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -61,11 +61,15 @@ def remember(found: Mapping[str, tuple[Tree, int]], device: str = "cpu") -> Path
 
 @torch.no_grad()
 def fastest(
-    plans: Sequence[ContractionPlan], batch: int, dtype: torch.dtype, device: str = "cpu"
+    plans: Sequence[ContractionPlan],
+    batches: Sequence[int],
+    dtype: torch.dtype,
+    device: str = "cpu",
 ) -> ContractionPlan:
-    """Which of several plans of one spec, of one piece each, takes the least time for a batch.
+    """Which of several plans of one spec, of one piece each, takes the least time for some batches.
 
-    Each is tried in its layouts of least predicted time.
+    Each is tried in its layouts of least predicted time; of several batches the geometric mean
+    counts.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -75,24 +79,27 @@ def fastest(
     spec = plans[0].spec
     cores = [draw(*shape) for shape in spec.core_shapes]
     width = spec.shape[-1] if plans[0].contract == "columns" else spec.shape[-2]
-    x = draw(*spec.shape[:-2], batch, width)
+    inputs = [draw(*spec.shape[:-2], batch, width) for batch in batches]
     tried = [layout for plan in plans for layout in aten.layouts(plan, _LAYOUTS)]
 
-    def seconds(plan: ContractionPlan) -> float:
+    def seconds(plan: ContractionPlan) -> list[float]:
         call = {plan.contract: aten.build(plan)}
-        run = partial(ops.matmul, call, cores, x, plan.contract)
-        return machine.seconds_of(run, device, rounds=1)
+        runs = (partial(ops.matmul, call, cores, x, plan.contract) for x in inputs)
+        return [machine.seconds_of(run, device, rounds=1) for run in runs]
+
+    def over_batches(plan: ContractionPlan, typical: Callable[[Sequence[float]], float]) -> float:
+        return statistics.geometric_mean(map(typical, zip(*samples[plan], strict=True)))
 
     # In turn: what else the machine does meanwhile slows all of them. The first ones pay for memory
     # that those after them find, so that none is left out by what it took at first.
-    samples: dict[ContractionPlan, list[float]] = {plan: [] for plan in tried}
+    samples: dict[ContractionPlan, list[list[float]]] = {plan: [] for plan in tried}
     for _ in range(_LOOKS):
         for plan in tried:
             samples[plan].append(seconds(plan))
-    best = sorted(tried, key=lambda plan: min(samples[plan]))[:_KEPT]
+    best = sorted(tried, key=lambda plan: over_batches(plan, min))[:_KEPT]
     for _ in range(_ROUNDS):
         for plan in best:
             samples[plan].append(seconds(plan))
-    typical = {plan: statistics.median(samples[plan]) for plan in tried if plan in best}
+    typical = {plan: over_batches(plan, statistics.median) for plan in tried if plan in best}
     least = min(typical.values())
     return next(plan for plan, took in typical.items() if took <= _TIE * least)

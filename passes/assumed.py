@@ -154,7 +154,8 @@ def ladder(spec: TTSpec) -> list[TTSpec]:
     return [each for each in specs if each.parameters < math.prod(spec.shape)]
 
 
-def exact_ranks(spectra: Mapping[str, Assumed]) -> dict[str, int | str]:
+def exact_ranks(spectra: Mapping[str, Spectrum]) -> dict[str, int | str]:
     """What ``ranks=`` says of the factorizations in low rank that were asked for."""
-    found = ((name, curve.exact) for name, curve in spectra.items())
+    assumed = ((name, curve) for name, curve in spectra.items() if isinstance(curve, Assumed))
+    found = ((name, curve.exact) for name, curve in assumed)
     return {name: e.ranks[0] for name, e in found if e is not None and e.format == LOW_RANK}

@@ -78,11 +78,6 @@ def plan_contraction(
     """
     if contract not in ("columns", "rows"):
         raise ValueError(f"contract is 'columns' or 'rows', got {contract!r}")
-    if len(spec.cores) > MAX_CORES:
-        raise ValueError(
-            f"the exact search over contraction orders takes up to {MAX_CORES} cores, "
-            f"{spec} has {len(spec.cores)}: merge neighbouring modes"
-        )
     orders = _search(spec, contract, limited=memory_limit is not None)
     if memory_limit is not None:
         smallest = min(order.peak(1) for order in orders)
@@ -174,6 +169,11 @@ def _search(spec: TTSpec, contract: str, *, limited: bool) -> list[_Order]:
     Subsets of cores are bit masks over the cores, sets of indices bit masks over the index names;
     B is in no set, it is in whatever contains x.
     """
+    if len(spec.cores) > MAX_CORES:  # the search would take hours
+        raise ValueError(
+            f"the exact search over contraction orders takes up to {MAX_CORES} cores, "
+            f"{spec} has {len(spec.cores)}: merge neighbouring modes"
+        )
     bit = {name: 1 << k for k, (name, _) in enumerate(spec.sizes)}
     sizes = [size for _, size in spec.sizes]
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
@@ -28,6 +28,11 @@ from tensorize.errors import AnalysisError
 from tensorize.ir import GENERIC, Batch, Machine, Plan, Site
 from tensorize.progress import Progress, no_progress
 from tensorize.report import Stage
+
+if TYPE_CHECKING:  # what passes make, whose files need this one
+    from tensorize.passes.curves import Spectrum
+    from tensorize.passes.moments import Moments
+    from tensorize.passes.predict import Predictor
 
 log = logging.getLogger("tensorize")
 
@@ -50,9 +55,9 @@ class Program:
     machine: Machine = GENERIC
     sites: tuple[Site, ...] = ()
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    statistics: Mapping[str, Any] = field(default_factory=dict)
-    spectra: Mapping[str, Any] = field(default_factory=dict)
-    predictor: Any = None
+    statistics: Mapping[str, Moments] = field(default_factory=dict)
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    predictor: Predictor | None = None
     plan: Plan | None = None
     cores: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)

@@ -110,13 +110,14 @@ def contenders(
     machine: Machine,
     breakpoints: Sequence[int] | None = None,
     dtype: str = "float32",
-) -> Iterator[tuple[str, int, tuple[ContractionPlan, ...]]]:
-    """What is to be timed: for each range its question, a batch in its middle, the best few."""
+) -> Iterator[tuple[str, tuple[int, ...], tuple[ContractionPlan, ...]]]:
+    """What is to be timed: for each range its question, its first batch and the one in its middle,
+    and the best few."""
     for first, last in _ranges(BREAKPOINTS if breakpoints is None else breakpoints):
         middle = typical_batch(first, last)
         trees = fastest_trees(spec, contract, machine, middle, _TIMED, dtype)
         plans = tuple(one_order(spec, contract, tree, first, last) for tree in trees)
-        yield question(spec, contract, dtype, first, last), middle, plans
+        yield question(spec, contract, dtype, first, last), (first, middle), plans
 
 
 def common_breakpoints(

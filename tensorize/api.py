@@ -560,9 +560,9 @@ def fastest_orders(asked: ops.Asked) -> dict[str, tuple[Tree, int]]:
     rates = machine.current(asked.device)
     tried = contenders(asked.spec, asked.contract, rates, asked.breakpoints, asked.dtype)
     found = {}
-    for question, batch, plans in tried:
+    for question, batches, plans in tried:
         dtype = getattr(torch, asked.dtype)
-        (best,) = orders.fastest(plans, batch, dtype, asked.device).pieces
+        (best,) = orders.fastest(plans, batches, dtype, asked.device).pieces
         found[question] = best.tree, best.layout
     return found
 

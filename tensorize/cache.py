@@ -355,8 +355,9 @@ def write(base: str, curves: Curves, program: Program) -> None:
 def _shared_groups(program: Program) -> dict[str, dict[str, SharedFactor]]:
     groups: dict[str, dict[str, SharedFactor]] = {}
     for name, curve in program.spectra.items():
-        if curve.shared is not None:
-            groups.setdefault(curve.site.input_group, {})[name] = curve.shared
+        group = curve.site.input_group
+        if curve.shared is not None and group is not None:
+            groups.setdefault(group, {})[name] = curve.shared
     return groups
 
 

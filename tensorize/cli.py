@@ -1,4 +1,4 @@
-"""The command line: ``tensorize compile | analyze | report | eval | calibrate``.
+"""The command line: ``tensorize compile | analyze | report | eval | bench | calibrate``.
 
 Results go to standard output (``--json``: one JSON object and nothing else), everything said on the
 way to standard error. Exit codes: 0 done, 2 wrong usage, 3 a model, its inputs or its calibration
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -37,6 +37,7 @@ from tensorize.report import Report
 from tensorize.sources import (
     Dtype,
     Loaded,
+    example_tokens,
     load_compressed,
     load_source,
     parse_budget,
@@ -45,6 +46,7 @@ from tensorize.sources import (
     read_batches,
     tokenizer_of,
 )
+from tensorize.speed import speeds
 
 app = typer.Typer(
     name="tensorize",
@@ -382,9 +384,7 @@ def calibrate_command(
 
 
 def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
-    counts = [int(count) for count in rows.split(",") if count.strip().isdigit() and int(count)]
-    if len(counts) != len(rows.split(",")):
-        raise typer.BadParameter(f"{rows!r} is no list of numbers as 1,16,256", param_hint="--rows")
+    counts = _counts(rows, "--rows")
     if not torch.cuda.is_available():
         raise TensorizeError(
             "kernels are timed on a GPU, and this machine has none",
@@ -490,10 +490,7 @@ def eval_command(
         with contextlib.redirect_stdout(sys.stderr):
             loaded, learnt = _load(dense, dtype, calibration, batch_size, max_length)
             batches = read_batches(data, loaded, batch_size, max_length, labels=True)
-            models: dict[str, Any] = {}
-            for source in sources or ():
-                name = Path(source).name
-                models[source if name in models else name] = load_compressed(source, loaded)
+            models: dict[str, Any] = dict(_compressed(sources or (), loaded))
             models |= {f"{printer.percent(share)} kept": share for share in shares}
             _say(f"evaluating on {len(batches)} batches from {data}")
             found = tensorize.evaluate(
@@ -513,6 +510,52 @@ def eval_command(
         typer.echo(str(found))
         if html is not None:
             typer.echo(f"\nevaluation as a page: {html}")
+
+
+@app.command(
+    "bench", epilog="Example: tensorize bench ./small --dense ./my-llama --length 256 --compiled"
+)
+def bench_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Where compressed models were saved.", show_default=False
+        ),
+    ],
+    dense: Annotated[
+        str,
+        typer.Option(
+            help="The dense model: a Hugging Face directory or id, or package.module:factory.",
+            show_default=False,
+        ),
+    ],
+    samples: Annotated[str, typer.Option(help="How many samples a call has.")] = "1,16",
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a sample, where the model takes tokens.")
+    ] = 128,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Time them through torch.compile as well.")
+    ] = False,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Time compressed models beside the dense one, in turn on this machine."""
+    with _errors_told():
+        counts = _counts(samples, "--samples")
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded, _ = _load(dense, dtype, None, 1, length)
+            models = _compressed(sources, loaded)
+            found = speeds(
+                models,
+                loaded.model.eval(),
+                example_inputs=example_tokens(loaded, length),
+                samples=counts,
+                compiled=compiled,
+            )
+        if as_json:
+            _print_json(found.to_dict())
+        else:
+            typer.echo(str(found))
 
 
 def main() -> None:
@@ -540,6 +583,23 @@ def _load(
     batches = read_batches(calibration, loaded, batch_size, max_length)
     _say(f"calibrating on {len(batches)} batches from {calibration}")
     return loaded, batches
+
+
+def _compressed(sources: Sequence[str], loaded: Loaded) -> dict[str, nn.Module]:
+    """Saved models by the names of their directories, in full where two have one name."""
+    models: dict[str, nn.Module] = {}
+    for source in sources:
+        name = Path(source).name
+        models[source if name in models else name] = load_compressed(source, loaded)
+    return models
+
+
+def _counts(text: str, option: str) -> list[int]:
+    """``1,16,256`` as numbers."""
+    counts = [int(count) for count in text.split(",") if count.strip().isdigit() and int(count)]
+    if len(counts) != len(text.split(",")):
+        raise typer.BadParameter(f"{text!r} is no list of numbers as 1,16,256", param_hint=option)
+    return counts
 
 
 def _check_streams(given: Mapping[str, bool]) -> None:

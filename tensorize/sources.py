@@ -114,6 +114,20 @@ class Loaded:
     factory: str | None = None
 
 
+def example_tokens(loaded: Loaded, length: int) -> Any:
+    """Example inputs of a length: random tokens where the model takes some, else its own.
+
+    The same every time; no longer than the model's table of positions.
+    """
+    config = getattr(loaded.model, "config", None)
+    words = getattr(config, "vocab_size", None)
+    if words is None or not capture.takes(loaded.model, "input_ids"):
+        return loaded.example_inputs
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    generator = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(words, (1, length), generator=generator)}
+
+
 def load_source(source: str, dtype: Dtype) -> Loaded:
     """The model that SOURCE names, with its tokenizer or example inputs where there are any.
 

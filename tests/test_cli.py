@@ -467,6 +467,27 @@ def test_evaluate_saved_models_and_budgets(tmp_path: Path) -> None:
     assert invoke("eval", "small", *common[:2], "--data", "no.txt").exit_code == cli.CAPTURE
 
 
+def test_bench_times_saved_models_beside_the_dense_one(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "llama")
+    done = invoke("compile", "llama", "--budget", "0.6", "--out", "small")
+    assert done.exit_code == 0, done.output
+    result = invoke("bench", "small", "--dense", "llama", "--samples", "1,3", "--length", "8")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [
+        [name, count] for count in "13" for name in ("dense", "small")
+    ]
+    assert [line[-1] for line in lines if line[0] == "dense"] == ["1.00", "1.00"]
+    result = invoke("bench", "small", "--dense", "llama", "--samples", "2", "--compiled", "--json")
+    timed = json.loads(result.stdout)["timed"]
+    names = ["dense", "small", "dense, compiled", "small, compiled"]
+    assert [each["model"] for each in timed] == names
+    assert all(each["seconds"] > 0 for each in timed)
+    common = ("small", "--dense", "llama")
+    assert invoke("bench", *common, "--samples", "x").exit_code == cli.USAGE
+    assert invoke("bench", "nowhere", "--dense", "llama").exit_code == cli.CHECKPOINT
+
+
 def test_evaluate_a_model_of_ones_own() -> None:
     save_file({"x": torch.randn(16, 32)}, "data.safetensors")
     assert invoke("compile", "clinet:make", "--budget", "0.6", "--out", "small").exit_code == 0

@@ -32,7 +32,17 @@ LAYERS = (
     ("runtime",),
     ("api",),
     ("training",),
-    ("backend", "offered", "tuning", "sources", "evaluation", "evaluation_page", "cli", "__init__"),
+    (
+        "backend",
+        "offered",
+        "speed",
+        "tuning",
+        "sources",
+        "evaluation",
+        "evaluation_page",
+        "cli",
+        "__init__",
+    ),
 )
 NEIGHBOURS = ({"passes", "codegen"},)
 

@@ -146,3 +146,20 @@ def test_a_machine_not_measured_has_the_figures_of_its_kind(
     known: Any = dict(machine.known("cuda").rates)
     assert known["bfloat16"][0] > known["float32"][0]
     assert np.isfinite(machine.known("cuda").bandwidth)
+
+
+def test_a_gpu_that_is_not_named_is_taken_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        multi_processor_count = 108
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    named = machine.known("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    found = machine.known("cuda")
+    assert "tensorize calibrate" in found.name
+    assert found.rank_multiple == named.rank_multiple
+    assert found.bandwidth == pytest.approx(named.bandwidth, rel=0.05)
+    for (dtype, own), (other, wanted) in zip(found.rates, named.rates, strict=True):
+        assert dtype == other
+        assert own == pytest.approx(wanted, rel=0.05)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorize import ops
 from tensorize.errors import BudgetError
 from tensorize.ir import ContractionPlan, Tree, TTSpec
 from tensorize.passes.order import MAX_CORES, plan_contraction
@@ -311,5 +312,7 @@ def test_sides_and_lengths_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match="'columns' or 'rows'"):
         plan_contraction(TTSpec.low_rank(4, 4, 2), "lookup")
     count = MAX_CORES + 1
+    with pytest.raises(ValueError, match=f"up to {MAX_CORES} cores"):
+        ops.contractions(TTSpec((2,) * count, (2,) * count, (2,) * (count - 1)))
     with pytest.raises(ValueError, match=f"up to {MAX_CORES} cores"):
         plan_contraction(TTSpec((2,) * count, (2,) * count, (2,) * (count - 1)))

@@ -241,7 +241,7 @@ def test_orders_are_timed_remembered_and_used(
 def test_what_is_timed_are_the_calls_themselves() -> None:
     spec = SPECS[1]
     slow, fast = (one_order(spec, "columns", tree) for tree in (("x", (0, 1)), (("x", 0), 1)))
-    (piece,) = orders.fastest((slow, fast), 1, torch.float32).pieces
+    (piece,) = orders.fastest((slow, fast), (1, 3), torch.float32).pieces
     assert piece.tree == fast.pieces[0].tree
 
 
