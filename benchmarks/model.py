@@ -3,7 +3,7 @@
     python -m benchmarks.model --models llama gpt2 minilm vit --threads 1
 
 Dense and the factors of ``tensorize.compile`` (eager, and with ``--compiled`` under
-``torch.compile``, too: dense by inductor, ours by ``backend="tensorize"``), and the same factors as
+``torch.compile``, too: others by inductor, ours by ``backend="tensorize"``), and the same factors as
 two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill;
 8 x 64 tokens for a sentence encoder, one image for a vision model), one token at a time with a
 cache (decode), and a batch of four. Interleaved rounds, medians, with one thread of the processor's
@@ -34,7 +34,7 @@ import transformers
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.record import keep, kept
+from benchmarks.record import circumstances, keep, kept, processor
 from benchmarks.timing import interleaved
 from examples import demo_minilm
 from tensorize.weight import LowRankLinear
@@ -146,6 +146,7 @@ def measure(name: str, rounds: int, tasks: Sequence[str], *, compiled: bool) -> 
     models: dict[str, Any] = {"dense": dense, "tensorize": small, "by hand": hand}
     if compiled:
         models["dense, compiled"] = torch.compile(dense)
+        models["by hand, compiled"] = torch.compile(hand)
         models["tensorize, compiled"] = torch.compile(small, backend="tensorize")
 
     def calls_of(task: str) -> dict[str, Callable[[], object]]:
@@ -171,7 +172,11 @@ def measure(name: str, rounds: int, tasks: Sequence[str], *, compiled: bool) -> 
             "dense ms": 1e3 * times["dense"].wall / each,
             "dense ms of the processor": 1e3 * times["dense"].cpu / each,
             **{key: times["dense"].over(times[key]) for key in calls if key != "dense"},
-            "tensorize over by hand": times["by hand"].over(times["tensorize"]),
+            **{
+                f"{key} over by hand": times[f"by hand{how}"].over(times[key])
+                for how in ("", ", compiled")
+                if (key := f"tensorize{how}") in times
+            },
             "joules": energy(calls),
         }
         print(name, task, {k: v if v is None else round(v, 3) for k, v in found[task].items()})
@@ -244,11 +249,12 @@ def main() -> None:
     if options.peak:
         print(peak(*options.peak))
         return
-    results = kept("model")
+    results, key = kept("model"), f"{processor()}, {options.threads} threads"
     for name in options.models:
         began = time.perf_counter()
         found = measure(name, options.rounds, options.tasks, compiled=options.compiled)
-        results[name] = results.get(name, {}) | found
+        known = results.setdefault(key, {})
+        known[name] = {**known.get(name, {}), **found, "made_with": circumstances()}
         print(f"{name}: {time.perf_counter() - began:.0f} s; kept in {keep('model', results)}")
 
 
