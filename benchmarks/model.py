@@ -2,9 +2,9 @@
 
     python -m benchmarks.model --models llama gpt2 minilm vit --threads 1
 
-Dense and the factors of ``tensorize.compile`` (eager, and with ``--compiled`` under
-``torch.compile``, too: others by inductor, ours by ``backend="tensorize"``), and the same factors as
-two ``F.linear`` written by hand: a forward pass of 256 tokens (prefill;
+Dense and the factors of ``tensorize.compile``, and the same factors as two ``F.linear`` written by
+hand (eager, and with ``--compiled`` under ``torch.compile``, too: ours by ``backend="tensorize"``,
+the others by inductor): a forward pass of 256 tokens (prefill;
 8 x 64 tokens for a sentence encoder, one image for a vision model), one token at a time with a
 cache (decode), and a batch of four. Interleaved rounds, medians, with one thread of the processor's
 time; speedups are over eager dense. The peak of resident memory is that of a process of its own
@@ -165,6 +165,7 @@ def measure(name: str, rounds: int, tasks: Sequence[str], *, compiled: bool) -> 
     for task in tasks:
         if task == "decode" and name not in DECODERS:
             continue
+        torch._dynamo.reset()  # after eight graphs of a forward it would run others as they are
         calls = calls_of(task)
         times = interleaved(calls, rounds)
         each = STEPS if task == "decode" else 1

@@ -156,8 +156,11 @@ def compile(
         if argument.kind != "size" or argument.aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     count = len(signature)
-    signature |= {"PRECISION": "constexpr", "WIDEN": "constexpr"}
-    constants = {(count,): precision, (count + 1,): False}
+    known = {"PRECISION": precision, "WIDEN": False}
+    if source.counters:
+        known["WAVE"] = _WARP[vendor]
+    signature |= dict.fromkeys(known, "constexpr")
+    constants: dict[tuple[int], Any] = {(count + k,): v for k, v in enumerate(known.values())}
     chip: Any = int(architecture) if vendor == "cuda" else architecture
     made = triton.compile(
         ASTSource(namespace[source.name], signature, constants, attributes),
@@ -232,8 +235,10 @@ def run(source: Source, *tensors: Tensor) -> None:
     _tell_of_first_call(source, x.dtype)
     most = stages(source, "hip" if torch.version.hip else "cuda")
     with torch.cuda.device_of(x):  # triton launches on the current one
-        if source.counters and (zeros := _counters(source, tensors[0])) is not None:
-            options["arrived"] = zeros
+        if source.counters:
+            options["wave"] = _WARP["hip" if torch.version.hip else "cuda"]
+            if (zeros := _counters(source, tensors[0])) is not None:
+                options["arrived"] = zeros
         fit(partial(launch, *tensors, **options), most, (source.text, x.dtype, x.device))
 
 

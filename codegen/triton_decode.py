@@ -31,8 +31,6 @@ from tensorize.codegen.triton_work import NotCovered, Tiles, roles
 from tensorize.ir import LOW_RANK
 from tensorize.work import Work
 
-WAVE = 64
-"""Threads that run together on AMD."""
 AT_ONCE = 8
 """Shares that are loaded together: one by one each would take a round trip to the second cache."""
 
@@ -182,8 +180,8 @@ def _body(
     text("tl.debug_barrier()")
     counter = f"piece + {first_counter}" if first_counter else "piece"
     text(f"counter = arrived + tl.program_id(0) * {counters} + {counter}")
-    text.vector("thread", "", WAVE * tiles.warps)
-    text(f"first_of_wave = thread % {WAVE} == 0")
+    text(f"thread = tl.arange(0, WAVE * {tiles.warps})")
+    text("first_of_wave = thread % WAVE == 0")
     text.call(
         "before = tl.atomic_add",
         ["counter + thread * 0", "1", "mask=first_of_wave", 'sem="acq_rel"', 'scope="gpu"'],

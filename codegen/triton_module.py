@@ -110,7 +110,8 @@ def assemble(
     for line in ("", *torch_too, "import triton", "import triton.language as tl", "", ""):
         text(line)
     text.lines += _DOT.splitlines()
-    flags = ["PRECISION: tl.constexpr", "WIDEN: tl.constexpr"]
+    known = ["PRECISION", "WIDEN", *(["WAVE"] if counters else [])]
+    flags = [f"{flag}: tl.constexpr" for flag in known]
     whole = len(bodies) == 1
     for k, body in enumerate(bodies):
         if whole:
@@ -133,7 +134,7 @@ def assemble(
         header = "else" if last else f"{'if' if k == 0 else 'elif'} part < {first + body.programs}"
         with text.block(header):
             offset = f"part - {first}" if first else "part"
-            text.call(f"part_{k}", [offset, *names, "PRECISION", "WIDEN"])
+            text.call(f"part_{k}", [offset, *names, *known])
         first += body.programs
     programs = sum(body.programs for body in bodies)
     if blocks and programs > MOST_PROGRAMS:
@@ -168,7 +169,7 @@ def _launch(
     text.depth = 0
     text.lines += ["", ""]
     options = ['precision="ieee"', "widen=False", f"num_stages={tiles.stages}"]
-    own = ["arrived=None"] if counters else []
+    own = ["arrived=None", "wave=64"] if counters else []
     text.call("def launch", [*tensors, *own, *options], ":")
     text.depth = 1
     text(f'"""Writes {", ".join(o.name for o in outputs)}; a row\'s entries stand together."""')
@@ -195,7 +196,8 @@ def _launch(
     text.depth += 1
     for value in values:
         text(f"{value},")
-    for flag in ("PRECISION=precision", "WIDEN=widen", f"num_warps={tiles.warps}"):
+    waves = ("WAVE=wave",) if counters else ()
+    for flag in ("PRECISION=precision", "WIDEN=widen", *waves, f"num_warps={tiles.warps}"):
         text(f"{flag},")
     text("num_stages=num_stages,")
     text.depth -= 1

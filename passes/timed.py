@@ -111,13 +111,16 @@ def contenders(
     breakpoints: Sequence[int] | None = None,
     dtype: str = "float32",
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[ContractionPlan, ...]]]:
-    """What is to be timed: for each range its question, its first batch and the one in its middle,
-    and the best few."""
+    """What is to be timed: for each range its question, two batches, and the best few.
+
+    The batches are the first and the one in the middle; where there is no last one twice as many.
+    """
     for first, last in _ranges(BREAKPOINTS if breakpoints is None else breakpoints):
         middle = typical_batch(first, last)
         trees = fastest_trees(spec, contract, machine, middle, _TIMED, dtype)
         plans = tuple(one_order(spec, contract, tree, first, last) for tree in trees)
-        yield question(spec, contract, dtype, first, last), (first, middle), plans
+        batches = (first, middle) if last is not None or first == 1 else (2 * first, 2 * middle)
+        yield question(spec, contract, dtype, first, last), batches, plans
 
 
 def common_breakpoints(

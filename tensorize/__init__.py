@@ -16,6 +16,7 @@ from tensorize.api import (
 )
 from tensorize.budget import Budget
 from tensorize.distillation import distillation_loss
+from tensorize.emitted import kernels
 from tensorize.errors import (
     AnalysisError,
     BudgetError,
@@ -26,7 +27,6 @@ from tensorize.errors import (
 from tensorize.evaluation import Evaluation, evaluate
 from tensorize.healing import Healing, heal
 from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
-from tensorize.offered import kernels
 from tensorize.passes.order import plan_contraction
 from tensorize.report import Report, report
 from tensorize.runtime import Kernel

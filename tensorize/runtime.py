@@ -25,6 +25,7 @@ log = logging.getLogger("tensorize")
 Kernel = kernel.Kernel
 
 _KINDS = frozenset({"linear", "addmm", "matmul", "einsum", "embedding"})
+"""Uses of a weight that a kernel may compute."""
 
 
 def device_of(model: nn.Module) -> str:
@@ -177,9 +178,8 @@ class OfferedWorks(triton_ops.Launches):
 def works_of(model: nn.Module) -> dict[tuple[Work, torch.dtype], None]:
     """What the weights of a model compute by themselves, where kernels cover it."""
     return {
-        (Work((factors.spec,), epilogue=Epilogue(bias=bias)), factors.dtype): None
-        for _, _, factors in factors_with_kernels(model)
-        for bias in (False, True)
+        (Work((factors.spec,), epilogue=Epilogue(bias=_has_bias(model, name))), factors.dtype): None
+        for name, _, factors in factors_with_kernels(model)
         if triton_ops.contractions(factors.spec)
     }
 
@@ -202,8 +202,6 @@ def tune(
     return won
 
 
-@contextlib.contextmanager
-def every_kernel(model: nn.Module) -> Iterator[None]:
-    """Every weight that kernels cover is one operation, that runs by what was measured."""
-    with weight.other_kernels(model, partial(triton_ops.contractions, measured=True)):
-        yield
+def every_kernel(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """In it every weight that kernels cover is one operation, that runs by what was measured."""
+    return weight.other_kernels(model, partial(triton_ops.contractions, measured=True))

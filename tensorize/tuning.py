@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from tensorize import capture, runtime
+from tensorize.emitted import launches_of
 from tensorize.errors import TensorizeError
-from tensorize.offered import launches_of
 from tensorize.progress import Progress, shown
 from tensorize.tensors import unwrapped
 

@@ -34,7 +34,7 @@ LAYERS = (
     ("training",),
     (
         "backend",
-        "offered",
+        "emitted",
         "speed",
         "tuning",
         "sources",

@@ -102,6 +102,16 @@ def test_tf32_is_compiled_where_it_is_asked_for() -> None:
     assert fast.spills == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [t for t in launch.TARGETS if t.startswith("cuda")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_fits_by_tf32_too(name: str, target: str) -> None:
+    source = FAMILIES[name](torch.float32)
+    made = launch.compile(source, target, torch.float32, precision="tf32")
+    assert made.spills == 0
+    assert 0 < made.shared_bytes <= launch.SHARED_LIMIT[target]
+
+
 def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     source = FAMILIES["pair"](torch.bfloat16)
     with pytest.raises(TensorizeError, match="target 'tpu:5' is not known"):

@@ -73,7 +73,8 @@ def test_a_text_runs_alone(name: str) -> None:
     outputs = arguments[len(source.inputs) :][: len(source.outputs)]
     assert tuple(outputs) == source.outputs
     taken = [a.arg for a in functions[source.name].args.args]
-    assert taken == [a.name for a in source.arguments] + ["PRECISION", "WIDEN"]
+    flags = ["PRECISION", "WIDEN", *(["WAVE"] if source.counters else [])]
+    assert taken == [a.name for a in source.arguments] + flags
     assert "W " in source.text or "W_0 " in source.text  # shapes are told
 
 
