@@ -225,10 +225,16 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+# Asked once: dynamo cannot trace the question in torch 2.11.
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
+
 def _autocast(x: Tensor, cores: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """In the dtype that autocast gives matmuls: what is saved is then of one dtype."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return x, cores
     dtype = torch.get_autocast_dtype(device)
     return _cast(x, dtype), [_cast(core, dtype) for core in cores]
