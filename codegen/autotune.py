@@ -57,7 +57,7 @@ def bucket(rows: int) -> int:
 def source(work: Work, dtype: torch.dtype, rows: int, device: str) -> Source | None:
     """The kernel for that many rows: the measured choice, else the default one; None where no
     family covers them."""
-    return _source(work, dtype, bucket(rows), device, _precision(dtype, device))
+    return _source(work, dtype, bucket(rows), device, launch.precision(dtype, device))
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +114,7 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
 
 def wins(work: Work, dtype: torch.dtype, rows: int, device: str) -> bool:
     """Whether a kernel was measured to beat the library there."""
-    return _wins(work, dtype, bucket(rows), device, _precision(dtype, device))
+    return _wins(work, dtype, bucket(rows), device, launch.precision(dtype, device))
 
 
 @lru_cache(maxsize=4096)
@@ -146,7 +146,7 @@ def known(device: str) -> bool:
 
 def recorded(work: Work, dtype: torch.dtype, most: int, device: str) -> Choice | None:
     """What was measured for a bucket of rows, None where nothing was."""
-    return _recorded(work, dtype, most, device, _precision(dtype, device))
+    return _recorded(work, dtype, most, device, launch.precision(dtype, device))
 
 
 def _recorded(
@@ -154,11 +154,6 @@ def _recorded(
 ) -> Choice | None:
     found = _records(device).get(_key(work, dtype, most, precision))
     return None if found is None else _choice(found)
-
-
-def _precision(dtype: torch.dtype, device: str) -> str:
-    """Of float32 products, which torch may be told to compute by tf32: kernels and library both."""
-    return launch.precision(dtype, device)
 
 
 def _choice(found: dict) -> Choice:
@@ -197,7 +192,7 @@ def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice)
     path = place(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     _records.cache_clear()  # others may have written meanwhile
-    key = _key(work, dtype, most, _precision(dtype, device))
+    key = _key(work, dtype, most, launch.precision(dtype, device))
     records = {**_records(device), key: asdict(choice)}
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps(records, indent=1))

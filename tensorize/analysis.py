@@ -135,7 +135,8 @@ class Analysis:
         Raises:
             BudgetError: one of the given budgets is not feasible.
         """
-        if budgets is not None and not all(isinstance(b, float | int) for b in _several(budgets)):
+        several = budgets is None or isinstance(budgets, Sequence)
+        if not several or not all(isinstance(b, float | int) for b in budgets or ()):
             raise BudgetError(
                 f"budgets are shares of the parameters, got {budgets!r}",
                 way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(…)) for others",
@@ -160,11 +161,6 @@ class Analysis:
             f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
             f"can be factorized\n{self.curve()}"
         )
-
-
-def _several(budgets: object) -> Sequence[object]:
-    """What was given as several budgets; something that is no share where it is not several."""
-    return budgets if isinstance(budgets, Sequence) and not isinstance(budgets, str) else (None,)
 
 
 def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) -> None:

@@ -32,7 +32,7 @@ from tensorize.analysis import (
 )
 from tensorize.budget import Budget, parse_bytes
 from tensorize.codegen import aten, machine, orders, training
-from tensorize.errors import AnalysisError, CaptureError, CheckpointError, check_one_of
+from tensorize.errors import AnalysisError, CheckpointError, check_one_of
 from tensorize.forward import in_usual_modes
 from tensorize.graphs import Graphs
 from tensorize.ir import (
@@ -560,8 +560,8 @@ def fastest_orders(asked: ops.Asked) -> dict[str, tuple[Tree, int]]:
     rates = machine.current(asked.device)
     tried = contenders(asked.spec, asked.contract, rates, asked.breakpoints, asked.dtype)
     found = {}
+    dtype = getattr(torch, asked.dtype)
     for question, batches, plans in tried:
-        dtype = getattr(torch, asked.dtype)
         (best,) = orders.fastest(plans, batches, dtype, asked.device).pieces
         found[question] = best.tree, best.layout
     return found
@@ -746,14 +746,7 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
             ``torch.export`` cannot trace it.
     """
     found, model = report(model), unwrapped(model)
-    if example_inputs is None:
-        batch, _ = capture.find_inputs(model, None, ())
-    else:
-        batch = capture.checked(model, example_inputs)
-    if batch is None:
-        raise CaptureError(
-            "graphs need inputs to trace the model with", way_out="pass example_inputs="
-        )
+    batch = capture.needed(model, example_inputs, "graphs need inputs to trace the model with")
     sites = {name: site for site in found.sites for name in (site.name, *site.aliases)}
     before = capture.export_graph(densify(model), batch)
     capture.mark_sites(before, {name: (name, DENSE, ()) for name in sites})

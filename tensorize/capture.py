@@ -207,6 +207,20 @@ def checked(model: nn.Module, example_inputs: Any) -> Batch:
     return batch
 
 
+def needed(model: nn.Module, example_inputs: Any, what: str) -> Batch:
+    """The caller's own inputs, else those that are found; ``what`` is said where there are none.
+
+    Raises:
+        CaptureError: no inputs are known, or the model does not run on the caller's.
+    """
+    if example_inputs is not None:
+        return checked(model, example_inputs)
+    batch, _ = find_inputs(model, None, ())
+    if batch is None:
+        raise CaptureError(what, way_out="pass example_inputs=")
+    return batch
+
+
 def _guesses(model: nn.Module) -> Iterator[Any]:
     """Inputs that a model with one required argument may take, by its first weights."""
     required = [

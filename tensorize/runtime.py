@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -103,33 +103,35 @@ def _has_bias(model: nn.Module, name: str) -> bool:
 
 def _covered(work: Work, dtype: torch.dtype, device: str, why: str) -> tuple[RunsBy, ...]:
     """Kernels for every number of rows that a family covers."""
-    found: list[RunsBy] = []
-    first = 1
-    for most in autotune.BUCKETS:
-        last = None if most == autotune.BUCKETS[-1] else most
-        kernels = autotune.runs(work, dtype, most, device, measured=False)
-        how = ("kernels", why) if kernels else ("library", "no kernel for so many rows and ranks")
-        if found and (found[-1].winner, found[-1].why) == how:
-            found[-1] = replace(found[-1], last=last)
-        else:
-            found.append(RunsBy(first, last, how[0], why=how[1]))
-        first = most + 1
-    return tuple(found)
+
+    def answer(most: int) -> RunsBy:
+        if autotune.runs(work, dtype, most, device, measured=False):
+            return RunsBy(1, most, "kernels", why=why)
+        return RunsBy(1, most, "library", why="no kernel for so many rows and ranks")
+
+    return _by_rows(answer)
 
 
 def _measured(work: Work, dtype: torch.dtype, device: str) -> tuple[RunsBy, ...]:
     """The winner for every range of rows; ranges that were not measured are one."""
+
+    def answer(most: int) -> RunsBy:
+        choice = autotune.recorded(work, dtype, most, device)
+        if choice is None:
+            return RunsBy(1, most, "library", why="not measured")
+        return RunsBy(1, most, choice.family if choice.wins else "library", choice.ratio)
+
+    return _by_rows(answer)
+
+
+def _by_rows(answer: Callable[[int], RunsBy]) -> tuple[RunsBy, ...]:
+    """What is answered for every bucket of rows; of those that say the same unmeasured one."""
     found: list[RunsBy] = []
     first = 1
     for most in autotune.BUCKETS:
         last = None if most == autotune.BUCKETS[-1] else most
-        choice = autotune.recorded(work, dtype, most, device)
-        if choice is None:
-            now = RunsBy(first, last, "library", why="not measured")
-        else:
-            winner = choice.family if choice.wins else "library"
-            now = RunsBy(first, last, winner, choice.ratio)
-        if found and choice is None and found[-1].why:
+        now = replace(answer(most), first=first, last=last)
+        if found and now.ratio is None and replace(found[-1], first=first, last=last) == now:
             now = replace(now, first=found.pop().first)
         found.append(now)
         first = most + 1

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize import capture, printer
-from tensorize.errors import CaptureError
 from tensorize.forward import untouched
 from tensorize.ir import Batch
 from tensorize.measures import first_sample, times
@@ -64,12 +63,7 @@ def speeds(
     Raises:
         CaptureError: no inputs are known, or a model does not run on them.
     """
-    if example_inputs is None:
-        batch, _ = capture.find_inputs(dense, None, ())
-    else:
-        batch = capture.checked(dense, example_inputs)
-    if batch is None:
-        raise CaptureError("no inputs are known to time with", way_out="pass example_inputs=")
+    batch = capture.needed(dense, example_inputs, "no inputs are known to time with")
     every = {"dense": dense, **models}
     calls: dict[str, Any] = dict(every)
     if compiled:
