@@ -8,7 +8,6 @@ beat the library's matmuls there: it never did where nothing was measured, nor o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tensorize import files
 from tensorize.codegen import launch, reference, tiles, triton_source
 from tensorize.codegen.triton_module import Source
 from tensorize.codegen.triton_work import NotCovered, Tiles
@@ -168,11 +168,7 @@ def _key(work: Work, dtype: torch.dtype, most: int, precision: str) -> str:
 
 @lru_cache(maxsize=16)
 def _records(device: str) -> dict[str, dict]:
-    try:
-        found = json.loads(place(device).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return files.read_records(place(device))
 
 
 def place(device: str) -> Path:
@@ -189,14 +185,8 @@ def place(device: str) -> Path:
 
 def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice) -> None:
     """Write a choice to where ``recorded`` looks for it."""
-    path = place(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _records.cache_clear()  # others may have written meanwhile
     key = _key(work, dtype, most, launch.precision(dtype, device))
-    records = {**_records(device), key: asdict(choice)}
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(records, indent=1))
-    os.replace(draft, path)
+    files.update_records(place(device), lambda kept: {**kept, key: asdict(choice)})
     forget()
 
 

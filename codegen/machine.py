@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from tensorize import files
 from tensorize.ir import GENERIC, Machine
 
 _ROWS = (1, 16, 256, 1024)
@@ -100,9 +101,7 @@ def keep(machine: Machine, device: str = "cpu") -> Path:
     """Write measured figures to where ``current`` looks for them."""
     path = place(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(asdict(machine), indent=1))
-    os.replace(draft, path)
+    files.write_at_once(path, json.dumps(asdict(machine), indent=1))
     return path
 
 

@@ -8,8 +8,6 @@ machine's own figures, by what was asked: the spec, its side, the range of batch
 from __future__ import annotations
 
 import ast
-import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tensorize import ops
+from tensorize import files, ops
 from tensorize.codegen import aten, machine
 from tensorize.ir import ContractionPlan, Tree
 from tensorize.version import __version__
@@ -41,21 +39,24 @@ def place(device: str = "cpu") -> Path:
 
 def known(device: str = "cpu") -> dict[str, tuple[Tree, int]]:
     """The fastest orders found so far, and their layouts, by what was asked."""
+    return _parsed(files.read_records(place(device)))
+
+
+def _parsed(records: Mapping[str, str]) -> dict[str, tuple[Tree, int]]:
     try:
-        found: dict[str, str] = json.loads(place(device).read_text())
-        return {key: ast.literal_eval(text) for key, text in found.items()}
-    except (OSError, ValueError, SyntaxError, AttributeError):  # none, or of something else
+        return {key: ast.literal_eval(text) for key, text in records.items()}
+    except (ValueError, SyntaxError):  # records of something else
         return {}
 
 
 def remember(found: Mapping[str, tuple[Tree, int]], device: str = "cpu") -> Path:
     """Adds orders and their layouts to those that are kept."""
     path = place(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    everything = {**known(device), **found}
-    draft.write_text(json.dumps({key: str(chosen) for key, chosen in everything.items()}, indent=1))
-    os.replace(draft, path)
+
+    def added(records: dict[str, str]) -> dict[str, str]:
+        return {key: str(chosen) for key, chosen in {**_parsed(records), **found}.items()}
+
+    files.update_records(path, added)
     return path
 
 

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from examples import gpt, llama, stdlib_text
 from examples.gpt import DATA, GPT, TOKENIZER_FILE, GPTConfig, encode, evaluate, next_token_loss
+from tensorize import files
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,9 @@ def digest(tokens: Tensor) -> str:
 def save(model: nn.Module, kind: Kind, directory: Path, record: dict[str, Any]) -> None:
     """Writes weights and record, each in one step, so that a reader never sees half a file."""
     weights = {name: value.detach().half() for name, value in model.state_dict().items()}
-    temporary = directory / (kind.weights + ".tmp")
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes the file private to its owner
-    os.replace(temporary, directory / kind.weights)
-    temporary = directory / (kind.record + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / kind.record)
+    with files.replacing(directory / kind.weights) as draft:
+        save_file(weights, draft, metadata={"format": "pt"})
+    files.write_at_once(directory / kind.record, json.dumps(record, indent=2) + "\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

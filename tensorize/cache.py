@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tensorize.errors import CheckpointError
+from tensorize.files import draft_of, into_place, write_at_once
 from tensorize.ir import Batch, Site, TTSpec, Use
 from tensorize.passes.curves import SharedFactor, Spectrum
 from tensorize.passes.metric import Metric
@@ -115,9 +115,8 @@ def prepare(cache_dir: str | os.PathLike[str]) -> None:
     try:
         folder = Path(cache_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        probe.touch()
-        probe.unlink()
+        with draft_of(folder / "probe"):
+            pass
     except OSError as error:
         raise CheckpointError(
             f"the cache directory {cache_dir} cannot be written: {type(error).__name__}: {error}",
@@ -236,16 +235,13 @@ class Curves:
 
     def _put(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
         layout = Layout.aligned(tensors, {"data": json.dumps(data)})
-        try:
+        with draft_of(self.folder / _short(name)) as draft:
             with Writer(draft, layout) as file:
                 for key, tensor in tensors.items():
                     file.put(key, tensor)
             path = self.folder / f"{_short(name)}-{sha256_of(draft)[:16]}{_ENDING}"
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+            into_place(draft, path)
         self.files[name] = path.name
         return path
 
@@ -346,10 +342,9 @@ def write(base: str, curves: Curves, program: Program) -> None:
     }
     target = Path(base + ".json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     text = json.dumps(data)
-    draft.write_text(json.dumps({"sha256": _text_digest(text), "analysis": json.loads(text)}))
-    os.replace(draft, target)
+    whole = {"sha256": _text_digest(text), "analysis": json.loads(text)}
+    write_at_once(target, json.dumps(whole))
 
 
 def _shared_groups(program: Program) -> dict[str, dict[str, SharedFactor]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from torch.nn.parameter import is_lazy
 
 from tensorize import huggingface, weight
 from tensorize.errors import CheckpointError
+from tensorize.files import draft_of, drafts_of, into_place
 from tensorize.ir import TTSpec
 from tensorize.manifest import (
     MANIFEST,
@@ -47,7 +47,6 @@ from tensorize.manifest import (
     dtype_name,
     dtype_of,
     fail,
-    into_place,
     manifest_to_dict,
     read_manifest,
     record_of,
@@ -58,7 +57,7 @@ from tensorize.report import Report, attach, known_report
 from tensorize.tensorfile import sha256_of
 from tensorize.tensors import unwrapped
 
-_DRAFTS = ".tensorize-*.tmp"
+_DRAFT = "tensorize"
 
 
 # ------------------------------------------------------------------------------------------ save
@@ -111,19 +110,17 @@ def save_written(
 
 @contextlib.contextmanager
 def _drafted(directory: Path) -> Iterator[Path]:
-    """A name for a file in a directory that is not there after the block; failures are named."""
-    draft = directory / f".tensorize-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    """A file in a directory that is not there after the block; failures are named."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        yield draft
+        with draft_of(directory / _DRAFT) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written: {type(error).__name__}: {error}",
             way_out="choose a directory with room that you may write to; what was saved there "
             "before is still valid",
         ) from error
-    finally:
-        _remove(draft)
 
 
 def _finish(
@@ -148,13 +145,12 @@ def _finish(
         huggingface.save_configs(model, directory, weights.name, draft)
     draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     into_place(draft, directory / MANIFEST)
-    for old in (*directory.glob("tensorize-*.safetensors"), *directory.glob(_DRAFTS)):
+    for old in (*directory.glob("tensorize-*.safetensors"), *drafts_of(directory / _DRAFT)):
         if old.name != weights.name and (WEIGHTS_NAME.fullmatch(old.name) or old.suffix == ".tmp"):
             _remove(old)
 
 
 def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:
-    draft.touch()
     usual = draft.stat().st_mode
     try:
         save_file(tensors, draft, metadata={"format": "pt"})

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize import api, printer
+from tensorize import api, files, printer
 from tensorize.budget import Budget
 from tensorize.capture import calibration_batches, check_model, takes
 from tensorize.errors import CaptureError, TensorizeError, check_one_of
@@ -189,7 +189,7 @@ class Evaluation:
         """
         from tensorize import evaluation_page  # which draws what is defined here
 
-        printer.write_text(path, evaluation_page.render(self, peers or {}))
+        files.write_text(path, evaluation_page.render(self, peers or {}))
 
 
 # ---------------------------------------------------------------------------------------- columns

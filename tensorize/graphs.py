@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tensorize import drawing, graph_text, printer
+from tensorize import drawing, files, graph_text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,7 +49,7 @@ class Graphs:
         Raises:
             TensorizeError: the directory of ``path`` does not exist or cannot be written.
         """
-        printer.write_text(path, drawing.draw(self.before, self.after))
+        files.write_text(path, drawing.draw(self.before, self.after))
 
     def __repr__(self) -> str:
         before, after = len(self.before.graph.nodes), len(self.after.graph.nodes)

@@ -35,6 +35,7 @@ from tensorize.distillation import (
     trained_parameters,
 )
 from tensorize.errors import CaptureError, CheckpointError
+from tensorize.files import drafts_of, replacing
 from tensorize.forward import in_usual_modes, untouched
 from tensorize.ir import Batch
 from tensorize.passes.descent import Descent, rate_for, rounds, share_of_rate, trainable, write
@@ -320,21 +321,17 @@ class _File:
         self.path, self.identity = path, identity
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for left in drafts_of(path):  # by a killed run: they are as large as the state
+                left.unlink(missing_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
 
     def write(self, data: dict[str, Any]) -> None:
-        draft = self.path.with_name(f".{self.path.name}.tmp")  # of a killed run: written over
         try:
-            with draft.open("wb") as file:
+            with replacing(self.path) as draft, draft.open("wb") as file:
                 torch.save({"format": _FORMAT, "identity": self.identity, **data}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, self.path)
         except (OSError, RuntimeError) as error:  # torch says so where the disk is full
             raise self._unusable(error) from error
-        finally:
-            draft.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any] | None:
         """The state that was kept, or None where there is none yet."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tensorize.errors import CaptureError, CheckpointError
+from tensorize.files import into_place
 from tensorize.manifest import (
     FORMAT_VERSION,
     PARAMETER,
@@ -30,7 +31,6 @@ from tensorize.manifest import (
     dtype_name,
     dtype_of,
     fail,
-    into_place,
     site_records,
     sites_to_list,
 )

@@ -353,19 +353,6 @@ def _known_nonlinearity(name: str | None) -> str | None:
     return name
 
 
-def into_place(draft: Path, target: Path) -> None:
-    """Give a finished file its name, so that it survives a crash of the machine."""
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, target)
-    with contextlib.suppress(OSError):  # not every system can open a directory
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 # ----------------------------------------------------------------------------------- read back
 
 

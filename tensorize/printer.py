@@ -1,16 +1,12 @@
-"""Plain text for people: quantities, tables, and text put into files."""
+"""Plain text for people: quantities and tables."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
-
-from tensorize.errors import TensorizeError
 
 Align = Literal["left", "right", "keep", "wrap", "end"]
 """How a column is set: ``left`` (too long: shortened in the middle, for names), ``right`` (for
@@ -226,41 +222,3 @@ def table(
     for row in cells:
         lines.extend(set_row(row, align))
     return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------- files
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file at once: a reader sees the old one or the new one, never a part.
-
-    Raises:
-        TensorizeError: the directory does not exist or cannot be written.
-    """
-    target = writable(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, target)
-    except OSError as error:
-        raise TensorizeError(
-            f"{target} cannot be written: {error.strerror or error}",
-            way_out="choose a file in a directory that you may write to",
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def writable(path: str | os.PathLike[str]) -> Path:
-    """The path of a file to write, in a directory that exists.
-
-    Raises:
-        TensorizeError: the directory does not exist.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise TensorizeError(
-            f"{target} cannot be written: the directory {target.parent} does not exist",
-            way_out="create it first, or choose another path",
-        )
-    return target

@@ -18,7 +18,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tensorize import printer
+from tensorize import files, printer
 from tensorize.errors import TensorizeError
 from tensorize.ir import DENSE, Plan, Prediction, RankPlan, Totals
 from tensorize.tensors import unwrapped
@@ -198,7 +198,7 @@ class Curve(Sequence[CurvePoint]):
         Raises:
             TensorizeError: matplotlib is not installed, or the directory does not exist.
         """
-        target = printer.writable(path)
+        target = files.writable(path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -372,7 +372,7 @@ class Report:
         """
         from tensorize import page  # which draws what is defined here
 
-        printer.write_text(path, page.render(self))
+        files.write_text(path, page.render(self))
 
 
 # -------------------------------------------------------------------------------- kept on a model

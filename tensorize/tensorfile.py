@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tensorize.files import to_disk
 from tensorize.tensors import raw_bytes
 
 # In the order in which safetensors sorts them: the last ones come first in a file.
@@ -142,8 +142,7 @@ class Writer:
 
     def flush(self) -> None:
         """Come back when all that was put is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        to_disk(self._file)
 
     def close(self) -> None:
         self._file.close()

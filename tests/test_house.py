@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Layers from the ground up; a file may import its own layer's files and the layers before it.
 # passes and codegen never import each other: see NEIGHBOURS.
 LAYERS = (
-    ("errors", "version", "printer", "graph_text", "hooks"),
+    ("errors", "version", "files", "printer", "graph_text", "hooks"),
     ("ir",),
     (
         *("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
