@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize import tt
-from tensorize.errors import AnalysisError, CaptureError
+from tensorize.errors import AnalysisError, ModelError
 from tensorize.ir import LOW_RANK, RankPlan, Site
 from tensorize.passes.curves import Spectrum, as_matrix
 from tensorize.passes.decompositions import is_small
@@ -114,7 +114,7 @@ def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)  # type: ignore[arg-type]
     except Exception as error:
-        raise CaptureError(
+        raise ModelError(
             f"the model cannot be copied: {type(error).__name__}: {error}",
             way_out="pass inplace=True",
         ) from error

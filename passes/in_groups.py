@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tensorize import printer
-from tensorize.errors import AnalysisError
+from tensorize.errors import MemoryLimitError
 from tensorize.ir import Site
 from tensorize.passes.moments import has_moments, moment_bytes
 from tensorize.passes.pipeline import Program
@@ -28,7 +28,7 @@ class LearnInGroups:
     are not made again.
 
     Raises:
-        AnalysisError: the moments of a single weight take more.
+        MemoryLimitError: the moments of a single weight take more.
     """
 
     statistics: CollectStatistics
@@ -59,7 +59,7 @@ def groups_that_fit(
     While a batch is added to a moment there is a second one of its kind: room is left for it.
 
     Raises:
-        AnalysisError: a single weight does not fit.
+        MemoryLimitError: a single weight does not fit.
     """
     if max_bytes is None or metric == "frobenius":
         return [tuple(sites)] if sites else []
@@ -68,7 +68,7 @@ def groups_that_fit(
     for site in sorted(sites, key=lambda site: site.name):
         own = moment_bytes(site, metric) if has_moments(site, metric) else 0
         if 2 * own > max_bytes:
-            raise AnalysisError(
+            raise MemoryLimitError(
                 f"its second moments take {printer.bytes_(2 * own)}, and max_memory is "
                 f"{printer.bytes_(max_bytes)}",
                 site=site.name,

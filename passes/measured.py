@@ -36,6 +36,7 @@ from tensorize.passes.preserved import (
     PreservedLoss,
     call,
     essential,
+    of_batch,
     outputs_of,
     samples_of,
 )
@@ -91,7 +92,8 @@ class Reference:
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._kept[k] if k in self._kept else self._run(batch)
-                after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
+                with of_batch(batch):
+                    after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
                 rises.append(self.loss.rise(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):
                     centred = a.rows.double() - a.rows.double().mean(0)

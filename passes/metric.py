@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorize.errors import AnalysisError
+from tensorize.errors import AnalysisError, ModelError
 from tensorize.ir import Site
 from tensorize.passes.moments import Moments, Term
 
@@ -171,18 +171,23 @@ def _root(moment: Tensor | None, side: int, site: Site, term: Term) -> Tensor | 
     if moment.dim() == 1 and math.isfinite(mean):
         share = min(max(term.unseen, _DIAGONAL_DAMPING), 0.5)
         return (moment + share / (1 - share) * mean).sqrt().float()
-    if torch.isfinite(moment).all():
-        if term.noise is None:
-            given = shrinkage(moment, term.samples[side])
-        else:
-            given = shrinkage_of_noise(moment, term.noise[side])
-        factor, info = torch.linalg.cholesky_ex(shrink(moment, given, mean))
-        if int(info) == 0:
-            return factor.float().contiguous()  # as it is once it was kept on disk
+    if not torch.isfinite(moment).all():
+        raise ModelError(
+            "the second moment of its inputs or gradients is not finite",
+            site=site.name,
+            way_out="check the calibration data for huge or non-finite values",
+        )
+    if term.noise is None:
+        given = shrinkage(moment, term.samples[side])
+    else:
+        given = shrinkage_of_noise(moment, term.noise[side])
+    factor, info = torch.linalg.cholesky_ex(shrink(moment, given, mean))
+    if int(info) == 0:
+        return factor.float().contiguous()  # as it is once it was kept on disk
     raise AnalysisError(
         "the second moment of its inputs or gradients is not positive semi-definite",
         site=site.name,
-        way_out="check the calibration data for huge or non-finite values",
+        way_out="check the calibration data for huge values",
     )
 
 

@@ -118,7 +118,8 @@ def _descend(
         with trainable(cores):
             wanted = call(dense, batch)
             with torch.enable_grad():
-                total, rows = loss.distance(wanted, call(small, batch), batch, small)
+                result = small(*batch.args, **batch.kwargs)
+                total, rows = loss.distance(wanted, result, batch, small)
                 gradients = torch.autograd.grad(total / rows, cores, allow_unused=True)
         descent.step(gradients, share_of_rate(done, steps))
         if (done + 1) % (steps // 4) == 0:

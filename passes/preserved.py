@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.errors import AnalysisError, CaptureError, TensorizeError
-from tensorize.forward import untouched
+from tensorize.errors import AnalysisError, CaptureError, ModelError
+from tensorize.forward import of_the_model, untouched
 from tensorize.ir import Batch
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -54,25 +55,25 @@ def call(model: nn.Module, batch: Batch) -> Any:
     """The model's outputs for a batch of the caller's data.
 
     Raises:
-        CaptureError: the batch does not fit the model's forward; it says which batch.
+        ModelError: the batch does not fit the model's forward; it says which batch.
     """
-    try:
+    with of_batch(batch):
         return model(*batch.args, **batch.kwargs)
-    except (TensorizeError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise CaptureError(
-            f"batch {batch.number} does not fit the model's forward: {why}",
-            way_out="a batch is a tensor, a tuple of positional or a dict of keyword arguments",
-        ) from error
+
+
+def of_batch(batch: Batch) -> AbstractContextManager[None]:
+    """``of_the_model`` for a run on a batch of the caller's data."""
+    return of_the_model(
+        f"batch {batch.number} does not fit the model's forward",
+        "a batch is a tensor, a tuple of positional or a dict of keyword arguments",
+    )
 
 
 def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     """The tensors to preserve among a model's outputs, with only the rows that count."""
     chosen = _preserved_tensors(result)
     if not chosen:
-        raise CaptureError(
+        raise ModelError(
             f"the model's output ({type(result).__name__}) holds no floating-point tensor",
             way_out="pass loss_fn=, a function (outputs, batch) -> scalar",
         )
@@ -302,7 +303,7 @@ class PreservedLoss:
         return total, outputs[0].rows.shape[0]
 
     def require_finite(self, result: Any, batch: Batch, model: nn.Module) -> None:
-        """Raises AnalysisError where the dense model's outputs are no numbers to preserve."""
+        """Raises ModelError where the dense model's outputs are no numbers to preserve."""
         if self.loss_fn is None:
             for output in outputs_of(result, batch, model):
                 _require_finite(output, batch)
@@ -328,10 +329,11 @@ class PreservedLoss:
             rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
             return rise * rows, rows
         before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
-        if len(before) != len(after):
-            raise CaptureError(
-                f"one model gives {len(before)} outputs for batch {batch.number}, the other "
-                f"{len(after)}",
+        shapes, others = ([tuple(o.rows.shape) for o in outputs] for outputs in (before, after))
+        if shapes != others:
+            raise ModelError(
+                f"one model gives outputs of the shapes {shapes} for batch {batch.number}, the "
+                f"other {others}",
                 way_out="let both return the same, in training mode as well, or pass loss_fn=",
             )
         count = before[0].rows.shape[0]
@@ -355,7 +357,8 @@ class PreservedLoss:
         """The mean rise of the loss a row, over batches that both models are run on."""
         total, rows = 0.0, 0
         for batch in batches:
-            wanted, got = call(dense, batch), call(model, batch)
+            # In a compressed model factors run as well: what it raises is not told as its own.
+            wanted, got = call(dense, batch), model(*batch.args, **batch.kwargs)
             part, count = self.rise(wanted, got, batch, model)
             total, rows = total + part, rows + count
         return total / max(rows, 1)
@@ -365,7 +368,7 @@ def _require_finite(output: Output, batch: Batch) -> None:
     # A chance of zero is a logit of minus infinity.
     values = output.rows.amax(-1) if output.logits else output.rows
     if not bool(values.isfinite().all()):
-        raise AnalysisError(
+        raise ModelError(
             f"the dense model's {output.name} for batch {batch.number} is not finite",
             way_out="leave that batch out, or run the model in a wider dtype",
         )

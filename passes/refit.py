@@ -13,6 +13,7 @@ model at once, and waits at each weight until that weight is solved.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -249,8 +250,8 @@ class _Moments:
 
     @property
     def seen(self) -> bool:
-        """Whether anything but zeros arrived in the compressed model."""
-        return self._own is not None and float(self._own.diagonal().sum()) > 0
+        """Whether anything but zeros arrived in the compressed model, and nothing infinite."""
+        return self._own is not None and 0 < float(self._own.diagonal().sum()) < math.inf
 
     def solve(
         self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int

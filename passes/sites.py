@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tensorize.errors import AnalysisError
-from tensorize.forward import unfit, untouched
+from tensorize.forward import of_the_model, untouched
 from tensorize.ir import Site, Use
 from tensorize.observer import Observer
 from tensorize.passes.pipeline import Program
@@ -127,11 +127,8 @@ def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str], li
     model, batch = program.model, program.inputs
     assert batch is not None
     observer = Observer(model.named_parameters(), on_matmul, on_other)
-    try:
-        with untouched(model), observer:
-            model(*batch.args, **batch.kwargs)
-    except Exception as error:
-        raise unfit(error) from error
+    with untouched(model), of_the_model(), observer:
+        model(*batch.args, **batch.kwargs)
     uses = {
         name: [replace(use, rows=count) for use, count in table.items()]
         for name, table in seen.items()

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize.errors import AnalysisError
-from tensorize.forward import untouched
+from tensorize.errors import ModelError
+from tensorize.forward import of_the_model, ours, untouched
 from tensorize.ir import Batch, Site
 from tensorize.observer import Observer
 from tensorize.passes.moments import (
@@ -49,6 +49,7 @@ from tensorize.uses import Frame, Matmul
 # Each row of the outputs gives one sample of the gradients. Where there are few (one a sentence),
 # the same batches are probed again, until there are about this many.
 _OUTPUT_ROWS = 2048
+_NO_GRADIENTS = 'metric="input" needs no gradients'
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,9 @@ def backward(
     weight with what arrives at its rows, and the number of samples where the outputs have one row
     for each; ``whole`` names the weights that are used as a whole, and what takes the gradient of
     each. ``changed`` are weights whose input the model changes later on.
+
+    Raises:
+        ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
     """
     whole = whole or {}
     samples: int | None = None
@@ -210,7 +214,7 @@ def backward(
             output = output + roots[-1]
 
         def on_gradient(gradient: Tensor) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), ours():
                 on_rows(name, frame, matmul, matmul.to_rows(gradient), samples)
 
         output.register_hook(on_gradient)
@@ -227,11 +231,12 @@ def backward(
         samples = samples_of(result, model)
         roots += wholes.values()
         if not roots or not scalar.requires_grad:
-            raise AnalysisError(
+            raise ModelError(
                 "the outputs do not depend on any weight in a differentiable way",
-                way_out='metric="input" needs no gradients',
+                way_out=_NO_GRADIENTS,
             )
-        torch.autograd.backward(scalar, inputs=roots)  # so that no parameter's .grad is touched
+        with of_the_model(f"batch {batch.number} has no gradients", _NO_GRADIENTS):
+            torch.autograd.backward(scalar, inputs=roots)  # no parameter's .grad is touched
     for name, weight in wholes.items():
         if weight.grad is not None and weight.grad.any():
             whole[name](weight.grad)

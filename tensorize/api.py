@@ -32,8 +32,8 @@ from tensorize.analysis import (
 )
 from tensorize.budget import Budget, parse_bytes
 from tensorize.codegen import aten, machine, orders, training
-from tensorize.errors import AnalysisError, CheckpointError, check_one_of
-from tensorize.forward import in_usual_modes
+from tensorize.errors import AnalysisError, CheckpointError, ModelError, check_one_of
+from tensorize.forward import in_usual_modes, out_of_memory
 from tensorize.graphs import Graphs
 from tensorize.ir import (
     BLOCK,
@@ -277,16 +277,8 @@ def analyze(
         program = run_passes(program, (FindSites(include, exclude),))
         # A format that is none is said before the expensive stage.
         formats_by_site([site for site in program.sites if site.blocked is None], formats)
-        plain = program
-        if unasked:
-            program = _with_own_data(program)
         kept = _Kept(identity, cache_dir, most, loss_fn, formats, refine)
-        try:
-            return _learned(program, kept)
-        except Exception as error:
-            if not unasked or not program.calibration:
-                raise
-            return _learned(_noted(plain, _ALONE.format(why=_said(error))), kept)
+        return _learned_unasked(program, kept) if unasked else _learned(program, kept)
 
 
 @dataclass(frozen=True)
@@ -352,31 +344,33 @@ def _calibration(
     return batches, (f"calibrated on {what}",)
 
 
-_ALONE = "no calibration data: weights alone, {why}"
+def _learned_unasked(program: Program, kept: _Kept) -> Analysis:
+    """The analysis on calibration data that the model makes unasked, where that costs little.
 
-
-def _with_own_data(program: Program) -> Program:
-    """The program with calibration data that the model makes unasked, where that costs little."""
+    It is one of the weights alone, with a note, where the model fails on such data or memory runs
+    out: nobody asked for this. No other error leads there.
+    """
     if program.inputs is None:
-        return _noted(program, _ALONE.format(why="as no inputs are known that it runs on"))
-    share = affordable(program.sites, program.inputs)
-    if share == 0:
+        why = "as no inputs are known that it runs on"
+    elif (share := affordable(program.sites, program.inputs)) == 0:
         why = 'as its statistics take long or much memory; calibration="self" takes them'
-        return _noted(program, _ALONE.format(why=why))
-    try:
-        batches, what = self_made(program.model, program.inputs, program.seed, share)
-    except Exception as error:  # whatever the model raises: nobody asked for this
-        return _noted(program, _ALONE.format(why=_said(error)))
-    noted = _noted(program, f"no calibration data: calibrated on {what}")
-    return replace(noted, calibration=batches, metric="loss")
+    else:
+        try:
+            batches, what = self_made(program.model, program.inputs, program.seed, share)
+            own = _noted(program, f"no calibration data: calibrated on {what}")
+            return _learned(replace(own, calibration=batches, metric="loss"), kept)
+        except (ModelError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, ModelError) or out_of_memory(error)):
+                raise
+            what = "memory ran out" if out_of_memory(error) else "the model failed"
+            said = str(error).partition("\n")[0]
+            why = f"as {what} on data of its own ({type(error).__name__}: {said})"
+    # Here nothing holds what the error's frames held any more.
+    return _learned(_noted(program, f"no calibration data: weights alone, {why}"), kept)
 
 
 def _noted(program: Program, note: str) -> Program:
     return replace(program, notes=(*program.notes, note))
-
-
-def _said(error: Exception) -> str:
-    return f"as it does not run on data of its own ({type(error).__name__}: {error})"
 
 
 def _analysis_passes(program: Program, kept: _Kept, curves: disk.Curves | None) -> tuple[Pass, ...]:

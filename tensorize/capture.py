@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.errors import CaptureError
-from tensorize.forward import run, unfit, untouched
+from tensorize.forward import of_the_model, run, untouched
 from tensorize.ir import Batch
 
 log = logging.getLogger("tensorize")
@@ -200,10 +200,8 @@ def checked(model: nn.Module, example_inputs: Any) -> Batch:
         CaptureError: the model does not run on them.
     """
     batch = batch_of(example_inputs)
-    try:
+    with of_the_model():
         run(model, batch)
-    except Exception as error:  # whatever the model raises
-        raise unfit(error) from error
     return batch
 
 

@@ -33,6 +33,14 @@ class AnalysisError(TensorizeError):
     """Weights, statistics or plan do not allow the analysis or its application."""
 
 
+class ModelError(CaptureError, AnalysisError):
+    """What the caller's model did: it raised, or what it gave allows no analysis."""
+
+
+class MemoryLimitError(AnalysisError, MemoryError):
+    """More memory is needed than the caller allows."""
+
+
 class CheckpointError(TensorizeError):
     """A saved artefact is missing, damaged, foreign or of a newer format."""
 

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from tensorize.errors import AnalysisError, CaptureError
+from tensorize.errors import AnalysisError, ModelError, TensorizeError
 from tensorize.ir import Batch
 
 _P = ParamSpec("_P")
@@ -77,10 +77,49 @@ def run(model: nn.Module, batch: Batch) -> Any:
         return model(*batch.args, **batch.kwargs)
 
 
-def unfit(error: Exception) -> CaptureError:
-    """What a caller is told whose example inputs made the model's forward fail."""
-    return CaptureError(
-        f"the example inputs do not fit the model's forward: {type(error).__name__}: {error}",
-        way_out="example_inputs= is a tuple of positional or a dict of keyword arguments; "
-        "without it the first calibration batch is used",
-    )
+@contextlib.contextmanager
+def of_the_model(
+    what: str = "the example inputs do not fit the model's forward",
+    way_out: str | None = "example_inputs= is a tuple of positional or a dict of keyword "
+    "arguments; without it the first calibration batch is used",
+) -> Iterator[None]:
+    """The caller's model runs in here, and what it raises is told as its own.
+
+    What the library raises is no error of the model's and comes as it is: an error of tensorize,
+    and whatever is raised in a block ``ours``. So does it where memory runs out.
+
+    Raises:
+        ModelError: the model raised; ``what`` says on which occasion.
+    """
+    try:
+        yield
+    except _Ours as ours:
+        raise ours.error from ours.error.__cause__
+    except Exception as error:
+        if isinstance(error, TensorizeError) or out_of_memory(error):
+            raise
+        raise ModelError(f"{what}: {type(error).__name__}: {error}", way_out=way_out) from error
+
+
+class _Ours(BaseException):
+    """Takes an error of the library's out of the model that runs around it: nothing there catches
+    it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextlib.contextmanager
+def ours() -> Iterator[None]:
+    """The library's own code runs in here, called by a model that runs in ``of_the_model``."""
+    try:
+        yield
+    except Exception as error:
+        raise _Ours(error) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out. Of a CPU's torch says so only in words."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensorize.forward import ours
 from tensorize.uses import Frame, Matmul, read
 from tensorize.views import COMPOSITES, view
 
@@ -21,6 +22,7 @@ class Observer(TorchFunctionMode):
         on_matmul: called with (name, frame, matmul, output) for each matmul against a parameter;
             what it returns is what the model goes on with.
         on_other: called with (name, function name) for every other use that gives a tensor.
+            What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
         stand_ins: what to hand them instead, by the parameter's id.
     """
@@ -55,7 +57,8 @@ class Observer(TorchFunctionMode):
             result = func(*free_args, **free_kwargs)
         names = [self._names[id(weight)][0] for weight in watched]
         for weight, name in zip(watched, names, strict=True):
-            result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
+            with ours():
+                result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
         return result
 
     def _detach(self, value: Any) -> Any:

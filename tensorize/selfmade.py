@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize.errors import CaptureError
-from tensorize.forward import untouched
+from tensorize.errors import CaptureError, ModelError
+from tensorize.forward import of_the_model, untouched
 from tensorize.ir import Batch, Site
 from tensorize.observer import Observer
 from tensorize.uses import Frame, Matmul
@@ -46,6 +46,7 @@ def self_made(
 
     Raises:
         CaptureError: no inputs are known to start from.
+        ModelError: the model does not run on them, or what it writes is not finite.
     """
     if inputs is None:
         raise CaptureError(
@@ -115,7 +116,7 @@ def _looked_up(model: nn.Module, inputs: Batch) -> dict[int, int]:
             rows.setdefault(place, parameters[name].shape[0])
         return output
 
-    with Observer(parameters.items(), on_matmul):
+    with of_the_model(), Observer(parameters.items(), on_matmul):
         model(*inputs.args, **inputs.kwargs)
     return rows
 
@@ -127,12 +128,13 @@ def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % 2
     try:
-        logits, changed = (
-            getattr(model(*b.args, **b.kwargs), "logits", None)
-            for b in (_with_ids(inputs, ids), _with_ids(inputs, other))
-        )
-    except Exception as error:  # it needs more than ids
-        log.debug("the model does not run on ids alone: %s", error)
+        with of_the_model("the model does not run on ids alone"):
+            logits, changed = (
+                getattr(model(*b.args, **b.kwargs), "logits", None)
+                for b in (_with_ids(inputs, ids), _with_ids(inputs, other))
+            )
+    except ModelError as error:  # it needs more than ids
+        log.debug("%s", error)
         return False
     if not isinstance(logits, Tensor) or not isinstance(changed, Tensor):
         return False
@@ -164,20 +166,27 @@ def _written(
             pad_token_id=0, use_cache=True,
         )  # fmt: skip
         try:
-            return model.generate(  # type: ignore[operator]
-                start, attention_mask=torch.ones_like(start), generation_config=plain
-            )
-        except Exception as error:  # a decoder that generates in its own way
-            log.debug("generate does not work: %s", error)
+            with of_the_model("generate does not work"):
+                return model.generate(  # type: ignore[operator]
+                    start, attention_mask=torch.ones_like(start), generation_config=plain
+                )
+        except ModelError as error:  # a decoder that generates in its own way
+            log.debug("%s", error)
     ids = start
     while ids.shape[1] < length:
         batch = _with_ids(inputs, ids)
         try:
-            logits = model(*batch.args, **batch.kwargs).logits[:, -1]
-        except Exception as error:  # longer than its context
-            log.debug("no text of %d tokens: %s", ids.shape[1], error)
+            with of_the_model(f"no text of {ids.shape[1]} tokens"):
+                logits = model(*batch.args, **batch.kwargs).logits[:, -1]
+        except ModelError as error:  # longer than its context
+            log.debug("%s", error)
             return ids[:, :-1] if ids.shape[1] > 8 else None
         chance = logits.float().softmax(-1).cpu()
+        if not chance.isfinite().all():
+            raise ModelError(
+                f"the logits of a text of {ids.shape[1]} tokens are not finite",
+                way_out="run the model in a wider dtype, or pass calibration=",
+            )
         drawn = torch.multinomial(chance, 1, generator=generator)
         ids = torch.cat([ids, drawn.to(device)], 1)
     return ids
