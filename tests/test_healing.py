@@ -335,6 +335,14 @@ def test_an_interrupted_run_goes_on_in_the_same_process(tmp_path: Path) -> None:
     assert not changed(small, values(other))
 
 
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    (tmp_path / f".{healing.STATE}-1-0.tmp").write_bytes(b"half of it")
+    (tmp_path / "mine.tmp").touch()
+    dense, small = models()
+    tensorize.heal(small, dense, texts(8), steps=1, checkpoint_dir=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [healing.STATE, "mine.tmp"]
+
+
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     dense, small = models()
     start = values(small)
