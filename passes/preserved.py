@@ -74,7 +74,8 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     chosen = _preserved_tensors(result)
     if not chosen:
         raise ModelError(
-            f"the model's output ({type(result).__name__}) holds no floating-point tensor",
+            f"the model's output ({type(result).__name__}) holds no floating-point tensor that has "
+            "rows",
             way_out="pass loss_fn=, a function (outputs, batch) -> scalar",
         )
     found = []
@@ -121,8 +122,14 @@ def _by_rows(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
 
 def _preserved_tensors(result: Any) -> list[tuple[str, Tensor]]:
     """The logits of a model's outputs; where there are none, all that could count."""
-    named = [(name, t) for name, t in _named_tensors(result) if t.is_floating_point()]
+    named = [(name, t) for name, t in _named_tensors(result) if _has_rows(t)]
     return [(name, t) for name, t in named if name == LOGITS] or named
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether its rows can be compared: none of sparse, nested or empty ones can."""
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+    return plain and 0 not in tensor.shape[-1:]
 
 
 def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
