@@ -105,7 +105,7 @@ def infinite_gradient(y: Tensor) -> Tensor:
         (infinite_gradient, "is not finite"),
         (lambda y: y.argmax(-1), "holds no floating-point tensor that has rows"),
         (lambda y: y.to_sparse(), "holds no floating-point tensor that has rows"),
-        (lambda y: y[y[:, 0] > 0], "48) rows and entries of output for batch"),
+        (lambda y: y[y[:, 0] > 0], "rows and entries of output for batch 0, the other"),
     ],
     ids=[
         "forward",
