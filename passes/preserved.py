@@ -74,7 +74,8 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     chosen = _preserved_tensors(result)
     if not chosen:
         raise ModelError(
-            f"the model's output ({type(result).__name__}) holds no floating-point tensor",
+            f"the model's output ({type(result).__name__}) holds no floating-point tensor that has "
+            "rows",
             way_out="pass loss_fn=, a function (outputs, batch) -> scalar",
         )
     found = []
@@ -121,8 +122,14 @@ def _by_rows(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
 
 def _preserved_tensors(result: Any) -> list[tuple[str, Tensor]]:
     """The logits of a model's outputs; where there are none, all that could count."""
-    named = [(name, t) for name, t in _named_tensors(result) if t.is_floating_point()]
+    named = [(name, t) for name, t in _named_tensors(result) if _has_rows(t)]
     return [(name, t) for name, t in named if name == LOGITS] or named
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether its rows can be compared: none of sparse, nested or empty ones can."""
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+    return plain and 0 not in tensor.shape[-1:]
 
 
 def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
@@ -329,16 +336,23 @@ class PreservedLoss:
             rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
             return rise * rows, rows
         before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
-        shapes, others = ([tuple(o.rows.shape) for o in outputs] for outputs in (before, after))
-        if shapes != others:
+        both = "let both return the same, in training mode as well, or pass loss_fn="
+        if len(before) != len(after):
             raise ModelError(
-                f"one model gives outputs of the shapes {shapes} for batch {batch.number}, the "
-                f"other {others}",
-                way_out="let both return the same, in training mode as well, or pass loss_fn=",
+                f"one model gives {len(before)} outputs for batch {batch.number}, the other "
+                f"{len(after)}",
+                way_out=both,
             )
         count = before[0].rows.shape[0]
         total = before[0].rows.new_zeros((), dtype=torch.float64)
         for a, b in zip(before, after, strict=True):
+            if a.rows.shape != b.rows.shape:
+                shapes = [tuple(output.rows.shape) for output in (a, b)]
+                raise ModelError(
+                    f"one model gives {shapes[0]} rows and entries of {a.name} for batch "
+                    f"{batch.number}, the other {shapes[1]}",
+                    way_out=both,
+                )
             share = count / max(a.rows.shape[0], 1)
             if a.logits:
                 total = total + share * divergence(a.rows, b.rows)
