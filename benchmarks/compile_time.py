@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import transformers
 
@@ -25,6 +23,8 @@ import tensorize
 from benchmarks import model as shapes
 from benchmarks.record import keep
 from examples.stdlib_text import sentences
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def minilm() -> tuple[torch.nn.Module, dict[str, Any]]:

@@ -33,12 +33,18 @@ from torch import Tensor
 from benchmarks.linear import BATCHES, DTYPES, options_of_grid
 from benchmarks.record import cell_by_cell
 from benchmarks.timing import interleaved
-from tensorize import TTSpec, ops, tt
-from tensorize.api import fastest_orders
-from tensorize.codegen import aten, machine
-from tensorize.ir import ContractionPlan
-from tensorize.passes.order import one_order, plan_contraction
-from tensorize.passes.timed import timed_plan
+from tensorize import TTSpec
+from tensorize.algebra.modes import balanced_modes
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.api.autotune import fastest_orders
+from tensorize.codegen.aten import emit as aten
+from tensorize.codegen.machine import rates
+from tensorize.ir.orders import ContractionPlan
+from tensorize.passes.orders.by_flops import one_order, plan_contraction
+from tensorize.passes.orders.by_time import timed_plan
+from tensorize.weight import products
+from tensorize.weight.contractions import Asked, common_breakpoints
+from tensorize.weight.precision import multiplied_in
 
 RATE, LARGE = "the rate", 2048
 OWN = "predicted", "fewest FLOPs", RATE
@@ -65,7 +71,7 @@ class Cell:
 def balanced(shape: tuple[int, int], count: int, budget: float) -> TTSpec:
     """Modes as equal as they can be, and the largest rank within a share of the parameters."""
     m, n = shape
-    split = tt.balanced_modes(m, count), tuple(reversed(tt.balanced_modes(n, count)))
+    split = balanced_modes(m, count), tuple(reversed(balanced_modes(n, count)))
     low, high = 1, max(shape)
     while low < high:
         middle = (low + high + 1) // 2
@@ -127,11 +133,11 @@ def measure(cell: Cell, rounds: int) -> dict[str, Any]:
     least = one_order(spec, "columns", fewest, cell.batch, cell.batch)
     chosen = {"tensorize": tuned, "predicted": predicted, "fewest FLOPs": least}
     calls: dict[str, Callable[[], Tensor]] = {
-        name: partial(ops.matmul, {"columns": aten.build(each)}, cores, x, "columns")
+        name: partial(products.matmul, {"columns": aten.build(each)}, cores, x, "columns")
         for name, each in chosen.items()
     }
     calls |= others(spec, cores, x)
-    weight = tt.reconstruct(spec, [core.double() for core in cores])
+    weight = reconstruct(spec, [core.double() for core in cores])
     once = _checked(calls, x.double() @ weight.t())
     far = {n for n, took in once.items() if took > max(LONG, FAR * once["tensorize"])}
     found = interleaved({n: call for n, call in calls.items() if n not in far}, rounds)
@@ -151,9 +157,9 @@ def plans_of(
     spec: TTSpec, dtype: torch.dtype, threads: int
 ) -> tuple[ContractionPlan, ContractionPlan]:
     """What runs in a model of this weight with ``autotune=True``, and without, by its threads."""
-    breakpoints = ops.common_breakpoints([(spec, dtype)])
-    asked = ops.Asked(spec, "columns", "cpu", ops.multiplied_in(dtype, "cpu"), breakpoints)
-    made = partial(timed_plan, spec, "columns", machine.current(), breakpoints, asked.dtype)
+    breakpoints = common_breakpoints([(spec, dtype)])
+    asked = Asked(spec, "columns", "cpu", multiplied_in(dtype, "cpu"), breakpoints)
+    made = partial(timed_plan, spec, "columns", rates.current(), breakpoints, asked.dtype)
     return made(fastest_orders(asked)), made()
 
 

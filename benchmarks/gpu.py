@@ -17,7 +17,12 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -27,12 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.record import keep
-from tensorize import weight
-from tensorize.codegen import autotune, launch, triton_ops
-from tensorize.codegen.triton_module import Source
-from tensorize.codegen.triton_work import NotCovered
-from tensorize.ir import TTSpec
-from tensorize.work import Epilogue, Work
+from tensorize.codegen.device import autotune, launch, operations
+from tensorize.codegen.triton.module import Source
+from tensorize.codegen.triton.roles import NotCovered
+from tensorize.ir.spec import TTSpec
+from tensorize.ir.work import Epilogue, Work
+from tensorize.weight.install import install
+from tensorize.weight.whole_model import use_kernels
 
 
 @dataclass(frozen=True)
@@ -438,7 +444,7 @@ def compressed(sizes: Sizes, share: float) -> Layer:
             m, n = child.weight.shape
             rank = 16 * max(1, round(share * m * n / (m + n) / 16))
             cores = [nn.Parameter(draw(m, rank)), nn.Parameter(draw(rank, n))]
-            weight.install(layer, [f"{name}.weight"], TTSpec.low_rank(m, n, rank), cores)
+            install(layer, [f"{name}.weight"], TTSpec.low_rank(m, n, rank), cores)
     return layer
 
 
@@ -470,7 +476,7 @@ def layers(clock: Clock, sizes: Sizes, share: float, tokens: int, context: int) 
         found[name] = clock.graph([partial(stack, x, *past)]) / STACKED
         faster = torch.compile(stack, dynamic=False)
         found[f"{name} compiled"] = clock.graph([partial(faster, x, *past)]) / STACKED
-    weight.use_kernels(small, triton_ops.contractions)
+    use_kernels(small, operations.contractions)
     options = {"inner": "eager"}
     kernels = torch.compile(small, backend="tensorize", dynamic=False, options=options)
     # Every layer rounds some ten times, one result after the other.
@@ -482,7 +488,7 @@ def layers(clock: Clock, sizes: Sizes, share: float, tokens: int, context: int) 
 def training(cell: Cell, clock: Clock) -> dict[str, float]:
     """Forward and backward of one layer, in CUDA graphs: dense, torch's low rank, and kernels."""
     spec = TTSpec.low_rank(cell.m, cell.n, cell.rank)
-    contraction = triton_ops.contractions(spec)["columns"]
+    contraction = operations.contractions(spec)["columns"]
     count = copies(2 * cell.rank * (cell.m + cell.n), cell.tokens)
     x, dy = draw(cell.tokens, cell.n).requires_grad_(), draw(cell.tokens, cell.m)
     weights = [draw(cell.m, cell.n).requires_grad_() for _ in range(min(count, 8))]

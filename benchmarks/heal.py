@@ -16,9 +16,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorize
-from benchmarks.quality import BATCH, CONTEXT, DECODERS, WINDOWS, divergence, loss, text
+from benchmarks.quality import (
+    BATCH,
+    CONTEXT,
+    DECODERS,
+    WINDOWS,
+    divergence,
+    loss,
+    text,
+)
 from benchmarks.record import keep, kept
-from tensorize.printer import table
+from tensorize.base.printer import table
 
 STEPS = 300
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import tensorize
 from benchmarks.record import cell_by_cell
 from benchmarks.timing import interleaved
+from tensorize.weight.install import install
 
 SHAPES = ((3072, 768), (4096, 4096), (4096, 11008))
 BATCHES = (1, 16, 256, 2048)
@@ -64,7 +65,7 @@ def compressed(m: int, n: int, rank: int, dtype: torch.dtype) -> nn.Module:
         dense = nn.Sequential(nn.Linear(n, m, dtype=dtype))
     spec = tensorize.TTSpec.low_rank(m, n, rank)
     cores = [nn.Parameter(torch.randn(s, dtype=dtype) / s[1] ** 0.5) for s in spec.core_shapes]
-    tensorize.weight.install(dense, ("0.weight",), spec, cores)
+    install(dense, ("0.weight",), spec, cores)
     layer: Any = dense[0]
     layer.second.bias = nn.Parameter(torch.zeros(m, dtype=dtype))
     return layer

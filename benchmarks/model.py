@@ -26,18 +26,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.record import circumstances, keep, kept, processor
+from benchmarks.record import (
+    circumstances,
+    keep,
+    kept,
+    processor,
+)
 from benchmarks.timing import interleaved
 from examples import demo_minilm
-from tensorize.weight import LowRankLinear
+from tensorize.weight.low_rank import LowRankLinear
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 KEPT = 0.25
 TASKS, DECODERS = ("prefill", "batch", "decode"), ("llama", "gpt2")

@@ -23,7 +23,7 @@ from benchmarks.peers import compared, uniform_plan
 from benchmarks.quality import DECODERS, divergence, text
 from benchmarks.record import keep
 from examples import demo_minilm
-from tensorize.printer import table
+from tensorize.base.printer import table
 
 BUDGETS = (0.25, 0.5, 0.75)
 

@@ -33,15 +33,17 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
-from tensorize import Analysis, Plan, tt
-from tensorize.capture import batch_of
-from tensorize.passes.curves import Spectrum
-from tensorize.passes.metric import Metric, site_metrics
-from tensorize.passes.optimise import minimise_distortion
-from tensorize.passes.points import COSTS, Points
-from tensorize.passes.preserved import PreservedLoss, split
-from tensorize.passes.spectra import spectrum
-from tensorize.passes.statistics import CollectStatistics
+from tensorize import Analysis, Plan
+from tensorize.algebra.modes import balanced_modes
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.capture.inputs import batch_of
+from tensorize.passes.allocate.candidates import COSTS, Points
+from tensorize.passes.allocate.optimise import minimise_distortion
+from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.metric import Metric, site_metrics
+from tensorize.passes.curves.spectra import spectrum
+from tensorize.passes.observe.loss import PreservedLoss, split
+from tensorize.passes.observe.statistics import CollectStatistics
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Shares of a weight's parameters at which the K-FAC SVD measures it alone."""
@@ -157,7 +159,7 @@ def tensor_trains(analysis: Analysis, model: nn.Module, budget: float) -> Compre
     whole = kept
     for site in sites:
         m, n = site.matrix
-        rows, columns = tt.balanced_modes(m, 2), tt.balanced_modes(n, 2)[::-1]
+        rows, columns = balanced_modes(m, 2), balanced_modes(n, 2)[::-1]
         sizes = [a * b for a, b in zip(rows, columns, strict=True)]
         rank = min(max(1, int(share * m * n / sum(sizes))), *sizes)
         weight = parameters[site.name]
@@ -186,7 +188,7 @@ def rounded_trains(analysis: Analysis, model: nn.Module, budget: float) -> Compr
         train = next(t for t in trains if (t.spec.row_modes, t.spec.column_modes) == modes)
         spec, cores = train.rounded(choice.spec.ranks)
         weight = parameters[choice.name]
-        weight.copy_(tt.reconstruct(spec, cores).reshape(weight.shape))
+        weight.copy_(reconstruct(spec, cores).reshape(weight.shape))
     return Compressed(small, plan.predicted.parameters / plan.dense.parameters)
 
 
@@ -262,7 +264,7 @@ def measured_points(analysis: Analysis, model: nn.Module, distance: Distance) ->
         dense = parameters[site.name].detach()
         for rank in ranks:
             spec = tensorize.TTSpec.low_rank(m, n, rank)
-            weight = tt.reconstruct(spec, curve.factors(spec, dense.reshape(m, n)))
+            weight = reconstruct(spec, curve.factors(spec, dense.reshape(m, n)))
             lost.append(distance({site.name: weight.to(dense.dtype).reshape(dense.shape)}))
         costs = np.array([[rank * (m + n), 0, 0] for rank in ranks] + [[m * n, 0, 0]], dtype=float)
         loss = np.array([*lost, 0.0])

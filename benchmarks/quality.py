@@ -31,7 +31,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -47,9 +53,9 @@ from benchmarks import peers
 from benchmarks.record import circumstances, keep, kept
 from examples import demo_minilm, gpt, llama
 from examples.gpt import windows as text
-from tensorize.capture import batch_of
-from tensorize.passes import preserved
-from tensorize.printer import table
+from tensorize.base.printer import table
+from tensorize.capture.inputs import batch_of
+from tensorize.passes.observe import loss as preserved
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75)
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured

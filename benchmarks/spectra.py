@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import keep
-from tensorize.ir import Site, TTSpec, Use
-from tensorize.passes.metric import Metric
-from tensorize.passes.spectra import spectrum
+from tensorize.ir.sites import Site, Use
+from tensorize.ir.spec import TTSpec
+from tensorize.passes.curves.metric import Metric
+from tensorize.passes.curves.spectra import spectrum
 
 
 def tails(squares: Tensor) -> Tensor:

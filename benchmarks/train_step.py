@@ -24,9 +24,11 @@ import tensorize
 from benchmarks.model import ByHand, llama, ranks
 from benchmarks.record import keep
 from benchmarks.timing import interleaved
-from tensorize.training import checkpoint_low_rank, memory, parameter_groups
+from tensorize.training import memory
+from tensorize.training.checkpointing import checkpoint_low_rank
+from tensorize.training.groups import parameter_groups
 from tensorize.training.memory import LiveBytes
-from tensorize.weight import LowRankLinear
+from tensorize.weight.low_rank import LowRankLinear
 
 BATCH, TOKENS, RATE = 2, 256, 1e-4
 

@@ -30,8 +30,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import transformers
 from torch import Tensor, nn
@@ -42,7 +40,10 @@ import tensorize
 from benchmarks import zoo_inputs
 from benchmarks.record import keep
 from benchmarks.zoo_configs import small_config
-from tensorize.printer import table
+from tensorize.base.printer import table
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 BUDGET, TOLERANCE, RANK = 0.5, 2e-3, 4
 LARGEST = 20_000_000  # parameters of what still counts as small

@@ -1,1 +1,1 @@
-"""From contraction plans to source text to callables."""
+"""From plans to text that runs: torch operations and Triton kernels."""

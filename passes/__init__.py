@@ -1,6 +1,5 @@
-"""The compile pipeline, one pass a file: graph and weights in, a plan and cores out.
+"""What passes share: the stages between them, and the observer that runs them.
 
-Order: ``sites`` → ``statistics`` → ``spectra`` → ``predict`` → ``allocate`` → ``factorize``.
-``pipeline`` holds what they share, ``preserved`` the loss to preserve, ``order`` the contraction
-orders.
+Order: ``observe`` → ``curves`` → ``predict`` → ``allocate`` → ``rewrite``. ``orders`` finds
+contraction orders, ``lowering`` works on the graphs that the backend is given.
 """

@@ -24,15 +24,18 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from tensorize.errors import AnalysisError
-from tensorize.ir import GENERIC, Batch, Machine, Plan, Site
-from tensorize.progress import Progress, no_progress
-from tensorize.report import Stage
+from tensorize.base.errors import AnalysisError
+from tensorize.base.progress import Progress, no_progress
+from tensorize.ir.machine import GENERIC, Machine
+from tensorize.ir.plan import Plan
+from tensorize.ir.sites import Batch, Site
+from tensorize.reports.data import Stage
 
-if TYPE_CHECKING:  # what passes make, whose files need this one
-    from tensorize.passes.curves import Spectrum
-    from tensorize.passes.moments import Moments
-    from tensorize.passes.predict import Predictor
+if TYPE_CHECKING:
+    from tensorize.passes.curves.curve import Spectrum
+    from tensorize.passes.observe.moments import Moments
+    from tensorize.passes.predict.predictor import Predictor
+
 
 log = logging.getLogger("tensorize")
 

@@ -1,38 +1,51 @@
 """tensorize: a compiler that makes dense PyTorch models small and fast.
 
 model = tensorize.compile(model, budget=0.1)
+
+Names are imported when they are asked for, so that a process that needs few of them loads little.
 """
 
-from tensorize.analysis import Analysis
-from tensorize.api import (
-    analyze,
-    apply,
-    compile,
-    compile_checkpoint,
-    densify,
-    graphs,
-    load,
-    save,
-)
-from tensorize.budget import Budget
-from tensorize.distillation import distillation_loss
-from tensorize.emitted import kernels
-from tensorize.errors import (
-    AnalysisError,
-    BudgetError,
-    CaptureError,
-    CheckpointError,
-    TensorizeError,
-)
-from tensorize.evaluation import Evaluation, evaluate
-from tensorize.healing import Healing, heal
-from tensorize.ir import ContractionPlan, Plan, Prediction, Site, TTSpec
-from tensorize.passes.order import plan_contraction
-from tensorize.report import Report, report
-from tensorize.runtime import Kernel
-from tensorize.training import initialize
-from tensorize.tuning import tune_kernels
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tensorize.base import hooks, old_names
 from tensorize.version import __version__
+
+if TYPE_CHECKING:  # what type checkers read; Python reads the table below
+    from tensorize.api.analysis import Analysis as Analysis
+    from tensorize.api.analyze import analyze as analyze
+    from tensorize.api.apply import apply as apply
+    from tensorize.api.compile import compile as compile
+    from tensorize.api.io import load as load
+    from tensorize.api.io import save as save
+    from tensorize.api.look import densify as densify
+    from tensorize.api.look import graphs as graphs
+    from tensorize.api.stream import compile_checkpoint as compile_checkpoint
+    from tensorize.base.errors import AnalysisError as AnalysisError
+    from tensorize.base.errors import BudgetError as BudgetError
+    from tensorize.base.errors import CaptureError as CaptureError
+    from tensorize.base.errors import CheckpointError as CheckpointError
+    from tensorize.base.errors import TensorizeError as TensorizeError
+    from tensorize.codegen.device.kernel import Kernel as Kernel
+    from tensorize.evaluation.evaluate import evaluate as evaluate
+    from tensorize.evaluation.evaluation import Evaluation as Evaluation
+    from tensorize.ir.budget import Budget as Budget
+    from tensorize.ir.orders import ContractionPlan as ContractionPlan
+    from tensorize.ir.plan import Plan as Plan
+    from tensorize.ir.plan import Prediction as Prediction
+    from tensorize.ir.sites import Site as Site
+    from tensorize.ir.spec import TTSpec as TTSpec
+    from tensorize.passes.orders.by_flops import plan_contraction as plan_contraction
+    from tensorize.reports.attach import report as report
+    from tensorize.reports.report import Report as Report
+    from tensorize.running.emitted import kernels as kernels
+    from tensorize.running.tuning import tune_kernels as tune_kernels
+    from tensorize.training.distillation import distillation_loss as distillation_loss
+    from tensorize.training.from_scratch import initialize as initialize
+    from tensorize.training.healing import Healing as Healing
+    from tensorize.training.healing import heal as heal
 
 __all__ = [
     "Analysis",
@@ -69,3 +82,60 @@ __all__ = [
     "save",
     "tune_kernels",
 ]
+
+_HOMES = {
+    "Analysis": "tensorize.api.analysis",
+    "AnalysisError": "tensorize.base.errors",
+    "Budget": "tensorize.ir.budget",
+    "BudgetError": "tensorize.base.errors",
+    "CaptureError": "tensorize.base.errors",
+    "CheckpointError": "tensorize.base.errors",
+    "ContractionPlan": "tensorize.ir.orders",
+    "Evaluation": "tensorize.evaluation.evaluation",
+    "Healing": "tensorize.training.healing",
+    "Kernel": "tensorize.codegen.device.kernel",
+    "Plan": "tensorize.ir.plan",
+    "Prediction": "tensorize.ir.plan",
+    "Report": "tensorize.reports.report",
+    "Site": "tensorize.ir.sites",
+    "TTSpec": "tensorize.ir.spec",
+    "TensorizeError": "tensorize.base.errors",
+    "analyze": "tensorize.api.analyze",
+    "apply": "tensorize.api.apply",
+    "compile": "tensorize.api.compile",
+    "compile_checkpoint": "tensorize.api.stream",
+    "densify": "tensorize.api.look",
+    "distillation_loss": "tensorize.training.distillation",
+    "evaluate": "tensorize.evaluation.evaluate",
+    "graphs": "tensorize.api.look",
+    "heal": "tensorize.training.healing",
+    "initialize": "tensorize.training.from_scratch",
+    "kernels": "tensorize.running.emitted",
+    "load": "tensorize.api.io",
+    "plan_contraction": "tensorize.passes.orders.by_flops",
+    "report": "tensorize.reports.attach",
+    "save": "tensorize.api.io",
+    "tune_kernels": "tensorize.running.tuning",
+}
+
+_ROOMS = ("training", "weight")
+"""Folders whose names users call through the front door."""
+
+old_names.stand_in()
+
+# Other libraries learn of factorized models as soon as they are imported themselves.
+hooks.when_imported("transformers.quantizers.auto", "tensorize.hub.pretrained")
+hooks.when_imported("peft.tuners.lora.model", "tensorize.hub.lora")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        if name in _ROOMS:
+            return import_module(f"tensorize.{name}")
+        raise AttributeError(f"module 'tensorize' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *_ROOMS])

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from tensorize import selfmade
+from tensorize.capture import synthetic
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,4 +31,4 @@ def _seeded() -> None:
 def _no_data_of_their_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models calibrate themselves only where a test asks: most are about something else."""
     if request.node.get_closest_marker("own_data") is None:
-        monkeypatch.setattr(selfmade, "_UNASKED_FLOPS", 0.0)
+        monkeypatch.setattr(synthetic, "_UNASKED_FLOPS", 0.0)

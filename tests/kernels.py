@@ -6,20 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import pytest
 import torch
 
-from tensorize.codegen import launch, tiles, triton_source
-from tensorize.codegen.triton_module import Source
-from tensorize.ir import TTSpec
-from tensorize.work import Epilogue, Norm, Work
+from tensorize.codegen.device.triton_env import interpreting
+from tensorize.codegen.triton import source as triton_source
+from tensorize.codegen.triton import tiles
+from tensorize.codegen.triton.module import Source
+from tensorize.ir.spec import TTSpec
+from tensorize.ir.work import Epilogue, Norm, Work
+from tests.paths import ROOT
 
 low_rank = TTSpec.low_rank
 
 here = pytest.mark.skipif(
-    not launch.interpreting(), reason="runs under the interpreter, in a process of its own"
+    not interpreting(), reason="runs under the interpreter, in a process of its own"
 )
 each_device = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=here), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -125,14 +127,14 @@ SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
 
 def holds_under_the_interpreter(file: str, marks: str = "not slow") -> None:
     """Run the tests of a file in a process of its own, in which triton interprets kernels."""
-    if launch.interpreting():
+    if interpreting():
         pytest.skip("this is that process")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, file],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
         capture_output=True,
         text=True,
-        cwd=Path(file).parent.parent,
+        cwd=ROOT,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,92 +1,163 @@
-"""The house: who may import whom, and that importing tensorize needs none of the extras."""
+"""The house: the table in docs/house.md holds, and importing tensorize needs none of the extras."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import tensorize
+from tests.paths import ROOT
 
-# Layers from the ground up; a file may import its own layer's files and the layers before it.
-# passes and codegen never import each other: see NEIGHBOURS.
-LAYERS = (
-    ("errors", "version", "files", "printer", "graph_text", "hooks"),
-    ("ir",),
-    (
-        *("tt", "budget", "uses", "views", "observer", "forward", "progress", "tensors"),
-        *("tensorfile", "work"),
-    ),
-    ("interpret", "ops", "ties"),
-    ("lazy",),
-    ("weight", "report", "page"),
-    ("passes", "codegen"),
-    ("capture", "drawing", "graphs", "manifest", "analysis", "cache", "selfmade", "outcome"),
-    (
-        *("huggingface", "pretrained", "lora", "checkpoint", "distillation", "healing", "measures"),
-        *("shards", "streaming"),
-    ),
-    ("runtime",),
-    ("api",),
-    ("training",),
-    (
-        "backend",
-        "emitted",
-        "speed",
-        "tuning",
-        "sources",
-        "evaluation",
-        "evaluation_page",
-        "cli",
-        "__init__",
-    ),
-)
-NEIGHBOURS = ({"passes", "codegen"},)
+MOST_FILES = 15
+MOST_OF_THE_CODE = 0.25
+FRONT_DOOR = "tensorize"
+EXTRA_TESTS = {"examples", "benchmarks", "golden"}
 
 
-def layer_of(module: str) -> int:
-    for level, names in enumerate(LAYERS):
-        if module in names:
-            return level
-    raise AssertionError(f"tensorize.{module} has no place in the house: add it to LAYERS")
-
-
-def files() -> list[tuple[str, Path]]:
-    found = [(path.stem, path) for path in (ROOT / "tensorize").glob("*.py")]
-    for folder in ("passes", "codegen", "tensorize/training"):
-        found += [(Path(folder).name, path) for path in (ROOT / folder).glob("*.py")]
-    return sorted(found)
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of tensorize that a file imports anywhere, by their first name."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "tensorize":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorize."):
-            found.add((node.module or "").split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("tensorize.")}
+@cache
+def modules() -> dict[str, Path]:
+    """Every file of the product by its import name."""
+    found = {}
+    for folder in ("tensorize", "passes", "codegen"):
+        for path in (ROOT / folder).rglob("*.py"):
+            inner = path.relative_to(ROOT).parts
+            if inner[:2] in (("tensorize", "passes"), ("tensorize", "codegen")):
+                continue  # the links
+            names = [*inner[:-1], path.stem] if path.stem != "__init__" else [*inner[:-1]]
+            found[".".join(names if folder == "tensorize" else ["tensorize", *names])] = path
     return found
 
 
-@pytest.mark.parametrize(("module", "path"), files(), ids=lambda v: v if isinstance(v, str) else "")
-def test_imports_point_downwards(module: str, path: Path) -> None:
-    for other in imports_of(path):
-        assert layer_of(other) <= layer_of(module), f"{path.name} imports tensorize.{other}"
-        for pair in NEIGHBOURS:
-            assert not ({module, other} <= pair and module != other), (
-                f"{path.name} imports tensorize.{other}"
-            )
+def folder_of(path: Path) -> str:
+    """The name that the table has for a file's folder."""
+    inner = path.parent.relative_to(ROOT)
+    return inner.as_posix().removeprefix("tensorize/")
 
 
-def test_only_api_knows_both_passes_and_codegen() -> None:
-    both = [path.name for _, path in files() if {"passes", "codegen"} <= imports_of(path)]
-    assert both == ["api.py"]
+@cache
+def table() -> dict[str, tuple[str, frozenset[str]]]:
+    """Purpose and what may be imported, by folder."""
+    rows = re.findall(
+        r"^\| `([^`]+)` \| (.+?) \| ?(.*?) ?\|$", (ROOT / "docs/house.md").read_text(), re.M
+    )
+    return {name: (purpose, frozenset(allowed.split())) for name, purpose, allowed in rows}
+
+
+def statements(path: Path) -> Iterator[tuple[ast.ImportFrom | ast.Import, bool]]:
+    """The imports that run, and whether they do so when the file is imported."""
+    tree = ast.parse(path.read_text())
+    for_types: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for_types |= set(ast.walk(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import) and node not in for_types:
+            yield node, node in tree.body
+
+
+@cache
+def imports_of(path: Path) -> frozenset[tuple[str, bool]]:
+    """Modules of tensorize that a file imports, and whether at once."""
+    found: set[tuple[str, bool]] = set()
+    for node, at_once in statements(path):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            home = node.module or ""
+            names = [
+                f"{home}.{a.name}" if f"{home}.{a.name}" in modules() else home for a in node.names
+            ]
+        found |= {(name, at_once) for name in names if name in modules()}
+    return frozenset(found)
+
+
+def code_lines(folder: str) -> int:
+    paths = [path for path in modules().values() if folder_of(path) == folder]
+    return sum(len(path.read_text().splitlines()) for path in paths)
+
+
+def test_every_folder_has_a_row_that_says_what_it_says_itself() -> None:
+    homes = {folder_of(path): path.parent for path in modules().values()}
+    assert set(homes) == set(table())
+    for folder, home in homes.items():
+        text = ast.get_docstring(ast.parse((home / "__init__.py").read_text()))
+        assert text is not None, f"{folder} says nothing of itself"
+        if folder != FRONT_DOOR:
+            assert text.split("\n\n")[0].replace("\n", " ") == table()[folder][0]
+
+
+@pytest.mark.parametrize("folder", sorted(table()))
+def test_folders_import_what_the_table_allows(folder: str) -> None:
+    for path in modules().values():
+        if folder_of(path) != folder:
+            continue
+        for name, _ in imports_of(path):
+            other = folder_of(modules()[name])
+            free = other in (folder, FRONT_DOOR)
+            assert free or other in table()[folder][1], f"{path.name} imports {name}"
+
+
+def test_the_table_allows_nothing_that_is_not_used() -> None:
+    used: dict[str, set[str]] = {folder: set() for folder in table()}
+    for path in modules().values():
+        used[folder_of(path)] |= {folder_of(modules()[name]) for name, _ in imports_of(path)}
+    for folder, (_, allowed) in table().items():
+        assert allowed <= used[folder], f"{folder} no longer needs {allowed - used[folder]}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    rows = nx.DiGraph([(a, b) for a, (_, allowed) in table().items() for b in allowed])
+    assert nx.is_directed_acyclic_graph(rows), nx.find_cycle(rows)
+    edges = [
+        (name, other)
+        for name, path in modules().items()
+        for other, at_once in imports_of(path)
+        if at_once and other not in (name, FRONT_DOOR)
+    ]
+    files = nx.DiGraph(edges)
+    assert nx.is_directed_acyclic_graph(files), nx.find_cycle(files)
+
+
+def test_passes_and_codegen_never_import_each_other() -> None:
+    for folder, (_, allowed) in table().items():
+        other = {"passes": "codegen", "codegen": "passes"}.get(folder.split("/")[0])
+        assert other not in {allow.split("/")[0] for allow in allowed}, folder
+
+
+def test_no_folder_is_a_drawer() -> None:
+    whole = sum(code_lines(folder) for folder in table())
+    for folder in table():
+        files = [path for path in modules().values() if folder_of(path) == folder]
+        assert len(files) <= MOST_FILES + 1, f"{folder} has {len(files)} files"
+        assert code_lines(folder) <= MOST_OF_THE_CODE * whole, f"{folder} is too much of the code"
+
+
+def test_tests_lie_in_the_tree_of_what_they_test() -> None:
+    known = {Path(folder) for folder in table()}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        home = path.parent.relative_to(ROOT / "tests")
+        assert home == Path() or home in known or home.parts[0] in EXTRA_TESTS, path
+
+
+def test_the_front_door_names_what_it_hands_on() -> None:
+    tree = ast.parse((ROOT / "tensorize/__init__.py").read_text())
+    for_types = {
+        alias.asname: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.col_offset
+        for alias in node.names
+    }
+    assert for_types == tensorize._HOMES
+    assert {*for_types, "__version__"} == set(tensorize.__all__) <= set(dir(tensorize))
+    assert all(getattr(tensorize, name) is not None for name in tensorize.__all__)
 
 
 def test_importing_tensorize_needs_none_of_the_extras() -> None:
@@ -98,11 +169,25 @@ def test_importing_tensorize_needs_none_of_the_extras() -> None:
         "model = tensorize.compile(torch.nn.Sequential(torch.nn.Linear(32, 32)), budget=0.5)\n"
         "print(str(tensorize.report(model))[:9])\n"
     )
+    assert run(code).startswith("tensorize")
+
+
+def test_the_words_need_no_heavy_library() -> None:
+    heavy = ["torch.fx", "sympy", "networkx"]
+    files = sorted(name for name, path in modules().items() if folder_of(path) == "ir")
+    code = (
+        f"import sys\nimport {', '.join(files)}\nprint([n for n in {heavy!r} if n in sys.modules])"
+    )
+    assert run(code).strip() == "[]"
+
+
+def run(code: str) -> str:
+    """What a program prints in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("tensorize")
+    return done.stdout
 
 
 def test_links_stand_for_the_top_level_folders() -> None:

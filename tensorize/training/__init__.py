@@ -2,10 +2,10 @@
 
 from tensorize.training.adapt import Adaptation, RankSchedule
 from tensorize.training.checkpointing import checkpoint_low_rank, low_rank_contexts
+from tensorize.training.from_scratch import initialize
 from tensorize.training.groups import parameter_groups
 from tensorize.training.memory import MemoryEstimate, activations, memory
 from tensorize.training.rounding import round_stochastically
-from tensorize.training.start import initialize
 
 __all__ = [
     "Adaptation",

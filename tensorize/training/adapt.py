@@ -19,22 +19,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensorize import weight
-from tensorize.budget import Budget
-from tensorize.errors import BudgetError, TensorizeError
-from tensorize.huggingface import note_factors
-from tensorize.ir import LOW_RANK, Site, TTSpec
-from tensorize.lazy import FactoredWeight
-from tensorize.manifest import dtype_name, record_of
-from tensorize.outcome import totals_of
-from tensorize.passes.assumed import ladder
-from tensorize.passes.curves import Spectrum
-from tensorize.passes.optimise import TooTight, solve
-from tensorize.passes.points import COSTS, Points, curve_points
-from tensorize.report import attach, report
-from tensorize.runtime import use_kernels
-from tensorize.training.bonds import Bond, bonds, components, extended, with_ranks
-from tensorize.tt import tails
+from tensorize.algebra.bounds import tails
+from tensorize.api.outcome import totals_of
+from tensorize.base.errors import BudgetError, TensorizeError
+from tensorize.ir.budget import Budget
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.passes.allocate.candidates import COSTS, Points, curve_points
+from tensorize.passes.allocate.optimise import TooTight, solve
+from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.prior import ladder
+from tensorize.reports.attach import attach, report
+from tensorize.running.in_use import use_kernels
+from tensorize.store.contents import dtype_name, record_of
+from tensorize.store.transformers_config import note_factors
+from tensorize.training.bonds import (
+    Bond,
+    bonds,
+    components,
+    extended,
+    with_ranks,
+)
+from tensorize.weight.install import factored, resize
+from tensorize.weight.lazy import FactoredWeight
 
 _GROWTH = 1.25
 """By how much a rank may grow at a time: its spectrum beyond what it has is a guess."""
@@ -190,7 +197,7 @@ class RankSchedule:
     def _weights(self) -> list[tuple[str, FactoredWeight]]:
         """Every weight whose cores are its own alone, under its first name."""
         found: dict[tuple[int, ...], tuple[str, FactoredWeight]] = {}
-        for name, factors in weight.factored(self.model):
+        for name, factors in factored(self.model):
             found.setdefault(tuple(id(core) for core in factors.cores), (name, factors))
         uses = Counter(core for cores in found for core in cores)
         return [pair for cores, pair in found.items() if all(uses[core] == 1 for core in cores)]
@@ -281,7 +288,7 @@ class RankSchedule:
         for parameter, new in zip(old, fresh, strict=True):
             if parameter in self.optimizer.state:
                 self.optimizer.state[new] = self.optimizer.state.pop(parameter)
-        weight.resize(self.model, name, spec, fresh)
+        resize(self.model, name, spec, fresh)
         return fresh
 
     def _moved(
@@ -321,7 +328,7 @@ def _smallest(spec: TTSpec) -> int:
 def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
     """What the ranks are now, in the model's report, and how they came about."""
     known = report(model)
-    specs = {name: record_of(name, factors).spec for name, factors in weight.factored(model)}
+    specs = {name: record_of(name, factors).spec for name, factors in factored(model)}
     planned = tuple(
         replace(choice, spec=specs.get(choice.name, choice.spec)) for choice in known.plan.sites
     )

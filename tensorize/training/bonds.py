@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorize.ir import TTSpec
+from tensorize.ir.spec import TTSpec
 
 
 @dataclass(frozen=True)

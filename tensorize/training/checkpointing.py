@@ -21,8 +21,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tensorize.errors import TensorizeError
-from tensorize.weight import LowRankLinear, factored_class
+from tensorize.base.errors import TensorizeError
+from tensorize.weight.cores import factored_class
+from tensorize.weight.low_rank import LowRankLinear
 
 _PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm"))
 _now = threading.local()

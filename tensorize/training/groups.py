@@ -24,11 +24,11 @@ from typing import Any
 
 from torch import nn
 
-from tensorize.errors import TensorizeError, check_one_of
-from tensorize.ir import TTSpec
-from tensorize.lazy import FactoredWeight
-from tensorize.passes.initialize import core_scales, root_mean_square
-from tensorize.weight import factored
+from tensorize.base.errors import TensorizeError, check_one_of
+from tensorize.ir.spec import TTSpec
+from tensorize.passes.rewrite.fresh_cores import core_scales, root_mean_square
+from tensorize.weight.install import factored
+from tensorize.weight.lazy import FactoredWeight
 
 RULES = ("adam", "sgd")
 

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tensorize import capture, printer
-from tensorize.errors import CaptureError, TensorizeError, check_one_of
+from tensorize.base import printer
+from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
+from tensorize.capture.inputs import batch_of
 
 # Bytes a parameter: the weights themselves (mixed: float32 masters and their bfloat16 copies),
 # gradients, each of the optimizer's states, and what else there is of every parameter (mixed: the
@@ -118,7 +119,7 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     Raises:
         CaptureError: the batch does not fit the model, or the forward pass needs values.
     """
-    given = capture.batch_of(batch)
+    given = batch_of(batch)
     device = next((p.device.type for p in model.parameters()), "cpu")
     device = "cpu" if device == "meta" else device
     mode = FakeTensorMode(allow_non_fake_inputs=True)

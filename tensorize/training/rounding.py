@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorize.errors import TensorizeError
+from tensorize.base.errors import TensorizeError
 
 NARROW = (torch.bfloat16,)
 

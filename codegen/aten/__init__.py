@@ -1,0 +1,1 @@
+"""Contraction plans as text of torch operations."""

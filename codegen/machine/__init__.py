@@ -1,0 +1,1 @@
+"""What the machine does in how much time, measured and known."""

@@ -1,0 +1,1 @@
+"""Works as Triton source: text, and nothing that runs."""

@@ -1,0 +1,1 @@
+"""One choice of formats and ranks under a budget."""

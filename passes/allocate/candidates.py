@@ -1,0 +1,250 @@
+"""The points of every weight: what each format and rank costs, and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tensorize.ir.machine import GENERIC, Machine
+from tensorize.ir.plan import RankPlan, Totals
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import DENSE, LOW_RANK, TTSpec
+from tensorize.passes.allocate.flops import dense_flops, low_rank_flops, spec_flops
+from tensorize.passes.allocate.times import dense_times, low_rank_times, spec_times
+from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.pipeline import Program
+
+COSTS = ("params", "bytes", "flops")
+"""The first columns of a point's costs; then come its times, one for each of the batch sizes."""
+
+# Without a loss, errors of different weights have no common unit. Distortion is divided by the
+# weight's own size to this power: 0 compares absolute errors, 1 relative ones. Both fail badly on
+# some trained model, and so does the same share for all; this fails on none of the three tried
+# (`python -m benchmarks.no_data`).
+_RELATIVE = 0.15
+
+
+@dataclass(frozen=True)
+class Points:
+    """The points of one weight, by growing parameters.
+
+    ``costs`` is (P, costs), ``distortion`` what a point adds to the predicted loss, ``objective``
+    what the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a
+    point is: 0 dense, r > 0 low rank of rank r, -k the k-th of ``others``.
+    """
+
+    site: Site
+    costs: np.ndarray
+    distortion: np.ndarray
+    objective: np.ndarray
+    errors: np.ndarray
+    labels: np.ndarray
+    others: tuple[TTSpec, ...] = ()
+    fixed: str | None = None
+
+    def spec(self, k: int) -> TTSpec | None:
+        """The factorization at point k; None is the dense weight."""
+        label = int(self.labels[k])
+        if label > 0:
+            return TTSpec.low_rank(*self.site.matrix, label, experts=self.site.experts)
+        return None if label == 0 else self.others[-label - 1]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The weights that a point is of."""
+        return (self.site,)
+
+    def plans(self, k: int) -> tuple[RankPlan, ...]:
+        """What point k does with every weight that it is of."""
+        reason = "rank chosen by the budget"
+        if self.fixed is not None:
+            reason = self.fixed
+        elif self.spec(k) is None:
+            reason = "dense: its parameters are worth more here than in other weights"
+        elif self.site.last_resort is not None:
+            reason = (
+                f"rebuilt from its factors at every call, as {self.site.last_resort}: "
+                "the budget cannot be met otherwise"
+            )
+        plan = RankPlan(
+            name=self.site.name,
+            kind=self.site.kind,
+            shape=self.site.shape,
+            spec=self.spec(k),
+            predicted_error=float(self.errors[k]),
+            predicted_loss=float(self.distortion[k]),
+            reason=reason,
+        )
+        return (plan,)
+
+    def only(self, keep: np.ndarray) -> Points:
+        """The same weight with fewer points."""
+        return replace(
+            self,
+            costs=self.costs[keep],
+            distortion=self.distortion[keep],
+            objective=self.objective[keep],
+            errors=self.errors[keep],
+            labels=self.labels[keep],
+        )
+
+
+def dense_totals(program: Program, batch_sizes: Sequence[int] = ()) -> Totals:
+    """Parameters and bytes of the whole dense model, each once; FLOPs and times of its matmuls."""
+    times = [dense_times(site, batch_sizes, program.machine) for site in program.sites]
+    return Totals(
+        latency=tuple(np.sum(times, axis=0).tolist()) if times else (0.0,) * len(batch_sizes),
+        parameters=sum(elements for elements, _ in program.sizes.values()),
+        bytes=sum(size for _, size in program.sizes.values()),
+        flops=sum(dense_flops(site) for site in program.sites),
+    )
+
+
+def other_costs(program: Program, batch_sizes: Sequence[int] = ()) -> np.ndarray:
+    """Parameters and bytes of everything that is no site: biases, norms, scales."""
+    listed = {site.name for site in program.sites}
+    rest = [size for name, size in program.sizes.items() if name not in listed]
+    known = [sum(n for n, _ in rest), sum(b for _, b in rest), 0.0]
+    return np.array(known + [0.0] * len(batch_sizes))
+
+
+def _costs(
+    site: Site, spec: TTSpec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
+) -> list[float]:
+    return [
+        spec.parameters,
+        spec.parameters * itemsize,
+        spec_flops(site, spec, batch_sizes),
+        *spec_times(site, spec, batch_sizes, machine),
+    ]
+
+
+def _dense_costs(
+    site: Site, itemsize: int, batch_sizes: Sequence[int], machine: Machine
+) -> list[float]:
+    times = dense_times(site, batch_sizes, machine)
+    return [site.parameters, site.parameters * itemsize, dense_flops(site), *times]
+
+
+def dense_point(
+    site: Site,
+    itemsize: int,
+    reason: str,
+    batch_sizes: Sequence[int] = (),
+    machine: Machine = GENERIC,
+) -> Points:
+    zero = np.zeros(1)
+    costs = np.array([_dense_costs(site, itemsize, batch_sizes, machine)], dtype=float)
+    return Points(site, costs, zero, zero, zero, np.zeros(1, int), fixed=reason)
+
+
+def scales(program: Program) -> dict[str, float]:
+    """What turns each curve's distortion into the unit in which weights are compared.
+
+    That is the loss, where there is one. A weight that the calibration data did not reach is then
+    taken to be worth as much of it as a typical one of its size.
+    """
+    whole = {name: float(curve.distortion[0]) for name, curve in program.spectra.items()}
+    known = [
+        whole[name] / curve.site.parameters
+        for name, curve in program.spectra.items()
+        if curve.in_nats and whole[name] > 0
+    ]
+    found = {}
+    for name, curve in program.spectra.items():
+        if curve.in_nats or whole[name] <= 0:
+            found[name] = 1.0
+        elif known:
+            found[name] = float(np.median(known)) * curve.site.parameters / whole[name]
+        else:
+            found[name] = whole[name] ** -_RELATIVE
+    return found
+
+
+def curve_points(
+    curve: Spectrum,
+    allowed: Sequence[str],
+    itemsize: int,
+    batch_sizes: Sequence[int],
+    rank_multiple: int = 1,
+    machine: Machine = GENERIC,
+    scale: float = 1.0,
+) -> Points:
+    """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
+
+    ``scale`` turns its distortion into what the allocation minimises.
+    """
+    site = curve.site
+    m, n = site.matrix
+    count = max(site.experts, 1)
+    ranks = np.arange(1, len(curve.distortion)) if LOW_RANK in allowed else np.arange(0)
+    ranks = ranks[ranks * (m + n) < m * n]
+    ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
+    structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
+    others = tuple(spec for spec, _ in structured)
+    parameters = ranks * (m + n) * count
+    own = np.stack([parameters, parameters * itemsize, low_rank_flops(site, ranks)], axis=1)
+    rows = [np.hstack([own, low_rank_times(site, ranks, batch_sizes, machine)])]
+    lost = [curve.distortion.numpy()[ranks]]
+    labels = [ranks]
+    if others:
+        rows.append(
+            np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
+        )
+        lost.append(np.array([loss for _, loss in structured]))
+        labels.append(-1 - np.arange(len(others)))
+    reason = None
+    if len(ranks) + len(others) == 0:
+        reason = f"no rank of {', '.join(f for f in allowed if f != DENSE)} saves parameters"
+    if DENSE in allowed or reason:
+        rows.append(np.array([_dense_costs(site, itemsize, batch_sizes, machine)]))
+        lost.append(np.zeros(1))
+        labels.append(np.zeros(1, int))
+    costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
+    order = np.lexsort((distortion, costs[:, 0]))
+    costs, distortion = costs[order], distortion[order]
+    rises = curve.rise(distortion)
+    return Points(
+        site,
+        costs,
+        rises if curve.in_nats else np.zeros_like(rises),
+        rises * scale,
+        curve.errors(distortion),
+        np.concatenate(labels)[order],
+        others,
+        fixed=reason,
+    )
+
+
+def forced_point(
+    curve: Spectrum,
+    rank: int | str,
+    itemsize: int,
+    batch_sizes: Sequence[int],
+    allowed: Sequence[str],
+    machine: Machine = GENERIC,
+) -> Points:
+    """The one point that ``ranks=`` asks for."""
+    site = curve.site
+    m, n = site.matrix
+    exact = next((t.spec for t in curve.trains if t.spec.format in allowed), None)
+    if exact is not None and LOW_RANK not in allowed:
+        cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
+        spec = exact.with_ranks(cut)
+    else:
+        size = min(m, n) if rank == "full" else min(int(rank), m, n)
+        spec = TTSpec.low_rank(m, n, size, experts=site.experts)
+    lost = curve.distortion_of(spec)
+    rise = curve.rise(np.array([lost]))
+    return Points(
+        site,
+        np.array([_costs(site, spec, itemsize, batch_sizes, machine)], dtype=float),
+        rise * curve.in_nats,
+        rise,
+        np.array([curve.error(lost)]),
+        np.array([-1]),
+        (spec,),
+        fixed=f"ranks={rank!r}",
+    )

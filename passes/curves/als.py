@@ -1,0 +1,124 @@
+"""Alternating least squares in the metric, where no single SVD gives the best factors.
+
+That is so for a tensor train, whose structure whitening destroys, and for a tied weight, whose
+error is a sum of metrics. With all cores but one held, the error of a weight is quadratic in that
+core: its normal equations are solved by conjugate gradients (Hestenes & Stiefel 1952) from where it
+stands, so no step makes the error larger. TT-SVD, or the SVD in the averaged metric, is the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.passes.curves.metric import Metric, root_times, times_root
+
+_SWEEPS, _STEPS = 3, 12
+
+
+def improved(
+    spec: TTSpec, cores: Sequence[Tensor], weight: Tensor, metrics: Sequence[Metric]
+) -> tuple[Tensor, ...]:
+    """Cores of the same spec, closer to ``weight`` (M, N) in the sum of the metrics."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    found = [core.to(dtype) for core in cores]
+    pull = sum(m.scale * _moments_around(m, weight.to(dtype)) for m in metrics)
+    assert isinstance(pull, Tensor)
+    before = error_of(spec, found, weight, metrics)
+    for _ in range(_SWEEPS):
+        for k in range(len(found)):
+            found[k] = _solved(spec, found, k, pull, metrics)
+    if not error_of(spec, found, weight, metrics) < before:
+        return tuple(cores)
+    return tuple(core.to(old.dtype) for core, old in zip(found, cores, strict=True))
+
+
+def error_of(
+    spec: TTSpec, cores: Sequence[Tensor], weight: Tensor, metrics: Sequence[Metric]
+) -> float:
+    """What the cores lose of ``weight``, in the sum of the metrics."""
+    delta = reconstruct(spec, cores).sub_(weight)
+    return sum(metric.norm(delta) for metric in metrics)
+
+
+def _moments_around(metric: Metric, weight: Tensor) -> Tensor:
+    """R W K: half the gradient of ‖L_Rᵀ W L_K‖²."""
+    inner = times_root(root_times(metric.left, weight), metric.right)
+    return _times_transposed(_root_from(metric.left, inner), metric.right)
+
+
+def _root_from(root: Tensor | None, weight: Tensor) -> Tensor:
+    """L W."""
+    if root is None:
+        return weight
+    root = root.to(weight)
+    return root.unsqueeze(-1) * weight if root.dim() == 1 else root @ weight
+
+
+def _times_transposed(weight: Tensor, root: Tensor | None) -> Tensor:
+    """W Lᵀ."""
+    if root is None:
+        return weight
+    root = root.to(weight)
+    return weight * root if root.dim() == 1 else weight @ root.t()
+
+
+def _solved(
+    spec: TTSpec, cores: Sequence[Tensor], k: int, pull: Tensor, metrics: Sequence[Metric]
+) -> Tensor:
+    """Core k after some steps of conjugate gradients on its normal equations A c = b."""
+
+    def gradient(value: Callable[[list[Tensor]], Tensor], core: Tensor) -> Tensor:
+        core = core.detach().requires_grad_()
+        with torch.enable_grad():
+            whole = [core if j == k else other for j, other in enumerate(cores)]
+            return torch.autograd.grad(value(whole), core)[0]
+
+    def energy(whole: list[Tensor]) -> Tensor:
+        return _energy(spec, whole, metrics)
+
+    def product(whole: list[Tensor]) -> Tensor:
+        return _product(spec, whole, pull)
+
+    core = cores[k]
+    residual = gradient(product, core) - gradient(energy, core) / 2
+    direction, size = residual, residual.square().sum()
+    start = size
+    for _ in range(_STEPS):
+        if size <= 1e-12 * start or size == 0:
+            break
+        image = gradient(energy, direction) / 2
+        curvature = (direction * image).sum()
+        if curvature <= 0:
+            break
+        step = size / curvature
+        core = core + step * direction
+        residual = residual - step * image
+        following = residual.square().sum()
+        direction, size = residual + following / size * direction, following
+    return core
+
+
+def _energy(spec: TTSpec, cores: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
+    """Σ scale · ‖L_Rᵀ Ŵ L_K‖²; of two factors by their small Gram matrices."""
+    total = cores[0].new_zeros(())
+    weight = None if spec.format == LOW_RANK else reconstruct(spec, cores)
+    for metric in metrics:
+        if weight is None:
+            u, v = root_times(metric.left, cores[0]), times_root(cores[1], metric.right)
+            total = total + metric.scale * ((u.t() @ u) * (v @ v.t())).sum()
+        else:
+            white = times_root(root_times(metric.left, weight), metric.right)
+            total = total + metric.scale * white.square().sum()
+    return total
+
+
+def _product(spec: TTSpec, cores: Sequence[Tensor], pull: Tensor) -> Tensor:
+    """⟨Σ scale · R W K, Ŵ⟩."""
+    if spec.format == LOW_RANK:
+        return ((pull @ cores[1].t()) * cores[0]).sum()
+    return (pull * reconstruct(spec, cores)).sum()

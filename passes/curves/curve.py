@@ -1,0 +1,185 @@
+"""The rate-distortion curve of one weight: what it loses at each rank of each format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.base.errors import AnalysisError
+from tensorize.base.tensors import at_work
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import (
+    BLOCK,
+    DENSE,
+    LOW_RANK,
+    TTSpec,
+)
+from tensorize.passes.curves.als import error_of, improved
+from tensorize.passes.curves.decompositions import best_factors, exact_factors
+from tensorize.passes.curves.metric import Metric, average
+from tensorize.passes.curves.trains import TensorTrain
+
+# A tied weight with more entries keeps the factors of its averaged metric.
+_LARGEST_ALS = 4_000_000
+
+Weights = Callable[[str], Tensor]
+"""The dense weights, by name."""
+
+
+@dataclass(frozen=True)
+class SharedFactor:
+    """A first factor V (K, N) that weights W_k of one input have in common: W_k ≈ (W_k P) V.
+
+    ``reader`` is P (N, K). At rank r the first r components count; ``distortion[r]`` is what the
+    weight that holds this then loses. The members of a group hold the same tensors.
+    """
+
+    factor: Tensor
+    reader: Tensor
+    distortion: Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The curve of one weight.
+
+    ``distortion[r]`` is what the best factors of rank r (r = 0 … min(M, N)) lose in the units of
+    the metric; ``distortion[0]`` is the whole weight. The factors themselves are made for the one
+    rank that is wanted: all of them would take as much memory as the weight. ``trains`` are the
+    splits tried for TT and blocks, ``train_points`` what their roundings lose. ``in_nats`` is False
+    for a weight that the calibration data say nothing about. ``shared`` is the curve with a first
+    factor in common with other weights. ``measured`` are pairs of a distortion and the rise of the
+    loss that it was found to cost, of a weight measured by itself.
+    """
+
+    site: Site
+    formats: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    distortion: Tensor
+    trains: tuple[TensorTrain, ...] = ()
+    train_points: tuple[tuple[TTSpec, float], ...] = ()
+    in_nats: bool = True
+    shared: SharedFactor | None = None
+    measured: tuple[tuple[float, float], ...] = ()
+
+    def rise(self, distortion: np.ndarray) -> np.ndarray:
+        """What distortions add to the loss: as much, or as was measured for this weight.
+
+        Between two measured ones on logarithmic scales, beyond them in proportion.
+        """
+        known = [(lost, found) for lost, found in self.measured if lost > 0 and found > 0]
+        if not known:
+            return distortion
+        losses, found = np.log(np.array(known).T)
+        found = np.maximum.accumulate(found)
+        logs = np.log(np.maximum(distortion, 1e-300))
+        nearest = np.clip(logs, losses[0], losses[-1])
+        rises = np.exp(np.interp(nearest, losses, found) + logs - nearest)
+        return np.where(distortion > 0, rises, 0.0)
+
+    def error(self, distortion: float) -> float:
+        """The relative error of the weight in its metric: sqrt(distortion / whole)."""
+        return float(self.errors(np.array(distortion)))
+
+    def errors(self, distortions: np.ndarray) -> np.ndarray:
+        """The relative errors that go with distortions."""
+        whole = float(self.distortion[0])
+        if whole <= 0:
+            return np.zeros_like(distortions)
+        return np.sqrt(np.maximum(distortions, 0.0) / whole)
+
+    def distortion_of(self, spec: TTSpec) -> float:
+        """What a spec of this weight loses; exact ranks lose nothing."""
+        if spec.format == LOW_RANK:
+            return float(self.distortion[min(spec.ranks[0], len(self.distortion) - 1)])
+        for known, lost in self.train_points:
+            if known == spec:
+                return lost
+        train = self._train(spec)
+        weight = reconstruct(train.spec, train.cores)
+        return error_of(spec, train.cut(spec.ranks, weight, self.metrics), weight, self.metrics)
+
+    def _train(self, spec: TTSpec) -> TensorTrain:
+        for train in self.trains:
+            own = train.spec
+            if (own.format, own.row_modes, own.column_modes) == (
+                spec.format,
+                spec.row_modes,
+                spec.column_modes,
+            ):
+                return train
+        what = "block low rank" if spec.format == BLOCK else "tensor train"
+        raise AnalysisError(
+            f"the analysis holds no {what} with the modes of {spec}",
+            site=self.site.name,
+            way_out=f"analyse with formats={spec.format!r}",
+        )
+
+    def factors(self, spec: TTSpec, weight: Tensor, *, shared: bool = False) -> tuple[Tensor, ...]:
+        """The cores of ``spec`` for the dense weight, in the shapes that the spec stores.
+
+        ``shared``: with the first factor that it has in common with others.
+        """
+        if shared:
+            assert self.shared is not None
+            (rank,) = spec.ranks
+            reader = self.shared.reader[:, :rank]
+            return weight.to(reader.dtype) @ reader, self.shared.factor[:rank]
+        if spec.format == LOW_RANK:
+            (rank,) = spec.ranks
+            if rank >= len(self.distortion) - 1:
+                return exact_factors(weight)
+            found = best_factors(weight, average(self.metrics), rank)
+            if len(self.metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
+                return found
+            return improved(spec, found, at_work(weight), self.metrics)
+        return self._train(spec).cut(spec.ranks, at_work(weight), self.metrics)
+
+    def require(self, formats: Sequence[str]) -> None:
+        """Raises AnalysisError for a format that was not analysed."""
+        for name in formats:
+            if name != DENSE and name not in self.formats:
+                raise AnalysisError(
+                    f"the format {name!r} was not analysed (only {', '.join(self.formats)})",
+                    site=self.site.name,
+                    way_out=f"analyse with formats={(*self.formats, name)!r}",
+                )
+
+    def measured_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """The relative error in the metric of an approximation (M, N), which is overwritten."""
+        delta = approximation.sub_(weight)
+        return self.error(sum(metric.norm(delta) for metric in self.metrics))
+
+
+class Store(Protocol):
+    """Keeps what is finished, so that a run that was killed goes on after it.
+
+    What it gives back takes the place of what it was given: it may lie on disk.
+    """
+
+    def find(self, site: Site) -> Spectrum | None: ...
+
+    def keep(self, curve: Spectrum) -> Spectrum: ...
+
+    def find_shared(self, group: str) -> Mapping[str, SharedFactor] | None: ...
+
+    def keep_shared(
+        self, group: str, members: Mapping[str, SharedFactor]
+    ) -> Mapping[str, SharedFactor]: ...
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The dense weights of a model, by name."""
+    parameters = dict(model.named_parameters())
+    return lambda name: parameters[name].detach()
+
+
+def as_matrix(site: Site, weight: Tensor) -> Tensor:
+    """The weight as (M, N), or (experts, M, N): a convolution's kernel is part of its columns."""
+    lead = (site.experts,) if site.experts else ()
+    return weight.reshape(*lead, *site.matrix)

@@ -1,0 +1,82 @@
+"""Statistics and curves of a few weights at a time, so that memory is bounded and work is kept.
+
+Second moments take the most memory of an analysis: eight bytes for each pair of inputs, and of
+outputs, of every weight. In groups whose moments fit, each group costs the passes over the
+calibration data that all weights take together, and gives the same bits: its gradients come on the
+same way. As soon as a group's moments are there they become curves, which a store keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tensorize.base import printer
+from tensorize.base.errors import MemoryLimitError
+from tensorize.ir.sites import Site
+from tensorize.passes.curves.spectra import ComputeSpectra, kept_curves
+from tensorize.passes.observe.moments import has_moments, moment_bytes
+from tensorize.passes.observe.statistics import CollectStatistics
+from tensorize.passes.pipeline import Program
+
+
+@dataclass(frozen=True)
+class LearnInGroups:
+    """Program with ``spectra``, of groups of weights whose second moments take ``max_bytes``.
+
+    None: all that have no curve yet are one group. Curves that the store of ``spectra`` has kept
+    are not made again.
+
+    Raises:
+        MemoryLimitError: the moments of a single weight take more.
+    """
+
+    statistics: CollectStatistics
+    spectra: ComputeSpectra
+    max_bytes: int | None = None
+    name: str = "curves"
+
+    def run(self, program: Program) -> Program:
+        program = replace(program, spectra=kept_curves(program, self.spectra.store))
+        kept = len(program.spectra)
+        todo = [s for s in program.sites if s.blocked is None and s.name not in program.spectra]
+        groups = groups_that_fit(todo, program.metric, self.max_bytes)
+        for group in groups or ((),):
+            names = frozenset(site.name for site in group)
+            if any(has_moments(site, program.metric) for site in group):
+                program = replace(self.statistics, only=names).run(program)
+            program = replace(self.spectra, only=names).run(program)
+        counted = f"{len(groups)} group{'s' * (len(groups) != 1)} of weights"
+        summary = f"{counted}, {kept} kept by an earlier run; {program.summary}"
+        return replace(program, summary=summary)
+
+
+def groups_that_fit(
+    sites: Sequence[Site], metric: str, max_bytes: int | None
+) -> list[tuple[Site, ...]]:
+    """Weights in the order of their names, cut where the moments of one more would not fit.
+
+    While a batch is added to a moment there is a second one of its kind: room is left for it.
+
+    Raises:
+        MemoryLimitError: a single weight does not fit.
+    """
+    if max_bytes is None or metric == "frobenius":
+        return [tuple(sites)] if sites else []
+    groups: list[list[Site]] = []
+    held = largest = 0
+    for site in sorted(sites, key=lambda site: site.name):
+        own = moment_bytes(site, metric) if has_moments(site, metric) else 0
+        if 2 * own > max_bytes:
+            raise MemoryLimitError(
+                f"its second moments take {printer.bytes_(2 * own)}, and max_memory is "
+                f"{printer.bytes_(max_bytes)}",
+                site=site.name,
+                way_out=f"max_memory={2 * own}, or exclude it",
+            )
+        if not groups or held + own + max(largest, own) > max_bytes:
+            groups.append([])
+            held = largest = 0
+        groups[-1].append(site)
+        held, largest = held + own, max(largest, own)
+    return [tuple(group) for group in groups]

@@ -1,0 +1,168 @@
+"""Curves of weights that are not trained yet: all that is known of them is their shapes.
+
+At s of its P parameters a weight is taken to lose P (1 - s)². Every weight then loses equally much
+by its next parameter where all keep the same share, so a budget of parameters gives every weight
+the same share of its own, which is what low-rank pre-training does (CoLA, Liu et al. 2025; compute
+better spent, Qiu et al. 2024); other limits weigh the shares against FLOPs, bytes and times. A
+table that is looked up loses twice as much: its rows are used one by one, and cost no FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from tensorize.algebra.modes import balanced_modes, largest_divisor, max_ranks
+from tensorize.base.errors import AnalysisError
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import (
+    BLOCK,
+    LOW_RANK,
+    SHARED,
+    TT,
+    TTSpec,
+)
+from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.formats import FormatsOption, formats_by_site
+from tensorize.passes.curves.trains import TensorTrain
+from tensorize.passes.observe.select import matches, require_match
+from tensorize.passes.pipeline import Program
+
+_LOOKUP = 2.0
+_BLOCKS = 8
+_POINTS = 32
+
+TrainingFormats = FormatsOption | TTSpec | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Assumed(Spectrum):
+    """The curve of a weight that has none.
+
+    ``exact`` is the factorization that was asked for, if one was.
+    """
+
+    exact: TTSpec | None = None
+
+    def distortion_of(self, spec: TTSpec) -> float:
+        return _lost(self.site, spec.parameters)
+
+
+@dataclass(frozen=True)
+class AssumeSpectra:
+    """Program with ``spectra`` by shape alone.
+
+    ``formats``: as in ``compile``, and a ``TTSpec`` for "this factorization"; by default low rank
+    or dense.
+    """
+
+    formats: TrainingFormats = None
+    name: str = "shapes"
+
+    def run(self, program: Program) -> Program:
+        free = [site for site in program.sites if site.blocked is None]
+        allowed, exact = split_formats(free, self.formats)
+        spectra = {
+            site.name: _curve(site, allowed[site.name], exact.get(site.name)) for site in free
+        }
+        return replace(program, spectra=spectra, summary=f"{len(spectra)} curves by shape")
+
+
+def split_formats(
+    sites: list[Site], option: TrainingFormats
+) -> tuple[dict[str, tuple[str, ...]], dict[str, TTSpec]]:
+    """The formats that each site may take, and the exact factorizations that were asked for.
+
+    Raises:
+        AnalysisError: a factorization has not the shape of its weight, or a format is unknown or
+            needs trained weights.
+    """
+    option = {"*": option} if isinstance(option, TTSpec) else option
+    exact: dict[str, TTSpec] = {}
+    names: object = option
+    if isinstance(option, Mapping):
+        require_match(sites, list(option), "formats")
+        for site in sites:
+            chosen = next((f for pattern, f in option.items() if matches(site, pattern)), None)
+            if isinstance(chosen, TTSpec):
+                exact[site.name] = _fitting(site, chosen)
+        names = {p: (f.format if isinstance(f, TTSpec) else f) for p, f in option.items()}
+    allowed = formats_by_site(sites, names)  # type: ignore[arg-type]
+    asked = names.values() if isinstance(names, Mapping) else (names,)
+    if any(f == SHARED or (isinstance(f, tuple | list) and SHARED in f) for f in asked):
+        raise AnalysisError(
+            "a first factor in common is chosen by trained weights", way_out=f"formats={LOW_RANK!r}"
+        )
+    without = {name: tuple(f for f in formats if f != SHARED) for name, formats in allowed.items()}
+    return without, exact
+
+
+def _fitting(site: Site, spec: TTSpec) -> TTSpec:
+    expected = (site.experts, *site.matrix) if site.experts else site.matrix
+    if spec.shape != expected:
+        raise AnalysisError(
+            f"{spec} stands for a weight of {spec.shape}, not {expected}",
+            site=site.name,
+            way_out="choose modes whose products are the weight's rows and columns",
+        )
+    if spec.format != LOW_RANK and not site.takes_trains:
+        raise AnalysisError(
+            f"its uses ({', '.join(use.kind for use in site.uses)}) take low rank only",
+            site=site.name,
+            way_out=f"formats={LOW_RANK!r} for it",
+        )
+    return spec
+
+
+def _lost(site: Site, parameters: int) -> float:
+    weight = _LOOKUP if any(use.contract == "lookup" for use in site.uses) else 1.0
+    return weight * site.parameters * max(0.0, 1 - parameters / site.parameters) ** 2
+
+
+def _curve(site: Site, formats: tuple[str, ...], exact: TTSpec | None) -> Assumed:
+    m, n = site.matrix
+    count = max(site.experts, 1)
+    ranks = [r * (m + n) * count for r in range(min(m, n) + 1)]
+    lost = torch.tensor([_lost(site, size) for size in ranks], dtype=torch.float64)
+    lost[-1] = 0.0
+    curve = Assumed(site, formats, (), lost)
+    if exact is not None:
+        points = ((exact, _lost(site, exact.parameters)),)
+        return replace(curve, formats=(exact.format,), train_points=points, exact=exact)
+    if not site.takes_trains:
+        return curve
+    widest = []
+    if TT in formats:
+        row_modes = balanced_modes(m, 2)
+        column_modes = tuple(reversed(balanced_modes(n, 2)))
+        widest.append(TTSpec(row_modes, column_modes, max_ranks(row_modes, column_modes)))
+    if BLOCK in formats:
+        m1, n0 = (largest_divisor(size, _BLOCKS) for size in (m, n))
+        widest.append(TTSpec.block((m // m1, m1), (n0, n // n0), min(m // m1, n // n0)))
+    trains = tuple(TensorTrain(spec, ()) for spec in widest if spec.format in (TT, BLOCK))
+    points = tuple(
+        (spec, _lost(site, spec.parameters)) for train in trains for spec in ladder(train.spec)
+    )
+    return replace(curve, trains=trains, train_points=points)
+
+
+def ladder(spec: TTSpec) -> list[TTSpec]:
+    """The same modes at ranks from 1 to where nothing is saved, about 15 % apart, and its own."""
+    if spec.format == BLOCK:
+        largest = (min(spec.row_modes[0], spec.column_modes[1]),)
+    else:
+        largest = max_ranks(spec.row_modes, spec.column_modes)
+    bounds = {max(1, round(max(largest) ** (k / _POINTS))) for k in range(_POINTS + 1)}
+    several = {tuple(min(bound, most) for most in largest) for bound in bounds} | {spec.ranks}
+    specs = [spec.with_ranks(ranks) for ranks in sorted(several)]
+    return [each for each in specs if each.parameters < math.prod(spec.shape)]
+
+
+def exact_ranks(spectra: Mapping[str, Spectrum]) -> dict[str, int | str]:
+    """What ``ranks=`` says of the factorizations in low rank that were asked for."""
+    assumed = ((name, curve) for name, curve in spectra.items() if isinstance(curve, Assumed))
+    found = ((name, curve.exact) for name, curve in assumed)
+    return {name: e.ranks[0] for name, e in found if e is not None and e.format == LOW_RANK}

@@ -1,0 +1,179 @@
+"""The rate-distortion curve of every weight: how much is lost at each rank of each format.
+
+A metric on W (M, N) is ‖R^½ ΔW K^½‖² with R (M, M) and K (N, N): both the identity for
+``frobenius``, one of them the inputs' second moment for ``input``, both for ``loss``. One
+decomposition in it gives every rank at once (``decompositions.py``).
+
+A tied weight has a sum of metrics, and no single SVD: its terms are averaged into one metric for
+the factors, and the sum itself is evaluated at every rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tensorize.algebra import bounds
+from tensorize.base.tensors import at_work
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import BLOCK, TT
+from tensorize.passes.curves.curve import (
+    Spectrum,
+    Store,
+    Weights,
+    as_matrix,
+    weights_of,
+)
+from tensorize.passes.curves.decompositions import best_factors, is_small, singular_squares
+from tensorize.passes.curves.formats import UNASKED, FormatsOption, asked_formats
+from tensorize.passes.curves.joint import with_shared_factors
+from tensorize.passes.curves.metric import (
+    Metric,
+    average,
+    root_times,
+    site_metrics,
+    times_root,
+)
+from tensorize.passes.curves.side_by_side import side_by_side
+from tensorize.passes.curves.trains import (
+    blocks_of,
+    has_kronecker_structure,
+    points_of,
+    trains_of,
+)
+from tensorize.passes.pipeline import Program
+
+
+@dataclass(frozen=True)
+class ComputeSpectra:
+    """Program with ``spectra``: the curve of every free site, in the program's metric.
+
+    The second moments are given up one site at a time, as their roots are made: only one of the
+    two is ever held. ``weights`` gives a dense weight by its name, where they are not the model's.
+    Sites that have a curve already keep it; of the others those named by ``only`` get one. What
+    weights share is looked for once all of them have theirs.
+    """
+
+    formats: FormatsOption = None
+    weights: Weights | None = None
+    store: Store | None = None
+    only: frozenset[str] | None = None
+    name: str = "spectra"
+
+    def run(self, program: Program) -> Program:
+        free = [site for site in program.sites if site.blocked is None]
+        asked = asked_formats(free, self.formats)
+        weights = self.weights or weights_of(program.model)
+        spectra = {**kept_curves(program, self.store)}
+        todo = [s for s in free if s.name not in spectra and s.name in (self.only or {s.name})]
+        found, start = len(spectra), time.perf_counter()
+
+        def curve_of(site: Site) -> Spectrum:
+            moments = program.statistics.get(site.name)
+            known = moments is not None and bool(moments.terms)
+            metrics = site_metrics(site, moments, program.metric)
+            if moments is not None:
+                moments.terms.clear()
+            weight = as_matrix(site, weights(site.name))
+            curve = spectrum(site, weight, metrics, asked[site.name])
+            return replace(curve, in_nats=known and program.metric == "loss")
+
+        program.progress("spectra", found, len(free))
+        curves = side_by_side(curve_of, todo, is_small)
+        for done, (site, curve) in enumerate(zip(todo, curves, strict=True), found + 1):
+            spectra[site.name] = curve if self.store is None else self.store.keep(curve)
+            program.progress("spectra", done, len(free))
+        program = replace(program, statistics={})
+        if len(spectra) < len(free):
+            return replace(program, spectra=spectra, summary=f"{len(spectra)} curves so far")
+        spectra = {site.name: spectra[site.name] for site in free}
+        spectra = with_shared_factors(spectra, weights, self.store, program.progress)
+        trains = sum(bool(s.trains) for s in spectra.values())
+        shared = sum(s.shared is not None for s in spectra.values())
+        summary = (
+            f"{len(spectra)} curves in the {program.metric} metric, {trains} with TT points, "
+            f"{shared} that may share a first factor"
+        )
+        if found:
+            summary += f"; {found} were kept by an earlier run"
+        if parameters := sum(site.parameters for site in todo):
+            summary += f"; {1e6 * (time.perf_counter() - start) / parameters:.2g} µs a parameter"
+        return replace(program, spectra=spectra, summary=summary)
+
+
+def kept_curves(program: Program, store: Store | None) -> dict[str, Spectrum]:
+    """The curves that a program has, and those that a store has kept of an earlier run."""
+    curves = dict(program.spectra)
+    if store is not None:
+        for site in program.sites:
+            if site.blocked is None and site.name not in curves:
+                curve = store.find(site)
+                curves |= {} if curve is None else {site.name: curve}
+    return curves
+
+
+def spectrum(
+    site: Site, weight: Tensor, metrics: tuple[Metric, ...], formats: tuple[str, ...] | None
+) -> Spectrum:
+    """The curve of one weight in its metric.
+
+    Where nobody chose ``formats`` (None), trains are among them if a probe finds that structure.
+    """
+    m, n = site.matrix
+    pay = max(1, (m * n - 1) // (m + n))
+    if len(metrics) == 1:
+        values = singular_squares(at_work(weight), pay, metrics[0]).double()
+        tails = bounds.tails(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
+    else:
+        left, right = best_factors(weight, average(metrics), pay)
+        tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
+    # What a plan reads is not on a GPU.
+    curve = Spectrum(site, formats or UNASKED, metrics, tails.cpu())
+    if not site.takes_trains:
+        return curve
+    weight = at_work(weight)
+    if formats is None and has_kronecker_structure(weight):
+        return _with_trains(replace(curve, formats=(*UNASKED, TT)), weight, (2,))
+    return _with_trains(curve, weight, (2, 3) if TT in curve.formats else ())
+
+
+def _with_trains(curve: Spectrum, weight: Tensor, counts: tuple[int, ...]) -> Spectrum:
+    """The curve with the points of trains of so many cores, and of blocks."""
+    trains = trains_of(weight, counts)
+    if BLOCK in curve.formats:
+        trains += blocks_of(weight)
+    points = points_of(trains, weight, curve.metrics)
+    return replace(curve, trains=tuple(trains), train_points=tuple(points))
+
+
+def _summed_tails(
+    weight: Tensor, metrics: Sequence[Metric], left: Tensor, right: Tensor, largest: int
+) -> Tensor:
+    """What every rank loses in a sum of metrics.
+
+    With W − U_r V_r = D + Σ_{i>r} u_i v_i over the stored components, and D what they leave, the
+    loss is quadratic: the sums of the trailing blocks of one Gram matrix of components.
+    """
+    stored = left.shape[-1]
+    rest = (weight - left @ right).double()
+    total = torch.zeros(stored + 1, dtype=torch.float64, device=left.device)
+    for metric in metrics:
+        u = root_times(metric.left, left.double())
+        v = times_root(right.double(), metric.right)
+        whitened_rest = metric.whiten(rest)
+        # Experts, where there are several, are summed over: they are cut at one rank.
+        blocks = ((u.mT @ u) * (v @ v.mT)).reshape(-1, stored, stored).sum(0)
+        cross = ((u.mT @ whitened_rest) * v).sum(-1).reshape(-1, stored).sum(0)
+        trailing = blocks.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        cross_tail = torch.cat([cross.flip(0).cumsum(0).flip(0), cross.new_zeros(1)])
+        own = torch.cat([trailing, trailing.new_zeros(1)])
+        total += metric.scale * (own + 2 * cross_tail + whitened_rest.square().sum())
+    # Beyond the stored ranks no factorization pays; min(M, N) is exact.
+    padding = total.new_full((largest - stored,), float(total[-1]))
+    tails = torch.cat([total, padding])
+    tails[-1] = 0.0
+    return tails.clamp_min(0)

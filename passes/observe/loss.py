@@ -1,0 +1,225 @@
+"""The loss to preserve: how far a model's outputs are from the dense model's own.
+
+By default it is measured on the outputs themselves, as a mean over output rows (tokens): the KL
+divergence in nats where the output has ``.logits`` of several classes, else the squared error
+relative to the outputs' variance. A caller's ``loss_fn`` replaces it. Rows that the attention mask
+hides, and rows whose label is -100, count in nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.capture.forward import untouched
+from tensorize.ir.sites import Batch
+from tensorize.passes.observe.outputs import (
+    Output,
+    call,
+    outputs_of,
+    row_total,
+)
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Batches to learn from, and those held out: every fourth, of fewer every second."""
+    step = 4 if len(batches) >= 4 else 2
+    held_out = batches[step - 1 :: step]
+    return tuple(b for k, b in enumerate(batches) if k % step != step - 1), held_out
+
+
+# ------------------------------------------------------------------------------------ the loss
+
+
+class _Sums:
+    """Sums over the rows of an output, and the variance of a row that follows from them."""
+
+    def __init__(self) -> None:
+        self.rows, self.entries, self.squares = 0, 0, 0.0
+        self.totals: dict[int, Tensor | float] = {}
+
+    def add(self, rows: Tensor) -> None:
+        count, width = rows.shape
+        self.rows, self.entries = self.rows + count, self.entries + count * width
+        self.squares += float(rows.square().sum())
+        self.totals[width] = self.totals.get(width, 0.0) + rows.sum(0)
+
+    @property
+    def variance(self) -> float:
+        count = max(self.rows, 1)
+        totals = [torch.as_tensor(total) for total in self.totals.values()]
+        if len(totals) == 1:
+            of_mean = float((totals[0] / count).square().sum())
+        else:  # rows of several widths have one mean entry in common
+            of_mean = sum(float(t.sum()) for t in totals) ** 2 / max(self.entries, 1) / count
+        mean_square = self.squares / count
+        # One row, or constant outputs, have no variance to compare with: their size serves.
+        variance = mean_square - of_mean
+        return variance if variance > 1e-6 * mean_square else mean_square
+
+
+@dataclass(frozen=True)
+class PreservedLoss:
+    """The distance to the dense model's outputs, or the caller's loss.
+
+    ``variances`` holds the variance of every output of the dense model, summed over its width.
+    """
+
+    loss_fn: LossFunction | None
+    variances: Mapping[str, float]
+    unit: str
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss_fn: LossFunction | None,
+        run: Callable[[nn.Module, Batch], Any] = call,
+    ) -> PreservedLoss:
+        """Learn the outputs' variance from one pass over the calibration data.
+
+        What ``run`` gives for a batch are the outputs; by default, the model's own.
+        """
+        if loss_fn is not None:
+            return cls(loss_fn, {}, "loss_fn")
+        sums: dict[str, _Sums] = {}
+        with untouched(model):
+            for batch in batches:
+                for output in outputs_of(run(model, batch), batch, model):
+                    _require_finite(output, batch)
+                    if output.logits:
+                        return cls(None, {}, "nats")
+                    sums.setdefault(output.name, _Sums()).add(output.rows.double())
+        variances = {name: found.variance for name, found in sums.items()}
+        return cls(None, variances, "relative squared error")
+
+    def probe(
+        self, result: Any, batch: Batch, model: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """A scalar whose gradient g is one sample with E[g gᵀ] = rows x the Hessian, and rows.
+
+        For logits: the log-likelihood of labels drawn from the model's own prediction (the true
+        Fisher). For other outputs: Gaussian probes scaled by the variance (Gauss-Newton).
+        """
+        if self.loss_fn is not None:
+            rows = row_total(result, batch, model)
+            # The mean's gradient is 1/rows of each row's: scaled so that the rule above holds.
+            return self._of_the_caller(result, batch) * rows, rows
+        outputs = outputs_of(result, batch, model)
+        total = outputs[0].rows.new_zeros((), dtype=torch.float32)
+        for output in outputs:
+            _require_finite(output, batch)
+            rows = output.rows.float()
+            # Every output is a mean over its own rows: bring them to the first one's count.
+            share = math.sqrt(outputs[0].rows.shape[0] / max(rows.shape[0], 1))
+            if output.logits:
+                chance = rows.detach().softmax(-1).cpu()
+                drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
+                total = total - share * rows.log_softmax(-1).gather(1, drawn).sum()
+            else:
+                noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+                scale = math.sqrt(2.0 / max(self.variances[output.name], 1e-30))
+                total = total + share * scale * (noise * rows).sum()
+        return total, outputs[0].rows.shape[0]
+
+    def require_finite(self, result: Any, batch: Batch, model: nn.Module) -> None:
+        """Raises ModelError where the dense model's outputs are no numbers to preserve."""
+        if self.loss_fn is None:
+            for output in outputs_of(result, batch, model):
+                _require_finite(output, batch)
+
+    def _of_the_caller(self, result: Any, batch: Batch) -> Tensor:
+        """What ``loss_fn`` gives for a batch."""
+        assert self.loss_fn is not None
+        loss = self.loss_fn(result, batch.given)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise AnalysisError(
+                f"loss_fn gave {given} for batch {batch.number}, which is no scalar tensor",
+                way_out="return a tensor of one entry that depends on the outputs, such as a mean",
+            )
+        return loss.reshape(())
+
+    def distance(
+        self, dense: Any, result: Any, batch: Batch, model: nn.Module
+    ) -> tuple[Tensor, int]:
+        """The rise of the loss on one batch, differentiable, as (sum over rows, rows)."""
+        if self.loss_fn is not None:
+            rows = row_total(result, batch, model)
+            rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
+            return rise * rows, rows
+        before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
+        both = "let both return the same, in training mode as well, or pass loss_fn="
+        if len(before) != len(after):
+            raise ModelError(
+                f"one model gives {len(before)} outputs for batch {batch.number}, the other "
+                f"{len(after)}",
+                way_out=both,
+            )
+        count = before[0].rows.shape[0]
+        total = before[0].rows.new_zeros((), dtype=torch.float64)
+        for a, b in zip(before, after, strict=True):
+            if a.rows.shape != b.rows.shape:
+                shapes = [tuple(output.rows.shape) for output in (a, b)]
+                raise ModelError(
+                    f"one model gives {shapes[0]} rows and entries of {a.name} for batch "
+                    f"{batch.number}, the other {shapes[1]}",
+                    way_out=both,
+                )
+            share = count / max(a.rows.shape[0], 1)
+            if a.logits:
+                total = total + share * divergence(a.rows, b.rows)
+            else:
+                error = (a.rows - b.rows).double().square().sum()
+                total = total + share * error / max(self.variances[a.name], 1e-30)
+        return total, count
+
+    def rise(self, dense: Any, result: Any, batch: Batch, model: nn.Module) -> tuple[float, int]:
+        """The rise of the loss on one batch as (sum over rows, rows)."""
+        with torch.no_grad():
+            total, rows = self.distance(dense, result, batch, model)
+        return float(total), rows
+
+    def mean_distance(self, model: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> float:
+        """The mean rise of the loss a row, over batches that both models are run on."""
+        total, rows = 0.0, 0
+        for batch in batches:
+            # In a compressed model factors run as well: what it raises is not told as its own.
+            wanted, got = call(dense, batch), model(*batch.args, **batch.kwargs)
+            part, count = self.rise(wanted, got, batch, model)
+            total, rows = total + part, rows + count
+        return total / max(rows, 1)
+
+
+def _require_finite(output: Output, batch: Batch) -> None:
+    # A chance of zero is a logit of minus infinity.
+    values = output.rows.amax(-1) if output.logits else output.rows
+    if not bool(values.isfinite().all()):
+        raise ModelError(
+            f"the dense model's {output.name} for batch {batch.number} is not finite",
+            way_out="leave that batch out, or run the model in a wider dtype",
+        )
+
+
+def divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL of the prediction to the dense model's, in nats, its sum over rows of logits."""
+    return _divergence_terms(dense, logits).sum(dtype=torch.float64)
+
+
+def row_divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL of the prediction to the dense model's, in nats, of every row of logits."""
+    return _divergence_terms(dense, logits).sum(-1)
+
+
+def _divergence_terms(dense: Tensor, logits: Tensor) -> Tensor:
+    p, q = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss

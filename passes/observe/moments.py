@@ -1,0 +1,194 @@
+"""Second moments of a weight's two sides: what is kept of them, and the sums they are made of.
+
+Sums are taken in the rows' own precision (half precision as float32) and kept in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tensorize.ir.sites import Site
+
+# A side with more entries than this keeps only the diagonal of its second moment (float64: a full
+# one of 8192 takes 512 MB).
+LARGEST_FULL_MOMENT = 8192
+# Gradients of samples, or products of their rows, are held so many elements at a time.
+_ELEMENTS = 16_000_000
+
+
+@dataclass
+class Term:
+    """Moments of one kind of use of a weight W (M, N).
+
+    ``rows`` (M, M) or its diagonal (M,), ``columns`` likewise for N: which of them belongs to the
+    inputs and which to the gradients depends on ``contract``. ``None`` stands for the identity.
+    Both are sums, over ``input_rows`` rows; of a weight used as a whole, over as many gradients.
+    The rows were seen ``probes`` times, with gradients that come from ``output_rows`` rows of the
+    model's outputs (0: from as many). Of lookups, ``unseen`` is the share of those to come that
+    will be of rows not looked up yet.
+
+    ``pooled`` is the number of samples whose positions were added up first (0: none were), and
+    ``squares`` the sum of ‖D Dᵀ‖² over them; ``noise`` is then the relative variance of each side
+    that comes of their number.
+    """
+
+    contract: str
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    input_rows: int = 0
+    output_rows: int = 0
+    probes: int = 1
+    unseen: float = 0.0
+    pooled: int = 0
+    squares: float = 0.0
+    noise: tuple[float, float] | None = None
+
+    @property
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.rows, self.columns
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Of how many independent vectors ``rows`` and ``columns`` are the moments, about.
+
+        Gradients that come from one row of the outputs count once, however many rows they reach.
+        """
+        if self.contract == "whole":
+            widths = [1 if side is None else len(side) for side in (self.columns, self.rows)]
+            return self.input_rows * widths[0], self.input_rows * widths[1]
+        inputs = self.input_rows // max(self.probes, 1)
+        gradients = min(self.input_rows, self.output_rows or self.input_rows)
+        return (gradients, inputs) if self.contract == "columns" else (inputs, gradients)
+
+
+@dataclass
+class Moments:
+    """The terms of one weight: one a kind of use (a tied weight has several)."""
+
+    terms: dict[str, Term] = field(default_factory=dict)
+
+    def term(self, contract: str, *, pooled: bool = False) -> Term:
+        kind = f"{contract}, by sample" if pooled else contract
+        return self.terms.setdefault(kind, Term(contract))
+
+
+def has_moments(site: Site, metric: str) -> bool:
+    """Whether a metric asks for moments of a weight: what uses it as a whole has no inputs."""
+    return site.blocked is None and (metric == "loss" or not site.last_resort)
+
+
+def has_full_moments(site: Site) -> bool:
+    """Whether both sides are narrow enough for all of their second moments to be kept."""
+    return max(site.matrix) <= LARGEST_FULL_MOMENT
+
+
+def moment_bytes(site: Site, metric: str) -> int:
+    """Memory of the second moments of one weight, of all its kinds of uses."""
+
+    def side(width: int) -> int:
+        return 8 * (width if width > LARGEST_FULL_MOMENT else width**2)
+
+    rows, columns = site.matrix
+    total = 0
+    for contract in {use.contract for use in site.uses}:
+        inputs, outputs = (columns, rows) if contract == "columns" else (rows, columns)
+        own = 8 * inputs if contract == "lookup" else side(inputs)
+        total += own + (side(outputs) if metric == "loss" else 0)
+    return total
+
+
+def unseen_share(counts: Tensor, probes: int) -> float:
+    """The chance that the next lookup is of a row never seen: the share of rows seen once.
+
+    Good, "The population frequencies of species", Biometrika 40 (1953).
+    """
+    once = int(((counts > 0) & (counts <= probes)).sum())
+    return once * probes / max(float(counts.sum()), 1.0)
+
+
+def noise_of(term: Term) -> tuple[float, float]:
+    """The relative variance of both sides, as means of the samples' own moments.
+
+    Of the inputs a sample says the same in every probe; of the gradients, something new.
+    """
+    variances = []
+    for name, side in (("rows", term.rows), ("columns", term.columns)):
+        assert side is not None
+        square = float(side.square().sum()) / term.pooled
+        spread = max(term.squares / square - 1, 0.0) / term.pooled if square > 0 else 0.0
+        of_inputs = name == ("columns" if term.contract == "columns" else "rows")
+        variances.append(spread * term.probes if of_inputs else spread)
+    return variances[0], variances[1]
+
+
+def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x, in float64.
+
+    g is (samples, T, M), x (samples, T, N). No D is made where T is the smallest side:
+    D Dᵀ = gᵀ (x xᵀ) g.
+    """
+    (_, time, rows), columns = g.shape, x.shape[-1]
+    total_rows = torch.zeros(rows, rows, dtype=torch.float64)
+    total_columns = torch.zeros(columns, columns, dtype=torch.float64)
+    squares = 0.0
+    direct = time > min(rows, columns)
+    few = max(1, _ELEMENTS // (rows * columns if direct else time * time))
+    for g_STM, x_STN in zip(g.split(few), x.split(few), strict=True):
+        if direct:
+            d_SMN = g_STM.mT @ x_STN
+            own_rows = products(d_SMN.transpose(1, 2).flatten(0, 1))
+            own_columns = products(d_SMN.flatten(0, 1))
+            each = d_SMN @ d_SMN.mT if rows <= columns else d_SMN.mT @ d_SMN
+            squares += float(each.square().sum(dtype=torch.float64))
+        else:
+            inner, outer = x_STN @ x_STN.mT, g_STM @ g_STM.mT
+            own_rows = products(g_STM.flatten(0, 1), (inner @ g_STM).flatten(0, 1))
+            own_columns = products(x_STN.flatten(0, 1), (outer @ x_STN).flatten(0, 1))
+            both = inner @ outer  # tr(D Dᵀ D Dᵀ) = tr((x xᵀ) (g gᵀ) (x xᵀ) (g gᵀ))
+            squares += float((both * both.mT).sum(dtype=torch.float64))
+        total_rows += own_rows.cpu()
+        total_columns += own_columns.cpu()
+    return total_rows, total_columns, squares
+
+
+def alike(values: Tensor, width: int, count: int) -> Tensor:
+    """The diagonal for ``count`` rows of which only the mean square of an entry is known."""
+    size = float(values.detach().double().square().mean()) * count
+    return torch.full((width,), size, dtype=torch.float64)
+
+
+def among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
+    """The moment of some rows of a weight as one of all of them."""
+    first, end = rows
+    if moment.dim() == 1 or width > LARGEST_FULL_MOMENT:
+        diagonal = moment if moment.dim() == 1 else moment.diagonal()
+        return torch.nn.functional.pad(diagonal, (first, width - end))
+    return torch.nn.functional.pad(moment, (first, width - end, first, width - end))
+
+
+def moment_of(rows: Tensor, width: int) -> Tensor:
+    """Σ x xᵀ over the rows, in float64: full (width, width), or its diagonal (width,)."""
+    if width > LARGEST_FULL_MOMENT:
+        return widened(rows).square().sum(0, dtype=torch.float64).cpu()
+    return products(rows).cpu()
+
+
+def products(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Σ x yᵀ over the rows of x and y (x itself where there is none), in float64."""
+    x = widened(x)
+    return (x.t() @ (x if y is None else widened(y))).double()
+
+
+def widened(rows: Tensor) -> Tensor:
+    """Half precision as float32: sums of products overflow in it, or lose their last digits."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum, in the place of ``total``; None is nothing yet."""
+    if part is None or total is None:
+        return part if total is None else total
+    return total.add_(part)

@@ -1,0 +1,206 @@
+"""A model's outputs as rows that count: which tensors, which rows, which samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorize.base.errors import CaptureError, ModelError
+from tensorize.capture.forward import of_the_model
+from tensorize.ir.sites import Batch
+
+LOGITS = "logits"
+# Outputs that are by-products: caches, and copies of what other outputs already hold.
+_BY_PRODUCTS = ("loss", "past_key_values", "hidden_states", "attentions", "cache", "router")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to preserve, its counted rows (R, width), and whether it holds logits.
+
+    ``shape`` is the tensor's own, ``counted`` a mask over all of its rows (None: all count).
+    """
+
+    rows: Tensor
+    logits: bool
+    name: str
+    shape: tuple[int, ...]
+    counted: Tensor | None
+
+    @property
+    def places(self) -> Tensor:
+        """The positions of the counted rows among all rows, on the CPU."""
+        if self.counted is None:
+            return torch.arange(len(self.rows))
+        return self.counted.nonzero()[:, 0].cpu()
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's outputs for a batch of the caller's data.
+
+    Raises:
+        ModelError: the batch does not fit the model's forward; it says which batch.
+    """
+    with of_batch(batch):
+        return model(*batch.args, **batch.kwargs)
+
+
+def of_batch(batch: Batch) -> AbstractContextManager[None]:
+    """``of_the_model`` for a run on a batch of the caller's data."""
+    return of_the_model(
+        f"batch {batch.number} does not fit the model's forward",
+        "a batch is a tensor, a tuple of positional or a dict of keyword arguments",
+    )
+
+
+def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
+    """The tensors to preserve among a model's outputs, with only the rows that count."""
+    chosen = _preserved_tensors(result)
+    if not chosen:
+        raise ModelError(
+            f"the model's output ({type(result).__name__}) holds no floating-point tensor that has "
+            "rows",
+            way_out="pass loss_fn=, a function (outputs, batch) -> scalar",
+        )
+    found = []
+    for name, tensor in chosen:
+        entries = _by_rows(name, tensor, model)
+        flat = entries.reshape(-1, entries.shape[-1])
+        counted = _counted_rows(entries, batch, model)
+        rows = flat if counted is None else flat[counted]
+        logits = name == LOGITS and flat.shape[-1] > 1  # a single one is a score, no chance
+        found.append(Output(rows, logits, name, tuple(entries.shape), counted))
+    return found
+
+
+def essential(result: Any) -> Any:
+    """Of a model's outputs what is to be preserved: no cache of keys and values."""
+    return dict(_preserved_tensors(result))
+
+
+def samples_of(result: Any, model: nn.Module) -> int | None:
+    """The number of samples of a batch, where every output has one row for each of them."""
+    leads = [
+        _by_rows(name, tensor, model).shape[:-1] for name, tensor in _preserved_tensors(result)
+    ]
+    counts = {lead[0] if lead else 1 for lead in leads}
+    pooled = all(math.prod(lead[1:]) <= 1 for lead in leads)
+    return counts.pop() if pooled and len(counts) == 1 else None
+
+
+def _by_rows(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
+    """An output with its rows' entries along the last axis.
+
+    Classes of pixels come as (B, classes, H, W) in transformers, and scores of positions, of where
+    an answer starts, as (B, T).
+    """
+    if tensor.dim() == 0:
+        return tensor.reshape(1, 1)
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if name == LOGITS and tensor.dim() == 4 and tensor.shape[1] == classes != tensor.shape[3]:
+        return tensor.movedim(1, -1)
+    if name != LOGITS and name.endswith(LOGITS) and tensor.dim() == 2:
+        return tensor.unsqueeze(-1)
+    return tensor
+
+
+def _preserved_tensors(result: Any) -> list[tuple[str, Tensor]]:
+    """The logits of a model's outputs; where there are none, all that could count."""
+    named = [(name, t) for name, t in _named_tensors(result) if _has_rows(t)]
+    return [(name, t) for name, t in named if name == LOGITS] or named
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether its rows can be compared: none of sparse, nested or empty ones can."""
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_nested
+    return plain and 0 not in tensor.shape[-1:]
+
+
+def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(result, Tensor):
+        return [("output", result)]
+    if isinstance(result, Mapping):
+        items = list(result.items())
+    elif is_dataclass(result):
+        items = [(f.name, getattr(result, f.name)) for f in dataclass_fields(result)]
+    elif isinstance(result, tuple) and hasattr(result, "_fields"):
+        items = [(name, getattr(result, name)) for name in getattr(result, "_fields")]  # noqa: B009
+    elif isinstance(result, Sequence):
+        items = [(f"output {k}", value) for k, value in enumerate(result)]
+    elif hasattr(result, "logits"):
+        items = [(LOGITS, result.logits)]
+    else:
+        items = list(getattr(result, "__dict__", {}).items())
+    tensors = []
+    for name, value in items:
+        if any(part in str(name) for part in _BY_PRODUCTS):
+            continue
+        if isinstance(value, Tensor):
+            tensors.append((str(name), value))
+        elif isinstance(value, tuple | list) and all(isinstance(v, Tensor) for v in value):
+            tensors.extend((f"{name}[{k}]", v) for k, v in enumerate(value))
+        elif isinstance(value, tuple | list | Mapping) or is_dataclass(value):
+            tensors.extend((f"{name}.{inner}", v) for inner, v in _named_tensors(value))
+    return tensors
+
+
+# ------------------------------------------------------------------------------- which rows count
+
+
+def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | None:
+    """A mask over the output's rows (all but the last axis, flattened); None: all count."""
+    lead = tuple(output.shape[:-1])
+    labels = batch.argument("labels")
+    counted: Tensor | None = None
+    if isinstance(labels, Tensor) and tuple(labels.shape) == lead:
+        if shifts_labels(model):
+            # Position t predicts label t + 1; the last position predicts nothing.
+            labels = F.pad(labels[..., 1:], (0, 1), value=-100)
+        counted = labels != -100
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    hidden = batch.argument("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    if isinstance(hidden, Tensor) and tuple(hidden.shape) == lead:
+        shown = hidden != 0
+        counted = shown if counted is None else counted & shown
+    return None if counted is None else counted.reshape(-1)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a position is compared with the next label: what transformers' decoders do."""
+    kind = getattr(model, "loss_type", None)  # None for decoders with names of an older kind
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    older = kind is None and type(model).__name__.endswith("LMHeadModel")
+    return (
+        kind == "ForCausalLM"
+        or older
+        or (kind == "ForConditionalGeneration" and not encoder_decoder)
+    )
+
+
+def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
+    """Which rows of a site's input the batch's masks count; None where they do not apply."""
+    lead = tuple(x.shape) if contract == "lookup" else tuple(x.shape[:-1])
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.argument(name)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            continue
+        if lead == tuple(mask.shape) or lead == (mask.numel(),):
+            return (mask != 0).reshape(-1)
+        if contract == "lookup" and lead in (mask.shape[1:], (1, mask.shape[1])):
+            return (mask != 0).any(0)  # a table of positions: one row for the whole batch
+    return None
+
+
+def row_total(result: Any, batch: Batch, model: nn.Module) -> int:
+    try:
+        return max(outputs_of(result, batch, model)[0].rows.shape[0], 1)
+    except CaptureError:
+        return 1

@@ -1,0 +1,89 @@
+"""The rows that one call multiplies a weight by, and what arrives at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorize.capture.matmul import Matmul
+from tensorize.capture.uses import patches
+from tensorize.ir.sites import Site
+
+
+def input_rows(site: Site, matmul: Matmul) -> Tensor | None:
+    """The rows (rows, width) that a call multiplies the matrix by; None where none can be told."""
+    return matmul_rows(site, matmul, None)[0]
+
+
+def matmul_rows(
+    site: Site, matmul: Matmul, gradient: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows that one call multiplies the matrix by, and what arrives at each product.
+
+    None for a side whose rows cannot be told (a convolution in three dimensions).
+    """
+    x, call, kernel = matmul.x.detach(), matmul.convolution, site.shape[2:]
+    if matmul.bag is not None:
+        return _bag_rows(x, matmul.bag, site.matrix[0], gradient)
+    if call is None:
+        x = x.reshape(-1) if matmul.contract == "lookup" else _as_rows(x)
+        return x, None if gradient is None else _as_rows(gradient)
+    x = patches(matmul, kernel)
+    x = None if x is None else x.detach()
+    if gradient is None:
+        return x, None
+    if call.output_padding is None:
+        return x, gradient.reshape(-1, site.matrix[0])
+    # Transposed: a pixel's product is a patch of the output.
+    forward = replace(matmul, x=gradient, convolution=replace(call, output_padding=None))
+    return x, patches(forward, kernel)
+
+
+def rows_by_sample(
+    site: Site, matmul: Matmul, gradient: Tensor, samples: int
+) -> tuple[Tensor, Tensor] | None:
+    """x (samples, T, width) and g (samples, T, width) of one call, the rows of a sample together.
+
+    None where a sample has one row (a head's), where rows cannot be told apart by samples, and for
+    lookups, whose inputs' moment is a diagonal.
+    """
+    if matmul.contract == "lookup" or site.experts:
+        return None
+    x, g = matmul_rows(site, matmul, gradient)
+    if x is None or g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:
+        return None
+    lead = tuple(matmul.x.shape[:-1])
+    if matmul.convolution is None and lead[0] != samples and lead[1:2] == (samples,):
+        # Time comes first, as in torch's own recurrent and attention modules.
+        x, g = (t.reshape(*lead[:2], -1, t.shape[-1]).transpose(0, 1) for t in (x, g))
+    return x.reshape(samples, -1, x.shape[-1]), g.reshape(samples, -1, g.shape[-1])
+
+
+def _bag_rows(
+    ids: Tensor, bag: Mapping[str, Any], rows: int, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Row numbers in all bags, and what arrives at each of them: its share of the bag's."""
+    if ids.dim() == 2:
+        owner = torch.arange(ids.numel(), device=ids.device) // ids.shape[1]
+    else:
+        places = torch.arange(ids.numel(), device=ids.device)
+        owner = torch.bucketize(places, bag["offsets"], right=True) - 1
+    ids, padding = ids.reshape(-1), bag["padding_idx"]
+    kept = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding % rows
+    ids, owner = ids[kept], owner[kept]
+    if gradient is None:
+        return ids, None
+    g = gradient[owner]
+    if bag["mode"] == "mean":
+        g = g / torch.bincount(owner).to(g.dtype)[owner].unsqueeze(-1)
+    elif bag["per_sample_weights"] is not None:
+        g = g * bag["per_sample_weights"].detach().reshape(-1)[kept].unsqueeze(-1)
+    return ids, g
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

@@ -1,0 +1,198 @@
+"""Find every parameter that is used by a matmul-like op, and why the others cannot be factorized.
+
+With inputs, the model is run once under an observer (``tensorize/capture/observer.py``). A
+parameter that the run does not use, and every parameter where there are no inputs, is read by the
+type of its module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from tensorize.base.tensors import adapted_layers, is_plain
+from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.matmul import Frame, Matmul
+from tensorize.capture.observer import Observer
+from tensorize.ir.sites import Site, Use
+from tensorize.passes.observe.select import Select, names_of, selected
+from tensorize.passes.pipeline import Program
+
+_UNKNOWN = "no use of it was seen: pass example_inputs that reach it"
+
+
+@dataclass(frozen=True)
+class FindSites:
+    """Program with ``sites``: one a parameter of at least two dimensions, blocked ones included."""
+
+    include: Select = None
+    exclude: Select = None
+    name: str = "sites"
+
+    def run(self, program: Program) -> Program:
+        model = program.model
+        names = names_of(model)
+        seen, other, beside = _observe(program) if program.inputs is not None else ({}, {}, [])
+        sites: list[Site] = []
+        adapted = tuple(f"{path}." for path in adapted_layers(model))
+        for parameter, aliases in names.values():
+            if not parameter.numel() or (parameter.dim() < 2 and not seen.get(aliases[0])):
+                continue  # nothing at all; a bias or a scale
+            uses, function = tuple(seen.get(aliases[0], ())), other.get(aliases[0])
+            if not uses and function is None:
+                uses, function = _uses_by_type(model, aliases)
+            last_resort = None
+            if function is not None and parameter.dim() >= 2 and _can_be_rebuilt(function):
+                last_resort = f"it is used by {function}, which is no matmul against it"
+                uses, function = (Use(function, "whole", split=_squarest(parameter.shape)),), None
+            site = Site(
+                name=aliases[0],
+                shape=tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                uses=uses,
+                aliases=tuple(aliases[1:]),
+                last_resort=last_resort,
+            )
+            blocked = _blocked(site, parameter, function)
+            if any(name.startswith(adapted) for name in aliases):
+                blocked = "it is part of a layer with an adapter: merge that first"
+            sites.append(replace(site, blocked=blocked))
+        sites = _with_input_groups(selected(sites, self.include, self.exclude), beside)
+        free = sum(site.blocked is None and site.last_resort is None for site in sites)
+        summary = f"{free} of {len(sites)} weights can be factorized"
+        sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
+        return replace(program, sites=tuple(sites), sizes=sizes, summary=summary)
+
+
+def _can_be_rebuilt(function: str) -> bool:
+    """Whether a function may be given a weight that is rebuilt for that call."""
+    writes = function.endswith("_") and not function.endswith("__")
+    return not writes and function not in ("embedding", "embedding_bag")  # a table for a few rows
+
+
+def _squarest(shape: Sequence[int]) -> int:
+    """How many leading axes make up the rows of the matrix that takes the most ranks."""
+    sides = [math.prod(shape[:k]) + math.prod(shape[k:]) for k in range(1, len(shape))]
+    return 1 + sides.index(min(sides))
+
+
+def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]]]:
+    """Matmul uses, and one other use, of every parameter in a run of the model.
+
+    Also the names of linears that one after the other read the very same tensor.
+    """
+    seen: dict[str, dict[Use, int]] = defaultdict(lambda: defaultdict(int))
+    other: dict[str, str] = {}
+    beside: list[list[str]] = []
+    last: Tensor | None = None
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        call = matmul.convolution
+        use = Use(
+            matmul.kind,
+            matmul.contract,
+            split=matmul.split,
+            groups=1 if call is None else call.groups,
+            partial=frame.rows is not None,
+        )
+        nonlocal last
+        if matmul.x is not last:
+            beside.append([])
+        last = matmul.x
+        beside[-1].append(name)
+        lookup = matmul.contract == "lookup"
+        seen[name][use] += matmul.x.numel() if lookup else _row_count(matmul.to_rows(output))
+        return output
+
+    def on_other(name: str, function: str) -> None:
+        other.setdefault(name, function)
+
+    model, batch = program.model, program.inputs
+    assert batch is not None
+    observer = Observer(model.named_parameters(), on_matmul, on_other)
+    with untouched(model), of_the_model(), observer:
+        model(*batch.args, **batch.kwargs)
+    uses = {
+        name: [replace(use, rows=count) for use, count in table.items()]
+        for name, table in seen.items()
+    }
+    return uses, other, beside
+
+
+def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -> list[Site]:
+    """Plain linears that always read their input together know the first of their group."""
+    plain = {
+        site.name
+        for site in sites
+        if site.blocked is None
+        and len(site.names) == len(site.uses) == 1
+        and (site.uses[0].kind, site.uses[0].partial, len(site.shape)) == ("linear", False, 2)
+    }
+    groups: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for names in beside:
+        for name in names:
+            groups[name].add(tuple(sorted(set(names))))
+    first: dict[tuple[str, ...], str] = {}
+    result = []
+    for site in sites:
+        if len(groups[site.name]) == 1 and site.name in plain:
+            (names,) = groups[site.name]
+            if sum(name in plain for name in names) > 1:
+                site = replace(site, input_group=first.setdefault(names, site.name))
+        result.append(site)
+    return result
+
+
+def _row_count(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _uses_by_type(model: nn.Module, names: Sequence[str]) -> tuple[tuple[Use, ...], str | None]:
+    """What the types of the modules that own a parameter say of its uses: matmuls, and another."""
+    uses: list[Use] = []
+    other: str | None = None
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        if isinstance(owner, ParametrizationList):
+            other = "a parametrization"
+        elif isinstance(owner, nn.RNNBase) and leaf in owner._flat_weights_names:
+            other = owner.mode.lower()
+        elif leaf != "weight":
+            continue
+        if type(owner).forward is nn.Linear.forward:
+            uses.append(Use("linear", "columns"))
+        elif type(owner).forward is nn.Embedding.forward and owner.max_norm is None:
+            uses.append(Use("embedding", "lookup"))
+        elif type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
+            uses.append(Use("addmm", "rows"))
+        elif type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and owner.groups == 1:
+            uses.append(Use(f"conv{owner.weight.ndim - 2}d", "columns", split=1))
+    return tuple(dict.fromkeys(uses)), other
+
+
+def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | None:
+    """Why a parameter cannot be factorized; None where it can."""
+    if not is_plain(parameter):
+        return f"it is a {type(parameter.data).__name__}, already in another form"
+    if not parameter.is_floating_point():
+        return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
+    if other is not None:
+        return f"it is used by {other}, which is no matmul against it"
+    if not site.uses:
+        return _UNKNOWN
+    if len({(use.split, use.groups) for use in site.uses}) > 1:
+        return "its uses read it as different matrices"
+    if len(site.shape) > 3 and not site.split:
+        return f"a weight of {len(site.shape)} dimensions used as a stack is not factorized"
+    if site.experts and any(use.contract == "lookup" for use in site.uses):
+        return "a lookup in a stack of tables is not factorized"
+    if site.groups > 1 and min(site.matrix) == 1:
+        return "a depthwise convolution: each of its matrices is a single row"
+    return None

@@ -1,0 +1,1 @@
+"""Contraction orders: by FLOPs, by time, and with gradients."""

@@ -1,0 +1,127 @@
+"""Calibrate the prediction of the loss: a few trial plans, measured.
+
+The sum of the curves predicts the rise of the loss to second order, and as if weights, inputs and
+gradients were independent. For large compressions both fail, by a factor that changes slowly with
+the size of the damage. So a few plans are tried on calibration batches, the dense weights replaced
+for one forward pass (the model itself is not touched), and the ratio measured : predicted is
+interpolated between them, on logarithmic scales. What refining the factors gains is measured in the
+same way, at fewer points: it changes slowly with the size of the damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tensorize.ir.plan import POLISH, REFIT, RankPlan
+from tensorize.ir.sites import Batch
+from tensorize.passes.allocate.allocate import smallest_share
+from tensorize.passes.observe.loss import PreservedLoss
+from tensorize.passes.pipeline import Program
+from tensorize.passes.predict.predictor import Predictor, Trial
+from tensorize.passes.predict.trials import Reference, approximations, trial_plan
+from tensorize.passes.rewrite.factorize import (
+    Cores,
+    best_components,
+    compressed_copy,
+    planned_cores,
+)
+from tensorize.passes.rewrite.polish import polish
+from tensorize.passes.rewrite.refit import refit
+from tensorize.weight.install import factored
+
+TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
+# A refit's gain changes slowly from half the parameters on, a polish's does not, and neither does
+# that of a model with one output row a sample, where a table is the first to lose: it has no refit.
+_REFINED_SHARES = {REFIT: (0.5, 0.25), POLISH: (0.75, 0.5, 0.25)}
+_REFINED_POOLED = (0.75, 0.5, 0.25)
+
+
+# A refinement leaves at least this share of a rise, as far as predictions go.
+_NOTHING = 0.01
+
+
+@dataclass(frozen=True)
+class CalibratePrediction:
+    """Program with ``predictor``, where there is a loss to preserve and data to measure it on.
+
+    Trial plans are measured on ``held_out`` batches, or on those ``learnt`` from where there are
+    none; ``refinements`` are measured as well.
+    """
+
+    learnt: tuple[Batch, ...]
+    held_out: tuple[Batch, ...]
+    loss: PreservedLoss | None
+    refinements: tuple[str, ...] = ()
+    name: str = "predict"
+
+    @property
+    def _batches(self) -> tuple[Batch, ...]:
+        return self.held_out or self.learnt
+
+    def run(self, program: Program) -> Program:
+        if program.metric != "loss" or self.loss is None:
+            return replace(program, summary="no loss to predict: weights and inputs alone")
+        if not any(curve.in_nats for curve in program.spectra.values()):
+            return replace(program, summary="no loss to predict: its gradients say nothing")
+        reference = Reference(program.model, self._batches, self.loss)
+        least = smallest_share(program)
+        plans = {share: trial_plan(program, trial_share(least, share)) for share in TRIAL_SHARES}
+        # Of shares that come to one plan the first is tried.
+        first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
+        wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
+        pooled = reference.one_row_a_sample
+        for refine in self.refinements:
+            shares = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
+            wanted += [(share, refine) for share in shares]
+        known = best_components(program, first)
+        trials: list[Trial] = []
+        for done, (share, refine) in enumerate(wanted):
+            program.progress("prediction", done, len(wanted))
+            plan = plans[share]
+            if plan is not None and first[plan] == share:
+                trials.append(self._measure(program, plan, refine, known, reference))
+        program.progress("prediction", len(wanted), len(wanted))
+        ordered = tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
+        predictor = Predictor(ordered, self.loss.unit, bool(self.held_out), self.refinements)
+        ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
+        summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
+        return replace(program, predictor=predictor, summary=summary)
+
+    def _measure(
+        self,
+        program: Program,
+        sites: Sequence[RankPlan],
+        refine: str | None,
+        known: Mapping[str, Cores],
+        reference: Reference,
+    ) -> Trial:
+        assert self.loss is not None
+        if refine is None:
+            cores = planned_cores(program, sites, known)
+        else:
+            cores = refit(program, sites, self.learnt)
+        if refine == POLISH:
+            small = compressed_copy(program, sites, cores)
+            polish(small, program.model, self.learnt, self._batches, self.loss)
+            cores = {name: weight.cores for name, weight in factored(small)}
+        found = reference.measure(approximations(program, sites, cores))
+        raw = sum(site.predicted_loss for site in sites)
+        return Trial(raw, found.rise, found.spread, found.output_error, refine)
+
+
+def trial_share(least: float, share: float) -> float:
+    """A share of a trial; where no model is so small, that of what can be saved at all."""
+    return share if share > least else least + (1 - least) * share
+
+
+def _positive(trials: Sequence[Trial]) -> Iterator[Trial]:
+    """Trials whose rise can be predicted from: those that are worse than the dense model.
+
+    Refined factors may be better than it, by a loss of the caller's: then almost nothing is lost.
+    """
+    plain = {t.raw: t.measured for t in trials if t.refine is None}
+    for trial in trials:
+        least = 0.0 if trial.refine is None else _NOTHING * plain.get(trial.raw, 0.0)
+        if max(trial.measured, least) > 0:
+            yield replace(trial, measured=max(trial.measured, least))

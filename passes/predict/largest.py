@@ -1,0 +1,116 @@
+"""What compressed weights do to the loss, measured; and curves of the largest weights put right.
+
+A curve is right to second order. The largest weights of a model (its table of tokens) are those of
+which a small budget leaves the least, and there the second order does not hold: at a tenth of its
+parameters a sentence encoder's table cost 3.3 times what its curve said, while other weights cost
+what theirs said, so that it was given far too little. There are few such weights, so each is
+compressed alone to some ranks and measured, the others being dense.
+
+That is done where a model has one output row a sample, and kept where a plan with it loses less
+than one without. Two decoders got worse by it: there one weight alone costs up to 14 times its
+curve, which in a model that is compressed as a whole it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tensorize.ir.plan import RankPlan
+from tensorize.ir.sites import Batch, Site
+from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.observe.loss import PreservedLoss
+from tensorize.passes.pipeline import Program
+from tensorize.passes.predict.trials import Reference, approximations, trial_plan
+from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores
+
+LARGE = 0.1
+"""A weight that holds this share of a model's parameters is measured by itself."""
+
+LEVELS = (0.05, 0.1, 0.35, 0.7)
+"""Shares of its parameters at which it is."""
+
+
+TRIAL = 0.25
+"""The share of a model's parameters at which plans with and without that are compared."""
+
+
+@dataclass(frozen=True)
+class MeasureLargest:
+    """Program whose largest weights have curves with what they really cost at some ranks.
+
+    It is measured on ``batches``.
+    """
+
+    batches: tuple[Batch, ...]
+    loss: PreservedLoss | None
+    name: str = "largest"
+
+    def run(self, program: Program) -> Program:
+        if program.metric != "loss" or self.loss is None:
+            return replace(program, summary="nothing to measure: there is no loss")
+        whole = sum(elements for elements, _ in program.sizes.values())
+        curves = [c for c in program.spectra.values() if c.site.parameters >= LARGE * whole]
+        trials = {curve.site.name: _alone(curve) for curve in curves}
+        if not any(trials.values()):
+            return replace(program, summary="no weight is large enough to be measured by itself")
+        first = Reference(program.model, self.batches[:1], self.loss)
+        if not first.one_row_a_sample:
+            return replace(program, summary="not measured: every position has an output of its own")
+        reference = Reference(program.model, self.batches, self.loss)
+        found, done = dict(program.spectra), 0
+        ratios: list[str] = []
+        for name, choices in trials.items():
+            known = best_components(program, [(choice,) for choice in choices])
+            pairs: list[tuple[float, float]] = []
+            for choice in choices:
+                program.progress("largest", done, sum(map(len, trials.values())))
+                pairs.append((choice.predicted_loss, _rise(program, [choice], known, reference)))
+                done += 1
+            found[name] = replace(found[name], measured=tuple(sorted(pairs)))
+            ratios.append(f"{name} {', '.join(f'{rise / lost:.2f}' for lost, rise in pairs)}")
+        program.progress("largest", done, done)
+        measured = replace(program, spectra=found)
+        summary = f"measured : predicted alone: {'; '.join(ratios)}"
+        if not _is_better(measured, program, reference):
+            return replace(program, summary=f"{summary}; not used, as plans with it lose more")
+        return replace(measured, summary=summary)
+
+
+def _is_better(one: Program, other: Program, reference: Reference) -> bool:
+    """Whether a trial plan of one program loses less than one of the other."""
+    rises = []
+    for program in (one, other):
+        plan = trial_plan(program, TRIAL)
+        if plan is None:
+            return False
+        rises.append(_rise(program, plan, None, reference))
+    return rises[0] < rises[1]
+
+
+def _rise(
+    program: Program,
+    sites: Sequence[RankPlan],
+    known: Mapping[str, Cores] | None,
+    reference: Reference,
+) -> float:
+    cores = planned_cores(program, sites, known)
+    return reference.measure(approximations(program, sites, cores)).rise
+
+
+def _alone(curve: Spectrum) -> list[RankPlan]:
+    """A weight at the ranks of the levels; nothing where low rank is not allowed or possible."""
+    site: Site = curve.site
+    m, n = site.matrix
+    ranks = {max(1, int(level * m * n / (m + n))) for level in LEVELS}
+    if not curve.in_nats or LOW_RANK not in curve.formats or min(m, n) <= max(ranks):
+        return []
+    plans = []
+    for rank in sorted(ranks):
+        spec = TTSpec.low_rank(m, n, rank, experts=site.experts)
+        lost = curve.distortion_of(spec)
+        if lost > 0:
+            error = curve.error(lost)
+            plans.append(RankPlan(site.name, site.kind, site.shape, spec, error, lost, "measured"))
+    return plans

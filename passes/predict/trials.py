@@ -1,0 +1,126 @@
+"""Measure what a model loses with some weights replaced, against the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, is_tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.base.errors import BudgetError, CaptureError
+from tensorize.capture.forward import untouched
+from tensorize.ir.budget import Budget
+from tensorize.ir.plan import RankPlan
+from tensorize.ir.sites import Batch
+from tensorize.passes.allocate.allocate import Allocate
+from tensorize.passes.observe.loss import PreservedLoss
+from tensorize.passes.observe.outputs import (
+    Output,
+    call,
+    essential,
+    of_batch,
+    outputs_of,
+    samples_of,
+)
+from tensorize.passes.pipeline import Program
+
+_KEPT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The rise of the loss a row, its relative standard error, the outputs' relative error."""
+
+    rise: float
+    spread: float
+    output_error: float
+
+
+class Reference:
+    """The dense model's outputs on some batches: what other weights are measured against.
+
+    They are held where they take no more than a gigabyte, else made again each time.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: PreservedLoss) -> None:
+        self.model, self.batches, self.loss = model, batches, loss
+        self._kept: dict[int, Any] = {}
+        size = 0
+        with untouched(model):
+            for k, batch in enumerate(batches):
+                result = self._run(batch)
+                loss.require_finite(result, batch, model)
+                size += sum(leaf.nbytes for leaf in pytree.tree_leaves(result) if is_tensor(leaf))
+                if k == 0 or size <= _KEPT_BYTES:
+                    self._kept[k] = result
+
+    def _run(self, batch: Batch) -> Any:
+        """The dense model's outputs; with a loss of the caller's all of them."""
+        result = call(self.model, batch)
+        return result if self.loss.loss_fn is not None else essential(result)
+
+    def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
+        """What the model loses with some weights replaced, by name; itself it is not touched."""
+        model, rises = self.model, []
+        error, size = 0.0, 0.0
+        with untouched(model):
+            for k, batch in enumerate(self.batches):
+                before = self._kept[k] if k in self._kept else self._run(batch)
+                with of_batch(batch):
+                    after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
+                rises.append(self.loss.rise(before, after, batch, model))
+                for a, b in self._outputs(before, after, batch):
+                    centred = a.rows.double() - a.rows.double().mean(0)
+                    error += float((a.rows - b.rows).double().square().sum())
+                    size += float(centred.square().sum())
+        rise = sum(total for total, _ in rises) / max(sum(count for _, count in rises), 1)
+        means = torch.tensor([total / max(count, 1) for total, count in rises])
+        spread = 0.0
+        if len(means) > 1 and rise > 0:
+            spread = float(means.std() / len(means) ** 0.5 / rise)
+        return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
+
+    @property
+    def one_row_a_sample(self) -> bool:
+        """Whether the outputs have one row for each sample, however many positions it has."""
+        return samples_of(self._kept[0], self.model) is not None
+
+    def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
+        """The outputs that can be compared: with a loss of the caller's they may be anything."""
+        try:
+            those = (outputs_of(result, batch, self.model) for result in (before, after))
+            pairs = list(zip(*those, strict=True))
+        except (CaptureError, ValueError):
+            if self.loss.loss_fn is None:
+                raise
+            return []
+        return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
+
+
+def approximations(
+    program: Program, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """Dense weights as the cores would leave them, by parameter name; tied names included."""
+    parameters: dict[str, nn.Parameter] = dict(program.model.named_parameters())
+    weights: dict[str, Tensor] = {}
+    for choice in sites:
+        if choice.spec is not None:
+            dense = parameters[choice.name]
+            weight = reconstruct(choice.spec, cores[choice.name]).to(dense.dtype)
+            weights[choice.name] = weight.detach().reshape(dense.shape)
+    return weights
+
+
+def trial_plan(program: Program, share: float) -> tuple[RankPlan, ...] | None:
+    """What a trial at a share of the parameters does; None where it does nothing."""
+    try:
+        plan = Allocate(Budget(params=share)).run(program).plan
+    except BudgetError:
+        return None  # the weights that cannot be factorized take more than this share
+    assert plan is not None
+    return plan.sites if sum(site.predicted_loss for site in plan.sites) > 0 else None

@@ -1,0 +1,1 @@
+"""Put a plan's factors into the model: made, refined, verified."""

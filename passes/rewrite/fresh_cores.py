@@ -1,0 +1,185 @@
+"""Cores for a model that is to be trained from scratch, in place of its fresh dense weights.
+
+**Scale.** The entries of W = Σ Π cores over the R values of the summed indices have the variance
+R Π σ_k², for independent cores of standard deviations σ_k. With R Π σ_k² = s², s that of the fresh
+dense weight, outputs and the gradients of inputs have the variance that they have in the dense
+model. How s is split among the cores is free (see ``training.parameter_groups`` for the learning
+rates that make it so): every core gets the same norm. With a non-linearity between two
+factors the first gives it inputs of unit variance for inputs of unit variance, and the second
+makes up for what it leaves of that.
+
+**Spectral**: the best approximation of the fresh dense weight, scaled to its norm (Khodak et al.
+2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorize.algebra.decompose import block_svd, tt_svd
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.ir.plan import RankPlan
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import BLOCK, LOW_RANK, TTSpec
+from tensorize.passes.curves.curve import as_matrix
+from tensorize.passes.curves.decompositions import best_factors
+from tensorize.passes.curves.metric import average, site_metrics
+from tensorize.passes.pipeline import Program
+from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
+from tensorize.weight.install import install, owner_of, takes_nonlinearity
+from tensorize.weight.whole_model import settle
+
+SCALED, SPECTRAL = "scaled", "spectral"
+METHODS = (SCALED, SPECTRAL)
+_PART = 1 << 22
+
+
+@dataclass(frozen=True)
+class InitializeCores:
+    """Program whose ``model`` (changed in place) has values, with cores where the plan says so.
+
+    ``device``: where values are made that are on meta; ``initializer`` makes them where given.
+    """
+
+    method: str = SCALED
+    nonlinearity: str | None = None
+    initializer: Initializer | None = None
+    device: str = "cpu"
+    name: str = "initialize"
+
+    def run(self, program: Program) -> Program:
+        model, plan = program.model, program.plan
+        assert plan is not None
+        sites = {site.name: site for site in program.sites}
+        chosen = {choice.name: choice for choice in plan.sites if choice.spec is not None}
+        missing = {name: set(sites[name].names) for name in chosen}
+        bent = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(program.seed)
+            for final in self._final_values(model):
+                for name in list(missing):
+                    missing[name] -= final
+                    if not missing[name]:
+                        del missing[name]
+                        bent += self._replace(model, sites[name], chosen[name])
+                        program.progress("initialize", len(chosen) - len(missing), len(chosen))
+        settle(model)
+        summary = f"{len(chosen)} weights have {self.method} cores"
+        notes = program.notes
+        if self.nonlinearity is not None:
+            notes = (
+                *notes,
+                f"{self.nonlinearity} between the factors of {bent} of {len(chosen)} weights",
+            )
+        return replace(program, summary=summary, notes=notes)
+
+    def _final_values(self, model: nn.Module) -> Iterable[set[str]]:
+        if is_on_meta(model):
+            return made_fresh(model, torch.device(self.device), self.initializer)
+        return [{name for name, _ in model.named_parameters(remove_duplicate=False)}]
+
+    def _replace(self, model: nn.Module, site: Site, choice: RankPlan) -> bool:
+        """Swap one fresh weight for cores; whether there is a non-linearity between them."""
+        assert choice.spec is not None
+        owner, leaf = owner_of(model, site.name)
+        dense = owner._parameters[leaf]
+        assert dense is not None
+        weight = as_matrix(site, dense.detach())
+        bent = None
+        if self.nonlinearity and takes_nonlinearity(model, site.names, choice.spec):
+            bent = self.nonlinearity
+        size = root_mean_square(weight)
+        if self.method == SPECTRAL and size > 0:
+            cores = spectral_cores(choice.spec, site, weight)
+        else:  # a weight that begins as zero has no directions
+            cores = scaled_cores(choice.spec, size, weight, bent)
+        padding = getattr(owner, "padding_idx", None)
+        if padding is not None and choice.spec.format == LOW_RANK:
+            cores[0][padding] = 0  # as the dense table's
+        held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores]
+        install(model, site.names, choice.spec, held, bent)
+        return bent is not None
+
+
+def root_mean_square(weight: Tensor) -> float:
+    """Of the entries; part by part, so that no copy in float32 is as large as the weight."""
+    parts = weight.reshape(-1).split(_PART)
+    squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
+    return math.sqrt(squares / weight.numel())
+
+
+def summed_sizes(spec: TTSpec) -> int:
+    """R: the number of terms in every entry of the weight."""
+    outer = {*spec.rows, *spec.columns, *spec.batch}
+    return math.prod(size for name, size in spec.size.items() if name not in outer)
+
+
+def core_scales(spec: TTSpec, scale: float) -> list[float]:
+    """The σ_k of cores of one norm whose weight has entries of root mean square ``scale``.
+
+    With N_k entries, σ_k² = t / N_k and R Π σ_k² = s²: t^d = s² Π N_k / R.
+    """
+    sizes = [math.prod(shape) for shape in spec.single.core_shapes]
+    logs = 2 * math.log(scale) + sum(map(math.log, sizes)) - math.log(summed_sizes(spec))
+    norm = math.exp(logs / len(sizes))
+    return [math.sqrt(norm / size) for size in sizes]
+
+
+def scaled_cores(
+    spec: TTSpec, scale: float, like: Tensor, nonlinearity: str | None = None
+) -> list[Tensor]:
+    """Random cores whose weight has entries of root mean square ``scale``.
+
+    A weight that starts at zero has a first core of zeros, so that the others' gradients are zero
+    at the first step only.
+    """
+    if scale == 0.0:
+        scales = core_scales(spec, 1 / math.sqrt(spec.single.shape[-1]))
+        scales[0] = 0.0
+    elif nonlinearity is not None:
+        (rank,), n = spec.ranks, spec.shape[-1]
+        left = scale * math.sqrt(n / (rank * _second_moment(getattr(F, nonlinearity))))
+        scales = [left, 1 / math.sqrt(n)]
+    else:
+        scales = core_scales(spec, scale)
+    kind = {"dtype": like.dtype, "device": like.device}
+    return [
+        torch.randn(shape, **kind).mul_(sigma)
+        for shape, sigma in zip(spec.core_shapes, scales, strict=True)
+    ]
+
+
+def _second_moment(function: Callable[[Tensor], Tensor]) -> float:
+    """E[f(z)²] for z of the standard normal distribution, by its quantiles."""
+    places = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    return float(function(torch.special.ndtri(places)).square().mean())
+
+
+def spectral_cores(spec: TTSpec, site: Site, weight: Tensor) -> list[Tensor]:
+    """The best cores of a fresh weight, scaled so that theirs has its norm."""
+    if spec.format == LOW_RANK:
+        metric = average(site_metrics(site, None, "frobenius"))
+        cores = list(best_factors(weight, metric, spec.ranks[0]))
+    elif spec.format == BLOCK:
+        cores = block_svd(weight, spec.row_modes, spec.column_modes, *spec.ranks)[1]
+    else:
+        cores = tt_svd(weight, spec.row_modes, spec.column_modes, spec.ranks)[1]
+        norm = math.prod(float(core.norm()) for core in cores) ** (1 / len(cores))
+        cores = [core * (norm / max(float(core.norm()), 1e-30)) for core in cores]
+    kept = root_mean_square(reconstruct(spec, cores)) if not spec.batch else _kept(cores)
+    grown = (root_mean_square(weight) / max(kept, 1e-30)) ** (1 / len(cores))
+    return [(core * grown).to(weight.dtype).contiguous() for core in cores]
+
+
+def _kept(cores: list[Tensor]) -> float:
+    """Root mean square of a stack of low-rank weights, by the Gram matrices of their factors."""
+    left, right = cores
+    squares = ((left.mT @ left) * (right @ right.mT)).sum()
+    entries = left.shape[0] * left.shape[1] * right.shape[2]
+    return math.sqrt(max(float(squares), 0.0) / entries)

@@ -1,0 +1,229 @@
+"""Sequential refit: every weight's factors solved again on the inputs that it will really see.
+
+The one-shot factors are best for the dense model's inputs. In the compressed model a weight sees
+inputs x̃ that the weights before it have changed, while its outputs should still be those of the
+dense model, W x. So weights are taken in the order of their use: with C̃ = E[x̃ x̃ᵀ] and
+K = E[x x̃ᵀ], both from calibration data, the map that is best on x̃ is T = W K C̃⁻¹, and its best
+rank-r factors in the metric (G of the gradients, C̃ of the inputs) follow from one whitened SVD, as
+for the dense weight. No gradients are needed.
+
+All of it is one pass: every calibration batch runs through the dense and through the compressed
+model at once, and waits at each weight until that weight is solved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tensorize.capture.forward import untouched
+from tensorize.capture.matmul import Frame, Matmul
+from tensorize.ir.plan import RankPlan
+from tensorize.ir.sites import Batch, Site
+from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.passes.curves.curve import Spectrum, as_matrix
+from tensorize.passes.curves.decompositions import best_factors
+from tensorize.passes.curves.joint import joint_factors
+from tensorize.passes.curves.metric import Metric, shrink, shrinkage
+from tensorize.passes.observe.moments import plus, products
+from tensorize.passes.observe.outputs import row_mask
+from tensorize.passes.observe.rows import input_rows
+from tensorize.passes.pipeline import Program
+from tensorize.passes.rewrite.factorize import Cores, planned_cores
+from tensorize.passes.rewrite.runs import WeightRun, run_order
+from tensorize.weight import contractions as ops
+from tensorize.weight.lazy import FactoredWeight
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Program with ``cores``: the planned factors, solved again on ``batches``."""
+
+    batches: tuple[Batch, ...]
+    name: str = "refit"
+
+    def run(self, program: Program) -> Program:
+        assert program.plan is not None
+        cores = refit(program, program.plan.sites, self.batches)
+        summary = f"{len(cores)} weights in sequence, on {len(self.batches)} batches"
+        return replace(program, cores=cores, summary=summary)
+
+
+@torch.no_grad()
+def refit(
+    program: Program, sites: Sequence[RankPlan], batches: Sequence[Batch]
+) -> dict[str, Cores]:
+    """The cores of a plan, those of plain low-rank weights solved again."""
+    specs = {choice.name: choice.spec for choice in sites if choice.spec is not None}
+    parameters = {n: p for n, p in program.model.named_parameters() if n in specs}
+    contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
+    by_name = {site.name: site for site in program.sites}
+    order = [
+        n
+        for n in run_order(program.model, batches[0], parameters)
+        if _solvable(by_name[n], specs[n], program.spectra[n])
+    ]
+    together = _together(sites, order)
+    order = [name for name in order if name in together]
+    cores: dict[str, Cores] = {}
+
+    def use_planned(*names: str) -> None:
+        if wanted := [c for c in sites if c.name in names and c.name not in cores]:
+            cores.update(planned_cores(program, wanted))
+
+    def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
+        if name not in cores:  # it is solved after this batch came by it, or never
+            use_planned(name)
+        shape = tuple(parameters[name].shape)
+        whole = frame if shape == specs[name].shape else replace(frame, shape=shape)
+        held = tuple(core.to(parameters[name].dtype) for core in cores[name])
+        return FactoredWeight(specs[name], held, whole, contractions[name]).run(matmul)
+
+    runs: list[tuple[WeightRun, WeightRun]] = []
+    try:
+        with untouched(program.model):
+            for batch in batches:
+                given = program.model, batch, parameters, order
+                runs.append((WeightRun(*given, None), WeightRun(*given, compressed)))
+            moments: _Moments | None = None
+            for done, name in enumerate(order):
+                program.progress("refit", done, len(order))
+                there = [pair for pair in runs if all(one.reach(done) for one in pair)]
+                if moments is None or not moments.are_of(there):
+                    moments = _Moments(by_name[name], there)
+                if moments.seen:
+                    group = {n: program.spectra[n] for n in together[name]}
+                    weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
+                    solved = moments.solve(weights, list(group.values()), specs[name].ranks[0])
+                    cores.update(zip(group, solved, strict=True))
+    finally:
+        for pair in runs:
+            for one in pair:
+                one.stop()
+    use_planned(*specs)
+    program.progress("refit", len(order), len(order))
+    return cores
+
+
+def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list[str]]:
+    """The first used of weights with a common first factor → all of them; one alone: itself.
+
+    Where one of them cannot be solved, none of its group is.
+    """
+    groups: dict[str, list[str]] = {}
+    for choice in sites:
+        if choice.spec is not None:
+            groups.setdefault(choice.shared or choice.name, []).append(choice.name)
+    used = {name: place for place, name in enumerate(order)}
+    solvable = [names for names in groups.values() if all(name in used for name in names)]
+    return {min(names, key=used.__getitem__): names for names in solvable}
+
+
+def _solvable(site: Site, spec: TTSpec, curve: Spectrum) -> bool:
+    """Whether it is a plain low-rank weight that is not exact already.
+
+    One that some of the data use in another way has several metrics, and no single best map.
+    """
+    plain = spec.format == LOW_RANK and not site.experts and not site.last_resort
+    return plain and spec.ranks[0] < min(site.matrix) and len(curve.metrics) == 1
+
+
+class _Moments:
+    """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64, and of others of the same input."""
+
+    def __init__(self, site: Site, runs: Sequence[tuple[WeightRun, WeightRun]]) -> None:
+        self.site, self.count = site, 0
+        self._cross: Tensor | None = None
+        self._own: Tensor | None = None
+        self._contract = "columns"
+        self._inputs = _inputs(runs)
+        for pair in runs:
+            self._add(*pair)
+
+    def are_of(self, runs: Sequence[tuple[WeightRun, WeightRun]]) -> bool:
+        """Whether what the runs wait with are products of the very same inputs."""
+        return _inputs(runs)[1] == self._inputs[1]
+
+    def _add(self, dense: WeightRun, small: WeightRun) -> None:
+        assert dense.matmul is not None
+        assert small.matmul is not None
+        if self.count == 0:
+            self._contract = dense.matmul.contract
+        if {dense.matmul.contract, small.matmul.contract} != {self._contract}:
+            return  # a batch that uses it in another way than those before
+        x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
+        if x is None or seen is None or x.shape != seen.shape:
+            return  # rows of a convolution in three dimensions; a model that takes another way
+        mask = row_mask(dense.matmul.x, dense.batch, dense.matmul.contract)
+        if mask is not None and mask.numel() == len(x):
+            x, seen = x[mask], seen[mask]
+        self._cross = plus(self._cross, products(x, seen))
+        self._own = plus(self._own, products(seen))
+        self.count += len(x)
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything but zeros arrived in the compressed model, and nothing infinite."""
+        return self._own is not None and 0 < float(self._own.diagonal().sum()) < math.inf
+
+    def solve(
+        self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int
+    ) -> list[Cores]:
+        """The best factors of the maps that take x̃ to W x; several have one first factor."""
+        rows = self._contract == "rows"
+        factor, cross = self._damped
+        matrices = [(weight.t() if rows else weight).double() for weight in weights]
+        # K C̃⁻¹ is one for all weights of an input; for few rows W K C̃⁻¹ from the left is less work.
+        if sum(map(len, matrices)) >= len(factor):
+            maps = [matrix @ self._transfer for matrix in matrices]
+        else:
+            maps = [torch.cholesky_solve((m @ cross).t(), factor).t() for m in matrices]
+        targets = [m.to(w.dtype) for m, w in zip(maps, weights, strict=True)]
+        metrics = []
+        for curve in curves:
+            (metric,) = curve.metrics
+            outputs = metric.right if rows else metric.left
+            metrics.append(Metric(metric.scale, outputs, factor.float()))
+        if len(targets) > 1:
+            shared, reader = joint_factors(targets, metrics, rank)
+            shared = shared.to(targets[0].dtype)
+            return [((t.double() @ reader).to(t.dtype), shared) for t in targets]
+        left, right = best_factors(targets[0], metrics[0], rank)
+        return [(right.t(), left.t()) if rows else (left, right)]
+
+    @cached_property
+    def _damped(self) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of C̃, and K; what is added to both is noise that both models see."""
+        assert self._cross is not None
+        assert self._own is not None
+        mean = float(self._own.diagonal().mean())
+        share = shrinkage(self._own, self.count)
+        cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
+        return torch.linalg.cholesky(own), cross
+
+    @cached_property
+    def _transfer(self) -> Tensor:
+        """K C̃⁻¹."""
+        factor, cross = self._damped
+        return torch.cholesky_solve(cross.t(), factor).t()
+
+
+def _inputs(runs: Sequence[tuple[WeightRun, WeightRun]]) -> tuple[list[Tensor], list[object]]:
+    """What a weight is multiplied with in every run, and what tells whether another's is the same.
+
+    While the first are held, none of their numbers is given to another tensor.
+    """
+    matmuls = [one.matmul for pair in runs for one in pair if one.matmul is not None]
+    same: list[object] = []
+    for matmul in matmuls:
+        if matmul.convolution is not None or matmul.x.is_inference():
+            # Patches depend on the weight's shape; writes in place are not always counted.
+            same.append(object())
+        else:
+            same.append((id(matmul.x), matmul.x._version, matmul.contract))
+    return [matmul.x for matmul in matmuls], same

@@ -1,0 +1,98 @@
+"""Check the rewritten model: what it computes, what it costs, and what it lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorize.algebra import interpret
+from tensorize.base.errors import AnalysisError
+from tensorize.passes.pipeline import Program
+from tensorize.weight.install import factored
+from tensorize.weight.lazy import FactoredWeight
+
+_ROWS = 4
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """The same program, with a note for every weight whose error is not the predicted one.
+
+    Raises:
+        AnalysisError: a rewritten weight does not compute what its cores say, or the parameters
+            are not as many as planned.
+    """
+
+    name: str = "verify"
+
+    def run(self, program: Program) -> Program:
+        plan = program.plan
+        assert plan is not None
+        counted = sum({id(p): p.numel() for p in program.model.parameters()}.values())
+        planned = plan.predicted.parameters
+        if counted != planned:
+            raise AnalysisError(
+                f"the model has {counted:,} parameters, the plan said {planned:,}",
+                way_out="this is a defect in tensorize: please report it",
+            )
+        # On meta they were checked as they were written.
+        compared = [(name, w) for name, w in factored(program.model) if not w.is_meta]
+        largest = max((check_weight(name, w) for name, w in compared), default=0.0)
+        notes = list(program.notes)
+        for site in plan.sites:
+            if site.spec is None or plan.refine is not None:
+                continue  # refined factors are not the best for their own dense weight
+            actual = program.errors.get(site.name, 0.0)
+            rounding = torch.finfo(getattr(torch, _dtype(program, site.name))).eps
+            if actual > 1.05 * site.predicted_error + 8 * rounding:
+                notes.append(
+                    f"{site.name}: its error is {actual:.4g}, {site.predicted_error:.4g} predicted"
+                )
+        agreed = f"contractions agree to {largest:.1e} of their size"
+        summary = f"{counted:,} parameters; {agreed if compared else 'none to run'}"
+        return replace(program, summary=summary, notes=tuple(notes))
+
+
+def _dtype(program: Program, name: str) -> str:
+    return next((site.dtype for site in program.sites if site.name == name), "float32")
+
+
+def check_weight(name: str, weight: FactoredWeight) -> float:
+    """Run a weight on random rows against the interpreter; the relative difference.
+
+    Raises:
+        AnalysisError: it is more than rounding in the weight's dtype explains.
+    """
+    if weight.frame.shape is not None:
+        return 0.0  # not used as a matrix of rows; its error is measured as the others'
+    if weight.spec.batch:
+        weight = FactoredWeight(weight.spec, weight.cores, replace(weight.frame, expert=0))
+    spec, cores = weight.looked_at()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_ROWS, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        got = F.linear(x, weight)  # type: ignore[arg-type]
+        contract = "rows" if weight.frame.transposed else "columns"
+        want = interpret.apply(spec, cores, x, contract)
+    difference = relative_difference(got, want)
+    # Rounding grows with the square root of the longest sums and the number of steps.
+    terms = max(*weight.shape, *spec.ranks)
+    allowed = 8 * torch.finfo(weight.dtype).eps * math.sqrt(terms) * len(cores)
+    if not difference <= allowed:
+        raise AnalysisError(
+            f"its contraction differs from the interpreter by {difference:.3g}, "
+            f"{allowed:.3g} is allowed",
+            site=name,
+            way_out="this is a defect in tensorize: please report it",
+        )
+    return difference
+
+
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖, in float64."""
+    size = float(want.double().norm())
+    return float((got.double() - want.double()).norm()) / size if size > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Tensor-train algebra, and the interpreter that everything else is compared with."""

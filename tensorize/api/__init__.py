@@ -1,0 +1,1 @@
+"""The verbs: compile, analyze, apply, and what goes with them."""

@@ -1,0 +1,188 @@
+"""The expensive stage, done once: every weight's curve, and the plans that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tensorize.base.errors import AnalysisError, BudgetError, check_one_of
+from tensorize.ir.budget import Budget
+from tensorize.ir.plan import POLISH, REFIT, Plan
+from tensorize.ir.sites import Batch
+from tensorize.passes.allocate.allocate import (
+    BATCH_SIZES,
+    Allocate,
+    RanksOption,
+    check_ranks,
+)
+from tensorize.passes.curves.formats import FormatsOption, formats_by_site
+from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.pipeline import Program, run_passes
+from tensorize.reports.curve import Curve
+from tensorize.reports.data import CurvePoint
+
+CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What was learned of one model: its sites, their curves, and how to predict the loss.
+
+    Made by ``tensorize.analyze``; it keeps the calibration data alive, which refining the factors
+    needs, and not the model.
+    """
+
+    program: Program
+    fingerprint: str
+    cache: str | None = None
+    calibration: tuple[Batch, ...] = ()
+    loss_fn: LossFunction | None = None
+
+    @property
+    def metric(self) -> str:
+        """``frobenius``, ``input`` or ``loss``."""
+        return self.program.metric
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.program.notes
+
+    def plan(
+        self,
+        budget: float | Budget | None,
+        *,
+        refine: str | None = "auto",
+        formats: FormatsOption = None,
+        ranks: RanksOption = None,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        rank_multiple: int | None = None,
+    ) -> Plan:
+        """The best formats and ranks within a budget, in milliseconds.
+
+        Args:
+            budget: a share of the parameters, a ``Budget``, or None where ``ranks`` says it all.
+            refine: what ``apply`` does to the factors: None, ``"refit"`` or ``"polish"``; "auto" is
+                a refit where there are calibration data and no limit on single errors.
+            formats: which formats may be used, among those that were analysed.
+            ranks: pattern → rank or ``"full"``; overrides the allocation.
+            batch_sizes: input rows at which FLOPs are counted; the worst counts.
+            rank_multiple: low ranks are multiples of this (or smaller than it), as matrix units
+                want; None: 8 for a GPU, 1 for a CPU, where it gains nothing.
+
+        Raises:
+            BudgetError: no choice satisfies the budget; it names the nearest feasible value.
+            AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
+                ``formats`` or ``ranks`` do not fit its weights.
+        """
+        allocate = self._allocation(budget, refine, formats, ranks, batch_sizes, rank_multiple)
+        plan = run_passes(self.program, (allocate,)).plan
+        assert plan is not None
+        own_loss = self.loss_fn is not None
+        return replace(plan, analysis=self, cache=self.cache, own_loss=own_loss)
+
+    def _allocation(
+        self,
+        budget: float | Budget | None,
+        refine: str | None,
+        formats: FormatsOption,
+        ranks: RanksOption,
+        batch_sizes: Sequence[int],
+        rank_multiple: int | None = None,
+    ) -> Allocate:
+        budget = None if budget is None else Budget.of(budget)
+        check_choice(budget, refine, ranks)
+        chosen = None
+        if formats is not None:
+            free = [site for site in self.program.sites if site.blocked is None]
+            chosen = formats_by_site(free, formats)
+            for site in free:
+                self.program.spectra[site.name].require(chosen[site.name])
+        if rank_multiple is None:
+            rank_multiple = self.program.machine.rank_multiple
+        return Allocate(
+            budget,
+            ranks=ranks,
+            formats=chosen,
+            batch_sizes=batch_sizes,
+            refine=self._refinement(refine, budget),
+            rank_multiple=rank_multiple,
+            fingerprint=self.fingerprint,
+        )
+
+    def _refinement(self, refine: str | None, budget: Budget | None) -> str | None:
+        """What ``refine`` comes to; raises AnalysisError where it cannot be done or predicted."""
+        limited = budget is not None and budget.error is not None
+        predictor = self.program.predictor
+        if refine == "auto":
+            pays = self.calibration and (predictor is None or predictor.pays(REFIT))
+            return REFIT if pays and not limited else None
+        if refine is None:
+            return None
+        if not self.calibration:
+            raise AnalysisError(
+                f"refine={refine!r} needs calibration data", way_out="analyse with calibration="
+            )
+        if refine == POLISH and (predictor is None or POLISH not in predictor.refinements):
+            raise AnalysisError(
+                "this analysis cannot predict what a polish gains",
+                way_out="tensorize.analyze(…, calibration=…, refine='polish'), in the loss metric",
+            )
+        return refine
+
+    def curve(self, budgets: Sequence[float] | None = None) -> Curve:
+        """Predicted quality, parameters, bytes and FLOPs for several budgets.
+
+        With ``budgets=None`` a ladder from 0.05 to 0.9 of which the feasible part is shown.
+
+        Raises:
+            BudgetError: one of the given budgets is not feasible.
+        """
+        several = budgets is None or isinstance(budgets, Sequence)
+        if not several or not all(isinstance(b, float | int) for b in budgets or ()):
+            raise BudgetError(
+                f"budgets are shares of the parameters, got {budgets!r}",
+                way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(…)) for others",
+            )
+        points: list[CurvePoint] = []
+        for budget in CURVE_BUDGETS if budgets is None else budgets:
+            try:
+                plan = (
+                    self._allocation(budget, "auto", None, None, BATCH_SIZES).run(self.program).plan
+                )
+            except BudgetError:
+                if budgets is not None:
+                    raise
+                continue
+            assert plan is not None
+            points.append(CurvePoint(**vars(plan.predicted), budget=budget))
+        return Curve(tuple(points), self.metric)
+
+    def __str__(self) -> str:
+        free = sum(site.blocked is None for site in self.program.sites)
+        return (
+            f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
+            f"can be factorized\n{self.curve()}"
+        )
+
+
+def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) -> None:
+    """Raises AnalysisError or BudgetError for what no analysis can make a plan of."""
+    check_ranks(ranks)
+    check_refine(refine)
+    if budget is None and ranks is None:
+        raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
+    check_errors_stay(budget is not None and budget.error is not None, refine)
+
+
+def check_errors_stay(limited: bool, refine: str | None) -> None:
+    """Raises BudgetError where single errors are limited, and a refinement would move them."""
+    if limited and refine in (REFIT, POLISH):
+        raise BudgetError(
+            f"refine={refine!r} moves errors between weights, and the budget limits each",
+            way_out="refine=None, or limit the loss instead of the error",
+        )
+
+
+def check_refine(refine: str | None) -> None:
+    """Raises AnalysisError for a value that ``refine`` cannot take."""
+    check_one_of("refine", refine, ("auto", None, REFIT, POLISH), AnalysisError)

@@ -1,0 +1,190 @@
+"""``tensorize.apply``: put a plan into effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorize.api.analysis import Analysis, check_errors_stay, check_refine
+from tensorize.api.analyze import analyze, calibration_of
+from tensorize.api.autotune import time_orders
+from tensorize.api.outcome import report_of, slow_weights
+from tensorize.base.errors import AnalysisError
+from tensorize.base.progress import Progress, shown
+from tensorize.cache import analyses as disk
+from tensorize.capture.forward import in_usual_modes
+from tensorize.capture.inputs import check_model
+from tensorize.codegen.machine import rates as machine
+from tensorize.ir.plan import POLISH, Plan
+from tensorize.ir.sites import Batch
+from tensorize.ir.spec import SHARED
+from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.pipeline import Pass, Program, run_passes
+from tensorize.passes.rewrite.factorize import Factorize, copy_sharing
+from tensorize.passes.rewrite.polish import Polish
+from tensorize.passes.rewrite.refit import Refit
+from tensorize.passes.rewrite.verify import VerifyResult
+from tensorize.reports.attach import attach
+from tensorize.reports.report import Report
+from tensorize.store import transformers_config
+from tensorize.store.fingerprint import fingerprint
+from tensorize.weight.lazy import FactoredWeight
+
+
+@in_usual_modes
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | str | None = None,
+    tokenizer: Any = None,
+    loss_fn: LossFunction | None = None,
+    refine: str | None = "auto",
+    autotune: bool = False,
+    inplace: bool = False,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
+    """Put a plan into effect: the mechanical stage.
+
+    A plan from ``Analysis.plan`` carries its analysis. One read from JSON needs the cache that
+    holds it, or ``calibration=`` to make it again; a plan of the weights alone needs neither.
+
+    Args:
+        example_inputs: what forward takes, where a plan from JSON was made with it.
+        calibration, tokenizer: the data that the plan was made with, where it does not carry them
+            itself.
+        loss_fn: the loss that it was made for, likewise.
+        refine: "auto" does what the plan predicts; anything else overrides it, and then the result
+            is not what was predicted.
+        autotune: time contraction orders on this machine, as ``compile`` does.
+
+    Raises:
+        AnalysisError: the plan was made for other weights or another loss, or its analysis or the
+            data for its ``refine`` cannot be had.
+        BudgetError: the plan keeps a limit on single errors, and ``refine`` moves them.
+        CaptureError: ``model`` is none, or the inputs do not fit it.
+    """
+    check_model(model)
+    if not isinstance(plan, Plan):
+        raise AnalysisError(
+            f"plan is a {type(plan).__name__}, not a Plan",
+            way_out="tensorize.apply(model, analysis.plan(0.5))",
+        )
+    check_refine(refine)
+    check_errors_stay(plan.limits_errors, refine)
+    analysis = plan.analysis
+    batches, _ = calibration_of(calibration, model, None, plan.seed, tokenizer)
+    if refine != "auto":
+        plan = replace(plan, refine=refine)
+    _check_loss(plan, loss_fn)
+    with shown(progress) as tell:
+        if analysis is None:
+            analysis = _analysis_of(model, plan, example_inputs, batches, loss_fn, tell)
+        if batches and not analysis.calibration:
+            analysis = replace(analysis, calibration=batches)
+        if plan.refine is not None and not analysis.calibration:
+            raise AnalysisError(
+                f"the plan's refine={plan.refine!r} needs the calibration data, which a cache and "
+                "JSON do not hold",
+                way_out="pass calibration=, or refine=None",
+            )
+        return apply_plan(model, plan, analysis, inplace, tell, autotune)
+
+
+def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
+    """Raises AnalysisError where a plan cannot be carried out for the loss that it was made for."""
+    if loss_fn is not None and not plan.own_loss:
+        raise AnalysisError("the plan was made without a loss_fn", way_out="analyse with loss_fn=")
+    if plan.own_loss and plan.analysis is None and loss_fn is None:
+        raise AnalysisError(
+            "the plan was made for a loss_fn, which JSON does not hold",
+            way_out="pass the same loss_fn= again",
+        )
+
+
+def _analysis_of(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    batches: tuple[Batch, ...],
+    loss_fn: LossFunction | None,
+    tell: Progress,
+) -> Analysis:
+    if plan.cache is not None and (found := disk.read_location(plan.cache)) is not None:
+        return Analysis(found, plan.fingerprint, plan.cache)
+    if plan.metric != "frobenius" and not batches:
+        raise AnalysisError(
+            f"the plan was made in the {plan.metric} metric and its analysis is not at hand",
+            way_out='pass calibration= (data, or "self"), or analyse with cache_dir= so that the '
+            "plan finds it",
+        )
+    formats = {
+        site.name: site.format if site.shared is None else (site.format, SHARED)
+        for site in plan.sites
+        if site.spec is not None
+    }
+    return analyze(
+        model,
+        example_inputs=example_inputs,
+        calibration=None if plan.metric == "frobenius" else [batch.given for batch in batches],
+        loss_fn=loss_fn,
+        metric=plan.metric,
+        refine=plan.refine,
+        formats=formats or None,
+        seed=plan.seed,
+        progress=tell,
+    )
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    analysis: Analysis,
+    inplace: bool,
+    tell: Progress,
+    autotune: bool,
+) -> nn.Module:
+    if fingerprint(model) != plan.fingerprint:
+        raise AnalysisError(
+            "the plan was made for a model with other weights",
+            way_out="analyse this model: tensorize.analyze(model)",
+        )
+    replaced = {site.name for site in plan.sites if site.spec is not None}
+    target = model if inplace else copy_sharing(model, replaced)
+    program = replace(analysis.program, model=target, plan=plan, progress=tell)
+    passes: list[Pass] = [Factorize(), VerifyResult()]
+    if plan.refine is not None and replaced:
+        passes.insert(0, Refit(analysis.calibration))
+    if plan.refine == POLISH and replaced:
+        dense = copy_sharing(model, dict(model.named_parameters())) if inplace else model
+        loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
+        passes.insert(2, Polish(dense, *split(analysis.calibration), loss))
+    program = run_passes(program, passes)
+    if autotune:
+        time_orders(program)
+    attach(target, report_of_result(program, analysis))
+    transformers_config.note_factors(target)
+    return target
+
+
+def report_of_result(program: Program, analysis: Analysis) -> Report:
+    return report_of(program, analysis.curve(), slow_weights(program, _timed))
+
+
+@torch.no_grad()
+def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
+    """Microseconds of a factorized weight and of the dense one, for rows of random numbers."""
+    dense = factors.dense()
+    x = torch.randn(rows, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense)
+    device = str(dense.device)
+    calls = (factors, dense)
+    ours, own = (
+        1e6 * machine.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
+        for w in calls
+    )
+    return ours, own

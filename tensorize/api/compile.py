@@ -1,0 +1,122 @@
+"""``tensorize.compile``: analyse, plan and apply in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tensorize.api.analysis import check_choice
+from tensorize.api.analyze import analyze
+from tensorize.api.apply import apply_plan
+from tensorize.base.errors import check_one_of
+from tensorize.base.progress import Progress, shown
+from tensorize.capture.forward import in_usual_modes
+from tensorize.capture.inputs import check_model
+from tensorize.ir.budget import Budget
+from tensorize.passes.allocate.allocate import RanksOption
+from tensorize.passes.curves.formats import FormatsOption
+from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.observe.select import Select, named_parameters, require_match
+from tensorize.running.in_use import use_kernels
+
+BACKENDS = ("auto", "aten", "triton", "inductor")
+
+
+@in_usual_modes
+def compile(
+    model: nn.Module,
+    budget: float | Budget | None = 0.1,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | str | None = None,
+    tokenizer: Any = None,
+    loss_fn: LossFunction | None = None,
+    metric: str | None = None,
+    refine: str | None = "auto",
+    include: Select = None,
+    exclude: Select = None,
+    formats: FormatsOption = None,
+    ranks: RanksOption = None,
+    backend: str = "auto",
+    autotune: bool = False,
+    inplace: bool = False,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
+    """The same model, smaller: matmul weights replaced by low-rank or tensor-train factors.
+
+    Args:
+        model: a dense module; it is left bit for bit as it was (``inplace=True``: it is rewritten
+            itself, each dense weight released as soon as its cores exist).
+        budget: the share of the model's parameters to keep, in (0, 1], or a ``tensorize.Budget``;
+            ``None`` where ``ranks`` says it all.
+        example_inputs: what forward takes: a tuple of positional or a dict of keyword arguments.
+        calibration: an iterable of such inputs, or of strings with ``tokenizer=``: the errors are
+            then weighed by what they do to the model's outputs. ``"self"``: the model makes them
+            itself, a decoder by writing text. None: it makes some where that takes no more than
+            about a minute, else the weights alone are judged (as by ``metric="frobenius"``).
+        loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
+        metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
+        refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved
+            again, in closed form, for the inputs of the compressed model) or ``"polish"`` (gradient
+            steps on the distance to the dense outputs as well); "auto" is a refit.
+        include, exclude: shell patterns over parameter and module names, or a predicate on sites.
+        formats: which of ``"dense"``, ``"low_rank"``, ``"shared"`` (low rank with one first factor
+            for weights of one input), ``"tt"`` and ``"block"`` may be used: a name, several, or
+            pattern → names. By default the first three, and trains of weights that a cheap probe
+            finds to be sums of a few Kronecker products.
+        ranks: pattern → rank or ``"full"``; overrides the allocation.
+        backend: ``"aten"``: contractions run as torch operations. ``"triton"``: as kernels wherever
+            a family covers them, on a GPU or, with ``TRITON_INTERPRET=1``, on the CPU. ``"auto"``:
+            as kernels where they were measured to beat torch on this GPU (``tune_kernels``).
+            ``"inductor"``: the model's own call is compiled, at its first use, as by
+            ``torch.compile(model, backend="tensorize")``.
+        autotune: time the best few contraction orders of every tensor train on this machine, and
+            remember the fastest (in ``~/.cache/tensorize``). No choice rests on a timing otherwise.
+        seed: of the probes; same seed, same inputs, same machine: the same bits.
+        cache_dir: where analyses are kept on disk, a weight at a time: a run that was killed goes
+            on after the last one. None: nowhere.
+        max_memory: bytes, or text such as ``"4GB"``: the most that second moments may take at once.
+            Weights are then analysed in groups, each in passes over the calibration data of its
+            own, and what is learned lies on disk; the bits are the same. The model and its
+            forward and backward passes are not counted.
+        progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
+
+    Raises:
+        BudgetError: the budget is malformed or not feasible (it names the nearest that is).
+        CaptureError: the model or its inputs cannot be used.
+        AnalysisError: weights or options do not allow an analysis.
+        CheckpointError: ``cache_dir`` cannot be used.
+        TensorizeError: ``backend`` is unknown.
+    """
+    budget = None if budget is None else Budget.of(budget)
+    check_choice(budget, refine, ranks)
+    if ranks is not None:
+        check_model(model)
+        require_match(named_parameters(model), list(ranks), "ranks")
+    check_one_of("backend", backend, BACKENDS)
+    with shown(progress) as tell:
+        analysis = analyze(
+            model,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            loss_fn=loss_fn,
+            metric=metric,
+            refine=refine,
+            include=include,
+            exclude=exclude,
+            formats=formats,
+            seed=seed,
+            cache_dir=cache_dir,
+            max_memory=max_memory,
+            progress=tell,
+        )
+        plan = analysis.plan(budget, refine=refine, ranks=ranks)
+        small = apply_plan(model, plan, analysis, inplace, tell, autotune)
+        return use_kernels(small, backend)

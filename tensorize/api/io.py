@@ -1,0 +1,45 @@
+"""``tensorize.save`` and ``tensorize.load``."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from tensorize.reports.attach import report
+from tensorize.running.in_use import use_kernels
+from tensorize.store import load as store_load
+from tensorize.store import save as checkpoint
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write a compiled model as safetensors and JSON, atomically.
+
+    Raises:
+        CheckpointError: the model was not made by tensorize, or the directory cannot be written.
+    """
+    checkpoint.save(model, directory)
+
+
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Read a saved model: a Hugging Face one by itself, any other into ``model``.
+
+    No pickle, no network, no dense weights. Returns the model, in evaluation mode. Its weights run
+    by what it was compiled for (``backend``); the report says by what, and why.
+
+    Args:
+        device: where it goes; None: where ``model`` is, or the CPU.
+        dtype: of its floating-point weights; None: as they were saved.
+
+    Raises:
+        CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
+    """
+    found = store_load.load(directory, model, device=device, dtype=dtype)
+    return use_kernels(found, report(found).backend)

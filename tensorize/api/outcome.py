@@ -1,0 +1,91 @@
+"""What was done to a model, as its report: every weight, the totals, and what turned out slow."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorize.ir.plan import Prediction, Totals
+from tensorize.passes.allocate.slower import slow_choices
+from tensorize.passes.pipeline import Program
+from tensorize.reports.curve import Curve
+from tensorize.reports.data import ReportTotals, SiteReport
+from tensorize.reports.report import Report
+from tensorize.version import __version__
+from tensorize.weight.install import factored
+from tensorize.weight.lazy import FactoredWeight
+
+Timed = Callable[[FactoredWeight, int], tuple[float, float]]
+"""Microseconds of a factorized weight and of the dense one, for so many rows."""
+
+_MOST_TIMED = 4
+"""Weights that are timed, of those that are slower than dense."""
+
+
+def report_of(program: Program, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
+    """What was done to the model of a program, with ``notes`` beside its own."""
+    plan = program.plan
+    assert plan is not None
+    aliases = {site.name: site.aliases for site in program.sites}
+    sites = tuple(
+        SiteReport.of(choice, aliases.get(choice.name, ()), program.errors.get(choice.name, 0.0))
+        for choice in plan.sites
+    )
+    return Report(
+        plan=replace(plan, analysis=None),
+        sites=sites,
+        totals=ReportTotals(plan.dense, totals_of(program.model, plan.predicted)),
+        curve=curve,
+        history=program.history,
+        notes=(*program.notes, *notes),
+        environment=_environment(),
+    )
+
+
+def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
+    """Parameters and bytes of a model, each once; FLOPs and times are those predicted."""
+    parameters = {id(p): p for p in model.parameters()}.values()
+    return Totals(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() * p.element_size() for p in parameters),
+        predicted.flops,
+        predicted.latency,
+    )
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return (
+        ("tensorize", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("machine", f"{platform.machine()} {platform.system()}"),
+        ("threads", str(torch.get_num_threads())),
+    )
+
+
+def slow_weights(program: Program, timed: Timed) -> tuple[str, ...]:
+    """Notes on weights that are slower than dense; of each shape one is ``timed``."""
+    plan = program.plan
+    assert plan is not None
+    slow = slow_choices(program.sites, plan.sites, plan.batch_sizes, program.machine)
+    alike: dict[Any, list[str]] = {}
+    for choice in plan.sites:
+        if choice.name in slow:
+            alike.setdefault((choice.shape, choice.spec), []).append(choice.name)
+    weights = dict(factored(program.model))
+    notes = []
+    for names in alike.values():
+        worst = max(slow[names[0]], key=lambda each: each.factorized / each.dense)
+        said = f"{worst.factorized:.1f} µs predicted, {worst.dense:.1f} dense"
+        found = weights[names[0]]
+        if len(notes) < _MOST_TIMED and len(found.shape) == 2 and not found.is_meta:
+            ours, dense = timed(found, worst.batch)
+            said += f"; {ours:.1f} measured, {dense:.1f} dense"
+        others = f" and {len(names) - 1} like it" if len(names) > 1 else ""
+        notes.append(f"{names[0]}{others}: slower than dense at {worst.batch} rows: {said}")
+    return tuple(notes)

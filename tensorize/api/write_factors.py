@@ -1,0 +1,269 @@
+"""Factors on their way from a checkpoint to an artefact, one weight at a time.
+
+The model stays on the meta device: a weight is read from its shard, replaced by its cores as in any
+compile, checked, written to its place in the artefact, and given up. A journal beside the file says
+what is written, so that a run that was killed goes on after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorize.base.errors import AnalysisError, CheckpointError
+from tensorize.base.tensorfile import Layout, Writer
+from tensorize.cache.curve_files import Curves
+from tensorize.hub.shards import Checkpoint
+from tensorize.ir.plan import RankPlan
+from tensorize.ir.sites import Site
+from tensorize.passes.pipeline import Program
+from tensorize.passes.rewrite.factorize import replace_weight
+from tensorize.passes.rewrite.verify import check_weight
+from tensorize.reports.report import Report
+from tensorize.store.contents import Contents, contents_of
+from tensorize.store.save import save_written
+from tensorize.weight.install import (
+    core_names,
+    factored,
+    first_factor,
+    install,
+    names_now,
+    owner_of,
+)
+from tensorize.weight.whole_model import settle
+
+_NEEDS = {
+    "loss": "it needs the backward pass of the whole model",
+    "input": "it needs the inputs of every weight, of forward passes of the whole model",
+}
+
+
+def check_metric(metric: str | None) -> None:
+    """Raises AnalysisError for a metric that needs more of the model than one weight."""
+    if metric not in (None, "frobenius"):
+        why = _NEEDS.get(metric, "there is no such metric")
+        raise AnalysisError(
+            f"metric={metric!r} cannot be had while a checkpoint streams: {why}",
+            way_out='metric="frobenius" judges weights alone; load the model to compile it with '
+            "calibration data, with max_memory= where its second moments are too large",
+        )
+
+
+@contextlib.contextmanager
+def workplace(out: Path) -> Iterator[Path]:
+    """A folder in ``out`` for what is finished; other than it, nothing in ``out`` is touched.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    folder = out / ".tensorize-stream"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be written: {type(error).__name__}: {error}",
+            way_out="choose a directory with room that you may write to: what is finished takes "
+            "about twice the checkpoint, and is kept for the next run",
+        ) from error
+
+
+# ------------------------------------------------------------------------------------ the factors
+
+
+@dataclass(frozen=True)
+class WriteFactors:
+    """Program whose ``model``, on meta, is the compressed one, with the measured ``errors``.
+
+    Its values are in the file ``draft``, laid out as ``checkpoint.save`` lays it out.
+    """
+
+    source: Checkpoint
+    curves: Curves
+    folder: Path
+    name: str = "factorize"
+
+    def run(self, program: Program) -> Program:
+        assert program.plan is not None
+        planned = planned_model(program, self.source.model)
+        artefact = self.artefact(replace(program, model=planned))
+        scratch = copy.deepcopy(self.source.model)
+        journal = artefact.open_journal()
+        errors = dict(journal.errors)
+        units = self._units(program)
+        with Writer(artefact.draft, artefact.layout) as file:
+            for done, unit in enumerate(units):
+                program.progress("factorize", done, len(units))
+                if unit[0].name in errors:
+                    continue
+                found = self._unit(program, scratch, unit, file, artefact.layout.places)
+                file.flush()
+                journal.add(found)
+                errors |= found
+            self._copy_others(program, planned, file, artefact.layout.places)
+            file.flush()
+        program.progress("factorize", len(units), len(units))
+        chosen = [choice.name for choice in program.plan.sites if choice.spec is not None]
+        errors = {name: errors[name] for name in chosen}
+        worst = max(errors.values(), default=0.0)
+        summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"
+        return replace(program, model=planned, errors=errors, summary=summary)
+
+    def artefact(self, program: Program) -> Artefact:
+        """What is written of a program whose model is the compressed one on meta."""
+        assert program.plan is not None
+        contents, tensors = contents_of(program.model, on_meta=True)
+        layout = Layout.usual(tensors, {"format": "pt"})
+        plan = replace(program.plan, cache=None).to_json()
+        identity = hashlib.sha256(plan.encode() + layout.header).hexdigest()[:16]
+        return Artefact(self.folder / f"{identity}.tmp", contents, layout)
+
+    def _units(self, program: Program) -> list[list[RankPlan]]:
+        """Weights with one first factor together, every other alone; in the order of the shards."""
+        assert program.plan is not None
+        units: dict[str, list[RankPlan]] = {}
+        for choice in program.plan.sites:
+            if choice.spec is not None:
+                units.setdefault(choice.shared or choice.name, []).append(choice)
+        return sorted(units.values(), key=lambda unit: self.source.shard(unit[0].name))
+
+    def _unit(
+        self,
+        program: Program,
+        scratch: nn.Module,
+        unit: Sequence[RankPlan],
+        file: Writer,
+        places: Mapping[str, Any],
+    ) -> dict[str, float]:
+        """Write the cores of weights that have something in common; their measured errors."""
+        sites = {site.name: site for site in program.sites}
+        errors: dict[str, float] = {}
+        held: set[str] = set()
+        for choice in unit:
+            site = sites[choice.name]
+            _put_dense(scratch, site, self.source.read(site.name))
+            curve = self.curves.whole(site)
+            errors[choice.name] = replace_weight(scratch, site, choice, curve)
+            for owner in {name.rpartition(".")[0] for name in site.names}:
+                for leaf, factors in factored(scratch.get_submodule(owner)):
+                    if not factors.is_meta:
+                        check_weight(f"{owner}.{leaf}", factors)
+            held |= {core for name in site.names for core in core_names(scratch, name)}
+        for name in sorted(held):
+            owner, leaf = owner_of(scratch, name)
+            core: Any = owner._parameters[leaf]
+            if name in places:
+                file.put(name, core)
+            owner._parameters[leaf] = _on_meta(core)
+        return errors
+
+    def _copy_others(
+        self, program: Program, planned: nn.Module, file: Writer, places: Mapping[str, Any]
+    ) -> None:
+        """Copy what stays as it is."""
+        assert program.plan is not None
+        sites = {site.name: site for site in program.sites}
+        chosen = [sites[choice.name] for choice in program.plan.sites if choice.spec is not None]
+        gone = {name for site in chosen for name in site.names}
+        for name in sorted(self.source.entries.keys() - gone, key=self.source.shard):
+            (now,) = names_now(planned, name)
+            if now in places:
+                file.put(now, self.source.read(name))
+
+
+def planned_model(program: Program, model: nn.Module) -> nn.Module:
+    """A copy of a model on meta with cores, on meta, where the plan has them."""
+    assert program.plan is not None
+    planned = copy.deepcopy(model)
+    sites = {site.name: site for site in program.sites}
+    for choice in program.plan.sites:
+        if choice.spec is None:
+            continue
+        dense = planned.get_parameter(choice.name)
+        cores = [
+            nn.Parameter(
+                torch.empty(shape, dtype=dense.dtype, device="meta"),
+                requires_grad=dense.requires_grad,
+            )
+            for shape in choice.spec.core_shapes
+        ]
+        if choice.shared not in (None, choice.name):
+            cores[1] = first_factor(planned, choice.shared)
+        install(planned, sites[choice.name].names, choice.spec, cores)
+    settle(planned)
+    return planned
+
+
+def _put_dense(model: nn.Module, site: Site, value: Tensor) -> None:
+    """Give a weight its values, under all of its names."""
+    blank = model.get_parameter(site.name)
+    dense = nn.Parameter(value, requires_grad=blank.requires_grad)
+    for name in site.names:
+        owner, leaf = owner_of(model, name)
+        owner._parameters[leaf] = dense
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    blank = torch.empty_like(parameter, device="meta")
+    return nn.Parameter(blank, requires_grad=parameter.requires_grad)
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The file of weights of a model on meta: where it is made, and what it will hold.
+
+    It is named by plan and weights, so that a run goes on with its own file only.
+    """
+
+    draft: Path
+    contents: Contents
+    layout: Layout
+
+    def open_journal(self) -> Journal:
+        """What the draft holds; where there is no draft (it was put in its place), nothing."""
+        path = self.draft.with_suffix(".jsonl")
+        if not self.draft.exists() or self.draft.stat().st_size != self.layout.size:
+            path.unlink(missing_ok=True)
+        return Journal(path)
+
+    def save(self, model: nn.Module, report: Report, directory: Path) -> None:
+        """Complete it: configurations and manifest beside it, and the file in its place."""
+        save_written(model, self.contents, report, self.draft, directory)
+
+
+class Journal:
+    """The weights that are written, and their measured errors, a line for each group of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.errors: dict[str, float] = {}
+        for line in _lines(path):
+            self.errors |= line
+
+    def add(self, errors: Mapping[str, float]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(errors)) + "\n")
+
+
+def _lines(path: Path) -> Iterator[dict[str, float]]:
+    """The whole lines of a journal: the last one may be cut off, and then counts in nothing."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    for line in whole.splitlines():
+        yield json.loads(line)

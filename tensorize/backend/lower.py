@@ -1,0 +1,91 @@
+"""``torch.compile(model, backend="tensorize", options={...})``.
+
+On a model that ``tensorize.compile`` rewrote, the backend lowers it: kernels take in the norms and
+the elementwise work around their weights; every product on a CPU is computed in the way that is
+fastest for its rows; and the rest goes to inductor (``options={"inner": "eager"}``:
+it runs as it is, projections of one token grouped; that compiles in a fraction of the time).
+
+On a dense model it is a preview for inference: the linears of the graph are factorized within
+``options["budget"]`` by the same analysis as ``tensorize.compile``. A backend cannot free the dense
+weights, and the caller's optimizer does not see the factors, so they stay, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, fx
+from torch._guards import TracingContext
+
+from tensorize.backend.options import BackendOptions
+from tensorize.passes.lowering.cleanup import RemoveDead
+from tensorize.passes.lowering.cpu_products import ChooseProducts
+from tensorize.passes.lowering.graph import LoweringPass, lower
+from tensorize.passes.lowering.group import GroupProjections
+from tensorize.passes.lowering.packed import value, with_packed
+from tensorize.reports.attach import note_fused
+from tensorize.running.fuse_graph import fuse, has_gradients
+from tensorize.running.in_use import launches
+
+log = logging.getLogger("tensorize")
+
+
+# Rows up to which projections are grouped: measured on a CPU (passes/lowering/group.py); on a GPU
+# launches are what a few rows cost.
+_GROUPED_ROWS = {"cpu": 1, "cuda": 16}
+
+
+def lower_graph(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Mapping[str, Tensor],
+    options: BackendOptions,
+) -> Callable[..., Any]:
+    device = next((p.device.type for p in parameters.values()), "cpu")
+    inner = _best_inner(device) if options.inner == "auto" else options.inner
+    lowered = fuse(graph, example_inputs, launches())
+    for work, cores in lowered.fused:
+        for core in cores:
+            note_fused(core, work.fused)
+    gradients = has_gradients(example_inputs)
+    passes: list[LoweringPass] = []
+    if not gradients and inner == "eager":  # packed copies of the weights would get none
+        passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
+    if device == "cpu":
+        passes.append(ChooseProducts(gradients))
+    lowered = lower(lowered, [*passes, RemoveDead()])
+    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    if inner == "eager":
+        return with_packed(lowered.graph.forward, lowered, names)
+    from torch._inductor.compile_fx import compile_fx
+
+    packed = [value(p.pack, [parameters[name] for name in p.names]) for p in lowered.packed]
+    compiled = compile_fx(lowered.graph, [*example_inputs, *map(_of_fixed_shape, packed)])
+    return with_packed(cast(Callable[..., Any], compiled), lowered, names)
+
+
+def _of_fixed_shape(tensor: Tensor) -> Tensor:
+    """A further input as inductor is to see it: its sizes are no symbols, which have no source."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+def _best_inner(device: str) -> str:
+    """Inductor; on a CPU it needs a C++ compiler."""
+    if device != "cpu":
+        return "inductor"
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        log.warning(
+            "there is no C++ compiler, so the rest of the graph runs as it is: install one, name "
+            'one in CXX, or pass options={"inner": "eager"}'
+        )
+        return "eager"
+    return "inductor"

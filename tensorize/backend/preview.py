@@ -1,0 +1,153 @@
+"""A dense model through the backend: compressed as it is traced, to see what that would give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tensorize.api import compile
+from tensorize.backend.options import BackendOptions
+from tensorize.ir.spec import TTSpec
+from tensorize.passes.lowering.graph import own_graph
+from tensorize.running.fuse_graph import parameters_in
+from tensorize.weight.install import factored, install
+
+log = logging.getLogger("tensorize")
+
+
+Factors = tuple[TTSpec, list[nn.Parameter]]
+# Cores by the dense parameter and the options they were made under: recompiles share them.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_told = False
+
+
+def preview_graph(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    options: BackendOptions,
+) -> Callable[..., Any]:
+    global _told
+    weights = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+    reason: Any = getattr(graph, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        log.warning(
+            "the model breaks into several graphs, and the preview meets the budget within each: "
+            "it sees %d weights up to here (%s)",
+            len(weights),
+            reason.reason.partition("\n")[0],
+        )
+    if not weights:  # a part of the model that no budget can be met within
+        return graph.forward
+    if not _told:
+        _told = True
+        log.warning(
+            'backend="tensorize" with a budget previews a compressed model: the dense weights stay '
+            "in memory and an optimizer would not see the factors; tensorize.compile(model, "
+            "budget) gives the compressed model itself"
+        )
+    # Layers of equal shapes share one graph when they are compiled one by one.
+    at = [k for k, value in enumerate(example_inputs) if isinstance(value, nn.Parameter)]
+    made: dict[tuple[int, ...], tuple[list[Any], Callable[..., Any]]] = {}
+
+    def model_of(inputs: Sequence[Any]) -> Callable[..., Any]:
+        held = [inputs[k] for k in at]
+        key = tuple(map(id, held))
+        if key not in made:  # holding them keeps their identities theirs
+            made[key] = held, _previewed(graph, inputs, parameters_in(graph, inputs), options)
+        return made[key][1]
+
+    model_of(example_inputs)
+    return lambda *inputs: model_of(inputs)(*inputs)
+
+
+def _previewed(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    options: BackendOptions,
+) -> Callable[..., Any]:
+    """The graph with these parameters factorized."""
+    copied, kept = _as_module(graph, parameters)
+    model = _Preview(copied)
+    inputs = tuple(value for value, keep in zip(example_inputs, kept, strict=True) if keep)
+    names = {id(p): name for name, p in model.named_parameters()}
+    key = repr(options)
+    known: dict[str, Factors | None] = {}
+    for parameter in parameters.values():
+        made = _made.get(parameter) or {}
+        if key in made:
+            known[names[id(parameter)]] = made[key]
+    if len(known) < len(names):
+        dense = dict(model.named_parameters())
+        compile.compile(
+            model,
+            options.budget,
+            inplace=True,
+            progress=False,
+            example_inputs=inputs,
+            metric="frobenius",
+            formats=options.formats,
+            ranks=options.ranks,
+            seed=options.seed,
+        )
+        cores = {name: (w.spec, list(w.cores)) for name, w in factored(model)}
+        for name, parameter in dense.items():
+            _made[parameter] = {**(_made.get(parameter) or {}), key: cores.get(name)}
+        log.info("previewed a graph of %d parameters: %d factorized", len(dense), len(cores))
+    else:
+        for name, factors in known.items():
+            if factors is not None:
+                install(model, [name], *factors)
+
+    def run(*arguments: Any) -> Any:
+        return model(*(value for value, keep in zip(arguments, kept, strict=True) if keep))
+
+    return run
+
+
+class _Preview(nn.Module):
+    """A graph as a module of its own, whose parameters can be replaced."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.graph(*inputs)
+
+
+def _as_module(
+    graph: fx.GraphModule, parameters: Mapping[str, nn.Parameter]
+) -> tuple[fx.GraphModule, list[bool]]:
+    """The graph with its parameters as its own, and which of its inputs are left."""
+    copied = own_graph(graph)
+    kept: list[bool] = []
+    for node in list(copied.graph.nodes):
+        if node.op != "placeholder":
+            continue
+        kept.append(node.name not in parameters)
+        if kept[-1]:
+            continue
+        path, _, leaf = _qualified_name(node).rpartition(".")
+        owner = copied
+        for part in path.split(".") if path else ():
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(leaf, parameters[node.name])
+        with copied.graph.inserting_before(node):
+            replacement = copied.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+        node.replace_all_uses_with(replacement)
+        copied.graph.erase_node(node)
+    copied.recompile()
+    return copied, kept
+
+
+def _qualified_name(node: fx.Node) -> str:
+    """A name for a parameter's placeholder that is a path: dynamo's own, made plain."""
+    return "weights." + node.name.strip("_").removeprefix("l_self_").rstrip("_")

@@ -1,0 +1,1 @@
+"""What knows nothing of compression: errors, files, text, records, tensors."""

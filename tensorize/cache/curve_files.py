@@ -1,0 +1,217 @@
+"""Curves on disk, a weight at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tensorize.base.files import draft_of, into_place
+from tensorize.base.tensorfile import (
+    Layout,
+    Writer,
+    is_padding,
+    sha256_of,
+)
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import TTSpec
+from tensorize.passes.curves.curve import SharedFactor, Spectrum
+from tensorize.passes.curves.metric import Metric
+from tensorize.passes.curves.trains import TensorTrain
+
+log = logging.getLogger("tensorize")
+
+
+# Of what is kept: entries of another format have other keys.
+FORMAT = 5
+_ENDING = ".safetensors"
+# Names of groups, so that they are not those of weights.
+SHARED_CURVES = "shared: "
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+class Held(Enum):
+    """How a curve that is on disk is held while a run goes on."""
+
+    memory = "in memory, as it was made"
+    mapped = "mapped: the system reads what is asked for, and may drop it again"
+    shapes = "all but the factors, of which the shapes are enough for a plan"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of one analysis in a folder, where each is as soon as it is known.
+
+    ``files`` are the names of those that this run kept or found, by what they are of.
+    """
+
+    folder: Path
+    held: Held = Held.memory
+    files: dict[str, str] = field(default_factory=dict)
+
+    def find(self, site: Site) -> Spectrum | None:
+        """The curve of a weight, if it was kept and is whole; without its shared factor."""
+        found = self._find(site.name)
+        return None if found is None else _curve_from_dict(site, *found)
+
+    def keep(self, curve: Spectrum) -> Spectrum:
+        """Put a curve in place; it comes back as it is to be held from now on."""
+        tensors: dict[str, Tensor] = {}
+        data = _curve_to_dict(curve, tensors)
+        path = self._put(curve.site.name, tensors, data)
+        return (
+            curve if self.held is Held.memory else _curve_from_dict(curve.site, *self._open(path))
+        )
+
+    def find_shared(self, group: str) -> dict[str, SharedFactor] | None:
+        """The first factor of a group of weights, by the names of its members."""
+        found = self._find(SHARED_CURVES + group)
+        return None if found is None else _shared_from_dict(*found)
+
+    def keep_shared(
+        self, group: str, members: Mapping[str, SharedFactor]
+    ) -> Mapping[str, SharedFactor]:
+        """Put what the members of a group have in common in place; see ``keep``."""
+        first = next(iter(members.values()))
+        tensors = {"factor": first.factor, "reader": first.reader}
+        tensors |= {f"{k}.distortion": m.distortion for k, m in enumerate(members.values())}
+        path = self._put(SHARED_CURVES + group, tensors, {"members": list(members)})
+        return members if self.held is Held.memory else _shared_from_dict(*self._open(path))
+
+    def whole(self, site: Site) -> Spectrum:
+        """A curve with its factors, those that it shares among them.
+
+        Raises:
+            KeyError: it was not kept, or is damaged.
+        """
+        mapped = replace(self, held=Held.mapped)
+        curve = mapped.find(site)
+        if curve is None:
+            raise KeyError(site.name)
+        shared = None if site.input_group is None else mapped.find_shared(site.input_group)
+        return replace(curve, shared=(shared or {}).get(site.name))
+
+    def named(self, name: str, file: str) -> None:
+        """Take a file for what ``name`` is, as a finished analysis says.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        path = self.folder / Path(file).name
+        if not _is_whole(path):
+            raise ValueError(f"{path} is missing or damaged")
+        self.files[name] = path.name
+
+    def _find(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        known = self.files.get(name)
+        paths = [self.folder / known] if known else sorted(self.folder.glob(f"{_short(name)}-*"))
+        for path in paths:
+            try:
+                if known or _is_whole(path):
+                    found = self._open(path)
+                    self.files[name] = path.name
+                    return found
+                why = "its content is not what its name says"
+            except DAMAGE as error:
+                why = f"{type(error).__name__}: {error}"
+            log.warning("%s of %s is damaged and is made again: %s", path, name, why)
+        return None
+
+    def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt", device="cpu") as file:
+            data = json.loads(file.metadata()["data"])
+            for name in file.keys():  # noqa: SIM118
+                if is_padding(name):
+                    continue
+                tensor = file.get_tensor(name)
+                if self.held is Held.shapes:
+                    kept = name.endswith("distortion")
+                    tensor = tensor.clone() if kept else torch.empty_like(tensor, device="meta")
+                tensors[name] = tensor
+        return data, tensors
+
+    def _put(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        layout = Layout.aligned(tensors, {"data": json.dumps(data)})
+        with draft_of(self.folder / _short(name)) as draft:
+            with Writer(draft, layout) as file:
+                for key, tensor in tensors.items():
+                    file.put(key, tensor)
+            path = self.folder / f"{_short(name)}-{sha256_of(draft)[:16]}{_ENDING}"
+            into_place(draft, path)
+        self.files[name] = path.name
+        return path
+
+
+def _short(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return path.stem.rpartition("-")[2] == sha256_of(path)[:16]
+    except OSError:
+        return False
+
+
+def _shared_from_dict(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, SharedFactor]:
+    factor, reader = tensors["factor"], tensors["reader"]
+    return {
+        name: SharedFactor(factor, reader, tensors[f"{k}.distortion"])
+        for k, name in enumerate(data["members"])
+    }
+
+
+def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors["distortion"] = curve.distortion
+    metrics = []
+    for k, metric in enumerate(curve.metrics):
+        sides = {"left": metric.left, "right": metric.right}
+        names = {s: None if root is None else f"metric{k}.{s}" for s, root in sides.items()}
+        tensors |= {f"metric{k}.{s}": root for s, root in sides.items() if root is not None}
+        metrics.append({"scale": metric.scale, **names})
+    for k, train in enumerate(curve.trains):
+        tensors |= {f"train{k}.{j}": core for j, core in enumerate(train.cores)}
+    return {
+        "formats": curve.formats,
+        "metrics": metrics,
+        "trains": [train.spec.to_dict() for train in curve.trains],
+        "train_points": [[spec.to_dict(), lost] for spec, lost in curve.train_points],
+        "in_nats": curve.in_nats,
+    }
+
+
+def _curve_from_dict(
+    site: Site, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Spectrum:
+    def tensor(name: str | None) -> Tensor | None:
+        return None if name is None else tensors[name]
+
+    trains = []
+    for k, spec in enumerate(data["trains"]):
+        parsed = TTSpec.from_dict(spec)
+        cores = tuple(tensors[f"train{k}.{j}"] for j in range(len(parsed.cores)))
+        trains.append(TensorTrain(parsed, cores))
+    return Spectrum(
+        site=site,
+        formats=tuple(data["formats"]),
+        metrics=tuple(
+            Metric(m["scale"], tensor(m["left"]), tensor(m["right"])) for m in data["metrics"]
+        ),
+        distortion=tensors["distortion"],
+        trains=tuple(trains),
+        train_points=tuple((TTSpec.from_dict(s), lost) for s, lost in data["train_points"]),
+        in_nats=data["in_nats"],
+    )

@@ -1,0 +1,1 @@
+"""How a model uses its weights, and what it runs on."""

@@ -1,0 +1,84 @@
+"""Calibration data as batches of what forward takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from tensorize.base.errors import CaptureError
+from tensorize.capture.inputs import accepted_names, batch_of, positional
+from tensorize.ir.sites import Batch
+
+_TEXT_BATCH = 16
+_TEXT_TOKENS = 512
+
+
+def calibration_batches(
+    calibration: Iterable[Any] | None,
+    model: nn.Module,
+    tokenizer: Any = None,
+    name: str = "calibration",
+) -> tuple[Batch, ...]:
+    """The caller's data as a tuple of batches, strings tokenized in batches of 16.
+
+    ``name`` is the argument that holds them.
+    """
+    if calibration is None:
+        return ()
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise CaptureError(
+            f"{name} must be an iterable of batches, got one {type(calibration).__name__}",
+            way_out=f"wrap it in a list: {name}=[batch]",
+        )
+    items = list(calibration)
+    if not items:
+        raise CaptureError(f"{name} is empty", way_out="pass at least one batch, or None")
+    if all(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise CaptureError(
+                f"{name} holds strings, and there is no tokenizer",
+                way_out="pass tokenizer=, or batches of what the model's forward takes",
+            )
+        items = tokenized(items, model, tokenizer)
+    names = positional(model)
+    batches = (batch_of(item) for item in items)
+    return tuple(replace(batch, names=names, number=k) for k, batch in enumerate(batches))
+
+
+def tokenized(
+    texts: Sequence[str],
+    model: nn.Module,
+    tokenizer: Any,
+    batch_size: int = _TEXT_BATCH,
+    max_length: int = _TEXT_TOKENS,
+) -> list[Mapping[str, Any]]:
+    """Texts in batches of what the model's forward takes, cut to the length that it can.
+
+    They are padded together where a mask says so; else each is a batch of its own.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # the caller's, and what is saved, stays as it is
+    accepted = accepted_names(model)
+    if getattr(tokenizer, "pad_token", "") is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
+    masked = accepted is None or "attention_mask" in accepted
+    if not masked or getattr(tokenizer, "pad_token", "") is None:
+        batch_size = 1
+    tokenizer.padding_side = "right"
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = min(max_length, positions or max_length)
+    longest = min(longest, getattr(tokenizer, "model_max_length", longest))
+    batches = []
+    for start in range(0, len(texts), batch_size):
+        tokens = tokenizer(
+            list(texts[start : start + batch_size]),
+            padding=batch_size > 1,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        batches.append({k: tokens[k] for k in tokens if accepted is None or k in accepted})
+    return batches

@@ -1,0 +1,117 @@
+"""Read an einsum with a weight as a matmul."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_letters
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorize.capture.matmul import Matmul
+
+
+def read_einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
+    """The weight's axes split into summed and kept ones, which stand together, so that it is a
+    matrix without a copy; one more axis in front stacks several.
+    """
+    if kwargs or len(args) < 2 or not isinstance(args[0], str):
+        return None
+    operands = args[1:] if len(args) > 2 else args[1]
+    if not isinstance(operands, list | tuple):
+        return None
+    axes = _axes(args[0], operands)
+    if axes is None or any(len(set(term)) != len(term) for term in axes):
+        return None
+    *terms, output = axes
+    found = _others(terms, operands, weight)
+    if found is None:
+        return None
+    w_axes, x_axes, x = found
+    shared = [axis for axis in w_axes if axis in x_axes and axis in output]
+    summed = [axis for axis in w_axes if axis in x_axes and axis not in output]
+    kept = [axis for axis in w_axes if axis not in x_axes and axis in output]
+    for axis in (*summed, *shared):
+        if x.shape[x_axes.index(axis)] != weight.shape[w_axes.index(axis)]:
+            return None  # einsum repeats an axis of size 1
+    # Matrices for rows of their own each, or all for the same rows, as the heads of a projection.
+    alike = [w_axes[0], *summed, w_axes[-1]] == list(w_axes) and kept == [w_axes[0], w_axes[-1]]
+    stack = kept[:1] if alike else shared
+    kept = kept[1:] if alike else kept
+    matrix = w_axes[len(stack) :]
+    if not summed or not kept or len(stack) > 1 or w_axes[: len(stack)] != "".join(stack):
+        return None
+    if stack and (len(summed), len(kept)) != (1, 1):
+        return None
+    if matrix not in ("".join(summed + kept), "".join(kept + summed)):
+        return None
+    lead = [axis for axis in x_axes if axis not in summed and axis not in stack]
+    if stack and not lead:
+        return None  # a row for each matrix, or one for all of them
+    if stack:  # right before the rows: (..., E, rows, width)
+        lead.insert(-1, stack[0])
+    if {*lead, *kept} != set(output):
+        return None
+    sizes = [weight.shape[w_axes.index(axis)] for axis in kept]
+    order = [*lead, *kept]
+    to_output, to_rows = [order.index(a) for a in output], [output.index(a) for a in order]
+    x = x.permute([x_axes.index(axis) for axis in (*lead, *summed) if axis in x_axes])
+    if alike:
+        x = x.unsqueeze(-3)
+    if len(summed) > 1:
+        x = x.flatten(-len(summed))
+    return Matmul(
+        "einsum",
+        "rows" if matrix[0] == summed[0] else "columns",
+        x,
+        from_rows=lambda y: y.unflatten(-1, sizes).permute(to_output),
+        to_rows=lambda y: y.permute(to_rows).flatten(-len(kept)),
+        split=0 if len(matrix) == 2 else len(summed if matrix[0] == summed[0] else kept),
+        stacked=bool(stack),
+    )
+
+
+def _axes(equation: str, operands: Sequence[Any]) -> list[str] | None:
+    """An einsum's axes, a letter each: of every operand, then of the output.
+
+    Dots stand for letters that the equation does not use, counted from the right; an output that is
+    not given holds the axes that come once, in the order of the alphabet.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if inputs.count(",") + 1 != len(operands):
+        return None
+    if not arrow:
+        once = [axis for axis in inputs if axis.isalpha() and inputs.count(axis) == 1]
+        output = "..." * ("..." in inputs) + "".join(sorted(once))
+    unused = "".join(axis for axis in ascii_letters if axis not in equation)
+    terms, longest = [], 0
+    for term, operand in zip(inputs.split(","), operands, strict=True):
+        dots = operand.dim() - len(term.replace("...", ""))
+        if dots < 0 or dots > len(unused) or (dots and "..." not in term):
+            return None
+        terms.append(term.replace("...", unused[len(unused) - dots :]))
+        longest = max(longest, dots)
+    return [*terms, output.replace("...", unused[len(unused) - longest :])]
+
+
+def _others(
+    terms: Sequence[str], operands: Sequence[Any], weight: Any
+) -> tuple[str, str, Tensor] | None:
+    """The weight's axes, and all other operands as one: its axes and its values.
+
+    Several others are multiplied first, where that is no larger than one of them.
+    """
+    own = [term for term, value in zip(terms, operands, strict=True) if value is weight]
+    rest = [(t, v) for t, v in zip(terms, operands, strict=True) if v is not weight]
+    if len(own) != 1 or not rest:
+        return None
+    x_axes, x = rest[0]
+    for axes, value in rest[1:]:  # dynamo knows no max() with a key
+        if len(axes) > len(x_axes):
+            x_axes, x = axes, value
+    if len(rest) > 1:
+        if any(set(t) - set(x_axes) or not isinstance(v, Tensor) for t, v in rest):
+            return None
+        x = torch.einsum(f"{','.join(t for t, _ in rest)}->{x_axes}", *(v for _, v in rest))
+    return own[0], x_axes, x

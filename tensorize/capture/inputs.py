@@ -1,0 +1,172 @@
+"""What the caller gives, made ready: inputs, calibration batches, and FX graphs for showing.
+
+Example inputs are only needed to see how parameters are used. Without them a model's own
+``dummy_inputs`` serve (Hugging Face), then calibration data, then inputs guessed from the shapes of
+the first layers; where nothing runs, modules are read by their type (``passes/observe/sites.py``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from tensorize.base.errors import CaptureError
+from tensorize.capture.forward import of_the_model, run
+from tensorize.ir.sites import Batch
+
+log = logging.getLogger("tensorize")
+
+
+def check_model(model: Any, *, on_meta: bool = False) -> None:
+    """Raises CaptureError unless ``model`` is a module with real parameters.
+
+    ``on_meta``: parameters without values will do.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}",
+            way_out="pass the module itself, not a function, a path or a state dict",
+        )
+    if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
+        raise CaptureError(
+            f"a {type(model).__name__} is already a captured program",
+            way_out="pass the eager module that it was made from",
+        )
+    count = 0
+    for name, parameter in model.named_parameters():
+        count += parameter.numel()
+        if parameter.is_meta and not on_meta:
+            raise CaptureError(
+                "the parameter is on the meta device: it has no values to analyse",
+                site=name,
+                way_out="load the weights; a model is compiled before it is offloaded, not after",
+            )
+        if parameter.is_inference():
+            raise CaptureError(
+                "the parameter was made under torch.inference_mode: no gradient passes it",
+                site=name,
+                way_out="make or load the model outside of inference mode",
+            )
+    if count == 0:
+        raise CaptureError("the model has no parameters", way_out="there is nothing to compress")
+
+
+def batch_of(value: Any) -> Batch:
+    """One batch: a dict (or mapping) is keyword arguments, a tuple or list positional ones."""
+    if isinstance(value, Batch):
+        return value
+    if isinstance(value, Mapping):
+        return Batch((), dict(value), value)
+    if isinstance(value, tuple | list):
+        return Batch(tuple(value), {}, value)
+    return Batch((value,), {}, value)
+
+
+def positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that forward takes by position."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    taken = takewhile(lambda p: p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD), parameters)
+    return tuple(p.name for p in taken)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether forward may be given an argument by this name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    accepted = accepted_names(model)
+    named = accepted is None or name in accepted
+    return named or any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def accepted_names(model: nn.Module) -> set[str] | None:
+    """The names that forward takes; None where it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(parameters) == 1:
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def find_inputs(
+    model: nn.Module, example_inputs: Any, calibration: tuple[Batch, ...]
+) -> tuple[Batch | None, str]:
+    """Inputs to see the model's parameters in use, and where they come from."""
+    if example_inputs is not None:
+        return batch_of(example_inputs), "example_inputs"
+    if calibration:
+        return calibration[0], "the first calibration batch"
+    own = getattr(model, "dummy_inputs", None)
+    device = next(model.parameters()).device
+    own = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, own)
+    candidates: list[tuple[Any, str]] = [] if own is None else [(own, "the model's dummy_inputs")]
+    candidates += [(guess, "inputs guessed from the first layers") for guess in _guesses(model)]
+    for candidate, source in candidates:
+        batch = batch_of(candidate)
+        try:
+            run(model, batch)
+        except Exception as error:  # whatever a wrong guess raises, the next one is tried
+            log.debug("%s do not fit: %s", source, error)
+            continue
+        return batch, source
+    return None, "none: modules are read by their type"
+
+
+def checked(model: nn.Module, example_inputs: Any) -> Batch:
+    """The caller's own inputs.
+
+    Raises:
+        CaptureError: the model does not run on them.
+    """
+    batch = batch_of(example_inputs)
+    with of_the_model():
+        run(model, batch)
+    return batch
+
+
+def needed(model: nn.Module, example_inputs: Any, what: str) -> Batch:
+    """The caller's own inputs, else those that are found; ``what`` is said where there are none.
+
+    Raises:
+        CaptureError: no inputs are known, or the model does not run on the caller's.
+    """
+    if example_inputs is not None:
+        return checked(model, example_inputs)
+    batch, _ = find_inputs(model, None, ())
+    if batch is None:
+        raise CaptureError(what, way_out="pass example_inputs=")
+    return batch
+
+
+def _guesses(model: nn.Module) -> Iterator[Any]:
+    """Inputs that a model with one required argument may take, by its first weights."""
+    required = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 1:
+        return
+    first = next(model.parameters())
+    device = first.device
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield torch.zeros(2, 8, dtype=torch.long, device=device)
+            break
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    if channels is not None:
+        for side in (32, 64, 224):
+            yield torch.zeros(2, channels, side, side, dtype=dtype, device=device)
+    widths = [p.shape[-1] for p in model.parameters() if p.dim() == 2]
+    widths += [p.shape[0] for p in model.parameters() if p.dim() == 2]
+    for width in dict.fromkeys(widths):
+        yield torch.zeros(2, width, dtype=dtype, device=device)
+        yield torch.zeros(2, 8, width, dtype=dtype, device=device)

@@ -1,0 +1,97 @@
+"""Watch a model run, and learn of every use of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from tensorize.capture.forward import ours
+from tensorize.capture.matmul import Frame, Matmul
+from tensorize.capture.uses import read
+from tensorize.capture.views import COMPOSITES, view
+
+
+class Observer(TorchFunctionMode):
+    """Watches a model run and tells of every use of its parameters.
+
+    Args:
+        parameters: the parameters to watch, by qualified name.
+        on_matmul: called with (name, frame, matmul, output) for each matmul against a parameter;
+            what it returns is what the model goes on with.
+        on_other: called with (name, function name) for every other use that gives a tensor.
+            What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
+        frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
+        stand_ins: what to hand them instead, by the parameter's id.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        on_matmul: Callable[[str, Frame, Matmul, Tensor], Tensor],
+        on_other: Callable[[str, str], None] | None = None,
+        *,
+        frozen: bool = False,
+        stand_ins: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self._names = {id(p): (name, Frame()) for name, p in parameters}
+        self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
+        self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
+        self._stand_ins = stand_ins or {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        watched = [t for t in _tensors(args, kwargs) if id(t) in self._names]
+        if watched and func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
+        if not self._frozen:
+            result = func(*args, **kwargs)
+        else:
+            free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
+            result = func(*free_args, **free_kwargs)
+        names = [self._names[id(weight)][0] for weight in watched]
+        for weight, name in zip(watched, names, strict=True):
+            with ours():
+                result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
+        return result
+
+    def _detach(self, value: Any) -> Any:
+        if not isinstance(value, nn.Parameter):
+            return value
+        return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
+
+    def _tell(
+        self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
+    ) -> Any:
+        name, frame = self._names[id(weight)]
+        matmul = read(func, args, kwargs, weight, frame)
+        if matmul is not None and once:  # W Wᵀ is no matmul against a constant
+            return self._on_matmul(name, frame, frame.turn(matmul), result)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result  # asked for a shape, a dtype, a flag
+        derived = view(func, args, kwargs, frame, weight)
+        if derived is not None:
+            frames = derived if isinstance(derived, tuple) else (derived,)
+            for part, seen in zip(pytree.tree_leaves(result), frames, strict=True):
+                self._names[id(part)] = (name, seen)
+                self._alive.append(part)
+        elif self._on_other is not None:
+            self._on_other(name, getattr(func, "__name__", str(func)))
+        return result
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    leaves = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            leaves.append(value)
+        elif isinstance(value, list | tuple):
+            leaves.extend(v for v in value if isinstance(v, Tensor))
+    return leaves

@@ -1,0 +1,5 @@
+"""``python -m tensorize.cli``."""
+
+from tensorize.cli import main
+
+main()

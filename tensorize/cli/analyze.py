@@ -1,0 +1,105 @@
+"""``tensorize analyze``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tensorize
+from tensorize.cli.options import (
+    BatchSize,
+    Cache,
+    Calibration,
+    DtypeOption,
+    Exclude,
+    Formats,
+    Include,
+    Json,
+    MaxLength,
+    MaxMemory,
+    MetricOption,
+    Seed,
+    Source,
+)
+from tensorize.cli.parse import parse_formats, parse_shares
+from tensorize.cli.sources import Dtype
+from tensorize.cli.telling import (
+    check_size,
+    check_target,
+    count_text,
+    errors_told,
+    load_result,
+    print_json,
+    say,
+)
+
+
+def analyze_command(
+    source: Source,
+    calibration: Calibration = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of the parameters, as 0.1,0.25,0.5. Default: a ladder of all that are "
+            "feasible.",
+            show_default=False,
+        ),
+    ] = None,
+    metric: MetricOption = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    formats: Formats = None,
+    seed: Seed = 0,
+    cache: Cache = None,
+    max_memory: MaxMemory = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    dtype: DtypeOption = Dtype.auto,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the curve: .png, .svg or .pdf.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict quality, size and cost for several budgets, without compressing anything."""
+    with errors_told():
+        shares = None if budgets is None else parse_shares(budgets)
+        chosen = parse_formats(formats)
+        _check_plot(plot)
+        check_size(max_memory)
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
+            say(f"analysing {count_text(loaded.model)} parameters")
+            analysis = tensorize.analyze(
+                loaded.model,
+                example_inputs=loaded.example_inputs,
+                calibration=batches,
+                metric=None if metric is None else metric.value,
+                include=include or None,
+                exclude=exclude or None,
+                formats=chosen,
+                seed=seed,
+                cache_dir=cache,
+                max_memory=max_memory,
+            )
+            curve = analysis.curve(shares)
+            if plot is not None:
+                curve.plot(plot)
+        if as_json:
+            print_json({"curve": curve.to_dict(), "notes": list(analysis.notes)})
+            return
+        typer.echo(str(curve))
+        for note in analysis.notes:
+            typer.echo(f"note: {note}")
+        if plot is not None:
+            typer.echo(f"the curve is drawn in {plot}")
+
+
+def _check_plot(path: Path | None) -> None:
+    check_target(path, "--plot")
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{path} is no .png, .svg or .pdf", param_hint="--plot")

@@ -1,0 +1,76 @@
+"""Budgets and formats as they are written on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import typer
+
+from tensorize.ir.budget import Budget
+
+
+def parse_budget(text: str) -> Budget:
+    """``0.3``, or ``params=0.3,error=0.05,bytes=2e6``: a cost up to 1 is a share, else absolute.
+
+    Raises:
+        typer.BadParameter: the text is no budget.
+        BudgetError: its numbers make no sense.
+    """
+    known = [f.name for f in fields(Budget)]
+    if "=" not in text:
+        return Budget.of(_number(text, "--budget"))
+    limits: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in known or not value or name in limits:
+            raise typer.BadParameter(
+                f"{part.strip()!r} is not NAME=NUMBER with a new NAME among {', '.join(known)}",
+                param_hint="--budget",
+            )
+        number = _number(value, "--budget")
+        absolute = name not in ("error", "loss") and number > 1 and number.is_integer()
+        limits[name] = int(number) if absolute else number
+    return Budget(**limits)
+
+
+def parse_shares(text: str) -> list[float]:
+    """``0.1,0.25,0.5`` as shares in (0, 1].
+
+    Raises:
+        typer.BadParameter: one of them is no number.
+        BudgetError: one of them is no share.
+    """
+    shares = [_number(part, "--budgets") for part in text.split(",")]
+    for share in shares:
+        Budget.of(share)
+    return shares
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text.strip()!r} is no number", param_hint=option) from None
+
+
+def parse_formats(texts: Sequence[str] | None) -> list[str] | dict[str, list[str]] | None:
+    """Format names for all weights, or pattern → names.
+
+    Raises:
+        typer.BadParameter: some of the texts have a pattern and others have none.
+    """
+    if not texts:
+        return None
+    if not any("=" in text for text in texts):
+        return [name.strip() for text in texts for name in text.split(",")]
+    chosen: dict[str, list[str]] = {}
+    for text in texts:
+        pattern, equals, names = text.rpartition("=")
+        if not equals:
+            raise typer.BadParameter(
+                "give formats for all weights, or a pattern with each", param_hint="--formats"
+            )
+        chosen[pattern.strip()] = [name.strip() for name in names.split(",")]
+    return chosen

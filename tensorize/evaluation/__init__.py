@@ -1,0 +1,1 @@
+"""How a compressed model compares with the dense one: quality, size, speed."""

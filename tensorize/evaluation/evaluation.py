@@ -1,0 +1,171 @@
+"""What an evaluation found, of several models beside the dense one, as a table."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tensorize.base import files, printer
+from tensorize.base.records import encode
+from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, TEXT
+from tensorize.evaluation.results import Figures, Spectrum
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models beside the dense one that they were made from.
+
+    ``kind`` is "text" (a vocabulary at every position), "classes" or "outputs"; ``unit`` that of
+    ``Quality.distance``; ``rows`` are the tokens or samples that counted.
+    """
+
+    kind: str
+    unit: str
+    rows: int
+    dense: Figures
+    models: tuple[Figures, ...]
+    prompts: tuple[str, ...] = ()
+    spectra: tuple[Spectrum, ...] = ()
+
+    def share(self, figures: Figures) -> float:
+        """Parameters that are left, as a share of the dense model's."""
+        return figures.parameters / max(self.dense.parameters, 1)
+
+    def __getitem__(self, name: str) -> Figures:
+        found = next((f for f in (self.dense, *self.models) if f.name == name), None)
+        if found is None:
+            names = ", ".join(repr(f.name) for f in (self.dense, *self.models))
+            raise KeyError(f"{name!r} is none of {names}")
+        return found
+
+    def __str__(self) -> str:
+        columns = [column for column in _COLUMNS if any(column.has(f) for f in self._all)]
+        rows = [(f.name, *(column.text(f, self) for column in columns)) for f in self._all]
+        align = _numbers(len(columns))
+        titles = ("model", *(column.title for column in columns))
+        blocks = [
+            "\n".join(textwrap.wrap(self._head(), WIDTH)),
+            printer.table(titles, rows, width=WIDTH, align=align),
+        ]
+        if any(f.quality.worst.text for f in self.models):
+            worst = [(f.name, _one_line(f.quality.worst.text)) for f in self.models]
+            head = ("model", "up to the token that is furthest off")
+            blocks.append(printer.table(head, worst, width=WIDTH, align=["left", "end"]))
+        if any(f.quality.classes for f in self._all):
+            blocks.append(self._class_table())
+        blocks += list(self._texts())
+        return "\n\n".join(blocks)
+
+    @property
+    def _all(self) -> tuple[Figures, ...]:
+        return (self.dense, *self.models)
+
+    def _head(self) -> str:
+        noun = {TEXT: "tokens", CLASSES: "samples"}.get(self.kind, "rows")
+        distance = "KL to the dense model" if self.unit == "nats" else f"distance: {self.unit}"
+        return (
+            f"{len(self.models)} model{'s' * (len(self.models) != 1)} beside the dense one, over "
+            f"{self.rows:,} {noun}. {distance[0].upper()}{distance[1:]}; worst: of one row."
+        )
+
+    def _class_table(self) -> str:
+        names = [c.name for c in self.dense.quality.classes]
+        rows = []
+        for k, name in enumerate(names):
+            cells = [
+                f"{printer.percent(f.quality.classes[k].precision)} / "
+                f"{printer.percent(f.quality.classes[k].recall)}"
+                for f in self._all
+            ]
+            rows.append((name, self.dense.quality.classes[k].rows, *cells))
+        head = ("precision / recall", "rows", *(f.name for f in self._all))
+        align = _numbers(len(head) - 1)
+        return printer.table(head, rows, width=WIDTH, align=align)
+
+    def _texts(self) -> Iterable[str]:
+        for k, prompt in enumerate(self.prompts):
+            rows = [(f.name, _one_line(f.written[k])) for f in self._all]
+            title = f"after: {printer.shorten_middle(_one_line(prompt), WIDTH - 30)}"
+            yield printer.table(("model", title), rows, width=WIDTH, align=["left", "wrap"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe data: plain dicts, lists, strings and finite numbers."""
+        data = asdict(self)
+        for own, figures in zip([data["dense"], *data["models"]], self._all, strict=True):
+            own["share"] = self.share(figures)
+            own["quality"]["perplexity"] = figures.quality.perplexity
+        return encode(data)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        peers: Mapping[str, Mapping[float, float]] | None = None,
+    ) -> None:
+        """Writes the evaluation as one page that needs no network and no other file.
+
+        Args:
+            peers: other methods' curves to draw beside: name → share of the parameters → distance.
+
+        Raises:
+            TensorizeError: the directory of ``path`` does not exist or cannot be written.
+        """
+        from tensorize.evaluation import page as evaluation_page  # which draws what is defined here
+
+        files.write_text(path, evaluation_page.render(self, peers or {}))
+
+
+# ---------------------------------------------------------------------------------------- columns
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One figure of every model: its title, and how it is read off."""
+
+    title: str
+    read: Callable[[Figures], float | None]
+    show: Callable[[float], str]
+
+    def has(self, figures: Figures) -> bool:
+        return self.read(figures) is not None
+
+    def text(self, figures: Figures, of: Evaluation) -> str:
+        value = self.read(figures)
+        if self.title == "kept":
+            return printer.percent(of.share(figures))
+        return "–" if value is None else self.show(value)
+
+
+_COLUMNS = (
+    _Column("kept", lambda f: f.parameters, printer.count),
+    _Column("bytes", lambda f: f.bytes, printer.bytes_),
+    _Column(
+        "perplexity", lambda f: None if f.quality.classes else f.quality.perplexity, printer.number
+    ),
+    _Column("accuracy", lambda f: f.quality.accuracy, printer.percent),
+    _Column("precision", lambda f: f.quality.precision, printer.percent),
+    _Column("recall", lambda f: f.quality.recall, printer.percent),
+    _Column("distance", lambda f: f.quality.distance, printer.number),
+    _Column("worst", lambda f: f.quality.worst.value, printer.number),
+    _Column("top-1", lambda f: f.quality.top1, printer.percent),
+    _Column("top-5", lambda f: f.quality.top5, printer.percent),
+    _Column("cosine", lambda f: f.quality.cosine, lambda x: f"{x:.4f}"),
+    _Column(f"{NEIGHBOURS} nearest", lambda f: f.quality.neighbours, printer.percent),
+    _Column("latency", lambda f: f.latency, printer.seconds),
+    _Column("rows/s", lambda f: f.throughput, printer.count),
+)
+
+
+def _numbers(columns: int) -> list[printer.Align]:
+    """A name, and so many columns of numbers."""
+    left: printer.Align = "left"
+    right: printer.Align = "right"
+    return [left, *(right for _ in range(columns))]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,44 @@
+"""What an evaluation found, of one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensorize.evaluation.quality import Quality
+
+
+@dataclass(frozen=True)
+class WeightFigures:
+    """What became of one weight: its format, its ranks, and the share of its parameters kept."""
+
+    name: str
+    format: str
+    ranks: tuple[int, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a dense weight relative to the largest: pairs (index from 1, value)."""
+
+    name: str
+    shape: tuple[int, int]
+    values: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model.
+
+    ``latency`` is the seconds of a call with one sample, ``throughput`` rows a second with the
+    first batch. ``written`` continues the prompts of the evaluation.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    quality: Quality
+    latency: float | None = None
+    throughput: float | None = None
+    written: tuple[str, ...] = ()
+    weights: tuple[WeightFigures, ...] = ()

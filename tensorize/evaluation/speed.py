@@ -1,0 +1,96 @@
+"""How fast compressed models are beside the dense one: times of whole calls, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensorize.base import printer
+from tensorize.capture.forward import untouched
+from tensorize.capture.inputs import needed
+from tensorize.evaluation.timing import first_sample, times
+from tensorize.ir.sites import Batch
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a call of one model with so many samples, and the dense one's over that."""
+
+    model: str
+    samples: int
+    seconds: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """A table of times: ``str()`` prints it."""
+
+    timed: tuple[Timed, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (t.model, t.samples, printer.seconds(t.seconds), f"{t.speedup:.2f}") for t in self.timed
+        ]
+        return printer.table(("model", "samples", "a call", "over dense"), rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe data."""
+        return {"timed": [asdict(each) for each in self.timed]}
+
+
+def speeds(
+    models: Mapping[str, nn.Module],
+    dense: nn.Module,
+    *,
+    example_inputs: Any = None,
+    samples: Sequence[int] = (1, 16),
+    compiled: bool = False,
+) -> Speeds:
+    """Times of models and of the dense one, in turn over some rounds; medians.
+
+    Args:
+        example_inputs: as in ``tensorize.compile``; their first sample is repeated.
+        samples: how many samples a call has.
+        compiled: also the dense model through ``torch.compile``, and the others through
+            ``torch.compile(model, backend="tensorize")``.
+
+    Raises:
+        CaptureError: no inputs are known, or a model does not run on them.
+    """
+    batch = needed(dense, example_inputs, "no inputs are known to time with")
+    every = {"dense": dense, **models}
+    calls: dict[str, Any] = dict(every)
+    if compiled:
+        calls["dense, compiled"] = torch.compile(dense)
+        calls |= {
+            f"{n}, compiled": torch.compile(m, backend="tensorize") for n, m in models.items()
+        }
+    found: list[Timed] = []
+    with contextlib.ExitStack() as stack:
+        for model in every.values():
+            stack.enter_context(untouched(model))
+        for count in samples:
+            seconds = times(list(calls.values()), _repeated(first_sample(batch), count))
+            found += [
+                Timed(name, count, took, seconds[0] / took)
+                for name, took in zip(calls, seconds, strict=True)
+            ]
+    return Speeds(tuple(found))
+
+
+def _repeated(sample: Batch, count: int) -> Batch:
+    """So many times the same sample: every tensor whose first axis is that of samples."""
+
+    def repeat(value: Any) -> Any:
+        many = isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1
+        return value.expand(count, *value.shape[1:]).contiguous() if many else value
+
+    args, kwargs = pytree.tree_map(repeat, (sample.args, dict(sample.kwargs)))
+    return Batch(args, kwargs, kwargs or args)

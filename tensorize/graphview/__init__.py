@@ -1,0 +1,1 @@
+"""A model's graphs before and after, as text and as a picture."""

@@ -1,0 +1,1 @@
+"""Where compressed models meet transformers, peft and sharded checkpoints."""

@@ -1,0 +1,150 @@
+"""transformers' ``from_pretrained`` for models that tensorize made.
+
+Imported when transformers' registry of quantization methods is (``hooks.py``): to transformers
+a factorized model is one of a pre-quantized kind. The architecture is built on the meta device, its
+weights give way to cores, and transformers fills these from the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tensorize.base.errors import CheckpointError
+from tensorize.reports.attach import attach
+from tensorize.store import transformers_config
+from tensorize.store.manifest import (
+    FORMAT_VERSION,
+    SAVE_AGAIN,
+    read_manifest,
+    sites_from_list,
+)
+from tensorize.store.transformers_config import METHOD
+from tensorize.weight.install import install
+from tensorize.weight.whole_model import settle
+
+
+class FactorsConfig(QuantizationConfigMixin):
+    """What ``huggingface.factors_to_dict`` wrote into a configuration.
+
+    ``weights`` names the file where ``tensorize.save`` put them; ``save_pretrained`` chooses its
+    own names.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = METHOD,
+        format_version: int = FORMAT_VERSION,
+        sites: Sequence[Mapping[str, Any]] = (),
+        aliases: Mapping[str, str] | None = None,
+        weights: str | None = None,
+        **newer: Any,
+    ) -> None:
+        self.quant_method: Any = quant_method  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.format_version = format_version
+        self.sites, self.aliases, self.weights = list(sites), dict(aliases or {}), weights
+
+
+class FactorsLoader(HfQuantizer):
+    """Installs cores before transformers loads the weights."""
+
+    quantization_config: FactorsConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        version = self.quantization_config.format_version
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "from_pretrained does not factorize a dense model",
+                way_out="load it without quantization_config=, then tensorize.compile(model)",
+            )
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"config.json has format version {version} of tensorize, and this one reads up to "
+                f"{FORMAT_VERSION}",
+                way_out="upgrade tensorize",
+            )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Say where the weights are: the one step that sees the configuration before its files.
+
+        The name does not stand in config.json itself, where transformers without tensorize would
+        take it, find no dense weight in that file and go on with random ones.
+        """
+        if self.quantization_config.weights is not None:
+            config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self._files = [Path(name) for name in checkpoint_files or ()]
+        for site in sites_from_list(self.quantization_config.sites):
+            found = [_name_in(model, name) for name in site.names]
+            names = [name for name in found if name is not None]
+            if not names:
+                continue  # of a head that this class does not have
+            parameter = model.get_parameter(names[0])
+            if tuple(parameter.shape) != site.shape:
+                raise CheckpointError(
+                    f"the configuration asks for shape {tuple(parameter.shape)}, and {site.shape} "
+                    "was factorized",
+                    site=names[0],
+                    way_out=SAVE_AGAIN,
+                )
+            cores = [
+                nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))
+                for shape in site.spec.core_shapes
+            ]
+            install(model, names, site.spec, cores, site.nonlinearity)
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for alias, first in self.quantization_config.aliases.items():
+            tied, to = _name_in(model, alias), _name_in(model, first)
+            if tied in own and to in own:
+                model.all_tied_weights_keys[tied] = to
+        return model
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        """From here on it is a plain model, that trains and is cast as any other."""
+        self.remove_quantization_config(model)
+        settle(model)
+        transformers_config.note_factors(model)
+        for file in self._files:
+            with contextlib.suppress(CheckpointError):  # there is none beside it
+                manifest = read_manifest(file.parent)
+                if manifest.weights.name == file.name:  # both are of one save
+                    attach(model, manifest.report)
+        return model
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return True
+
+
+# Not as decorators, which would hide the types.
+register_quantization_config(METHOD)(FactorsConfig)
+register_quantizer(METHOD)(FactorsLoader)
+
+
+def _name_in(model: Any, name: str) -> str | None:
+    """A parameter's name in this model: a head's model and its base differ by a prefix."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        path, _, leaf = candidate.rpartition(".")
+        try:
+            owner = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if leaf in owner._parameters:
+            return candidate
+    return None

@@ -1,0 +1,199 @@
+"""What was chosen for every weight, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tensorize.base import printer
+from tensorize.base.errors import AnalysisError
+from tensorize.ir.machine import GENERIC
+from tensorize.ir.spec import DENSE, TTSpec
+
+REFIT, POLISH = "refit", "polish"
+"""What is done to the cores after the decompositions; a polish comes after a refit."""
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What is done with one site, and why.
+
+    ``predicted_error`` is the relative error of the weight in the metric of the analysis,
+    ``predicted_loss`` its share of the predicted rise of the loss (0.0 without a ``loss`` metric).
+    ``shared`` names the first of the weights that have their first factor (that of the input) in
+    common; that one is counted with it, the others are not.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    spec: TTSpec | None
+    predicted_error: float
+    predicted_loss: float
+    reason: str
+    shared: str | None = None
+
+    @property
+    def format(self) -> str:
+        return DENSE if self.spec is None else self.spec.format
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return () if self.spec is None else self.spec.ranks
+
+    @property
+    def parameters_before(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def parameters_after(self) -> int:
+        if self.spec is None:
+            return self.parameters_before
+        if self.shared not in (None, self.name):
+            return math.prod(self.spec.core_shapes[0])
+        return self.spec.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["shape"] = list(self.shape)
+        data["spec"] = None if self.spec is None else self.spec.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
+        spec = None if data["spec"] is None else TTSpec.from_dict(data["spec"])
+        return cls(**{**data, "shape": tuple(data["shape"]), "spec": spec})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan is expected to give.
+
+    ``loss`` is the rise of the loss to preserve on unseen data (nats for a model with logits,
+    squared error relative to the outputs' variance otherwise), ``loss_interval`` its 90 % interval;
+    both are ``None`` where the analysis saw no data. ``output_error`` is the largest relative
+    error of a site's weight in the metric where there are no data, and the relative error of the
+    outputs (a norm) where there are. ``flops`` are per input row of a site, the worst over
+    ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
+    microseconds, for each of those numbers of rows.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+    output_error: float
+    loss: float | None = None
+    loss_interval: tuple[float, float] | None = None
+    latency: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Size and cost of a whole model; each parameter counts once, ``flops`` are per input row.
+
+    ``latency``: microseconds of its matmuls, for each of a plan's ``batch_sizes``.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+    latency: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice of formats and ranks for a whole model: hashable, printable, kept as JSON.
+
+    ``fingerprint`` identifies the model and analysis that it was made for; ``refine`` is what will
+    be done to the cores, and what ``predicted`` is of; ``gap`` the share of the sum of distortions
+    by which a better choice might be better (the duality gap); ``machine`` the one whose figures
+    its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
+    ``limits_errors`` that its budget limits the error of every weight.
+    A plan that comes from ``Analysis.plan`` also carries that analysis; it is no part of equality,
+    hash or JSON.
+    """
+
+    sites: tuple[RankPlan, ...]
+    budget: str
+    metric: str
+    predicted: Prediction
+    dense: Totals
+    batch_sizes: tuple[int, ...]
+    seed: int
+    fingerprint: str
+    refine: str | None = None
+    gap: float = 0.0
+    machine: str = GENERIC.name
+    notes: tuple[str, ...] = ()
+    cache: str | None = None
+    own_loss: bool = False
+    limits_errors: bool = False
+    analysis: Any = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        after, before = self.predicted, self.dense
+        refined = f", refined by a {self.refine}" if self.refine else ""
+        lines = [
+            f"plan for {self.budget} in the {self.metric} metric{refined}",
+            f"parameters {printer.count(before.parameters)} to {printer.count(after.parameters)}, "
+            f"FLOPs a row {printer.count(before.flops)} to {printer.count(after.flops)}, "
+            f"error {printer.number(after.output_error)}",
+        ]
+        if after.loss is not None:
+            span = printer.interval(after.loss_interval)
+            lines[-1] += f", loss {printer.number(after.loss)} (90 %: {span})"
+        rows = [
+            (
+                site.name,
+                site.kind,
+                printer.shape_text(site.shape),
+                printer.format_text(site.format, site.ranks),
+                printer.count(site.parameters_after),
+                printer.number(site.predicted_error),
+                site.reason,
+            )
+            for site in self.sites
+        ]
+        headers = ("weight", "kind", "shape", "format", "parameters", "error", "why")
+        align: list[printer.Align] = ["left", "left", "keep", "keep", "right", "right", "wrap"]
+        return "\n".join([*lines, "", printer.table(headers, rows, align=align)])
+
+    def to_json(self) -> str:
+        """Everything but the analysis that it carries; ``from_json`` reads it."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "analysis"}
+        data["sites"] = [site.to_dict() for site in self.sites]
+        data["predicted"] = {f.name: getattr(self.predicted, f.name) for f in fields(Prediction)}
+        data["dense"] = {f.name: getattr(self.dense, f.name) for f in fields(Totals)}
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            AnalysisError: the text is none.
+        """
+        try:
+            data = json.loads(text)
+            predicted, dense = data["predicted"], data["dense"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise AnalysisError(
+                "the text is no plan", way_out="what plan.to_json() wrote"
+            ) from error
+        if predicted["loss_interval"] is not None:
+            predicted["loss_interval"] = tuple(predicted["loss_interval"])
+        for figures in (predicted, dense):
+            figures["latency"] = tuple(figures.get("latency", ()))
+        return cls(
+            **{
+                **data,
+                "sites": tuple(RankPlan.from_dict(site) for site in data["sites"]),
+                "predicted": Prediction(**predicted),
+                "dense": Totals(**dense),
+                "batch_sizes": tuple(data["batch_sizes"]),
+                "notes": tuple(data["notes"]),
+            }
+        )

@@ -1,0 +1,229 @@
+"""The data that every stage speaks: factor specs, sites, plans. All of it is frozen and hashable.
+
+Shape suffixes used in this project: B batch rows, M rows and N columns of a weight, R rank,
+E experts (a leading batch of matrices).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
+SHARED = "shared"
+"""What ``formats`` calls low rank where weights of one input have their first factor in common."""
+FORMATS = (DENSE, LOW_RANK, SHARED, TT, BLOCK)
+NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
+"""What there can be between two factors: functions of ``torch.nn.functional``."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class TTSpec:
+    """A factorization of a matrix as cores with named indices.
+
+    ``TTSpec(row_modes, column_modes, ranks)`` is the tensor-train family (Oseledets 2011; in
+    matrix form also called MPO): core k has shape (ranks[k-1], row_modes[k], column_modes[k],
+    ranks[k]); the two outer ranks are 1 and are left out, so ``ranks`` has one entry less than
+    there are cores. Low rank is the two-core case ``[m | n]``; ``TTSpec.block`` makes blocks.
+
+    The weight's row index is the tuple of all row modes, major first, and so is the column index.
+    Axes of size 1 (outer ranks, absent modes) are not stored: ``core_shapes`` is what the tensors
+    really have, ``cores`` the names of their axes, ``size`` the size of each by name. ``shape`` is
+    that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]``,
+    ``"block"`` where two cores share a row or a column index, and ``"tt"`` for every other chain;
+    ``single`` is the spec of one expert.
+
+    Args:
+        row_modes: factors of the number of rows, one a core (1 where a core has none).
+        column_modes: factors of the number of columns, one a core.
+        ranks: the inner ranks.
+        experts: how many matrices of this form are stacked in front (0: one plain matrix).
+
+    Raises:
+        ValueError: lengths do not fit, or an entry is not a positive integer.
+    """
+
+    cores: tuple[tuple[str, ...], ...]
+    sizes: tuple[tuple[str, int], ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    batch: tuple[str, ...]
+
+    if TYPE_CHECKING:
+        size: Mapping[str, int] = field(init=False, compare=False)
+        shape: tuple[int, ...] = field(init=False, compare=False)
+        format: str = field(init=False, compare=False)
+        core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
+        row_modes: tuple[int, ...] = field(init=False, compare=False)
+        column_modes: tuple[int, ...] = field(init=False, compare=False)
+        ranks: tuple[int, ...] = field(init=False, compare=False)
+        single: TTSpec = field(init=False, compare=False)
+
+    def __init__(
+        self,
+        row_modes: Sequence[int],
+        column_modes: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        experts: int = 0,
+    ) -> None:
+        row_modes, column_modes, ranks = tuple(row_modes), tuple(column_modes), tuple(ranks)
+        count = len(row_modes)
+        if count == 0 or len(column_modes) != count or len(ranks) != count - 1:
+            raise ValueError(
+                f"a chain of d cores needs d row modes, d column modes and d-1 ranks, got "
+                f"{row_modes}, {column_modes}, {ranks}"
+            )
+        for value in (*row_modes, *column_modes, *ranks):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"modes and ranks are positive integers, got {value!r}")
+        sizes: dict[str, int] = {"e": experts} if experts else {}
+        batch: tuple[str, ...] = ("e",) if experts else ()
+        # One row and one column axis always stay, so that a 1 x n matrix is still a matrix.
+        keep_row = {k for k, mode in enumerate(row_modes) if mode > 1} or {0}
+        keep_column = {k for k, mode in enumerate(column_modes) if mode > 1} or {count - 1}
+        cores: list[tuple[str, ...]] = []
+        for k in range(count):
+            axes: list[str] = list(batch)
+            if k > 0:
+                sizes[f"r{k}"] = ranks[k - 1]
+                axes.append(f"r{k}")
+            if k in keep_row:
+                sizes[f"m{k}"] = row_modes[k]
+                axes.append(f"m{k}")
+            if k in keep_column:
+                sizes[f"n{k}"] = column_modes[k]
+                axes.append(f"n{k}")
+            if k < count - 1:
+                sizes[f"r{k + 1}"] = ranks[k]
+                axes.append(f"r{k + 1}")
+            cores.append(tuple(axes))
+        self._set(
+            tuple(cores),
+            tuple(sizes.items()),
+            tuple(f"m{k}" for k in sorted(keep_row)),
+            tuple(f"n{k}" for k in sorted(keep_column)),
+            batch,
+            (row_modes, column_modes, ranks),
+        )
+
+    def _set(self, cores, sizes, rows, columns, batch, modes) -> None:  # type: ignore[no-untyped-def]
+        for name, value in zip(
+            ("cores", "sizes", "rows", "columns", "batch", "row_modes", "column_modes", "ranks"),
+            (cores, sizes, rows, columns, batch, *modes),
+            strict=True,
+        ):
+            object.__setattr__(self, name, value)
+        # Derived once, as plain attributes: they are read at every call of a rewritten module, and
+        # by dynamo, which traces plain attributes best.
+        size = dict(sizes)
+        lead = tuple(size[name] for name in batch)
+        m, n = (math.prod(size[name] for name in names) for names in (rows, columns))
+        sides = {*rows, *columns}
+        split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
+        shared = any(sides.intersection(*pair) for pair in pairwise(cores))
+        for name, value in (
+            ("size", size),
+            ("shape", (*lead, m, n)),
+            ("format", LOW_RANK if split else BLOCK if shared else TT),
+            ("core_shapes", tuple(tuple(size[name] for name in core) for core in cores)),
+        ):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
+
+    @classmethod
+    def low_rank(cls, m: int, n: int, r: int, *, experts: int = 0) -> TTSpec:
+        """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
+        return cls((m, 1), (1, n), (r,), experts=experts)
+
+    @classmethod
+    def block(
+        cls, row_modes: Sequence[int], column_modes: Sequence[int], rank: int, *, experts: int = 0
+    ) -> TTSpec:
+        """Block low rank: each of m1 x n0 blocks of m0 x n1 entries has a rank of its own.
+
+        With the row index (m0, m1) and the column index (n0, n1), block (m1, n0) holds the rows
+        and columns in which these two stand still, W = Σ_r left[m1, m0, n0, r] right[n0, m1, r, n1]
+        (block tensor train, Qiu et al. 2024; Monarch, Dao et al. 2022, is rank 1). The right core
+        meets x first, as one matrix for every n0, the left core gives y, as one for every m1: one
+        row costs twice as many FLOPs as there are parameters. With a single block it is low rank.
+
+        Args:
+            row_modes: (m0, m1), factors of the number of rows.
+            column_modes: (n0, n1), factors of the number of columns.
+            rank: of every block.
+            experts: how many matrices of this form are stacked in front (0: one plain matrix).
+
+        Raises:
+            ValueError: these are not two modes a side, or an entry is not a positive integer.
+        """
+        row_modes, column_modes = tuple(row_modes), tuple(column_modes)
+        if len(row_modes) != 2 or len(column_modes) != 2:
+            raise ValueError(
+                f"block low rank has two row modes and two column modes, got {row_modes}, "
+                f"{column_modes}"
+            )
+        TTSpec(row_modes, column_modes, (rank,))  # checks the entries
+        size = dict(zip(("m0", "m1", "n0", "n1"), (*row_modes, *column_modes), strict=True))
+        size = {"e": experts, **size, "r1": rank}
+        # One row and one column axis always stay, as in a chain: a single block is low rank.
+        kept = {"m0": row_modes[1] == 1, "n1": column_modes[0] == 1, "r1": True, "e": experts > 0}
+        present = {name for name in size if size[name] > 1 or kept.get(name)}
+
+        def axes(*names: str) -> tuple[str, ...]:
+            return tuple(name for name in names if name in present)
+
+        spec = cls.__new__(cls)
+        spec._set(
+            (axes("e", "m1", "m0", "n0", "r1"), axes("e", "n0", "m1", "r1", "n1")),
+            tuple((name, size[name]) for name in axes("e", "m0", "m1", "n0", "r1", "n1")),
+            axes("m0", "m1"),
+            axes("n0", "n1"),
+            axes("e"),
+            (row_modes, column_modes, (rank,)),
+        )
+        return spec
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all cores together."""
+        return sum(math.prod(shape) for shape in self.core_shapes)
+
+    def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
+        """The same modes with other inner ranks."""
+        return self._like(ranks, experts=self.size["e"] if self.batch else 0)
+
+    def _like(self, ranks: Sequence[int], experts: int = 0) -> TTSpec:
+        if self.format == BLOCK:
+            (rank,) = ranks
+            return TTSpec.block(self.row_modes, self.column_modes, rank, experts=experts)
+        return TTSpec(self.row_modes, self.column_modes, ranks, experts=experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        experts = self.size["e"] if self.batch else 0
+        return {
+            "row_modes": list(self.row_modes),
+            "column_modes": list(self.column_modes),
+            "ranks": list(self.ranks),
+            "experts": experts,
+            **({"format": BLOCK} if self.format == BLOCK else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TTSpec:
+        rows, columns, ranks = data["row_modes"], data["column_modes"], data["ranks"]
+        experts = data.get("experts", 0)
+        if data.get("format") == BLOCK:
+            (rank,) = ranks
+            return cls.block(rows, columns, rank, experts=experts)
+        return cls(rows, columns, ranks, experts=experts)
+
+    def __repr__(self) -> str:
+        experts = f", experts={self.size['e']}" if self.batch else ""
+        if self.format == BLOCK:
+            rank = self.ranks[0]
+            return f"TTSpec.block({self.row_modes}, {self.column_modes}, {rank}{experts})"
+        return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{experts})"

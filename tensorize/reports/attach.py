@@ -1,0 +1,67 @@
+"""Which report belongs to which model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tensorize.base.errors import TensorizeError
+from tensorize.base.tensors import unwrapped
+from tensorize.reports.report import Report
+
+
+def attach(model: nn.Module, found: Report) -> None:
+    """Keep a report on the model that it is of."""
+    model.__dict__["_tensorize"] = found
+
+
+_fused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What the launch of a compiled graph took in, by a core of each of its weights."""
+
+
+def note_fused(core: Tensor, what: str) -> None:
+    """Remember what the launch of a weight took in; reports of its model say it."""
+    _fused[core] = what
+
+
+def _fused_in(model: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if (what := _fused.get(parameter)) is not None:
+            name = name.rpartition(".")[0]  # of the module that holds the core
+            found.setdefault(what, []).append(name.removesuffix(".second").removesuffix("_cores"))
+    return tuple((what, tuple(names)) for what, names in found.items())
+
+
+def detach(model: nn.Module) -> None:
+    """Let a model know nothing of what was done to it."""
+    model.__dict__.pop("_tensorize", None)
+
+
+def known_report(model: nn.Module) -> Report | None:
+    """The report of a compressed model; None for any other."""
+    found = model.__dict__.get("_tensorize")
+    return found if isinstance(found, Report) else None
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to a compiled model: ``str()`` is a table, ``to_html(path)`` a page.
+
+    Raises:
+        TensorizeError: the model was not made by tensorize.
+    """
+    if not isinstance(model, nn.Module):
+        raise TensorizeError(
+            f"a {type(model).__name__} has no report",
+            way_out="tensorize.report(tensorize.load(directory)), or `tensorize report directory`",
+        )
+    model = unwrapped(model)
+    found = known_report(model)
+    if found is None:
+        raise TensorizeError(
+            "the model was not made by tensorize",
+            way_out="model = tensorize.compile(model, budget=0.1)",
+        )
+    return replace(found, fused=_fused_in(model))

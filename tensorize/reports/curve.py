@@ -1,0 +1,107 @@
+"""Predicted quality, size and times by budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+from tensorize.base import files, printer
+from tensorize.base.errors import TensorizeError
+from tensorize.base.records import as_tuples, decode, encode
+from tensorize.reports.data import CurvePoint
+from tensorize.reports.text import WIDTH
+
+
+@dataclass(frozen=True)
+class Curve(Sequence[CurvePoint]):
+    """Predicted quality, size and cost over budgets: a sequence of points that prints a table."""
+
+    points: tuple[CurvePoint, ...]
+    metric: str
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @overload
+    def __getitem__(self, index: int) -> CurvePoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[CurvePoint, ...]: ...
+    def __getitem__(self, index: int | slice) -> CurvePoint | tuple[CurvePoint, ...]:
+        return self.points[index]
+
+    def __iter__(self) -> Iterator[CurvePoint]:
+        return iter(self.points)
+
+    @property
+    def quality_name(self) -> str:
+        """What ``CurvePoint.quality`` is for the points of this curve."""
+        known = any(point.loss is not None for point in self.points)
+        return "predicted rise of the loss" if known else "predicted error"
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                printer.percent(point.budget),
+                printer.count(point.parameters),
+                printer.bytes_(point.bytes),
+                printer.count(point.flops),
+                printer.number(point.output_error),
+                printer.number(point.loss),
+                printer.interval(point.loss_interval),
+                ", ".join(printer.seconds(1e-6 * each) for each in point.latency),
+            )
+            for point in self.points
+        ]
+        headers = (
+            *("budget", "parameters", "bytes", "FLOPs a row", "error", "loss", "90 % interval"),
+            "times",
+        )
+        align: list[printer.Align] = ["right"] * len(headers)
+        body = printer.table(headers, rows, width=WIDTH, align=align)
+        return f"predicted by budget, metric {self.metric}\n\n{body}"
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the curve with matplotlib, in the format that the suffix of ``path`` names.
+
+        Raises:
+            TensorizeError: matplotlib is not installed, or the directory does not exist.
+        """
+        target = files.writable(path)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise TensorizeError(
+                "plotting a curve needs matplotlib, which is not installed",
+                way_out="pip install matplotlib, or look at the curve in report.to_html(path)",
+            ) from error
+        shown = [point for point in self.points if point.quality > 0]
+        budgets = [100 * point.budget for point in shown]
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        color = printer.FORMAT_COLORS["low_rank"][0]
+        band = [(100 * p.budget, *p.loss_interval) for p in shown if p.loss_interval is not None]
+        if band:
+            floor = 0.1 * min(point.quality for point in shown)
+            x, low, high = zip(*band, strict=True)
+            low = [max(value, floor) for value in low]
+            axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0, label="90 % interval")
+        axes.plot(budgets, [point.quality for point in shown], color=color, marker="o")
+        if shown:
+            axes.set_yscale("log")
+        axes.set_xlabel("parameters kept (%)")
+        axes.set_ylabel(self.quality_name)
+        axes.set_title(f"metric: {self.metric}")
+        axes.grid(alpha=0.25)
+        if band:
+            axes.legend(frameon=False)
+        figure.savefig(target)
+
+    def to_dict(self) -> dict[str, Any]:
+        return encode({"metric": self.metric, "points": [asdict(p) for p in self.points]})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Curve:
+        points = (as_tuples(p, "loss_interval", "latency") for p in decode(data)["points"])
+        return cls(tuple(CurvePoint(**point) for point in points), data["metric"])

@@ -1,0 +1,144 @@
+"""What a report holds: weights, totals, points of a curve, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import (
+    asdict,
+    dataclass,
+    field,
+    fields,
+)
+from typing import Any
+
+from tensorize.base.records import as_tuples, decode, encode
+from tensorize.ir.plan import Prediction, RankPlan, Totals
+
+
+@dataclass(frozen=True)
+class RunsBy:
+    """What a weight runs by for some numbers of rows, from ``first`` to ``last`` (None: any more).
+
+    ``winner`` is ``"library"`` or the family of a kernel, ``ratio`` the kernel's time over that of
+    the library's matmuls where it was measured on this machine, ``why`` what decided otherwise.
+    """
+
+    first: int
+    last: int | None
+    winner: str
+    ratio: float | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        rows = f"{self.first} rows and more" if self.last is None else f"up to {self.last} rows"
+        timed = f"the kernel takes {self.ratio or 0:.2f} of the library's time"
+        why = self.why if self.ratio is None else timed
+        return f"{rows}: {self.winner}{f' ({why})' if why else ''}"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one parameter.
+
+    ``format`` is ``"dense"``, ``"low_rank"``, ``"tt"`` or ``"block"``. ``predicted_error`` is the
+    relative error of the weight in the plan's metric, ``actual_error`` the same measured on the
+    cores (0.0 when dense), ``predicted_loss`` the site's share of the predicted rise of the loss.
+    ``runs_by`` is empty where a weight runs by torch operations whatever the rows.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    format: str
+    ranks: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+    predicted_error: float
+    actual_error: float
+    predicted_loss: float
+    reason: str
+    runs_by: tuple[RunsBy, ...] = ()
+
+    @classmethod
+    def of(
+        cls, choice: RankPlan, aliases: tuple[str, ...], actual_error: float = 0.0
+    ) -> SiteReport:
+        """What a plan said of a parameter, and the error that was measured."""
+        names = {f.name for f in fields(cls)} - {"aliases", "actual_error", "runs_by"}
+        planned = {name: getattr(choice, name) for name in names}
+        return cls(aliases=aliases, actual_error=actual_error, **planned)
+
+    @property
+    def share(self) -> float:
+        """Parameters that are left, as a share."""
+        return share_of(self.parameters_after, self.parameters_before)
+
+    def to_dict(self) -> dict[str, Any]:
+        return encode(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteReport:
+        found = as_tuples(decode(data), "aliases", "shape", "ranks")
+        found["runs_by"] = tuple(RunsBy(**each) for each in found.get("runs_by", ()))
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What is left of each figure, 1.0 for all of it."""
+
+    parameters: float
+    bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class ReportTotals:
+    """The whole model before and after, parameters that are no site included."""
+
+    before: Totals
+    after: Totals
+
+    @property
+    def share(self) -> Shares:
+        """After over before."""
+        return Shares(
+            **{
+                f.name: share_of(getattr(self.after, f.name), getattr(self.before, f.name))
+                for f in fields(Shares)
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ReportTotals:
+        sides = (as_tuples(data[side], "latency") for side in ("before", "after"))
+        return cls(*(Totals(**side) for side in sides))
+
+
+@dataclass(frozen=True)
+class CurvePoint(Prediction):
+    """What one budget, a share of the parameters, is predicted to give."""
+
+    budget: float = field(kw_only=True)
+
+    @property
+    def quality(self) -> float:
+        """The predicted rise of the loss, the error of the outputs where there is none."""
+        return self.output_error if self.loss is None else self.loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the pipeline: how long it took, and in one line what it did."""
+
+    name: str
+    seconds: float
+    summary: str
+
+
+def share_of(after: float, before: float) -> float:
+    return after / before if before else 1.0

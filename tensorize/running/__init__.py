@@ -1,0 +1,1 @@
+"""Kernels in use: looked at, measured, shown."""

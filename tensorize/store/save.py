@@ -1,0 +1,135 @@
+"""Write an artefact."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tensorize.base.errors import CheckpointError
+from tensorize.base.files import draft_of, drafts_of, into_place
+from tensorize.base.tensorfile import sha256_of
+from tensorize.base.tensors import unwrapped
+from tensorize.reports.attach import known_report
+from tensorize.reports.report import Report
+from tensorize.store import transformers_config
+from tensorize.store.contents import Contents, contents_of, dtype_name
+from tensorize.store.load import DRAFT
+from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write a factorized model into ``directory``, which is made where it does not exist.
+
+    Every tensor is stored once. Two tensors that overlap only in part are stored in full each, and
+    are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
+    Face model's ``config.json`` and ``generation_config.json`` are written beside.
+
+    Raises:
+        CheckpointError: the model carries no report (it does not come from ``tensorize.compile``,
+            ``apply`` or ``load``), holds something that safetensors cannot store, or the directory
+            cannot be written or holds a dense checkpoint. What was saved there before is then still
+            valid.
+    """
+    directory, model = Path(directory), unwrapped(model)
+    report = known_report(model)
+    if report is None:
+        inner = [name for name, child in model.named_children() if known_report(child)]
+        raise CheckpointError(
+            f"this {type(model).__name__} carries no tensorize report, so it cannot be saved",
+            way_out=f"pass the model that it wraps (model.{inner[0]})"
+            if inner
+            else "make it with tensorize.compile or tensorize.apply first",
+        )
+    if transformers_config.is_huggingface(model):
+        transformers_config.check_place(directory)
+    contents, stored = contents_of(model)
+    with _drafted(directory) as draft:
+        _write_tensors(stored, draft)
+        _finish(model, contents, report, draft, draft, directory)
+
+
+def save_written(
+    model: nn.Module, contents: Contents, report: Report, weights: Path, directory: Path
+) -> None:
+    """As ``save``, for a model on meta whose tensors are in the file ``weights``, which is moved.
+
+    It has to be on the disk of the directory.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    with _drafted(directory) as draft:
+        _finish(model, contents, report, weights, draft, directory)
+
+
+@contextlib.contextmanager
+def _drafted(directory: Path) -> Iterator[Path]:
+    """A file in a directory that is not there after the block; failures are named."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with draft_of(directory / DRAFT) as draft:
+            yield draft
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory} cannot be written: {type(error).__name__}: {error}",
+            way_out="choose a directory with room that you may write to; what was saved there "
+            "before is still valid",
+        ) from error
+
+
+def _finish(
+    model: nn.Module,
+    contents: Contents,
+    report: Report,
+    tensors: Path,
+    draft: Path,
+    directory: Path,
+) -> None:
+    """Put the file of tensors in place, and the manifest last; take away what was there before."""
+    manifest = manifest_to_dict(contents, transformers_config.describe(model), report)
+    sha256 = sha256_of(tensors)
+    weights = directory / f"tensorize-{sha256[:16]}.safetensors"
+    into_place(tensors, weights)
+    manifest["weights"] = {
+        "file": weights.name,
+        "sha256": sha256,
+        "bytes": weights.stat().st_size,
+    }
+    if manifest["model"]["huggingface"]:
+        transformers_config.save_configs(model, directory, weights.name, draft)
+    draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    into_place(draft, directory / MANIFEST)
+    for old in (*directory.glob("tensorize-*.safetensors"), *drafts_of(directory / DRAFT)):
+        if old.name != weights.name and (WEIGHTS_NAME.fullmatch(old.name) or old.suffix == ".tmp"):
+            _remove(old)
+
+
+def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:
+    usual = draft.stat().st_mode
+    try:
+        save_file(tensors, draft, metadata={"format": "pt"})
+        draft.chmod(usual)  # safetensors makes files that only their owner may read
+    except KeyError as error:  # what safetensors says of a dtype that it does not know
+        dtypes = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
+        unknown = str(error).removeprefix("torch.")
+        raise CheckpointError(
+            f"safetensors cannot store {unknown}",
+            site=next((name for name, dtype in dtypes.items() if dtype == unknown), None),
+            way_out="cast it to another dtype",
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""Cores that stand for a parameter of an owner that keeps its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorize.capture.matmul import Frame
+from tensorize.ir.spec import TTSpec
+from tensorize.weight.contractions import contractions
+from tensorize.weight.lazy import FactoredWeight, cannot_be_assigned
+
+
+class Cores(nn.Module):
+    """The cores of one weight, as parameters ``core_0``, ``core_1``, … in the stored shapes.
+
+    ``frame`` says how the owner sees the matrix (a convolution in its own shape); ``breakpoints``
+    are the batches at which another order of contraction begins, in this and in all weights of the
+    model (None: nothing is known of the others). ``memory_limit``: see ``limit_saved``.
+    """
+
+    breakpoints: tuple[int, ...] | None = None
+    memory_limit: int | None = None
+
+    def __init__(
+        self, spec: TTSpec, cores: Sequence[nn.Parameter], frame: Frame | None = None
+    ) -> None:
+        super().__init__()
+        self.spec, self.frame = spec, frame or Frame()
+        for k, core in enumerate(cores):
+            self.register_parameter(f"core_{k}", core)
+        self._choose_orders()
+
+    def forward(self) -> FactoredWeight:
+        cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
+        return FactoredWeight(self.spec, cores, self.frame, self.contractions)
+
+    def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+        """Take cores of other ranks."""
+        self.spec = spec
+        for k, core in enumerate(cores):
+            self._parameters[f"core_{k}"] = core
+        self._choose_orders()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
+        super()._apply(fn, recurse)
+        if "core_0" in self._parameters:
+            self._choose_orders()  # for another device or dtype they may be others
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The contractions are compiled functions: they are found again by the spec.
+        return {k: v for k, v in self.__dict__.items() if k != "contractions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_orders()
+
+    def _choose_orders(self) -> None:
+        core = self.get_parameter("core_0")
+        how = str(core.device), core.dtype, self.breakpoints, self.memory_limit
+        planned = contractions(self.spec, *how)
+        kernels = self.__dict__.get("kernels") if self.memory_limit is None else None
+        self.contractions = (
+            {k: v.beside(planned) for k, v in kernels.items()} if kernels else planned
+        )
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+
+class FactoredLinear(nn.Module):
+    """A linear layer y = x Wᵀ + b with a lazy weight.
+
+    It is no ``nn.Linear``: tools that look for those want to read and replace a dense weight.
+    """
+
+    in_features: int
+    out_features: int
+    weight: FactoredWeight
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+# --------------------------------------------------------------- owners with their own forward
+
+
+def cores_name(parameter: str) -> str:
+    return f"{parameter}_cores"
+
+
+def _lazy_weight(parameter: str) -> property:
+    holder = cores_name(parameter)
+
+    def get(owner: nn.Module) -> FactoredWeight:
+        # It is called, so that hooks which fetch offloaded parameters do so.
+        return owner._modules[holder]()  # type: ignore[misc]
+
+    return property(get)
+
+
+def weight_of(owner: nn.Module, parameter: str) -> FactoredWeight:
+    """The lazy weight of the very parameters, whatever hooks there are."""
+    holder: Cores = owner._modules[cores_name(parameter)]  # type: ignore[assignment]
+    return holder.forward()
+
+
+def check_tie(own: FactoredWeight, value: Any, what: str) -> None:
+    """Code that ties weights assigns one module's to another; here the tie must be there already.
+
+    Raises:
+        TypeError: it is any other value.
+    """
+    cores = value.cores if isinstance(value, FactoredWeight) else ()
+    if [id(core) for core in cores] != [id(core) for core in own.cores]:
+        raise cannot_be_assigned(what)
+
+
+@cache
+def factored_class(
+    dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]
+) -> type[nn.Module]:
+    """``base`` with lazy weights in place of the ``parameters`` of a module of class ``dense``."""
+
+    def reduce(owner: nn.Module, protocol: int) -> tuple:
+        return _blank, (dense, parameters, base), owner.__getstate__()
+
+    def assign(owner: nn.Module, name: str, value: Any) -> None:
+        if name in parameters:
+            check_tie(weight_of(owner, name), value, f"{name} of {base.__name__}")
+        else:
+            base.__setattr__(owner, name, value)
+
+    body: dict[str, Any] = {name: _lazy_weight(name) for name in parameters}
+    body |= {
+        "__reduce_ex__": reduce,
+        "__setattr__": assign,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_dense_class": dense,
+        "_factored_parameters": parameters,
+    }
+    if issubclass(dense, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, _drop)
+    return type(base.__name__, (base,), body)
+
+
+def _flat_weights(owner: nn.RNNBase) -> list[Any]:
+    """All weights in the order of a recurrent layer's kernel, which keeps a list of them."""
+    return [getattr(owner, name, None) for name in owner._flat_weights_names]
+
+
+def _drop(owner: nn.Module, value: Any) -> None:
+    """Nothing is kept: the list is made from what is there."""
+
+
+def _blank(dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]) -> nn.Module:
+    """An empty instance for pickle and deepcopy, which fill it."""
+    cls = factored_class(dense, parameters, base)
+    return cls.__new__(cls)
+
+
+def lazy_parameters(owner: nn.Module) -> tuple[str, ...]:
+    return getattr(type(owner), "_factored_parameters", ())

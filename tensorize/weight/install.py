@@ -1,0 +1,241 @@
+"""What a module holds in place of its dense weight.
+
+``install`` rewrites the modules that own a parameter: the parameter is deleted, its cores are
+attached, and the module object stays the same one (so hooks, references and its name stay). Two
+forms cover everything:
+
+* a plain linear with a low-rank weight becomes a ``LowRankLinear`` with two real ``nn.Linear``
+  children, so that other tools find what they look for;
+* every other owner keeps its own forward (a linear in the form of a train becomes a
+  ``FactoredLinear``) and gets a ``weight`` that is a ``FactoredWeight``: not a tensor, but
+  something that answers ``F.linear``, ``embedding``, ``matmul`` … by a contraction. Any other
+  function gets the dense matrix, built for that call.
+
+Tied weights share their cores as they shared the dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorize.capture.matmul import Frame
+from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.weight import ties
+from tensorize.weight.cores import (
+    Cores,
+    FactoredLinear,
+    cores_name,
+    factored_class,
+    lazy_parameters,
+    weight_of,
+)
+from tensorize.weight.lazy import FactoredWeight
+from tensorize.weight.low_rank import LowRankLinear
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter ``name``, and the parameter's own name in it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _is_plain_linear(owner: nn.Module, parameter: str) -> bool:
+    """Whether the owner does nothing but x Wᵀ + b, or x W + b as GPT-2's Conv1D."""
+    if parameter != "weight" or len(owner._modules) > 0:
+        return False
+    kind = type(owner)
+    return kind is nn.Linear or _is_conv1d(kind)
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def install(
+    model: nn.Module,
+    names: Sequence[str],
+    spec: TTSpec,
+    cores: Sequence[nn.Parameter],
+    nonlinearity: str | None = None,
+) -> None:
+    """Replace one dense parameter, under all of its names, by its cores.
+
+    Args:
+        model: the model to change in place.
+        names: every qualified name of the parameter (several where it is tied).
+        spec, cores: the factorization; the cores in the shapes of ``spec.core_shapes``.
+        nonlinearity: the name of a function of ``torch.nn.functional`` between the two factors,
+            where ``takes_nonlinearity`` says that there can be one.
+    """
+    owners = [owner_of(model, name) for name in names]
+    holder: Cores | None = None
+    tied = len(owners) > 1
+    seen: set[tuple[int, str]] = set()
+    for owner, parameter in owners:
+        if (id(owner), parameter) in seen:
+            continue  # one module under several names
+        seen.add((id(owner), parameter))
+        # The module that the caller holds keeps its class.
+        plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
+        if plain and spec.format == LOW_RANK and not (tied and _is_conv1d(type(owner))):
+            _become_low_rank_linear(owner, cores)
+            owner.__dict__["nonlinearity"] = nonlinearity
+            continue
+        shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
+        frame = Frame() if shape == spec.shape else Frame(shape=shape)
+        holder = holder or Cores(spec, cores, frame)
+        alone = plain and type(owner) is nn.Linear
+        _become_factored(owner, parameter, holder, FactoredLinear if alone else None)
+    ties.follow(model, names_now)
+
+
+def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: TTSpec) -> bool:
+    """Whether the parameter is one plain linear's, in low rank: then two layers replace it."""
+    owner, leaf = owner_of(model, names[0])
+    plain = owner is not model and _is_plain_linear(owner, leaf)
+    return len(names) == 1 and plain and spec.format == LOW_RANK and not spec.batch
+
+
+def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+    """Give a factorized weight other ranks, wherever it is used; kernels for the old ones go.
+
+    Args:
+        name: the qualified name that its dense parameter had, any of those of a tied one.
+        spec: the weight's own, with other ranks.
+        cores: the new parameters, in the shapes of ``spec.core_shapes``.
+    """
+
+    def held(module: LowRankLinear | Cores) -> list[int]:
+        weight = module.weight if isinstance(module, LowRankLinear) else module.forward()
+        return [id(core) for core in weight.cores]
+
+    owner, leaf = owner_of(model, name)
+    holder = owner if isinstance(owner, LowRankLinear) else owner._modules[cores_name(leaf)]
+    assert isinstance(holder, LowRankLinear | Cores)
+    before = held(holder)
+    holders = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
+    for module in [m for m in holders if held(m) == before]:
+        module.__dict__.pop("kernels", None)
+        module.resize(spec, cores)
+
+
+def first_factor(model: nn.Module, name: str) -> nn.Parameter:
+    """The core of a factorized linear that meets the input."""
+    owner, leaf = owner_of(model, name)
+    weight = owner.weight if isinstance(owner, LowRankLinear) else weight_of(owner, leaf)
+    core: Any = weight.cores[1]
+    return core
+
+
+def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> None:
+    left, right = cores
+    transposed = _is_conv1d(type(owner))
+    if transposed:  # W is (in, out): the layer's own matrix is Wᵀ = Vᵀ Uᵀ
+        left, right = (
+            nn.Parameter(core.detach().t().contiguous(), requires_grad=core.requires_grad)
+            for core in (right, left)
+        )
+    first, second = _linear(right), _linear(left)
+    second.bias = owner._parameters.pop("bias", None)
+    del owner._parameters["weight"]
+    first.training = second.training = owner.training
+    owner._modules["first"], owner._modules["second"] = first, second
+    sizes = second.out_features, first.in_features, first.out_features
+    owner.__dict__["spec"] = TTSpec.low_rank(*sizes)
+    owner.__dict__["stored_transposed"] = transposed
+    owner.__dict__["_dense_class"] = type(owner)
+    if transposed:  # it did not call them so
+        owner.__dict__["in_features"] = first.in_features
+        owner.__dict__["out_features"] = second.out_features
+    owner.__class__ = LowRankLinear
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = weight
+    return linear
+
+
+def _become_factored(
+    owner: nn.Module, parameter: str, holder: Cores, kind: type[nn.Module] | None
+) -> None:
+    del owner._parameters[parameter]
+    holder.training = owner.training
+    owner._modules[cores_name(parameter)] = holder
+    dense = getattr(owner, "_dense_class", type(owner))
+    parameters = (*lazy_parameters(owner), parameter)
+    owner.__dict__.pop("_flat_weights", None)  # of a recurrent layer: it holds the dense ones
+    owner.__class__ = factored_class(dense, parameters, kind or dense)
+
+
+def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
+    """Every factorized weight of a model, by the qualified name its dense parameter had."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, LowRankLinear):
+            yield f"{prefix}weight", module.weight
+        for parameter in lazy_parameters(module):
+            yield f"{prefix}{parameter}", weight_of(module, parameter)
+
+
+def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The qualified names of the parameters that stand for the dense parameter ``name``."""
+    owner, leaf = owner_of(model, name)
+    prefix = name.removesuffix(leaf)
+    if isinstance(owner, LowRankLinear):
+        return f"{prefix}first.weight", f"{prefix}second.weight"
+    holder = owner.get_submodule(cores_name(leaf))
+    path = f"{prefix}{cores_name(leaf)}"
+    return tuple(f"{path}.{core}" for core, _ in holder.named_parameters())
+
+
+def names_now(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names of what stands for any parameter of the dense model: its own where it was left."""
+    try:
+        owner, leaf = owner_of(model, name)
+    except AttributeError:  # a pattern, or a module that is not there
+        return (name,)
+    if isinstance(owner, LowRankLinear) and leaf == "bias":
+        return (f"{name.removesuffix(leaf)}second.bias",)
+    lazy = ("weight",) if isinstance(owner, LowRankLinear) else lazy_parameters(owner)
+    return core_names(model, name) if leaf in lazy else (name,)
+
+
+def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:
+    """Put a dense parameter back wherever there are cores; tied weights stay tied."""
+    made: dict[tuple[int, ...], nn.Parameter] = {}
+
+    def dense(weight: FactoredWeight) -> nn.Parameter:
+        key = tuple(id(core) for core in weight.cores)
+        if key not in made:
+            made[key] = build(weight)
+        return made[key]
+
+    for module in list(model.modules()):
+        if isinstance(module, LowRankLinear):
+            weight, bias = dense(module.weight), module.bias
+            del module._modules["first"], module._modules["second"]
+            base = module.__dict__.pop("_dense_class")
+            del module.__dict__["spec"]
+            module.__dict__.pop("input_product", None)
+            for extra in ("contractions", "memory_limit", "kernels", "nonlinearity"):
+                module.__dict__.pop(extra, None)
+            if module.__dict__.pop("stored_transposed"):
+                del module.__dict__["in_features"], module.__dict__["out_features"]
+            module.__class__ = base
+            module._parameters["weight"] = weight
+            module._parameters["bias"] = bias
+            continue
+        for parameter in lazy_parameters(module):
+            module._parameters[parameter] = dense(weight_of(module, parameter))
+            del module._modules[cores_name(parameter)]
+        if hasattr(module, "_factored_parameters"):
+            module.__class__ = module._dense_class  # type: ignore[assignment]
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
+    ties.undo(model)

@@ -1,0 +1,233 @@
+"""Contractions against a factorized weight, as functions of tensors.
+
+The callable of a contraction plan comes from a backend (``codegen``), which this layer does not
+know: ``api`` registers the backends when tensorize is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorize.capture.matmul import Convolution
+from tensorize.ir.spec import BLOCK, LOW_RANK, TTSpec
+from tensorize.weight.contractions import Contractions
+from tensorize.weight.onednn import library
+from tensorize.weight.precision import in_float32, widened
+
+
+def matmul(
+    contractions: Contractions,
+    cores: Sequence[Tensor],
+    x: Tensor,
+    contract: str,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + bias (``contract="columns"``) or x W + bias (``"rows"``), W never built for low rank.
+
+    ``x`` is (..., N) or (..., M), the result (..., M) or (..., N); ``contractions`` are those of
+    the weight's spec.
+    """
+    x = widened(x, cores[0])
+    run: Any = contractions.get(contract)
+    if getattr(run, "takes_bias", False):
+        return run(x, cores, bias)
+    if in_float32(x, cores[1].shape[0] if run is None else None):
+        wide = [core.float() for core in cores]
+        bias = None if bias is None else bias.float()
+        return matmul(contractions, wide, x.float(), contract, bias).to(x.dtype)
+    if run is not None:
+        return run(x, cores, bias)
+    left, right = cores
+    if contract == "columns":
+        return F.linear(F.linear(x, right), left, bias)
+    return F.linear(F.linear(x, left.t()), right.t(), bias)
+
+
+def lookup(
+    spec: TTSpec,
+    cores: Sequence[Tensor],
+    rows: Tensor,
+    padding_idx: int | None = None,
+    kernel: Any = None,
+) -> Tensor:
+    """Rows of W by number: ``rows`` of any shape, the result (*rows.shape, N); no table is built.
+
+    A row number is split into one digit a core (mixed radix in the row modes), each core gives the
+    slice of its digit, and the slices are multiplied from left to right (Hrinchuk et al. 2020).
+    ``kernel``: what looks up in one launch.
+    """
+    if kernel is not None and kernel.takes(cores[0]):
+        result = kernel.lookup(rows, cores)
+    elif spec.format == LOW_RANK:
+        left, right = cores
+        result = F.linear(F.embedding(rows, left), right.t())
+    elif spec.format == BLOCK:
+        result = _lookup_block(spec, cores, rows)
+    else:
+        result = _lookup_train(spec, cores, rows)
+    if padding_idx is None or not result.requires_grad:
+        return result
+    # As nn.Embedding: what arrives at the padding row changes nothing.
+    padding = rows == padding_idx % math.prod(spec.row_modes)
+    return torch.where(padding.unsqueeze(-1), result.detach(), result)
+
+
+def _lookup_train(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
+    remaining = rows.reshape(-1)
+    digits: list[Tensor] = []
+    for mode in reversed(spec.row_modes[1:]):
+        digits.append(remaining % mode)
+        remaining = torch.div(remaining, mode, rounding_mode="floor")
+    digits.append(remaining)  # not reduced: the first core refuses a row that the table lacks
+    digits.reverse()
+    # result: (B, columns so far, rank); a core's slice: (B, rank, columns, next rank)
+    result: Tensor | None = None
+    ranks = (1, *spec.ranks, 1)
+    for k, core in enumerate(cores):
+        mode, columns = spec.row_modes[k], spec.column_modes[k]
+        table = core.reshape(ranks[k], mode, columns, ranks[k + 1]).transpose(0, 1)
+        part = F.embedding(digits[k], table.reshape(mode, -1))
+        part = part.reshape(-1, ranks[k], columns * ranks[k + 1])
+        if result is None:
+            result = part
+        else:
+            so_far = math.prod(spec.column_modes[:k])
+            result = torch.bmm(result.reshape(-1, so_far, ranks[k]), part)
+    assert result is not None
+    return result.reshape(*rows.shape, math.prod(spec.column_modes))
+
+
+def _lookup_block(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Of every block of columns the left core's slice of a row, times the right core's block."""
+    (m0, m1), (n0, n1), (rank,) = spec.row_modes, spec.column_modes, spec.ranks
+    left, right = cores[0].reshape(m1, m0, n0 * rank), cores[1].reshape(n0, m1, rank * n1)
+    outer = torch.div(rows, m1, rounding_mode="floor")
+    inner = rows - outer * m1
+    place = torch.where((outer >= 0) & (outer < m0), inner * m0 + outer, -1)  # -1 is refused
+    slices = F.embedding(place, left.reshape(m1 * m0, -1))
+    blocks = F.embedding(inner, right.transpose(0, 1).reshape(m1, -1))
+    slices = slices.reshape(*rows.shape, n0, 1, rank)
+    result = slices @ blocks.reshape(*rows.shape, n0, rank, n1)
+    return result.reshape(*rows.shape, n0 * n1)
+
+
+def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
+    """Each expert's rows of x (S, N) against its own low-rank weight; offsets: their ends (E,)."""
+    left, right = cores
+    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros,
+    # and the first of more components are copied.
+    left, right = left.contiguous(), right.contiguous()
+    missing = -left.shape[-1] % (16 // left.element_size())
+    if missing:
+        left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
+    if contract == "columns":
+        left, right = right.mT, left.mT
+    # Compiled graphs know ``grouped_mm`` in bfloat16 only: for others it is one opaque operation.
+    opaque = torch.compiler.is_compiling() and x.dtype != torch.bfloat16
+    multiply = _grouped_mm if opaque else _torch_grouped_mm
+    return multiply(multiply(x, left, offsets), right, offsets)
+
+
+def _torch_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight, offs=offsets)
+
+
+@torch.library.register_fake("tensorize::onednn_linear", lib=library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("tensorize::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of x (S, K) between two offsets times their expert's weight (E, K, N)."""
+    return F.grouped_mm(x, weight, offs=offsets)
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("tensorize::grouped_outer", mutates_args=())
+def _grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """Xᵀ Y of every expert's rows: (E, K, N)."""
+    result = x.new_zeros(offsets.shape[0], x.shape[1], y.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        torch.mm(x[start:end].t(), y[start:end], out=result[expert])
+        start = end
+    return result
+
+
+@_grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
+
+
+def _save_grouped(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, offsets = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_x = _grouped_mm(gradient, weight.mT, offsets)
+    return of_x, _grouped_outer(x, gradient, offsets), None
+
+
+_grouped_mm.register_autograd(_grouped_backward, setup_context=_save_grouped)
+
+
+def stacked_matmul(
+    cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None = None
+) -> Tensor:
+    """A stack of low-rank weights against x (..., E, B, N): as ``torch.matmul`` broadcasts."""
+    left, right = cores
+    if contract == "columns":
+        left, right = right.mT, left.mT
+    y = torch.matmul(torch.matmul(x, left), right)
+    return y if bias is None else y + bias
+
+
+def bag_lookup(cores: Sequence[Tensor], rows: Tensor, bag: Mapping[str, Any]) -> Tensor:
+    """Sums or means of rows of a low-rank table: of the narrow rows first, then widened once."""
+    left, right = cores
+    return F.linear(F.embedding_bag(rows, left, **bag), right.t())
+
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def convolution(
+    cores: Sequence[Tensor],
+    x: Tensor,
+    shape: Sequence[int],
+    call: Convolution,
+    bias: Tensor | None,
+) -> Tensor:
+    """A convolution of rank r: the kernel's own with r outputs (a group), then one of size 1.
+
+    ``shape`` is the dense weight's: (out, in / groups, *kernel), or (in, out, *kernel) where the
+    convolution is transposed; then the one of size 1 comes first.
+    """
+    dims = len(shape) - 2
+    convolve, ones = _CONVOLVE[dims], (1,) * dims
+    left, right = cores
+    rank = right.shape[-2]
+    if call.output_padding is not None:
+        narrow = convolve(x, left.t().reshape(rank, shape[0], *ones))
+        kernel = right.reshape(rank, *shape[1:])
+        sizes = (call.stride, call.padding, call.output_padding, 1, call.dilation)
+        return _TRANSPOSED[dims](narrow, kernel, bias, *sizes)
+    groups = call.groups
+    kernel = right.reshape(groups * rank, *shape[1:])
+    narrow = convolve(x, kernel, None, call.stride, call.padding, call.dilation, groups)
+    widen = left.reshape(shape[0], rank, *ones)
+    return convolve(narrow, widen, bias, groups=groups)

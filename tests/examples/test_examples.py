@@ -1,0 +1,263 @@
+"""The examples at a small size: what they print is true, and what they promise is kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib import error, request
+
+import pytest
+import torch
+
+import tensorize
+from examples import (
+    compress_vit,
+    gpt,
+    llama,
+    lora,
+    science_surrogate,
+    serve,
+)
+from examples.science_surrogate import Solver, Surrogate
+
+
+def test_every_figure_can_be_told_from_every_other() -> None:
+    side = torch.linspace(-1.5, 1.5, 61)
+    figures = [compress_vit.inside(f, side[None, :], side[:, None]) for f in compress_vit.FIGURES]
+    for k, one in enumerate(figures):
+        assert 0.03 < float(one.float().mean()) < 0.6
+        for other in figures[:k]:
+            assert float((one & other).sum() / (one | other).sum()) < 0.9
+
+
+def test_images_are_drawn_by_their_seed() -> None:
+    drawn = [compress_vit.images(5, torch.Generator().manual_seed(seed))[0] for seed in (3, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_compress_vit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--budgets 0.75 0.1 --width 48 --layers 2 --patch 8 --steps 300 --batch 48"
+    dense, large, small = compress_vit.main(arguments.split())
+    assert "as the dense one" in capsys.readouterr().out
+    assert dense.right > 0.4  # chance is 0.125: something was learned
+    assert (dense.agreement, dense.divergence) == (1.0, 0.0)
+    assert large.parameters <= 0.75 * dense.parameters
+    assert small.parameters <= 0.1 * dense.parameters
+    assert large.agreement > 0.9
+    assert large.right > dense.right - 0.05
+    assert small.divergence > 4 * large.divergence
+    assert large.predicted == pytest.approx(large.divergence, rel=1.0)
+
+
+# -------------------------------------------------------------------------------- a surrogate
+
+
+def test_the_solver_keeps_what_the_equation_keeps() -> None:
+    """Without a flow a wave decays at the rate of diffusion; with it means stay, energy falls."""
+    solver = Solver(32)
+    fields = solver.initial(4, torch.Generator().manual_seed(0))
+    later = solver.advance(fields)
+    torch.testing.assert_close(later.mean((1, 2)), fields.mean((1, 2)), atol=1e-5, rtol=0)
+    assert bool((later.square().sum((1, 2)) < fields.square().sum((1, 2))).all())
+    assert float((later - fields).norm() / fields.norm()) > 0.2  # it is no small step
+    x = torch.arange(32) * 2 * torch.pi / 32
+    wave = (2 * x)[None, None, :].cos().expand(1, 32, 32).contiguous()
+    solver.flow = torch.zeros(()), torch.ones(())  # along the wave's crests
+    rate = torch.tensor(-4 * science_surrogate.VISCOSITY * science_surrogate.INTERVAL)
+    torch.testing.assert_close(solver.advance(wave), wave * rate.exp(), atol=1e-5, rtol=0)
+    solver.flow = torch.ones(()), torch.zeros(())  # across them
+    moved = (2 * (x - science_surrogate.INTERVAL))[None, None, :].cos().expand(1, 32, 32)
+    torch.testing.assert_close(solver.advance(wave), moved * rate.exp(), atol=1e-4, rtol=0)
+
+
+def test_the_flow_has_no_sources() -> None:
+    """What flows in flows out: the divergence is zero."""
+    solver = Solver(32)
+    u, v = solver.flow
+    k = torch.fft.fftfreq(32, 1 / 32)
+    spectra = [torch.fft.fft2(part.expand(32, 32)) for part in (u, v)]
+    divergence = k[None, :] * spectra[0] + k[:, None] * spectra[1]
+    assert float(divergence.abs().max()) < 1e-3
+
+
+def test_the_solver_converges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the step, a sixteenth of the error: Runge–Kutta of fourth order."""
+    solver = Solver(32)
+    fields = solver.initial(2, torch.Generator().manual_seed(0)).double()
+    results = []
+    for steps in (5, 10, 80):
+        monkeypatch.setattr(science_surrogate, "STEPS", steps)
+        results.append(solver.advance(fields))
+    coarse, fine = ((result - results[-1]).norm() for result in results[:2])
+    assert 10 < float(coarse / fine) < 24
+
+
+def test_patches_come_back_where_they_were() -> None:
+    model = Surrogate(16, 32, 0)
+    with torch.no_grad():
+        model.read.weight.copy_(torch.eye(32, 16))
+        model.write.weight.copy_(torch.eye(16, 32))
+        model.read.bias.zero_()
+        model.write.bias.zero_()
+        model.place.zero_()
+    model.norm = torch.nn.Identity()  # type: ignore[assignment]
+    field = torch.randn(2, 16, 16)
+    assert torch.equal(model(field), field)
+
+
+def test_science_surrogate(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--side 16 --width 48 --layers 2 --steps 500 --fields 96 --times 4"
+    rows, persistence = science_surrogate.main(
+        [*arguments.split(), "--budgets", "0.9", "0.75", "0.1", "--within", "1.25"]
+    )
+    dense, smallest = rows[0], rows[-1]
+    assert dense.mean < 0.5 * float(persistence.mean())  # it has learned to forecast
+    best = science_surrogate.chosen(rows)
+    assert best is not dense
+    assert best.mean <= 1.25 * dense.mean
+    assert not smallest.within
+    assert smallest.mean > 1.25 * dense.mean
+    assert f"{best.parameters / dense.parameters:.1%}".rstrip("%") in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- a server
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    model = llama.load_pretrained()
+    return tensorize.compile(model, 0.6, metric="frobenius")
+
+
+@pytest.fixture
+def served(small: Any) -> Iterator[tuple[str, serve.Batcher]]:
+    batcher = serve.Batcher(small, gpt.load_tokenizer(), most=4, wait=0.5)
+    with serve.Server(("127.0.0.1", 0), batcher) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", batcher
+        server.shutdown()
+        thread.join()
+    batcher.close()
+
+
+PROMPTS = ("def read_file(path):", "import", "class Error(Exception):\n    ", "return x")
+
+
+def test_requests_that_come_together_are_one_batch_and_get_their_own_answers(
+    small: Any, served: tuple[str, serve.Batcher]
+) -> None:
+    url, _ = served
+    lengths = (9, 3, 12, 5)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda k: serve.ask(url, PROMPTS[k], lengths[k]), range(4)))
+    assert [answer["batch"] for answer in answers] == [4] * 4
+    assert [answer["tokens"] for answer in answers] == list(lengths)
+    tokenizer = gpt.load_tokenizer()
+    for prompt, length, answer in zip(PROMPTS, lengths, answers, strict=True):
+        ids = tokenizer.encode(prompt).ids
+        (alone,) = serve.generate(small, [ids], length)
+        assert answer["text"] == tokenizer.decode(alone)
+
+
+def test_more_requests_than_a_batch_holds(served: tuple[str, serve.Batcher]) -> None:
+    url, _ = served
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda k: serve.ask(url, PROMPTS[k % 4], 2), range(10)))
+    assert max(answer["batch"] for answer in answers) <= 4
+    assert sum(answer["batch"] for answer in answers) > 10
+
+
+def test_requests_that_are_too_long_together_are_answered_one_after_the_other(
+    small: Any, served: tuple[str, serve.Batcher]
+) -> None:
+    """A long prompt with a short answer, and a short prompt with a long answer."""
+    url, _ = served
+    longest = small.config.max_position_embeddings
+    ids = gpt.load_tokenizer().encode("import os\n" * longest).ids[: longest - 8]
+    long = gpt.load_tokenizer().decode(ids)
+    with ThreadPoolExecutor(2) as pool:
+        pairs = ((long, 1), ("import", longest // 2))
+        answers = list(pool.map(lambda pair: serve.ask(url, *pair), pairs))
+    assert [answer["tokens"] for answer in answers] == [1, longest // 2]
+    assert [answer["batch"] for answer in answers] == [1, 1]
+
+
+def test_bad_requests_are_told_and_harm_nobody(
+    served: tuple[str, serve.Batcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, batcher = served
+
+    def post(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        try:
+            with request.urlopen(request.Request(url + path, body), timeout=30) as answer:
+                return answer.status, json.load(answer)
+        except error.HTTPError as failed:
+            with failed:
+                return failed.code, json.load(failed)
+
+    def asked(**fields: Any) -> bytes:
+        return json.dumps(fields).encode()
+
+    assert post("/generate", b"{")[0] == 400
+    assert post("/generate", b"[1]")[0] == 400
+    assert post("/generate", asked(tokens=3))[0] == 400
+    assert post("/generate", asked(prompt="x", tokens=10**6))[0] == 400
+    assert post("/generate", asked(prompt="", tokens=3))[0] == 400
+    assert post("/elsewhere", asked(prompt="x"))[0] == 404
+    assert post("/generate", asked(prompt="x" * serve.MOST_BYTES))[0] == 413
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher, "model", _Failing())
+        code, said = post("/generate", asked(prompt="x", tokens=2))
+        assert (code, said["error"]) == (500, "RuntimeError: out of memory")
+    assert post("/generate", asked(prompt="x", tokens=2))[0] == 200
+    with request.urlopen(f"{url}/health") as answer:
+        assert 0 < json.load(answer)["kept"] <= 0.6
+
+
+class _Failing:
+    """A model that cannot generate."""
+
+    config = llama.build().config
+
+    def generate(self, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+
+def test_what_waits_is_answered_when_the_server_closes(small: Any) -> None:
+    batcher = serve.Batcher(small, gpt.load_tokenizer(), most=2, wait=0.0)
+    waiting = [batcher.submit("x", 2) for _ in range(5)]
+    batcher.close()
+    assert [future.result(0).tokens for future in waiting] == [2] * 5
+    with pytest.raises(serve.TooMany):
+        batcher.submit("x", 2)
+
+
+@pytest.mark.slow  # it compresses a model of its own
+def test_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--port 0 --requests 4 --tokens 4 --documents 2 --wait 0.5 --budget 0.6"
+    found = serve.main(arguments.split())
+    assert found["tokens_per_second"] > 0
+    assert found["mean_batch"] > 1
+    assert "tokens a second" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ LoRA
+
+
+# peft's own, of transformers.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    arguments = "--budget 0.25 --steps 12 --batch 4 --windows 4 --held-out 8 --rank 4 --refine none"
+    result = lora.main(arguments.split())
+    assert result.kept <= 0.25
+    assert result.dense < result.tuned < result.compressed
+    assert result.recovered > 0.05
+    assert result.trainable < 0.1 * sum(p.numel() for p in llama.build().parameters())
+    assert result.loads_to_the_same_bits
+    assert "taken back" in capsys.readouterr().out

@@ -1,0 +1,124 @@
+"""Learning rates of cores: each moves the weight by its share of what the dense step would."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tensorize
+from examples.gpt import GPT, GPTConfig
+from tensorize import TTSpec
+from tensorize.algebra.reconstruct import reconstruct
+from tensorize.training.groups import parameter_groups
+from tensorize.weight.install import factored
+
+SPECS = (
+    TTSpec.low_rank(96, 64, 16),
+    TTSpec.block((24, 4), (4, 16), 8),
+    TTSpec((8, 12), (8, 8), (12,)),
+    TTSpec((4, 4, 6), (4, 4, 4), (8, 8)),
+)
+
+
+def layer(spec: TTSpec) -> tuple[nn.Linear, nn.Module]:
+    torch.manual_seed(0)
+    dense = nn.Linear(spec.shape[1], spec.shape[0], bias=False)
+    nn.init.normal_(dense.weight, std=0.1)
+    return dense, tensorize.initialize(nn.Sequential(dense), 1.0, formats=spec)
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_step_of_each_core_moves_the_weight_by_its_share(spec: TTSpec, rule: str) -> None:
+    """In the spectral norm, against the dense step for the same gradient of the outputs."""
+    dense, small = layer(spec)
+    (_, weight), *_ = factored(small)
+    groups = parameter_groups(small, 1.0, rule=rule)
+    speeds = {id(p): group["lr"] for group in groups for p in group["params"]}
+    count, cores = len(weight.cores), [core.detach() for core in weight.cores]
+    x, g = torch.randn(1, spec.shape[1]), torch.randn(1, spec.shape[0])
+
+    def moved(gradient: Tensor) -> Tensor:
+        return gradient.sign() if rule == "adam" else gradient
+
+    (whole,) = torch.autograd.grad(dense(x), dense.weight, g)
+    size = float(torch.linalg.matrix_norm(moved(whole), 2))
+    before = reconstruct(spec, cores)
+    for k, part in enumerate(torch.autograd.grad(small(x), weight.cores, g)):
+        change = list(cores)
+        change[k] = cores[k] + 1e-3 * speeds[id(weight.cores[k])] * moved(part)
+        delta = (reconstruct(spec, change) - before) / 1e-3
+        ratio = count * float(torch.linalg.matrix_norm(delta, 2)) / size
+        assert (0.1 if rule == "adam" else 0.01) < ratio <= 1.25  # a bound, and not far above
+
+
+def test_decay_of_the_cores_is_decay_of_their_weight() -> None:
+    _, small = layer(SPECS[2])
+    (group, *others) = parameter_groups(small, 1e-2, 0.1)
+    shrink = sum(g["lr"] * g["weight_decay"] * len(g["params"]) for g in (group, *others))
+    assert shrink == pytest.approx(1e-2 * 0.1)
+
+
+def test_every_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
+    small = tensorize.initialize(GPT(GPTConfig(layers=2)), 0.4, exclude="*embedding*")
+    small.get_parameter("norm.weight").requires_grad_(False)
+    groups = parameter_groups(small, 1e-3, 0.1)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted({id(p) for p in small.parameters() if p.requires_grad})
+    by_name: dict[str, list[Any]] = {}
+    for group in groups:
+        by_name.setdefault(group["name"], []).append(group)
+    assert by_name.keys() == {"cores", "dense", "vectors"}
+    (vectors,) = by_name["vectors"]
+    assert vectors["weight_decay"] == 0.0
+    assert all(p.dim() == 1 for p in vectors["params"])
+    (dense,) = by_name["dense"]
+    assert (dense["lr"], dense["weight_decay"]) == (1e-3, 0.1)
+    torch.optim.AdamW(groups)
+    torch.optim.SGD(groups)
+
+
+def test_a_dense_model_has_plain_groups() -> None:
+    groups = parameter_groups(nn.Sequential(nn.Linear(4, 4)), 1e-3, 0.1)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("dense", 1e-3, 0.1),
+        ("vectors", 1e-3, 0.0),
+    ]
+
+
+def test_the_relative_step_does_not_depend_on_how_the_scale_is_split() -> None:
+    _, small = layer(SPECS[0])
+    (_, weight), *_ = factored(small)
+
+    def relative() -> list[float]:
+        rates = {id(p): g["lr"] for g in parameter_groups(small, 1.0) for p in g["params"]}
+        return [rates[id(core)] / float(core.detach().std()) for core in weight.cores]
+
+    before = relative()
+    with torch.no_grad():
+        weight.cores[0].mul_(10)
+        weight.cores[1].div_(10)
+    assert relative() == pytest.approx(before, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"lr": math.nan}, "lr must be > 0"),
+        ({"lr": 1e-3, "weight_decay": -1}, "weight_decay"),
+        ({"lr": 1e-3, "rule": "newton"}, "is not one of"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], cause: str) -> None:
+    with pytest.raises(tensorize.TensorizeError, match=cause):
+        parameter_groups(nn.Linear(2, 2), **arguments)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(tensorize.TensorizeError, match="needs a gradient"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), 1e-3)
