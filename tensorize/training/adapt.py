@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensorize.algebra.bounds import tails
+from tensorize.algebra.svd import tails
 from tensorize.api.outcome import totals_of
 from tensorize.base.errors import BudgetError, TensorizeError
 from tensorize.ir.budget import Budget

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import tensorize
 from examples.gpt import GPT, GPTConfig
 from tensorize import TTSpec
-from tensorize.algebra.bounds import tails, unfolding_spectra
 from tensorize.algebra.reconstruct import reconstruct
+from tensorize.algebra.svd import tails
 from tensorize.training.adapt import RankSchedule
 from tensorize.training.bonds import bonds, extended, with_ranks
 from tensorize.training.groups import parameter_groups
 from tensorize.weight.install import factored
+from tests.algebra.unfoldings import unfolding_spectra
 
 CHAINS = (
     TTSpec.low_rank(30, 24, 8),
