@@ -56,7 +56,7 @@ def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, order].to(dtype), (s * scale).to(dtype), v[:, order].mT.to(dtype)
 
 
-def tails(squares: Tensor) -> Tensor:
+def tail_sums(squares: Tensor) -> Tensor:
     """What is lost at rank 0, 1, …, k, Σ of the squares beyond it: (k + 1,), the last one is 0."""
     # Summed from the smallest up, so that small tails keep their digits.
     sums = squares.flip(0).cumsum(0).flip(0)
