@@ -2,7 +2,7 @@
 
     python -m benchmarks.same BASE [--quick] [--only PART ...]
 
-``same_probe.py`` runs in both, in fresh processes side by side, with the same interpreter, one
+``probe`` runs in both, in fresh processes side by side, with the same interpreter, one
 thread, and machine figures that were never measured. What comes out is compared bit for bit:
 weights, outputs, gradients, plans, reports, kernels, graphs, files, texts. What BASE writes is read
 by both. The time of ``import tensorize`` is measured in turns. The exit status is 1 where anything
@@ -22,14 +22,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PROBE = Path(__file__).with_name("same_probe.py")
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 QUICK = ("interface", "kinds", "trains", "compiled", "command", "write", "read")
 SLOW = ("others", "gpt", "llama", "minilm", "inductor", "interpreted", "import")
 BEFORE, SHOWN, SHOWN_NAMES = 60, 160, 12
+"""Of a difference: characters in front of it, characters in all, and how many are shown."""
 IMPORTS, SLOWER = 15, 1.05
+"""How often ``import tensorize`` is timed in each tree, and what the ratio may be."""
 IMPORT = """
 import time
 begin = time.process_time()
@@ -54,10 +57,11 @@ def worktree(commit: str) -> Iterator[Path]:
 
 
 def environment(tree: Path, scratch: Path) -> dict[str, str]:
-    """Of a run of a tree: the same for both but for the folders."""
+    """Of a run of a tree: the same for both but for the folders, of which each has its own."""
+    (scratch / "home").mkdir(parents=True)
     kept = {key: value for key, value in os.environ.items() if not key.startswith("TENSORIZE")}
     return kept | {
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": f"{tree}{os.pathsep}{scratch.parent / 'parts'}",
         "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -75,26 +79,24 @@ def probe(
     part: str, trees: Sequence[Path], scratch: Path
 ) -> list[dict[str, dict[str, str]]] | None:
     """What a part gave in both trees, which run at the same time; None where one failed."""
-    runs = []
     old = scratch / "write-0"
-    for k, tree in enumerate(trees):
-        place = scratch / f"{part}-{k}"
-        (place / "home").mkdir(parents=True)
-        own = environment(tree, scratch / f"own-{k}" / part)
+    places = [scratch / f"{part}-{k}" for k in range(len(trees))]
+    runs = []
+    for tree, place in zip(trees, places, strict=True):
+        place.mkdir()
+        own = environment(tree, scratch / f"{place.name}-own")
         if part == "interpreted":
             own["TRITON_INTERPRET"] = "1"
-        # -P: the folder of the probe, which is in one of the trees, is not looked into.
-        command = [sys.executable, "-P", PROBE, part, place / "found.json", old]
-        with open(scratch / f"{part}-{k}.log", "w") as log:
+        # -P: the working directory is not looked into for modules.
+        command = [sys.executable, "-P", "-m", "same.probe", part, place / "found.json", old]
+        with open(place.with_suffix(".log"), "w") as log:
             runs.append(subprocess.Popen(command, cwd=place, env=own, stdout=log, stderr=log))
-    codes = [run.wait() for run in runs]
-    if any(codes):
-        for k, run in enumerate(runs):
-            if run.returncode:
-                text = (scratch / f"{part}-{k}.log").read_text()
-                print(f"{part}: failed in {trees[k]}\n{text[-3000:]}", flush=True)
-        return None
-    return [json.loads((scratch / f"{part}-{k}" / "found.json").read_text()) for k in (0, 1)]
+    failed = [place for run, place in zip(runs, places, strict=True) if run.wait()]
+    for place in failed:
+        tree = trees[places.index(place)]
+        said = place.with_suffix(".log").read_text()
+        print(f"{part}: failed in {tree}\n{said[-3000:]}", flush=True)
+    return None if failed else [json.loads((p / "found.json").read_text()) for p in places]
 
 
 def differences(part: str, base: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -135,13 +137,13 @@ def compare(part: str, trees: Sequence[Path], scratch: Path) -> bool:
 
 def compare_imports(trees: Sequence[Path], scratch: Path) -> bool:
     """Processor time of ``import tensorize`` after torch, in turns; whether it is as fast."""
+    own = [environment(tree, scratch / f"import-{k}-own") for k, tree in enumerate(trees)]
     samples: list[list[tuple[float, float]]] = [[], []]
     for turn in range(IMPORTS + 1):
         for k in (0, 1) if turn % 2 else (1, 0):
-            own = environment(trees[k], scratch / f"own-{k}" / "import")
             done = subprocess.run(
                 [sys.executable, "-P", "-c", IMPORT],
-                cwd=scratch, env=own, check=True, capture_output=True, text=True,
+                cwd=scratch, env=own[k], check=True, capture_output=True, text=True,
             )  # fmt: skip
             if turn:  # the first one compiles the sources
                 torch, ours = map(float, done.stdout.split())
@@ -163,19 +165,17 @@ def main() -> None:
                         help=f"of {', '.join((*QUICK, *SLOW))}")  # fmt: skip
     parser.add_argument("--keep", type=Path, help="a folder for what came out, to look at")
     options = parser.parse_args()
-    parts = options.only or (QUICK if options.quick else (*QUICK, *SLOW))
-    if "read" in parts and "write" not in parts:
-        parts = ("write", *parts)
+    asked = options.only or (QUICK if options.quick else (*QUICK, *SLOW))
+    parts = [
+        part for part in (*QUICK, *SLOW) if part in asked or (part == "write" and "read" in asked)
+    ]
     start, failed = time.perf_counter(), []
     with worktree(options.base) as base, tempfile.TemporaryDirectory(prefix="same-") as folder:
         trees, scratch = (base, ROOT), Path(folder).resolve()
+        shutil.copytree(HERE, scratch / "parts" / "same")
         for part in parts:
-            check = (
-                compare_imports(trees, scratch)
-                if part == "import"
-                else compare(part, trees, scratch)
-            )
-            if not check:
+            alike = compare_imports if part == "import" else partial(compare, part)
+            if not alike(trees, scratch):
                 failed.append(part)
         if options.keep is not None:
             for path in scratch.glob("*/found.json"):
