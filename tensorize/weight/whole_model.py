@@ -90,7 +90,7 @@ def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
     Args:
         model: its modules are changed in place.
         memory_limit: the most elements, the input among them. What would save more saves its input
-            only, and computes the rest again; so does all that trains a core with 0. None: no limit.
+            only and computes the rest again; with 0 all that trains a core does. None: no limit.
 
     Stacks of experts, convolutions and slices of packed weights save what they did.
     """
