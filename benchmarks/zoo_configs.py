@@ -1,22 +1,37 @@
 """Small configurations of every architecture in transformers.
 
 A configuration is made small by rules over the names and values of its fields: widths become 64,
-heads 4, layers one of each kind, and so on, in its parts too. What no rule can know is in
-``zoo_overrides``.
+heads 4, layers one of each kind, and so on, in its parts too. What no rule can know (two fields
+that have to agree, what the standard configuration lacks) is in ``zoo_overrides.json``, by model
+type: the fields to set, where a mapping changes fields of a part. An object with a ``model_type``
+is a configuration of its own: a detector's ResNet, where the standard one comes from timm. The
+memories of trackers are so wide that the object is in sight: masks of hidden ones are constant.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from benchmarks.zoo_overrides import OVERRIDES
-
 WIDTH, HEADS, HEAD_WIDTH, INNER, VOCABULARY, IMAGE, PATCH = 64, 4, 16, 96, 160, 32, 8
+
+
+def _read(data: dict[str, Any]) -> Any:
+    """A mapping, with numbers for keys that are such, or the configuration that it describes."""
+    if "model_type" in data:
+        return CONFIG_MAPPING[data.pop("model_type")](**data)
+    return {int(key) if key.isdigit() else key: value for key, value in data.items()}
+
+
+OVERRIDES: Mapping[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("zoo_overrides.json").read_text(), object_hook=_read
+)
 
 
 def _names(patterns: str) -> re.Pattern[str]:
@@ -127,7 +142,7 @@ class _Shrinking:
             part = values.get(name)
             if isinstance(value, Mapping) and isinstance(part, PreTrainedConfig):
                 value = self.shrink(part, {**OVERRIDES.get(part.model_type, {}), **value})
-            small[name] = value
+            small[name] = tuple(value) if isinstance(part, tuple) else value
         return cls(**small)
 
     def _value(self, name: str, value: Any) -> Any:
