@@ -240,7 +240,9 @@ class Allocate:
         used = overhead + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         lost = total_distortion(points, choice)
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
-        slow = slow_choices(analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine)
+        slow = slow_choices(
+            analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
+        )
         for name, found in slow.items():
             batches = ", ".join(f"{each.batch:,}" for each in found)
             reason = f"{chosen[name].reason}; slower than dense at {batches} rows"

@@ -38,7 +38,9 @@ class FindSites:
     def run(self, given: Given) -> Found:
         model = given.model
         names = names_of(model)
-        seen, other, beside = _observe(model, given.inputs) if given.inputs is not None else ({}, {}, [])
+        seen, other, beside = (
+            _observe(model, given.inputs) if given.inputs is not None else ({}, {}, [])
+        )
         sites: list[Site] = []
         adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():

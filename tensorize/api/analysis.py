@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tensorize.base.errors import AnalysisError, BudgetError, check_one_of
 from tensorize.ir.budget import Budget
@@ -17,7 +17,8 @@ from tensorize.passes.allocate.allocate import (
 )
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.observe.loss import LossFunction
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import run_passes
+from tensorize.passes.stages import Analysed, Planned
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import CurvePoint
 
@@ -32,7 +33,7 @@ class Analysis:
     needs, and not the model.
     """
 
-    program: Program
+    program: Analysed
     fingerprint: str
     cache: str | None = None
     calibration: tuple[Batch, ...] = ()
@@ -75,10 +76,9 @@ class Analysis:
                 ``formats`` or ``ranks`` do not fit its weights.
         """
         allocate = self._allocation(budget, refine, formats, ranks, batch_sizes, rank_multiple)
-        plan = run_passes(self.program, (allocate,)).plan
-        assert plan is not None
-        own_loss = self.loss_fn is not None
-        return replace(plan, analysis=self, cache=self.cache, own_loss=own_loss)
+        plan = run_passes(self.program, (allocate,), Planned).plan
+        plan = replace(plan, cache=self.cache, own_loss=self.loss_fn is not None)
+        return AnalysedPlan(**vars(plan), analysis=self)
 
     def _allocation(
         self,
@@ -93,9 +93,8 @@ class Analysis:
         check_choice(budget, refine, ranks)
         chosen = None
         if formats is not None:
-            free = [site for site in self.program.sites if site.blocked is None]
-            chosen = formats_by_site(free, formats)
-            for site in free:
+            chosen = formats_by_site(self.program.free, formats)
+            for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
         if rank_multiple is None:
             rank_multiple = self.program.machine.rank_multiple
@@ -146,23 +145,27 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                plan = (
-                    self._allocation(budget, "auto", None, None, BATCH_SIZES).run(self.program).plan
-                )
+                allocate = self._allocation(budget, "auto", None, None, BATCH_SIZES)
+                predicted = allocate.run(self.program).plan.predicted
             except BudgetError:
                 if budgets is not None:
                     raise
                 continue
-            assert plan is not None
-            points.append(CurvePoint(**vars(plan.predicted), budget=budget))
+            points.append(CurvePoint(**vars(predicted), budget=budget))
         return Curve(tuple(points), self.metric)
 
     def __str__(self) -> str:
-        free = sum(site.blocked is None for site in self.program.sites)
         return (
-            f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
-            f"can be factorized\n{self.curve()}"
+            f"analysis in the {self.metric} metric: {len(self.program.free)} of "
+            f"{len(self.program.sites)} weights can be factorized\n{self.curve()}"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysedPlan(Plan):
+    """A plan that carries the analysis that it comes from, whose factors ``apply`` uses."""
+
+    analysis: Analysis | None = field(default=None, repr=False)
 
 
 def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) -> None:

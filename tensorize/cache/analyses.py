@@ -32,15 +32,16 @@ from tensorize.cache.curve_files import (
 from tensorize.ir.sites import Site, Use
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
 from tensorize.passes.curves.formats import FormatsOption
-from tensorize.passes.pipeline import Program
 from tensorize.passes.predict.predictor import Predictor, Trial
+from tensorize.passes.stages import Analysed, Found
 from tensorize.store.fingerprint import hash_batch, hash_model
 
 log = logging.getLogger("tensorize")
 
 
 def key(
-    program: Program,
+    found: Found,
+    calibration: Sequence[Batch],
     fingerprint: str,
     formats: FormatsOption,
     loss_fn: Any,
@@ -57,12 +58,12 @@ def key(
         return None
     digest = hashlib.sha256()
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
-    sites = [astuple(site) for site in program.sites]
-    text = (FORMAT, fingerprint, program.metric, program.seed, plain, sites, refine, version)
+    sites = [astuple(site) for site in found.sites]
+    text = (FORMAT, fingerprint, found.metric, found.seed, plain, sites, refine, version)
     digest.update(repr((*text, torch.__version__)).encode())
-    if program.calibration:
-        hash_model(digest, program.model)
-    for batch in program.calibration:
+    if calibration:
+        hash_model(digest, found.model)
+    for batch in calibration:
         hash_batch(digest, batch)
     return digest.hexdigest()[:32]
 
@@ -90,24 +91,26 @@ def location(cache_dir: str | os.PathLike[str], key: str) -> str:
     return str(Path(cache_dir).absolute() / f"analysis-{key}")
 
 
-def write(base: str, curves: Curves, program: Program) -> None:
+def write(base: str, curves: Curves, analysed: Analysed) -> None:
     """Complete an analysis whose curves were kept: the JSON makes it valid."""
-    for curve in program.spectra.values():
+    for curve in analysed.spectra.values():
         if curve.site.name not in curves.files:
             curves.keep(replace(curve, shared=None))
-    for group, members in _shared_groups(program).items():
+    for group, members in _shared_groups(analysed).items():
         if SHARED_CURVES + group not in curves.files:
             curves.keep_shared(group, members)
-    predictor = program.predictor
+    predictor = analysed.predictor
     data = {
-        "metric": program.metric,
-        "seed": program.seed,
-        "sites": [_site_to_dict(site) for site in program.sites],
-        "sizes": program.sizes,
-        "files": {name: curves.files[name] for name in program.spectra},
-        "shared": {group: curves.files[SHARED_CURVES + group] for group in _shared_groups(program)},
-        "notes": program.notes,
-        "measured": {n: curve.measured for n, curve in program.spectra.items() if curve.measured},
+        "metric": analysed.metric,
+        "seed": analysed.seed,
+        "sites": [_site_to_dict(site) for site in analysed.sites],
+        "sizes": analysed.sizes,
+        "files": {name: curves.files[name] for name in analysed.spectra},
+        "shared": {
+            group: curves.files[SHARED_CURVES + group] for group in _shared_groups(analysed)
+        },
+        "notes": analysed.notes,
+        "measured": {n: curve.measured for n, curve in analysed.spectra.items() if curve.measured},
         "predictor": None
         if predictor is None
         else {
@@ -124,9 +127,9 @@ def write(base: str, curves: Curves, program: Program) -> None:
     write_at_once(target, json.dumps(whole))
 
 
-def _shared_groups(program: Program) -> dict[str, dict[str, SharedFactor]]:
+def _shared_groups(analysed: Analysed) -> dict[str, dict[str, SharedFactor]]:
     groups: dict[str, dict[str, SharedFactor]] = {}
-    for name, curve in program.spectra.items():
+    for name, curve in analysed.spectra.items():
         group = curve.site.input_group
         if curve.shared is not None and group is not None:
             groups.setdefault(group, {})[name] = curve.shared
@@ -137,14 +140,8 @@ def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read(base: str, program: Program, held: Held = Held.memory) -> Program | None:
-    """The analysis kept at ``base``, or None; a damaged one is reported and made again."""
-    found = read_location(base, held)
-    return None if found is None else replace(found, history=program.history)
-
-
-def read_location(base: str, held: Held = Held.memory) -> Program | None:
-    """The analysis kept at ``base``, or None where there is none that can be read."""
+def read(base: str, held: Held = Held.memory) -> Analysed | None:
+    """The analysis kept at ``base``, or None; a damaged one is reported."""
     try:
         text = Path(base + ".json").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -182,8 +179,7 @@ def read_location(base: str, held: Held = Held.memory) -> Program | None:
             )
     except DAMAGE as error:
         return _damaged(base, error)
-    return Program(
-        model=torch.nn.Module(),
+    return Analysed(
         metric=data["metric"],
         seed=data["seed"],
         sites=sites,

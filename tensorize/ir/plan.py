@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tensorize.base import printer
@@ -103,7 +103,7 @@ class Totals:
     latency: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """One choice of formats and ranks for a whole model: hashable, printable, kept as JSON.
 
@@ -112,8 +112,6 @@ class Plan:
     by which a better choice might be better (the duality gap); ``machine`` the one whose figures
     its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
     ``limits_errors`` that its budget limits the error of every weight.
-    A plan that comes from ``Analysis.plan`` also carries that analysis; it is no part of equality,
-    hash or JSON.
     """
 
     sites: tuple[RankPlan, ...]
@@ -131,7 +129,21 @@ class Plan:
     cache: str | None = None
     own_loss: bool = False
     limits_errors: bool = False
-    analysis: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def alone(self) -> Plan:
+        """The plan without what a kind of plan adds to it, which counts in no comparison."""
+        return Plan(*self._values)
+
+    @property
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(Plan))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
 
     def __str__(self) -> str:
         after, before = self.predicted, self.dense
@@ -162,8 +174,8 @@ class Plan:
         return "\n".join([*lines, "", printer.table(headers, rows, align=align)])
 
     def to_json(self) -> str:
-        """Everything but the analysis that it carries; ``from_json`` reads it."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "analysis"}
+        """All of it; ``from_json`` reads it."""
+        data = {f.name: getattr(self, f.name) for f in fields(Plan)}
         data["sites"] = [site.to_dict() for site in self.sites]
         data["predicted"] = {f.name: getattr(self.predicted, f.name) for f in fields(Prediction)}
         data["dense"] = {f.name: getattr(self.dense, f.name) for f in fields(Totals)}
