@@ -1,8 +1,8 @@
 """Passes, and the one observer around them.
 
-A pass is a frozen dataclass with a ``name``, typed options and ``run(stage) -> next stage``. It takes
-a valid stage and gives a valid one; it never prints. ``run_pass`` verifies, times and logs it, and
-keeps the history on the stage.
+A pass is a frozen dataclass with a ``name``, typed options and ``run(stage) -> next stage``. It
+takes a valid stage and gives a valid one; it never prints. ``run_passes`` verifies, times and logs
+each, and keeps the history on the stage.
 
 ======================  ======================================================================
 ``TENSORIZE_DEBUG=1``   a line a pass: its time and what it did

@@ -20,7 +20,7 @@ from tensorize.base.tensors import adapted_layers, is_plain
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
-from tensorize.ir.sites import Site, Use
+from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
 from tensorize.passes.stages import Found, Given
 

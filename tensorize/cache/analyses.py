@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tensorize.cache.curve_files import (
     Curves,
     Held,
 )
-from tensorize.ir.sites import Site, Use
+from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
 from tensorize.passes.curves.formats import FormatsOption
 from tensorize.passes.predict.predictor import Predictor, Trial
@@ -99,7 +99,7 @@ def write(base: str, curves: Curves, analysed: Analysed) -> None:
     for group, members in _shared_groups(analysed).items():
         if SHARED_CURVES + group not in curves.files:
             curves.keep_shared(group, members)
-    predictor = analysed.predictor
+    predictor, shared = analysed.predictor, _shared_groups(analysed)
     data = {
         "metric": analysed.metric,
         "seed": analysed.seed,
