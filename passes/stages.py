@@ -1,8 +1,8 @@
 """The stages of a compile: records of what is known between passes, each with what it holds.
 
-given → found → observed → learned → analysed → planned → rewritten. A pass takes one of them and
-gives one: ``run``'s annotation says which. A field is there because the stage has it; nothing is
-None until a later pass fills it in.
+given → found → observed → learned → analysed → planned → opened → rewritten. A pass takes one of
+them and gives one: ``run``'s annotation says which. A field is there because the stage has it;
+nothing is None until a later pass fills it in.
 
 ===============  ==================================================================================
 ``Given``        a model, what it runs on, and the metric that is asked for
@@ -11,6 +11,7 @@ None until a later pass fills it in.
 ``Learned``      what every rank of every weight loses
 ``Analysed``     how the loss follows from that: all that plans need, and neither model nor data
 ``Planned``      the choice of formats and ranks
+``Opened``       the model that is to be rewritten, and factors that were made for it
 ``Rewritten``    the model that holds the factors, and what each weight lost
 ===============  ==================================================================================
 """
@@ -18,10 +19,10 @@ None until a later pass fills it in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tensorize.base.progress import Progress, no_progress
 from tensorize.ir.machine import GENERIC, Machine
@@ -47,8 +48,8 @@ class Record:
 
     def to(self, kind: type[S], **known: Any) -> S:
         """The stage ``kind``, of what this one holds of it and what is ``known`` now."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        wanted = {field.name for field in fields(kind)}
+        held = {each.name: getattr(self, each.name) for each in fields(self)}
+        wanted = {each.name for each in fields(kind)}
         return kind(**{name: value for name, value in held.items() if name in wanted} | known)
 
     def noted(self, *notes: str) -> Self:
@@ -87,6 +88,7 @@ class Given(_Asked):
 
     model: nn.Module
     inputs: Batch | None = None
+    calibration: tuple[Batch, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,19 @@ class Planned(Analysed):
     """What is to be done to a model with these weights."""
 
     plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened(Planned):
+    """``model`` is about to be rewritten. ``cores``: by name, the factors that are used instead of
+    a curve's; each is given up as it is put in."""
+
+    model: nn.Module
+    cores: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+Dense = Learned | Opened
+"""The stages at which there are dense weights and their curves."""
 
 
 @dataclass(frozen=True, kw_only=True)

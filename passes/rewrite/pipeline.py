@@ -26,14 +26,14 @@ def rewriting(
     sink: Sink | None = in_model,
     verified: bool = True,
 ) -> tuple[Pass, ...]:
-    """The passes that carry out the plan of a program.
+    """The passes that carry out a plan: from ``Opened`` to ``Rewritten``.
 
     Args:
         refine: what is done to the factors after the decompositions: None, "refit" or "polish".
         batches: what they are refit on.
         polish: makes the pass, where it is asked for.
         source: makes the factors that are not refit; None: each weight's curve, when it is put in.
-        sink: where they are put; None: nowhere, they are the program's ``cores``.
+        sink: where they are put; None: nowhere, they are the ``cores`` of the stage.
         verified: look at the result.
     """
     assert refine != POLISH or polish is not None

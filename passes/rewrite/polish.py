@@ -19,7 +19,6 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import as_matrix
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import call
-from tensorize.passes.pipeline import Program
 from tensorize.passes.rewrite.descent import (
     Descent,
     rate_for,
@@ -28,6 +27,7 @@ from tensorize.passes.rewrite.descent import (
     trainable,
     write,
 )
+from tensorize.passes.stages import Rewritten
 from tensorize.weight.install import factored
 
 # Steps: at least the first, at most the second, between them some passes over the data.
@@ -37,7 +37,7 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Polish:
-    """Program whose cores were trained towards the outputs of ``dense``; ``errors`` are new."""
+    """Trains the cores towards the outputs of ``dense``, and measures the errors again."""
 
     dense: nn.Module
     learnt: tuple[Batch, ...]
@@ -45,25 +45,25 @@ class Polish:
     loss: PreservedLoss
     name: str = "polish"
 
-    def run(self, program: Program) -> Program:
+    def run(self, before: Rewritten) -> Rewritten:
         done = polish(
-            program.model,
+            before.model,
             self.dense,
             self.learnt,
             self.held_out or self.learnt,
             self.loss,
-            program.progress,
+            before.progress,
         )
         parameters = dict(self.dense.named_parameters())
-        errors = dict(program.errors)
-        for name, weight in factored(program.model):
+        errors = dict(before.errors)
+        for name, weight in factored(before.model):
             if name in errors:
-                curve = program.spectra[name]
+                curve = before.spectra[name]
                 dense = as_matrix(curve.site, parameters[name].detach())
                 rebuilt = reconstruct(weight.spec, [c.detach().float() for c in weight.cores])
                 errors[name] = curve.measured_error(dense, rebuilt)
         summary = f"{done.steps} steps: {done.before:.4g} to {done.after:.4g} on held-out batches"
-        return replace(program, errors=errors, summary=summary)
+        return replace(before, errors=errors, summary=summary)
 
 
 @dataclass(frozen=True)

@@ -154,3 +154,8 @@ class AnalysedPlan(Plan):
     """A plan that carries the analysis that it comes from, whose factors ``apply`` uses."""
 
     analysis: Analysis | None = field(default=None, repr=False)
+
+
+def analysis_of(plan: Plan) -> Analysis | None:
+    """The analysis that a plan carries; one that was pickled before has it as an attribute, too."""
+    return getattr(plan, "analysis", None)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tensorize.cache.curve_files import (
     Curves,
     Held,
 )
-from tensorize.ir.sites import Batch, Site, Use
+from tensorize.ir.sites import Site, Use
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
 from tensorize.passes.curves.formats import FormatsOption
 from tensorize.passes.predict.predictor import Predictor, Trial
@@ -41,7 +41,6 @@ log = logging.getLogger("tensorize")
 
 def key(
     found: Found,
-    calibration: Sequence[Batch],
     fingerprint: str,
     formats: FormatsOption,
     loss_fn: Any,
@@ -61,9 +60,9 @@ def key(
     sites = [astuple(site) for site in found.sites]
     text = (FORMAT, fingerprint, found.metric, found.seed, plain, sites, refine, version)
     digest.update(repr((*text, torch.__version__)).encode())
-    if calibration:
+    if found.calibration:
         hash_model(digest, found.model)
-    for batch in calibration:
+    for batch in found.calibration:
         hash_batch(digest, batch)
     return digest.hexdigest()[:32]
 
@@ -106,9 +105,7 @@ def write(base: str, curves: Curves, analysed: Analysed) -> None:
         "sites": [_site_to_dict(site) for site in analysed.sites],
         "sizes": analysed.sizes,
         "files": {name: curves.files[name] for name in analysed.spectra},
-        "shared": {
-            group: curves.files[SHARED_CURVES + group] for group in _shared_groups(analysed)
-        },
+        "shared": {g: curves.files[SHARED_CURVES + g] for g in shared},
         "notes": analysed.notes,
         "measured": {n: curve.measured for n, curve in analysed.spectra.items() if curve.measured},
         "predictor": None
