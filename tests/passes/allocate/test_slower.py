@@ -48,9 +48,8 @@ def slower(plan: Plan, machine: Machine) -> dict[str, np.ndarray]:
     """By how much of the whole model's time each weight is slower than dense, at every batch."""
     found = analysis_of(plan)
     assert found is not None
-    dense = {
-        site.name: dense_times(site, plan.batch_sizes, machine) for site in found.program.sites
-    }
+    sites = found.program.sites
+    dense = {site.name: dense_times(site, plan.batch_sizes, machine) for site in sites}
     whole = np.sum(list(dense.values()), axis=0)
     return {
         site.name: (spec_times(site, choice.spec, plan.batch_sizes, machine) - dense[site.name])
