@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tensorize.api.analysis import Analysis
-from tensorize.api.options import Options, is_self
+from tensorize.api.options import Options
 from tensorize.api.wiring import figures
 from tensorize.base.errors import ModelError
 from tensorize.base.progress import Progress, announce, shown
@@ -27,7 +27,7 @@ from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs
-from tensorize.capture.synthetic import affordable, self_made
+from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
