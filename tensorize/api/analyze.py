@@ -1,4 +1,4 @@
-"""The driver: from a dense model to a compressed one. The only file that knows passes and codegen.
+"""``tensorize.analyze``: learn, once, what every rank of every weight costs.
 
 ``analyze`` → ``Analysis.plan`` → ``apply`` are the three stages; ``compile`` is all of them.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -42,8 +41,6 @@ from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
 from tensorize.store.fingerprint import fingerprint
 from tensorize.version import __version__
-
-log = logging.getLogger("tensorize")
 
 
 def analyze(

@@ -26,10 +26,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "apply": tensorize.apply,
     "compile_checkpoint": tensorize.compile_checkpoint,
 }
-NOTHING = {
-    "self": object.__new__(tensorize.Analysis),
-    **dict.fromkeys(("model", "plan", "directory", "out"), "nowhere"),
-}
+NOTHING = dict.fromkeys(("self", "model", "plan", "directory", "out"), "nowhere")
 """Arguments that are no options: what a verb is done to, here nothing that it could be done to."""
 
 RECORD = {each.name: each for each in fields(Options)}
