@@ -70,14 +70,7 @@ class Analysis:
             AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
                 ``formats`` or ``ranks`` do not fit its weights.
         """
-        return self.planned(Options.of(locals()))
-
-    def planned(self, options: Options) -> Plan:
-        """``plan`` with its options as one record."""
-        plan = run_passes(self.program, (self._allocation(options),)).plan
-        assert plan is not None
-        own_loss = self.loss_fn is not None
-        return replace(plan, analysis=self, cache=self.cache, own_loss=own_loss)
+        return planned(self, Options.of(locals()))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
@@ -149,3 +142,11 @@ class Analysis:
             f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
             f"can be factorized\n{self.curve()}"
         )
+
+
+def planned(analysis: Analysis, options: Options) -> Plan:
+    """``Analysis.plan`` with its options as one record."""
+    plan = run_passes(analysis.program, (analysis._allocation(options),)).plan
+    assert plan is not None
+    own_loss = analysis.loss_fn is not None
+    return replace(plan, analysis=analysis, cache=analysis.cache, own_loss=own_loss)

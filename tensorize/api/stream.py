@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tensorize.api import write_factors
-from tensorize.api.analysis import Analysis
+from tensorize.api.analysis import Analysis, planned
 from tensorize.api.analyze import cost_line, place_of
 from tensorize.api.apply import report_of_result
 from tensorize.api.options import Options
@@ -74,7 +74,7 @@ def compile_checkpoint(
         CheckpointError: ``out`` or ``cache_dir`` cannot be written, or ``out`` holds a dense
             checkpoint.
     """
-    write_factors.check_metric(metric)
+    write_factors.check_metric(metric)  # it says more than the record, of one that is none too
     return streamed(Path(directory), Path(out), Options.of(locals()))
 
 
@@ -118,7 +118,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
         spectra = ComputeSpectra(options.formats, lambda name: source.read(name).to(where), curves)
         program = run_passes(program, (spectra,))
         analysis = Analysis(program.without_model(), identity)
-        plan = analysis.planned(replace(options, formats=None))
+        plan = planned(analysis, replace(options, formats=None))
         program = replace(program, plan=plan)
         factors = write_factors.Factors(source, curves, folder)
         program = run_passes(program, rewriting(None, sink=factors.in_file))
