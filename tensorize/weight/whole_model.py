@@ -87,8 +87,8 @@ def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
 
     Args:
         model: its modules are changed in place.
-        memory_limit: the most elements, the input among them; 0 saves as few as possible (the
-            input, where a core is trained), and the rest is computed again. None: no limit.
+        memory_limit: the most elements, the input among them. What would save more saves its input
+            only and computes the rest again; with 0 all that trains a core does. None: no limit.
 
     Stacks of experts, convolutions and slices of packed weights save what they did.
     """

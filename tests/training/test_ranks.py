@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import tensorize
 from examples.gpt import GPT, GPTConfig
 from tensorize import TTSpec
-from tensorize.algebra.bounds import tails, unfolding_spectra
 from tensorize.algebra.reconstruct import reconstruct
+from tensorize.algebra.svd import tail_sums
 from tensorize.training.adapt import RankSchedule
 from tensorize.training.bonds import bonds, extended, with_ranks
 from tensorize.training.groups import parameter_groups
 from tensorize.weight.install import factored
+from tests.algebra.unfoldings import unfolding_spectra
 
 CHAINS = (
     TTSpec.low_rank(30, 24, 8),
@@ -77,7 +78,7 @@ def test_a_cut_loses_what_the_spectra_say(spec: TTSpec) -> None:
     assert [tuple(c.shape) for c in less] == list(cut.core_shapes)
     assert all(core.is_contiguous() for core in less)
     lost = float((whole(cut, less) - whole(spec, cores)).square().sum())
-    single = [float(tails(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
+    single = [float(tail_sums(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
     assert lost <= sum(single) * (1 + 1e-9)  # Oseledets 2011, theorem 2.2
     assert lost >= max(single) * (1 - 1e-9)
 
