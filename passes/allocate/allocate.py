@@ -287,11 +287,7 @@ def smallest_share(analysed: Analysed) -> float:
 
 
 def check_ranks(ranks: RanksOption) -> RanksOption:
-    """What ``ranks=`` may be, whatever the model.
-
-    Raises:
-        AnalysisError: it is something else.
-    """
+    """What ``ranks=`` is; raises AnalysisError for what it cannot be, whatever the model."""
     if ranks is not None and not isinstance(ranks, Mapping):
         raise AnalysisError(
             f"ranks= maps patterns to ranks, got {ranks!r}", way_out='ranks={"*": 8}'

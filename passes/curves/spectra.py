@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tensorize.algebra import bounds
+from tensorize.algebra.svd import tail_sums
 from tensorize.base.tensors import at_work
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import BLOCK, TT
@@ -136,7 +136,7 @@ def spectrum(
     pay = max(1, (m * n - 1) // (m + n))
     if len(metrics) == 1:
         values = singular_squares(at_work(weight), pay, metrics[0]).double()
-        tails = bounds.tails(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
+        tails = tail_sums(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
     else:
         left, right = best_factors(weight, average(metrics), pay)
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))

@@ -6,7 +6,7 @@ each other. ``descent`` says how the steps are taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,14 +19,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import as_matrix
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import call
-from tensorize.passes.rewrite.descent import (
-    Descent,
-    rate_for,
-    rounds,
-    share_of_rate,
-    trainable,
-    write,
-)
+from tensorize.passes.rewrite.descent import Descent, rate_for, rounds
 from tensorize.passes.stages import Rewritten
 from tensorize.weight.install import factored
 
@@ -87,48 +80,28 @@ def polish(
     cores = list({id(c): c for _, weight in factored(small) for c in weight.cores}.values())
     if not cores:
         return Polished(0.0, 0.0, 0)
+
+    def learn(position: int) -> Tensor:
+        batch = batches[position]
+        with torch.no_grad():
+            wanted = call(dense, batch)
+        total, rows = loss.distance(wanted, small(*batch.args, **batch.kwargs), batch, small)
+        return total / rows
+
+    def judge() -> float:
+        return loss.mean_distance(small, dense, held_out)
+
     with untouched(small), untouched(dense):
-        before = loss.mean_distance(small, dense, held_out)
-        start = [core.detach().float().clone() for core in cores]
+        before = after = judge()
         steps = min(max(_STEPS, _PASSES * len(batches)), _MOST_STEPS)
-        rate = rate_for(before)
-        after = before
         for attempt in range(_ATTEMPTS):  # too far the first time: a quarter of it
-            write(cores, start)
-            run = _descend(small, dense, cores, batches, steps, rate / 4**attempt, loss, progress)
-            kept = start
-            for _ in run:
-                reached = loss.mean_distance(small, dense, held_out)
-                if reached < after:
-                    after, kept = reached, [core.detach().clone() for core in cores]
-            write(cores, kept)
+            rate = rate_for(before) / 4**attempt
+            run = Descent(cores, learn, judge, before, steps=steps, every=steps // 4, rate=rate)
+            progress("polish", 0, steps)
+            for _ in run.run(rounds(len(batches), steps)):
+                progress("polish", run.state.done, steps)
+            after = run.state.best
             if after < before:
                 break
         progress("polish", steps, steps)
     return Polished(before, after, steps)
-
-
-def _descend(
-    small: nn.Module,
-    dense: nn.Module,
-    cores: Sequence[Tensor],
-    batches: Sequence[Batch],
-    steps: int,
-    rate: float,
-    loss: PreservedLoss,
-    progress: Progress,
-) -> Iterator[int]:
-    """Adam on the cores in place; stops at each quarter of the way for the caller to look."""
-    descent = Descent(cores, rate)
-    for done, position in enumerate(rounds(len(batches), steps)):
-        progress("polish", done, steps)
-        batch = batches[position]
-        with trainable(cores):
-            wanted = call(dense, batch)
-            with torch.enable_grad():
-                result = small(*batch.args, **batch.kwargs)
-                total, rows = loss.distance(wanted, result, batch, small)
-                gradients = torch.autograd.grad(total / rows, cores, allow_unused=True)
-        descent.step(gradients, share_of_rate(done, steps))
-        if (done + 1) % (steps // 4) == 0:
-            yield done + 1

@@ -71,13 +71,7 @@ class Analysis:
             AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
                 ``formats`` or ``ranks`` do not fit its weights.
         """
-        return self.planned(Options.of(locals()))
-
-    def planned(self, options: Options) -> Plan:
-        """``plan`` with its options as one record."""
-        plan = run_passes(self.program, (self._allocation(options),), Planned).plan
-        plan = replace(plan, cache=self.cache, own_loss=self.loss_fn is not None)
-        return AnalysedPlan(**vars(plan), analysis=self)
+        return planned(self, Options.of(locals()))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
@@ -154,6 +148,13 @@ class AnalysedPlan(Plan):
     """A plan that carries the analysis that it comes from, whose factors ``apply`` uses."""
 
     analysis: Analysis | None = field(default=None, repr=False)
+
+
+def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
+    """``Analysis.plan`` with its options as one record."""
+    plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
+    plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
+    return AnalysedPlan(**vars(plan), analysis=analysis)
 
 
 def analysis_of(plan: Plan) -> Analysis | None:

@@ -1,4 +1,4 @@
-"""The driver: from a dense model to a compressed one. The only file that knows passes and codegen.
+"""``tensorize.analyze``: learn, once, what every rank of every weight costs.
 
 ``analyze`` → ``Analysis.plan`` → ``apply`` are the three stages; ``compile`` is all of them.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from tensorize.api.analysis import Analysis
-from tensorize.api.options import Options, is_self
+from tensorize.api.options import Options
 from tensorize.api.wiring import figures
 from tensorize.base.errors import ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
@@ -27,7 +26,7 @@ from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs
-from tensorize.capture.synthetic import affordable, self_made
+from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
@@ -43,8 +42,6 @@ from tensorize.passes.predict.largest import MeasureLargest
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.version import __version__
-
-log = logging.getLogger("tensorize")
 
 
 def analyze(

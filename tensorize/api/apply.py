@@ -82,8 +82,8 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
             way_out="tensorize.apply(model, analysis.plan(0.5))",
         )
     options.check_errors_stay(plan.limits_errors)
-    analysis = analysis_of(plan)
-    batches, _ = calibration_of(model, replace(options, seed=plan.seed))
+    analysis, options = analysis_of(plan), replace(options, seed=plan.seed)
+    batches, _ = calibration_of(model, options)
     if options.refine != "auto":
         plan = replace(plan, refine=options.refine)
     _check_loss(plan, options.loss_fn)
@@ -130,8 +130,8 @@ def _analysis_of(
         if site.spec is not None
     }
     data = None if plan.metric == "frobenius" else [batch.given for batch in batches]
-    made = {name: getattr(plan, name) for name in ("metric", "refine", "seed")}
-    return analyzed(model, replace(options, calibration=data, formats=formats or None, **made))
+    made: dict[str, Any] = {"metric": plan.metric, "refine": plan.refine, "calibration": data}
+    return analyzed(model, replace(options, formats=formats or None, **made))
 
 
 def apply_plan(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tensorize.api import write_factors
-from tensorize.api.analysis import Analysis
+from tensorize.api.analysis import Analysis, planned
 from tensorize.api.analyze import cost_line, place_of
 from tensorize.api.apply import report_of_result
 from tensorize.api.options import Options
@@ -84,7 +84,7 @@ def compile_checkpoint(
         CheckpointError: ``out`` or ``cache_dir`` cannot be written, or ``out`` holds a dense
             checkpoint.
     """
-    write_factors.check_metric(metric)
+    write_factors.check_metric(metric)  # it says more than the record, of one that is none too
     return streamed(Path(directory), Path(out), Options.of(locals()))
 
 
@@ -129,7 +129,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
         observed = found.to(Observed, statistics={})
         analysed = run_passes(observed, (spectra,), Learned).to(Analysed, predictor=None)
         analysis = Analysis(replace(analysed, progress=no_progress), identity)
-        plan = analysis.planned(replace(options, formats=None)).alone
+        plan = planned(analysis, replace(options, formats=None)).alone
         opened = analysed.to(Planned, plan=plan).to(Opened, model=source.model)
         factors = write_factors.Factors(source, curves, folder)
         done = run_passes(opened, rewriting(None, sink=factors.in_file), Rewritten)
