@@ -100,7 +100,7 @@ def analyze(
         machine=figures(model),
         notes=(f"uses of the weights were seen with {source}", *made),
     )
-    identity = fingerprint(model)
+    identity = fingerprint(model.named_parameters())
     with shown(progress) as tell:
         program = replace(program, progress=tell)
         program = run_passes(program, (FindSites(include, exclude),))

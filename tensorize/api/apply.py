@@ -13,12 +13,12 @@ from tensorize.api.analysis import Analysis, check_errors_stay, check_refine
 from tensorize.api.analyze import analyze, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.outcome import report_of, slow_weights
+from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model
-from tensorize.codegen.machine import rates as machine
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
@@ -148,7 +148,7 @@ def apply_plan(
     tell: Progress,
     autotune: bool,
 ) -> nn.Module:
-    if fingerprint(model) != plan.fingerprint:
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
         raise AnalysisError(
             "the plan was made for a model with other weights",
             way_out="analyse this model: tensorize.analyze(model)",
@@ -183,7 +183,7 @@ def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
     device = str(dense.device)
     calls = (factors, dense)
     ours, own = (
-        1e6 * machine.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
+        1e6 * timer.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
         for w in calls
     )
     return ours, own
