@@ -36,12 +36,12 @@ def matches(site: Site, select: Select) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in candidates)
 
 
-def _patterns(select: Any) -> list[str]:
-    """One shell pattern or several.
+def check_select(select: Select) -> Select:
+    """A predicate, or the shell patterns; raises AnalysisError for anything else."""
+    return select if callable(select) else _patterns(select)
 
-    Raises:
-        AnalysisError: it is something else.
-    """
+
+def _patterns(select: Any) -> list[str]:
     several = isinstance(select, Iterable) and not isinstance(select, str)
     found = list(select) if several else [select]
     if all(isinstance(each, str) for each in found):

@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx
 
 from tensorize.backend.lower import lower_graph
-from tensorize.backend.options import BackendOptions
+from tensorize.backend.options import read_options
 from tensorize.backend.preview import preview_graph
-from tensorize.running.fuse_graph import parameters_in
+from tensorize.base.dynamo import kinds_of_modules, parameters_in
 from tensorize.weight.low_rank import LowRankLinear
 
 log = logging.getLogger("tensorize")
@@ -23,7 +23,7 @@ def tensorize(
     **ignored: Any,
 ) -> Callable[..., Any]:
     """The backend: called by dynamo for every graph; the entry point ``torch_dynamo_backends``."""
-    chosen = BackendOptions.of(options)
+    chosen = read_options(options)
     parameters = parameters_in(graph, example_inputs)
     if (chosen.budget is None and chosen.ranks is None) or _is_rewritten(graph):
         if chosen.budget is not None:
@@ -34,8 +34,7 @@ def tensorize(
 
 def _is_rewritten(graph: fx.GraphModule) -> bool:
     """Whether the graph comes from modules that ``tensorize.compile`` rewrote."""
-    for node in graph.graph.nodes:
-        for _, kind in node.meta.get("nn_module_stack", {}).values():
-            if kind is LowRankLinear or getattr(kind, "_factored_parameters", ()):
-                return True
-    return False
+    return any(
+        kind is LowRankLinear or getattr(kind, "_factored_parameters", ())
+        for kind in kinds_of_modules(graph)
+    )

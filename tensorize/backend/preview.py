@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tensorize.api import compile
-from tensorize.backend.options import BackendOptions
+from tensorize.api.compile import compiled
+from tensorize.api.options import Options
+from tensorize.base.dynamo import name_of_parameter, own_graph, parameters_in, why_broken_off
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.lowering.graph import own_graph
-from tensorize.running.fuse_graph import parameters_in
 from tensorize.weight.install import factored, install
 
 log = logging.getLogger("tensorize")
@@ -29,17 +29,17 @@ def preview_graph(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
     parameters: Mapping[str, nn.Parameter],
-    options: BackendOptions,
+    options: Options,
 ) -> Callable[..., Any]:
     global _told
     weights = [parameter for parameter in parameters.values() if parameter.dim() > 1]
-    reason: Any = getattr(graph, "compile_subgraph_reason", None)
-    if reason is not None and reason.graph_break:
+    reason = why_broken_off(graph)
+    if reason is not None:
         log.warning(
             "the model breaks into several graphs, and the preview meets the budget within each: "
             "it sees %d weights up to here (%s)",
             len(weights),
-            reason.reason.partition("\n")[0],
+            reason,
         )
     if not weights:  # a part of the model that no budget can be met within
         return graph.forward
@@ -69,7 +69,7 @@ def _previewed(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
     parameters: Mapping[str, nn.Parameter],
-    options: BackendOptions,
+    options: Options,
 ) -> Callable[..., Any]:
     """The graph with these parameters factorized."""
     copied, kept = _as_module(graph, parameters)
@@ -84,17 +84,7 @@ def _previewed(
             known[names[id(parameter)]] = made[key]
     if len(known) < len(names):
         dense = dict(model.named_parameters())
-        compile.compile(
-            model,
-            options.budget,
-            inplace=True,
-            progress=False,
-            example_inputs=inputs,
-            metric="frobenius",
-            formats=options.formats,
-            ranks=options.ranks,
-            seed=options.seed,
-        )
+        compiled(model, replace(options, example_inputs=inputs))
         cores = {name: (w.spec, list(w.cores)) for name, w in factored(model)}
         for name, parameter in dense.items():
             _made[parameter] = {**(_made.get(parameter) or {}), key: cores.get(name)}
@@ -126,6 +116,7 @@ def _as_module(
 ) -> tuple[fx.GraphModule, list[bool]]:
     """The graph with its parameters as its own, and which of its inputs are left."""
     copied = own_graph(graph)
+    copied.weights = held = nn.Module()
     kept: list[bool] = []
     for node in list(copied.graph.nodes):
         if node.op != "placeholder":
@@ -133,21 +124,11 @@ def _as_module(
         kept.append(node.name not in parameters)
         if kept[-1]:
             continue
-        path, _, leaf = _qualified_name(node).rpartition(".")
-        owner = copied
-        for part in path.split(".") if path else ():
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(leaf, parameters[node.name])
+        name = name_of_parameter(node)
+        held.register_parameter(name, parameters[node.name])
         with copied.graph.inserting_before(node):
-            replacement = copied.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+            replacement = copied.graph.get_attr(f"weights.{name}")
         node.replace_all_uses_with(replacement)
         copied.graph.erase_node(node)
     copied.recompile()
     return copied, kept
-
-
-def _qualified_name(node: fx.Node) -> str:
-    """A name for a parameter's placeholder that is a path: dynamo's own, made plain."""
-    return "weights." + node.name.strip("_").removeprefix("l_self_").rstrip("_")

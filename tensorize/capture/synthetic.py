@@ -34,6 +34,11 @@ _UNASKED_FLOPS, _UNASKED_MOMENTS = 1e11, 1e9
 _SMALLEST_VOCABULARY = 16
 
 
+def is_self(calibration: Any) -> bool:
+    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
+    return isinstance(calibration, str) and calibration == "self"
+
+
 def self_made(
     model: nn.Module, inputs: Batch | None, seed: int, share: float = MOST
 ) -> tuple[tuple[Batch, ...], str]:

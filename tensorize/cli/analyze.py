@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import tensorize
-from tensorize.cli.options import (
-    BatchSize,
-    Cache,
-    Calibration,
-    DtypeOption,
-    Exclude,
-    Formats,
-    Include,
-    Json,
-    MaxLength,
-    MaxMemory,
-    MetricOption,
-    Seed,
-    Source,
-)
-from tensorize.cli.parse import parse_formats, parse_shares
+from tensorize.api.analyze import analyzed
+from tensorize.api.options import Options
+from tensorize.cli import options as option
+from tensorize.cli.parse import parse_shares, read_options
 from tensorize.cli.sources import Dtype
 from tensorize.cli.telling import (
-    check_size,
     check_target,
     count_text,
     errors_told,
@@ -39,8 +26,8 @@ from tensorize.cli.telling import (
 
 
 def analyze_command(
-    source: Source,
-    calibration: Calibration = None,
+    source: option.Source,
+    calibration: option.Calibration = None,
     budgets: Annotated[
         str | None,
         typer.Option(
@@ -49,43 +36,32 @@ def analyze_command(
             show_default=False,
         ),
     ] = None,
-    metric: MetricOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    formats: Formats = None,
-    seed: Seed = 0,
-    cache: Cache = None,
-    max_memory: MaxMemory = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 512,
-    dtype: DtypeOption = Dtype.auto,
+    metric: option.Metric = None,
+    include: option.Include = None,
+    exclude: option.Exclude = None,
+    formats: option.Formats = None,
+    seed: option.Seed = Options.seed,
+    cache_dir: option.Cache = None,
+    max_memory: option.MaxMemory = None,
+    batch_size: option.BatchSize = 8,
+    max_length: option.MaxLength = 512,
+    dtype: option.DtypeOption = Dtype.auto,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the curve: .png, .svg or .pdf.", show_default=False),
     ] = None,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Predict quality, size and cost for several budgets, without compressing anything."""
     with errors_told():
+        options = read_options(locals())
         shares = None if budgets is None else parse_shares(budgets)
-        chosen = parse_formats(formats)
         _check_plot(plot)
-        check_size(max_memory)
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
             say(f"analysing {count_text(loaded.model)} parameters")
-            analysis = tensorize.analyze(
-                loaded.model,
-                example_inputs=loaded.example_inputs,
-                calibration=batches,
-                metric=None if metric is None else metric.value,
-                include=include or None,
-                exclude=exclude or None,
-                formats=chosen,
-                seed=seed,
-                cache_dir=cache,
-                max_memory=max_memory,
-            )
+            data = {"example_inputs": loaded.example_inputs, "calibration": batches}
+            analysis = analyzed(loaded.model, replace(options, **data))
             curve = analysis.curve(shares)
             if plot is not None:
                 curve.plot(plot)

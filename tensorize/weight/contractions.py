@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensorize.base import hooks
+from tensorize.base.dynamo import let_it_call_while_tracing
 from tensorize.ir.spec import LOW_RANK, TTSpec
 from tensorize.weight.precision import autocast, multiplied_in
 
@@ -133,6 +133,7 @@ class _Differentiated:
         self._build(wanted)
         return self.built[wanted]
 
+    @let_it_call_while_tracing  # a graph finds what it made
     def _build(self, wanted: tuple[bool, ...]) -> bool:
         if wanted not in self.built:
             operands = ("x", *range(len(self.asked.spec.cores)))
@@ -148,16 +149,6 @@ class _Differentiated:
 def _again(asked: Asked, memory_limit: int | None) -> Contraction:
     how = asked.device, getattr(torch, asked.dtype), asked.breakpoints, memory_limit
     return contractions(asked.spec, *how)[asked.contract]
-
-
-def _teach_dynamo() -> None:
-    """Dynamo is to call what builds both passes while it traces, and to find what it made."""
-    from torch._dynamo.decorators import assume_constant_result
-
-    assume_constant_result(_Differentiated._build)
-
-
-hooks.when_imported("torch._dynamo.convert_frame", _teach_dynamo)
 
 
 class _Planned(torch.autograd.Function):
