@@ -20,7 +20,7 @@ from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.pipeline import Program
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan
-from tensorize.passes.rewrite.factorize import Cores, MakeFactors, best_components, in_copy
+from tensorize.passes.rewrite.factorize import Cores, best_components, in_copy, planned_cores
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.weight.install import factored
@@ -93,12 +93,12 @@ class CalibratePrediction:
     ) -> Trial:
         loss = self.loss
         assert loss is not None
-        tried = replace(program, plan=plan)
+        cores = {} if refine else planned_cores(program, plan.sites, known)
+        tried = replace(program, plan=plan, cores=cores)
         for step in rewriting(
             refine,
             self.learnt,
             lambda: Polish(program.model, self.learnt, self.held_out, loss),
-            source=MakeFactors(known),
             sink=in_copy if refine == POLISH else None,
             verified=False,
         ):

@@ -102,21 +102,6 @@ class Factorize:
         return replace(program, model=place.model, errors=errors, summary=summary)
 
 
-@dataclass(frozen=True)
-class MakeFactors:
-    """Program with ``cores``: those of all weights at once, as their curves give them.
-
-    ``known``: what ``best_components`` found for this plan among others.
-    """
-
-    known: Mapping[str, Cores] | None = None
-    name: str = "factors"
-
-    def run(self, program: Program) -> Program:
-        cores = planned_cores(program, factorized(program), self.known)
-        return replace(program, cores=cores, summary=f"factors of {len(cores)} weights")
-
-
 def planned_cores(
     program: Program, sites: Sequence[RankPlan], known: Mapping[str, Cores] | None = None
 ) -> dict[str, Cores]:
