@@ -19,7 +19,7 @@ from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan, untried
-from tensorize.passes.rewrite.factorize import Cores, MakeFactors, best_components, in_copy
+from tensorize.passes.rewrite.factorize import Cores, best_components, in_copy, planned_cores
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Analysed, Learned, Opened, Planned, Rewritten
@@ -93,12 +93,12 @@ class CalibratePrediction:
     ) -> Trial:
         loss = self.loss
         assert loss is not None
-        tried: Opened | Rewritten = planned.to(Opened, model=learned.model)
+        cores = {} if refine else planned_cores(learned, planned.plan.sites, known)
+        tried: Opened | Rewritten = planned.to(Opened, model=learned.model, cores=cores)
         for step in rewriting(
             refine,
             self.learnt,
             lambda: Polish(learned.model, self.learnt, self.held_out, loss),
-            source=MakeFactors(known),
             sink=in_copy if refine == POLISH else None,
             verified=False,
         ):

@@ -8,7 +8,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -99,21 +99,6 @@ class Factorize:
         worst = max(errors.values(), default=0.0)
         summary = f"{len(errors)} weights replaced, largest measured error {worst:.4f}"
         return opened.to(Rewritten, model=place.model, errors=errors, summary=summary)
-
-
-@dataclass(frozen=True)
-class MakeFactors:
-    """Makes the cores of all weights at once, as their curves give them.
-
-    ``known``: what ``best_components`` found for this plan among others.
-    """
-
-    known: Mapping[str, Cores] | None = None
-    name: str = "factors"
-
-    def run(self, opened: Opened) -> Opened:
-        cores = planned_cores(opened, factorized(opened), self.known)
-        return replace(opened, cores=cores, summary=f"factors of {len(cores)} weights")
 
 
 def planned_cores(

@@ -147,7 +147,7 @@ class Analysis:
 class AnalysedPlan(Plan):
     """A plan that carries the analysis that it comes from, whose factors ``apply`` uses."""
 
-    analysis: Analysis | None = field(default=None, repr=False)
+    analysis: Analysis | None = field(default=None, compare=False, repr=False)
 
 
 def planned(analysis: Analysis, options: Options) -> AnalysedPlan:

@@ -84,7 +84,7 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
         disk.prepare(options.cache_dir)
     check_model(model)
     check_weights(model)
-    identity = fingerprint(model)
+    identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:
         found = _found(model, options, tell)
         if options.says_nothing_of_data:

@@ -14,12 +14,12 @@ from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
 from tensorize.api.outcome import report_of, slow_weights
+from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model
-from tensorize.codegen.machine import rates as machine
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
@@ -142,7 +142,7 @@ def apply_plan(
     Raises:
         AnalysisError: the plan was made for other weights.
     """
-    if fingerprint(model) != plan.fingerprint:
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
         raise AnalysisError(
             "the plan was made for a model with other weights",
             way_out="analyse this model: tensorize.analyze(model)",
@@ -178,7 +178,7 @@ def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
     device = str(dense.device)
     calls = (factors, dense)
     ours, own = (
-        1e6 * machine.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
+        1e6 * timer.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
         for w in calls
     )
     return ours, own

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from tensorize.passes.rewrite.verify import check_weight
 from tensorize.passes.stages import Opened
 from tensorize.reports.report import Report
 from tensorize.store.contents import Contents, contents_of
+from tensorize.store.fingerprint import identity
 from tensorize.store.save import save_written
 from tensorize.weight.install import core_names, factored, names_now, owner_of
 from tensorize.weight.whole_model import settle
@@ -106,8 +106,8 @@ class Factors:
         contents, tensors = contents_of(model, on_meta=True)
         layout = Layout.usual(tensors, {"format": "pt"})
         text = replace(plan, cache=None).to_json()
-        identity = hashlib.sha256(text.encode() + layout.header).hexdigest()[:16]
-        return Artefact(self.folder / f"{identity}.tmp", contents, layout)
+        draft = self.folder / f"{identity(text, layout.header)[:16]}.tmp"
+        return Artefact(draft, contents, layout)
 
     def _units(self, opened: Opened) -> list[list[RankPlan]]:
         """Weights with one first factor together, every other alone; in the order of the shards."""

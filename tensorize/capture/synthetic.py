@@ -20,7 +20,7 @@ from tensorize.base.errors import CaptureError, ModelError
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
-from tensorize.ir.sites import Batch, Site
+from tensorize.ir.sites import LARGEST_FULL_MOMENT, Batch, Site
 
 log = logging.getLogger("tensorize")
 
@@ -80,7 +80,8 @@ def affordable(sites: Sequence[Site], inputs: Batch) -> float:
     What counts are the FLOPs of a forward pass over them, of which an analysis takes some twenty,
     and the memory of the second moments.
     """
-    moments = sum(8 * sum(side**2 for side in site.matrix if side <= 8192) for site in sites)
+    sides = (side for site in sites for side in site.matrix)
+    moments = sum(8 * side**2 for side in sides if side <= LARGEST_FULL_MOMENT)
     if moments > _UNASKED_MOMENTS:
         return 0.0
     uses = [(site, use) for site in sites for use in site.uses if use.contract != "lookup"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tensorize.base import printer
 from tensorize.base.errors import AnalysisError
+from tensorize.base.records import plain, record
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.spec import DENSE, TTSpec
 
@@ -55,17 +55,6 @@ class RankPlan:
         if self.shared not in (None, self.name):
             return math.prod(self.spec.core_shapes[0])
         return self.spec.parameters
-
-    def to_dict(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["shape"] = list(self.shape)
-        data["spec"] = None if self.spec is None else self.spec.to_dict()
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
-        spec = None if data["spec"] is None else TTSpec.from_dict(data["spec"])
-        return cls(**{**data, "shape": tuple(data["shape"]), "spec": spec})
 
 
 @dataclass(frozen=True)
@@ -175,11 +164,7 @@ class Plan:
 
     def to_json(self) -> str:
         """All of it; ``from_json`` reads it."""
-        data = {f.name: getattr(self, f.name) for f in fields(Plan)}
-        data["sites"] = [site.to_dict() for site in self.sites]
-        data["predicted"] = {f.name: getattr(self.predicted, f.name) for f in fields(Prediction)}
-        data["dense"] = {f.name: getattr(self.dense, f.name) for f in fields(Totals)}
-        return json.dumps(data, indent=1)
+        return json.dumps(plain(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -189,23 +174,8 @@ class Plan:
             AnalysisError: the text is none.
         """
         try:
-            data = json.loads(text)
-            predicted, dense = data["predicted"], data["dense"]
-        except (ValueError, TypeError, KeyError) as error:
+            return record(cls, json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise AnalysisError(
                 "the text is no plan", way_out="what plan.to_json() wrote"
             ) from error
-        if predicted["loss_interval"] is not None:
-            predicted["loss_interval"] = tuple(predicted["loss_interval"])
-        for figures in (predicted, dense):
-            figures["latency"] = tuple(figures.get("latency", ()))
-        return cls(
-            **{
-                **data,
-                "sites": tuple(RankPlan.from_dict(site) for site in data["sites"]),
-                "predicted": Prediction(**predicted),
-                "dense": Totals(**dense),
-                "batch_sizes": tuple(data["batch_sizes"]),
-                "notes": tuple(data["notes"]),
-            }
-        )

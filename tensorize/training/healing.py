@@ -9,13 +9,12 @@ and everything else is in the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from tensorize.base.errors import CaptureError, CheckpointError
 from tensorize.base.files import drafts_of, replacing
 from tensorize.base.progress import Progress, shown
+from tensorize.base.records import by_field, plain
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, untouched
 from tensorize.capture.inputs import check_model
@@ -32,7 +32,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import LossFunction, split
 from tensorize.passes.rewrite.descent import Descent, rate_for, rounds, write
 from tensorize.reports.attach import attach, known_report
-from tensorize.store.fingerprint import fingerprint, hash_batch
+from tensorize.store.fingerprint import fingerprint, identity
 from tensorize.training.distillation import (
     CORES,
     SMALLEST_SIZE,
@@ -77,7 +77,7 @@ class Healing:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data."""
-        return asdict(self)
+        return plain(by_field(self))
 
     def __str__(self) -> str:
         early = ", stopped early" if self.stopped_early else ""
@@ -153,8 +153,7 @@ def heal(
     kept = None
     if checkpoint_dir is not None:
         about = (steps, layers, layer_weight, train, rate, patience, seed, loss_fn is not None)
-        identity = _identity(model, teacher, learnt, unseen, about)
-        kept = _File(Path(checkpoint_dir) / STATE, identity)
+        kept = _File(Path(checkpoint_dir) / STATE, _identity(model, teacher, learnt, unseen, about))
     start = [p.detach().clone() for p in parameters]
 
     def learn(position: int) -> Tensor:
@@ -277,13 +276,9 @@ def _identity(
     about: Sequence[Any],
 ) -> str:
     """A hash of all that a run depends on, but for what a ``loss_fn`` computes."""
-    digest = hashlib.sha256(json.dumps(about).encode())
-    digest.update((fingerprint(model) + fingerprint(teacher)).encode())
-    for batches in (learnt, unseen):
-        digest.update(f"{len(batches)} batches;".encode())
-        for batch in batches:
-            hash_batch(digest, batch)
-    return digest.hexdigest()
+    models = "".join(fingerprint(m.named_parameters()) for m in (model, teacher))
+    data = (part for each in (learnt, unseen) for part in (f"{len(each)} batches;", *each))
+    return identity(json.dumps(about), models, *data)
 
 
 # ------------------------------------------------------------------------------------ odds and ends
