@@ -250,13 +250,13 @@ def test_a_defect_in_a_polished_model_is_not_taken_for_the_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its factors run inside of it."""
-    real = polish._descend
+    real = polish.polish
 
     def with_a_defect(small: nn.Module, *rest: Any) -> Any:
         broken(monkeypatch, type(small), "forward", Defect("ours"))
         return real(small, *rest)
 
-    monkeypatch.setattr(polish, "_descend", with_a_defect)
+    monkeypatch.setattr(polish, "polish", with_a_defect)
     with pytest.raises(Defect):
         compiled(MLP(), refine="polish")
 
