@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -181,8 +182,9 @@ def main() -> None:
             for path in scratch.glob("*/found.json"):
                 options.keep.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, options.keep / f"{path.parent.name}.json")
-    took = f"{time.perf_counter() - start:.0f} s"
-    print(f"different: {', '.join(failed)}; {took}" if failed else f"nothing differs; {took}")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"different: {', '.join(failed)}" if failed else "nothing differs")
+    print(f"{time.perf_counter() - start:.0f} s, {children.ru_utime:.0f} s of processors")
     sys.exit(bool(failed))
 
 
