@@ -96,7 +96,7 @@ def probe(
     for place in failed:
         tree = trees[places.index(place)]
         said = place.with_suffix(".log").read_text()
-        print(f"{part}: failed in {tree}\n{said[-3000:]}", flush=True)
+        print(f"{part}: failed in {tree}\n{said[-6000:]}", flush=True)
     return None if failed else [json.loads((p / "found.json").read_text()) for p in places]
 
 
