@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,11 @@ def probe(
         command = [sys.executable, "-P", "-m", "same.probe", part, place / "found.json", old]
         with open(place.with_suffix(".log"), "w") as log:
             runs.append(subprocess.Popen(command, cwd=place, env=own, stdout=log, stderr=log))
-    failed = [place for run, place in zip(runs, places, strict=True) if run.wait()]
+    try:
+        failed = [place for run, place in zip(runs, places, strict=True) if run.wait()]
+    finally:
+        for run in runs:
+            run.kill()
     for place in failed:
         tree = trees[places.index(place)]
         said = place.with_suffix(".log").read_text()
@@ -170,6 +175,7 @@ def main() -> None:
     parts = [
         part for part in (*QUICK, *SLOW) if part in asked or (part == "write" and "read" in asked)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the tree of BASE goes
     start, failed = time.perf_counter(), []
     with worktree(options.base) as base, tempfile.TemporaryDirectory(prefix="same-") as folder:
         trees, scratch = (base, ROOT), Path(folder).resolve()
