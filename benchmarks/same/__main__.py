@@ -15,7 +15,9 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,11 +93,15 @@ def probe(
         command = [sys.executable, "-P", "-m", "same.probe", part, place / "found.json", old]
         with open(place.with_suffix(".log"), "w") as log:
             runs.append(subprocess.Popen(command, cwd=place, env=own, stdout=log, stderr=log))
-    failed = [place for run, place in zip(runs, places, strict=True) if run.wait()]
+    try:
+        failed = [place for run, place in zip(runs, places, strict=True) if run.wait()]
+    finally:
+        for run in runs:
+            run.kill()
     for place in failed:
         tree = trees[places.index(place)]
         said = place.with_suffix(".log").read_text()
-        print(f"{part}: failed in {tree}\n{said[-3000:]}", flush=True)
+        print(f"{part}: failed in {tree}\n{said[-6000:]}", flush=True)
     return None if failed else [json.loads((p / "found.json").read_text()) for p in places]
 
 
@@ -169,6 +175,7 @@ def main() -> None:
     parts = [
         part for part in (*QUICK, *SLOW) if part in asked or (part == "write" and "read" in asked)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the tree of BASE goes
     start, failed = time.perf_counter(), []
     with worktree(options.base) as base, tempfile.TemporaryDirectory(prefix="same-") as folder:
         trees, scratch = (base, ROOT), Path(folder).resolve()
@@ -181,8 +188,9 @@ def main() -> None:
             for path in scratch.glob("*/found.json"):
                 options.keep.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, options.keep / f"{path.parent.name}.json")
-    took = f"{time.perf_counter() - start:.0f} s"
-    print(f"different: {', '.join(failed)}; {took}" if failed else f"nothing differs; {took}")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"different: {', '.join(failed)}" if failed else "nothing differs")
+    print(f"{time.perf_counter() - start:.0f} s, {children.ru_utime:.0f} s of processors")
     sys.exit(bool(failed))
 
 

@@ -11,12 +11,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import tensorize
 from tensorize import training
 
 from .models import EVERY, small_batches, small_gpt, small_llama, trained_gpt
-from .put import TOLD, as_text, put, put_bits, put_files, put_model, put_outputs, put_report, values
+from .put import (
+    TOLD,
+    as_text,
+    attempt,
+    put,
+    put_bits,
+    put_files,
+    put_model,
+    put_outputs,
+    put_report,
+    values,
+)
 
 
 class Stopped(Exception):
@@ -142,57 +154,82 @@ def read(old: Path) -> None:
     """All of that, read again."""
     shutil.copytree(old, "old")
     old = Path("old")
-    for name, (_, build, inputs) in written().items():
-        hugging = not name.endswith("gpt")
-        loaded = tensorize.load(old / "saved" / name, None if hugging else build())
-        put_model(f"{name}/loaded", loaded, inputs)
-        put_outputs(
-            f"{name}/torch.load", torch.load(old / f"{name}.pt", weights_only=False), inputs
-        )
-        unpickled = pickle.loads((old / f"{name}.pickle").read_bytes())
-        put_model(f"{name}/pickle", unpickled, inputs)
-        put_outputs(f"{name}/trained", unpickled.train(), inputs)
-        state = torch.load(old / f"{name}.state.pt", weights_only=True)
-        put(f"{name}/state dict", str(loaded.load_state_dict(state)))
-        put_outputs(f"{name}/state dict", loaded.eval(), inputs)
-    names = [path.stem for path in old.glob("*.pickle") if path.stem not in written()]
-    for name in sorted(names):
-        for thing, how in (
-            (pickle.loads((old / f"{name}.pickle").read_bytes()), "pickle"),
-            (torch.load(old / f"{name}.pt", weights_only=False), "torch.load"),
-        ):
-            put_thing(f"{name}/{how}", thing)
-    text = (old / "plan.json").read_text()
-    plan = tensorize.Plan.from_json(text)
+    models = written()
+    for name, (_, build, inputs) in models.items():
+        with attempt(f"saved/{name}"):
+            read_artefact(
+                name, old, None if isinstance(build(), PreTrainedModel) else build(), inputs
+            )
+    for path in sorted(old.glob("*.pickle")):
+        for how, load in (("pickle", unpickled), ("torch.load", loaded)):
+            with attempt(f"{path.stem}/{how}"):
+                thing = load(path)
+                inputs = models[path.stem][-1] if path.stem in models else None
+                put_thing(f"{path.stem}/{how}", thing, inputs)
+    for each in (read_plan, read_cache, read_healing, read_checkpoint):
+        with attempt(each.__name__):
+            each(old)
+
+
+def unpickled(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())
+
+
+def loaded(path: Path) -> Any:
+    return torch.load(path.with_suffix(".pt"), weights_only=False)
+
+
+def read_artefact(name: str, old: Path, into: nn.Module | None, inputs: Any) -> None:
+    model = tensorize.load(old / "saved" / name, into)
+    put_model(f"{name}/loaded", model, inputs)
+    state = torch.load(old / f"{name}.state.pt", weights_only=True)
+    put(f"{name}/state dict", str(model.load_state_dict(state)))
+    put_outputs(f"{name}/state dict", model, inputs)
+
+
+def read_plan(old: Path) -> None:
+    """A plan as text, carried out from the cache that it names."""
+    plan = tensorize.Plan.from_json((old / "plan.json").read_text())
     put("plan.json/text", plan.to_json())
-    carried_out = tensorize.apply(small_llama(), plan, calibration=small_batches())
-    put_bits("plan.json", carried_out, small_batches(1)[0])
-    before = sorted(old.rglob("cache/*"))
+    model = tensorize.apply(small_llama(), plan, calibration=small_batches())
+    put_bits("plan.json", model, small_batches(1)[0])
+
+
+def read_cache(old: Path) -> None:
+    before = sorted(old.glob("cache/*"))
     analysis = cached(old / "cache")
-    hit = sorted(old.rglob("cache/*")) == before
+    hit = sorted(old.glob("cache/*")) == before
     TOLD["the analysis of the older tree"] = "read" if hit else "made again"
     put("cache/analysis", str(analysis))
     put_bits("cache", tensorize.apply(small_llama(), analysis.plan(0.6)), small_batches(1)[0])
+
+
+def read_healing(old: Path) -> None:
     for name in ("healed", "stopped"):
         steps = Steps()
         done, model = healing(old / name, steps)
         put(f"{name}/goes on after", str(steps.first))
         put(f"{name}/healing", as_text(done.to_dict()))
         put(f"{name}/state", values([*model.state_dict().items()]))
+
+
+def read_checkpoint(old: Path) -> None:
     report = tensorize.compile_checkpoint(old / "dense", old / "halfway", 0.5)
-    TOLD["the checkpoint of the older tree"] = next(
-        stage.summary for stage in report.history if stage.name == "spectra"
-    )
+    spectra = next(stage for stage in report.history if stage.name == "spectra")
+    TOLD["the checkpoint of the older tree"] = spectra.summary
     put_files("halfway", old / "halfway")
 
 
-def put_thing(name: str, thing: Any) -> None:
+def put_thing(name: str, thing: Any, inputs: Any) -> None:
     """An object that was pickled."""
-    if isinstance(thing, tensorize.Report):
+    if isinstance(thing, nn.Module):
+        put_model(name, thing, inputs)
+        put_outputs(f"{name}/trained", thing.train(), inputs)
+    elif isinstance(thing, tensorize.Report):
         put_report(name, thing)
     elif isinstance(thing, tensorize.Plan):
         put(name, thing.to_json())
-        if thing.analysis is not None:
+        if getattr(thing, "analysis", None) is not None:
             small = tensorize.apply(small_llama(), thing)
             put(f"{name}/state", values([*small.state_dict().items()]))
     elif isinstance(thing, tensorize.Analysis):

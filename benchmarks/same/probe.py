@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import compressed, interface, older, running
-from .put import FOUND, TOLD, put, said, tree
+from .put import FAILED, FOUND, TOLD, put, said, tree
 
 PARTS: dict[str, Callable[[], None]] = {
     "interface": interface.names_and_errors,
@@ -61,11 +61,13 @@ def main() -> None:
     if str(tree()) != sys.path[0]:
         raise SystemExit(f"tensorize comes from {tree()}, not from {sys.path[0]}")
     torch.manual_seed(0)
-    with heard():
-        if part == "read":
-            older.read(old)
-        else:
+    if part == "read":  # whether an analysis is read or made again is seen in what is logged
+        older.read(old)
+    else:
+        with heard():
             PARTS[part]()
+    if FAILED:
+        raise SystemExit("\n".join(FAILED))
     out.write_text(json.dumps({"same": FOUND, "told": TOLD}))
 
 

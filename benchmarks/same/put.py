@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ FOUND: dict[str, str] = {}
 TOLD: dict[str, str] = {}
 """What is worth seeing side by side, and may differ."""
 
+FAILED: list[str] = []
+"""What could not be done at all."""
+
 NUMBER = r"[\d.]+(?:e[+-]?\d+)?"
 TIMES = (
-    (rf"{NUMBER} µs a parameter", "… µs a parameter"),
+    (rf"; {NUMBER} µs a parameter", ""),
     (rf"; {NUMBER} measured, {NUMBER} dense", "; … measured, … dense"),
     (r"; \d+ were kept by an earlier run", ""),
 )
@@ -40,6 +45,15 @@ def put(name: str, value: str) -> None:
     value = re.sub(r"analysis-[0-9a-f]{32}", "analysis-KEY", value)
     value = re.sub(rf"{scratch}/[^/\s\"']+", "SCRATCH", value)
     FOUND[name] = value.replace(str(tree()), "TREE")
+
+
+@contextlib.contextmanager
+def attempt(name: str) -> Iterator[None]:
+    """Go on after what fails in a block: all failures are seen at once, and the run fails."""
+    try:
+        yield
+    except Exception:
+        FAILED.append(f"{name}: {traceback.format_exc(limit=-2)}")
 
 
 def tree() -> Path:

@@ -31,7 +31,7 @@ def use_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> in
 def other_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> Iterator[None]:
     """``use_kernels``, until the end; then a model runs by what it ran by."""
     modules = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
-    before = [module.__dict__.get("kernels") for module in modules]
+    before = [module.kernels for module in modules]
     try:
         use_kernels(model, build)
         yield
@@ -41,9 +41,7 @@ def other_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> 
 
 
 def _set_kernels(module: LowRankLinear | Cores, kernels: Contractions | None) -> None:
-    module.__dict__.pop("kernels", None)
-    if kernels:
-        module.__dict__["kernels"] = kernels
+    module.kernels = kernels or None
     if isinstance(module, Cores):
         module._choose_orders()
 
@@ -78,7 +76,7 @@ def _share_products(model: nn.Module) -> None:
             product = SharedProduct(len(layers))
             first = next(iter(layers))
             for path, layer in layers.items():
-                layer.__dict__["input_product"] = product
+                layer.input_product = product
                 if path != first:
                     same[f"{path}.first.weight"] = f"{first}.first.weight"
     ties.add(model, same)

@@ -250,13 +250,13 @@ def test_a_defect_in_a_polished_model_is_not_taken_for_the_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its factors run inside of it."""
-    real = polish._descend
+    real = polish.polish
 
     def with_a_defect(small: nn.Module, *rest: Any) -> Any:
         broken(monkeypatch, type(small), "forward", Defect("ours"))
         return real(small, *rest)
 
-    monkeypatch.setattr(polish, "_descend", with_a_defect)
+    monkeypatch.setattr(polish, "polish", with_a_defect)
     with pytest.raises(Defect):
         compiled(MLP(), refine="polish")
 
@@ -293,3 +293,21 @@ def test_the_weights_alone_are_not_judged_twice(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         compiled(nn.Sequential(nn.Linear(48, 48)))
     assert calls == 1
+
+
+def test_data_of_its_own_are_made_again_from_the_example_inputs_of_a_plan_from_json() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(48, 48), nn.Linear(48, 48)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(self.one(x)) + self.other(y)
+
+    model, inputs = Two(), (torch.randn(8, 48), torch.randn(8, 48))
+    given: dict[str, Any] = {"example_inputs": inputs, "calibration": "self"}
+    plan = tensorize.analyze(model, seed=3, **given).plan(0.5, refine="refit")
+    one = tensorize.apply(model, plan)
+    again = tensorize.apply(model, tensorize.Plan.from_json(plan.to_json()), **given)
+    for a, b in zip(one.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bad alias": (
         manifest_change(lambda d: d["aliases"].update({"x": "offset"})), "damaged: ValueError",
     ),
-    "no report": (manifest_change(lambda d: d.update(report={})), "damaged: KeyError"),
+    "no report": (manifest_change(lambda d: d.update(report={})), "damaged: TypeError"),
     "path": (
         manifest_change(lambda d: d["weights"].update(file="../../etc/passwd")),
         "not the name of a weights file",

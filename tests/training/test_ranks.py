@@ -333,9 +333,9 @@ def test_with_a_function_between_the_factors_the_largest_components_stay() -> No
 
 def test_kernels_of_the_ranks_before_are_not_used() -> None:
     model, optimizer = model_and_optimizer()
-    for module in model.modules():
-        if hasattr(module, "first"):
-            module.__dict__["kernels"] = {"columns": None}
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "first")]
+    for layer in layers:
+        layer.kernels = {"columns": None}
     schedule = RankSchedule(model, optimizer, 0.3, start=0, end=1, every=1)
     schedule.step()
     resized = [m for m in model.modules() if hasattr(m, "first")]
