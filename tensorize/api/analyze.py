@@ -33,7 +33,12 @@ from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.observe.select import Select, check_weights
+from tensorize.passes.observe.select import (
+    Select,
+    check_weights,
+    named_parameters,
+    require_match,
+)
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes
@@ -83,6 +88,8 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
     check_model(model)
+    if options.ranks is not None:
+        require_match(named_parameters(model), list(options.ranks), "ranks")
     check_weights(model)
     identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:

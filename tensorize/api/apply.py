@@ -98,6 +98,11 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
+        if fingerprint(model.named_parameters()) != plan.fingerprint:
+            raise AnalysisError(
+                "the plan was made for a model with other weights",
+                way_out="analyse this model: tensorize.analyze(model)",
+            )
         return apply_plan(model, plan, analysis, options, tell)
 
 
@@ -137,16 +142,7 @@ def _analysis_of(
 def apply_plan(
     model: nn.Module, plan: Plan, analysis: Analysis, options: Options, tell: Progress
 ) -> nn.Module:
-    """The model with a plan's factors and its report.
-
-    Raises:
-        AnalysisError: the plan was made for other weights.
-    """
-    if fingerprint(model.named_parameters()) != plan.fingerprint:
-        raise AnalysisError(
-            "the plan was made for a model with other weights",
-            way_out="analyse this model: tensorize.analyze(model)",
-        )
+    """The model with the factors of a plan that was made for it, and with its report."""
     replaced = {site.name for site in plan.sites if site.spec is not None}
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)

@@ -15,12 +15,11 @@ from tensorize.api.apply import apply_plan
 from tensorize.api.options import Options
 from tensorize.base.progress import Progress, shown
 from tensorize.capture.forward import in_usual_modes
-from tensorize.capture.inputs import check_model
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
 from tensorize.passes.observe.loss import LossFunction
-from tensorize.passes.observe.select import Select, named_parameters, require_match
+from tensorize.passes.observe.select import Select
 from tensorize.running.in_use import use_kernels
 
 
@@ -99,9 +98,6 @@ def compile(
 def compiled(model: nn.Module, options: Options) -> nn.Module:
     """``compile`` with its options as one record."""
     options.check_choice()
-    if options.ranks is not None:
-        check_model(model)
-        require_match(named_parameters(model), list(options.ranks), "ranks")
     with shown(options.progress) as tell:
         analysis = analyzed(model, replace(options, progress=tell))
         # It is one of the formats that were asked for, and of those that a probe found.

@@ -60,14 +60,19 @@ def use_kernels(model: nn.Module, backend: str) -> nn.Module:
     if some:
         log.info("%d weights run by kernels", count)
         factors = dict(factored(model))
-        answers = (_runs_by(model, site, factors, device, measured) for site in sites)
+        owners = [owner_of(model, site.name) for site in sites]
+        answers = (
+            _runs_by(*owner, site, factors, device, measured)
+            for owner, site in zip(owners, sites, strict=True)
+        )
         sites = tuple(replace(s, runs_by=a) for s, a in zip(sites, answers, strict=True))
     attach(model, replace(found, backend=backend, sites=sites))
     return model
 
 
 def _runs_by(
-    model: nn.Module,
+    owner: nn.Module,
+    leaf: str,
     site: SiteReport,
     factors: Mapping[str, FactoredWeight],
     device: str,
@@ -86,12 +91,11 @@ def _runs_by(
     why = operations.why_not(held.spec)
     if why is not None:
         return library(why)
-    owner, _ = owner_of(model, site.name)
     if isinstance(owner, LowRankLinear) and owner.input_product is not None:
         return library("one product with a first factor, in compiled graphs one launch, serves all")
     if not _has_kernels_for(site.kind):
         return library(f"kernels compute no {site.kind}")
-    work = Work((held.spec,), epilogue=Epilogue(bias=_has_bias(model, site.name)))
+    work = Work((held.spec,), epilogue=Epilogue(bias=_has_bias(owner, leaf)))
     if measured:
         return _measured(work, held.dtype, device)
     here = device != "cpu" or interpreting()
@@ -104,8 +108,7 @@ def _has_kernels_for(kind: str) -> bool:
     return not _KINDS.isdisjoint(kind.split("+"))
 
 
-def _has_bias(model: nn.Module, name: str) -> bool:
-    owner, leaf = owner_of(model, name)
+def _has_bias(owner: nn.Module, leaf: str) -> bool:
     return leaf == "weight" and isinstance(getattr(owner, "bias", None), torch.Tensor)
 
 
@@ -167,7 +170,7 @@ def kernels_of_weights(model: nn.Module) -> dict[str, Kernel]:
     device = device_of(model)
     found: dict[str, Kernel] = {}
     for name, site, factors in factors_with_kernels(model):
-        given = {"bias": _has_bias(model, name), "lookup": "embedding" in site.kind}
+        given = {"bias": _has_bias(*owner_of(model, name)), "lookup": "embedding" in site.kind}
         made = kernel.of_weight(factors.spec, factors.dtype, device, **given)
         found |= kernel.named(name, made)
     return found
@@ -188,7 +191,10 @@ class OfferedWorks(operations.Launches):
 def works_of(model: nn.Module) -> dict[tuple[Work, torch.dtype], None]:
     """What the weights of a model compute by themselves, where kernels cover it."""
     return {
-        (Work((factors.spec,), epilogue=Epilogue(bias=_has_bias(model, name))), factors.dtype): None
+        (
+            Work((factors.spec,), epilogue=Epilogue(bias=_has_bias(*owner_of(model, name)))),
+            factors.dtype,
+        ): None
         for name, _, factors in factors_with_kernels(model)
         if operations.contractions(factors.spec)
     }
