@@ -267,13 +267,13 @@ class TritonContraction:
         learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
         gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
         if (self.measured and gradients) or (learning and not self.gradients):
-            return products.matmul(self.planned, cores, x, self.contract, bias)
+            return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cores = x.to(dtype), [core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
         if x.dtype not in DTYPES or cores[0].dtype != x.dtype:
-            return products.matmul(self.planned, cores, x, self.contract, bias)
+            return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
         y, _ = _contract(x, list(cores), bias, self.text, self.contract, learning, self.measured)
         return y
 

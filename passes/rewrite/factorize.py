@@ -20,14 +20,12 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import LOW_RANK
 from tensorize.passes.curves.curve import Spectrum, as_matrix
-from tensorize.passes.curves.decompositions import is_small
-from tensorize.passes.curves.side_by_side import side_by_side
+from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.pipeline import Program
 from tensorize.weight.install import first_factor, install, owner_of
 from tensorize.weight.whole_model import settle
@@ -113,8 +111,12 @@ def _is_cut(program: Program, choice: RankPlan) -> bool:
     """Whether its factors are the first components of those of larger ranks."""
     assert choice.spec is not None
     curve = program.spectra[choice.name]
-    plain = choice.spec.format == LOW_RANK and choice.shared is None and len(curve.metrics) == 1
-    return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
+    plain = choice.shared is None and len(curve.metrics) == 1
+    return (
+        plain
+        and format_of(choice.spec).spectral
+        and choice.spec.ranks[0] < len(curve.distortion) - 1
+    )
 
 
 def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
@@ -169,7 +171,8 @@ def replace_weight(
             )
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
-    rebuilt = reconstruct(choice.spec, [core.detach().to(exact) for core in held])
+    cores = tuple(core.detach().to(exact) for core in held)
+    rebuilt = format_of(choice.spec).reconstruct(choice.spec, cores)
     error = curve.measured_error(weight, rebuilt)
     with _uninterrupted():
         install(model, site.names, choice.spec, held)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tensorize.algebra.metric import Metric
 from tensorize.base.files import draft_of, into_place
 from tensorize.base.tensorfile import (
     Layout,
@@ -22,11 +23,10 @@ from tensorize.base.tensorfile import (
     is_padding,
     sha256_of,
 )
+from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import spec_from_dict
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
-from tensorize.passes.curves.metric import Metric
-from tensorize.passes.curves.trains import TensorTrain
 
 log = logging.getLogger("tensorize")
 
@@ -201,8 +201,8 @@ def _curve_from_dict(
 
     trains = []
     for k, spec in enumerate(data["trains"]):
-        parsed = TTSpec.from_dict(spec)
-        cores = tuple(tensors[f"train{k}.{j}"] for j in range(len(parsed.cores)))
+        parsed = spec_from_dict(spec)
+        cores = tuple(tensors[f"train{k}.{j}"] for j in range(len(parsed.core_shapes)))
         trains.append(TensorTrain(parsed, cores))
     return Spectrum(
         site=site,
@@ -212,6 +212,6 @@ def _curve_from_dict(
         ),
         distortion=tensors["distortion"],
         trains=tuple(trains),
-        train_points=tuple((TTSpec.from_dict(s), lost) for s, lost in data["train_points"]),
+        train_points=tuple((spec_from_dict(s), lost) for s, lost in data["train_points"]),
         in_nats=data["in_nats"],
     )

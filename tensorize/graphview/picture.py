@@ -11,6 +11,7 @@ import networkx as nx
 from torch import fx
 
 from tensorize.base import printer
+from tensorize.formats.registry import colors_of, formats
 from tensorize.graphview.boxes import (
     INPUT,
     OTHER,
@@ -298,7 +299,7 @@ def _edge(drawing: _Drawing, upper: _Cell, lower: _Cell) -> str:
 def _box_svg(cell: _Cell) -> str:
     box = cell.box
     assert box is not None
-    stroke, fill = printer.FORMAT_COLORS.get(box.format, printer.FORMAT_COLORS[OTHER])
+    stroke, fill = colors_of(box.format)
     x, y = cell.x - cell.width / 2, cell.y - cell.height / 2
     round_ = cell.height / 2 if box.kind in (INPUT, OUTPUT) else 7
     ink = "#1a1f2b" if box.kind == SITE else "#4a5364"
@@ -337,17 +338,17 @@ def _legend(drawing: _Drawing) -> tuple[str, float]:
             if c.box is not None and c.box.format == format
             for name in c.box.names
         }
-        for format in printer.FORMAT_LABELS
+        for format in (form.name for form in formats())
     }
     entries = [
-        (format, f"{printer.FORMAT_LABELS[format]}: {printer.plural(len(found), 'site')}")
+        (format, f"{printer.format_text(format)}: {printer.plural(len(found), 'site')}")
         for format, found in names.items()
         if found
     ]
     parts: list[str] = []
     x = 0.0
     for format, text in [*entries, (OTHER, "other operations")]:
-        stroke, fill = printer.FORMAT_COLORS[format]
+        stroke, fill = colors_of(format)
         parts.append(
             f'<rect x="{x:.1f}" y="0" width="18" height="13" rx="3" fill="{fill}" '
             f'stroke="{stroke}" stroke-width="1.4"/><text x="{x + 25:.1f}" y="11" '

@@ -11,7 +11,7 @@ from typing import Any
 from tensorize.base import printer
 from tensorize.base.errors import AnalysisError
 from tensorize.ir.machine import GENERIC
-from tensorize.ir.spec import DENSE, TTSpec
+from tensorize.ir.spec import DENSE, Spec, spec_from_dict
 
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
@@ -30,7 +30,7 @@ class RankPlan:
     name: str
     kind: str
     shape: tuple[int, ...]
-    spec: TTSpec | None
+    spec: Spec | None
     predicted_error: float
     predicted_loss: float
     reason: str
@@ -64,7 +64,7 @@ class RankPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
-        spec = None if data["spec"] is None else TTSpec.from_dict(data["spec"])
+        spec = None if data["spec"] is None else spec_from_dict(data["spec"])
         return cls(**{**data, "shape": tuple(data["shape"]), "spec": spec})
 
 

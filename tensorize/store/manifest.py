@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tensorize.base.errors import CheckpointError
-from tensorize.ir.spec import NONLINEARITIES, TTSpec
+from tensorize.ir.spec import NONLINEARITIES, spec_from_dict
 from tensorize.reports.report import Report
 from tensorize.store.contents import (
     Contents,
@@ -107,7 +107,7 @@ def sites_from_list(data: Iterable[Mapping[str, Any]]) -> tuple[SiteRecord, ...]
         SiteRecord(
             tuple(s["names"]),
             tuple(s["shape"]),
-            TTSpec.from_dict(s["spec"]),
+            spec_from_dict(s["spec"]),
             _known_nonlinearity(s.get("nonlinearity")),
         )
         for s in data

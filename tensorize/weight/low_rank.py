@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tensorize.capture.matmul import Frame
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
@@ -62,7 +62,7 @@ class LowRankLinear(nn.Module):
         # A product that serves other layers as well is computed by itself.
         alone = self.input_product is None
         if self.nonlinearity is None and (own or (alone and in_float32(x, right.shape[0]))):
-            return products.matmul(own or {}, (left, right), x, "columns", bias)
+            return products.matmul(self.spec, own or {}, (left, right), x, "columns", bias)
         if self.input_product is None or torch.compiler.is_compiling():
             product = F.linear(x, right)
         else:
@@ -87,7 +87,7 @@ class LowRankLinear(nn.Module):
         frame = Frame(transposed=self.stored_transposed)
         return FactoredWeight(self.spec, cores, frame, nonlinearity=self.nonlinearity)
 
-    def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+    def resize(self, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
         """Take factors of another rank."""
         self.__dict__["spec"] = spec
         self.second.weight, self.first.weight = cores
