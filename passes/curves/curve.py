@@ -42,9 +42,9 @@ class Spectrum:
     the metric; ``distortion[0]`` is the whole weight. The factors themselves are made for the one
     rank that is wanted: all of them would take as much memory as the weight. ``trains`` are the
     structures tried of other formats, ``train_points`` what their roundings lose. ``in_nats`` is
-    False for a weight that the calibration data say nothing about. ``shared`` is the curve with a first
-    factor in common with other weights. ``measured`` are pairs of a distortion and the rise of the
-    loss that it was found to cost, of a weight measured by itself.
+    False for a weight that the calibration data say nothing about. ``shared`` is the curve with a
+    first factor in common with other weights. ``measured`` are pairs of a distortion and the rise
+    of the loss that it was found to cost, of a weight measured by itself.
     """
 
     site: Site
@@ -103,7 +103,7 @@ class Spectrum:
             if form.is_cut(spec, exact.spec):
                 return exact
         raise AnalysisError(
-            f"the analysis holds nothing that {spec} is a rounding of",
+            f"the analysis holds no {form.title} with the modes of {spec}",
             site=self.site.name,
             way_out=f"analyse with formats={spec.format!r}",
         )

@@ -23,12 +23,13 @@ class Block(Chain):
     """Two cores that share an index of the rows and one of the columns (``TTSpec.block``)."""
 
     name = BLOCK
+    title = "block low rank"
     colors = "#7e3fb3", "#f1e6fa"
     planned = True
     kernels = "chain"
 
     def lookup(self, spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """A row's slice of the left core times a block of the right one, for each block of columns."""
+        """A row of the left core's slices, each times the right core's block of its columns."""
         (m0, m1), (n0, n1), (rank,) = spec.row_modes, spec.column_modes, spec.ranks
         left, right = cores[0].reshape(m1, m0, n0 * rank), cores[1].reshape(n0, m1, rank * n1)
         outer = torch.div(rows, m1, rounding_mode="floor")

@@ -10,6 +10,7 @@ class Dense(Format[Spec]):
     """No cores: a weight that keeps its parameter has no spec."""
 
     name = DENSE
+    title = "dense"
     colors = "#b45309", "#fdf0dc"
     unasked = True
 

@@ -47,6 +47,9 @@ class Format(Generic[S]):
     name: str
     """What ``formats=`` calls it, and what its specs have as ``format``."""
 
+    title: str
+    """What it is called in sentences."""
+
     colors: tuple[str, str] = OTHER_COLORS
     """Stroke and fill in pictures; apart for colour-blind readers too."""
 

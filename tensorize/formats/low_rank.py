@@ -39,6 +39,7 @@ class LowRank(Chain):
     """Two factors, U (…, M, r) and V (…, r, N)."""
 
     name = LOW_RANK
+    title = "low rank"
     colors = "#1d5fbf", "#e3eefc"
     unasked = spectral = pair = True
     kernels = "pair"

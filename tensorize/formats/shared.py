@@ -10,5 +10,6 @@ class Shared(Format[Spec]):
     """One more choice for low-rank weights (q, k, v; gate, up): their specs are low rank."""
 
     name = SHARED
+    title = "shared first factor"
     unasked = joins = True
     brings = (LOW_RANK,)

@@ -32,6 +32,7 @@ class Train(Chain):
     """Core k of (r, m_k, n_k, r'), of two or three balanced modes a side."""
 
     name = TT
+    title = "tensor train"
     colors = "#0f7b6c", "#dcf4ef"
     planned = True
     kernels = "chain"

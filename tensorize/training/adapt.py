@@ -224,7 +224,7 @@ class RankSchedule:
         shrunk = grown = 0
         for (name, factors), p, k in zip(weights, points, choice, strict=True):
             spec = p.spec(k)
-            assert spec is not None
+            assert isinstance(spec, TTSpec)
             if spec.ranks != factors.spec.ranks:
                 self._resize(name, factors, spectra[name], spec)
                 less = spec.parameters < factors.spec.parameters

@@ -136,7 +136,7 @@ def test_a_bias_does_not_widen_what_autocast_narrows(rows: int, *, gradients: bo
     bias = torch.ones(768, requires_grad=True)
     x = draw((rows, 3072)).float()
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
-        y = products.matmul(contractions(spec), cores, x, "columns", bias)
+        y = products.matmul(spec, contractions(spec), cores, x, "columns", bias)
     assert y.dtype == torch.bfloat16
     if gradients:
         y.float().sum().backward()

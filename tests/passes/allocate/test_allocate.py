@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tensorize
+from tensorize.algebra.metric import Metric
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
@@ -37,7 +38,6 @@ from tensorize.passes.allocate.optimise import (
     solve,
 )
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.curves.metric import Metric
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.orders.by_flops import plan_contraction
 from tensorize.passes.pipeline import Program

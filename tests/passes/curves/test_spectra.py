@@ -17,6 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tensorize.algebra.factors import (
+    best_factors,
+    exact_factors,
+    gram_eigenvectors,
+    singular_squares,
+)
+from tensorize.algebra.metric import Metric, average
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.errors import AnalysisError
 from tensorize.ir.sites import Site, Use
@@ -27,21 +34,8 @@ from tensorize.ir.spec import (
     TTSpec,
 )
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.curves.decompositions import (
-    best_factors,
-    exact_factors,
-    gram_eigenvectors,
-    singular_squares,
-)
 from tensorize.passes.curves.formats import UNASKED, formats_by_site
-from tensorize.passes.curves.metric import (
-    DAMPING,
-    Metric,
-    average,
-    shrinkage,
-    shrinkage_of_noise,
-    site_metrics,
-)
+from tensorize.passes.curves.metric import DAMPING, shrinkage, shrinkage_of_noise, site_metrics
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.observe.moments import Moments, Term
 
