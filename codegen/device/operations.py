@@ -22,6 +22,7 @@ from tensorize.codegen.device.triton_env import DTYPES, check_device
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
 from tensorize.codegen.triton.roles import NotCovered, roles, sides
+from tensorize.formats.registry import format_of
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work, work_of
 from tensorize.weight import contractions as weight_contractions
@@ -40,6 +41,8 @@ def _spec(text: str) -> TTSpec:
 def covered(spec: TTSpec, contract: str) -> str | None:
     """The reason why no kernel computes a contraction for any number of rows, ``None`` where one
     does for some."""
+    if format_of(spec).kernels is None:
+        return f"kernels know no {format_of(spec).title}"
     try:
         if contract == "lookup":
             triton_source.lookup(spec, tiles.default_lookup(spec, torch.bfloat16))

@@ -13,21 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tensorize.ir.plan import POLISH, REFIT, RankPlan
+from tensorize.ir.plan import POLISH, REFIT, Plan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.pipeline import Program
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan
-from tensorize.passes.rewrite.factorize import (
-    Cores,
-    best_components,
-    compressed_copy,
-    planned_cores,
-)
-from tensorize.passes.rewrite.polish import polish
-from tensorize.passes.rewrite.refit import refit
+from tensorize.passes.rewrite.factorize import Cores, MakeFactors, best_components, in_copy
+from tensorize.passes.rewrite.pipeline import rewriting
+from tensorize.passes.rewrite.polish import Polish
 from tensorize.weight.install import factored
 
 TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
@@ -68,7 +63,7 @@ class CalibratePrediction:
         least = smallest_share(program)
         plans = {share: trial_plan(program, trial_share(least, share)) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
-        first = {plan: share for share, plan in reversed(plans.items()) if plan is not None}
+        first = {plan.sites: share for share, plan in reversed(plans.items()) if plan is not None}
         wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
         pooled = reference.one_row_a_sample
         for refine in self.refinements:
@@ -79,7 +74,7 @@ class CalibratePrediction:
         for done, (share, refine) in enumerate(wanted):
             program.progress("prediction", done, len(wanted))
             plan = plans[share]
-            if plan is not None and first[plan] == share:
+            if plan is not None and first[plan.sites] == share:
                 trials.append(self._measure(program, plan, refine, known, reference))
         program.progress("prediction", len(wanted), len(wanted))
         ordered = tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
@@ -91,22 +86,26 @@ class CalibratePrediction:
     def _measure(
         self,
         program: Program,
-        sites: Sequence[RankPlan],
+        plan: Plan,
         refine: str | None,
         known: Mapping[str, Cores],
         reference: Reference,
     ) -> Trial:
-        assert self.loss is not None
-        if refine is None:
-            cores = planned_cores(program, sites, known)
-        else:
-            cores = refit(program, sites, self.learnt)
-        if refine == POLISH:
-            small = compressed_copy(program, sites, cores)
-            polish(small, program.model, self.learnt, self._batches, self.loss)
-            cores = {name: weight.cores for name, weight in factored(small)}
-        found = reference.measure(approximations(program, sites, cores))
-        raw = sum(site.predicted_loss for site in sites)
+        loss = self.loss
+        assert loss is not None
+        tried = replace(program, plan=plan)
+        for step in rewriting(
+            refine,
+            self.learnt,
+            lambda: Polish(program.model, self.learnt, self.held_out, loss),
+            source=MakeFactors(known),
+            sink=in_copy if refine == POLISH else None,
+            verified=False,
+        ):
+            tried = step.run(tried)
+        cores = tried.cores or {name: weight.cores for name, weight in factored(tried.model)}
+        found = reference.measure(approximations(program, plan.sites, cores))
+        raw = sum(site.predicted_loss for site in plan.sites)
         return Trial(raw, found.rise, found.spread, found.output_error, refine)
 
 

@@ -86,7 +86,7 @@ def _is_better(one: Program, other: Program, reference: Reference) -> bool:
         plan = trial_plan(program, TRIAL)
         if plan is None:
             return False
-        rises.append(_rise(program, plan, None, reference))
+        rises.append(_rise(program, plan.sites, None, reference))
     return rises[0] < rises[1]
 
 

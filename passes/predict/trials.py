@@ -15,7 +15,7 @@ from tensorize.base.errors import BudgetError, CaptureError
 from tensorize.capture.forward import untouched
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import RankPlan
+from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
@@ -116,11 +116,11 @@ def approximations(
     return weights
 
 
-def trial_plan(program: Program, share: float) -> tuple[RankPlan, ...] | None:
-    """What a trial at a share of the parameters does; None where it does nothing."""
+def trial_plan(program: Program, share: float) -> Plan | None:
+    """What a trial at a share of the parameters does; None where it loses nothing."""
     try:
         plan = Allocate(Budget(params=share)).run(program).plan
     except BudgetError:
         return None  # the weights that cannot be factorized take more than this share
     assert plan is not None
-    return plan.sites if sum(site.predicted_loss for site in plan.sites) > 0 else None
+    return plan if sum(site.predicted_loss for site in plan.sites) > 0 else None

@@ -1,4 +1,4 @@
-"""Put the planned cores in place of the dense weights."""
+"""Put the planned factors in place of the dense weights: in the model, in a copy, in a file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ import copy
 import itertools
 import signal
 import threading
-from collections.abc import (
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 import torch
@@ -35,32 +29,90 @@ Cores = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Factorize:
-    """Program whose ``model`` (changed in place) holds cores, with the measured ``errors``.
+class Place:
+    """Where the factors of a plan go: ``model`` has them in the end.
 
-    Each dense weight is released as soon as its cores exist. An interrupt takes effect between two
-    weights, so the model can always run.
+    ``put`` gives the weights of one of the ``units`` their factors, and says the errors that they
+    really have; those of what is there already are in ``errors``.
     """
 
+    model: nn.Module
+    units: Sequence[Sequence[RankPlan]]
+    put: Callable[[Sequence[RankPlan]], Mapping[str, float]]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+Sink = Callable[[Program], contextlib.AbstractContextManager[Place]]
+"""Opens the place where a program's factors go, and completes it."""
+
+
+@contextlib.contextmanager
+def in_model(program: Program) -> Iterator[Place]:
+    """The program's own model. Each dense weight is released as soon as its factors exist."""
+    yield _of(program, program.model)
+    settle(program.model)
+
+
+@contextlib.contextmanager
+def in_copy(program: Program) -> Iterator[Place]:
+    """A copy to try a plan with: it is not settled, and the model stays as it is."""
+    yield _of(program, copy_sharing(program.model, {c.name for c in factorized(program)}))
+
+
+def _of(program: Program, model: nn.Module) -> Place:
+    sites = {site.name: site for site in program.sites}
+
+    def put(unit: Sequence[RankPlan]) -> dict[str, float]:
+        (choice,) = unit
+        # Refined factors are released as soon as the model has its copy.
+        curve, cores = program.spectra[choice.name], program.cores.pop(choice.name, None)
+        return {choice.name: replace_weight(model, sites[choice.name], choice, curve, cores)}
+
+    return Place(model, [(choice,) for choice in factorized(program)], put)
+
+
+def factorized(program: Program) -> list[RankPlan]:
+    """What the plan does with the weights that do not stay dense."""
+    assert program.plan is not None
+    return [choice for choice in program.plan.sites if choice.spec is not None]
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """Program whose ``model`` holds factors, with the measured ``errors``.
+
+    An interrupt takes effect between two weights, so the model can always run.
+    """
+
+    sink: Sink = in_model
     name: str = "factorize"
 
     def run(self, program: Program) -> Program:
-        sites = {site.name: site for site in program.sites}
-        errors: dict[str, float] = {}
-        assert program.plan is not None
-        chosen = [choice for choice in program.plan.sites if choice.spec is not None]
-        for done, choice in enumerate(chosen):
-            program.progress("factorize", done, len(chosen))
-            # Refined cores are released as soon as the model has its copy.
-            curve, cores = program.spectra[choice.name], program.cores.pop(choice.name, None)
-            errors[choice.name] = replace_weight(
-                program.model, sites[choice.name], choice, curve, cores
-            )
-        settle(program.model)
-        program.progress("factorize", len(chosen), len(chosen))
+        with self.sink(program) as place:
+            errors, count = dict(place.errors), len(place.units)
+            for done, unit in enumerate(place.units):
+                program.progress("factorize", done, count)
+                if unit[0].name not in errors:
+                    errors |= place.put(unit)
+        program.progress("factorize", count, count)
         worst = max(errors.values(), default=0.0)
-        summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"
-        return replace(program, errors=errors, summary=summary)
+        summary = f"{len(errors)} weights replaced, largest measured error {worst:.4f}"
+        return replace(program, model=place.model, errors=errors, summary=summary)
+
+
+@dataclass(frozen=True)
+class MakeFactors:
+    """Program with ``cores``: those of all weights at once, as their curves give them.
+
+    ``known``: what ``best_components`` found for this plan among others.
+    """
+
+    known: Mapping[str, Cores] | None = None
+    name: str = "factors"
+
+    def run(self, program: Program) -> Program:
+        cores = planned_cores(program, factorized(program), self.known)
+        return replace(program, cores=cores, summary=f"factors of {len(cores)} weights")
 
 
 def planned_cores(
@@ -111,12 +163,8 @@ def _is_cut(program: Program, choice: RankPlan) -> bool:
     """Whether its factors are the first components of those of larger ranks."""
     assert choice.spec is not None
     curve = program.spectra[choice.name]
-    plain = choice.shared is None and len(curve.metrics) == 1
-    return (
-        plain
-        and format_of(choice.spec).spectral
-        and choice.spec.ranks[0] < len(curve.distortion) - 1
-    )
+    plain = format_of(choice.spec).spectral and choice.shared is None and len(curve.metrics) == 1
+    return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
 
 
 def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
@@ -129,19 +177,6 @@ def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
             f"the model cannot be copied: {type(error).__name__}: {error}",
             way_out="pass inplace=True",
         ) from error
-
-
-def compressed_copy(
-    program: Program, sites: Sequence[RankPlan], cores: Mapping[str, Cores]
-) -> nn.Module:
-    """The model with these cores in place of its weights."""
-    model = copy_sharing(program.model, cores.keys())
-    by_name = {site.name: site for site in program.sites}
-    for choice in sites:
-        if choice.spec is not None:
-            curve = program.spectra[choice.name]
-            replace_weight(model, by_name[choice.name], choice, curve, cores[choice.name])
-    return model
 
 
 def replace_weight(
@@ -159,24 +194,34 @@ def replace_weight(
         )
     weight = as_matrix(site, dense.detach())
     cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
-    held = [nn.Parameter(_own(core, weight), requires_grad=dense.requires_grad) for core in cores]
+    held = put_cores(model, site, choice, [_own(core, weight) for core in cores])
+    # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
+    exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
+    rebuilt = format_of(choice.spec).reconstruct(
+        choice.spec, [core.detach().to(exact) for core in held]
+    )
+    return curve.measured_error(weight, rebuilt)
+
+
+def put_cores(
+    model: nn.Module, site: Site, choice: RankPlan, cores: Sequence[Tensor]
+) -> list[nn.Parameter]:
+    """Put cores in the place of a dense parameter; a common first factor is the first one's."""
+    assert choice.spec is not None
+    trained = model.get_parameter(site.name).requires_grad
+    held = [nn.Parameter(core, requires_grad=trained) for core in cores]
     if choice.shared not in (None, site.name):
         held[1] = first_factor(model, choice.shared)
     for core in held:
-        if not torch.isfinite(core).all():
+        if not (core.is_meta or torch.isfinite(core).all()):
             raise AnalysisError(
                 f"its cores do not fit into {site.dtype}: they overflow",
                 site=site.name,
                 way_out="exclude it, or convert the model to bfloat16 or float32 first",
             )
-    # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
-    exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
-    cores = tuple(core.detach().to(exact) for core in held)
-    rebuilt = format_of(choice.spec).reconstruct(choice.spec, cores)
-    error = curve.measured_error(weight, rebuilt)
     with _uninterrupted():
         install(model, site.names, choice.spec, held)
-    return error
+    return held
 
 
 def _own(core: Tensor, weight: Tensor) -> Tensor:

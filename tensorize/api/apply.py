@@ -19,15 +19,14 @@ from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model
 from tensorize.codegen.machine import rates as machine
-from tensorize.ir.plan import POLISH, Plan
+from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.pipeline import Pass, Program, run_passes
-from tensorize.passes.rewrite.factorize import Factorize, copy_sharing
+from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
-from tensorize.passes.rewrite.refit import Refit
-from tensorize.passes.rewrite.verify import VerifyResult
 from tensorize.reports.attach import attach
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
@@ -157,14 +156,14 @@ def apply_plan(
     replaced = {site.name for site in plan.sites if site.spec is not None}
     target = model if inplace else copy_sharing(model, replaced)
     program = replace(analysis.program, model=target, plan=plan, progress=tell)
-    passes: list[Pass] = [Factorize(), VerifyResult()]
-    if plan.refine is not None and replaced:
-        passes.insert(0, Refit(analysis.calibration))
-    if plan.refine == POLISH and replaced:
+
+    def polish() -> Polish:
         dense = copy_sharing(model, dict(model.named_parameters())) if inplace else model
         loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
-        passes.insert(2, Polish(dense, *split(analysis.calibration), loss))
-    program = run_passes(program, passes)
+        return Polish(dense, *split(analysis.calibration), loss)
+
+    refine = plan.refine if replaced else None
+    program = run_passes(program, rewriting(refine, analysis.calibration, polish))
     if autotune:
         time_orders(program)
     attach(target, report_of_result(program, analysis))

@@ -29,7 +29,7 @@ from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.pipeline import Program, run_passes
-from tensorize.passes.rewrite.verify import VerifyResult
+from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 
@@ -112,9 +112,9 @@ def compile_checkpoint(
         analysis = Analysis(program.without_model(), identity)
         plan = analysis.plan(limits, refine=None, ranks=ranks)
         program = replace(program, plan=plan)
-        write = write_factors.WriteFactors(source, curves, folder)
-        program = run_passes(program, (write, VerifyResult()))
+        factors = write_factors.Factors(source, curves, folder)
+        program = run_passes(program, rewriting(None, sink=factors.in_file))
         report = report_of_result(program, analysis)
-        write.artefact(program).save(program.model, report, out)
+        factors.artefact(program).save(program.model, report, out)
         shutil.rmtree(folder, ignore_errors=True)
     return report

@@ -26,19 +26,12 @@ from tensorize.hub.shards import Checkpoint
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.passes.pipeline import Program
-from tensorize.passes.rewrite.factorize import replace_weight
+from tensorize.passes.rewrite.factorize import Place, factorized, put_cores, replace_weight
 from tensorize.passes.rewrite.verify import check_weight
 from tensorize.reports.report import Report
 from tensorize.store.contents import Contents, contents_of
 from tensorize.store.save import save_written
-from tensorize.weight.install import (
-    core_names,
-    factored,
-    first_factor,
-    install,
-    names_now,
-    owner_of,
-)
+from tensorize.weight.install import core_names, factored, names_now, owner_of
 from tensorize.weight.whole_model import settle
 
 _NEEDS = {
@@ -81,42 +74,32 @@ def workplace(out: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class WriteFactors:
-    """Program whose ``model``, on meta, is the compressed one, with the measured ``errors``.
-
-    Its values are in the file ``draft``, laid out as ``checkpoint.save`` lays it out.
-    """
+class Factors:
+    """The factors of a checkpoint's weights in a file, laid out as ``checkpoint.save`` does it."""
 
     source: Checkpoint
     curves: Curves
     folder: Path
-    name: str = "factorize"
 
-    def run(self, program: Program) -> Program:
-        assert program.plan is not None
+    @contextlib.contextmanager
+    def in_file(self, program: Program) -> Iterator[Place]:
+        """Where a program's factors go; its model is then the compressed one, on meta."""
         planned = planned_model(program, self.source.model)
         artefact = self.artefact(replace(program, model=planned))
         scratch = copy.deepcopy(self.source.model)
         journal = artefact.open_journal()
-        errors = dict(journal.errors)
-        units = self._units(program)
+        places = artefact.layout.places
         with Writer(artefact.draft, artefact.layout) as file:
-            for done, unit in enumerate(units):
-                program.progress("factorize", done, len(units))
-                if unit[0].name in errors:
-                    continue
-                found = self._unit(program, scratch, unit, file, artefact.layout.places)
+
+            def put(unit: Sequence[RankPlan]) -> dict[str, float]:
+                found = self._unit(program, scratch, unit, file, places)
                 file.flush()
                 journal.add(found)
-                errors |= found
-            self._copy_others(program, planned, file, artefact.layout.places)
+                return found
+
+            yield Place(planned, self._units(program), put, dict(journal.errors))
+            self._copy_others(program, planned, file, places)
             file.flush()
-        program.progress("factorize", len(units), len(units))
-        chosen = [choice.name for choice in program.plan.sites if choice.spec is not None]
-        errors = {name: errors[name] for name in chosen}
-        worst = max(errors.values(), default=0.0)
-        summary = f"{len(chosen)} weights replaced, largest measured error {worst:.4f}"
-        return replace(program, model=planned, errors=errors, summary=summary)
 
     def artefact(self, program: Program) -> Artefact:
         """What is written of a program whose model is the compressed one on meta."""
@@ -129,11 +112,9 @@ class WriteFactors:
 
     def _units(self, program: Program) -> list[list[RankPlan]]:
         """Weights with one first factor together, every other alone; in the order of the shards."""
-        assert program.plan is not None
         units: dict[str, list[RankPlan]] = {}
-        for choice in program.plan.sites:
-            if choice.spec is not None:
-                units.setdefault(choice.shared or choice.name, []).append(choice)
+        for choice in factorized(program):
+            units.setdefault(choice.shared or choice.name, []).append(choice)
         return sorted(units.values(), key=lambda unit: self.source.shard(unit[0].name))
 
     def _unit(
@@ -170,10 +151,8 @@ class WriteFactors:
         self, program: Program, planned: nn.Module, file: Writer, places: Mapping[str, Any]
     ) -> None:
         """Copy what stays as it is."""
-        assert program.plan is not None
-        sites = {site.name: site for site in program.sites}
-        chosen = [sites[choice.name] for choice in program.plan.sites if choice.spec is not None]
-        gone = {name for site in chosen for name in site.names}
+        replaced = {choice.name for choice in factorized(program)}
+        gone = {name for site in program.sites if site.name in replaced for name in site.names}
         for name in sorted(self.source.entries.keys() - gone, key=self.source.shard):
             (now,) = names_now(planned, name)
             if now in places:
@@ -182,23 +161,14 @@ class WriteFactors:
 
 def planned_model(program: Program, model: nn.Module) -> nn.Module:
     """A copy of a model on meta with cores, on meta, where the plan has them."""
-    assert program.plan is not None
     planned = copy.deepcopy(model)
     sites = {site.name: site for site in program.sites}
-    for choice in program.plan.sites:
-        if choice.spec is None:
-            continue
-        dense = planned.get_parameter(choice.name)
-        cores = [
-            nn.Parameter(
-                torch.empty(shape, dtype=dense.dtype, device="meta"),
-                requires_grad=dense.requires_grad,
-            )
-            for shape in choice.spec.core_shapes
-        ]
-        if choice.shared not in (None, choice.name):
-            cores[1] = first_factor(planned, choice.shared)
-        install(planned, sites[choice.name].names, choice.spec, cores)
+    for choice in factorized(program):
+        assert choice.spec is not None
+        dtype = planned.get_parameter(choice.name).dtype
+        shapes = choice.spec.core_shapes
+        cores = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        put_cores(planned, sites[choice.name], choice, cores)
     settle(planned)
     return planned
 

@@ -16,6 +16,19 @@ from typing import Any
 _HELD = {
     "analysis": {"api.analysis": "Analysis"},
     "budget": {"ir.budget": "Budget"},
+    "codegen.kernel": {"codegen.device.kernel": "Kernel"},
+    "codegen.triton_module": {"codegen.triton.module": "Argument Source"},
+    "codegen.triton_ops": {"codegen.device.operations": "TritonContraction"},
+    "codegen.triton_work": {"codegen.triton.roles": "Tiles"},
+    "errors": {
+        "base.errors": "AnalysisError BudgetError CaptureError CheckpointError TensorizeError",
+    },
+    "evaluation": {
+        "evaluation.evaluation": "Evaluation",
+        "evaluation.results": "Figures Spectrum WeightFigures",
+    },
+    "graphs": {"graphview.graphs": "Graphs"},
+    "healing": {"training.healing": "Healing"},
     "ir": {
         "ir.spec": "TTSpec",
         "ir.machine": "Machine",
@@ -23,6 +36,7 @@ _HELD = {
         "ir.sites": "Batch Site Use",
         "ir.plan": "Plan Prediction RankPlan Totals",
     },
+    "measures": {"evaluation.quality": "ClassFigures Quality Worst"},
     "ops": {"weight.contractions": "Asked _again"},
     "passes.curves": {"passes.curves.curve": "SharedFactor Spectrum"},
     "passes.metric": {"algebra.metric": "Metric"},
@@ -34,6 +48,7 @@ _HELD = {
         "reports.curve": "Curve",
         "reports.report": "Report",
     },
+    "speed": {"evaluation.speed": "Speeds Timed"},
     "uses": {"capture.matmul": "Convolution Frame Matmul"},
     "weight": {
         "weight.low_rank": "LowRankLinear SharedProduct",
@@ -43,7 +58,7 @@ _HELD = {
 }
 """What a file held that is in pickles, by the file that holds it now; all below ``tensorize``."""
 
-_FOLDERS = {"ir", "weight", "passes.curves", "passes.predict"}
+_FOLDERS = {"evaluation", "ir", "weight", "passes.curves", "passes.predict"}
 
 
 def hand_on(room: str) -> Callable[[str], Any]:

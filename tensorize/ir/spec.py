@@ -240,6 +240,11 @@ class TTSpec(Spec):
         )
         return spec
 
+    @property
+    def is_block(self) -> bool:
+        """Whether two cores share a row or a column index, and it is no chain."""
+        return self.format == BLOCK
+
     def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
         """The same modes with other inner ranks."""
         return self._like(ranks, experts=self.size["e"] if self.batch else 0)
@@ -271,7 +276,7 @@ class TTSpec(Spec):
             "column_modes": list(self.column_modes),
             "ranks": list(self.ranks),
             "experts": experts,
-            **({"format": BLOCK} if self.format == BLOCK else {}),
+            **({"format": BLOCK} if self.is_block else {}),
             **({} if self.storage is None else {"storage": self.storage}),
         }
 
@@ -283,6 +288,6 @@ class TTSpec(Spec):
     def __repr__(self) -> str:
         given = f", experts={self.size['e']}" if self.batch else ""
         given += "" if self.storage is None else f", storage={self.storage!r}"
-        if self.format == BLOCK:
+        if self.is_block:
             return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"

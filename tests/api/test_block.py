@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.algebra import interpret
 from tensorize.algebra.decompose import block_svd, cut_block, tt_svd
 from tensorize.algebra.metric import Metric
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.algebra.rounding import round_tt
 from tensorize.base.errors import AnalysisError
+from tensorize.formats import interpret
 from tensorize.formats.registry import format_of, names
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.plan import RankPlan

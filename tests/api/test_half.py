@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import TTSpec
-from tensorize.algebra import interpret
+from tensorize.formats import interpret
 from tensorize.weight import precision, products
 from tensorize.weight.contractions import contractions
 from tensorize.weight.precision import in_float32

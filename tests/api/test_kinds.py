@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorize
 from tensorize.algebra import reconstruct
-from tests.models import CASES, parameters, relative
+from tests.api.operations import operations
+from tests.models import parameters, relative
 
 
 class Uses(nn.Module):
@@ -179,132 +176,6 @@ def test_kind_is_one_graph_of_torch_compile(name: str) -> None:
     assert relative(compiled(x).detach(), small(x).detach()) < 1e-6
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_architecture_builds_a_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[name]
-    small = tensorize.compile(case.model(), None, ranks={"*": 4}, example_inputs=case.batch())
-    want = case.output(tensorize.densify(small))
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
-    assert relative(case.output(small), want) < 1e-5
-
-
-@pytest.mark.parametrize("separate", [False, True], ids=["packed", "separate"])
-@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_multi_head_attention(separate: bool, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            widths = {"kdim": 24, "vdim": 40} if separate else {}
-            self.attention = nn.MultiheadAttention(32, 4, batch_first=True, **widths)
-
-        def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.attention(x, k, v)[0]
-
-    model = Attends().eval()
-    x = torch.randn(2, 7, 32)
-    k, v = (torch.randn(2, 7, w) for w in (24, 40)) if separate else (x, x)
-    if cross and not separate:
-        k = v = torch.randn(2, 5, 32)
-    small = tensorize.compile(model, budget=0.5, example_inputs=(x, k, v), formats="low_rank")
-    sites = tensorize.report(small).sites
-    assert {site.format for site in sites} == {"low_rank"}
-    with torch.no_grad():
-        want = tensorize.densify(small)(x, k, v)
-        monkeypatch.setattr(reconstruct, "reconstruct", None)
-        assert relative(small(x, k, v), want) < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layers", [1, 2])
-def test_transformer_encoder_and_its_fast_path(
-    layers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    model = nn.TransformerEncoder(layer, layers).eval()
-    x = torch.randn(2, 7, 32)
-    padding = torch.zeros(2, 7, dtype=torch.bool)
-    padding[1, 5:] = True
-    small = tensorize.compile(
-        model, budget=0.5, calibration=[x, torch.randn(2, 7, 32)], formats="low_rank"
-    )
-    assert {site.format for site in tensorize.report(small).sites} == {"low_rank"}
-    dense, fast = tensorize.densify(small), "_transformer_encoder_layer_fwd"
-    with torch.no_grad():
-        want, masked = dense(x), dense(x, src_key_padding_mask=padding)[~padding]
-        assert fast in operations(lambda: dense(x))  # one kernel, that wants dense weights
-        monkeypatch.setattr(reconstruct, "reconstruct", None)
-        assert fast not in operations(lambda: small(x))
-        assert relative(small(x), want) < 1e-5
-        assert relative(small(x, src_key_padding_mask=padding)[~padding], masked) < 1e-5
-
-
-def operations(run: Callable[[], object]) -> list[str]:
-    """The names of the operators that a call dispatches, in order."""
-    names: list[str] = []
-
-    class Listens(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-        ) -> Any:
-            names.append(func._schema.name.partition("::")[2])
-            return func(*args, **(kwargs or {}))
-
-    with Listens():
-        run()
-    return names
-
-
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_every_implementation_of_experts_runs_on_factors(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = CASES["mixtral"]
-    model: Any = case.model()
-    model.set_experts_implementation(implementation)
-    small: Any = tensorize.compile(model, None, ranks={"*": 4}, example_inputs=case.batch())
-    experts = [site for site in tensorize.report(small).sites if "experts" in site.name]
-    assert [site.format for site in experts] == ["low_rank"] * 4
-    dense: Any = tensorize.densify(small)
-    for other in ("eager", "grouped_mm", "batched_mm"):  # generate() changes it to decode
-        small.set_experts_implementation(other)
-        dense.set_experts_implementation(other)
-        with monkeypatch.context() as patch:
-            want = case.output(dense)
-            patch.setattr(reconstruct, "reconstruct", None)
-            assert relative(case.output(small), want) < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_experts_are_one_graph(implementation: str, dtype: torch.dtype) -> None:
-    case = CASES["mixtral"]
-    small: Any = tensorize.compile(
-        case.model().to(dtype), None, ranks={"*": 4}, example_inputs=case.batch()
-    )
-    small.set_experts_implementation(implementation)
-    torch._dynamo.reset()
-    compiled = torch.compile(small, backend="eager", fullgraph=True, dynamic=True)
-    assert relative(case.output(compiled), case.output(small)) < 4 * torch.finfo(dtype).eps
-
-
-def test_what_transformers_does_where_there_is_no_grouped_mm(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from transformers.integrations import moe
-
-    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
-    case = CASES["mixtral"]
-    small = tensorize.compile(case.model(), None, ranks={"*": 4}, example_inputs=case.batch())
-    kinds = {s.kind: s.format for s in tensorize.report(small).sites if "experts" in s.name}
-    assert kinds == {"grouped_mm": "low_rank"}
-    want = case.output(tensorize.densify(small))
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
-    assert relative(case.output(small), want) < 1e-5
-
-
 def test_experts_and_convolutions_keep_their_kernels() -> None:
     convolution = {"conv1d", "conv2d", "conv3d", "convolution"}
     expected = {"grouped_mm": {"_grouped_mm"}, "grouped conv2d": convolution}
@@ -317,20 +188,6 @@ def test_experts_and_convolutions_keep_their_kernels() -> None:
         dense, factors = ([op for op in ops if op in (*kernels, "bmm", "mm")] for ops in ran)
         assert len(dense) == 1
         assert factors == dense * 2  # one for each factor, and nothing in their place
-
-
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("offsets", [False, True])
-def test_embedding_bag(mode: str, offsets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.EmbeddingBag(64, 24, mode=mode, padding_idx=0)
-    ids = torch.randint(0, 64, (30,) if offsets else (5, 6))
-    inputs = (ids, torch.tensor([0, 4, 19])) if offsets else (ids,)
-    small = tensorize.compile(model, budget=0.5, calibration=[inputs] * 2)
-    (site,) = tensorize.report(small).sites
-    assert site.format == "low_rank"
-    want = tensorize.densify(small)(*inputs)
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
-    assert relative(small(*inputs).detach(), want.detach()) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -378,115 +235,3 @@ def test_weights_in_another_form_are_left_alone(weight: Tensor, reason: str) -> 
     assert second.format == "dense"
     assert reason in second.reason
     assert small.get_parameter("1.weight") is quantized
-
-
-# ----------------------------------------------------------- weights that are used as a whole
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(16, 24, 2, bidirectional=True)
-        self.gru = nn.GRU(48, 32)
-        self.head = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.gru(self.lstm(x)[0])[0])
-
-
-class Standardized(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean((1, 2), keepdim=True)
-        return F.conv1d(x, weight, self.bias)
-
-
-def normed() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 24, 5)), nn.ReLU())
-
-
-WHOLE = {
-    "LSTM and GRU": (Recurrent, (5, 2, 16)),
-    "weight norm": (normed, (3, 16, 20)),
-    "standardized": (lambda: nn.Sequential(Standardized(16, 24, 5)), (3, 16, 20)),
-}
-WHOLES = pytest.mark.parametrize(("make", "shape"), WHOLE.values(), ids=WHOLE)
-
-
-@WHOLES
-def test_a_whole_weight_is_factorized_only_where_the_budget_cannot_be_met_otherwise(
-    make: Callable[[], nn.Module], shape: tuple[int, ...]
-) -> None:
-    model, x = make().eval(), torch.randn(shape)
-    small = tensorize.compile(model, 0.4, example_inputs=(x,))
-    assert parameters(small) <= 0.4 * parameters(model)
-    rebuilt = [s for s in tensorize.report(small).sites if s.format == "low_rank"]
-    assert rebuilt
-    for site in rebuilt:
-        assert "rebuilt from its factors at every call" in site.reason or site.name == "head.weight"
-    copies = [small, copy.deepcopy(small)]
-    if "parametrizations" not in rebuilt[0].name:  # torch pickles no parametrized module
-        copies.append(pickle.loads(pickle.dumps(small)))
-    for copied in copies:
-        with torch.no_grad():
-            assert relative(copied(x), tensorize.densify(copied)(x)) < 1e-5
-    small.train()(x).sum().backward()
-    assert all(p.grad is not None for p in small.parameters())
-    double = small.double()
-    with torch.no_grad():
-        assert relative(double(x.double()), tensorize.densify(double)(x.double())) < 1e-12
-
-
-@pytest.mark.parametrize("name", ["weight norm", "standardized"])  # dynamo takes no LSTM
-def test_a_whole_weight_is_rebuilt_in_one_graph(name: str) -> None:
-    make, shape = WHOLE[name]
-    x = torch.randn(shape)
-    small = tensorize.compile(make().eval(), 0.4, example_inputs=(x,))
-    torch._dynamo.reset()
-    compiled = torch.compile(small, backend="eager", fullgraph=True)
-    assert relative(compiled(x).detach(), small(x).detach()) < 1e-6
-
-
-def test_a_whole_weight_stays_dense_where_others_can_be_cut() -> None:
-    small = tensorize.compile(Recurrent().eval(), 0.98, example_inputs=(torch.randn(5, 2, 16),))
-    formats = {site.name: site.format for site in tensorize.report(small).sites}
-    assert formats.pop("head.weight") == "low_rank"
-    assert set(formats.values()) == {"dense"}
-
-
-def test_a_recurrent_layer_holds_no_dense_weight_beside_its_cores() -> None:
-    small = tensorize.compile(Recurrent().eval(), 0.4, example_inputs=(torch.randn(5, 2, 16),))
-    for module in small.modules():
-        lists = [value for value in vars(module).values() if isinstance(value, list)]
-        assert not any(isinstance(v, Tensor) for held in lists for v in held)
-
-
-@WHOLES
-def test_the_loss_of_a_whole_weight_is_predicted(
-    make: Callable[[], nn.Module], shape: tuple[int, ...]
-) -> None:
-    model = make().eval()
-    plan = tensorize.analyze(model, calibration=[torch.randn(shape) for _ in range(12)]).plan(0.5)
-    small, x = tensorize.apply(model, plan), torch.randn(64, *shape)
-    with torch.no_grad():
-        want, got = (torch.cat([m(part) for part in x]) for m in (model, small))
-    rows, error = want.flatten(0, -2), (want - got).square().mean()
-    measured = float(error / (rows - rows.mean(0)).square().mean())
-    assert plan.predicted.loss == pytest.approx(measured, rel=0.35)
-
-
-def test_a_lookup_and_a_head_of_one_table_in_a_train(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(64, 36)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return F.linear(self.table(ids), self.table.weight)
-
-    model, ids = Tied(), torch.randint(0, 64, (3, 5))
-    small = tensorize.compile(model, budget=0.5, formats="tt", calibration=[ids] * 4)
-    (site,) = tensorize.report(small).sites
-    assert site.format == "tt"
-    want = tensorize.densify(small)(ids)
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
-    assert relative(small(ids).detach(), want.detach()) < 1e-5

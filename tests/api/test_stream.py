@@ -1,13 +1,8 @@
-"""A checkpoint compressed a weight at a time: the bits of a compile of it whole, killed or not."""
+"""A checkpoint compressed a weight at a time: the bits of a compile of it whole."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,38 +13,13 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import tensorize
-from tensorize.api import analysis, write_factors
-from tensorize.base.errors import (
-    AnalysisError,
-    BudgetError,
-    CaptureError,
-    CheckpointError,
-    TensorizeError,
-)
 from tensorize.base.tensorfile import ALIGNMENT, Layout, Writer
-from tensorize.cli import app
 from tensorize.hub import shards
-from tensorize.store import transformers_config
-from tensorize.store.manifest import MANIFEST
-from tests.paths import ROOT
+from tests.api.checkpoints import assert_same, compiled, llama, saved
 
-WORK = ".tensorize-stream"
-
-
-def llama(**changes: Any) -> hf.PreTrainedModel:
-    config = {
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 112,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 64,
-    }
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**config, **changes}))
+pytestmark = pytest.mark.usefixtures("a_short_curve")
 
 
 def gpt2() -> hf.PreTrainedModel:
@@ -108,50 +78,7 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _a_short_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ladder of budgets in a report takes ten times the rest of these small models."""
-    monkeypatch.setattr(analysis, "CURVE_BUDGETS", (0.5,))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return saved(llama(), tmp_path / "dense")
-
-
-def saved(model: hf.PreTrainedModel, directory: Path, shard: str = "40kB") -> Path:
-    model.save_pretrained(directory, max_shard_size=shard)
-    return directory
-
-
-def compiled(directory: Path, out: Path, budget: Any = 0.5, **options: Any) -> Path:
-    """What is to be matched: the model loaded whole, compiled by its weights, and saved."""
-    config = hf.AutoConfig.from_pretrained(directory)
-    kind = getattr(hf, config.architectures[0])
-    model = kind.from_pretrained(directory, dtype="auto")
-    small = tensorize.compile(model, budget, metric="frobenius", **options)
-    tensorize.save(small, out)
-    return out
-
-
-def the_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest but for the curve and for what is timed: passes, and slow weights."""
-    data = json.loads((directory / MANIFEST).read_text())
-    data["report"]["history"] = data["report"]["curve"] = None
-    data["report"]["notes"] = [note.partition("; ")[0] for note in data["report"]["notes"]]
-    data["report"]["plan"]["cache"] = None
-    data["model"].get("config", {}).pop("_name_or_path", None)
-    return data
-
-
-def assert_same(one: Path, other: Path) -> None:
-    (first,), (second,) = one.glob("tensorize-*"), other.glob("tensorize-*")
-    assert first.name == second.name
-    assert first.read_bytes() == second.read_bytes()
-    assert the_manifest(one) == the_manifest(other)
-
-
-# --------------------------------------------------------------------------------- the same bits
+# ------------------------------------------------------------------------------------ the same bits
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -238,240 +165,7 @@ def test_no_more_than_one_weight_is_read_at_a_time(
     assert 3 <= most <= 4  # q, k and v are taken together
 
 
-# ------------------------------------------------------------------------------ killed, resumed
-
-
-class Stopped(Exception):
-    """A run that ends in the middle: what it leaves is what a killed one leaves."""
-
-
-def stop(stage: str, count: int, dense: Path, out: Path) -> None:
-    def watch(now: str, done: int, total: int) -> None:
-        if (now, done) == (stage, count):
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        tensorize.compile_checkpoint(dense, out, 0.5, progress=watch)
-
-
-SCRIPT = """
-import os, signal, sys
-import tensorize
-stage, count, dense, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-def watch(now, done, total):
-    if now == stage and done == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-tensorize.compile_checkpoint(dense, out, 0.5, progress=watch)
-"""
-
-
-def test_a_run_killed_twice_goes_on_after_the_last_weight(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    for stage, count in (("spectra", 5), ("factorize", 6)):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, stage, str(count), str(checkpoint), str(out)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not (out / MANIFEST).exists()
-    report = tensorize.compile_checkpoint(checkpoint, out, 0.5)
-    spectra = next(stage for stage in report.history if stage.name == "spectra")
-    assert "16 were kept by an earlier run" in spectra.summary
-    assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
-    assert not (out / WORK).exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "count", "kept"), [("reading", 3, 0), ("spectra", 5, 5), ("shared factors", 2, 16)]
-)
-def test_what_is_finished_is_not_made_again(
-    stage: str, count: int, kept: int, checkpoint: Path, tmp_path: Path
-) -> None:
-    stop(stage, count, checkpoint, tmp_path / "stopped")
-    told: list[tuple[str, int]] = []
-    tensorize.compile_checkpoint(
-        checkpoint,
-        tmp_path / "stopped",
-        0.5,
-        progress=lambda stage, done, total: told.append((stage, done)),
-    )
-    assert next(done for stage, done in told if stage == "spectra") == kept
-    assert_same(tmp_path / "stopped", compiled(checkpoint, tmp_path / "compiled"))
-
-
-def test_a_run_stopped_while_it_writes_goes_on_there(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop("factorize", 6, checkpoint, tmp_path / "stopped")
-    (journal,) = (tmp_path / "stopped" / WORK).glob("*.jsonl")
-    written = {name for line in journal.read_text().splitlines() for name in json.loads(line)}
-    assert len(written) >= 6
-    with open(journal, "a") as file:
-        file.write('{"model.lay')  # a line that was cut off counts in nothing
-    made: list[str] = []
-    plain = write_factors.replace_weight
-
-    def replace_weight(model: Any, site: Any, *rest: Any) -> float:
-        made.append(site.name)
-        return plain(model, site, *rest)
-
-    monkeypatch.setattr(write_factors, "replace_weight", replace_weight)
-    tensorize.compile_checkpoint(checkpoint, tmp_path / "stopped", 0.5)
-    assert made
-    assert not written & set(made)
-    assert_same(tmp_path / "stopped", compiled(checkpoint, tmp_path / "compiled"))
-
-
-@pytest.mark.parametrize("where", ["the configurations", "clearing up", "a file taken away"])
-def test_a_run_that_ends_after_the_last_weight_is_made_whole_by_the_next(
-    where: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file is in its place by then, and what was said of the draft holds of none."""
-    out = tmp_path / "stopped"
-    if where == "a file taken away":
-        stop("factorize", 6, checkpoint, out)
-        (draft,) = (out / WORK).glob("*.tmp")
-        draft.unlink()
-    else:
-        place = {
-            "the configurations": (transformers_config, "save_configs"),
-            "clearing up": (shutil, "rmtree"),
-        }[where]
-
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError("no space left on device")
-
-        with monkeypatch.context() as patch, contextlib.suppress(CheckpointError):
-            patch.setattr(*place, full)
-            tensorize.compile_checkpoint(checkpoint, out, 0.5)
-    tensorize.compile_checkpoint(checkpoint, out, 0.5)
-    assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
-    assert not (out / WORK).exists()
-
-
-def test_a_damaged_curve_is_made_again(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    stop("spectra", 9, checkpoint, tmp_path / "stopped")
-    kept = sorted((tmp_path / "stopped" / WORK).glob("analysis-*/*.safetensors"))
-    assert len(kept) == 9
-    kept[0].write_bytes(kept[0].read_bytes()[:-7])
-    tensorize.compile_checkpoint(checkpoint, tmp_path / "stopped", 0.5)
-    assert "is damaged and is made again" in caplog.text
-    assert_same(tmp_path / "stopped", compiled(checkpoint, tmp_path / "compiled"))
-
-
-def test_another_checkpoint_begins_anew(checkpoint: Path, tmp_path: Path) -> None:
-    """What was kept is found by the content of the weights, and not by their place."""
-    stop("spectra", 9, checkpoint, tmp_path / "out")
-    torch.manual_seed(7)
-    saved(llama(), checkpoint)
-    tensorize.compile_checkpoint(checkpoint, tmp_path / "out", 0.5)
-    assert_same(tmp_path / "out", compiled(checkpoint, tmp_path / "compiled"))
-
-
-def test_curves_are_kept_for_other_budgets(checkpoint: Path, tmp_path: Path) -> None:
-    first = tensorize.compile_checkpoint(checkpoint, tmp_path / "a", 0.5, cache_dir=tmp_path / "c")
-    other = tensorize.compile_checkpoint(checkpoint, tmp_path / "b", 0.3, cache_dir=tmp_path / "c")
-    kept = [next(s for s in r.history if s.name == "spectra").summary for r in (first, other)]
-    assert "kept by an earlier run" not in kept[0]
-    assert "16 were kept by an earlier run" in kept[1]
-    assert_same(tmp_path / "b", compiled(checkpoint, tmp_path / "compiled", 0.3))
-
-
-# ------------------------------------------------------------------------------- the command line
-
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def test_the_command_says_what_a_parameter_took(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "small"
-    done = run("compile", str(checkpoint), "--stream", "--budget", "0.5", "--out", str(out))
-    assert done.exit_code == 0, done.output
-    assert " µs a parameter; peak resident memory " in done.stderr
-    assert "saved in" in done.stdout
-    assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
-
-
-def test_the_command_refuses_what_needs_the_whole_model(checkpoint: Path, tmp_path: Path) -> None:
-    given = ("compile", str(checkpoint), "--stream", "--out", str(tmp_path / "small"))
-    done = run(*given, "--autotune")
-    assert done.exit_code == 2
-    assert "never loads it" in done.output
-    done = run(*given, "--metric", "loss")
-    assert done.exit_code == 3
-    assert "needs the backward pass of the whole model" in done.output
-
-
-# --------------------------------------------------------------------------------------- errors
-
-
-def test_metrics_that_do_not_stream(checkpoint: Path, tmp_path: Path) -> None:
-    for metric, why in (("loss", "backward pass"), ("input", "forward passes"), ("x", "no such")):
-        with pytest.raises(AnalysisError, match=why):
-            tensorize.compile_checkpoint(checkpoint, tmp_path / "small", metric=metric)
-
-
-def test_a_directory_that_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    def fails(match: str, error: type[TensorizeError] = CaptureError, source: Any = None) -> None:
-        with pytest.raises(error, match=match):
-            tensorize.compile_checkpoint(source or checkpoint, tmp_path / "small", 0.5)
-
-    fails("no directory", source=tmp_path / "nowhere")
-    fails("holds neither", source=tmp_path)
-    index = checkpoint / shards.INDEX
-    before = index.read_text()
-    index.write_text(before[:-30])
-    fails("is damaged")
-    table = json.loads(before)
-    del table["weight_map"]["model.norm.weight"]
-    index.write_text(json.dumps(table))
-    fails("model.norm.weight: .* holds no values for it")
-    index.write_text(before)
-    shard = checkpoint / table["weight_map"]["lm_head.weight"]
-    whole = shard.read_bytes()
-    shard.unlink()
-    fails(f"names {shard.name}, which is not there")
-    shard.write_bytes(whole[: len(whole) // 2])
-    fails("cannot be read")
-    shard.write_bytes(whole)
-    with safe_open(shard, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    save_file({n: torch.full_like(t, torch.nan) for n, t in tensors.items()}, shard)
-    fails("NaN", AnalysisError)
-    save_file({n: t[:5].clone() for n, t in tensors.items()}, shard)
-    fails("config.json asks for")
-    (checkpoint / "config.json").write_text('{"model_type": "no such model"}')
-    fails("cannot build the model")
-    assert not (tmp_path / "small" / MANIFEST).exists()
-
-
-def test_a_compressed_model_is_not_compressed_again(checkpoint: Path, tmp_path: Path) -> None:
-    tensorize.compile_checkpoint(checkpoint, tmp_path / "small", 0.5)
-    with pytest.raises(CaptureError, match="compressed already"):
-        tensorize.compile_checkpoint(tmp_path / "small", tmp_path / "smaller", 0.5)
-
-
-def test_a_budget_that_cannot_be_met_leaves_no_artefact(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError):
-        tensorize.compile_checkpoint(checkpoint, tmp_path / "small", 1e-6)
-    assert not (tmp_path / "small" / MANIFEST).exists()
-
-
-def test_a_place_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="own directory"):
-        tensorize.compile_checkpoint(checkpoint, checkpoint, 0.5)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        tensorize.compile_checkpoint(checkpoint, tmp_path / "file" / "small", 0.5)
-
-
-# ------------------------------------------------------------------------------ files of tensors
+# --------------------------------------------------------------------------------- files of tensors
 
 
 def test_a_file_written_by_parts_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:

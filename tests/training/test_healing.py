@@ -1,68 +1,19 @@
-"""Healing: the dense model is distilled into the factors, in place, and a killed run goes on."""
+"""Healing: the dense model is distilled into the factors, in place."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers as hf
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.base.errors import CaptureError, CheckpointError, TensorizeError
-from tensorize.training import healing
-from tensorize.training.distillation import relative_parameter_groups
-from tensorize.weight.install import core_names, factored
-from tests.models import CASES, relative
-from tests.paths import ROOT
-
-
-class Noisy(nn.Module):
-    """Two layers with noise between them in every mode: each call draws random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(24, 64)
-        self.down = nn.Linear(64, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.dropout(torch.relu(self.up(x)), 0.1, training=True))
-
-
-def decoder(name: str = "gpt") -> nn.Module:
-    """A decoder with new weights, large enough that its predictions are sharp."""
-    model = CASES[name].model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return model
-
-
-def texts(count: int, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 128, (4, 16), generator=generator) for _ in range(count)]
-
-
-def divergence(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> float:
-    """KL in nats a token, by torch's own function."""
-    with torch.no_grad():
-        pairs = [
-            (model(x).logits.log_softmax(-1), dense(x).logits.log_softmax(-1)) for x in batches
-        ]
-    q, p = (torch.cat(side).flatten(0, 1).double() for side in zip(*pairs, strict=True))
-    return float(F.kl_div(q, p, reduction="batchmean", log_target=True))
+from tensorize.base.errors import CaptureError, TensorizeError
+from tensorize.weight.install import factored
+from tests.models import relative
+from tests.training.healed_models import changed, cores, divergence, models, texts, values
 
 
 @torch.no_grad()
@@ -70,31 +21,7 @@ def distance(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
     return relative(model(x).float(), dense(x).float())
 
 
-@functools.cache
-def pair(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
-    dense = decoder(name)
-    return dense, tensorize.compile(dense, 0.6, calibration=texts(3, seed=5))
-
-
-def models(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
-    """A dense decoder, and a copy of its compressed form."""
-    dense, small = pair(name)
-    return dense, copy.deepcopy(small)
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
-
-
-def cores(model: nn.Module) -> set[str]:
-    return {core for name, _ in factored(model) for core in core_names(model, name)}
-
-
-# ------------------------------------------------------------------------------- what it reaches
+# ---------------------------------------------------------------------------------- what it reaches
 
 
 def test_a_decoder_comes_nearer_to_the_dense_model() -> None:
@@ -161,7 +88,7 @@ def test_layers_are_matched_where_asked_for() -> None:
     assert off[True] < 0.95 * off[None]
 
 
-# ------------------------------------------------------------------------------- what it changes
+# ---------------------------------------------------------------------------------- what it changes
 
 
 @pytest.mark.parametrize("train", ["cores", "all"])
@@ -220,7 +147,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert not all(torch.equal(found[0][name], found[2][name]) for name in names)
 
 
-# ------------------------------------------------------------------- where it does not get better
+# --------------------------------------------------------------------- where it does not get better
 
 
 def test_a_run_that_cannot_gain_stops_early_and_changes_nothing() -> None:
@@ -272,99 +199,7 @@ def test_an_error_leaves_the_model_as_it_was(error: type[BaseException]) -> None
     assert "healed" not in "".join(tensorize.report(small).notes)
 
 
-# ---------------------------------------------------------------------------- going on where it was
-
-KILLED = """
-import os, signal, sys, torch, tensorize
-from tests.training.test_healing import Noisy, noisy_run
-def progress(stage, done, total):
-    if done == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-noisy_run(sys.argv[1], progress)
-"""
-
-
-def noisy_run(
-    directory: str | Path | None, progress: Callable[[str, int, int], None] | bool = False
-) -> tuple[healing.Healing, nn.Module]:
-    """A healing of a model that draws random numbers; few batches, so that the order matters."""
-    torch.manual_seed(0)
-    dense = Noisy().eval()
-    data = [torch.randn(32, 24) for _ in range(5)]
-    small = tensorize.compile(dense, 0.6, metric="frobenius")
-    done = tensorize.heal(
-        small, dense, data, steps=40, train="all", checkpoint_dir=directory, progress=progress
-    )
-    return done, small
-
-
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 23])
-def test_a_killed_run_goes_on_to_the_same_bits(step: int, tmp_path: Path) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(step=step), str(tmp_path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        },
-        cwd=ROOT,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
-    seen: list[int] = []
-    done, small = noisy_run(tmp_path, lambda stage, at, total: seen.append(at))
-    want, untouched = noisy_run(None)
-    assert seen[0] == 4 * (step // 4)  # the last check before it was killed
-    assert done == want
-    assert all(torch.equal(value, values(untouched)[n]) for n, value in values(small).items())
-    again, _ = noisy_run(tmp_path)  # of a run that has ended, the result is read
-    assert again == want
-
-
-def test_an_interrupted_run_goes_on_in_the_same_process(tmp_path: Path) -> None:
-    (dense, small), (_, other) = models(), models()
-    want = tensorize.heal(other, dense, texts(8), steps=32)
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if done == 21:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tensorize.heal(small, dense, texts(8), steps=32, checkpoint_dir=tmp_path, progress=progress)
-    assert tensorize.heal(small, dense, texts(8), steps=32, checkpoint_dir=tmp_path) == want
-    assert not changed(small, values(other))
-
-
-def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
-    (tmp_path / f".{healing.STATE}-1-0.tmp").write_bytes(b"half of it")
-    (tmp_path / "mine.tmp").touch()
-    dense, small = models()
-    tensorize.heal(small, dense, texts(8), steps=1, checkpoint_dir=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [healing.STATE, "mine.tmp"]
-
-
-def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    dense, small = models()
-    start = values(small)
-    tensorize.heal(small, dense, texts(8), steps=4, checkpoint_dir=tmp_path)
-    small.load_state_dict(start)
-    for options in ({"steps": 5}, {"seed": 1}, {"train": "all"}):
-        with pytest.raises(CheckpointError, match="other weights, data or settings"):
-            tensorize.heal(
-                small, dense, texts(8), checkpoint_dir=tmp_path, **{"steps": 4, **options}
-            )
-    with pytest.raises(CheckpointError, match="other weights, data or settings"):
-        tensorize.heal(small, dense, texts(8, seed=2), steps=4, checkpoint_dir=tmp_path)
-    (tmp_path / healing.STATE).write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="damaged"):
-        tensorize.heal(small, dense, texts(8), steps=4, checkpoint_dir=tmp_path)
-    assert not changed(small, start)
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        tensorize.heal(small, dense, texts(8), steps=4, checkpoint_dir=tmp_path / "file")
-
-
-# -------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_mistakes_are_named() -> None:
@@ -386,105 +221,3 @@ def test_mistakes_are_named() -> None:
         next(iter(factored(small)))[1].cores[0].fill_(float("nan"))
     assert "not finite" in message(small, dense, data)
     assert issubclass(CaptureError, TensorizeError)
-
-
-# ----------------------------------------------------------------------------- other people's loops
-
-
-def test_under_autocast_it_is_refused() -> None:
-    """Its copies of weights would be those of before every step."""
-    dense, small = models()
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(TensorizeError, match=r"heal was called under torch\.autocast"),
-    ):
-        tensorize.heal(small, dense, texts(4), steps=4)
-
-
-def test_models_in_wrappers_and_with_other_outputs() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.module(*args, **kwargs)
-
-    class Twice(Wrapped):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            hidden = self.module(*args, **kwargs).logits
-            return (hidden, hidden) if self.training else hidden
-
-    dense, small = models()
-    (ids,) = texts(1)
-    plain = tensorize.distillation_loss(dense, layers=True)
-    assert torch.equal(plain(Wrapped(small), ids), plain(small, ids))
-    with pytest.raises(CaptureError, match="one model gives 1 outputs for batch 0, the other 2"):
-        tensorize.distillation_loss(Twice(dense).eval())(Twice(small).train(), ids)
-    with pytest.raises(CaptureError, match="has no layer"):
-        plain(nn.Sequential(nn.Linear(1, 1), small), ids)
-
-
-def test_a_loop_of_ones_own() -> None:
-    (dense, small), unseen = models(), texts(2, seed=9)
-    before = divergence(small, dense, unseen)
-    distance = tensorize.distillation_loss(dense)
-    optimizer = torch.optim.AdamW(relative_parameter_groups(small, 0.03), weight_decay=0.0)
-    first = float(distance(small, unseen[0]).detach())
-    assert first == pytest.approx(divergence(small, dense, unseen[:1]), rel=1e-4)
-    for batch in texts(48):
-        optimizer.zero_grad()
-        distance(small, batch).backward()
-        optimizer.step()
-    assert divergence(small, dense, unseen) < 0.9 * before
-
-
-def test_the_trainer_of_transformers(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    dense, small = models("gpt2")
-    for module in small.modules():
-        if isinstance(module, nn.Dropout):  # the Trainer trains in training mode
-            module.p = 0.0
-    unseen, before = texts(2, seed=9), values(small)
-    start = divergence(small, dense, unseen)
-    data = []
-    for ids in torch.cat(texts(24)):
-        labels = ids.clone()
-        labels[12:] = -100
-        data.append({"input_ids": ids, "labels": labels})
-    distance = tensorize.distillation_loss(dense, layers=True, layer_weight=0.1)
-    arguments = hf.TrainingArguments(
-        str(tmp_path), max_steps=40, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=10,
-        weight_decay=0.0, lr_scheduler_type="cosine",
-    )  # fmt: skip
-    groups = relative_parameter_groups(small, 0.01)
-    with distance.compute_loss_func(small) as compute_loss_func:
-        trainer = hf.Trainer(
-            small, arguments, train_dataset=data, compute_loss_func=compute_loss_func,
-            optimizers=(torch.optim.AdamW(groups), None),
-        )  # fmt: skip
-        trainer.train()
-        # The mean over positions 0 to 10, whose next token is labelled.
-        batch = {k: torch.stack([d[k] for d in data[:4]]) for k in data[0]}
-        with torch.no_grad():
-            seen = trainer.compute_loss(small, dict(batch))
-            kl = tensorize.distillation_loss(dense)(small, batch)
-    assert float(kl) < float(seen)  # the layers' share comes on top
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.9 * losses[0]
-    assert divergence(small, dense, unseen) < 0.95 * start
-    assert changed(small, before) == cores(small)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
-
-
-def test_positions_without_a_label_do_not_count() -> None:
-    dense, small = models("gpt2")
-    ids = texts(1)[0]
-    labels = ids.clone()
-    labels[:, 9:] = -100
-    distance = tensorize.distillation_loss(dense)
-    with torch.no_grad():
-        cut = distance(small, {"input_ids": ids[:, :8]})
-        hidden = distance(small, {"input_ids": ids, "labels": labels})
-    assert float(hidden) == pytest.approx(float(cut), rel=1e-4)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensorize.algebra import interpret
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.codegen.aten import emit as aten
+from tensorize.formats import interpret
 from tensorize.ir.orders import ContractionPiece, ContractionPlan
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.orders.by_flops import plan_contraction

@@ -1,0 +1,42 @@
+"""Plans as objects: values that go through JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tensorize.ir.budget import Budget
+from tensorize.ir.plan import Plan
+from tests.passes.allocate.programs import BOTH, model_of, plan, trained
+
+
+def test_plans_are_values() -> None:
+    one, two, other = plan(model_of(), 0.4), plan(model_of(), 0.4), plan(model_of(), 0.5)
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != other
+    assert len({one, two, other}) == 2
+
+
+@pytest.mark.parametrize(
+    "budget", [0.4, Budget(params=0.5, flops=0.6, error=0.9), Budget(loss=0.5)]
+)
+def test_plans_go_through_json(budget: Any) -> None:
+    found = plan(model_of(), budget, fingerprint="abc", batch_sizes=(1, 7), ranks={"w1": 99})
+    again = Plan.from_json(found.to_json())
+    assert again == found
+    assert hash(again) == hash(found)
+    assert again.to_json() == found.to_json()
+    assert (again.fingerprint, again.batch_sizes) == ("abc", (1, 7))
+    assert again.budget == str(Budget.of(budget))
+    trains = plan(trained(BOTH), 0.3)
+    assert Plan.from_json(trains.to_json()) == trains
+
+
+def test_the_same_program_gives_the_same_plan_whatever_was_planned_before() -> None:
+    made = model_of()
+    first = plan(made, 0.4)
+    for budget in (0.9, Budget(error=0.2), Budget(flops=0.3)):
+        plan(made, budget)
+    assert plan(made, 0.4) == first

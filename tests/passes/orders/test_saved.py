@@ -1,0 +1,151 @@
+"""What is saved for the backward is what the plan says, in whole modules as well."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tensorize
+from tensorize.codegen.aten import emit as aten
+from tensorize.formats import interpret
+from tensorize.ir.spec import TTSpec
+from tensorize.passes.orders.gradients import plan_training
+from tensorize.weight.contractions import contractions
+from tensorize.weight.cores import Cores
+from tensorize.weight.low_rank import LowRankLinear
+from tensorize.weight.whole_model import limit_saved
+from tests.passes.orders.training_cases import (
+    SIDES,
+    SPECS,
+    close,
+    draw_cores,
+    draw_x,
+    gradients,
+    in_use,
+)
+
+# ------------------------------------------------------------------------------------ what is saved
+
+
+def saved_by(run: Any, cores: Sequence[Tensor]) -> int:
+    """Elements that autograd keeps for the backward pass, parameters left out; each memory once."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if all(tensor.data_ptr() != core.data_ptr() for core in cores):
+            seen[tensor.data_ptr()] = max(seen.get(tensor.data_ptr(), 0), tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+@pytest.mark.parametrize("contract", SIDES)
+@pytest.mark.parametrize("spec", [*SPECS[1:], TTSpec.low_rank(12, 20, 5)], ids=repr)
+def test_saved_elements_are_those_of_the_plan(
+    spec: TTSpec, contract: str, limit: int | None
+) -> None:
+    if spec.format == "low_rank" and limit is None:
+        return
+    planned, cores = contractions(spec, memory_limit=limit)[contract], draw_cores(spec)
+    forward = in_use(spec, contract)
+    plan = plan_training(spec, contract, memory_limit=limit, forward=forward)
+    plain = aten.build(forward)
+    for batch in (1, 7, 50):
+        x = draw_x(spec, contract, (batch,))
+        measured = saved_by(functools.partial(planned, x, cores), cores)
+        assert measured == plan.saved_elements(batch)
+        autograd = saved_by(functools.partial(plain, x, cores), cores)
+        assert measured <= autograd
+        if limit == 0 and len(spec.cores) > 2:
+            assert measured < autograd
+
+
+def test_frozen_operands_save_and_cost_less() -> None:
+    spec = TTSpec((8, 9), (10, 8), (3,))
+    planned = contractions(spec)["columns"]
+    everything, only_x = plan_training(spec), plan_training(spec, gradients=("x",))
+    assert only_x.saved_elements(50) == 0
+    assert only_x.flops(50) < everything.flops(50)
+    cores = [core.detach() for core in draw_cores(spec)]
+    x = draw_x(spec, "columns", (50,))
+    assert saved_by(lambda: planned(x, cores), cores) == 0
+    (dx,) = gradients(planned(x, cores), (x,))
+    close(dx, gradients(interpret.apply(spec, cores, x), (x,))[0])
+
+
+# ------------------------------------------------------------------------------------ whole modules
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 60), nn.Linear(60, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+
+def small(formats: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(6, 48)
+    return tensorize.compile(Two(), 0.5, formats=formats, example_inputs=(x,)), x
+
+
+def each_saved(model: nn.Module, x: Tensor) -> tuple[int, dict[str, Tensor]]:
+    model.zero_grad()
+    parameters = list(model.parameters())
+    total = saved_by(lambda: model(x), parameters)
+    model(x).square().sum().backward()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("formats", ["low_rank", "tt", "block"])
+def test_a_model_that_recomputes_saves_less_and_learns_the_same(formats: str) -> None:
+    model, x = small(formats)
+    before, want = each_saved(model, x)
+    limit_saved(model)
+    after, got = each_saved(model, x)
+    assert after < before
+    assert got.keys() == want.keys()
+    for name in want:
+        close(got[name], want[name], 1e-5)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert each_saved(twin, x)[0] == after
+    limit_saved(model, None)
+    assert each_saved(model, x)[0] == before
+    tensorize.densify(model)
+
+
+def test_recomputing_is_compiled_too() -> None:
+    torch._dynamo.reset()
+    model, x = small("low_rank")
+    limit_saved(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(x), model(x), 1e-5)
+
+
+def each_module(model: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in model.modules() if isinstance(m, Cores | LowRankLinear))
+
+
+def test_slices_of_a_packed_weight_ignore_the_limit() -> None:
+    attention = nn.MultiheadAttention(24, 4, batch_first=True)
+    x = torch.randn(2, 5, 24)
+    model = tensorize.compile(
+        attention, None, ranks={"*": 4}, formats="low_rank", example_inputs=(x, x, x)
+    ).train()
+    want = model(x, x, x)[0]
+    limit_saved(model)
+    assert list(each_module(model))
+    close(model(x, x, x)[0], want, 1e-6)
