@@ -283,8 +283,12 @@ def smallest_share(program: Program) -> float:
     return least / max(dense_totals(program).parameters, 1)
 
 
-def check_ranks(ranks: RanksOption) -> None:
-    """Raises AnalysisError for what ``ranks=`` cannot be, whatever the model."""
+def check_ranks(ranks: RanksOption) -> RanksOption:
+    """What ``ranks=`` may be, whatever the model.
+
+    Raises:
+        AnalysisError: it is something else.
+    """
     if ranks is not None and not isinstance(ranks, Mapping):
         raise AnalysisError(
             f"ranks= maps patterns to ranks, got {ranks!r}", way_out='ranks={"*": 8}'
@@ -296,6 +300,7 @@ def check_ranks(ranks: RanksOption) -> None:
                 f"ranks[{pattern!r}] must be a positive integer or 'full', got {rank!r}",
                 way_out=f"ranks={{{pattern!r}: 8}}",
             )
+    return ranks
 
 
 def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str]:

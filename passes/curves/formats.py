@@ -16,6 +16,18 @@ UNASKED = tuple(form.name for form in formats() if form.unasked)
 """What a weight may become where nobody chose; a probe may add trains."""
 
 
+def check_formats(option: FormatsOption) -> FormatsOption:
+    """What ``formats=`` may be, whatever the model.
+
+    Raises:
+        AnalysisError: a format is none.
+    """
+    if option is not None:
+        for names in option.values() if isinstance(option, Mapping) else (option,):
+            _checked(names)
+    return option
+
+
 def formats_by_site(sites: Sequence[Site], option: FormatsOption) -> dict[str, tuple[str, ...]]:
     """The formats that each site may take: dense and low rank where nothing else is asked for."""
     return {name: asked or UNASKED for name, asked in asked_formats(sites, option).items()}

@@ -36,12 +36,16 @@ def matches(site: Site, select: Select) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in candidates)
 
 
-def _patterns(select: Any) -> list[str]:
-    """One shell pattern or several.
+def patterns_or_predicate(select: Any) -> Any:
+    """What chooses weights, as it is asked: a list of shell patterns, a predicate or None.
 
     Raises:
         AnalysisError: it is something else.
     """
+    return select if select is None or callable(select) else _patterns(select)
+
+
+def _patterns(select: Any) -> list[str]:
     several = isinstance(select, Iterable) and not isinstance(select, str)
     found = list(select) if several else [select]
     if all(isinstance(each, str) for each in found):

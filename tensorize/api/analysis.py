@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tensorize.base.errors import AnalysisError, BudgetError, check_one_of
+from tensorize.api.options import Options
+from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import POLISH, REFIT, Plan
 from tensorize.ir.sites import Batch
-from tensorize.passes.allocate.allocate import (
-    BATCH_SIZES,
-    Allocate,
-    RanksOption,
-    check_ranks,
-)
+from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.pipeline import Program, run_passes
@@ -74,38 +70,30 @@ class Analysis:
             AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
                 ``formats`` or ``ranks`` do not fit its weights.
         """
-        allocate = self._allocation(budget, refine, formats, ranks, batch_sizes, rank_multiple)
-        plan = run_passes(self.program, (allocate,)).plan
+        return self.planned(Options.of(locals()))
+
+    def planned(self, options: Options) -> Plan:
+        """``plan`` with its options as one record."""
+        plan = run_passes(self.program, (self._allocation(options),)).plan
         assert plan is not None
         own_loss = self.loss_fn is not None
         return replace(plan, analysis=self, cache=self.cache, own_loss=own_loss)
 
-    def _allocation(
-        self,
-        budget: float | Budget | None,
-        refine: str | None,
-        formats: FormatsOption,
-        ranks: RanksOption,
-        batch_sizes: Sequence[int],
-        rank_multiple: int | None = None,
-    ) -> Allocate:
-        budget = None if budget is None else Budget.of(budget)
-        check_choice(budget, refine, ranks)
-        chosen = None
-        if formats is not None:
+    def _allocation(self, options: Options) -> Allocate:
+        options.check_choice()
+        chosen, multiple = None, options.rank_multiple
+        if options.formats is not None:
             free = [site for site in self.program.sites if site.blocked is None]
-            chosen = formats_by_site(free, formats)
+            chosen = formats_by_site(free, options.formats)
             for site in free:
                 self.program.spectra[site.name].require(chosen[site.name])
-        if rank_multiple is None:
-            rank_multiple = self.program.machine.rank_multiple
         return Allocate(
-            budget,
-            ranks=ranks,
+            options.budget,
+            ranks=options.ranks,
             formats=chosen,
-            batch_sizes=batch_sizes,
-            refine=self._refinement(refine, budget),
-            rank_multiple=rank_multiple,
+            batch_sizes=options.batch_sizes,
+            refine=self._refinement(options.refine, options.budget),
+            rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
         )
 
@@ -146,9 +134,7 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                plan = (
-                    self._allocation(budget, "auto", None, None, BATCH_SIZES).run(self.program).plan
-                )
+                plan = self._allocation(Options.of({"budget": budget})).run(self.program).plan
             except BudgetError:
                 if budgets is not None:
                     raise
@@ -163,26 +149,3 @@ class Analysis:
             f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
             f"can be factorized\n{self.curve()}"
         )
-
-
-def check_choice(budget: Budget | None, refine: str | None, ranks: RanksOption) -> None:
-    """Raises AnalysisError or BudgetError for what no analysis can make a plan of."""
-    check_ranks(ranks)
-    check_refine(refine)
-    if budget is None and ranks is None:
-        raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
-    check_errors_stay(budget is not None and budget.error is not None, refine)
-
-
-def check_errors_stay(limited: bool, refine: str | None) -> None:
-    """Raises BudgetError where single errors are limited, and a refinement would move them."""
-    if limited and refine in (REFIT, POLISH):
-        raise BudgetError(
-            f"refine={refine!r} moves errors between weights, and the budget limits each",
-            way_out="refine=None, or limit the loss instead of the error",
-        )
-
-
-def check_refine(refine: str | None) -> None:
-    """Raises AnalysisError for a value that ``refine`` cannot take."""
-    check_one_of("refine", refine, ("auto", None, REFIT, POLISH), AnalysisError)

@@ -10,16 +10,17 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensorize.api.analysis import Analysis, check_refine
+from tensorize.api.analysis import Analysis
+from tensorize.api.options import Options, is_self
 from tensorize.api.wiring import figures
-from tensorize.base.errors import AnalysisError, ModelError, check_one_of
+from tensorize.base.errors import ModelError
 from tensorize.base.progress import Progress, announce, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
@@ -27,7 +28,6 @@ from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.capture.synthetic import affordable, self_made
-from tensorize.ir.budget import parse_bytes
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
@@ -45,13 +45,7 @@ from tensorize.version import __version__
 
 log = logging.getLogger("tensorize")
 
-METRICS = ("frobenius", "input", "loss")
 
-
-SELF = "self"
-
-
-@in_usual_modes
 def analyze(
     model: nn.Module,
     *,
@@ -81,94 +75,55 @@ def analyze(
         BudgetError: ``max_memory`` is no number of bytes.
         CheckpointError: ``cache_dir`` cannot be used.
     """
-    most = parse_bytes(max_memory)
-    if cache_dir is not None:
-        disk.prepare(cache_dir)
+    return analyzed(model, Options.of(locals()))
+
+
+@in_usual_modes
+def analyzed(model: nn.Module, options: Options) -> Analysis:
+    """``analyze`` with its options as one record."""
+    options.check_data()
+    if options.cache_dir is not None:
+        disk.prepare(options.cache_dir)
     check_model(model)
     check_weights(model)
-    check_refine(refine)
-    batches, made = calibration_of(calibration, model, example_inputs, seed, tokenizer)
-    unasked = calibration is None and metric is None and loss_fn is None
-    metric = _metric(metric, batches, loss_fn)
-    inputs, source = find_inputs(model, example_inputs, batches)
+    identity = fingerprint(model)
+    with shown(options.progress) as tell:
+        program = _found(model, options, tell)
+        if options.says_nothing_of_data:
+            return _learned_unasked(program, identity, options)
+        return _learned(program, identity, options)
+
+
+def _found(model: nn.Module, options: Options, tell: Progress) -> Program:
+    """The model with its data, and where it uses which weights."""
+    batches, made = calibration_of(model, options)
+    inputs, source = find_inputs(model, options.example_inputs, batches)
     program = Program(
         model=model,
         inputs=inputs,
         calibration=batches,
-        metric=metric,
-        seed=seed,
+        metric=options.metric or ("loss" if batches else "frobenius"),
+        seed=options.seed,
         machine=figures(model),
         notes=(f"uses of the weights were seen with {source}", *made),
+        progress=tell,
     )
-    identity = fingerprint(model)
-    with shown(progress) as tell:
-        program = replace(program, progress=tell)
-        program = run_passes(program, (FindSites(include, exclude),))
-        # A format that is none is said before the expensive stage.
-        formats_by_site([site for site in program.sites if site.blocked is None], formats)
-        kept = Kept(identity, cache_dir, most, loss_fn, formats, refine)
-        return _learned_unasked(program, kept) if unasked else _learned(program, kept)
+    program = run_passes(program, (FindSites(options.include, options.exclude),))
+    # A pattern that names no weight is said before the expensive stage.
+    formats_by_site([site for site in program.sites if site.blocked is None], options.formats)
+    return program
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Of an analysis: which model's, the options that it depends on, and where it is kept."""
-
-    identity: str
-    cache_dir: str | os.PathLike[str] | None
-    max_bytes: int | None
-    loss_fn: LossFunction | None
-    formats: FormatsOption
-    refine: str | None
-
-    def base(self, program: Program) -> str | None:
-        """Where it is kept; None where it is not."""
-        if self.cache_dir is None:
-            return None
-        options = self.formats, self.loss_fn, self.refine
-        key = disk.key(program, self.identity, *options, __version__)
-        return None if key is None else disk.location(self.cache_dir, key)
-
-
-def _learned(program: Program, kept: Kept) -> Analysis:
-    """The analysis of a program: from the cache, or made and kept there."""
-    base = kept.base(program)
-    held = Held.memory if kept.max_bytes is None else Held.mapped
-    if base is not None and (found := disk.read(base, program, held)) is not None:
-        found = replace(found, machine=program.machine)
-        return Analysis(found, kept.identity, base, program.calibration, kept.loss_fn)
-    announce(cost_line(program))
-    with contextlib.ExitStack() as stack:
-        curves = None if base is None else Curves(Path(base), held)
-        if curves is None and kept.max_bytes is not None:
-            spilled = tempfile.TemporaryDirectory(prefix="tensorize-", ignore_cleanup_errors=True)
-            # What is mapped of its files stays when they are gone.
-            curves = Curves(Path(stack.enter_context(spilled)), held)
-        released = run_passes(program, _analysis_passes(program, kept, curves)).without_model()
-        if base is not None and curves is not None:
-            disk.write(base, curves, released)
-    return Analysis(released, kept.identity, base, program.calibration, kept.loss_fn)
-
-
-def _of_itself(calibration: Any) -> bool:
-    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
-    return isinstance(calibration, str) and calibration == SELF
-
-
-def calibration_of(
-    calibration: Any, model: nn.Module, example_inputs: Any, seed: int, tokenizer: Any = None
-) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
+def calibration_of(model: nn.Module, options: Options) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
-    if calibration is None:
-        return (), ()
-    if not _of_itself(calibration):
-        return calibration_batches(calibration, model, tokenizer), ()
-    inputs, _ = find_inputs(model, example_inputs, ())
-    batches, what = self_made(model, inputs, seed)
+    if not is_self(options.calibration):
+        return calibration_batches(options.calibration, model, options.tokenizer), ()
+    inputs, _ = find_inputs(model, options.example_inputs, ())
+    batches, what = self_made(model, inputs, options.seed)
     return batches, (f"calibrated on {what}",)
 
 
-def _learned_unasked(program: Program, kept: Kept) -> Analysis:
+def _learned_unasked(program: Program, identity: str, options: Options) -> Analysis:
     """The analysis on calibration data that the model makes unasked, where that costs little.
 
     It is one of the weights alone, with a note, where the model fails on such data or memory runs
@@ -182,7 +137,7 @@ def _learned_unasked(program: Program, kept: Kept) -> Analysis:
         try:
             batches, what = self_made(program.model, program.inputs, program.seed, share)
             own = _noted(program, f"no calibration data: calibrated on {what}")
-            return _learned(replace(own, calibration=batches, metric="loss"), kept)
+            return _learned(replace(own, calibration=batches, metric="loss"), identity, options)
         except (ModelError, MemoryError, RuntimeError) as error:
             if not (isinstance(error, ModelError) or out_of_memory(error)):
                 raise
@@ -190,40 +145,63 @@ def _learned_unasked(program: Program, kept: Kept) -> Analysis:
             said = str(error).partition("\n")[0]
             why = f"as {what} on data of its own ({type(error).__name__}: {said})"
     # Here nothing holds what the error's frames held any more.
-    return _learned(_noted(program, f"no calibration data: weights alone, {why}"), kept)
+    alone = _noted(program, f"no calibration data: weights alone, {why}")
+    return _learned(alone, identity, options)
 
 
 def _noted(program: Program, note: str) -> Program:
     return replace(program, notes=(*program.notes, note))
 
 
-def _analysis_passes(program: Program, kept: Kept, curves: Curves | None) -> tuple[Pass, ...]:
+def place_of(program: Program, identity: str, options: Options) -> str | None:
+    """Where the analysis of a model of this identity is kept; None where it is not."""
+    if options.cache_dir is None:
+        return None
+    asked = options.formats, options.loss_fn, options.refine
+    key = disk.key(program, identity, *asked, __version__)
+    return None if key is None else disk.location(options.cache_dir, key)
+
+
+def _learned(program: Program, identity: str, options: Options) -> Analysis:
+    """The analysis of a program: from the cache, or made and kept there."""
+    base = place_of(program, identity, options)
+    held = Held.memory if options.max_memory is None else Held.mapped
+    if base is not None and (found := disk.read(base, program, held)) is not None:
+        released = replace(found, machine=program.machine)
+    else:
+        released = _run(program, options, base, held)
+    return Analysis(released, identity, base, program.calibration, options.loss_fn)
+
+
+def _run(program: Program, options: Options, base: str | None, held: Held) -> Program:
+    """The program after the expensive passes, kept at ``base`` where that is a place."""
+    announce(cost_line(program))
+    with contextlib.ExitStack() as stack:
+        curves = None if base is None else Curves(Path(base), held)
+        if curves is None and options.max_memory is not None:
+            spilled = tempfile.TemporaryDirectory(prefix="tensorize-", ignore_cleanup_errors=True)
+            # What is mapped of its files stays when they are gone.
+            curves = Curves(Path(stack.enter_context(spilled)), held)
+        released = run_passes(program, _analysis_passes(program, options, curves)).without_model()
+        if base is not None and curves is not None:
+            disk.write(base, curves, released)
+    return released
+
+
+def _analysis_passes(program: Program, options: Options, curves: Curves | None) -> tuple[Pass, ...]:
     """The expensive passes, in order."""
     learnt, held_out = split(program.calibration)
     loss = None
     if program.metric == "loss":
-        loss = PreservedLoss.fit(program.model, program.calibration, kept.loss_fn)
-    refinements = {None: (), POLISH: (REFIT, POLISH)}.get(kept.refine, (REFIT,))
-    statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(kept.formats)
+        loss = PreservedLoss.fit(program.model, program.calibration, options.loss_fn)
+    refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
+    statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats)
     largest = MeasureLargest(program.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:
         return statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)
-    return LearnInGroups(statistics, stored, kept.max_bytes), largest, prediction
-
-
-def _metric(metric: str | None, batches: tuple[Batch, ...], loss_fn: Any) -> str:
-    if metric is None:
-        metric = "loss" if batches else "frobenius"
-    check_one_of("metric", metric, METRICS, AnalysisError)
-    if metric != "frobenius" and not batches:
-        raise AnalysisError(
-            f"metric={metric!r} needs calibration data", way_out="pass calibration="
-        )
-    if loss_fn is not None and not batches:
-        raise AnalysisError("loss_fn needs calibration data", way_out="pass calibration=")
-    return metric
+    return LearnInGroups(statistics, stored, options.max_memory), largest, prediction
 
 
 def cost_line(program: Program) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorize.api.analysis import Analysis, check_errors_stay, check_refine
-from tensorize.api.analyze import analyze, calibration_of
+from tensorize.api.analysis import Analysis
+from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
+from tensorize.api.options import Options
 from tensorize.api.outcome import report_of, slow_weights
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
@@ -34,7 +35,6 @@ from tensorize.store.fingerprint import fingerprint
 from tensorize.weight.lazy import FactoredWeight
 
 
-@in_usual_modes
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -68,22 +68,27 @@ def apply(
         BudgetError: the plan keeps a limit on single errors, and ``refine`` moves them.
         CaptureError: ``model`` is none, or the inputs do not fit it.
     """
+    return applied(model, plan, Options.of(locals()))
+
+
+@in_usual_modes
+def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
+    """``apply`` with its options as one record."""
     check_model(model)
     if not isinstance(plan, Plan):
         raise AnalysisError(
             f"plan is a {type(plan).__name__}, not a Plan",
             way_out="tensorize.apply(model, analysis.plan(0.5))",
         )
-    check_refine(refine)
-    check_errors_stay(plan.limits_errors, refine)
+    options.check_errors_stay(plan.limits_errors)
     analysis = plan.analysis
-    batches, _ = calibration_of(calibration, model, None, plan.seed, tokenizer)
-    if refine != "auto":
-        plan = replace(plan, refine=refine)
-    _check_loss(plan, loss_fn)
-    with shown(progress) as tell:
+    batches, _ = calibration_of(model, replace(options, seed=plan.seed))
+    if options.refine != "auto":
+        plan = replace(plan, refine=options.refine)
+    _check_loss(plan, options.loss_fn)
+    with shown(options.progress) as tell:
         if analysis is None:
-            analysis = _analysis_of(model, plan, example_inputs, batches, loss_fn, tell)
+            analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
         if batches and not analysis.calibration:
             analysis = replace(analysis, calibration=batches)
         if plan.refine is not None and not analysis.calibration:
@@ -92,7 +97,7 @@ def apply(
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        return apply_plan(model, plan, analysis, inplace, tell, autotune)
+        return apply_plan(model, plan, analysis, options, tell)
 
 
 def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
@@ -107,13 +112,9 @@ def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
 
 
 def _analysis_of(
-    model: nn.Module,
-    plan: Plan,
-    example_inputs: Any,
-    batches: tuple[Batch, ...],
-    loss_fn: LossFunction | None,
-    tell: Progress,
+    model: nn.Module, plan: Plan, batches: tuple[Batch, ...], options: Options
 ) -> Analysis:
+    """The analysis that a plan was made of, which it does not carry: kept, or made again."""
     if plan.cache is not None and (found := disk.read_location(plan.cache)) is not None:
         return Analysis(found, plan.fingerprint, plan.cache)
     if plan.metric != "frobenius" and not batches:
@@ -127,44 +128,36 @@ def _analysis_of(
         for site in plan.sites
         if site.spec is not None
     }
-    return analyze(
-        model,
-        example_inputs=example_inputs,
-        calibration=None if plan.metric == "frobenius" else [batch.given for batch in batches],
-        loss_fn=loss_fn,
-        metric=plan.metric,
-        refine=plan.refine,
-        formats=formats or None,
-        seed=plan.seed,
-        progress=tell,
-    )
+    data = None if plan.metric == "frobenius" else [batch.given for batch in batches]
+    made = {name: getattr(plan, name) for name in ("metric", "refine", "seed")}
+    return analyzed(model, replace(options, calibration=data, formats=formats or None, **made))
 
 
 def apply_plan(
-    model: nn.Module,
-    plan: Plan,
-    analysis: Analysis,
-    inplace: bool,
-    tell: Progress,
-    autotune: bool,
+    model: nn.Module, plan: Plan, analysis: Analysis, options: Options, tell: Progress
 ) -> nn.Module:
+    """The model with a plan's factors and its report.
+
+    Raises:
+        AnalysisError: the plan was made for other weights.
+    """
     if fingerprint(model) != plan.fingerprint:
         raise AnalysisError(
             "the plan was made for a model with other weights",
             way_out="analyse this model: tensorize.analyze(model)",
         )
     replaced = {site.name for site in plan.sites if site.spec is not None}
-    target = model if inplace else copy_sharing(model, replaced)
+    target = model if options.inplace else copy_sharing(model, replaced)
     program = replace(analysis.program, model=target, plan=plan, progress=tell)
 
     def polish() -> Polish:
-        dense = copy_sharing(model, dict(model.named_parameters())) if inplace else model
+        dense = copy_sharing(model, dict(model.named_parameters())) if options.inplace else model
         loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
         return Polish(dense, *split(analysis.calibration), loss)
 
     refine = plan.refine if replaced else None
     program = run_passes(program, rewriting(refine, analysis.calibration, polish))
-    if autotune:
+    if options.autotune:
         time_orders(program)
     attach(target, report_of_result(program, analysis))
     transformers_config.note_factors(target)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from tensorize.api.analysis import check_choice
-from tensorize.api.analyze import analyze
+from tensorize.api.analyze import analyzed
 from tensorize.api.apply import apply_plan
-from tensorize.base.errors import check_one_of
+from tensorize.api.options import Options
 from tensorize.base.progress import Progress, shown
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model
@@ -22,10 +22,7 @@ from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.observe.select import Select, named_parameters, require_match
 from tensorize.running.in_use import use_kernels
 
-BACKENDS = ("auto", "aten", "triton", "inductor")
 
-
-@in_usual_modes
 def compile(
     model: nn.Module,
     budget: float | Budget | None = 0.1,
@@ -94,29 +91,18 @@ def compile(
         CheckpointError: ``cache_dir`` cannot be used.
         TensorizeError: ``backend`` is unknown.
     """
-    budget = None if budget is None else Budget.of(budget)
-    check_choice(budget, refine, ranks)
-    if ranks is not None:
+    return compiled(model, Options.of(locals()))
+
+
+@in_usual_modes
+def compiled(model: nn.Module, options: Options) -> nn.Module:
+    """``compile`` with its options as one record."""
+    options.check_choice()
+    if options.ranks is not None:
         check_model(model)
-        require_match(named_parameters(model), list(ranks), "ranks")
-    check_one_of("backend", backend, BACKENDS)
-    with shown(progress) as tell:
-        analysis = analyze(
-            model,
-            example_inputs=example_inputs,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            loss_fn=loss_fn,
-            metric=metric,
-            refine=refine,
-            include=include,
-            exclude=exclude,
-            formats=formats,
-            seed=seed,
-            cache_dir=cache_dir,
-            max_memory=max_memory,
-            progress=tell,
-        )
-        plan = analysis.plan(budget, refine=refine, ranks=ranks)
-        small = apply_plan(model, plan, analysis, inplace, tell, autotune)
-        return use_kernels(small, backend)
+        require_match(named_parameters(model), list(options.ranks), "ranks")
+    with shown(options.progress) as tell:
+        analysis = analyzed(model, replace(options, progress=tell))
+        # It is one of the formats that were asked for, and of those that a probe found.
+        plan = analysis.planned(replace(options, formats=None))
+        return use_kernels(apply_plan(model, plan, analysis, options, tell), options.backend)

@@ -12,8 +12,9 @@ import torch
 
 from tensorize.api import write_factors
 from tensorize.api.analysis import Analysis
-from tensorize.api.analyze import Kept, cost_line
+from tensorize.api.analyze import cost_line, place_of
 from tensorize.api.apply import report_of_result
+from tensorize.api.options import Options
 from tensorize.base.errors import CheckpointError
 from tensorize.base.progress import Progress, announce, shown
 from tensorize.cache import analyses as disk
@@ -34,7 +35,6 @@ from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 
 
-@in_usual_modes
 def compile_checkpoint(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -74,17 +74,24 @@ def compile_checkpoint(
         CheckpointError: ``out`` or ``cache_dir`` cannot be written, or ``out`` holds a dense
             checkpoint.
     """
-    limits = None if budget is None else Budget.of(budget)
     write_factors.check_metric(metric)
-    directory, out = Path(directory), Path(out)
+    return streamed(Path(directory), Path(out), Options.of(locals()))
+
+
+@in_usual_modes
+def streamed(directory: Path, out: Path, options: Options) -> Report:
+    """``compile_checkpoint`` with its options as one record."""
+    write_factors.check_metric(options.metric)
+    options = replace(options, refine=None)
+    options.check_choice()
     if directory.is_dir() and out.is_dir() and out.samefile(directory):
         raise CheckpointError(
             f"{out} is the checkpoint's own directory", way_out="choose another directory"
         )
     transformers_config.check_place(out)
-    if cache_dir is not None:
-        disk.prepare(cache_dir)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.cache_dir is not None:
+        disk.prepare(options.cache_dir)
+    where = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = shards.open_checkpoint(directory)
     running = source.model
     inputs, seen = find_inputs(running, None, ())
@@ -94,23 +101,24 @@ def compile_checkpoint(
     program = Program(
         model=running,
         inputs=inputs,
-        seed=seed,
+        seed=options.seed,
         machine=machine.current(str(where)),
         notes=(f"uses of the weights were seen with {seen}", *source.notes),
     )
-    with shown(progress) as tell, write_factors.workplace(out) as folder:
+    with shown(options.progress) as tell, write_factors.workplace(out) as folder:
         identity = source.fingerprint(partial(tell, "reading"))
-        program = run_passes(replace(program, progress=tell), (FindSites(include, exclude),))
+        find = FindSites(options.include, options.exclude)
+        program = run_passes(replace(program, progress=tell), (find,))
         program = replace(program, model=source.model)
-        kept = Kept(identity, folder if cache_dir is None else cache_dir, None, None, formats, None)
-        base = kept.base(program)
+        kept = options if options.cache_dir is not None else replace(options, cache_dir=folder)
+        base = place_of(program, identity, kept)
         assert base is not None
         curves = Curves(Path(base), Held.shapes)
         announce(cost_line(program))
-        spectra = ComputeSpectra(formats, lambda name: source.read(name).to(where), curves)
+        spectra = ComputeSpectra(options.formats, lambda name: source.read(name).to(where), curves)
         program = run_passes(program, (spectra,))
         analysis = Analysis(program.without_model(), identity)
-        plan = analysis.plan(limits, refine=None, ranks=ranks)
+        plan = analysis.planned(replace(options, formats=None))
         program = replace(program, plan=plan)
         factors = write_factors.Factors(source, curves, folder)
         program = run_passes(program, rewriting(None, sink=factors.in_file))

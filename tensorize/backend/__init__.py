@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from tensorize.backend.lower import lower_graph
-from tensorize.backend.options import BackendOptions
+from tensorize.backend.options import read_options
 from tensorize.backend.preview import preview_graph
 from tensorize.running.fuse_graph import parameters_in
 from tensorize.weight.low_rank import LowRankLinear
@@ -23,7 +23,7 @@ def tensorize(
     **ignored: Any,
 ) -> Callable[..., Any]:
     """The backend: called by dynamo for every graph; the entry point ``torch_dynamo_backends``."""
-    chosen = BackendOptions.of(options)
+    chosen = read_options(options)
     parameters = parameters_in(graph, example_inputs)
     if (chosen.budget is None and chosen.ranks is None) or _is_rewritten(graph):
         if chosen.budget is not None:

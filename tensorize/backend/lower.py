@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
-from tensorize.backend.options import BackendOptions
+from tensorize.api.options import Options
 from tensorize.passes.lowering.cleanup import RemoveDead
 from tensorize.passes.lowering.cpu_products import ChooseProducts
 from tensorize.passes.lowering.graph import LoweringPass, lower
@@ -41,7 +41,7 @@ def lower_graph(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
     parameters: Mapping[str, Tensor],
-    options: BackendOptions,
+    options: Options,
 ) -> Callable[..., Any]:
     device = next((p.device.type for p in parameters.values()), "cpu")
     inner = _best_inner(device) if options.inner == "auto" else options.inner

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tensorize.api import compile
-from tensorize.backend.options import BackendOptions
+from tensorize.api.compile import compiled
+from tensorize.api.options import Options
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.lowering.graph import own_graph
 from tensorize.running.fuse_graph import parameters_in
@@ -29,7 +30,7 @@ def preview_graph(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
     parameters: Mapping[str, nn.Parameter],
-    options: BackendOptions,
+    options: Options,
 ) -> Callable[..., Any]:
     global _told
     weights = [parameter for parameter in parameters.values() if parameter.dim() > 1]
@@ -69,7 +70,7 @@ def _previewed(
     graph: fx.GraphModule,
     example_inputs: Sequence[Any],
     parameters: Mapping[str, nn.Parameter],
-    options: BackendOptions,
+    options: Options,
 ) -> Callable[..., Any]:
     """The graph with these parameters factorized."""
     copied, kept = _as_module(graph, parameters)
@@ -84,17 +85,7 @@ def _previewed(
             known[names[id(parameter)]] = made[key]
     if len(known) < len(names):
         dense = dict(model.named_parameters())
-        compile.compile(
-            model,
-            options.budget,
-            inplace=True,
-            progress=False,
-            example_inputs=inputs,
-            metric="frobenius",
-            formats=options.formats,
-            ranks=options.ranks,
-            seed=options.seed,
-        )
+        compiled(model, replace(options, example_inputs=inputs))
         cores = {name: (w.spec, list(w.cores)) for name, w in factored(model)}
         for name, parameter in dense.items():
             _made[parameter] = {**(_made.get(parameter) or {}), key: cores.get(name)}

@@ -29,12 +29,7 @@ def calibration_batches(
     """
     if calibration is None:
         return ()
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
-        raise CaptureError(
-            f"{name} must be an iterable of batches, got one {type(calibration).__name__}",
-            way_out=f"wrap it in a list: {name}=[batch]",
-        )
-    items = list(calibration)
+    items = list(check_batches(calibration, name))
     if not items:
         raise CaptureError(f"{name} is empty", way_out="pass at least one batch, or None")
     if all(isinstance(item, str) for item in items):
@@ -47,6 +42,20 @@ def calibration_batches(
     names = positional(model)
     batches = (batch_of(item) for item in items)
     return tuple(replace(batch, names=names, number=k) for k, batch in enumerate(batches))
+
+
+def check_batches(batches: Any, name: str) -> Iterable[Any]:
+    """Batches that a caller gave, taken none of.
+
+    Raises:
+        CaptureError: they are one batch, or nothing that gives batches.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise CaptureError(
+            f"{name} must be an iterable of batches, got one {type(batches).__name__}",
+            way_out=f"wrap it in a list: {name}=[batch]",
+        )
+    return batches
 
 
 def tokenized(

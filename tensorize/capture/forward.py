@@ -30,8 +30,8 @@ def in_usual_modes(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
             raise AnalysisError(
-                f"{function.__name__} was called under torch.autocast, which would round what it "
-                "computes beside the model, and keep copies of weights that change",
+                "tensorize was called under torch.autocast, which would round what it computes "
+                "beside the model, and keep copies of weights that change",
                 way_out="call it outside of it; a model may use autocast inside its forward",
             )
         if not torch.is_inference_mode_enabled():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import tensorize
+from tensorize.api.analyze import analyzed
+from tensorize.api.options import Options
 from tensorize.cli.options import (
     BatchSize,
     Cache,
@@ -21,14 +23,13 @@ from tensorize.cli.options import (
     Json,
     MaxLength,
     MaxMemory,
-    MetricOption,
+    Metric,
     Seed,
     Source,
 )
-from tensorize.cli.parse import parse_formats, parse_shares
+from tensorize.cli.parse import parse_shares, read_options
 from tensorize.cli.sources import Dtype
 from tensorize.cli.telling import (
-    check_size,
     check_target,
     count_text,
     errors_told,
@@ -49,12 +50,12 @@ def analyze_command(
             show_default=False,
         ),
     ] = None,
-    metric: MetricOption = None,
+    metric: Metric = None,
     include: Include = None,
     exclude: Exclude = None,
     formats: Formats = None,
-    seed: Seed = 0,
-    cache: Cache = None,
+    seed: Seed = Options.seed,
+    cache_dir: Cache = None,
     max_memory: MaxMemory = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
@@ -67,25 +68,14 @@ def analyze_command(
 ) -> None:
     """Predict quality, size and cost for several budgets, without compressing anything."""
     with errors_told():
+        options = read_options(locals())
         shares = None if budgets is None else parse_shares(budgets)
-        chosen = parse_formats(formats)
         _check_plot(plot)
-        check_size(max_memory)
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
             say(f"analysing {count_text(loaded.model)} parameters")
-            analysis = tensorize.analyze(
-                loaded.model,
-                example_inputs=loaded.example_inputs,
-                calibration=batches,
-                metric=None if metric is None else metric.value,
-                include=include or None,
-                exclude=exclude or None,
-                formats=chosen,
-                seed=seed,
-                cache_dir=cache,
-                max_memory=max_memory,
-            )
+            data = {"example_inputs": loaded.example_inputs, "calibration": batches}
+            analysis = analyzed(loaded.model, replace(options, **data))
             curve = analysis.curve(shares)
             if plot is not None:
                 curve.plot(plot)

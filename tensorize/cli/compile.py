@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,16 @@ import typer
 from torch import nn
 
 import tensorize
+from tensorize.api.compile import compiled
+from tensorize.api.options import Options
+from tensorize.api.stream import streamed
 from tensorize.base import printer
 from tensorize.base.errors import CheckpointError, TensorizeError
 from tensorize.cli.options import (
+    Autotune,
     Backend,
     BatchSize,
+    Budget,
     Cache,
     Calibration,
     DtypeOption,
@@ -30,16 +36,13 @@ from tensorize.cli.options import (
     MaxLength,
     MaxMemory,
     Metric,
-    MetricOption,
     Refine,
-    RefineOption,
     Seed,
     Source,
 )
-from tensorize.cli.parse import parse_budget, parse_formats
+from tensorize.cli.parse import read_options
 from tensorize.cli.sources import Dtype, tokenizer_of
 from tensorize.cli.telling import (
-    check_size,
     check_target,
     count_text,
     errors_told,
@@ -49,7 +52,6 @@ from tensorize.cli.telling import (
 )
 from tensorize.codegen.device import kernel
 from tensorize.codegen.device.compiler import TARGETS, check_compiler
-from tensorize.ir.budget import Budget
 from tensorize.reports.report import Report
 from tensorize.store.transformers_config import check_place
 
@@ -57,35 +59,21 @@ from tensorize.store.transformers_config import check_place
 def compile_command(
     source: Source,
     out: Annotated[Path, typer.Option(help="Directory to save the result in.", show_default=False)],
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="Share of the parameters to keep, or params=0.3,error=0.05,bytes=2e6,flops=...,"
-            "latency=...,loss=... (up to 1: a share; above: an absolute number)."
-        ),
-    ] = "0.1",
+    budget: Budget = str(Options.budget),
     calibration: Calibration = None,
-    metric: MetricOption = None,
-    refine: RefineOption = Refine.auto,
+    metric: Metric = None,
+    refine: Refine = "auto",
     include: Include = None,
     exclude: Exclude = None,
     formats: Formats = None,
-    seed: Seed = 0,
-    cache: Cache = None,
+    seed: Seed = Options.seed,
+    cache_dir: Cache = None,
     max_memory: MaxMemory = None,
     batch_size: BatchSize = 8,
     max_length: MaxLength = 512,
     dtype: DtypeOption = Dtype.auto,
-    backend: Annotated[
-        Backend,
-        typer.Option(
-            help="What weights run by once the model is loaded: torch's matmuls (aten), kernels "
-            "(triton), or kernels where they were measured to be faster (auto)."
-        ),
-    ] = Backend.auto,
-    autotune: Annotated[
-        bool, typer.Option(help="Time the contraction orders of tensor trains on this machine.")
-    ] = False,
+    backend: Backend = Options.backend,
+    autotune: Autotune = Options.autotune,
     html: Annotated[
         Path | None, typer.Option(help="Also write the report as a page.", show_default=False)
     ] = None,
@@ -116,50 +104,33 @@ def compile_command(
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
     with errors_told():
-        limits = parse_budget(budget)
-        chosen = parse_formats(formats)
+        options = read_options(locals())
         check_target(html, "--html")
         _check_out(out, source)
         _check_emit(emit, target)
-        check_size(max_memory)
         if stream:
             _check_streams(
                 {
                     "--calibration": calibration is not None,
-                    "--refine": refine not in (Refine.auto, Refine.none),
+                    "--refine": refine not in ("auto", "none"),
                     "--max-memory": max_memory is not None,
                     "--dtype": dtype is not Dtype.auto,
-                    "--backend": backend is not Backend.auto,
+                    "--backend": backend != Options.backend,
                     "--autotune": autotune,
                     "--emit": emit is not None,
                 }
             )
             with contextlib.redirect_stdout(sys.stderr):
-                report = _stream(source, out, limits, metric, include, exclude, chosen, seed, cache)
+                report = _stream(source, out, options)
                 if html is not None:
                     report.to_html(html)
             _tell_saved(out, report, html, as_json, "")
             return
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
-            say(f"compressing {count_text(loaded.model)} parameters to {limits}")
-            model = tensorize.compile(
-                loaded.model,
-                limits,
-                example_inputs=loaded.example_inputs,
-                calibration=batches,
-                metric=None if metric is None else metric.value,
-                refine=None if refine is Refine.none else refine.value,
-                include=include or None,
-                exclude=exclude or None,
-                formats=chosen,
-                backend=backend.value,
-                autotune=autotune,
-                inplace=True,
-                seed=seed,
-                cache_dir=cache,
-                max_memory=max_memory,
-            )
+            say(f"compressing {count_text(loaded.model)} parameters to {options.budget}")
+            data = {"example_inputs": loaded.example_inputs, "calibration": batches}
+            model = compiled(loaded.model, replace(options, inplace=True, **data))
             report = tensorize.report(model)
             tensorize.save(model, out)
             if loaded.tokenizer is not None:
@@ -179,31 +150,11 @@ def _check_streams(given: Mapping[str, bool]) -> None:
             )
 
 
-def _stream(
-    source: str,
-    out: Path,
-    limits: Budget,
-    metric: Metric | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    formats: Any,
-    seed: int,
-    cache: Path | None,
-) -> Report:
+def _stream(source: str, out: Path, options: Options) -> Report:
     """Compress a checkpoint a weight at a time, and say what it took."""
-    say(f"streaming {source} to {limits}")
+    say(f"streaming {source} to {options.budget}")
     start = time.perf_counter()
-    report = tensorize.compile_checkpoint(
-        source,
-        out,
-        limits,
-        metric=None if metric is None else metric.value,
-        include=include or None,
-        exclude=exclude or None,
-        formats=formats,
-        seed=seed,
-        cache_dir=cache,
-    )
+    report = streamed(Path(source), out, options)
     if (tokenizer := tokenizer_of(source)) is not None:
         _save_tokenizer(tokenizer, out)
     seconds, count = time.perf_counter() - start, report.totals.before.parameters

@@ -1,14 +1,29 @@
-"""Budgets and formats as they are written on a command line."""
+"""The record of options from what is written on a command line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import typer
 
-from tensorize.ir.budget import Budget
+from tensorize.api.options import Options
+from tensorize.base.errors import BudgetError
+from tensorize.ir.budget import Budget, parse_bytes
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """The options among the arguments of a command, ``locals()`` at its start.
+
+    Calibration data are read with the model, later.
+
+    Raises:
+        typer.BadParameter: a text cannot be read.
+        TensorizeError: an option has a value that it cannot have.
+    """
+    read = {name: _READ[name](value) for name, value in given.items() if name in _READ}
+    return Options.of({**given, **read, "calibration": None})
 
 
 def parse_budget(text: str) -> Budget:
@@ -74,3 +89,21 @@ def parse_formats(texts: Sequence[str] | None) -> list[str] | dict[str, list[str
             )
         chosen[pattern.strip()] = [name.strip() for name in names.split(",")]
     return chosen
+
+
+def _parse_size(text: str | None) -> int | None:
+    try:
+        return parse_bytes(text)
+    except BudgetError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
+
+
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "budget": parse_budget,
+    "refine": lambda name: None if name == "none" else name,
+    "include": lambda patterns: patterns or None,
+    "exclude": lambda patterns: patterns or None,
+    "formats": parse_formats,
+    "max_memory": _parse_size,
+}
+"""How texts become options; what is not named is one as it is."""

@@ -20,7 +20,6 @@ from tensorize.cli.sources import (
     load_source,
     read_batches,
 )
-from tensorize.ir.budget import parse_bytes
 
 DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
@@ -57,13 +56,6 @@ def check_target(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"{path} is a directory", param_hint=option)
     if not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no directory {path.parent}", param_hint=option)
-
-
-def check_size(max_memory: str | None) -> None:
-    try:
-        parse_bytes(max_memory)
-    except BudgetError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
 
 
 def say(line: str) -> None:

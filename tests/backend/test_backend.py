@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import tensorize
 from tensorize import backend as tensorize_backend
-from tensorize.backend.options import BackendOptions
+from tensorize.backend.options import read_options
 from tensorize.backend.preview import _made
 from tensorize.weight.install import factored
 from tests.backend.lowered_models import Attention, X, compressed
@@ -162,7 +162,7 @@ def test_with_graph_breaks_it_says_what_it_sees(caplog: pytest.LogCaptureFixture
 )
 def test_an_unknown_option_is_an_error_that_names_it(options: dict, message: str) -> None:
     with pytest.raises(tensorize.TensorizeError, match=message):
-        BackendOptions.of(options)
+        read_options(options)
 
 
 @pytest.mark.slow

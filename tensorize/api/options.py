@@ -1,0 +1,184 @@
+"""The options of the verbs, of the backend and of the command line: one record.
+
+A field is an option: its default, what checks it, and the words of the command line for it. What it
+means in Python stands in the docstring of ``compile``. Functions that users call have signatures of
+their own, make the record of them, and hand it on.
+"""
+# ruff: noqa: RUF009 -- _option gives a field
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from tensorize.base.errors import AnalysisError, BudgetError, TensorizeError, check_one_of
+from tensorize.base.progress import Progress
+from tensorize.capture.batches import check_batches
+from tensorize.ir.budget import Budget, parse_bytes
+from tensorize.ir.plan import POLISH, REFIT
+from tensorize.passes.allocate.allocate import BATCH_SIZES, RanksOption, check_ranks
+from tensorize.passes.curves.formats import FormatsOption, check_formats
+from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.observe.select import Select, patterns_or_predicate
+
+SELF = "self"
+"""Calibration data that the model makes itself."""
+
+Metric = Literal["frobenius", "input", "loss"]
+Refine = Literal["auto", None, "refit", "polish"]
+Backend = Literal["auto", "aten", "triton", "inductor"]
+Inner = Literal["auto", "eager", "inductor"]
+
+
+def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str = "") -> Any:
+    """A field. ``check`` gives a value as it is used, or raises; ``help`` is the command line's."""
+    return field(default=default, metadata={"check": check, "help": help})
+
+
+def _one_of(
+    name: str, choices: Any, kind: type[TensorizeError] = TensorizeError
+) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        check_one_of(name, value, get_args(choices), kind)
+        return value
+
+    return check
+
+
+def _unless_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+def is_self(calibration: Any) -> bool:
+    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
+    return isinstance(calibration, str) and calibration == SELF
+
+
+def _data(value: Any) -> Any:
+    return value if is_self(value) else check_batches(value, "calibration")
+
+
+def _integer(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise AnalysisError(f"seed must be an integer, got {value!r}", way_out="seed=0") from None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Options:
+    """What a caller chose, checked as far as it can be without the model.
+
+    Raises:
+        TensorizeError: a value that an option cannot have; of the kind that ``compile`` names.
+    """
+
+    budget: Budget | None = _option(
+        0.1,
+        _unless_none(Budget.of),
+        help="Share of the parameters to keep, or params=0.3,error=0.05,bytes=2e6,flops=...,"
+        "latency=...,loss=... (up to 1: a share; above: an absolute number).",
+    )
+    example_inputs: Any = None
+    calibration: Iterable[Any] | str | None = _option(
+        None,
+        _unless_none(_data),
+        help="A text file (documents are separated by blank lines, or are lines), or a "
+        ".safetensors file with a tensor for each input, whose first axis is the sample; or self: "
+        "the model makes its own.",
+    )
+    tokenizer: Any = None
+    loss_fn: LossFunction | None = None
+    metric: Metric | None = _option(
+        None,
+        _unless_none(_one_of("metric", Metric, AnalysisError)),
+        help="Default: loss; frobenius (the weights alone) where there are no calibration data and "
+        "the model is too large to make some unasked.",
+    )
+    refine: Refine = _option(
+        "auto",
+        _one_of("refine", Refine, AnalysisError),
+        help="What is done to the factors with the calibration data.",
+    )
+    include: Select = _option(
+        None, patterns_or_predicate, help="Shell pattern of weights to consider; repeatable."
+    )
+    exclude: Select = _option(
+        None, patterns_or_predicate, help="Shell pattern of weights to leave dense; repeatable."
+    )
+    formats: FormatsOption = _option(
+        None,
+        check_formats,
+        help="dense, low_rank, shared, tt or block, or PATTERN=FORMAT,...; repeatable.",
+    )
+    ranks: RanksOption = _option(None, check_ranks)
+    batch_sizes: Sequence[int] = BATCH_SIZES
+    rank_multiple: int | None = None
+    backend: Backend = _option(
+        "auto",
+        _one_of("backend", Backend),
+        help="What weights run by once the model is loaded: torch's matmuls (aten), kernels "
+        "(triton), or kernels where they were measured to be faster (auto).",
+    )
+    inner: Inner = _option("auto", _one_of("options['inner']", Inner))
+    device: torch.device | str | None = None
+    autotune: bool = _option(
+        False, help="Time the contraction orders of tensor trains on this machine."
+    )
+    inplace: bool = False
+    seed: int = _option(0, _integer, help="Seed of the probes.")
+    cache_dir: str | os.PathLike[str] | None = _option(None, help="Directory that keeps analyses.")
+    max_memory: int | None = _option(
+        None,
+        parse_bytes,
+        help="The most that second moments may take at once, as 4GB: weights are then analysed in "
+        "groups, to the same bits.",
+    )
+    progress: Progress | bool | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if (check := each.metadata.get("check")) is not None:
+                object.__setattr__(self, each.name, check(getattr(self, each.name)))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """The options among the arguments of a call: ``locals()``, at its start."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: value for name, value in given.items() if name in names})
+
+    @property
+    def says_nothing_of_data(self) -> bool:
+        """Whether data, metric and loss are all left open."""
+        return self.calibration is None and self.metric is None and self.loss_fn is None
+
+    def check_choice(self) -> None:
+        """Raises BudgetError for what no analysis can make a plan of."""
+        if self.budget is None and self.ranks is None:
+            raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
+        self.check_errors_stay(self.budget is not None and self.budget.error is not None)
+
+    def check_errors_stay(self, limited: bool) -> None:
+        """Raises BudgetError where single errors are limited, and a refinement would move them."""
+        if limited and self.refine in (REFIT, POLISH):
+            raise BudgetError(
+                f"refine={self.refine!r} moves errors between weights, and the budget limits each",
+                way_out="refine=None, or limit the loss instead of the error",
+            )
+
+    def check_data(self) -> None:
+        """Raises AnalysisError for a metric or a loss that lacks the calibration data."""
+        if self.calibration is None:
+            for name, given in (
+                (f"metric={self.metric!r}", self.metric not in (None, "frobenius")),
+                ("loss_fn", self.loss_fn is not None),
+            ):
+                if given:
+                    raise AnalysisError(
+                        f"{name} needs calibration data", way_out="pass calibration="
+                    )
