@@ -46,6 +46,7 @@ from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.observe.loss import PreservedLoss, split
 from tensorize.passes.observe.statistics import CollectStatistics
+from tensorize.passes.stages import Found
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Shares of a weight's parameters at which the K-FAC SVD measures it alone."""
@@ -229,7 +230,7 @@ def kfac(analysis: Analysis, model: nn.Module, calibration: Sequence[Any]) -> An
     batches = tuple(map(batch_of, calibration))
     loss = PreservedLoss.fit(model, batches, None)
     learn = CollectStatistics(split(batches)[0], loss, by_sample=False)
-    moments = learn.run(replace(analysis.program, model=model)).statistics
+    moments = learn.run(analysis.program.to(Found, model=model)).statistics
     return with_metrics(
         analysis, model, lambda c: site_metrics(c.site, moments[c.site.name], "loss")
     )

@@ -1,8 +1,8 @@
-"""The compile pipeline: what passes share, and the one observer around them.
+"""Passes, and the one observer around them.
 
-A pass is a frozen dataclass with a ``name``, typed options and ``run(program) -> program``. It
-takes a valid program and gives a valid one; it never prints. ``run_passes`` verifies, times and
-logs each step, and keeps the history on the program.
+A pass is a frozen dataclass with a ``name``, typed options and ``run(stage) -> next stage``. It
+takes a valid stage and gives a valid one; it never prints. ``run_passes`` verifies, times and logs
+each, and keeps the history on the stage.
 
 ======================  ======================================================================
 ``TENSORIZE_DEBUG=1``   a line a pass: its time and what it did
@@ -18,69 +18,31 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
-
-from torch import Tensor, nn
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from tensorize.base.errors import AnalysisError
-from tensorize.base.progress import Progress, no_progress
-from tensorize.ir.machine import GENERIC, Machine
-from tensorize.ir.plan import Plan
-from tensorize.ir.sites import Batch, Site
+from tensorize.base.old_names import hand_on
+from tensorize.passes.stages import Planned, Record, WithSites
 from tensorize.reports.data import Stage
 
-if TYPE_CHECKING:
-    from tensorize.passes.curves.curve import Spectrum
-    from tensorize.passes.observe.moments import Moments
-    from tensorize.passes.predict.predictor import Predictor
+Before = TypeVar("Before", bound=Record, contravariant=True)
+After = TypeVar("After", bound=Record, covariant=True)
+Last = TypeVar("Last", bound=Record)
 
-
+__getattr__ = hand_on(__name__)
 log = logging.getLogger("tensorize")
 
 
-@dataclass(frozen=True)
-class Program:
-    """The model being compiled and all that is known of it so far.
-
-    ``statistics`` and ``spectra`` are keyed by site name; ``sizes`` holds (elements, bytes) of
-    every parameter of the dense model, once; ``errors`` the measured relative error of every
-    rewritten site; ``cores`` the factors that are used instead of a curve's. Times are predicted
-    for ``machine``. ``summary`` is the last pass's line about itself.
-    """
-
-    model: nn.Module
-    inputs: Batch | None = None
-    calibration: tuple[Batch, ...] = ()
-    metric: str = "frobenius"
-    seed: int = 0
-    machine: Machine = GENERIC
-    sites: tuple[Site, ...] = ()
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    statistics: Mapping[str, Moments] = field(default_factory=dict)
-    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
-    predictor: Predictor | None = None
-    plan: Plan | None = None
-    cores: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)
-    summary: str = ""
-    notes: tuple[str, ...] = ()
-    history: tuple[Stage, ...] = ()
-    progress: Progress = no_progress
-
-    def without_model(self) -> Program:
-        """What was learned, without the model and the data: an analysis keeps neither alive."""
-        return replace(self, model=nn.Module(), inputs=None, calibration=(), progress=no_progress)
-
-
-class Pass(Protocol):
-    """One step of the pipeline."""
+class Pass(Protocol[Before, After]):
+    """One step of the pipeline: from which stage to which."""
 
     @property
     def name(self) -> str: ...
 
-    def run(self, program: Program) -> Program: ...
+    def run(self, before: Before, /) -> After: ...
 
 
 def debug_level() -> int:
@@ -89,71 +51,72 @@ def debug_level() -> int:
     return int(text) if text.isdigit() else 0
 
 
-def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
-    """Run ``passes`` in order; verify, time and log every one.
+def run_passes(stage: Record, passes: Sequence[Pass[Any, Any]], last: type[Last]) -> Last:
+    """Run ``passes`` in order, up to the stage ``last``; verify, time and log every one.
 
     Raises:
-        AnalysisError: a pass left an invalid program (a defect of the pass, not of the model).
+        AnalysisError: a pass left an invalid stage (a defect of the pass, not of the model).
     """
     for step in passes:
         start = time.perf_counter()
-        program = step.run(program)
+        stage = step.run(stage)
         seconds = time.perf_counter() - start
-        verify(program, step.name)
-        program = replace(
-            program, history=(*program.history, Stage(step.name, seconds, program.summary))
-        )
-        log.info("%s: %.2f s: %s", step.name, seconds, program.summary)
+        verify(stage, step.name)
+        stage = replace(stage, history=(*stage.history, Stage(step.name, seconds, stage.summary)))
+        log.info("%s: %.2f s: %s", step.name, seconds, stage.summary)
         if debug_level() >= 1:
-            print(
-                f"tensorize: {step.name:<12} {seconds:8.2f} s  {program.summary}", file=sys.stderr
-            )
-    if debug_level() >= 2 and program.plan is not None:
-        for site in program.plan.sites:
+            print(f"tensorize: {step.name:<12} {seconds:8.2f} s  {stage.summary}", file=sys.stderr)
+    if debug_level() >= 2 and isinstance(stage, Planned):
+        for site in stage.plan.sites:
             shape = "x".join(map(str, site.shape))
             print(
                 f"tensorize:   {site.name} {shape} -> {site.format} {site.ranks} "
                 f"error {site.predicted_error:.4f}: {site.reason}",
                 file=sys.stderr,
             )
-    return program
+    if not isinstance(stage, last):
+        _fail(passes[-1].name, f"it is {type(stage).__name__}, not {last.__name__}")
+    return stage
 
 
-def verify(program: Program, step: str) -> None:
+def _fail(step: str, cause: str, site: str | None = None) -> NoReturn:
+    raise AnalysisError(
+        f"the pass {step!r} left an invalid stage: {cause}",
+        site=site,
+        way_out="this is a defect in tensorize: please report it with this message",
+    )
+
+
+def verify(stage: Record, step: str) -> None:
     """Check what must hold between any two passes.
 
     Raises:
         AnalysisError: naming the pass and the site that broke it.
     """
 
-    def fail(cause: str, site: str | None = None) -> None:
-        raise AnalysisError(
-            f"the pass {step!r} left an invalid program: {cause}",
-            site=site,
-            way_out="this is a defect in tensorize: please report it with this message",
-        )
-
-    names = [site.name for site in program.sites]
+    fail = partial(_fail, step)
+    if not isinstance(stage, WithSites):
+        return
+    names = [site.name for site in stage.sites]
     if len(set(names)) != len(names):
         fail("two sites have the same name")
-    known = set(names)
-    for label, table in (("statistics", program.statistics), ("spectra", program.spectra)):
-        for name in table:
-            if name not in known:
+    for label in ("statistics", "spectra"):
+        for name in getattr(stage, label, {}):
+            if name not in names:
                 fail(f"{label} of something that is no site", name)
-    if program.plan is None:
+    if not isinstance(stage, Planned):
         return
-    sites = {site.name: site for site in program.sites}
-    for choice in program.plan.sites:
+    sites = {site.name: site for site in stage.sites}
+    for choice in stage.plan.sites:
         site = sites.get(choice.name)
-        if sites and site is None:
+        if site is None:
             fail("the plan names something that is no site", choice.name)
         if choice.spec is not None and math.prod(choice.spec.shape) != math.prod(choice.shape):
             fail(f"the cores stand for {choice.spec.shape}, not {choice.shape}", choice.name)
-        if site is not None and site.shape != choice.shape:
+        if site.shape != choice.shape:
             fail(f"the plan's shape {choice.shape} is not {site.shape}", choice.name)
-        if site is not None and site.blocked and choice.spec is not None:
+        if site.blocked and choice.spec is not None:
             fail(f"factorized although {site.blocked}", choice.name)
-    for name, error in program.errors.items():
+    for name, error in getattr(stage, "errors", {}).items():
         if not error >= 0:
             fail(f"its measured error is {error}", name)

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tensorize.base import hooks, old_names
-from tensorize.version import __version__
+from tensorize.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers read; Python reads the table below
     from tensorize.api.analysis import Analysis as Analysis
@@ -47,76 +47,35 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below
     from tensorize.training.healing import Healing as Healing
     from tensorize.training.healing import heal as heal
 
-__all__ = [
-    "Analysis",
-    "AnalysisError",
-    "Budget",
-    "BudgetError",
-    "CaptureError",
-    "CheckpointError",
-    "ContractionPlan",
-    "Evaluation",
-    "Healing",
-    "Kernel",
-    "Plan",
-    "Prediction",
-    "Report",
-    "Site",
-    "TTSpec",
-    "TensorizeError",
-    "__version__",
-    "analyze",
-    "apply",
-    "compile",
-    "compile_checkpoint",
-    "densify",
-    "distillation_loss",
-    "evaluate",
-    "graphs",
-    "heal",
-    "initialize",
-    "kernels",
-    "load",
-    "plan_contraction",
-    "report",
-    "save",
-    "tune_kernels",
-]
-
-_HOMES = {
-    "Analysis": "tensorize.api.analysis",
-    "AnalysisError": "tensorize.base.errors",
-    "Budget": "tensorize.ir.budget",
-    "BudgetError": "tensorize.base.errors",
-    "CaptureError": "tensorize.base.errors",
-    "CheckpointError": "tensorize.base.errors",
-    "ContractionPlan": "tensorize.ir.orders",
-    "Evaluation": "tensorize.evaluation.evaluation",
-    "Healing": "tensorize.training.healing",
-    "Kernel": "tensorize.codegen.device.kernel",
-    "Plan": "tensorize.ir.plan",
-    "Prediction": "tensorize.ir.plan",
-    "Report": "tensorize.reports.report",
-    "Site": "tensorize.ir.sites",
-    "TTSpec": "tensorize.ir.spec",
-    "TensorizeError": "tensorize.base.errors",
-    "analyze": "tensorize.api.analyze",
-    "apply": "tensorize.api.apply",
-    "compile": "tensorize.api.compile",
-    "compile_checkpoint": "tensorize.api.stream",
-    "densify": "tensorize.api.look",
-    "distillation_loss": "tensorize.training.distillation",
-    "evaluate": "tensorize.evaluation.evaluate",
-    "graphs": "tensorize.api.look",
-    "heal": "tensorize.training.healing",
-    "initialize": "tensorize.training.from_scratch",
-    "kernels": "tensorize.running.emitted",
-    "load": "tensorize.api.io",
-    "plan_contraction": "tensorize.passes.orders.by_flops",
-    "report": "tensorize.reports.attach",
-    "save": "tensorize.api.io",
-    "tune_kernels": "tensorize.running.tuning",
+_HELD = {
+    "api.analysis": "Analysis",
+    "api.analyze": "analyze",
+    "api.apply": "apply",
+    "api.compile": "compile",
+    "api.io": "load save",
+    "api.look": "densify graphs",
+    "api.stream": "compile_checkpoint",
+    "base.errors": "AnalysisError BudgetError CaptureError CheckpointError TensorizeError",
+    "codegen.device.kernel": "Kernel",
+    "evaluation.evaluate": "evaluate",
+    "evaluation.evaluation": "Evaluation",
+    "ir.budget": "Budget",
+    "ir.orders": "ContractionPlan",
+    "ir.plan": "Plan Prediction",
+    "ir.sites": "Site",
+    "ir.spec": "TTSpec",
+    "passes.orders.by_flops": "plan_contraction",
+    "reports.attach": "report",
+    "reports.report": "Report",
+    "running.emitted": "kernels",
+    "running.tuning": "tune_kernels",
+    "training.distillation": "distillation_loss",
+    "training.from_scratch": "initialize",
+    "training.healing": "Healing heal",
 }
+_HOMES = {name: f"tensorize.{home}" for home, names in _HELD.items() for name in names.split()}
+
+__all__ = sorted((*_HOMES, "__version__"))  # pyright: ignore[reportUnsupportedDunderAll]
 
 _ROOMS = ("training", "weight")
 """Folders whose names users call through the front door."""

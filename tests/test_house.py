@@ -132,6 +132,14 @@ def test_passes_and_codegen_never_import_each_other() -> None:
         assert other not in {allow.split("/")[0] for allow in allowed}, folder
 
 
+def test_one_file_asks_torchs_compiler_what_it_does_not_promise() -> None:
+    rooms = "_(?:dynamo|inductor|functorch|guards|higher_order_ops)"
+    words = "nn_module_stack|example_value|compile_subgraph_reason"
+    private = re.compile(rf"(?:from|import) torch\.{rooms}|torch\.{rooms}\.\w|{words}")
+    asking = [name for name, path in modules().items() if private.search(path.read_text())]
+    assert asking == ["tensorize.base.dynamo"]
+
+
 def test_no_folder_is_a_drawer() -> None:
     whole = sum(code_lines(folder) for folder in table())
     for folder in table():

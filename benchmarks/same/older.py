@@ -192,7 +192,7 @@ def put_thing(name: str, thing: Any) -> None:
         put_report(name, thing)
     elif isinstance(thing, tensorize.Plan):
         put(name, thing.to_json())
-        if thing.analysis is not None:
+        if getattr(thing, "analysis", None) is not None:
             small = tensorize.apply(small_llama(), thing)
             put(f"{name}/state", values([*small.state_dict().items()]))
     elif isinstance(thing, tensorize.Analysis):

@@ -22,10 +22,10 @@ from __future__ import annotations
 import hashlib
 import linecache
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -40,16 +40,8 @@ from tensorize.codegen.aten.layouts import (
     rows_value,
     sides,
 )
-from tensorize.ir.orders import (
-    ContractionPiece,
-    ContractionPlan,
-    TrainingPiece,
-    Tree,
-    typical_batch,
-)
+from tensorize.ir.orders import ContractionPiece, ContractionPlan, typical_batch
 from tensorize.ir.spec import TTSpec
-
-Piece = TypeVar("Piece", ContractionPiece, TrainingPiece)
 
 LINE_LENGTH = 92
 """Of an emitted statement without its indentation."""
@@ -64,18 +56,21 @@ def emit(plan: ContractionPlan) -> str:
     bias is added: by the last product, where its columns are all of the outputs. It is
     differentiable and can be traced; the number of rows alone decides which piece runs.
     """
-    lines = [
-        *opening("contract", plan.spec, plan.contract, bias=True),
-        *flattened("x", plan.spec, sides(plan.spec, plan.contract)[0]),
-        *by_rows("x", plan.spec, plan.pieces, lambda piece: _piece(plan, piece)),
-    ]
-    return with_imports("\n".join(lines) + "\n")
+    body = "\n".join([*_opening(plan.spec, plan.contract), *_by_rows(plan)]) + "\n"
+    return ("import torch.nn.functional as F\n\n\n" if "F.linear(" in body else "") + body
 
 
 @lru_cache(maxsize=4096)
 def build(plan: ContractionPlan) -> Callable[..., Tensor]:
     """Compile what ``emit`` writes, once for each plan. Tracebacks and debuggers show the text."""
-    return compiled(emit(plan), "contract")["contract"]
+    text = emit(plan)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    filename = f"<tensorize contract {digest}>"
+    # Without a modification time, linecache never drops the entry.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(text, filename, "exec"), namespace)
+    return namespace["contract"]
 
 
 def layouts(plan: ContractionPlan, count: int) -> list[ContractionPlan]:
@@ -86,38 +81,18 @@ def layouts(plan: ContractionPlan, count: int) -> list[ContractionPlan]:
     return [replace(plan, pieces=(piece,)) for piece in pieces]
 
 
-def compiled(text: str, kind: str) -> dict[str, Any]:
-    """The names that a source text defines."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    filename = f"<tensorize {kind} {digest}>"
-    # Without a modification time, linecache never drops the entry.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), namespace)
-    return namespace
-
-
-def with_imports(body: str) -> str:
-    imports = "import torch.nn.functional as F\n\n\n" if "F.linear(" in body else ""
-    return imports + body
-
-
-def unpacked(names: Sequence[str]) -> str:
-    """Names as the left side of an assignment from a tuple."""
-    return ", ".join(names) if len(names) > 1 else f"({names[0]},)"
-
-
-def opening(name: str, spec: TTSpec, contract: str, *, bias: bool = False) -> list[str]:
-    """A function of (x, cores), up to where it has the cores by their names."""
-    into, out = (width(spec, axes) for axes in sides(spec, contract))
+def _opening(spec: TTSpec, contract: str) -> list[str]:
+    """A function of (x, cores, bias), up to where it has cores by their names, and x as rows."""
+    into, out = (_width(spec, axes) for axes in sides(spec, contract))
     experts = f"{spec.shape[0]}, " if spec.batch else ""
     takes = f"({experts}..., {into})"
     unfit = f"x.shape[-1] != {into}"
     if spec.batch:
         unfit = f"x.ndim < 2 or x.shape[0] != {spec.shape[0]} or {unfit}"
+    names = [f"c{k}" for k in range(len(spec.cores))]
     return [
-        f"def {name}(x, cores{', bias=None' if bias else ''}):",
-        f'    """y = x {"Wᵀ" if contract == "columns" else "W"}{" + bias" if bias else ""}: '
+        "def contract(x, cores, bias=None):",
+        f'    """y = x {"Wᵀ" if contract == "columns" else "W"} + bias: '
         f"{takes} to ({experts}..., {out}).",
         "",
         f"    W is {spec} of {spec.shape}.",
@@ -127,52 +102,41 @@ def opening(name: str, spec: TTSpec, contract: str, *, bias: bool = False) -> li
         # A reshape would take a wrong x as well, as other rows.
         f"    if {unfit}:",
         f'        raise ValueError(f"x is {takes}, got {{tuple(x.shape)}}")',
-        f"    {unpacked([f'c{k}' for k in range(len(spec.cores))])} = cores",
+        f"    {', '.join(names) if len(names) > 1 else f'({names[0]},)'} = cores",
         "    lead = x.shape[:-1]",
+        f"    x = x.reshape({experts}-1, {into})",
     ]
 
 
-def flattened(name: str, spec: TTSpec, axes: Axes) -> list[str]:
-    """An input with its leading axes as one of rows."""
-    experts = f"{spec.shape[0]}, " if spec.batch else ""
-    return [f"    {name} = {name}.reshape({experts}-1, {width(spec, axes)})"]
-
-
-def width(spec: TTSpec, axes: Axes) -> int:
+def _width(spec: TTSpec, axes: Axes) -> int:
     """The length of one row."""
     return math.prod(spec.size[axis] for axis in axes[len(spec.batch) + 1 :])
 
 
-def by_rows(
-    name: str,
-    spec: TTSpec,
-    pieces: Sequence[Piece],
-    write: Callable[[Piece], list[str]],
-) -> list[str]:
-    """The pieces' bodies, chosen by the rows of an input."""
-    lines = [f"    rows = {name}.shape[{len(spec.batch)}]"] if len(pieces) > 1 else []
-    for piece in pieces:
-        indent = "    "
-        if piece is not pieces[-1]:
-            lines.append(f"    if rows <= {piece.last_batch}:")
-            indent *= 2
-        lines += [indent + line for line in write(piece)]
-    return lines
+def _by_rows(plan: ContractionPlan) -> list[str]:
+    """The pieces' bodies, chosen by the rows of x."""
+    *others, last = plan.pieces
+    lines = [f"    rows = x.shape[{len(plan.spec.batch)}]"] if others else []
+    for piece in others:
+        lines.append(f"    if rows <= {piece.last_batch}:")
+        lines += ["        " + line for line in _piece(plan, piece)]
+    return [*lines, *("    " + line for line in _piece(plan, last))]
 
 
 def _piece(plan: ContractionPlan, piece: ContractionPiece) -> list[str]:
     """The straight-line body of one piece."""
     output = sides(plan.spec, plan.contract)[1]
-    emitter = Emitter(_layouts(plan, piece))
+    emitter = _Emitter(_layouts(plan, piece))
     last = emitter.layouts.ranked(piece.tree, output)[piece.layout]
     takes_bias = ends_in_outputs(last)
     if takes_bias:
         emitter.reorder_bias(last.blocks[1], output[1:])
     result = emitter.ordered(last, output, "bias" if takes_bias else None)
-    result = f"{result}.reshape(*lead, {width(plan.spec, output)})"
+    result = f"{result}.reshape(*lead, {_width(plan.spec, output)})"
     ending = [f"y = {result}", "return y if bias is None else y + bias.to(y.dtype)"]
+    end = "on" if piece.last_batch is None else f"to {piece.last_batch}"
     return [
-        f"# {rows_of(piece)}: {piece.tree}",
+        f"# Rows from {piece.first_batch} {end}: {piece.tree}",
         f"# {piece.constant} + {piece.slope} B FLOPs",
         *emitter.body,
         *([f"return {result}"] if takes_bias else ending),
@@ -185,27 +149,13 @@ def _layouts(plan: ContractionPlan, piece: ContractionPiece) -> Layouts:
     return Layouts(plan.spec, batch, {**core_values(plan.spec), "x": x})
 
 
-def rows_of(piece: ContractionPiece | TrainingPiece) -> str:
-    end = "on" if piece.last_batch is None else f"to {piece.last_batch}"
-    return f"Rows from {piece.first_batch} {end}"
+class _Emitter:
+    """Writes the statements that compute values, one after the other, into ``body``."""
 
-
-class Emitter:
-    """Writes the statements that compute values, one after the other, into ``body``.
-
-    A value with a name is written where it is first needed, in the layout that suits that best;
-    from then on it is a leaf. With ``keep_copies`` copies of inputs and of values with a name are
-    leaves too, for what needs them later.
-    """
-
-    def __init__(self, layouts: Layouts, *, keep_copies: bool = False) -> None:
-        self.layouts, self.keep_copies = layouts, keep_copies
+    def __init__(self, layouts: Layouts) -> None:
+        self.layouts = layouts
         self.body: list[str] = []
         self.count = 0
-
-    def result(self, tree: Tree, output: Axes, layout: int = 0) -> str:
-        """Write what computes a tree; an expression of it with its axes in this order."""
-        return self.ordered(self.layouts.ranked(tree, output)[layout], output)
 
     def ordered(self, value: Value, output: Axes, bias: str | None = None) -> str:
         """Write what computes a value; an expression of it with its axes in this order."""
@@ -221,7 +171,7 @@ class Emitter:
             self.body.append(f"bias = None if bias is None else {turned}.reshape(-1)")
 
     def statement(self, value: Value, bias: str | None = None) -> str:
-        """Write what computes a value, unless it is there; its name.
+        """Write what computes a value, unless it is given; its name.
 
         With the name of a ``bias``, that is added by the product that computes it.
         """
@@ -232,16 +182,14 @@ class Emitter:
             return product
         left = self.statement(product.left.value)
         right = self.statement(product.right.value)
-        name = value.name or f"t{self.count}"
-        self.count += value.name is None
+        name = f"t{self.count}"
+        self.count += 1
         over = f" over {', '.join(product.summed)}" if product.summed else ""
         self.body.append(
             f"# {name} {_named(value.axes)} = {left} {_named(product.left.value.axes)} · "
             f"{right} {_named(product.right.value.axes)}{over}"
         )
         self.body += self.assignment(name, product, left, right, bias)
-        if value.name is not None:
-            self.layouts.leaves[value.name] = [Value(value.blocks, value.name)]
         return name
 
     def assignment(
@@ -276,13 +224,7 @@ class Emitter:
     def reshaped(self, name: str, view: View) -> str:
         if view.reorder is not None:
             copy = self.reordered(name, view.value, view.reorder)
-            copy = f"{copy}.reshape({self.shape(view.blocks)})"
-            known = self.layouts.leaves.get(view.value.name or name)
-            if known is None or not self.keep_copies:
-                return copy
-            self.body.append(f"{name}_{len(known)} = {copy}")
-            known.append(Value(view.blocks, f"{name}_{len(known)}", name=view.value.name or name))
-            return str(known[-1].source)
+            return f"{copy}.reshape({self.shape(view.blocks)})"
         if view.value.blocks == view.blocks:
             return name
         return f"{name}.reshape({self.shape(view.blocks)})"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tensorize.ir.orders import TrainingStep, Tree
+from tensorize.ir.orders import Tree
 from tensorize.ir.spec import TTSpec
 
 Axes = tuple[str, ...]
@@ -28,13 +28,12 @@ class Value:
     """An input or an intermediate: a contiguous tensor.
 
     ``blocks`` are its dimensions, each a run of axes; ``price`` the predicted time to get it, in
-    FLOPs of a full-rate product. ``name``: where it has one.
+    FLOPs of a full-rate product.
     """
 
     blocks: tuple[Axes, ...]
     source: Product | int | str
     price: float = 0
-    name: str | None = None
 
     @property
     def axes(self) -> Axes:
@@ -98,22 +97,11 @@ def rows_value(spec: TTSpec, name: str, axes: Axes) -> Value:
 
 
 class Layouts:
-    """Finds the products that take the least time.
+    """Finds the products that take the least time; ``leaves`` are the values that are there."""
 
-    ``leaves`` are the values that are there (several where a copy in another order is there too),
-    ``steps`` trees with a name that stand in others.
-    """
-
-    def __init__(
-        self,
-        spec: TTSpec,
-        batch: int,
-        leaves: Mapping[int | str, Value],
-        steps: Mapping[str, TrainingStep] | None = None,
-    ) -> None:
+    def __init__(self, spec: TTSpec, batch: int, leaves: Mapping[int | str, Value]) -> None:
         self.size = {**spec.size, "B": batch}
-        self.leaves = {leaf: [value] for leaf, value in leaves.items()}
-        self.steps = steps or {}
+        self.leaves = leaves
 
     def elements(self, axes: Axes) -> int:
         return math.prod(self.size[axis] for axis in axes)
@@ -154,18 +142,13 @@ class Layouts:
             for a in lefts:
                 for b in rights:
                     yield from self.products(a, b, needed)
-        elif tree in self.leaves:
-            yield from self.leaves[tree]
         else:
-            step = self.steps[str(tree)]
-            for value in self.ways(step.tree, set(step.axes)):
-                yield replace(value, name=step.name)
+            yield self.leaves[tree]
 
     def open_axes(self, tree: Tree) -> set[str]:
         """All axes that occur in a subtree; what its parent still sees is among them."""
         if not isinstance(tree, tuple):
-            known = self.leaves.get(tree)
-            return set(self.steps[str(tree)].axes if known is None else known[0].axes)
+            return set(self.leaves[tree].axes)
         return self.open_axes(tree[0]) | self.open_axes(tree[1])
 
     def products(self, a: Value, b: Value, needed: set[str]) -> Iterator[Value]:

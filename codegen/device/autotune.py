@@ -7,11 +7,8 @@ beat the library's matmuls there: it never did where nothing was measured, nor o
 
 from __future__ import annotations
 
-import hashlib
-import os
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tensorize.base import files
+from tensorize.base.records import plain, record
+from tensorize.base.timer import cold_seconds_of
 from tensorize.codegen.device import launch, reference, triton_env
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
@@ -33,9 +32,7 @@ BUCKETS = (1, 16, 64, 512, 4096, 1 << 62)
 """Numbers of rows up to which one choice holds."""
 FASTER = 0.97
 """A kernel wins where its time is at most this share of the library's: above the noise."""
-_ROUNDS, _FLUSHED = 15, 1 << 28
-_AHEAD = 500_000
-"""Cycles of the GPU that the processor has to make a call in, a quarter of a millisecond."""
+_FLUSHED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def runs(work: Work, dtype: torch.dtype, rows: int | None, device: str, *, measu
 @lru_cache(maxsize=16)
 def winners(device: str) -> frozenset[TTSpec]:
     """What won somewhere on this device, by itself or in a launch with others."""
-    won = (key for key, found in _records(device).items() if _choice(found).wins)
+    won = (key for key, found in _records(device).items() if record(Choice, found).wins)
     return frozenset(spec for key in won for spec in work_of(key.rsplit(" ", 3)[0]).specs)
 
 
@@ -155,12 +152,7 @@ def _recorded(
     work: Work, dtype: torch.dtype, most: int, device: str, precision: str
 ) -> Choice | None:
     found = _records(device).get(_key(work, dtype, most, precision))
-    return None if found is None else _choice(found)
-
-
-def _choice(found: dict) -> Choice:
-    """What ``keep`` wrote."""
-    return Choice(found["family"], Tiles(**found["tiles"]), found["ratio"])
+    return None if found is None else record(Choice, found)
 
 
 def _key(work: Work, dtype: torch.dtype, most: int, precision: str) -> str:
@@ -175,20 +167,18 @@ def _records(device: str) -> dict[str, dict]:
 
 def place(device: str) -> Path:
     """Where the choices for a device are kept, with these versions of everything."""
-    home = os.environ.get("TENSORIZE_CACHE_DIR") or Path.home() / ".cache" / "tensorize"
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    identity = f"{name} {__version__} {torch.__version__} {triton}"
-    return Path(home) / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
+    return files.of_this_machine("kernels", f"{name} {__version__} {torch.__version__} {triton}")
 
 
 def keep(work: Work, dtype: torch.dtype, most: int, device: str, choice: Choice) -> None:
     """Write a choice to where ``recorded`` looks for it."""
     key = _key(work, dtype, most, triton_env.precision(dtype, device))
-    files.update_records(place(device), lambda kept: {**kept, key: asdict(choice)})
+    files.update_records(place(device), lambda kept: {**kept, key: plain(choice)})
     forget()
 
 
@@ -230,31 +220,14 @@ def _tuned(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
     for choice in candidates(work, dtype, rows):
         made = emit(work, choice)
         try:
-            seconds = _time(lambda made=made: launch.run(made, *inputs, *outputs), flush)
+            seconds = cold_seconds_of(lambda made=made: launch.run(made, *inputs, *outputs), flush)
         except (launch.DoesNotFit, RuntimeError):
             continue
         if best is None or seconds < best[0]:
             best = seconds, choice
     if best is None:
         raise NotCovered("no candidate runs on this device")
-    library = _time(lambda: reference.run(work, inputs), flush)
+    library = cold_seconds_of(lambda: reference.run(work, inputs), flush)
     choice = replace(best[1], ratio=best[0] / library)
     keep(work, dtype, bucket(rows), device, choice)
     return choice
-
-
-def _time(call: Callable[[], object], flush: Tensor) -> float:
-    """Milliseconds of a call that finds nothing in the cache: the median of some rounds."""
-    for _ in range(3):
-        call()
-    samples = []
-    for _ in range(_ROUNDS):
-        flush.zero_()
-        torch.cuda._sleep(_AHEAD)  # so that the call is there before the start is
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(end))
-    return statistics.median(samples)

@@ -23,16 +23,6 @@ from tensorize.codegen.device.triton_env import (
 from tensorize.codegen.triton.module import Source
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
-SHARED_LIMIT = {
-    "cuda:80": 166912,
-    "cuda:90": 232448,
-    "cuda:100": 232448,
-    "hip:gfx90a": 65536,
-    "hip:gfx942": 65536,
-}
-"""Bytes of shared memory that one block may have."""
-
-
 _POINTERS = {"float32": "*fp32", "int32": "*i32", "int64": "*i64"}
 WARP = {"cuda": 32, "hip": 64}
 MOST_STAGES = {"cuda": 8, "hip": 2}

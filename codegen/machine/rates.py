@@ -7,24 +7,20 @@ then on every plan is made for that. Nothing is timed unless asked for: plans ar
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from tensorize.base import files
+from tensorize.base import files, timer
+from tensorize.base.records import plain, record
 from tensorize.ir.machine import GENERIC, Machine
 
 _ROWS = (1, 16, 256, 1024)
 _DTYPES = ("float32", "bfloat16")
-_WIDTH, _ROUNDS = 2048, 5
+_WIDTH = 2048
 _WIDE = 8192  # a weight of this side is in no cache: reading it is what one row costs
 
 # FLOP/s of float32 (without TF32) and bfloat16, bytes/s: the makers' figures, of which large
@@ -65,7 +61,7 @@ def current(device: str = "cpu") -> Machine:
     """What is known of the machine: measured before, or the figures of its kind."""
     path = place(device)
     try:
-        return _from_dict(json.loads(path.read_text()))
+        return record(Machine, json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return known(device)
 
@@ -92,22 +88,15 @@ def _gpu(name: str, single: float, half: float, bandwidth: float) -> Machine:
 
 def place(device: str = "cpu") -> Path:
     """Where the measured figures of this machine are kept."""
-    home = os.environ.get("TENSORIZE_CACHE_DIR") or Path.home() / ".cache" / "tensorize"
-    key = hashlib.sha256(f"{identity(device)} {torch.__version__}".encode()).hexdigest()[:12]
-    return Path(home) / f"machine-{key}.json"
+    return files.of_this_machine("machine", f"{identity(device)} {torch.__version__}")
 
 
 def keep(machine: Machine, device: str = "cpu") -> Path:
     """Write measured figures to where ``current`` looks for them."""
     path = place(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_at_once(path, json.dumps(asdict(machine), indent=1))
+    files.write_at_once(path, json.dumps(plain(machine), indent=1))
     return path
-
-
-def _from_dict(data: dict) -> Machine:
-    rates = tuple((dtype, tuple(values)) for dtype, values in data["rates"])
-    return Machine(**{**data, "rows": tuple(data["rows"]), "rates": rates})
 
 
 @torch.no_grad()
@@ -120,7 +109,7 @@ def measure(device: str = "cpu") -> Machine:
 
     def seconds(weight: torch.Tensor, rows: int) -> float:
         x = draw(rows, weight.shape[1], dtype=weight.dtype)
-        return seconds_of(lambda: torch.nn.functional.linear(x, weight), device)
+        return timer.seconds_of(lambda: torch.nn.functional.linear(x, weight), device)
 
     launch = seconds(draw(8, 8), 1)
     rates = []
@@ -133,27 +122,3 @@ def measure(device: str = "cpu") -> Machine:
     bandwidth = 4 * _WIDE**2 / seconds(wide, 1)
     multiple = 1 if device == "cpu" else _GPU_MULTIPLE
     return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch, multiple)
-
-
-def seconds_of(call: Callable[[], object], device: str, rounds: int = _ROUNDS) -> float:
-    """Seconds of a call: the median of some rounds of at least a few milliseconds.
-
-    With one thread they are those of the processor: what another process takes is not the call's.
-    """
-    alone = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-
-    def sample(count: int) -> float:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        start = clock()
-        for _ in range(count):
-            call()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        return (clock() - start) / count
-
-    count = 1
-    while count * sample(count) < 2e-3:
-        count *= 2
-    return statistics.median(sample(count) for _ in range(rounds))

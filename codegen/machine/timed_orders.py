@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tensorize.base import files
+from tensorize.base import files, timer
 from tensorize.codegen.aten import emit as aten
 from tensorize.codegen.machine import rates
 from tensorize.ir.orders import ContractionPlan, Tree
@@ -88,7 +88,7 @@ def fastest(
     def seconds(plan: ContractionPlan) -> list[float]:
         call = {plan.contract: aten.build(plan)}
         runs = (partial(products.matmul, spec, call, cores, x, plan.contract) for x in inputs)
-        return [rates.seconds_of(run, device, rounds=1) for run in runs]
+        return [timer.seconds_of(run, device, rounds=1) for run in runs]
 
     def over_batches(plan: ContractionPlan, typical: Callable[[Sequence[float]], float]) -> float:
         return statistics.geometric_mean(map(typical, zip(*samples[plan], strict=True)))

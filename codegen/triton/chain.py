@@ -42,12 +42,11 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class _Core:
-    """One core: the index of x that it sums, its output, and its ranks, ``None`` where absent."""
+    """One core: the index of x that it sums, its output, the rank it leaves; ``None``: absent."""
 
     operand: Operand
     summed: str | None
     out: str | None
-    rank_in: str | None
     rank_out: str | None
 
 
@@ -63,7 +62,6 @@ def _cores(spec: TTSpec, contract: str) -> list[_Core]:
                 Operand.of(f"c{k}", axes, spec.size),
                 next((axis for axis in axes if axis in x), None),
                 next((axis for axis in axes if axis in y), None),
-                f"r{k + 1}" if f"r{k + 1}" in axes else None,
                 f"r{k}" if f"r{k}" in axes else None,
             )
         )

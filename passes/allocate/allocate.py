@@ -40,7 +40,7 @@ from tensorize.passes.allocate.optimise import (
 from tensorize.passes.allocate.slower import WORTH, slow_choices, without_slow_points
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.observe.select import matches, require_match
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Analysed, Planned
 
 RanksOption = Mapping[str, int | str] | None
 
@@ -50,7 +50,7 @@ BATCH_SIZES = (1, 16, 256)
 
 @dataclass(frozen=True)
 class Allocate:
-    """Program with ``plan``.
+    """Chooses formats and ranks: the plan.
 
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
     that it does not name stay dense.
@@ -78,31 +78,31 @@ class Allocate:
                 way_out="rank_multiple=8",
             )
 
-    def run(self, program: Program) -> Program:
-        dense = dense_totals(program, self.batch_sizes)
-        overhead = other_costs(program, self.batch_sizes)
-        points = self._points(program, last_resort=False)
+    def run(self, analysed: Analysed) -> Planned:
+        dense = dense_totals(analysed, self.batch_sizes)
+        overhead = other_costs(analysed, self.batch_sizes)
+        points = self._points(analysed, last_resort=False)
         try:
-            solution = self._choose(points, overhead, dense, program)
+            solution = self._choose(points, overhead, dense, analysed)
         except BudgetError:
-            if not any(site.last_resort and site.blocked is None for site in program.sites):
+            if not any(site.last_resort and site.blocked is None for site in analysed.sites):
                 raise
-            points = self._points(program, last_resort=True)
-            solution = self._choose(points, overhead, dense, program)
-        plan = self._plan(program, points, solution, overhead, dense)
+            points = self._points(analysed, last_resort=True)
+            solution = self._choose(points, overhead, dense, analysed)
+        plan = self._plan(analysed, points, solution, overhead, dense)
         kept = plan.predicted.parameters / dense.parameters
         factorized = sum(site.spec is not None for site in plan.sites)
         summary = f"{factorized} weights factorized, {100 * kept:.2f} % of the parameters kept"
-        return replace(program, plan=plan, summary=summary)
+        return analysed.to(Planned, plan=plan, summary=summary)
 
     # ---------------------------------------------------------------------------- the points
 
-    def _points(self, program: Program, *, last_resort: bool) -> list[Points]:
-        overrides = _overrides(program.sites, self.ranks)
-        load, scale = (self.batch_sizes, program.machine), scales(program)
+    def _points(self, analysed: Analysed, *, last_resort: bool) -> list[Points]:
+        overrides = _overrides(analysed.sites, self.ranks)
+        load, scale = (self.batch_sizes, analysed.machine), scales(analysed)
         result = []
-        for site in program.sites:
-            curve = program.spectra.get(site.name)
+        for site in analysed.sites:
+            curve = analysed.spectra.get(site.name)
             itemsize = element_size(site)
             forced = overrides.get(site.name)
             if curve is None or site.blocked is not None:
@@ -129,10 +129,10 @@ class Allocate:
                 result.append(curve_points(*given, scale[site.name]))
         names = {
             site.name
-            for site in program.sites
+            for site in analysed.sites
             if self.formats is None or joins(self.formats.get(site.name, ()))
         }
-        return _grouped(result, program, names, scale, self.rank_multiple, self.batch_sizes)
+        return _grouped(result, analysed, names, scale, self.rank_multiple, self.batch_sizes)
 
     @property
     def _cost_names(self) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ class Allocate:
     # ---------------------------------------------------------------------------- the choice
 
     def _choose(
-        self, points: list[Points], overhead: np.ndarray, dense: Totals, program: Program
+        self, points: list[Points], overhead: np.ndarray, dense: Totals, analysed: Analysed
     ) -> Solution:
         if self.budget is None:
             return Solution([0] * len(points), 0.0, 0.0)
@@ -152,7 +152,7 @@ class Allocate:
         names = self._cost_names
         caps = np.array([limits.get(cost, np.inf) for cost in names]) - overhead
         check_feasible(names, points, caps, overhead, limits, dense)
-        ceiling = self._distortion_limit(program)
+        ceiling = self._distortion_limit(analysed)
         try:
             solution = solve(points, caps)
         except TooTight as tight:
@@ -165,7 +165,8 @@ class Allocate:
             ) from None
         lost = total_distortion(points, solution.choice)
         if ceiling is not None and lost > ceiling:
-            reached = program.predictor.predict(lost, self.refine)[0]
+            assert analysed.predictor is not None  # the limit on the loss comes from it
+            reached = analysed.predictor.predict(lost, self.refine)[0]
             raise BudgetError(
                 f"no choice within {budget} keeps the predicted rise of the loss: the "
                 f"smallest reached is {reached:.4g}",
@@ -176,7 +177,7 @@ class Allocate:
             solution = Solution(minimise_cost(points, ceiling), 0.0, 0.0)
         if budget.latency is not None:
             return solution
-        return self._not_slower(points, caps, ceiling, solution, program)
+        return self._not_slower(points, caps, ceiling, solution, analysed)
 
     def _not_slower(
         self,
@@ -184,13 +185,13 @@ class Allocate:
         caps: np.ndarray,
         ceiling: float | None,
         solution: Solution,
-        program: Program,
+        analysed: Analysed,
     ) -> Solution:
         """A choice without weights slower than dense, where that costs next to nothing.
 
         What it costs is distortion where the size is limited, else parameters.
         """
-        given = points, solution.choice, self.batch_sizes, program.machine
+        given = points, solution.choice, self.batch_sizes, analysed.machine
         fast = without_slow_points(*given)
         if fast is None or (np.sum([p.costs.min(0) for p in fast], axis=0) > caps).any():
             return solution
@@ -213,23 +214,23 @@ class Allocate:
         points[:] = fast
         return found
 
-    def _distortion_limit(self, program: Program) -> float | None:
+    def _distortion_limit(self, analysed: Analysed) -> float | None:
         """The largest sum of distortions whose predicted loss is within the budget."""
         assert self.budget is not None
         if self.budget.loss is None:
             return None
-        if program.predictor is None:
+        if analysed.predictor is None:
             raise BudgetError(
                 "a limit on the loss needs to know the loss",
                 way_out="pass calibration data (and no metric= but 'loss')",
             )
-        return program.predictor.inverse(self.budget.loss, self.refine)
+        return analysed.predictor.inverse(self.budget.loss, self.refine)
 
     # ------------------------------------------------------------------------------ the plan
 
     def _plan(
         self,
-        program: Program,
+        analysed: Analysed,
         points: list[Points],
         solution: Solution,
         overhead: np.ndarray,
@@ -239,17 +240,19 @@ class Allocate:
         used = overhead + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         lost = total_distortion(points, choice)
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
-        slow = slow_choices(program.sites, list(chosen.values()), self.batch_sizes, program.machine)
+        slow = slow_choices(
+            analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
+        )
         for name, found in slow.items():
             batches = ", ".join(f"{each.batch:,}" for each in found)
             reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
             chosen[name] = replace(chosen[name], reason=reason)
-        sites = tuple(chosen[site.name] for site in program.sites)
+        sites = tuple(chosen[site.name] for site in analysed.sites)
         loss, interval = None, None
         error = max((site.predicted_error for site in sites), default=0.0)
-        if program.predictor is not None:
-            loss, interval = program.predictor.predict(lost, self.refine)
-            error = program.predictor.output_error(loss)
+        if analysed.predictor is not None:
+            loss, interval = analysed.predictor.predict(lost, self.refine)
+            error = analysed.predictor.output_error(loss)
         predicted = Prediction(
             parameters=int(used[0]),
             bytes=int(used[1]),
@@ -262,33 +265,29 @@ class Allocate:
         return Plan(
             sites=sites,
             budget="none" if self.budget is None else str(self.budget),
-            metric=program.metric,
+            metric=analysed.metric,
             predicted=predicted,
             dense=dense,
             batch_sizes=tuple(self.batch_sizes),
             limits_errors=self.budget is not None and self.budget.error is not None,
-            seed=program.seed,
+            seed=analysed.seed,
             fingerprint=self.fingerprint,
             refine=self.refine,
             gap=solution.gap,
-            machine=program.machine.name,
-            notes=program.notes,
+            machine=analysed.machine.name,
+            notes=analysed.notes,
         )
 
 
-def smallest_share(program: Program) -> float:
+def smallest_share(analysed: Analysed) -> float:
     """The share of a model's parameters that is left where every weight is as small as can be."""
-    points = Allocate(Budget(params=1.0))._points(program, last_resort=True)
-    least = sum(float(p.costs[:, 0].min()) for p in points) + float(other_costs(program)[0])
-    return least / max(dense_totals(program).parameters, 1)
+    points = Allocate(Budget(params=1.0))._points(analysed, last_resort=True)
+    least = sum(float(p.costs[:, 0].min()) for p in points) + float(other_costs(analysed)[0])
+    return least / max(dense_totals(analysed).parameters, 1)
 
 
 def check_ranks(ranks: RanksOption) -> RanksOption:
-    """What ``ranks=`` may be, whatever the model.
-
-    Raises:
-        AnalysisError: it is something else.
-    """
+    """What ``ranks=`` is; raises AnalysisError for what it cannot be, whatever the model."""
     if ranks is not None and not isinstance(ranks, Mapping):
         raise AnalysisError(
             f"ranks= maps patterns to ranks, got {ranks!r}", way_out='ranks={"*": 8}'
@@ -331,7 +330,7 @@ def _largest(points: Sequence[Points], choice: Sequence[int]) -> str:
 
 def _grouped(
     points: Sequence[Points],
-    program: Program,
+    analysed: Analysed,
     allowed: Collection[str],
     scale: Mapping[str, float],
     rank_multiple: int,
@@ -341,12 +340,12 @@ def _grouped(
     result = {p.site.name: p for p in points}
     groups: dict[str, list[Points]] = defaultdict(list)
     for p in points:
-        curve = program.spectra.get(p.site.name)
+        curve = analysed.spectra.get(p.site.name)
         if p.fixed is None and curve is not None and curve.shared and p.site.name in allowed:
             groups[p.site.input_group or ""].append(p)
     for members in groups.values():
-        curves = [program.spectra[p.site.name] for p in members]
-        load = [scale[p.site.name] for p in members], rank_multiple, batch_sizes, program.machine
+        curves = [analysed.spectra[p.site.name] for p in members]
+        load = [scale[p.site.name] for p in members], rank_multiple, batch_sizes, analysed.machine
         if len(members) > 1 and (group := group_points(members, curves, *load)):
             for p in members:
                 del result[p.site.name]

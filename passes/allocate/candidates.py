@@ -18,7 +18,7 @@ from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Analysed
 
 COSTS = ("params", "bytes", "flops")
 """The first columns of a point's costs; then come its times, one for each of the batch sizes."""
@@ -95,21 +95,21 @@ class Points:
         )
 
 
-def dense_totals(program: Program, batch_sizes: Sequence[int] = ()) -> Totals:
+def dense_totals(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> Totals:
     """Parameters and bytes of the whole dense model, each once; FLOPs and times of its matmuls."""
-    times = [dense_times(site, batch_sizes, program.machine) for site in program.sites]
+    times = [dense_times(site, batch_sizes, analysed.machine) for site in analysed.sites]
     return Totals(
         latency=tuple(np.sum(times, axis=0).tolist()) if times else (0.0,) * len(batch_sizes),
-        parameters=sum(elements for elements, _ in program.sizes.values()),
-        bytes=sum(size for _, size in program.sizes.values()),
-        flops=sum(dense_flops(site) for site in program.sites),
+        parameters=sum(elements for elements, _ in analysed.sizes.values()),
+        bytes=sum(size for _, size in analysed.sizes.values()),
+        flops=sum(dense_flops(site) for site in analysed.sites),
     )
 
 
-def other_costs(program: Program, batch_sizes: Sequence[int] = ()) -> np.ndarray:
+def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarray:
     """Parameters and bytes of everything that is no site: biases, norms, scales."""
-    listed = {site.name for site in program.sites}
-    rest = [size for name, size in program.sizes.items() if name not in listed]
+    listed = {site.name for site in analysed.sites}
+    rest = [size for name, size in analysed.sizes.items() if name not in listed]
     known = [sum(n for n, _ in rest), sum(b for _, b in rest), 0.0]
     return np.array(known + [0.0] * len(batch_sizes))
 
@@ -144,20 +144,20 @@ def dense_point(
     return Points(site, costs, zero, zero, zero, np.zeros(1, int), fixed=reason)
 
 
-def scales(program: Program) -> dict[str, float]:
+def scales(analysed: Analysed) -> dict[str, float]:
     """What turns each curve's distortion into the unit in which weights are compared.
 
     That is the loss, where there is one. A weight that the calibration data did not reach is then
     taken to be worth as much of it as a typical one of its size.
     """
-    whole = {name: float(curve.distortion[0]) for name, curve in program.spectra.items()}
+    whole = {name: float(curve.distortion[0]) for name, curve in analysed.spectra.items()}
     known = [
         whole[name] / curve.site.parameters
-        for name, curve in program.spectra.items()
+        for name, curve in analysed.spectra.items()
         if curve.in_nats and whole[name] > 0
     ]
     found = {}
-    for name, curve in program.spectra.items():
+    for name, curve in analysed.spectra.items():
         if curve.in_nats or whole[name] <= 0:
             found[name] = 1.0
         elif known:

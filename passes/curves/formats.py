@@ -17,14 +17,9 @@ UNASKED = tuple(form.name for form in formats() if form.unasked)
 
 
 def check_formats(option: FormatsOption) -> FormatsOption:
-    """What ``formats=`` may be, whatever the model.
-
-    Raises:
-        AnalysisError: a format is none.
-    """
-    if option is not None:
-        for names in option.values() if isinstance(option, Mapping) else (option,):
-            _checked(names)
+    """What ``formats=`` is; raises AnalysisError for a format that is none, whatever the model."""
+    for asked in option.values() if isinstance(option, Mapping) else (option,):
+        _checked(asked)
     return option
 
 

@@ -8,21 +8,22 @@ same way. As soon as a group's moments are there they become curves, which a sto
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tensorize.base import printer
 from tensorize.base.errors import MemoryLimitError
 from tensorize.ir.sites import Site
-from tensorize.passes.curves.spectra import ComputeSpectra, kept_curves
+from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.moments import has_moments, moment_bytes
 from tensorize.passes.observe.statistics import CollectStatistics
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Found, Learned, Observed
 
 
 @dataclass(frozen=True)
 class LearnInGroups:
-    """Program with ``spectra``, of groups of weights whose second moments take ``max_bytes``.
+    """Learns curves of groups of weights whose second moments take ``max_bytes``.
 
     None: all that have no curve yet are one group. Curves that the store of ``spectra`` has kept
     are not made again.
@@ -36,19 +37,24 @@ class LearnInGroups:
     max_bytes: int | None = None
     name: str = "curves"
 
-    def run(self, program: Program) -> Program:
-        program = replace(program, spectra=kept_curves(program, self.spectra.store))
-        kept = len(program.spectra)
-        todo = [s for s in program.sites if s.blocked is None and s.name not in program.spectra]
-        groups = groups_that_fit(todo, program.metric, self.max_bytes)
-        for group in groups or ((),):
-            names = frozenset(site.name for site in group)
-            if any(has_moments(site, program.metric) for site in group):
-                program = replace(self.statistics, only=names).run(program)
-            program = replace(self.spectra, only=names).run(program)
+    def run(self, found: Found) -> Learned:
+        spectra = self.spectra.kept(found)
+        kept = len(spectra)
+        todo = [site for site in found.free if site.name not in spectra]
+        groups = groups_that_fit(todo, found.metric, self.max_bytes)
+        notes, last, begun = found.notes, (), time.perf_counter()
+        for last in groups:
+            names = frozenset(site.name for site in last)
+            observed = found.to(Observed, statistics={})
+            if any(has_moments(site, found.metric) for site in last):
+                observed = replace(self.statistics, only=names).run(found)
+            notes += observed.notes[len(found.notes) :]
+            begun = time.perf_counter()
+            spectra = self.spectra.curves(observed, last, spectra)
+        learned = self.spectra.learned(replace(found, notes=notes), spectra, last, begun)
         counted = f"{len(groups)} group{'s' * (len(groups) != 1)} of weights"
-        summary = f"{counted}, {kept} kept by an earlier run; {program.summary}"
-        return replace(program, summary=summary)
+        summary = f"{counted}, {kept} kept by an earlier run; {learned.summary}"
+        return replace(learned, summary=summary)
 
 
 def groups_that_fit(

@@ -23,7 +23,7 @@ from tensorize.ir.spec import LOW_RANK, Spec
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site, joins
 from tensorize.passes.observe.select import matches, require_match
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Found, Learned
 
 _LOOKUP = 2.0
 _POINTS = 32
@@ -46,7 +46,7 @@ class Assumed(Spectrum):
 
 @dataclass(frozen=True)
 class AssumeSpectra:
-    """Program with ``spectra`` by shape alone.
+    """Curves by shape alone.
 
     ``formats``: as in ``compile``, and a ``TTSpec`` for "this factorization"; by default low rank
     or dense.
@@ -55,13 +55,13 @@ class AssumeSpectra:
     formats: TrainingFormats = None
     name: str = "shapes"
 
-    def run(self, program: Program) -> Program:
-        free = [site for site in program.sites if site.blocked is None]
+    def run(self, found: Found) -> Learned:
+        free = found.free
         allowed, exact = split_formats(free, self.formats)
         spectra = {
             site.name: _curve(site, allowed[site.name], exact.get(site.name)) for site in free
         }
-        return replace(program, spectra=spectra, summary=f"{len(spectra)} curves by shape")
+        return found.to(Learned, spectra=spectra, summary=f"{len(spectra)} curves by shape")
 
 
 def split_formats(

@@ -11,15 +11,15 @@ the factors, and the sum itself is evaluated at every rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tensorize.algebra import bounds
 from tensorize.algebra.factors import best_factors, singular_squares
 from tensorize.algebra.metric import Metric, average, root_times, times_root
+from tensorize.algebra.svd import tail_sums
 from tensorize.base.tensors import at_work
 from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
@@ -36,75 +36,84 @@ from tensorize.passes.curves.formats import UNASKED, FormatsOption, asked_format
 from tensorize.passes.curves.joint import with_shared_factors
 from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Found, Learned, Observed
 
 
 @dataclass(frozen=True)
 class ComputeSpectra:
-    """Program with ``spectra``: the curve of every free site, in the program's metric.
+    """Learns the curve of every free site, in the metric that is asked for.
 
-    The second moments are given up one site at a time, as their roots are made: only one of the
-    two is ever held. ``weights`` gives a dense weight by its name, where they are not the model's.
-    Sites that have a curve already keep it; of the others those named by ``only`` get one. What
-    weights share is looked for once all of them have theirs.
+    ``weights`` gives a dense weight by its name, where they are not the model's. Curves that the
+    ``store`` has kept are not made again. What weights share is looked for once all have theirs.
     """
 
     formats: FormatsOption = None
     weights: Weights | None = None
     store: Store | None = None
-    only: frozenset[str] | None = None
     name: str = "spectra"
 
-    def run(self, program: Program) -> Program:
-        free = [site for site in program.sites if site.blocked is None]
-        asked = asked_formats(free, self.formats)
-        weights = self.weights or weights_of(program.model)
-        spectra = {**kept_curves(program, self.store)}
-        todo = [s for s in free if s.name not in spectra and s.name in (self.only or {s.name})]
-        found, start = len(spectra), time.perf_counter()
+    def run(self, observed: Observed) -> Learned:
+        spectra = self.kept(observed)
+        todo = [site for site in observed.free if site.name not in spectra]
+        begun = time.perf_counter()
+        return self.learned(observed, self.curves(observed, todo, spectra), todo, begun)
+
+    def kept(self, found: Found) -> dict[str, Spectrum]:
+        """The curves that the store has kept of an earlier run."""
+        if self.store is None:
+            return {}
+        curves = ((site.name, self.store.find(site)) for site in found.free)
+        return {name: curve for name, curve in curves if curve is not None}
+
+    def curves(
+        self, observed: Observed, todo: Sequence[Site], known: Mapping[str, Spectrum]
+    ) -> dict[str, Spectrum]:
+        """Those known, and those of the sites ``todo``.
+
+        The second moments are given up one site at a time, as their roots are made: only one of
+        the two is ever held.
+        """
+        asked = asked_formats(observed.free, self.formats)
+        weights = self.weights or weights_of(observed.model)
 
         def curve_of(site: Site) -> Spectrum:
-            moments = program.statistics.get(site.name)
-            known = moments is not None and bool(moments.terms)
-            metrics = site_metrics(site, moments, program.metric)
+            moments = observed.statistics.get(site.name)
+            reached = moments is not None and bool(moments.terms)
+            metrics = site_metrics(site, moments, observed.metric)
             if moments is not None:
                 moments.terms.clear()
             weight = as_matrix(site, weights(site.name))
             curve = spectrum(site, weight, metrics, asked[site.name])
-            return replace(curve, in_nats=known and program.metric == "loss")
+            return replace(curve, in_nats=reached and observed.metric == "loss")
 
-        program.progress("spectra", found, len(free))
-        curves = side_by_side(curve_of, todo, is_small)
-        for done, (site, curve) in enumerate(zip(todo, curves, strict=True), found + 1):
+        spectra, whole = dict(known), len(observed.free)
+        observed.progress("spectra", len(spectra), whole)
+        for site, curve in zip(todo, side_by_side(curve_of, todo, is_small), strict=True):
             spectra[site.name] = curve if self.store is None else self.store.keep(curve)
-            program.progress("spectra", done, len(free))
-        program = replace(program, statistics={})
-        if len(spectra) < len(free):
-            return replace(program, spectra=spectra, summary=f"{len(spectra)} curves so far")
-        spectra = {site.name: spectra[site.name] for site in free}
-        spectra = with_shared_factors(spectra, weights, self.store, program.progress)
-        trains = sum(bool(s.trains) for s in spectra.values())
-        shared = sum(s.shared is not None for s in spectra.values())
+            observed.progress("spectra", len(spectra), whole)
+        return spectra
+
+    def learned(
+        self, found: Found, spectra: Mapping[str, Spectrum], last: Sequence[Site], begun: float
+    ) -> Learned:
+        """Every curve, with what weights share.
+
+        ``last`` are the sites whose curves came last, ``begun`` is when that was.
+        """
+        ordered = {site.name: spectra[site.name] for site in found.free}
+        weights = self.weights or weights_of(found.model)
+        ordered = with_shared_factors(ordered, weights, self.store, found.progress)
+        trains = sum(bool(s.trains) for s in ordered.values())
+        shared = sum(s.shared is not None for s in ordered.values())
         summary = (
-            f"{len(spectra)} curves in the {program.metric} metric, {trains} with TT points, "
+            f"{len(ordered)} curves in the {found.metric} metric, {trains} with TT points, "
             f"{shared} that may share a first factor"
         )
-        if found:
-            summary += f"; {found} were kept by an earlier run"
-        if parameters := sum(site.parameters for site in todo):
-            summary += f"; {1e6 * (time.perf_counter() - start) / parameters:.2g} µs a parameter"
-        return replace(program, spectra=spectra, summary=summary)
-
-
-def kept_curves(program: Program, store: Store | None) -> dict[str, Spectrum]:
-    """The curves that a program has, and those that a store has kept of an earlier run."""
-    curves = dict(program.spectra)
-    if store is not None:
-        for site in program.sites:
-            if site.blocked is None and site.name not in curves:
-                curve = store.find(site)
-                curves |= {} if curve is None else {site.name: curve}
-    return curves
+        if before := len(ordered) - len(last):
+            summary += f"; {before} were kept by an earlier run"
+        if parameters := sum(site.parameters for site in last):
+            summary += f"; {1e6 * (time.perf_counter() - begun) / parameters:.2g} µs a parameter"
+        return found.to(Learned, spectra=ordered, summary=summary)
 
 
 def spectrum(
@@ -118,7 +127,7 @@ def spectrum(
     pay = max(1, (m * n - 1) // (m + n))
     if len(metrics) == 1:
         values = singular_squares(at_work(weight), pay, metrics[0]).double()
-        tails = bounds.tails(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
+        tails = tail_sums(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
     else:
         left, right = best_factors(weight, average(metrics), pay)
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))

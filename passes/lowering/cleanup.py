@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from tensorize.passes.lowering.graph import (
-    Lowered,
-    argument,
-    memory_of,
-    value_of,
-    written,
-)
+from tensorize.base.dynamo import value_of
+from tensorize.passes.lowering.graph import Lowered, argument, memory_of, written
 
 # Only what is known to change nothing: a graph of torch functions also holds writes into tensors,
 # and random draws that the next ones depend on.

@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from tensorize.passes.lowering.graph import Lowered, Packed, value_of
+from tensorize.base.dynamo import value_of
+from tensorize.passes.lowering.graph import Lowered, Packed
 from tensorize.passes.lowering.group import arguments_of, is_linear, rows_of
 from tensorize.passes.lowering.packed import add_packed
 from tensorize.weight.onednn import HAS_ONEDNN, onednn_linear

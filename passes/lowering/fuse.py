@@ -25,15 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tensorize.base.dynamo import VALUE, value_of
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
-from tensorize.passes.lowering.graph import (
-    Lowered,
-    memory_of,
-    value_of,
-    written,
-)
+from tensorize.passes.lowering.graph import Lowered, memory_of, written
 from tensorize.passes.lowering.norms import (
     PLUS,
     TIMES,
@@ -334,7 +330,7 @@ def _replace(graph: fx.Graph, launch: _Launch, fused: Any) -> None:
     """Put one call in place of the weights and of what it takes in."""
     with graph.inserting_before(min(launch.results)):
         call = graph.call_function(fused, (launch.inputs, launch.work.to_text()))
-        call.meta["example_value"] = [value_of(result) for result in launch.results]
+        call.meta[VALUE] = [value_of(result) for result in launch.results]
         for k, result in enumerate(launch.results):
             part = graph.call_function(operator.getitem, (call, k))
             part.meta.update(result.meta)

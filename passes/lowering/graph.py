@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx
 
+from tensorize.base.dynamo import value_of
 from tensorize.ir.work import Work
 
 log = logging.getLogger("tensorize")
@@ -71,21 +72,7 @@ def lower(program: Lowered, passes: Sequence[LoweringPass]) -> Lowered:
     return program
 
 
-def own_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy to change: dynamo's own graph module is left as it is."""
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
-    return fx.GraphModule(module, graph)
-
-
 # ------------------------------------------------------------------------ what a graph writes to
-
-
-def value_of(node: Any) -> Tensor | None:
-    """What dynamo knows of a node's result, where that is a tensor."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else None
 
 
 def memory_of(node: Any) -> int | None:

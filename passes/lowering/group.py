@@ -21,14 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tensorize.base.dynamo import value_of
 from tensorize.base.tensors import is_plain
-from tensorize.passes.lowering.graph import (
-    Lowered,
-    Packed,
-    memory_of,
-    value_of,
-    written,
-)
+from tensorize.passes.lowering.graph import Lowered, Packed, memory_of, written
 from tensorize.passes.lowering.packed import add_packed
 
 

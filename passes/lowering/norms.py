@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from tensorize.base.dynamo import value_of
 from tensorize.ir.work import Norm
-from tensorize.passes.lowering.graph import value_of
 
 TIMES, PLUS = {operator.mul, torch.mul, "mul"}, {operator.add, torch.add, "add"}
 

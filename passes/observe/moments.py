@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tensorize.ir.sites import Site
+from tensorize.ir.sites import LARGEST_FULL_MOMENT, Site
 
-# A side with more entries than this keeps only the diagonal of its second moment (float64: a full
-# one of 8192 takes 512 MB).
-LARGEST_FULL_MOMENT = 8192
 # Gradients of samples, or products of their rows, are held so many elements at a time.
 _ELEMENTS = 16_000_000
 

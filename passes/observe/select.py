@@ -36,13 +36,9 @@ def matches(site: Site, select: Select) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in candidates)
 
 
-def patterns_or_predicate(select: Any) -> Any:
-    """What chooses weights, as it is asked: a list of shell patterns, a predicate or None.
-
-    Raises:
-        AnalysisError: it is something else.
-    """
-    return select if select is None or callable(select) else _patterns(select)
+def check_select(select: Select) -> Select:
+    """A predicate, or the shell patterns; raises AnalysisError for anything else."""
+    return select if callable(select) else _patterns(select)
 
 
 def _patterns(select: Any) -> list[str]:

@@ -20,25 +20,27 @@ from tensorize.base.tensors import adapted_layers, is_plain
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
-from tensorize.ir.sites import Site, Use
+from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Found, Given
 
 _UNKNOWN = "no use of it was seen: pass example_inputs that reach it"
 
 
 @dataclass(frozen=True)
 class FindSites:
-    """Program with ``sites``: one a parameter of at least two dimensions, blocked ones included."""
+    """Finds one site a parameter of at least two dimensions, blocked ones included."""
 
     include: Select = None
     exclude: Select = None
     name: str = "sites"
 
-    def run(self, program: Program) -> Program:
-        model = program.model
+    def run(self, given: Given) -> Found:
+        model = given.model
         names = names_of(model)
-        seen, other, beside = _observe(program) if program.inputs is not None else ({}, {}, [])
+        seen, other, beside = (
+            _observe(model, given.inputs) if given.inputs is not None else ({}, {}, [])
+        )
         sites: list[Site] = []
         adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():
@@ -67,7 +69,7 @@ class FindSites:
         free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
         sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
-        return replace(program, sites=tuple(sites), sizes=sizes, summary=summary)
+        return given.to(Found, sites=tuple(sites), sizes=sizes, summary=summary)
 
 
 def _can_be_rebuilt(function: str) -> bool:
@@ -82,7 +84,9 @@ def _squarest(shape: Sequence[int]) -> int:
     return 1 + sides.index(min(sides))
 
 
-def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]]]:
+def _observe(
+    model: nn.Module, batch: Batch
+) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]]]:
     """Matmul uses, and one other use, of every parameter in a run of the model.
 
     Also the names of linears that one after the other read the very same tensor.
@@ -113,8 +117,6 @@ def _observe(program: Program) -> tuple[dict[str, list[Use]], dict[str, str], li
     def on_other(name: str, function: str) -> None:
         other.setdefault(name, function)
 
-    model, batch = program.model, program.inputs
-    assert batch is not None
     observer = Observer(model.named_parameters(), on_matmul, on_other)
     with untouched(model), of_the_model(), observer:
         model(*batch.args, **batch.kwargs)

@@ -16,7 +16,7 @@ weight to weight, these moments by 1/2 to 2.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -44,7 +44,7 @@ from tensorize.passes.observe.moments import (
 )
 from tensorize.passes.observe.outputs import call, row_mask
 from tensorize.passes.observe.rows import matmul_rows, rows_by_sample
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Found, Observed
 
 # Each row of the outputs gives one sample of the gradients. Where there are few (one a sentence),
 # the same batches are probed again, until there are about this many.
@@ -53,7 +53,7 @@ _OUTPUT_ROWS = 2048
 
 @dataclass(frozen=True)
 class CollectStatistics:
-    """Program with ``statistics``: the moments that the metric needs, of every free site.
+    """Collects the moments that the metric needs, of every free site.
 
     ``loss`` is the loss to preserve; only the ``loss`` metric asks for its gradients. A batch is
     probed at most ``most_probes`` times. ``only`` names the weights whose moments are wanted: they
@@ -68,14 +68,14 @@ class CollectStatistics:
     by_sample: bool = True
     name: str = "statistics"
 
-    def run(self, program: Program) -> Program:
-        if program.metric == "frobenius":
-            return replace(program, summary="none needed: the weights alone")
-        free = {site.name for site in program.sites if has_moments(site, program.metric)}
+    def run(self, found: Found) -> Observed:
+        if found.metric == "frobenius":
+            return found.to(Observed, statistics={}, summary="none needed: the weights alone")
+        free = {site.name for site in found.sites if has_moments(site, found.metric)}
         # All of them, so that whatever is asked for the same gradients arrive, on the same way.
-        wanted = [(n, p) for n, p in program.model.named_parameters() if n in free]
-        sites = {site.name: site for site in program.sites}
-        generator = torch.Generator().manual_seed(program.seed)
+        wanted = [(n, p) for n, p in found.model.named_parameters() if n in free]
+        sites = {site.name: site for site in found.sites}
+        generator = torch.Generator().manual_seed(found.seed)
         chosen = free if self.only is None else free & self.only
         moments: dict[str, Moments] = {name: Moments() for name in sorted(chosen)}
         output_rows = 0
@@ -90,32 +90,32 @@ class CollectStatistics:
         probes, total = 1, len(self.batches)
         done = 0
         while done < total:
-            program.progress("statistics", done, total)
+            found.progress("statistics", done, total)
             batch = self.batches[done % len(self.batches)]
             done += 1
-            if program.metric == "loss":
+            if found.metric == "loss":
                 assert self.loss is not None
                 if done == 1:
-                    changed = changed_after_use(program.model, batch, wanted)
-                given = program.model, batch, wanted
+                    changed = changed_after_use(found.model, batch, wanted)
+                given = found.model, batch, wanted
                 add = partial(_add_rows, moments, sites, by_sample=self.by_sample)
                 output_rows += backward(*given, add, self.loss, generator, changed, whole)
                 if done == len(self.batches):
                     probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), self.most_probes)
                     total *= probes
             else:
-                _add_inputs(program.model, batch, wanted, sites, moments)
-        program.progress("statistics", total, total)
+                _add_inputs(found.model, batch, wanted, sites, moments)
+        found.progress("statistics", total, total)
         for term in (term for moment in moments.values() for term in moment.terms.values()):
             term.output_rows, term.probes = output_rows, probes
             if term.contract == "lookup" and term.rows is not None:
                 term.unseen = unseen_share(term.rows, probes)
-        notes = [*program.notes, *_normalise(moments, sites, output_rows, program.metric)]
+        notes = [*found.notes, *_normalise(moments, sites, output_rows, found.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
         summary += f" in {probes} probes" if probes > 1 else ""
         if any(term.pooled for moment in moments.values() for term in moment.terms.values()):
             summary += ", one a sample: its positions are added up"
-        return replace(program, statistics=moments, summary=summary, notes=tuple(notes))
+        return found.to(Observed, statistics=moments, summary=summary, notes=tuple(notes))
 
 
 def _add_inputs(

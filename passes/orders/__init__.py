@@ -1,1 +1,1 @@
-"""Contraction orders: by FLOPs, by time, and with gradients."""
+"""Contraction orders: by FLOPs, and by time."""

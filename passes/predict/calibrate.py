@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tensorize.ir.plan import POLISH, REFIT, Plan
+from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.pipeline import Program
 from tensorize.passes.predict.predictor import Predictor, Trial
-from tensorize.passes.predict.trials import Reference, approximations, trial_plan
-from tensorize.passes.rewrite.factorize import Cores, MakeFactors, best_components, in_copy
+from tensorize.passes.predict.trials import Reference, approximations, trial_plan, untried
+from tensorize.passes.rewrite.factorize import Cores, best_components, in_copy, planned_cores
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
+from tensorize.passes.stages import Analysed, Learned, Opened, Planned, Rewritten
 from tensorize.weight.install import factored
 
 TRIAL_SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)
@@ -38,7 +38,7 @@ _NOTHING = 0.01
 
 @dataclass(frozen=True)
 class CalibratePrediction:
-    """Program with ``predictor``, where there is a loss to preserve and data to measure it on.
+    """Makes the predictor, where there is a loss to preserve and data to measure it on.
 
     Trial plans are measured on ``held_out`` batches, or on those ``learnt`` from where there are
     none; ``refinements`` are measured as well.
@@ -54,59 +54,67 @@ class CalibratePrediction:
     def _batches(self) -> tuple[Batch, ...]:
         return self.held_out or self.learnt
 
-    def run(self, program: Program) -> Program:
-        if program.metric != "loss" or self.loss is None:
-            return replace(program, summary="no loss to predict: weights and inputs alone")
-        if not any(curve.in_nats for curve in program.spectra.values()):
-            return replace(program, summary="no loss to predict: its gradients say nothing")
-        reference = Reference(program.model, self._batches, self.loss)
-        least = smallest_share(program)
-        plans = {share: trial_plan(program, trial_share(least, share)) for share in TRIAL_SHARES}
+    def run(self, learned: Learned) -> Analysed:
+        if learned.metric != "loss" or self.loss is None:
+            return _without(learned, "weights and inputs alone")
+        if not any(curve.in_nats for curve in learned.spectra.values()):
+            return _without(learned, "its gradients say nothing")
+        reference = Reference(learned.model, self._batches, self.loss)
+        least = smallest_share(untried(learned))
+        plans = {share: trial_plan(learned, trial_share(least, share)) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
-        first = {plan.sites: share for share, plan in reversed(plans.items()) if plan is not None}
+        first = {p.plan.sites: share for share, p in reversed(plans.items()) if p is not None}
         wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
         pooled = reference.one_row_a_sample
         for refine in self.refinements:
             shares = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
             wanted += [(share, refine) for share in shares]
-        known = best_components(program, first)
+        known = best_components(learned, first)
         trials: list[Trial] = []
         for done, (share, refine) in enumerate(wanted):
-            program.progress("prediction", done, len(wanted))
-            plan = plans[share]
-            if plan is not None and first[plan.sites] == share:
-                trials.append(self._measure(program, plan, refine, known, reference))
-        program.progress("prediction", len(wanted), len(wanted))
+            learned.progress("prediction", done, len(wanted))
+            planned = plans[share]
+            if planned is not None and first[planned.plan.sites] == share:
+                trials.append(self._measure(learned, planned, refine, known, reference))
+        learned.progress("prediction", len(wanted), len(wanted))
         ordered = tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
         predictor = Predictor(ordered, self.loss.unit, bool(self.held_out), self.refinements)
         ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
         summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
-        return replace(program, predictor=predictor, summary=summary)
+        return learned.to(Analysed, predictor=predictor, summary=summary)
 
     def _measure(
         self,
-        program: Program,
-        plan: Plan,
+        learned: Learned,
+        planned: Planned,
         refine: str | None,
         known: Mapping[str, Cores],
         reference: Reference,
     ) -> Trial:
         loss = self.loss
         assert loss is not None
-        tried = replace(program, plan=plan)
+        cores = {} if refine else planned_cores(learned, planned.plan.sites, known)
+        tried: Opened | Rewritten = planned.to(Opened, model=learned.model, cores=cores)
         for step in rewriting(
             refine,
             self.learnt,
-            lambda: Polish(program.model, self.learnt, self.held_out, loss),
-            source=MakeFactors(known),
+            lambda: Polish(learned.model, self.learnt, self.held_out, loss),
             sink=in_copy if refine == POLISH else None,
             verified=False,
         ):
             tried = step.run(tried)
-        cores = tried.cores or {name: weight.cores for name, weight in factored(tried.model)}
-        found = reference.measure(approximations(program, plan.sites, cores))
-        raw = sum(site.predicted_loss for site in plan.sites)
+        if isinstance(tried, Opened):
+            cores = tried.cores
+        else:
+            cores = {name: weight.cores for name, weight in factored(tried.model)}
+        sites = planned.plan.sites
+        found = reference.measure(approximations(learned, sites, cores))
+        raw = sum(site.predicted_loss for site in sites)
         return Trial(raw, found.rise, found.spread, found.output_error, refine)
+
+
+def _without(learned: Learned, why: str) -> Analysed:
+    return learned.to(Analysed, predictor=None, summary=f"no loss to predict: {why}")
 
 
 def trial_share(least: float, share: float) -> float:

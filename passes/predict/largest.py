@@ -22,9 +22,9 @@ from tensorize.ir.sites import Batch, Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.pipeline import Program
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan
 from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores
+from tensorize.passes.stages import Learned
 
 LARGE = 0.1
 """A weight that holds this share of a model's parameters is measured by itself."""
@@ -39,7 +39,7 @@ TRIAL = 0.25
 
 @dataclass(frozen=True)
 class MeasureLargest:
-    """Program whose largest weights have curves with what they really cost at some ranks.
+    """Gives the largest weights curves with what they really cost at some ranks.
 
     It is measured on ``batches``.
     """
@@ -48,56 +48,56 @@ class MeasureLargest:
     loss: PreservedLoss | None
     name: str = "largest"
 
-    def run(self, program: Program) -> Program:
-        if program.metric != "loss" or self.loss is None:
-            return replace(program, summary="nothing to measure: there is no loss")
-        whole = sum(elements for elements, _ in program.sizes.values())
-        curves = [c for c in program.spectra.values() if c.site.parameters >= LARGE * whole]
+    def run(self, learned: Learned) -> Learned:
+        if learned.metric != "loss" or self.loss is None:
+            return replace(learned, summary="nothing to measure: there is no loss")
+        whole = sum(elements for elements, _ in learned.sizes.values())
+        curves = [c for c in learned.spectra.values() if c.site.parameters >= LARGE * whole]
         trials = {curve.site.name: _alone(curve) for curve in curves}
         if not any(trials.values()):
-            return replace(program, summary="no weight is large enough to be measured by itself")
-        first = Reference(program.model, self.batches[:1], self.loss)
+            return replace(learned, summary="no weight is large enough to be measured by itself")
+        first = Reference(learned.model, self.batches[:1], self.loss)
         if not first.one_row_a_sample:
-            return replace(program, summary="not measured: every position has an output of its own")
-        reference = Reference(program.model, self.batches, self.loss)
-        found, done = dict(program.spectra), 0
+            return replace(learned, summary="not measured: every position has an output of its own")
+        reference = Reference(learned.model, self.batches, self.loss)
+        found, done = dict(learned.spectra), 0
         ratios: list[str] = []
         for name, choices in trials.items():
-            known = best_components(program, [(choice,) for choice in choices])
+            known = best_components(learned, [(choice,) for choice in choices])
             pairs: list[tuple[float, float]] = []
             for choice in choices:
-                program.progress("largest", done, sum(map(len, trials.values())))
-                pairs.append((choice.predicted_loss, _rise(program, [choice], known, reference)))
+                learned.progress("largest", done, sum(map(len, trials.values())))
+                pairs.append((choice.predicted_loss, _rise(learned, [choice], known, reference)))
                 done += 1
             found[name] = replace(found[name], measured=tuple(sorted(pairs)))
             ratios.append(f"{name} {', '.join(f'{rise / lost:.2f}' for lost, rise in pairs)}")
-        program.progress("largest", done, done)
-        measured = replace(program, spectra=found)
+        learned.progress("largest", done, done)
+        measured = replace(learned, spectra=found)
         summary = f"measured : predicted alone: {'; '.join(ratios)}"
-        if not _is_better(measured, program, reference):
-            return replace(program, summary=f"{summary}; not used, as plans with it lose more")
+        if not _is_better(measured, learned, reference):
+            return replace(learned, summary=f"{summary}; not used, as plans with it lose more")
         return replace(measured, summary=summary)
 
 
-def _is_better(one: Program, other: Program, reference: Reference) -> bool:
-    """Whether a trial plan of one program loses less than one of the other."""
+def _is_better(one: Learned, other: Learned, reference: Reference) -> bool:
+    """Whether a trial plan by one's curves loses less than by the other's."""
     rises = []
-    for program in (one, other):
-        plan = trial_plan(program, TRIAL)
-        if plan is None:
+    for learned in (one, other):
+        planned = trial_plan(learned, TRIAL)
+        if planned is None:
             return False
-        rises.append(_rise(program, plan.sites, None, reference))
+        rises.append(_rise(learned, planned.plan.sites, None, reference))
     return rises[0] < rises[1]
 
 
 def _rise(
-    program: Program,
+    learned: Learned,
     sites: Sequence[RankPlan],
     known: Mapping[str, Cores] | None,
     reference: Reference,
 ) -> float:
-    cores = planned_cores(program, sites, known)
-    return reference.measure(approximations(program, sites, cores)).rise
+    cores = planned_cores(learned, sites, known)
+    return reference.measure(approximations(learned, sites, cores)).rise
 
 
 def _alone(curve: Spectrum) -> list[RankPlan]:

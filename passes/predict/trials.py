@@ -15,7 +15,7 @@ from tensorize.base.errors import BudgetError, CaptureError
 from tensorize.capture.forward import untouched
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import Plan, RankPlan
+from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
@@ -27,7 +27,7 @@ from tensorize.passes.observe.outputs import (
     outputs_of,
     samples_of,
 )
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Analysed, Learned, Planned
 
 _KEPT_BYTES = 1 << 30
 
@@ -103,10 +103,10 @@ class Reference:
 
 
 def approximations(
-    program: Program, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
+    learned: Learned, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Tensor]:
     """Dense weights as the cores would leave them, by parameter name; tied names included."""
-    parameters: dict[str, nn.Parameter] = dict(program.model.named_parameters())
+    parameters: dict[str, nn.Parameter] = dict(learned.model.named_parameters())
     weights: dict[str, Tensor] = {}
     for choice in sites:
         if choice.spec is not None:
@@ -117,11 +117,15 @@ def approximations(
     return weights
 
 
-def trial_plan(program: Program, share: float) -> Plan | None:
+def trial_plan(learned: Learned, share: float) -> Planned | None:
     """What a trial at a share of the parameters does; None where it loses nothing."""
     try:
-        plan = Allocate(Budget(params=share)).run(program).plan
+        planned = Allocate(Budget(params=share)).run(untried(learned))
     except BudgetError:
         return None  # the weights that cannot be factorized take more than this share
-    assert plan is not None
-    return plan if sum(site.predicted_loss for site in plan.sites) > 0 else None
+    return planned if sum(site.predicted_loss for site in planned.plan.sites) > 0 else None
+
+
+def untried(learned: Learned) -> Analysed:
+    """What plans can be made of before anything was measured."""
+    return learned.to(Analysed, predictor=None)

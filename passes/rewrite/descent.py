@@ -1,14 +1,16 @@
 """Gradient steps on factors: Adam (Kingma & Ba 2015), each step relative to the parameter's size.
 
-What a polish and a healing have in common: how large steps may be, how they grow and shrink over a
-run, the copies that they are taken on, and the order of the data.
+A polish and a healing are one descent: how large steps may be, how they grow and shrink over a
+run, the copies that they are taken on, the order of the data, and the best values that are kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 import torch
@@ -46,25 +48,135 @@ def relative_groups(
     ]
 
 
+@dataclass
+class State:
+    """All of a descent but the tensors; the distances are ``judge``'s."""
+
+    before: float
+    best: float
+    done: int = 0
+    best_step: int = 0
+    scale: float = 1.0
+    idle: int = 0
+    retreats: int = 0
+    stopped: bool = False
+
+
+@dataclass(eq=False)
 class Descent:
-    """Adam on parameters in place.
+    """Adam on parameters in place; the best values are kept, and in the end put there.
 
     Steps are taken on float32 copies: in half precision small ones would be rounded away.
+
+    Args:
+        learn: the loss of the batch at a position, differentiable.
+        judge: what the best values have least of; ``before`` is what it said at first.
+        steps, every: how many there are, and after how many to judge.
+        rate, smallest: the largest step, relative to a parameter's size; the least such size.
+        patience: after so many looks in a row without a better result, or one above ``worst``, the
+            best values are taken again with a quarter of the rate; None: never. So they are after
+            a loss that is not finite.
+        retreats: how often that may be; the time after, the run ends.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], rate: float, smallest: float = 0.0) -> None:
-        self.parameters = parameters
-        self.masters = [p.detach().float().clone() for p in parameters]
-        self.adam = torch.optim.Adam(relative_groups(self.masters, rate, smallest), betas=BETAS)
+    parameters: Sequence[Tensor]
+    learn: Callable[[int], Tensor]
+    judge: Callable[[], float]
+    before: float
+    _: KW_ONLY
+    steps: int
+    every: int
+    rate: float
+    smallest: float = 0.0
+    patience: int | None = None
+    worst: float = math.inf
+    retreats: int = 0
+
+    def __post_init__(self) -> None:
+        self.state = State(self.before, self.before)
+        self.losses: list[float] = []
+        self.checks: list[tuple[int, float]] = []
+        self.best = [p.detach().clone() for p in self.parameters]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        groups = relative_groups(self.masters, self.rate, self.smallest)
+        self.adam = torch.optim.Adam(groups, betas=BETAS)
         self.largest = [group["lr"] for group in self.adam.param_groups]
 
-    def step(self, gradients: Sequence[Tensor | None], share: float) -> None:
-        """One step, at a share of the largest rate."""
+    def run(self, order: Iterable[int]) -> Iterator[bool]:
+        """Take the steps on the batches at these positions; after each, whether it was judged."""
+        for position in itertools.islice(order, self.state.done, None):
+            if self.state.stopped:
+                break
+            self._step(position)
+            due = self.state.done % self.every == 0 or self.state.done == self.steps
+            if due and not self.state.stopped:
+                self._look()
+            yield due
+        write(self.parameters, self.best)
+
+    def _step(self, position: int) -> None:
+        state = self.state
+        with trainable(self.parameters), torch.enable_grad():
+            loss = self.learn(position)
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        sizes = [g.float().norm() for g in gradients if g is not None]
+        share = state.scale * share_of_rate(state.done, self.steps)
+        state.done += 1
+        self.losses.append(float(loss))
+        if not (sizes and torch.stack([loss.detach().float(), *sizes]).isfinite().all()):
+            self._retreat()
+            return
         for group, lr in zip(self.adam.param_groups, self.largest, strict=True):
             group["lr"] = lr * share
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = None if gradient is None else gradient.float()
         self.adam.step()
+        write(self.parameters, self.masters)
+
+    def _look(self) -> None:
+        state, reached = self.state, self.judge()
+        self.checks.append((state.done, reached))
+        if reached < state.best:
+            state.best, state.best_step, state.idle = reached, state.done, 0
+            self.best = [p.detach().clone() for p in self.parameters]
+            return
+        state.idle += 1
+        worse = self.patience is not None and not reached <= self.worst
+        if worse or state.idle == self.patience:
+            self._retreat()
+
+    def _retreat(self) -> None:
+        state = self.state
+        if state.retreats == self.retreats:
+            state.stopped = True
+            return
+        write(self.parameters, self.best)
+        self._begin()
+        state.scale, state.idle, state.retreats = state.scale / 4, 0, state.retreats + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on from here."""
+        return {
+            "state": asdict(self.state),
+            "losses": self.losses,
+            "checks": self.checks,
+            "masters": self.masters,
+            "adam": self.adam.state_dict(),
+            "largest": self.largest,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``."""
+        self.state = State(**found["state"])
+        self.losses, self.checks = list(found["losses"]), [(k, x) for k, x in found["checks"]]
+        write(self.masters, found["masters"])
+        self.adam.load_state_dict(found["adam"])
+        self.largest = list(found["largest"])
+        write(self.best, found["best"])
         write(self.parameters, self.masters)
 
 

@@ -8,7 +8,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -20,7 +20,7 @@ from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
 from tensorize.weight.install import first_factor, install, owner_of
 from tensorize.weight.whole_model import settle
 
@@ -42,44 +42,43 @@ class Place:
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
-Sink = Callable[[Program], contextlib.AbstractContextManager[Place]]
-"""Opens the place where a program's factors go, and completes it."""
+Sink = Callable[[Opened], contextlib.AbstractContextManager[Place]]
+"""Opens the place where the factors of a plan go, and completes it."""
 
 
 @contextlib.contextmanager
-def in_model(program: Program) -> Iterator[Place]:
-    """The program's own model. Each dense weight is released as soon as its factors exist."""
-    yield _of(program, program.model)
-    settle(program.model)
+def in_model(opened: Opened) -> Iterator[Place]:
+    """The model itself. Each dense weight is released as soon as its factors exist."""
+    yield _of(opened, opened.model)
+    settle(opened.model)
 
 
 @contextlib.contextmanager
-def in_copy(program: Program) -> Iterator[Place]:
+def in_copy(opened: Opened) -> Iterator[Place]:
     """A copy to try a plan with: it is not settled, and the model stays as it is."""
-    yield _of(program, copy_sharing(program.model, {c.name for c in factorized(program)}))
+    yield _of(opened, copy_sharing(opened.model, {c.name for c in factorized(opened)}))
 
 
-def _of(program: Program, model: nn.Module) -> Place:
-    sites = {site.name: site for site in program.sites}
+def _of(opened: Opened, model: nn.Module) -> Place:
+    sites = {site.name: site for site in opened.sites}
 
     def put(unit: Sequence[RankPlan]) -> dict[str, float]:
         (choice,) = unit
         # Refined factors are released as soon as the model has its copy.
-        curve, cores = program.spectra[choice.name], program.cores.pop(choice.name, None)
+        curve, cores = opened.spectra[choice.name], opened.cores.pop(choice.name, None)
         return {choice.name: replace_weight(model, sites[choice.name], choice, curve, cores)}
 
-    return Place(model, [(choice,) for choice in factorized(program)], put)
+    return Place(model, [(choice,) for choice in factorized(opened)], put)
 
 
-def factorized(program: Program) -> list[RankPlan]:
+def factorized(planned: Planned) -> list[RankPlan]:
     """What the plan does with the weights that do not stay dense."""
-    assert program.plan is not None
-    return [choice for choice in program.plan.sites if choice.spec is not None]
+    return [choice for choice in planned.plan.sites if choice.spec is not None]
 
 
 @dataclass(frozen=True)
 class Factorize:
-    """Program whose ``model`` holds factors, with the measured ``errors``.
+    """Puts the factors in their place, and measures the errors.
 
     An interrupt takes effect between two weights, so the model can always run.
     """
@@ -87,48 +86,33 @@ class Factorize:
     sink: Sink = in_model
     name: str = "factorize"
 
-    def run(self, program: Program) -> Program:
-        with self.sink(program) as place:
+    def run(self, opened: Opened) -> Rewritten:
+        with self.sink(opened) as place:
             errors, count = dict(place.errors), len(place.units)
             for done, unit in enumerate(place.units):
-                program.progress("factorize", done, count)
+                opened.progress("factorize", done, count)
                 if unit[0].name not in errors:
                     errors |= place.put(unit)
-        program.progress("factorize", count, count)
+        opened.progress("factorize", count, count)
         worst = max(errors.values(), default=0.0)
         summary = f"{len(errors)} weights replaced, largest measured error {worst:.4f}"
-        return replace(program, model=place.model, errors=errors, summary=summary)
-
-
-@dataclass(frozen=True)
-class MakeFactors:
-    """Program with ``cores``: those of all weights at once, as their curves give them.
-
-    ``known``: what ``best_components`` found for this plan among others.
-    """
-
-    known: Mapping[str, Cores] | None = None
-    name: str = "factors"
-
-    def run(self, program: Program) -> Program:
-        cores = planned_cores(program, factorized(program), self.known)
-        return replace(program, cores=cores, summary=f"factors of {len(cores)} weights")
+        return opened.to(Rewritten, model=place.model, errors=errors, summary=summary)
 
 
 def planned_cores(
-    program: Program, sites: Sequence[RankPlan], known: Mapping[str, Cores] | None = None
+    dense: Dense, sites: Sequence[RankPlan], known: Mapping[str, Cores] | None = None
 ) -> dict[str, Cores]:
     """The factors of every weight that a plan factorizes, as its curve gives them.
 
     ``known``: what ``best_components`` found for this plan among others.
     """
-    parameters = dict(program.model.named_parameters())
+    parameters = dict(dense.model.named_parameters())
     found: dict[str, Cores] = {}
     todo: list[RankPlan] = []
     for choice in sites:
         if choice.spec is None:
             continue
-        if known is not None and choice.name in known and _is_cut(program, choice):
+        if known is not None and choice.name in known and _is_cut(dense, choice):
             left, right = known[choice.name]
             (rank,) = choice.spec.ranks
             found[choice.name] = left[..., :rank], right[..., :rank, :]
@@ -137,32 +121,32 @@ def planned_cores(
 
     def factors(choice: RankPlan) -> Cores:
         assert choice.spec is not None
-        curve, dense = program.spectra[choice.name], parameters[choice.name].detach()
-        matrix = as_matrix(curve.site, dense)
+        curve = dense.spectra[choice.name]
+        matrix = as_matrix(curve.site, parameters[choice.name].detach())
         return curve.factors(choice.spec, matrix, shared=choice.shared is not None)
 
-    made = side_by_side(factors, todo, lambda choice: is_small(program.spectra[choice.name].site))
+    made = side_by_side(factors, todo, lambda choice: is_small(dense.spectra[choice.name].site))
     return found | {choice.name: cores for choice, cores in zip(todo, made, strict=True)}
 
 
-def best_components(program: Program, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:
+def best_components(dense: Dense, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:
     """The factors at the largest rank that a weight has in any of several plans.
 
     Where those of smaller ranks are cut from them: one decomposition then serves all of the plans.
     """
     largest: dict[str, RankPlan] = {}
     for choice in itertools.chain.from_iterable(plans):
-        if choice.spec is not None and _is_cut(program, choice):
+        if choice.spec is not None and _is_cut(dense, choice):
             known = largest.get(choice.name)
             if known is None or known.ranks < choice.ranks:
                 largest[choice.name] = choice
-    return planned_cores(program, list(largest.values()))
+    return planned_cores(dense, list(largest.values()))
 
 
-def _is_cut(program: Program, choice: RankPlan) -> bool:
+def _is_cut(dense: Dense, choice: RankPlan) -> bool:
     """Whether its factors are the first components of those of larger ranks."""
     assert choice.spec is not None
-    curve = program.spectra[choice.name]
+    curve = dense.spectra[choice.name]
     plain = format_of(choice.spec).spectral and choice.shared is None and len(curve.metrics) == 1
     return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
 

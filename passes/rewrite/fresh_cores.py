@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.curves.curve import as_matrix
-from tensorize.passes.pipeline import Program
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
+from tensorize.passes.stages import Planned, Rewritten
 from tensorize.weight.install import install, owner_of, takes_nonlinearity
 from tensorize.weight.whole_model import settle
 
@@ -39,42 +39,41 @@ _PART = 1 << 22
 
 @dataclass(frozen=True)
 class InitializeCores:
-    """Program whose ``model`` (changed in place) has values, with cores where the plan says so.
+    """Gives ``model`` (changed in place) values, with cores where the plan says so.
 
     ``device``: where values are made that are on meta; ``initializer`` makes them where given.
     """
 
+    model: nn.Module
     method: str = SCALED
     nonlinearity: str | None = None
     initializer: Initializer | None = None
     device: str = "cpu"
     name: str = "initialize"
 
-    def run(self, program: Program) -> Program:
-        model, plan = program.model, program.plan
-        assert plan is not None
-        sites = {site.name: site for site in program.sites}
-        chosen = {choice.name: choice for choice in plan.sites if choice.spec is not None}
+    def run(self, planned: Planned) -> Rewritten:
+        model = self.model
+        sites = {site.name: site for site in planned.sites}
+        chosen = {choice.name: choice for choice in planned.plan.sites if choice.spec is not None}
         missing = {name: set(sites[name].names) for name in chosen}
         bent = 0
         with torch.random.fork_rng():
-            torch.manual_seed(program.seed)
+            torch.manual_seed(planned.seed)
             for final in self._final_values(model):
                 for name in list(missing):
                     missing[name] -= final
                     if not missing[name]:
                         del missing[name]
                         bent += self._replace(model, sites[name], chosen[name])
-                        program.progress("initialize", len(chosen) - len(missing), len(chosen))
+                        planned.progress("initialize", len(chosen) - len(missing), len(chosen))
         settle(model)
         summary = f"{len(chosen)} weights have {self.method} cores"
-        notes = program.notes
-        if self.nonlinearity is not None:
-            notes = (
-                *notes,
-                f"{self.nonlinearity} between the factors of {bent} of {len(chosen)} weights",
-            )
-        return replace(program, summary=summary, notes=notes)
+        done = planned.to(Rewritten, model=model, errors={}, summary=summary)
+        if self.nonlinearity is None:
+            return done
+        return done.noted(
+            f"{self.nonlinearity} between the factors of {bent} of {len(chosen)} weights"
+        )
 
     def _final_values(self, model: nn.Module) -> Iterable[set[str]]:
         if is_on_meta(model):

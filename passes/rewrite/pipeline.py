@@ -22,23 +22,23 @@ def rewriting(
     batches: Sequence[Batch] = (),
     polish: Callable[[], Polish] | None = None,
     *,
-    source: Pass | None = None,
     sink: Sink | None = in_model,
     verified: bool = True,
 ) -> tuple[Pass, ...]:
-    """The passes that carry out the plan of a program.
+    """The passes that carry out a plan: from ``Opened`` to ``Rewritten``.
+
+    Factors are what a refit makes, else the ``cores`` of the stage, else each weight's curve's.
 
     Args:
         refine: what is done to the factors after the decompositions: None, "refit" or "polish".
         batches: what they are refit on.
         polish: makes the pass, where it is asked for.
-        source: makes the factors that are not refit; None: each weight's curve, when it is put in.
-        sink: where they are put; None: nowhere, they are the program's ``cores``.
+        sink: where they are put; None: nowhere, they are the ``cores`` of the stage.
         verified: look at the result.
     """
     assert refine != POLISH or polish is not None
     steps = (
-        source if refine is None else Refit(tuple(batches)),
+        None if refine is None else Refit(tuple(batches)),
         None if sink is None else Factorize(sink),
         polish() if refine == POLISH and polish is not None else None,
         VerifyResult() if verified else None,

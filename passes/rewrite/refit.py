@@ -35,40 +35,37 @@ from tensorize.passes.curves.metric import shrink, shrinkage
 from tensorize.passes.observe.moments import plus, products
 from tensorize.passes.observe.outputs import row_mask
 from tensorize.passes.observe.rows import input_rows
-from tensorize.passes.pipeline import Program
 from tensorize.passes.rewrite.factorize import Cores, planned_cores
 from tensorize.passes.rewrite.runs import WeightRun, run_order
+from tensorize.passes.stages import Dense, Opened
 from tensorize.weight import contractions as ops
 from tensorize.weight.lazy import FactoredWeight
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Program with ``cores``: the planned factors, solved again on ``batches``."""
+    """Makes the planned factors, solved again on ``batches``."""
 
     batches: tuple[Batch, ...]
     name: str = "refit"
 
-    def run(self, program: Program) -> Program:
-        assert program.plan is not None
-        cores = refit(program, program.plan.sites, self.batches)
+    def run(self, opened: Opened) -> Opened:
+        cores = refit(opened, opened.plan.sites, self.batches)
         summary = f"{len(cores)} weights in sequence, on {len(self.batches)} batches"
-        return replace(program, cores=cores, summary=summary)
+        return replace(opened, cores=cores, summary=summary)
 
 
 @torch.no_grad()
-def refit(
-    program: Program, sites: Sequence[RankPlan], batches: Sequence[Batch]
-) -> dict[str, Cores]:
+def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> dict[str, Cores]:
     """The cores of a plan, those of plain low-rank weights solved again."""
     specs = {choice.name: choice.spec for choice in sites if choice.spec is not None}
-    parameters = {n: p for n, p in program.model.named_parameters() if n in specs}
+    parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
-    by_name = {site.name: site for site in program.sites}
+    by_name = {site.name: site for site in dense.sites}
     order = [
         n
-        for n in run_order(program.model, batches[0], parameters)
-        if _solvable(by_name[n], specs[n], program.spectra[n])
+        for n in run_order(dense.model, batches[0], parameters)
+        if _solvable(by_name[n], specs[n], dense.spectra[n])
     ]
     together = _together(sites, order)
     order = [name for name in order if name in together]
@@ -76,7 +73,7 @@ def refit(
 
     def use_planned(*names: str) -> None:
         if wanted := [c for c in sites if c.name in names and c.name not in cores]:
-            cores.update(planned_cores(program, wanted))
+            cores.update(planned_cores(dense, wanted))
 
     def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
         if name not in cores:  # it is solved after this batch came by it, or never
@@ -88,18 +85,18 @@ def refit(
 
     runs: list[tuple[WeightRun, WeightRun]] = []
     try:
-        with untouched(program.model):
+        with untouched(dense.model):
             for batch in batches:
-                given = program.model, batch, parameters, order
+                given = dense.model, batch, parameters, order
                 runs.append((WeightRun(*given, None), WeightRun(*given, compressed)))
             moments: _Moments | None = None
             for done, name in enumerate(order):
-                program.progress("refit", done, len(order))
+                dense.progress("refit", done, len(order))
                 there = [pair for pair in runs if all(one.reach(done) for one in pair)]
                 if moments is None or not moments.are_of(there):
                     moments = _Moments(by_name[name], there)
                 if moments.seen:
-                    group = {n: program.spectra[n] for n in together[name]}
+                    group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
                     solved = moments.solve(weights, list(group.values()), specs[name].ranks[0])
                     cores.update(zip(group, solved, strict=True))
@@ -108,7 +105,7 @@ def refit(
             for one in pair:
                 one.stop()
     use_planned(*specs)
-    program.progress("refit", len(order), len(order))
+    dense.progress("refit", len(order), len(order))
     return cores
 
 

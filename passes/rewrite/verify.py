@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tensorize.base.errors import AnalysisError
 from tensorize.formats import interpret
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Rewritten
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
 
@@ -20,7 +20,7 @@ _ROWS = 4
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """The same program, with a note for every weight whose error is not the predicted one.
+    """Looks at the result, and notes every weight whose error is not the predicted one.
 
     Raises:
         AnalysisError: a rewritten weight does not compute what its cores say, or the parameters
@@ -29,10 +29,9 @@ class VerifyResult:
 
     name: str = "verify"
 
-    def run(self, program: Program) -> Program:
-        plan = program.plan
-        assert plan is not None
-        counted = sum({id(p): p.numel() for p in program.model.parameters()}.values())
+    def run(self, done: Rewritten) -> Rewritten:
+        plan = done.plan
+        counted = sum({id(p): p.numel() for p in done.model.parameters()}.values())
         planned = plan.predicted.parameters
         if counted != planned:
             raise AnalysisError(
@@ -40,25 +39,25 @@ class VerifyResult:
                 way_out="this is a defect in tensorize: please report it",
             )
         # On meta they were checked as they were written.
-        compared = [(name, w) for name, w in factored(program.model) if not w.is_meta]
+        compared = [(name, w) for name, w in factored(done.model) if not w.is_meta]
         largest = max((check_weight(name, w) for name, w in compared), default=0.0)
-        notes = list(program.notes)
+        notes = list(done.notes)
         for site in plan.sites:
             if site.spec is None or plan.refine is not None:
                 continue  # refined factors are not the best for their own dense weight
-            actual = program.errors.get(site.name, 0.0)
-            rounding = torch.finfo(getattr(torch, _dtype(program, site.name))).eps
+            actual = done.errors.get(site.name, 0.0)
+            rounding = torch.finfo(getattr(torch, _dtype(done, site.name))).eps
             if actual > 1.05 * site.predicted_error + 8 * rounding:
                 notes.append(
                     f"{site.name}: its error is {actual:.4g}, {site.predicted_error:.4g} predicted"
                 )
         agreed = f"contractions agree to {largest:.1e} of their size"
         summary = f"{counted:,} parameters; {agreed if compared else 'none to run'}"
-        return replace(program, summary=summary, notes=tuple(notes))
+        return replace(done, summary=summary, notes=tuple(notes))
 
 
-def _dtype(program: Program, name: str) -> str:
-    return next((site.dtype for site in program.sites if site.name == name), "float32")
+def _dtype(done: Rewritten, name: str) -> str:
+    return next((site.dtype for site in done.sites if site.name == name), "float32")
 
 
 def check_weight(name: str, weight: FactoredWeight) -> float:

@@ -1,4 +1,4 @@
-"""Tensor-train algebra on matrices: TT-SVD, reconstruction, rounding and error bounds.
+"""Decompositions of matrices: TT-SVD, and block low rank.
 
 The conventions are those of ``TTSpec``: a matrix of (m, n) is reshaped to its row modes and column
 modes, these are interleaved to (m0 n0, m1 n1, …), and core k has shape
@@ -6,7 +6,7 @@ modes, these are interleaved to (m0 n0, m1 n1, …), and core k has shape
 not name are left out.
 
 Sources: I. V. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33 (2011), for TT-SVD
-(algorithm 1), rounding (algorithm 2) and the quasi-optimality bound (theorem 2.2).
+(algorithm 1).
 
 Block low rank (``TTSpec.block``) is here too: its blocks are matrices of their own, each with the
 best approximation of its rank.
@@ -14,13 +14,11 @@ best approximation of its rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tensorize.algebra.bounds import tails_of
 from tensorize.algebra.modes import check_matrix, interleaved, max_ranks
 from tensorize.algebra.reconstruct import check_cores
 from tensorize.algebra.svd import computable, svd
@@ -32,25 +30,20 @@ def tt_svd(
     row_modes: Sequence[int],
     column_modes: Sequence[int],
     ranks: int | Sequence[int] | None = None,
-    *,
-    max_error: float | None = None,
 ) -> tuple[TTSpec, list[Tensor]]:
     """TT-SVD (Oseledets 2011, algorithm 1) of a matrix with interleaved row and column modes.
 
     The result is quasi-optimal: its error is at most sqrt(d-1) times that of the best TT matrix of
-    the same ranks, and at most ``error_bound(unfolding_spectra(…), spec.ranks)``. All cores but the
-    last are left-orthogonal; the last one carries the norm. For d = 2 it is the truncated SVD of
-    one unfolding, hence optimal.
+    the same ranks, and at most sqrt(Σ_k ε_k²), where ε_k is the norm of the singular values that
+    unfolding k loses (theorem 2.2). All cores but the last are left-orthogonal; the last one
+    carries the norm. For d = 2 it is the truncated SVD of one unfolding, hence optimal.
 
     Args:
         matrix: (m, n). Below float32 the arithmetic is done in float32.
         row_modes: d factors of m.
         column_modes: d factors of n.
         ranks: one inner rank for all, or d-1 of them; larger ones are clipped to the largest that
-            exist.
-        max_error: instead of ranks, the largest relative Frobenius error
-            ‖W - W̃‖ / ‖W‖ (up to rounding); every unfolding may lose max_error / sqrt(d-1).
-            With neither ``ranks`` nor ``max_error`` the result is exact, at full ranks.
+            exist (the default, which is exact).
 
     Returns:
         The spec with the ranks that came out, and its cores in ``spec.core_shapes``, in the dtype
@@ -58,18 +51,17 @@ def tt_svd(
 
     Raises:
         ValueError: the matrix is not a real 2-D tensor (decompose experts one by one), the modes do
-            not multiply to its shape, or the ranks or the error make no sense.
+            not multiply to its shape, or the ranks make no sense.
         AnalysisError: the matrix holds NaN or infinity.
     """
     tensor = interleaved(matrix, row_modes, column_modes)
     count = len(row_modes)
-    wanted = wanted_ranks(row_modes, column_modes, ranks, max_error)
-    allowed = allowed_tail(max_error, count, tensor)
+    wanted = wanted_ranks(row_modes, column_modes, ranks)
     cores, found = [], []
     rest, rank = tensor, 1
     for k in range(count - 1):
         u, s, vh = svd(rest.reshape(rank * row_modes[k] * column_modes[k], -1))
-        rank = choose_rank(s, wanted[k], allowed)
+        rank = min(wanted[k], s.numel())
         cores.append(u[:, :rank])
         rest = s[:rank, None] * vh[:rank]
         found.append(rank)
@@ -135,16 +127,9 @@ def cut_block(spec: TTSpec, cores: Sequence[Tensor], rank: int) -> tuple[TTSpec,
 
 
 def wanted_ranks(
-    row_modes: Sequence[int],
-    column_modes: Sequence[int],
-    ranks: int | Sequence[int] | None,
-    max_error: float | None,
+    row_modes: Sequence[int], column_modes: Sequence[int], ranks: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    """One upper limit a bond; the error, if one is given, does the rest."""
-    if ranks is not None and max_error is not None:
-        raise ValueError("give ranks or max_error, not both")
-    if max_error is not None and not 0 <= max_error < math.inf:
-        raise ValueError(f"max_error is a finite number of at least 0, got {max_error}")
+    """One upper limit a bond."""
     largest = max_ranks(row_modes, column_modes)
     if ranks is None:
         return largest
@@ -154,21 +139,6 @@ def wanted_ranks(
             f"{len(largest) + 1} cores have {len(largest)} inner ranks of at least 1, got {ranks}"
         )
     return tuple(min(pair) for pair in zip(wanted, largest, strict=True))
-
-
-def allowed_tail(max_error: float | None, count: int, whole: Tensor) -> float | None:
-    """What each of the d-1 truncations may discard, as an absolute Frobenius norm."""
-    if max_error is None:
-        return None
-    return max_error * whole.to(torch.float64).norm().item() / math.sqrt(max(count - 1, 1))
-
-
-def choose_rank(singular_values: Tensor, largest: int, allowed: float | None) -> int:
-    limit = min(largest, singular_values.numel())
-    if allowed is None:
-        return limit
-    small_enough = tails_of(singular_values) <= allowed
-    return min(limit, max(1, int(small_enough.to(torch.int64).argmax())))
 
 
 def stored_cores(spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

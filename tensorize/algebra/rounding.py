@@ -7,23 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensorize.algebra.decompose import (
-    allowed_tail,
-    choose_rank,
-    stored_cores,
-    wanted_ranks,
-)
+from tensorize.algebra.decompose import stored_cores, wanted_ranks
 from tensorize.algebra.reconstruct import check_cores
 from tensorize.algebra.svd import check_finite, computable, svd
 from tensorize.ir.spec import TTSpec
 
 
 def round_tt(
-    spec: TTSpec,
-    cores: Sequence[Tensor],
-    ranks: int | Sequence[int] | None = None,
-    *,
-    max_error: float | None = None,
+    spec: TTSpec, cores: Sequence[Tensor], ranks: int | Sequence[int] | None = None
 ) -> tuple[TTSpec, list[Tensor]]:
     """Lower the ranks of a tensor train (Oseledets 2011, algorithm 2) without building the matrix.
 
@@ -33,8 +24,7 @@ def round_tt(
     Args:
         spec: the factorization, without experts.
         cores: its cores, in ``spec.core_shapes``.
-        ranks: one inner rank for all, or d-1 of them; larger ones are clipped.
-        max_error: instead of ranks, the largest relative Frobenius error. With neither, only ranks
+        ranks: one inner rank for all, or d-1 of them; larger ones are clipped. None: only those
             that no unfolding of that shape can have are lowered, which changes nothing but the
             gauge.
 
@@ -43,8 +33,7 @@ def round_tt(
         the last are left-orthogonal.
 
     Raises:
-        ValueError: cores do not fit the spec, the spec has experts, or the ranks or the error make
-            no sense.
+        ValueError: cores do not fit the spec, the spec has experts, or the ranks make no sense.
         AnalysisError: a core holds NaN or infinity.
     """
     check_cores(spec, cores)
@@ -53,7 +42,7 @@ def round_tt(
     if spec.is_block:
         raise ValueError(f"{spec} is no chain: its ranks are cut by cut_block")
     rows, columns, count = spec.row_modes, spec.column_modes, len(spec.cores)
-    wanted = wanted_ranks(rows, columns, ranks, max_error)
+    wanted = wanted_ranks(rows, columns, ranks)
     bonds = (1, *spec.ranks, 1)
     # Work on (left rank, modes, right rank).
     chain = [
@@ -67,11 +56,10 @@ def round_tt(
         q, r = torch.linalg.qr(chain[k].flatten(1).mT)
         chain[k] = q.mT.reshape(-1, modes, right)
         chain[k - 1] = chain[k - 1] @ r.mT
-    allowed = allowed_tail(max_error, count, chain[0])
     found = []
     for k in range(count - 1):
         u, s, vh = svd(chain[k].flatten(0, 1))
-        rank = choose_rank(s, wanted[k], allowed)
+        rank = min(wanted[k], s.numel())
         chain[k] = u[:, :rank].reshape(*chain[k].shape[:2], rank)
         carried = s[:rank, None] * vh[:rank]
         chain[k + 1] = (carried @ chain[k + 1].flatten(1)).reshape(rank, *chain[k + 1].shape[1:])

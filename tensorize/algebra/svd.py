@@ -56,12 +56,11 @@ def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, order].to(dtype), (s * scale).to(dtype), v[:, order].mT.to(dtype)
 
 
-def spectrum_of(matrix: Tensor) -> Tensor:
-    check_finite(matrix)
-    try:
-        return torch.linalg.svdvals(matrix)
-    except _LinAlgError:
-        return _gram_svd(matrix)[1]
+def tail_sums(squares: Tensor) -> Tensor:
+    """What is lost at rank 0, 1, …, k, Σ of the squares beyond it: (k + 1,), the last one is 0."""
+    # Summed from the smallest up, so that small tails keep their digits.
+    sums = squares.flip(0).cumsum(0).flip(0)
+    return torch.cat([sums, sums.new_zeros(1)])
 
 
 def check_finite(matrix: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tensorize.api.options import Options
 from tensorize.base.errors import AnalysisError, BudgetError
@@ -13,7 +13,8 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.observe.loss import LossFunction
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import run_passes
+from tensorize.passes.stages import Analysed, Planned
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import CurvePoint
 
@@ -28,7 +29,7 @@ class Analysis:
     needs, and not the model.
     """
 
-    program: Program
+    program: Analysed
     fingerprint: str
     cache: str | None = None
     calibration: tuple[Batch, ...] = ()
@@ -70,22 +71,14 @@ class Analysis:
             AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
                 ``formats`` or ``ranks`` do not fit its weights.
         """
-        return self.planned(Options.of(locals()))
-
-    def planned(self, options: Options) -> Plan:
-        """``plan`` with its options as one record."""
-        plan = run_passes(self.program, (self._allocation(options),)).plan
-        assert plan is not None
-        own_loss = self.loss_fn is not None
-        return replace(plan, analysis=self, cache=self.cache, own_loss=own_loss)
+        return planned(self, Options.of(locals()))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
         chosen, multiple = None, options.rank_multiple
         if options.formats is not None:
-            free = [site for site in self.program.sites if site.blocked is None]
-            chosen = formats_by_site(free, options.formats)
-            for site in free:
+            chosen = formats_by_site(self.program.free, options.formats)
+            for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
         return Allocate(
             options.budget,
@@ -134,18 +127,36 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                plan = self._allocation(Options.of({"budget": budget})).run(self.program).plan
+                allocate = self._allocation(Options.of({"budget": budget}))
+                predicted = allocate.run(self.program).plan.predicted
             except BudgetError:
                 if budgets is not None:
                     raise
                 continue
-            assert plan is not None
-            points.append(CurvePoint(**vars(plan.predicted), budget=budget))
+            points.append(CurvePoint(**vars(predicted), budget=budget))
         return Curve(tuple(points), self.metric)
 
     def __str__(self) -> str:
-        free = sum(site.blocked is None for site in self.program.sites)
         return (
-            f"analysis in the {self.metric} metric: {free} of {len(self.program.sites)} weights "
-            f"can be factorized\n{self.curve()}"
+            f"analysis in the {self.metric} metric: {len(self.program.free)} of "
+            f"{len(self.program.sites)} weights can be factorized\n{self.curve()}"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysedPlan(Plan):
+    """A plan that carries the analysis that it comes from, whose factors ``apply`` uses."""
+
+    analysis: Analysis | None = field(default=None, compare=False, repr=False)
+
+
+def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
+    """``Analysis.plan`` with its options as one record."""
+    plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
+    plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
+    return AnalysedPlan(**vars(plan), analysis=analysis)
+
+
+def analysis_of(plan: Plan) -> Analysis | None:
+    """The analysis that a plan carries; one that was pickled before has it as an attribute, too."""
+    return getattr(plan, "analysis", None)

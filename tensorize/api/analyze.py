@@ -1,4 +1,4 @@
-"""The driver: from a dense model to a compressed one. The only file that knows passes and codegen.
+"""``tensorize.analyze``: learn, once, what every rank of every weight costs.
 
 ``analyze`` → ``Analysis.plan`` → ``apply`` are the three stages; ``compile`` is all of them.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -18,16 +17,16 @@ import torch
 from torch import nn
 
 from tensorize.api.analysis import Analysis
-from tensorize.api.options import Options, is_self
+from tensorize.api.options import Options
 from tensorize.api.wiring import figures
 from tensorize.base.errors import ModelError
-from tensorize.base.progress import Progress, announce, shown
+from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs
-from tensorize.capture.synthetic import affordable, self_made
+from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
@@ -37,13 +36,12 @@ from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.observe.select import Select, check_weights
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
-from tensorize.passes.pipeline import Pass, Program, run_passes
+from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
+from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.version import __version__
-
-log = logging.getLogger("tensorize")
 
 
 def analyze(
@@ -86,19 +84,19 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
         disk.prepare(options.cache_dir)
     check_model(model)
     check_weights(model)
-    identity = fingerprint(model)
+    identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:
-        program = _found(model, options, tell)
+        found = _found(model, options, tell)
         if options.says_nothing_of_data:
-            return _learned_unasked(program, identity, options)
-        return _learned(program, identity, options)
+            return _learned_unasked(found, identity, options)
+        return _learned(found, identity, options)
 
 
-def _found(model: nn.Module, options: Options, tell: Progress) -> Program:
+def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
-    program = Program(
+    given = Given(
         model=model,
         inputs=inputs,
         calibration=batches,
@@ -108,10 +106,10 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Program:
         notes=(f"uses of the weights were seen with {source}", *made),
         progress=tell,
     )
-    program = run_passes(program, (FindSites(options.include, options.exclude),))
+    found = run_passes(given, (FindSites(options.include, options.exclude),), Found)
     # A pattern that names no weight is said before the expensive stage.
-    formats_by_site([site for site in program.sites if site.blocked is None], options.formats)
-    return program
+    formats_by_site(found.free, options.formats)
+    return found
 
 
 def calibration_of(model: nn.Module, options: Options) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
@@ -123,20 +121,20 @@ def calibration_of(model: nn.Module, options: Options) -> tuple[tuple[Batch, ...
     return batches, (f"calibrated on {what}",)
 
 
-def _learned_unasked(program: Program, identity: str, options: Options) -> Analysis:
+def _learned_unasked(found: Found, identity: str, options: Options) -> Analysis:
     """The analysis on calibration data that the model makes unasked, where that costs little.
 
     It is one of the weights alone, with a note, where the model fails on such data or memory runs
     out: nobody asked for this. No other error leads there.
     """
-    if program.inputs is None:
+    if found.inputs is None:
         why = "as no inputs are known that it runs on"
-    elif (share := affordable(program.sites, program.inputs)) == 0:
+    elif (share := affordable(found.sites, found.inputs)) == 0:
         why = 'as its statistics take long or much memory; calibration="self" takes them'
     else:
         try:
-            batches, what = self_made(program.model, program.inputs, program.seed, share)
-            own = _noted(program, f"no calibration data: calibrated on {what}")
+            batches, what = self_made(found.model, found.inputs, found.seed, share)
+            own = found.noted(f"no calibration data: calibrated on {what}")
             return _learned(replace(own, calibration=batches, metric="loss"), identity, options)
         except (ModelError, MemoryError, RuntimeError) as error:
             if not (isinstance(error, ModelError) or out_of_memory(error)):
@@ -145,58 +143,55 @@ def _learned_unasked(program: Program, identity: str, options: Options) -> Analy
             said = str(error).partition("\n")[0]
             why = f"as {what} on data of its own ({type(error).__name__}: {said})"
     # Here nothing holds what the error's frames held any more.
-    alone = _noted(program, f"no calibration data: weights alone, {why}")
+    alone = found.noted(f"no calibration data: weights alone, {why}")
     return _learned(alone, identity, options)
 
 
-def _noted(program: Program, note: str) -> Program:
-    return replace(program, notes=(*program.notes, note))
-
-
-def place_of(program: Program, identity: str, options: Options) -> str | None:
+def place_of(found: Found, identity: str, options: Options) -> str | None:
     """Where the analysis of a model of this identity is kept; None where it is not."""
     if options.cache_dir is None:
         return None
     asked = options.formats, options.loss_fn, options.refine
-    key = disk.key(program, identity, *asked, __version__)
+    key = disk.key(found, identity, *asked, __version__)
     return None if key is None else disk.location(options.cache_dir, key)
 
 
-def _learned(program: Program, identity: str, options: Options) -> Analysis:
-    """The analysis of a program: from the cache, or made and kept there."""
-    base = place_of(program, identity, options)
+def _learned(found: Found, identity: str, options: Options) -> Analysis:
+    """The analysis: from the cache, or made and kept there."""
+    base = place_of(found, identity, options)
     held = Held.memory if options.max_memory is None else Held.mapped
-    if base is not None and (found := disk.read(base, program, held)) is not None:
-        released = replace(found, machine=program.machine)
+    if base is not None and (kept := disk.read(base, held)) is not None:
+        analysed = replace(kept, machine=found.machine, history=found.history)
     else:
-        released = _run(program, options, base, held)
-    return Analysis(released, identity, base, program.calibration, options.loss_fn)
+        analysed = _run(found, options, base, held)
+    return Analysis(analysed, identity, base, found.calibration, options.loss_fn)
 
 
-def _run(program: Program, options: Options, base: str | None, held: Held) -> Program:
-    """The program after the expensive passes, kept at ``base`` where that is a place."""
-    announce(cost_line(program))
+def _run(found: Found, options: Options, base: str | None, held: Held) -> Analysed:
+    """What the expensive passes give, kept at ``base`` where that is a place."""
+    announce(cost_line(found))
     with contextlib.ExitStack() as stack:
         curves = None if base is None else Curves(Path(base), held)
         if curves is None and options.max_memory is not None:
             spilled = tempfile.TemporaryDirectory(prefix="tensorize-", ignore_cleanup_errors=True)
             # What is mapped of its files stays when they are gone.
             curves = Curves(Path(stack.enter_context(spilled)), held)
-        released = run_passes(program, _analysis_passes(program, options, curves)).without_model()
+        passes = _analysis_passes(found, options, curves)
+        analysed = replace(run_passes(found, passes, Analysed), progress=no_progress)
         if base is not None and curves is not None:
-            disk.write(base, curves, released)
-    return released
+            disk.write(base, curves, analysed)
+    return analysed
 
 
-def _analysis_passes(program: Program, options: Options, curves: Curves | None) -> tuple[Pass, ...]:
+def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> tuple[Pass, ...]:
     """The expensive passes, in order."""
-    learnt, held_out = split(program.calibration)
+    learnt, held_out = split(found.calibration)
     loss = None
-    if program.metric == "loss":
-        loss = PreservedLoss.fit(program.model, program.calibration, options.loss_fn)
+    if found.metric == "loss":
+        loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
     statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats)
-    largest = MeasureLargest(program.calibration, loss)
+    largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:
         return statistics, spectra, largest, prediction
@@ -204,9 +199,9 @@ def _analysis_passes(program: Program, options: Options, curves: Curves | None) 
     return LearnInGroups(statistics, stored, options.max_memory), largest, prediction
 
 
-def cost_line(program: Program) -> str:
+def cost_line(found: Found) -> str:
     """One line: what the analysis will do, and roughly for how long."""
-    free = [site for site in program.sites if site.blocked is None]
+    free = [site for site in found.sites if site.blocked is None]
     flops = 0.0
     for site in free:
         m, n = site.matrix
@@ -214,7 +209,7 @@ def cost_line(program: Program) -> str:
         flops += (4 * m * n * k + 12 * k**3) * max(site.experts, 1)
     rate = 2e10 * max(torch.get_num_threads(), 1)  # float64 matrix work, a cautious figure
     seconds = flops / rate
-    data = f", {len(program.calibration)} calibration batches" if program.calibration else ""
+    data = f", {len(found.calibration)} calibration batches" if found.calibration else ""
     return (
         f"analysing {len(free)} weights ({sum(s.parameters for s in free) / 1e6:.1f} M "
         f"parameters{data}): roughly {max(seconds, 1):.0f} s of decompositions"

@@ -9,25 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorize.api.analysis import Analysis
+from tensorize.api.analysis import Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
 from tensorize.api.outcome import report_of, slow_weights
+from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model
-from tensorize.codegen.machine import rates as machine
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import run_passes
 from tensorize.passes.rewrite.factorize import copy_sharing
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
+from tensorize.passes.stages import Opened, Planned, Rewritten
 from tensorize.reports.attach import attach
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
@@ -81,8 +82,8 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
             way_out="tensorize.apply(model, analysis.plan(0.5))",
         )
     options.check_errors_stay(plan.limits_errors)
-    analysis = plan.analysis
-    batches, _ = calibration_of(model, replace(options, seed=plan.seed))
+    analysis, options = analysis_of(plan), replace(options, seed=plan.seed)
+    batches, _ = calibration_of(model, options)
     if options.refine != "auto":
         plan = replace(plan, refine=options.refine)
     _check_loss(plan, options.loss_fn)
@@ -104,7 +105,7 @@ def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
     """Raises AnalysisError where a plan cannot be carried out for the loss that it was made for."""
     if loss_fn is not None and not plan.own_loss:
         raise AnalysisError("the plan was made without a loss_fn", way_out="analyse with loss_fn=")
-    if plan.own_loss and plan.analysis is None and loss_fn is None:
+    if plan.own_loss and analysis_of(plan) is None and loss_fn is None:
         raise AnalysisError(
             "the plan was made for a loss_fn, which JSON does not hold",
             way_out="pass the same loss_fn= again",
@@ -115,7 +116,7 @@ def _analysis_of(
     model: nn.Module, plan: Plan, batches: tuple[Batch, ...], options: Options
 ) -> Analysis:
     """The analysis that a plan was made of, which it does not carry: kept, or made again."""
-    if plan.cache is not None and (found := disk.read_location(plan.cache)) is not None:
+    if plan.cache is not None and (found := disk.read(plan.cache)) is not None:
         return Analysis(found, plan.fingerprint, plan.cache)
     if plan.metric != "frobenius" and not batches:
         raise AnalysisError(
@@ -129,8 +130,8 @@ def _analysis_of(
         if site.spec is not None
     }
     data = None if plan.metric == "frobenius" else [batch.given for batch in batches]
-    made = {name: getattr(plan, name) for name in ("metric", "refine", "seed")}
-    return analyzed(model, replace(options, calibration=data, formats=formats or None, **made))
+    made: dict[str, Any] = {"metric": plan.metric, "refine": plan.refine, "calibration": data}
+    return analyzed(model, replace(options, formats=formats or None, **made))
 
 
 def apply_plan(
@@ -141,14 +142,14 @@ def apply_plan(
     Raises:
         AnalysisError: the plan was made for other weights.
     """
-    if fingerprint(model) != plan.fingerprint:
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
         raise AnalysisError(
             "the plan was made for a model with other weights",
             way_out="analyse this model: tensorize.analyze(model)",
         )
     replaced = {site.name for site in plan.sites if site.spec is not None}
     target = model if options.inplace else copy_sharing(model, replaced)
-    program = replace(analysis.program, model=target, plan=plan, progress=tell)
+    planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
 
     def polish() -> Polish:
         dense = copy_sharing(model, dict(model.named_parameters())) if options.inplace else model
@@ -156,16 +157,17 @@ def apply_plan(
         return Polish(dense, *split(analysis.calibration), loss)
 
     refine = plan.refine if replaced else None
-    program = run_passes(program, rewriting(refine, analysis.calibration, polish))
+    passes = rewriting(refine, analysis.calibration, polish)
+    done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
-        time_orders(program)
-    attach(target, report_of_result(program, analysis))
+        time_orders(done)
+    attach(target, report_of_result(done, analysis))
     transformers_config.note_factors(target)
     return target
 
 
-def report_of_result(program: Program, analysis: Analysis) -> Report:
-    return report_of(program, analysis.curve(), slow_weights(program, _timed))
+def report_of_result(done: Rewritten, analysis: Analysis) -> Report:
+    return report_of(done, analysis.curve(), slow_weights(done, _timed))
 
 
 @torch.no_grad()
@@ -176,7 +178,7 @@ def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
     device = str(dense.device)
     calls = (factors, dense)
     ours, own = (
-        1e6 * machine.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
+        1e6 * timer.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
         for w in calls
     )
     return ours, own

@@ -9,7 +9,7 @@ from tensorize.codegen.machine import rates as machine
 from tensorize.codegen.machine import timed_orders
 from tensorize.ir.orders import Tree
 from tensorize.passes.orders.by_time import contenders
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Rewritten
 from tensorize.weight import whole_model
 from tensorize.weight.contractions import Asked, contractions
 from tensorize.weight.install import factored
@@ -17,27 +17,27 @@ from tensorize.weight.precision import multiplied_in
 from tensorize.weight.whole_model import settle
 
 
-def time_orders(program: Program) -> None:
+def time_orders(done: Rewritten) -> None:
     """Time the best few orders of every train of a model, keep the fastest, and use them."""
     contracts = {
         site.name: {use.contract for use in site.uses if use.contract in ("columns", "rows")}
-        for site in program.sites
+        for site in done.sites
     }
-    device, found = device_of(program.model), {}
-    breakpoints = whole_model.breakpoints(program.model)
+    device, found = device_of(done.model), {}
+    breakpoints = whole_model.breakpoints(done.model)
     asked = {
         Asked(w.spec, contract, device, multiplied_in(w.dtype, device), breakpoints)
-        for name, w in factored(program.model)
+        for name, w in factored(done.model)
         for contract in contracts.get(name, ())
         if w.format.planned
     }
-    for done, each in enumerate(sorted(asked, key=str)):
-        program.progress("timing orders", done, len(asked))
+    for count, each in enumerate(sorted(asked, key=str)):
+        done.progress("timing orders", count, len(asked))
         found |= fastest_orders(each)
-    program.progress("timing orders", len(asked), len(asked))
+    done.progress("timing orders", len(asked), len(asked))
     timed_orders.remember(found, device)
     contractions.cache_clear()
-    settle(program.model)
+    settle(done.model)
 
 
 def fastest_orders(asked: Asked) -> dict[str, tuple[Tree, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tensorize.api.analysis import planned
 from tensorize.api.analyze import analyzed
 from tensorize.api.apply import apply_plan
 from tensorize.api.options import Options
@@ -104,5 +105,5 @@ def compiled(model: nn.Module, options: Options) -> nn.Module:
     with shown(options.progress) as tell:
         analysis = analyzed(model, replace(options, progress=tell))
         # It is one of the formats that were asked for, and of those that a probe found.
-        plan = analysis.planned(replace(options, formats=None))
+        plan = planned(analysis, replace(options, formats=None))
         return use_kernels(apply_plan(model, plan, analysis, options, tell), options.backend)

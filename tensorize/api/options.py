@@ -16,18 +16,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tensorize.base.errors import AnalysisError, BudgetError, TensorizeError, check_one_of
+from tensorize.base.errors import AnalysisError, BudgetError, check_one_of
 from tensorize.base.progress import Progress
 from tensorize.capture.batches import check_batches
+from tensorize.capture.synthetic import is_self
 from tensorize.ir.budget import Budget, parse_bytes
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.passes.allocate.allocate import BATCH_SIZES, RanksOption, check_ranks
 from tensorize.passes.curves.formats import FormatsOption, check_formats
 from tensorize.passes.observe.loss import LossFunction
-from tensorize.passes.observe.select import Select, patterns_or_predicate
-
-SELF = "self"
-"""Calibration data that the model makes itself."""
+from tensorize.passes.observe.select import Select, check_select
 
 Metric = Literal["frobenius", "input", "loss"]
 Refine = Literal["auto", None, "refit", "polish"]
@@ -40,34 +38,19 @@ def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str =
     return field(default=default, metadata={"check": check, "help": help})
 
 
-def _one_of(
-    name: str, choices: Any, kind: type[TensorizeError] = TensorizeError
-) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        check_one_of(name, value, get_args(choices), kind)
-        return value
-
-    return check
+def _budget(given: Any) -> Budget | None:
+    return None if given is None else Budget.of(given)
 
 
-def _unless_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else check(value)
+def _data(given: Any) -> Any:
+    return given if is_self(given) else check_batches(given, "calibration")
 
 
-def is_self(calibration: Any) -> bool:
-    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
-    return isinstance(calibration, str) and calibration == SELF
-
-
-def _data(value: Any) -> Any:
-    return value if is_self(value) else check_batches(value, "calibration")
-
-
-def _integer(value: Any) -> int:
+def _seed(given: Any) -> int:
     try:
-        return operator.index(value)
+        return operator.index(given)
     except TypeError:
-        raise AnalysisError(f"seed must be an integer, got {value!r}", way_out="seed=0") from None
+        raise AnalysisError(f"seed must be an integer, got {given!r}", way_out="seed=0") from None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,14 +63,14 @@ class Options:
 
     budget: Budget | None = _option(
         0.1,
-        _unless_none(Budget.of),
+        _budget,
         help="Share of the parameters to keep, or params=0.3,error=0.05,bytes=2e6,flops=...,"
         "latency=...,loss=... (up to 1: a share; above: an absolute number).",
     )
     example_inputs: Any = None
     calibration: Iterable[Any] | str | None = _option(
         None,
-        _unless_none(_data),
+        _data,
         help="A text file (documents are separated by blank lines, or are lines), or a "
         ".safetensors file with a tensor for each input, whose first axis is the sample; or self: "
         "the model makes its own.",
@@ -96,20 +79,20 @@ class Options:
     loss_fn: LossFunction | None = None
     metric: Metric | None = _option(
         None,
-        _unless_none(_one_of("metric", Metric, AnalysisError)),
+        lambda given: check_one_of("metric", given, get_args(Metric), AnalysisError),
         help="Default: loss; frobenius (the weights alone) where there are no calibration data and "
         "the model is too large to make some unasked.",
     )
     refine: Refine = _option(
         "auto",
-        _one_of("refine", Refine, AnalysisError),
+        lambda given: check_one_of("refine", given, get_args(Refine), AnalysisError),
         help="What is done to the factors with the calibration data.",
     )
     include: Select = _option(
-        None, patterns_or_predicate, help="Shell pattern of weights to consider; repeatable."
+        None, check_select, help="Shell pattern of weights to consider; repeatable."
     )
     exclude: Select = _option(
-        None, patterns_or_predicate, help="Shell pattern of weights to leave dense; repeatable."
+        None, check_select, help="Shell pattern of weights to leave dense; repeatable."
     )
     formats: FormatsOption = _option(
         None,
@@ -121,17 +104,19 @@ class Options:
     rank_multiple: int | None = None
     backend: Backend = _option(
         "auto",
-        _one_of("backend", Backend),
+        lambda given: check_one_of("backend", given, get_args(Backend)),
         help="What weights run by once the model is loaded: torch's matmuls (aten), kernels "
         "(triton), or kernels where they were measured to be faster (auto).",
     )
-    inner: Inner = _option("auto", _one_of("options['inner']", Inner))
-    device: torch.device | str | None = None
+    inner: Inner = _option(
+        "auto", lambda given: check_one_of("options['inner']", given, get_args(Inner))
+    )
     autotune: bool = _option(
         False, help="Time the contraction orders of tensor trains on this machine."
     )
     inplace: bool = False
-    seed: int = _option(0, _integer, help="Seed of the probes.")
+    seed: int = _option(0, _seed, help="Seed of the probes.")
+    device: torch.device | str | None = None
     cache_dir: str | os.PathLike[str] | None = _option(None, help="Directory that keeps analyses.")
     max_memory: int | None = _option(
         None,
@@ -143,8 +128,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if (check := each.metadata.get("check")) is not None:
-                object.__setattr__(self, each.name, check(getattr(self, each.name)))
+            check, given = each.metadata.get("check"), getattr(self, each.name)
+            left_open = given is None and each.default is None
+            if check is not None and not left_open:
+                object.__setattr__(self, each.name, check(given))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -173,12 +160,7 @@ class Options:
 
     def check_data(self) -> None:
         """Raises AnalysisError for a metric or a loss that lacks the calibration data."""
-        if self.calibration is None:
-            for name, given in (
-                (f"metric={self.metric!r}", self.metric not in (None, "frobenius")),
-                ("loss_fn", self.loss_fn is not None),
-            ):
-                if given:
-                    raise AnalysisError(
-                        f"{name} needs calibration data", way_out="pass calibration="
-                    )
+        alone = self.metric in (None, "frobenius")
+        if self.calibration is None and not (alone and self.loss_fn is None):
+            name = "loss_fn" if alone else f"metric={self.metric!r}"
+            raise AnalysisError(f"{name} needs calibration data", way_out="pass calibration=")

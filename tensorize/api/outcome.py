@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from tensorize.ir.plan import Prediction, Totals
 from tensorize.passes.allocate.slower import slow_choices
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Rewritten
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
@@ -27,22 +26,21 @@ _MOST_TIMED = 4
 """Weights that are timed, of those that are slower than dense."""
 
 
-def report_of(program: Program, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
-    """What was done to the model of a program, with ``notes`` beside its own."""
-    plan = program.plan
-    assert plan is not None
-    aliases = {site.name: site.aliases for site in program.sites}
+def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
+    """What was done to a model, with ``notes`` beside those of the way there."""
+    plan = done.plan
+    aliases = {site.name: site.aliases for site in done.sites}
     sites = tuple(
-        SiteReport.of(choice, aliases.get(choice.name, ()), program.errors.get(choice.name, 0.0))
+        SiteReport.of(choice, aliases.get(choice.name, ()), done.errors.get(choice.name, 0.0))
         for choice in plan.sites
     )
     return Report(
-        plan=replace(plan, analysis=None),
+        plan=plan,
         sites=sites,
-        totals=ReportTotals(plan.dense, totals_of(program.model, plan.predicted)),
+        totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
         curve=curve,
-        history=program.history,
-        notes=(*program.notes, *notes),
+        history=done.history,
+        notes=(*done.notes, *notes),
         environment=_environment(),
     )
 
@@ -68,16 +66,15 @@ def _environment() -> tuple[tuple[str, str], ...]:
     )
 
 
-def slow_weights(program: Program, timed: Timed) -> tuple[str, ...]:
+def slow_weights(done: Rewritten, timed: Timed) -> tuple[str, ...]:
     """Notes on weights that are slower than dense; of each shape one is ``timed``."""
-    plan = program.plan
-    assert plan is not None
-    slow = slow_choices(program.sites, plan.sites, plan.batch_sizes, program.machine)
+    plan = done.plan
+    slow = slow_choices(done.sites, plan.sites, plan.batch_sizes, done.machine)
     alike: dict[Any, list[str]] = {}
     for choice in plan.sites:
         if choice.name in slow:
             alike.setdefault((choice.shape, choice.spec), []).append(choice.name)
-    weights = dict(factored(program.model))
+    weights = dict(factored(done.model))
     notes = []
     for names in alike.values():
         worst = max(slow[names[0]], key=lambda each: each.factorized / each.dense)

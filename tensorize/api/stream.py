@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from tensorize.api import write_factors
-from tensorize.api.analysis import Analysis
+from tensorize.api.analysis import Analysis, planned
 from tensorize.api.analyze import cost_line, place_of
 from tensorize.api.apply import report_of_result
 from tensorize.api.options import Options
 from tensorize.base.errors import CheckpointError
-from tensorize.base.progress import Progress, announce, shown
+from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.forward import in_usual_modes
@@ -29,8 +29,18 @@ from tensorize.passes.curves.formats import FormatsOption
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import run_passes
 from tensorize.passes.rewrite.pipeline import rewriting
+from tensorize.passes.stages import (
+    Analysed,
+    Found,
+    Given,
+    Learned,
+    Observed,
+    Opened,
+    Planned,
+    Rewritten,
+)
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 
@@ -74,7 +84,7 @@ def compile_checkpoint(
         CheckpointError: ``out`` or ``cache_dir`` cannot be written, or ``out`` holds a dense
             checkpoint.
     """
-    write_factors.check_metric(metric)
+    write_factors.check_metric(metric)  # it says more than the record, of one that is none too
     return streamed(Path(directory), Path(out), Options.of(locals()))
 
 
@@ -98,7 +108,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
     if inputs is None and shards.CAN_BE_WITHOUT_MEMORY:
         running = shards.without_memory(source.model)
         inputs, seen = find_inputs(running, None, ())
-    program = Program(
+    given = Given(
         model=running,
         inputs=inputs,
         seed=options.seed,
@@ -108,21 +118,22 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
     with shown(options.progress) as tell, write_factors.workplace(out) as folder:
         identity = source.fingerprint(partial(tell, "reading"))
         find = FindSites(options.include, options.exclude)
-        program = run_passes(replace(program, progress=tell), (find,))
-        program = replace(program, model=source.model)
+        found = run_passes(replace(given, progress=tell), (find,), Found)
+        found = replace(found, model=source.model)
         kept = options if options.cache_dir is not None else replace(options, cache_dir=folder)
-        base = place_of(program, identity, kept)
+        base = place_of(found, identity, kept)
         assert base is not None
         curves = Curves(Path(base), Held.shapes)
-        announce(cost_line(program))
+        announce(cost_line(found))
         spectra = ComputeSpectra(options.formats, lambda name: source.read(name).to(where), curves)
-        program = run_passes(program, (spectra,))
-        analysis = Analysis(program.without_model(), identity)
-        plan = analysis.planned(replace(options, formats=None))
-        program = replace(program, plan=plan)
+        observed = found.to(Observed, statistics={})
+        analysed = run_passes(observed, (spectra,), Learned).to(Analysed, predictor=None)
+        analysis = Analysis(replace(analysed, progress=no_progress), identity)
+        plan = planned(analysis, replace(options, formats=None)).alone
+        opened = analysed.to(Planned, plan=plan).to(Opened, model=source.model)
         factors = write_factors.Factors(source, curves, folder)
-        program = run_passes(program, rewriting(None, sink=factors.in_file))
-        report = report_of_result(program, analysis)
-        factors.artefact(program).save(program.model, report, out)
+        done = run_passes(opened, rewriting(None, sink=factors.in_file), Rewritten)
+        report = report_of_result(done, analysis)
+        factors.artefact(done.model, done.plan).save(done.model, report, out)
         shutil.rmtree(folder, ignore_errors=True)
     return report

@@ -8,20 +8,13 @@ from torch import nn
 
 from tensorize.base.tensors import device_of
 from tensorize.codegen.aten import emit as aten
-from tensorize.codegen.aten import gradients as aten_gradients
 from tensorize.codegen.machine import rates as machine
 from tensorize.codegen.machine import timed_orders
 from tensorize.ir.machine import Machine
 from tensorize.ir.orders import ContractionPlan
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.orders.by_time import BREAKPOINTS, common_breakpoints, timed_plan
-from tensorize.passes.orders.gradients import plan_training
-from tensorize.weight.contractions import (
-    Asked,
-    Contraction,
-    Trained,
-    register_backend,
-)
+from tensorize.weight.contractions import Asked, Contraction, register_backend
 
 
 class _Contractions:
@@ -30,17 +23,8 @@ class _Contractions:
     def contraction(self, asked: Asked) -> Contraction:
         return aten.build(self._plan(asked))
 
-    def training(
-        self, asked: Asked, gradients: tuple[int | str, ...], memory_limit: int | None
-    ) -> Trained:
-        plan = plan_training(
-            asked.spec,
-            asked.contract,
-            gradients=gradients,
-            memory_limit=memory_limit,
-            forward=self._plan(asked),
-        )
-        return aten_gradients.build(plan)
+    def turns(self, asked: Asked) -> tuple[int, ...]:
+        return self._plan(asked).breakpoints
 
     def _plan(self, asked: Asked) -> ContractionPlan:
         return timed_plan(

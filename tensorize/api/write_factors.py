@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +22,14 @@ from tensorize.base.errors import AnalysisError, CheckpointError
 from tensorize.base.tensorfile import Layout, Writer
 from tensorize.cache.curve_files import Curves
 from tensorize.hub.shards import Checkpoint
-from tensorize.ir.plan import RankPlan
+from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Site
-from tensorize.passes.pipeline import Program
 from tensorize.passes.rewrite.factorize import Place, factorized, put_cores, replace_weight
 from tensorize.passes.rewrite.verify import check_weight
+from tensorize.passes.stages import Opened
 from tensorize.reports.report import Report
 from tensorize.store.contents import Contents, contents_of
+from tensorize.store.fingerprint import identity
 from tensorize.store.save import save_written
 from tensorize.weight.install import core_names, factored, names_now, owner_of
 from tensorize.weight.whole_model import settle
@@ -82,51 +82,50 @@ class Factors:
     folder: Path
 
     @contextlib.contextmanager
-    def in_file(self, program: Program) -> Iterator[Place]:
-        """Where a program's factors go; its model is then the compressed one, on meta."""
-        planned = planned_model(program, self.source.model)
-        artefact = self.artefact(replace(program, model=planned))
+    def in_file(self, opened: Opened) -> Iterator[Place]:
+        """Where a plan's factors go; the model is then the compressed one, on meta."""
+        planned = planned_model(opened, self.source.model)
+        artefact = self.artefact(planned, opened.plan)
         scratch = copy.deepcopy(self.source.model)
         journal = artefact.open_journal()
         places = artefact.layout.places
         with Writer(artefact.draft, artefact.layout) as file:
 
             def put(unit: Sequence[RankPlan]) -> dict[str, float]:
-                found = self._unit(program, scratch, unit, file, places)
+                found = self._unit(opened, scratch, unit, file, places)
                 file.flush()
                 journal.add(found)
                 return found
 
-            yield Place(planned, self._units(program), put, dict(journal.errors))
-            self._copy_others(program, planned, file, places)
+            yield Place(planned, self._units(opened), put, dict(journal.errors))
+            self._copy_others(opened, planned, file, places)
             file.flush()
 
-    def artefact(self, program: Program) -> Artefact:
-        """What is written of a program whose model is the compressed one on meta."""
-        assert program.plan is not None
-        contents, tensors = contents_of(program.model, on_meta=True)
+    def artefact(self, model: nn.Module, plan: Plan) -> Artefact:
+        """What is written of a compressed model on meta."""
+        contents, tensors = contents_of(model, on_meta=True)
         layout = Layout.usual(tensors, {"format": "pt"})
-        plan = replace(program.plan, cache=None).to_json()
-        identity = hashlib.sha256(plan.encode() + layout.header).hexdigest()[:16]
-        return Artefact(self.folder / f"{identity}.tmp", contents, layout)
+        text = replace(plan, cache=None).to_json()
+        draft = self.folder / f"{identity(text, layout.header)[:16]}.tmp"
+        return Artefact(draft, contents, layout)
 
-    def _units(self, program: Program) -> list[list[RankPlan]]:
+    def _units(self, opened: Opened) -> list[list[RankPlan]]:
         """Weights with one first factor together, every other alone; in the order of the shards."""
         units: dict[str, list[RankPlan]] = {}
-        for choice in factorized(program):
+        for choice in factorized(opened):
             units.setdefault(choice.shared or choice.name, []).append(choice)
         return sorted(units.values(), key=lambda unit: self.source.shard(unit[0].name))
 
     def _unit(
         self,
-        program: Program,
+        opened: Opened,
         scratch: nn.Module,
         unit: Sequence[RankPlan],
         file: Writer,
         places: Mapping[str, Any],
     ) -> dict[str, float]:
         """Write the cores of weights that have something in common; their measured errors."""
-        sites = {site.name: site for site in program.sites}
+        sites = {site.name: site for site in opened.sites}
         errors: dict[str, float] = {}
         held: set[str] = set()
         for choice in unit:
@@ -148,22 +147,22 @@ class Factors:
         return errors
 
     def _copy_others(
-        self, program: Program, planned: nn.Module, file: Writer, places: Mapping[str, Any]
+        self, opened: Opened, planned: nn.Module, file: Writer, places: Mapping[str, Any]
     ) -> None:
         """Copy what stays as it is."""
-        replaced = {choice.name for choice in factorized(program)}
-        gone = {name for site in program.sites if site.name in replaced for name in site.names}
+        replaced = {choice.name for choice in factorized(opened)}
+        gone = {name for site in opened.sites if site.name in replaced for name in site.names}
         for name in sorted(self.source.entries.keys() - gone, key=self.source.shard):
             (now,) = names_now(planned, name)
             if now in places:
                 file.put(now, self.source.read(name))
 
 
-def planned_model(program: Program, model: nn.Module) -> nn.Module:
+def planned_model(opened: Opened, model: nn.Module) -> nn.Module:
     """A copy of a model on meta with cores, on meta, where the plan has them."""
     planned = copy.deepcopy(model)
-    sites = {site.name: site for site in program.sites}
-    for choice in factorized(program):
+    sites = {site.name: site for site in opened.sites}
+    for choice in factorized(opened):
         assert choice.spec is not None
         dtype = planned.get_parameter(choice.name).dtype
         shapes = choice.spec.core_shapes

@@ -9,7 +9,7 @@ from torch import fx
 from tensorize.backend.lower import lower_graph
 from tensorize.backend.options import read_options
 from tensorize.backend.preview import preview_graph
-from tensorize.running.fuse_graph import parameters_in
+from tensorize.base.dynamo import kinds_of_modules, parameters_in
 from tensorize.weight.low_rank import LowRankLinear
 
 log = logging.getLogger("tensorize")
@@ -34,8 +34,7 @@ def tensorize(
 
 def _is_rewritten(graph: fx.GraphModule) -> bool:
     """Whether the graph comes from modules that ``tensorize.compile`` rewrote."""
-    for node in graph.graph.nodes:
-        for _, kind in node.meta.get("nn_module_stack", {}).values():
-            if kind is LowRankLinear or getattr(kind, "_factored_parameters", ()):
-                return True
-    return False
+    return any(
+        kind is LowRankLinear or getattr(kind, "_factored_parameters", ())
+        for kind in kinds_of_modules(graph)
+    )

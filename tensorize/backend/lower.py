@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx
-from torch._guards import TracingContext
 
 from tensorize.api.options import Options
+from tensorize.base.dynamo import compile_by_inductor, inductor_finds_a_compiler
 from tensorize.passes.lowering.cleanup import RemoveDead
 from tensorize.passes.lowering.cpu_products import ChooseProducts
 from tensorize.passes.lowering.graph import LoweringPass, lower
@@ -59,33 +59,17 @@ def lower_graph(
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     if inner == "eager":
         return with_packed(lowered.graph.forward, lowered, names)
-    from torch._inductor.compile_fx import compile_fx
-
     packed = [value(p.pack, [parameters[name] for name in p.names]) for p in lowered.packed]
-    compiled = compile_fx(lowered.graph, [*example_inputs, *map(_of_fixed_shape, packed)])
-    return with_packed(cast(Callable[..., Any], compiled), lowered, names)
-
-
-def _of_fixed_shape(tensor: Tensor) -> Tensor:
-    """A further input as inductor is to see it: its sizes are no symbols, which have no source."""
-    context = TracingContext.try_get()
-    if context is None or context.fake_mode is None:
-        return tensor
-    return context.fake_mode.from_tensor(tensor, static_shapes=True)
+    compiled = compile_by_inductor(lowered.graph, example_inputs, packed)
+    return with_packed(compiled, lowered, names)
 
 
 def _best_inner(device: str) -> str:
     """Inductor; on a CPU it needs a C++ compiler."""
-    if device != "cpu":
+    if device != "cpu" or inductor_finds_a_compiler():
         return "inductor"
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        log.warning(
-            "there is no C++ compiler, so the rest of the graph runs as it is: install one, name "
-            'one in CXX, or pass options={"inner": "eager"}'
-        )
-        return "eager"
-    return "inductor"
+    log.warning(
+        "there is no C++ compiler, so the rest of the graph runs as it is: install one, name one "
+        'in CXX, or pass options={"inner": "eager"}'
+    )
+    return "eager"

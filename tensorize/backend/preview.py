@@ -12,9 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize.api.compile import compiled
 from tensorize.api.options import Options
+from tensorize.base.dynamo import name_of_parameter, own_graph, parameters_in, why_broken_off
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.lowering.graph import own_graph
-from tensorize.running.fuse_graph import parameters_in
 from tensorize.weight.install import factored, install
 
 log = logging.getLogger("tensorize")
@@ -34,13 +33,13 @@ def preview_graph(
 ) -> Callable[..., Any]:
     global _told
     weights = [parameter for parameter in parameters.values() if parameter.dim() > 1]
-    reason: Any = getattr(graph, "compile_subgraph_reason", None)
-    if reason is not None and reason.graph_break:
+    reason = why_broken_off(graph)
+    if reason is not None:
         log.warning(
             "the model breaks into several graphs, and the preview meets the budget within each: "
             "it sees %d weights up to here (%s)",
             len(weights),
-            reason.reason.partition("\n")[0],
+            reason,
         )
     if not weights:  # a part of the model that no budget can be met within
         return graph.forward
@@ -117,6 +116,7 @@ def _as_module(
 ) -> tuple[fx.GraphModule, list[bool]]:
     """The graph with its parameters as its own, and which of its inputs are left."""
     copied = own_graph(graph)
+    copied.weights = held = nn.Module()
     kept: list[bool] = []
     for node in list(copied.graph.nodes):
         if node.op != "placeholder":
@@ -124,21 +124,11 @@ def _as_module(
         kept.append(node.name not in parameters)
         if kept[-1]:
             continue
-        path, _, leaf = _qualified_name(node).rpartition(".")
-        owner = copied
-        for part in path.split(".") if path else ():
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(leaf, parameters[node.name])
+        name = name_of_parameter(node)
+        held.register_parameter(name, parameters[node.name])
         with copied.graph.inserting_before(node):
-            replacement = copied.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+            replacement = copied.graph.get_attr(f"weights.{name}")
         node.replace_all_uses_with(replacement)
         copied.graph.erase_node(node)
     copied.recompile()
     return copied, kept
-
-
-def _qualified_name(node: fx.Node) -> str:
-    """A name for a parameter's placeholder that is a path: dynamo's own, made plain."""
-    return "weights." + node.name.strip("_").removeprefix("l_self_").rstrip("_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class TensorizeError(Exception):
@@ -46,12 +47,13 @@ class CheckpointError(TensorizeError):
 
 
 def check_one_of(
-    option: str, value: object, known: Iterable[object], kind: type[TensorizeError] = TensorizeError
-) -> None:
-    """Raises an error of the kind for an option that has none of the known values."""
+    option: str, value: Any, known: Iterable[object], kind: type[TensorizeError] = TensorizeError
+) -> Any:
+    """The value of an option; raises an error of the kind where it is none of the known ones."""
     names = list(known)
     if value not in names:
         raise kind(
             f"{option}={value!r} is not one of {', '.join(map(repr, names))}",
             way_out=f"{option}={names[0]!r}",
         )
+    return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -130,6 +131,12 @@ def writable(path: str | os.PathLike[str]) -> Path:
 
 
 # ------------------------------------------------------------------------------------ records
+
+
+def of_this_machine(kind: str, identity: str) -> Path:
+    """Where records of some kind are kept, of what ``identity`` names: a device, and versions."""
+    home = os.environ.get("TENSORIZE_CACHE_DIR") or Path.home() / ".cache" / "tensorize"
+    return Path(home) / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
 
 def read_records(path: Path) -> dict[str, Any]:

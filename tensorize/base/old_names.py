@@ -39,6 +39,7 @@ _HELD = {
     "measures": {"evaluation.quality": "ClassFigures Quality Worst"},
     "ops": {"weight.contractions": "Asked _again"},
     "passes.curves": {"passes.curves.curve": "SharedFactor Spectrum"},
+    "passes.pipeline": {"passes.stages": "Program=Analysed"},
     "passes.metric": {"algebra.metric": "Metric"},
     "passes.predict": {"passes.predict.predictor": "Predictor Trial"},
     "passes.trains": {"formats.format": "TensorTrain"},
@@ -56,20 +57,26 @@ _HELD = {
         "weight.whole_model": "limit_saved",
     },
 }
-"""What a file held that is in pickles, by the file that holds it now; all below ``tensorize``."""
+"""What a file held that is in pickles, by the file that holds it now; all below ``tensorize``.
+``old=new`` where the name is another."""
 
-_FOLDERS = {"evaluation", "ir", "weight", "passes.curves", "passes.predict"}
+_THERE = {"evaluation", "ir", "weight", "passes.curves", "passes.pipeline", "passes.predict"}
 
 
 def hand_on(room: str) -> Callable[[str], Any]:
     """``__getattr__`` for a module of this name: what it held before, from where it is now."""
     held = _HELD[room.removeprefix("tensorize.")]
-    homes = {name: home for home, names in held.items() for name in names.split()}
+    homes = {}
+    for home, names in held.items():
+        for name in names.split():
+            old, _, new = name.partition("=")
+            homes[old] = home, new or old
 
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
-        return getattr(import_module(f"tensorize.{homes[name]}"), name)
+        home, now = homes[name]
+        return getattr(import_module(f"tensorize.{home}"), now)
 
     return find
 
@@ -84,6 +91,6 @@ class _Gone(ModuleType):
 
 def stand_in() -> None:
     """Let pickles find the files that are gone."""
-    for old in _HELD.keys() - _FOLDERS:
+    for old in _HELD.keys() - _THERE:
         name = f"tensorize.{old}"
         sys.modules[name] = _Gone(name)

@@ -9,12 +9,11 @@ analysis at the same time put the same files in place.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.files import draft_of, write_at_once
+from tensorize.base.records import plain, record
 from tensorize.cache.curve_files import (
     DAMAGE,
     FORMAT,
@@ -29,18 +29,18 @@ from tensorize.cache.curve_files import (
     Curves,
     Held,
 )
-from tensorize.ir.sites import Site, Use
+from tensorize.ir.sites import Site
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
 from tensorize.passes.curves.formats import FormatsOption
-from tensorize.passes.pipeline import Program
-from tensorize.passes.predict.predictor import Predictor, Trial
-from tensorize.store.fingerprint import hash_batch, hash_model
+from tensorize.passes.predict.predictor import Predictor
+from tensorize.passes.stages import Analysed, Found
+from tensorize.store.fingerprint import identity
 
 log = logging.getLogger("tensorize")
 
 
 def key(
-    program: Program,
+    found: Found,
     fingerprint: str,
     formats: FormatsOption,
     loss_fn: Any,
@@ -55,16 +55,11 @@ def key(
     if loss_fn is not None:
         log.info("not cached: what a loss_fn computes cannot be told from its name")
         return None
-    digest = hashlib.sha256()
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
-    sites = [astuple(site) for site in program.sites]
-    text = (FORMAT, fingerprint, program.metric, program.seed, plain, sites, refine, version)
-    digest.update(repr((*text, torch.__version__)).encode())
-    if program.calibration:
-        hash_model(digest, program.model)
-    for batch in program.calibration:
-        hash_batch(digest, batch)
-    return digest.hexdigest()[:32]
+    sites = [astuple(site) for site in found.sites]
+    text = (FORMAT, fingerprint, found.metric, found.seed, plain, sites, refine, version)
+    data = (found.model, *found.calibration) if found.calibration else ()
+    return identity(repr((*text, torch.__version__)), *data)[:32]
 
 
 def prepare(cache_dir: str | os.PathLike[str]) -> None:
@@ -90,61 +85,53 @@ def location(cache_dir: str | os.PathLike[str], key: str) -> str:
     return str(Path(cache_dir).absolute() / f"analysis-{key}")
 
 
-def write(base: str, curves: Curves, program: Program) -> None:
+def write(base: str, curves: Curves, analysed: Analysed) -> None:
     """Complete an analysis whose curves were kept: the JSON makes it valid."""
-    for curve in program.spectra.values():
+    for curve in analysed.spectra.values():
         if curve.site.name not in curves.files:
             curves.keep(replace(curve, shared=None))
-    for group, members in _shared_groups(program).items():
+    for group, members in _shared_groups(analysed).items():
         if SHARED_CURVES + group not in curves.files:
             curves.keep_shared(group, members)
-    predictor = program.predictor
+    predictor, shared = analysed.predictor, _shared_groups(analysed)
     data = {
-        "metric": program.metric,
-        "seed": program.seed,
-        "sites": [_site_to_dict(site) for site in program.sites],
-        "sizes": program.sizes,
-        "files": {name: curves.files[name] for name in program.spectra},
-        "shared": {group: curves.files[SHARED_CURVES + group] for group in _shared_groups(program)},
-        "notes": program.notes,
-        "measured": {n: curve.measured for n, curve in program.spectra.items() if curve.measured},
+        "metric": analysed.metric,
+        "seed": analysed.seed,
+        "sites": [
+            {**plain(site), "uses": [astuple(use) for use in site.uses]} for site in analysed.sites
+        ],
+        "sizes": analysed.sizes,
+        "files": {name: curves.files[name] for name in analysed.spectra},
+        "shared": {g: curves.files[SHARED_CURVES + g] for g in shared},
+        "notes": analysed.notes,
+        "measured": {n: curve.measured for n, curve in analysed.spectra.items() if curve.measured},
         "predictor": None
         if predictor is None
         else {
             "unit": predictor.unit,
             "held_out": predictor.held_out,
             "refinements": predictor.refinements,
-            "trials": [[getattr(t, f.name) for f in fields(Trial)] for t in predictor.trials],
+            "trials": [astuple(trial) for trial in predictor.trials],
         },
     }
     target = Path(base + ".json")
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data)
-    whole = {"sha256": _text_digest(text), "analysis": json.loads(text)}
+    whole = {"sha256": identity(text), "analysis": json.loads(text)}
     write_at_once(target, json.dumps(whole))
 
 
-def _shared_groups(program: Program) -> dict[str, dict[str, SharedFactor]]:
+def _shared_groups(analysed: Analysed) -> dict[str, dict[str, SharedFactor]]:
     groups: dict[str, dict[str, SharedFactor]] = {}
-    for name, curve in program.spectra.items():
+    for name, curve in analysed.spectra.items():
         group = curve.site.input_group
         if curve.shared is not None and group is not None:
             groups.setdefault(group, {})[name] = curve.shared
     return groups
 
 
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read(base: str, program: Program, held: Held = Held.memory) -> Program | None:
-    """The analysis kept at ``base``, or None; a damaged one is reported and made again."""
-    found = read_location(base, held)
-    return None if found is None else replace(found, history=program.history)
-
-
-def read_location(base: str, held: Held = Held.memory) -> Program | None:
-    """The analysis kept at ``base``, or None where there is none that can be read."""
+def read(base: str, held: Held = Held.memory) -> Analysed | None:
+    """The analysis kept at ``base``, or None; a damaged one is reported."""
     try:
         text = Path(base + ".json").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -155,9 +142,9 @@ def read_location(base: str, held: Held = Held.memory) -> Program | None:
     try:
         whole = json.loads(text)
         data = whole["analysis"]
-        if _text_digest(json.dumps(data)) != whole["sha256"]:
+        if identity(json.dumps(data)) != whole["sha256"]:
             raise ValueError("its content is not what it was")
-        sites = tuple(_site_from_dict(site) for site in data["sites"])
+        sites = tuple(record(Site, site) for site in data["sites"])
         by_name = {site.name: site for site in sites}
         shared: dict[str, SharedFactor] = {}
         for group, file in data["shared"].items():
@@ -171,19 +158,11 @@ def read_location(base: str, held: Held = Held.memory) -> Program | None:
                 raise ValueError(f"the curve of {name} cannot be read")
             measured = tuple((lost, rise) for lost, rise in data["measured"].get(name, ()))
             spectra[name] = replace(curve, shared=shared.get(name), measured=measured)
-        predictor = None
-        if data["predictor"] is not None:
-            kept = data["predictor"]
-            predictor = Predictor(
-                tuple(Trial(*values) for values in kept["trials"]),
-                kept["unit"],
-                kept["held_out"],
-                tuple(kept["refinements"]),
-            )
+        kept = data["predictor"]
+        predictor = None if kept is None else record(Predictor, kept)
     except DAMAGE as error:
         return _damaged(base, error)
-    return Program(
-        model=torch.nn.Module(),
+    return Analysed(
         metric=data["metric"],
         seed=data["seed"],
         sites=sites,
@@ -197,15 +176,3 @@ def read_location(base: str, held: Held = Held.memory) -> Program | None:
 
 def _damaged(base: str, error: Exception) -> None:
     log.warning("the cached analysis %s is damaged and is made again: %s", base, error)
-
-
-def _site_to_dict(site: Site) -> dict[str, Any]:
-    data = {f.name: getattr(site, f.name) for f in fields(Site)}
-    data["uses"] = [astuple(use) for use in site.uses]
-    return data
-
-
-def _site_from_dict(data: Mapping[str, Any]) -> Site:
-    uses = tuple(Use(*use) for use in data["uses"])
-    shape, aliases = tuple(data["shape"]), tuple(data["aliases"])
-    return Site(**{**data, "uses": uses, "shape": shape, "aliases": aliases})

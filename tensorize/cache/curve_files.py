@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tensorize.algebra.metric import Metric
 from tensorize.base.files import draft_of, into_place
+from tensorize.base.records import plain
 from tensorize.base.tensorfile import (
     Layout,
     Writer,
@@ -25,8 +25,9 @@ from tensorize.base.tensorfile import (
 )
 from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import spec_from_dict
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
+from tensorize.store.fingerprint import identity
 
 log = logging.getLogger("tensorize")
 
@@ -113,7 +114,9 @@ class Curves:
 
     def _find(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         known = self.files.get(name)
-        paths = [self.folder / known] if known else sorted(self.folder.glob(f"{_short(name)}-*"))
+        paths = (
+            [self.folder / known] if known else sorted(self.folder.glob(f"{identity(name)[:16]}-*"))
+        )
         for path in paths:
             try:
                 if known or _is_whole(path):
@@ -143,18 +146,15 @@ class Curves:
     def _put(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         layout = Layout.aligned(tensors, {"data": json.dumps(data)})
-        with draft_of(self.folder / _short(name)) as draft:
+        stem = identity(name)[:16]
+        with draft_of(self.folder / stem) as draft:
             with Writer(draft, layout) as file:
                 for key, tensor in tensors.items():
                     file.put(key, tensor)
-            path = self.folder / f"{_short(name)}-{sha256_of(draft)[:16]}{_ENDING}"
+            path = self.folder / f"{stem}-{sha256_of(draft)[:16]}{_ENDING}"
             into_place(draft, path)
         self.files[name] = path.name
         return path
-
-
-def _short(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _is_whole(path: Path) -> bool:
@@ -187,8 +187,8 @@ def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any
     return {
         "formats": curve.formats,
         "metrics": metrics,
-        "trains": [train.spec.to_dict() for train in curve.trains],
-        "train_points": [[spec.to_dict(), lost] for spec, lost in curve.train_points],
+        "trains": plain([train.spec for train in curve.trains]),
+        "train_points": plain(curve.train_points),
         "in_nats": curve.in_nats,
     }
 
@@ -199,11 +199,11 @@ def _curve_from_dict(
     def tensor(name: str | None) -> Tensor | None:
         return None if name is None else tensors[name]
 
-    trains = []
-    for k, spec in enumerate(data["trains"]):
-        parsed = spec_from_dict(spec)
-        cores = tuple(tensors[f"train{k}.{j}"] for j in range(len(parsed.core_shapes)))
-        trains.append(TensorTrain(parsed, cores))
+    specs = [Spec.from_dict(spec) for spec in data["trains"]]
+    trains = [
+        TensorTrain(spec, tuple(tensors[f"train{k}.{j}"] for j in range(len(spec.core_shapes))))
+        for k, spec in enumerate(specs)
+    ]
     return Spectrum(
         site=site,
         formats=tuple(data["formats"]),
@@ -212,6 +212,6 @@ def _curve_from_dict(
         ),
         distortion=tensors["distortion"],
         trains=tuple(trains),
-        train_points=tuple((spec_from_dict(s), lost) for s, lost in data["train_points"]),
+        train_points=tuple((Spec.from_dict(s), lost) for s, lost in data["train_points"]),
         in_nats=data["in_nats"],
     )

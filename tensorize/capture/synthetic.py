@@ -20,7 +20,7 @@ from tensorize.base.errors import CaptureError, ModelError
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
-from tensorize.ir.sites import Batch, Site
+from tensorize.ir.sites import LARGEST_FULL_MOMENT, Batch, Site
 
 log = logging.getLogger("tensorize")
 
@@ -32,6 +32,11 @@ _SEQUENCES, _DRAWN_BATCHES = 32, 16
 _UNASKED_FLOPS, _UNASKED_MOMENTS = 1e11, 1e9
 # Tables with fewer rows than this hold kinds (of tokens, of segments), not a vocabulary.
 _SMALLEST_VOCABULARY = 16
+
+
+def is_self(calibration: Any) -> bool:
+    """Whether the model makes its calibration data; an array would answer ``==`` by entries."""
+    return isinstance(calibration, str) and calibration == "self"
 
 
 def self_made(
@@ -75,7 +80,8 @@ def affordable(sites: Sequence[Site], inputs: Batch) -> float:
     What counts are the FLOPs of a forward pass over them, of which an analysis takes some twenty,
     and the memory of the second moments.
     """
-    moments = sum(8 * sum(side**2 for side in site.matrix if side <= 8192) for site in sites)
+    sides = (side for site in sites for side in site.matrix)
+    moments = sum(8 * side**2 for side in sides if side <= LARGEST_FULL_MOMENT)
     if moments > _UNASKED_MOMENTS:
         return 0.0
     uses = [(site, use) for site in sites for use in site.uses if use.contract != "lookup"]

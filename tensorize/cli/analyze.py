@@ -12,21 +12,7 @@ import typer
 
 from tensorize.api.analyze import analyzed
 from tensorize.api.options import Options
-from tensorize.cli.options import (
-    BatchSize,
-    Cache,
-    Calibration,
-    DtypeOption,
-    Exclude,
-    Formats,
-    Include,
-    Json,
-    MaxLength,
-    MaxMemory,
-    Metric,
-    Seed,
-    Source,
-)
+from tensorize.cli import options as option
 from tensorize.cli.parse import parse_shares, read_options
 from tensorize.cli.sources import Dtype
 from tensorize.cli.telling import (
@@ -40,8 +26,8 @@ from tensorize.cli.telling import (
 
 
 def analyze_command(
-    source: Source,
-    calibration: Calibration = None,
+    source: option.Source,
+    calibration: option.Calibration = None,
     budgets: Annotated[
         str | None,
         typer.Option(
@@ -50,21 +36,21 @@ def analyze_command(
             show_default=False,
         ),
     ] = None,
-    metric: Metric = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    formats: Formats = None,
-    seed: Seed = Options.seed,
-    cache_dir: Cache = None,
-    max_memory: MaxMemory = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 512,
-    dtype: DtypeOption = Dtype.auto,
+    metric: option.Metric = None,
+    include: option.Include = None,
+    exclude: option.Exclude = None,
+    formats: option.Formats = None,
+    seed: option.Seed = Options.seed,
+    cache_dir: option.Cache = None,
+    max_memory: option.MaxMemory = None,
+    batch_size: option.BatchSize = 8,
+    max_length: option.MaxLength = 512,
+    dtype: option.DtypeOption = Dtype.auto,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the curve: .png, .svg or .pdf.", show_default=False),
     ] = None,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Predict quality, size and cost for several budgets, without compressing anything."""
     with errors_told():

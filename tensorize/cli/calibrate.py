@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ import typer
 
 import tensorize
 from tensorize.base.errors import TensorizeError
+from tensorize.base.records import plain
 from tensorize.cli.options import Json
 from tensorize.cli.telling import (
     errors_told,
@@ -50,7 +50,7 @@ def calibrate_command(
         measured = rates.measure(device)
         path = rates.keep(measured, device)
         if as_json:
-            print_json(asdict(measured))
+            print_json(plain(measured))
             return
         typer.echo(str(measured))
         typer.echo(f"kept in {path}")
@@ -68,7 +68,7 @@ def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
         won = tensorize.tune_kernels(loaded, counts)
     found = tensorize.report(loaded)
     if as_json:
-        runs_by = {site.name: [asdict(each) for each in site.runs_by] for site in found.sites}
+        runs_by = {site.name: plain(site.runs_by) for site in found.sites}
         print_json({"won": won, "sites": runs_by})
         return
     typer.echo(f"{won} kernels won")

@@ -21,25 +21,7 @@ from tensorize.api.options import Options
 from tensorize.api.stream import streamed
 from tensorize.base import printer
 from tensorize.base.errors import CheckpointError, TensorizeError
-from tensorize.cli.options import (
-    Autotune,
-    Backend,
-    BatchSize,
-    Budget,
-    Cache,
-    Calibration,
-    DtypeOption,
-    Exclude,
-    Formats,
-    Include,
-    Json,
-    MaxLength,
-    MaxMemory,
-    Metric,
-    Refine,
-    Seed,
-    Source,
-)
+from tensorize.cli import options as option
 from tensorize.cli.parse import read_options
 from tensorize.cli.sources import Dtype, tokenizer_of
 from tensorize.cli.telling import (
@@ -57,23 +39,23 @@ from tensorize.store.transformers_config import check_place
 
 
 def compile_command(
-    source: Source,
+    source: option.Source,
     out: Annotated[Path, typer.Option(help="Directory to save the result in.", show_default=False)],
-    budget: Budget = str(Options.budget),
-    calibration: Calibration = None,
-    metric: Metric = None,
-    refine: Refine = "auto",
-    include: Include = None,
-    exclude: Exclude = None,
-    formats: Formats = None,
-    seed: Seed = Options.seed,
-    cache_dir: Cache = None,
-    max_memory: MaxMemory = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 512,
-    dtype: DtypeOption = Dtype.auto,
-    backend: Backend = Options.backend,
-    autotune: Autotune = Options.autotune,
+    budget: option.Budget = str(Options.budget),
+    calibration: option.Calibration = None,
+    metric: option.Metric = None,
+    refine: option.Refine = "auto",
+    include: option.Include = None,
+    exclude: option.Exclude = None,
+    formats: option.Formats = None,
+    seed: option.Seed = Options.seed,
+    cache_dir: option.Cache = None,
+    max_memory: option.MaxMemory = None,
+    batch_size: option.BatchSize = 8,
+    max_length: option.MaxLength = 512,
+    dtype: option.DtypeOption = Dtype.auto,
+    backend: option.Backend = Options.backend,
+    autotune: option.Autotune = Options.autotune,
     html: Annotated[
         Path | None, typer.Option(help="Also write the report as a page.", show_default=False)
     ] = None,
@@ -100,7 +82,7 @@ def compile_command(
             "judged by themselves. A run that was killed goes on after the last weight.",
         ),
     ] = False,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
     with errors_told():
@@ -143,10 +125,10 @@ def compile_command(
 
 
 def _check_streams(given: Mapping[str, bool]) -> None:
-    for option, is_given in given.items():
+    for name, is_given in given.items():
         if is_given:
             raise typer.BadParameter(
-                "needs the whole model, and --stream never loads it", param_hint=option
+                "needs the whole model, and --stream never loads it", param_hint=name
             )
 
 

@@ -13,13 +13,7 @@ from torch import nn
 
 import tensorize
 from tensorize.base import printer
-from tensorize.cli.options import (
-    BatchSize,
-    Calibration,
-    DtypeOption,
-    Json,
-    MaxLength,
-)
+from tensorize.cli import options as option
 from tensorize.cli.parse import parse_shares
 from tensorize.cli.sources import (
     Dtype,
@@ -68,7 +62,7 @@ def eval_command(
             show_default=False,
         ),
     ] = None,
-    calibration: Calibration = None,
+    calibration: option.Calibration = None,
     quantize: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,14 +70,14 @@ def eval_command(
             show_default=False,
         ),
     ] = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 512,
-    dtype: DtypeOption = Dtype.auto,
+    batch_size: option.BatchSize = 8,
+    max_length: option.MaxLength = 512,
+    dtype: option.DtypeOption = Dtype.auto,
     timing: Annotated[bool, typer.Option("--time/--no-time", help="Measure times.")] = True,
     html: Annotated[
         Path | None, typer.Option(help="Also write it as a page.", show_default=False)
     ] = None,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """Measure compressed models beside the dense one: quality, agreement, size and speed."""
     with errors_told():
@@ -139,8 +133,8 @@ def bench_command(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Time them through torch.compile as well.")
     ] = False,
-    dtype: DtypeOption = Dtype.auto,
-    as_json: Json = False,
+    dtype: option.DtypeOption = Dtype.auto,
+    as_json: option.Json = False,
 ) -> None:
     """Time compressed models beside the dense one, in turn on this machine."""
     with errors_told():

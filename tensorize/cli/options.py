@@ -11,12 +11,13 @@ import typer
 from tensorize.api import options
 from tensorize.cli.sources import Dtype
 
-_HELP = {each.name: each.metadata.get("help", "") for each in fields(options.Options)}
+_FIELDS = {each.name: each for each in fields(options.Options)}
 
 
-def _of(name: str, *flags: str, show_default: bool = False) -> Any:
+def _of(name: str, *flags: str) -> Any:
     """An option of the library, in the words of its record."""
-    return typer.Option(*flags, help=_HELP[name], show_default=show_default)
+    each = _FIELDS[name]
+    return typer.Option(*flags, help=each.metadata["help"], show_default=each.default is not None)
 
 
 Source = Annotated[
@@ -27,16 +28,16 @@ Source = Annotated[
         show_default=False,
     ),
 ]
-Budget = Annotated[str, _of("budget", show_default=True)]
+Budget = Annotated[str, _of("budget")]
 Calibration = Annotated[Path | None, _of("calibration")]
 Metric = Annotated[options.Metric | None, _of("metric")]
-Refine = Annotated[Literal["auto", "none", "refit", "polish"], _of("refine", show_default=True)]
+Refine = Annotated[Literal["auto", "none", "refit", "polish"], _of("refine")]
 Include = Annotated[list[str] | None, _of("include")]
 Exclude = Annotated[list[str] | None, _of("exclude")]
 Formats = Annotated[list[str] | None, _of("formats")]
-Backend = Annotated[options.Backend, _of("backend", show_default=True)]
-Autotune = Annotated[bool, _of("autotune", show_default=True)]
-Seed = Annotated[int, _of("seed", show_default=True)]
+Backend = Annotated[options.Backend, _of("backend")]
+Autotune = Annotated[bool, _of("autotune")]
+Seed = Annotated[int, _of("seed")]
 Cache = Annotated[Path | None, _of("cache_dir", "--cache")]
 MaxMemory = Annotated[str | None, _of("max_memory")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a calibration batch.")]

@@ -36,7 +36,7 @@ from tensorize.evaluation.meter import (
 )
 from tensorize.evaluation.quality import CLASSES, OUTPUTS, TEXT
 from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
-from tensorize.evaluation.timing import first_sample, times
+from tensorize.evaluation.speed import first_sample, times
 from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Batch

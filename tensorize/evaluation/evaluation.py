@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tensorize.base import files, printer
-from tensorize.base.records import encode
+from tensorize.base.records import by_field, encode, plain
 from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, TEXT
 from tensorize.evaluation.results import Figures, Spectrum
 
@@ -95,7 +95,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data: plain dicts, lists, strings and finite numbers."""
-        data = asdict(self)
+        data = plain(by_field(self))
         for own, figures in zip([data["dense"], *data["models"]], self._all, strict=True):
             own["share"] = self.share(figures)
             own["quality"]["perplexity"] = figures.quality.perplexity

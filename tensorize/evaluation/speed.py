@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize.base import printer
+from tensorize.base import printer, timer
+from tensorize.base.records import by_field, plain
+from tensorize.base.tensors import device_of
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import needed
-from tensorize.evaluation.timing import first_sample, times
 from tensorize.ir.sites import Batch
 
 
@@ -42,7 +44,7 @@ class Speeds:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data."""
-        return {"timed": [asdict(each) for each in self.timed]}
+        return plain(by_field(self))
 
 
 def speeds(
@@ -83,6 +85,30 @@ def speeds(
                 for name, took in zip(calls, seconds, strict=True)
             ]
     return Speeds(tuple(found))
+
+
+def times(models: Sequence[nn.Module], batch: Batch) -> list[float]:
+    """Seconds of a call of each model, in turn."""
+    calls = [partial(model, *batch.args, **batch.kwargs) for model in models]
+    return timer.seconds_in_turn(calls, device_of(models[0]))
+
+
+def first_sample(batch: Batch) -> Batch:
+    """The first sample of a batch: of every tensor with as many entries as the first tensor."""
+    tensors = [t for t in pytree.tree_leaves((batch.args, dict(batch.kwargs))) if _has_samples(t)]
+    if not tensors:
+        return batch
+    count = len(tensors[0])
+
+    def cut(value: Any) -> Any:
+        return value[:1] if _has_samples(value) and len(value) == count else value
+
+    args, kwargs = pytree.tree_map(cut, (batch.args, dict(batch.kwargs)))
+    return Batch(args, kwargs, kwargs or args)
+
+
+def _has_samples(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _repeated(sample: Batch, count: int) -> Batch:

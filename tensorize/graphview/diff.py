@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,31 +70,16 @@ _Block = tuple[bool, int, int, int, int]
 
 
 def _anchors(a: list[str], b: list[str]) -> list[tuple[int, int]]:
-    """The longest increasing series of lines that occur exactly once on both sides.
+    """Pairs of lines that occur exactly once on both sides, in order.
 
     Layers of a model look alike, so matching the longest stretch first can pair one layer with
     another; a norm with its own parameters can not be mistaken (the idea of patience diff).
     """
-    in_a, in_b = Counter(a), Counter(b)
-    where = {key: k for k, key in enumerate(b) if in_b[key] == 1}
-    pairs = [(k, where[key]) for k, key in enumerate(a) if in_a[key] == 1 and key in where]
-    tails: list[int] = []
-    best: list[int] = []  # index into pairs that ends the best series of each length
-    before: list[int] = []
-    for index, (_, position) in enumerate(pairs):
-        length = bisect_left(tails, position)
-        before.append(best[length - 1] if length else -1)
-        if length == len(tails):
-            tails.append(position)
-            best.append(index)
-        else:
-            tails[length], best[length] = position, index
-    series: list[tuple[int, int]] = []
-    index = best[-1] if best else -1
-    while index >= 0:
-        series.append(pairs[index])
-        index = before[index]
-    return series[::-1]
+    once = {key for key, count in Counter(a).items() if count == 1 and b.count(key) == 1}
+    in_a, in_b = ([k for k, key in enumerate(side) if key in once] for side in (a, b))
+    matcher = difflib.SequenceMatcher(None, [a[k] for k in in_a], [b[k] for k in in_b], False)
+    blocks = matcher.get_matching_blocks()
+    return [(in_a[i + k], in_b[j + k]) for i, j, size in blocks for k in range(size)]
 
 
 def _blocks(a: list[str], b: list[str]) -> Iterator[_Block]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,10 @@ import networkx as nx
 from torch import fx
 
 from tensorize.base import printer
+from tensorize.base.html import environment
 from tensorize.formats.registry import colors_of, formats
 from tensorize.graphview.boxes import (
-    INPUT,
     OTHER,
-    OUTPUT,
     SITE,
     Box,
     Repeat,
@@ -40,6 +38,7 @@ _CHARACTER, _SMALL = 7.3, 6.7  # widths of a title's and a subtitle's character
 _GAP_X, _GAP_Y, _MARGIN = 26.0, 30.0, 28.0
 _FRAME, _FRAME_TITLE = 16.0, 26.0
 _LONGEST = 44  # characters of a title
+_HEAD = 44.0  # height of the legend
 
 
 @dataclass
@@ -233,50 +232,34 @@ def _stack(drawing: _Drawing) -> None:
 # --------------------------------------------------------------------------------------- SVG
 
 
-def _escape(text: str) -> str:
-    return html.escape("".join(c for c in text if c.isprintable()))
-
-
 def _svg(drawing: _Drawing) -> str:
-    boxes = [cell for cell in drawing.cells.values() if cell.box is not None]
     edges = [(c.x - c.width / 2, c.x + c.width / 2) for row in drawing.rows for c in row]
     edges += [(left, right) for _, left, _, right, _ in drawing.frames]
-    legend, legend_width = _legend(drawing)
+    legend = _legend(drawing)
     left = min((a for a, _ in edges), default=0.0)
-    right = max([b for _, b in edges] + [left + legend_width])
+    right = max([b for _, b in edges] + [left + sum(width for *_, width in legend)])
     bottom = max([b for _, b in drawing.heights] + [f[4] for f in drawing.frames], default=0.0)
-    head = 44.0
-    x, y = left - _MARGIN, -head - _MARGIN
-    width, height = right - left + 2 * _MARGIN, bottom + head + 2 * _MARGIN
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="{x:.1f} {y:.1f} {width:.1f} {height:.1f}" role="img" '
-        "font-family=\"ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', "
-        'monospace" font-size="12">',
-        "<title>The model's graph after tensorize</title>",
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-        'markerHeight="7" orient="auto"><path d="M0 0.8 L7.5 4 L0 7.2 z" fill="#8b94a5"/>'
-        "</marker></defs>",
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="#ffffff"/>',
-        f'<g transform="translate({left:.1f} {-head - 4:.1f})">{legend}</g>',
-    ]
-    for _, x0, y0, x1, y1 in drawing.frames:
-        lines.append(
-            f'<rect x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}" rx="12" '
-            'fill="#fafbfc" stroke="#c6ccd6" stroke-dasharray="5 4"/>'
-        )
-    lines += [_edge(drawing, upper, lower) for upper, lower in drawing.lines]
-    for repeat, x0, y0, _, _ in drawing.frames:
-        lines.append(
-            f'<text x="{x0 + 14:.1f}" y="{y0 + 20:.1f}" font-weight="600" fill="#3c4657" '
-            'stroke="#fafbfc" stroke-width="5" paint-order="stroke">'
-            f"{_escape(drawing.view.titles[repeat])}</text>"
-        )
-    lines += [_box_svg(cell) for cell in boxes]
-    return "\n".join([*lines, "</svg>", ""])
+    picture = environment()
+    picture.filters["printable"] = lambda text: "".join(c for c in text if c.isprintable())
+    text = picture.get_template("graph.svg.j2").render(
+        x=left - _MARGIN,
+        y=-_HEAD - _MARGIN,
+        width=right - left + 2 * _MARGIN,
+        height=bottom + _HEAD + 2 * _MARGIN,
+        left=left,
+        top=-_HEAD - 4,
+        legend=legend,
+        frames=[(drawing.view.titles[repeat], *place) for repeat, *place in drawing.frames],
+        paths=[(_path(drawing, *line), line[1].box is not None) for line in drawing.lines],
+        cells=drawing.cells.values(),
+        title=_title,
+        hint=_hint,
+        colors=colors_of,
+    )
+    return text + "\n"
 
 
-def _edge(drawing: _Drawing, upper: _Cell, lower: _Cell) -> str:
+def _path(drawing: _Drawing, upper: _Cell, lower: _Cell) -> str:
     """One row's part of an edge: straight through the row, then a curve to the next."""
     y0 = upper.y + upper.height / 2 if upper.box else drawing.heights[upper.row][1]
     y1 = lower.y - lower.height / 2 if lower.box else drawing.heights[lower.row][0]
@@ -292,31 +275,7 @@ def _edge(drawing: _Drawing, upper: _Cell, lower: _Cell) -> str:
     end = y1 if lower.box else lower.y
     if end != y0 and not path.endswith(f" {end:.1f}"):  # a part of no length would turn the tip
         path += f" V{end:.1f}"
-    tip = ' marker-end="url(#tip)"' if lower.box else ""
-    return f'<path d="{path}" fill="none" stroke="#8b94a5"{tip}/>'
-
-
-def _box_svg(cell: _Cell) -> str:
-    box = cell.box
-    assert box is not None
-    stroke, fill = colors_of(box.format)
-    x, y = cell.x - cell.width / 2, cell.y - cell.height / 2
-    round_ = cell.height / 2 if box.kind in (INPUT, OUTPUT) else 7
-    ink = "#1a1f2b" if box.kind == SITE else "#4a5364"
-    lines = [
-        f"<g><title>{_escape(_hint(box))}</title>",
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell.width:.1f}" height="{cell.height:.1f}" '
-        f'rx="{round_:.1f}" fill="{fill}" stroke="{stroke}" '
-        f'stroke-width="{1.4 if box.kind == SITE else 1}"/>',
-        f'<text x="{cell.x:.1f}" y="{cell.y + (-4 if box.subtitle else 4):.1f}" '
-        f'text-anchor="middle" fill="{ink}">{_escape(_title(box))}</text>',
-    ]
-    if box.subtitle:
-        lines.append(
-            f'<text x="{cell.x:.1f}" y="{cell.y + 13:.1f}" text-anchor="middle" font-size="11" '
-            f'fill="{stroke}">{_escape(box.subtitle)}</text>'
-        )
-    return "".join([*lines, "</g>"])
+    return path
 
 
 def _hint(box: Box) -> str:
@@ -329,30 +288,15 @@ def _hint(box: Box) -> str:
     )
 
 
-def _legend(drawing: _Drawing) -> tuple[str, float]:
-    """The legend as SVG, and its width."""
-    names = {
-        format: {
-            name
-            for c in drawing.cells.values()
-            if c.box is not None and c.box.format == format
-            for name in c.box.names
-        }
-        for format in (form.name for form in formats())
-    }
-    entries = [
-        (format, f"{printer.format_text(format)}: {printer.plural(len(found), 'site')}")
-        for format, found in names.items()
-        if found
+def _legend(drawing: _Drawing) -> list[tuple[str, str, float, float]]:
+    """Format, text, place and width of every entry."""
+    boxes = [cell.box for cell in drawing.cells.values() if cell.box is not None]
+    texts = [
+        (form.name, f"{printer.format_text(form.name)}: {printer.plural(len(names), 'site')}")
+        for form in formats()
+        if (names := {name for box in boxes if box.format == form.name for name in box.names})
     ]
-    parts: list[str] = []
-    x = 0.0
-    for format, text in [*entries, (OTHER, "other operations")]:
-        stroke, fill = colors_of(format)
-        parts.append(
-            f'<rect x="{x:.1f}" y="0" width="18" height="13" rx="3" fill="{fill}" '
-            f'stroke="{stroke}" stroke-width="1.4"/><text x="{x + 25:.1f}" y="11" '
-            f'fill="#3c4657">{_escape(text)}</text>'
-        )
-        x += 25 + len(text) * _CHARACTER + 22
-    return "".join(parts), x
+    texts.append((OTHER, "other operations"))
+    widths = [25 + len(text) * _CHARACTER + 22 for _, text in texts]
+    places = itertools.accumulate(widths, initial=0.0)
+    return [(*text, x, width) for text, x, width in zip(texts, places, widths, strict=False)]

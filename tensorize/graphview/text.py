@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 
+from tensorize.base.dynamo import VALUE
 from tensorize.base.printer import format_text
 
 
@@ -52,7 +53,7 @@ class _Symbols:
 
 def _value_of(node: fx.Node) -> Any:
     """What is known of a node's result: a (fake) tensor, its metadata, a number, or ``None``."""
-    for key in ("val", "example_value", "tensor_meta"):
+    for key in ("val", VALUE, "tensor_meta"):
         if node.meta.get(key) is not None:
             return node.meta[key]
     return None

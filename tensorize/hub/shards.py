@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib
 import json
 import mmap
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from tensorize.base.errors import AnalysisError, CaptureError
 from tensorize.base.tensors import is_finite
 from tensorize.store.contents import PARAMETER, slots_of, transient_buffers
-from tensorize.store.fingerprint import hash_tensor
+from tensorize.store.fingerprint import fingerprint
 from tensorize.store.manifest import MANIFEST
 from tensorize.store.transformers_build import architecture
 from tensorize.weight.install import owner_of
@@ -108,7 +107,9 @@ class Checkpoint:
         Raises:
             AnalysisError: a weight holds NaN or an infinity.
         """
-        digest = hashlib.sha256()
+        return fingerprint(self._finite(tell))
+
+    def _finite(self, tell: Callable[[int, int], None]) -> Iterator[tuple[str, Tensor]]:
         parameters = list(self.model.named_parameters())
         for done, (name, _) in enumerate(parameters):
             tell(done, len(parameters))
@@ -120,9 +121,8 @@ class Checkpoint:
                     way_out="repair the checkpoint: no factorization of such a weight means "
                     "anything",
                 )
-            hash_tensor(digest, name, value)
+            yield name, value
         tell(len(parameters), len(parameters))
-        return digest.hexdigest()
 
     def _tensor(self, key: str) -> Tensor:
         path = self.files[key]

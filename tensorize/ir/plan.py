@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tensorize.base import printer
 from tensorize.base.errors import AnalysisError
+from tensorize.base.records import plain, record
 from tensorize.ir.machine import GENERIC
-from tensorize.ir.spec import DENSE, Spec, spec_from_dict
+from tensorize.ir.spec import DENSE, Spec
 
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
@@ -56,17 +56,6 @@ class RankPlan:
             return math.prod(self.spec.core_shapes[0])
         return self.spec.parameters
 
-    def to_dict(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["shape"] = list(self.shape)
-        data["spec"] = None if self.spec is None else self.spec.to_dict()
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
-        spec = None if data["spec"] is None else spec_from_dict(data["spec"])
-        return cls(**{**data, "shape": tuple(data["shape"]), "spec": spec})
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -103,7 +92,7 @@ class Totals:
     latency: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """One choice of formats and ranks for a whole model: hashable, printable, kept as JSON.
 
@@ -112,8 +101,6 @@ class Plan:
     by which a better choice might be better (the duality gap); ``machine`` the one whose figures
     its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
     ``limits_errors`` that its budget limits the error of every weight.
-    A plan that comes from ``Analysis.plan`` also carries that analysis; it is no part of equality,
-    hash or JSON.
     """
 
     sites: tuple[RankPlan, ...]
@@ -131,7 +118,21 @@ class Plan:
     cache: str | None = None
     own_loss: bool = False
     limits_errors: bool = False
-    analysis: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def alone(self) -> Plan:
+        """The plan without what a kind of plan adds to it, which counts in no comparison."""
+        return Plan(*self._values)
+
+    @property
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(Plan))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
 
     def __str__(self) -> str:
         after, before = self.predicted, self.dense
@@ -162,12 +163,8 @@ class Plan:
         return "\n".join([*lines, "", printer.table(headers, rows, align=align)])
 
     def to_json(self) -> str:
-        """Everything but the analysis that it carries; ``from_json`` reads it."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "analysis"}
-        data["sites"] = [site.to_dict() for site in self.sites]
-        data["predicted"] = {f.name: getattr(self.predicted, f.name) for f in fields(Prediction)}
-        data["dense"] = {f.name: getattr(self.dense, f.name) for f in fields(Totals)}
-        return json.dumps(data, indent=1)
+        """All of it; ``from_json`` reads it."""
+        return json.dumps(plain(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -177,23 +174,8 @@ class Plan:
             AnalysisError: the text is none.
         """
         try:
-            data = json.loads(text)
-            predicted, dense = data["predicted"], data["dense"]
-        except (ValueError, TypeError, KeyError) as error:
+            return record(cls, json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise AnalysisError(
                 "the text is no plan", way_out="what plan.to_json() wrote"
             ) from error
-        if predicted["loss_interval"] is not None:
-            predicted["loss_interval"] = tuple(predicted["loss_interval"])
-        for figures in (predicted, dense):
-            figures["latency"] = tuple(figures.get("latency", ()))
-        return cls(
-            **{
-                **data,
-                "sites": tuple(RankPlan.from_dict(site) for site in data["sites"]),
-                "predicted": Prediction(**predicted),
-                "dense": Totals(**dense),
-                "batch_sizes": tuple(data["batch_sizes"]),
-                "notes": tuple(data["notes"]),
-            }
-        )

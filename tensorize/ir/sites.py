@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_FULL_MOMENT = 8192
+"""A side of a weight with more entries keeps only the diagonal of its second moment (in float64 a
+full one of 8192 takes 512 MB)."""
+
 
 @dataclass(frozen=True)
 class Use:

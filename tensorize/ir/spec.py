@@ -46,17 +46,17 @@ class Spec:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data, ``"format"`` among it; ``spec_from_dict`` reads it."""
+        """As JSON data, ``"format"`` among it; ``from_dict`` reads it."""
         raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """The spec that ``to_dict`` wrote, of whatever format."""
+        return READERS.get(data.get("format", ""), TTSpec.from_dict)(data)
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Spec]] = {}
 """What reads the specs of a format that is no ``TTSpec``, by its name: ``formats`` fills it."""
-
-
-def spec_from_dict(data: Mapping[str, Any]) -> Spec:
-    """The spec that ``to_dict`` wrote, of whatever format."""
-    return READERS.get(data.get("format", ""), TTSpec.from_dict)(data)
 
 
 @dataclass(frozen=True, init=False, repr=False)

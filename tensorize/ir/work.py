@@ -6,9 +6,10 @@ Passes find it in graphs, code generators make text of it, and an operation take
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from tensorize.base.records import plain, record
 from tensorize.ir.spec import TTSpec
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
@@ -105,17 +106,12 @@ class Work:
 
     def to_text(self) -> str:
         """As JSON, for an operation to take; ``work_of`` reads it."""
-        specs = [spec.to_dict() for spec in self.specs]
-        rest = {name: getattr(self, name) for name in ("contract", "gated", "shared", "saved")}
-        norm = None if self.norm is None else asdict(self.norm)
-        return json.dumps({"specs": specs, "norm": norm, "epilogue": asdict(self.epilogue), **rest})
+        data = plain(self)
+        named = ("specs", "norm", "epilogue", "contract", "gated", "shared", "saved")
+        return json.dumps({name: data[name] for name in named})
 
 
 @lru_cache(maxsize=4096)
 def work_of(text: str) -> Work:
     """What ``Work.to_text`` wrote."""
-    data = json.loads(text)
-    specs = tuple(TTSpec.from_dict(spec) for spec in data.pop("specs"))
-    norm = data.pop("norm")
-    epilogue = Epilogue(**data.pop("epilogue"))
-    return Work(specs, norm=None if norm is None else Norm(**norm), epilogue=epilogue, **data)
+    return record(Work, json.loads(text))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, overload
 
 from tensorize.base import files, printer
 from tensorize.base.errors import TensorizeError
-from tensorize.base.records import as_tuples, decode, encode
+from tensorize.base.records import decode, encode, record
 from tensorize.formats.low_rank import LowRank
 from tensorize.reports.data import CurvePoint
 from tensorize.reports.text import WIDTH
@@ -100,9 +100,8 @@ class Curve(Sequence[CurvePoint]):
         figure.savefig(target)
 
     def to_dict(self) -> dict[str, Any]:
-        return encode({"metric": self.metric, "points": [asdict(p) for p in self.points]})
+        return encode({"metric": self.metric, "points": self.points})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Curve:
-        points = (as_tuples(p, "loss_interval", "latency") for p in decode(data)["points"])
-        return cls(tuple(CurvePoint(**point) for point in points), data["metric"])
+        return record(cls, decode(data))

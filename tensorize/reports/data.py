@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import (
-    asdict,
     dataclass,
     field,
     fields,
 )
-from typing import Any
 
-from tensorize.base.records import as_tuples, decode, encode
 from tensorize.ir.plan import Prediction, RankPlan, Totals
 
 
@@ -74,15 +70,6 @@ class SiteReport:
         """Parameters that are left, as a share."""
         return share_of(self.parameters_after, self.parameters_before)
 
-    def to_dict(self) -> dict[str, Any]:
-        return encode(asdict(self))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SiteReport:
-        found = as_tuples(decode(data), "aliases", "shape", "ranks")
-        found["runs_by"] = tuple(RunsBy(**each) for each in found.get("runs_by", ()))
-        return cls(**found)
-
 
 @dataclass(frozen=True)
 class Shares:
@@ -109,14 +96,6 @@ class ReportTotals:
                 for f in fields(Shares)
             }
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ReportTotals:
-        sides = (as_tuples(data[side], "latency") for side in ("before", "after"))
-        return cls(*(Totals(**side) for side in sides))
 
 
 @dataclass(frozen=True)

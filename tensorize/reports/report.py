@@ -7,15 +7,14 @@ the pipeline fills it, nothing here computes a figure that is not a sum or a sha
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tensorize.base import files, printer
-from tensorize.base.records import decode, encode
+from tensorize.base.records import by_field, decode, encode, record
 from tensorize.formats.dense import is_dense
 from tensorize.ir.plan import Plan
 from tensorize.reports.curve import Curve
@@ -75,37 +74,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data: plain dicts, lists, strings and finite numbers."""
-        return {
-            "plan": encode(json.loads(self.plan.to_json())),
-            "sites": [site.to_dict() for site in self.sites],
-            "totals": self.totals.to_dict(),
-            "curve": None if self.curve is None else self.curve.to_dict(),
-            "history": [encode(asdict(stage)) for stage in self.history],
-            "notes": list(self.notes),
-            "backend": self.backend,
-            "fused": [[what, list(names)] for what, names in self.fused],
-            "environment": [list(pair) for pair in self.environment],
-            "measured_loss": encode(self.measured_loss),
-            "measured_error": encode(self.measured_error),
-        }
+        return encode(by_field(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """The report that ``to_dict`` described, equal to it in every field."""
-        curve = data["curve"]
-        return cls(
-            plan=Plan.from_json(json.dumps(decode(data["plan"]))),
-            sites=tuple(SiteReport.from_dict(site) for site in data["sites"]),
-            totals=ReportTotals.from_dict(data["totals"]),
-            curve=None if curve is None else Curve.from_dict(curve),
-            history=tuple(Stage(**decode(stage)) for stage in data["history"]),
-            notes=tuple(data["notes"]),
-            backend=data.get("backend", "auto"),
-            fused=tuple((what, tuple(names)) for what, names in data.get("fused", ())),
-            environment=tuple((name, value) for name, value in data["environment"]),
-            measured_loss=decode(data["measured_loss"]),
-            measured_error=decode(data["measured_error"]),
-        )
+        return record(cls, decode(data))
 
     def __str__(self) -> str:
         kept = len(self.sites) - len(self.factorized)

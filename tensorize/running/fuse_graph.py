@@ -6,21 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from tensorize.base.dynamo import own_graph, parameters_in
 from tensorize.passes.lowering.cleanup import RemoveDead, RemoveIdentities
 from tensorize.passes.lowering.fuse import FuseKernels, Kernels
-from tensorize.passes.lowering.graph import Lowered, lower, own_graph
-
-
-def parameters_in(graph: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, nn.Parameter]:
-    """The parameters behind a graph's placeholders, by the names of those."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return {
-        node.name: value
-        for node, value in zip(placeholders, inputs, strict=True)
-        if isinstance(value, nn.Parameter)
-    }
+from tensorize.passes.lowering.graph import Lowered, lower
 
 
 def fuse(graph: fx.GraphModule, example_inputs: Sequence[Any], kernels: Kernels) -> Lowered:

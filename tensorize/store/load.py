@@ -14,10 +14,8 @@ code is taken from the artefact, and the network is never asked.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +48,7 @@ from tensorize.store.manifest import (
 )
 from tensorize.store.transformers_build import build
 from tensorize.weight import install
+from tensorize.weight.become import all_or_nothing
 from tensorize.weight.install import owner_of
 from tensorize.weight.whole_model import settle
 
@@ -89,7 +88,7 @@ def load(
     else:
         _check_class(model, manifest)
         target = model
-    with _all_or_nothing(target):
+    with all_or_nothing(target):
         _install_sites(target, manifest)
         slots = _matched_slots(target, manifest)
         _fill(slots, manifest, device, dtype)
@@ -127,33 +126,6 @@ def _check_class(model: nn.Module, manifest: Manifest) -> None:
             f"is of a {saved}, and the model passed is a {given}",
             "pass a model of the class that was saved",
         )
-
-
-@contextlib.contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undo every change of modules and their state if the body fails."""
-    before = [
-        (module, type(module), dict(module.__dict__), [_shallow(v) for v in vars(module).values()])
-        for module in model.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, kind, state, containers in before:
-            module.__class__ = kind
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            for live, items in containers:
-                if items is not None:
-                    live.clear()
-                    live.extend(items) if isinstance(live, list) else live.update(items)
-        raise
-
-
-def _shallow(value: Any) -> tuple[Any, Any]:
-    """A container of a module's state and a copy of it, None for everything else."""
-    kind = type(value)
-    return value, kind(value) if kind in (dict, OrderedDict, list, set) else None
 
 
 def _install_sites(model: nn.Module, manifest: Manifest) -> None:

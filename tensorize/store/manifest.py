@@ -9,12 +9,13 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tensorize.base.errors import CheckpointError
-from tensorize.ir.spec import NONLINEARITIES, spec_from_dict
+from tensorize.base.records import plain, record
+from tensorize.ir.spec import NONLINEARITIES
 from tensorize.reports.report import Report
 from tensorize.store.contents import (
     Contents,
@@ -74,14 +75,9 @@ def _versions() -> dict[str, str | None]:
 
 
 def _contents_to_dict(contents: Contents) -> dict[str, Any]:
-    tensors = {}
-    for key, entry in contents.entries.items():
-        tensors[key] = {**asdict(entry), "shape": list(entry.shape)}
-        if entry.stride is None:
-            del tensors[key]["stride"]
     return {
         "sites": sites_to_list(contents.sites),
-        "tensors": tensors,
+        "tensors": {key: _given(entry) for key, entry in contents.entries.items()},
         "aliases": dict(contents.aliases),
         "same_memory": dict(contents.same_memory),
         "transient": dict(contents.transient),
@@ -90,35 +86,20 @@ def _contents_to_dict(contents: Contents) -> dict[str, Any]:
 
 def sites_to_list(sites: Iterable[SiteRecord]) -> list[dict[str, Any]]:
     """Site records as JSON data."""
-    return [
-        {
-            "names": list(site.names),
-            "shape": list(site.shape),
-            "spec": site.spec.to_dict(),
-            **({} if site.nonlinearity is None else {"nonlinearity": site.nonlinearity}),
-        }
-        for site in sites
-    ]
+    return [_given(site) for site in sites]
+
+
+def _given(value: SiteRecord | Entry) -> dict[str, Any]:
+    return {name: item for name, item in plain(value).items() if item is not None}
 
 
 def sites_from_list(data: Iterable[Mapping[str, Any]]) -> tuple[SiteRecord, ...]:
     """What ``sites_to_list`` made."""
-    return tuple(
-        SiteRecord(
-            tuple(s["names"]),
-            tuple(s["shape"]),
-            spec_from_dict(s["spec"]),
-            _known_nonlinearity(s.get("nonlinearity")),
-        )
-        for s in data
-    )
-
-
-def _known_nonlinearity(name: str | None) -> str | None:
-    """A name out of a file is looked up nowhere unless it is one of those that are written."""
-    if name is not None and name not in NONLINEARITIES:
-        raise ValueError(f"{name!r} is no non-linearity between factors")
-    return name
+    sites = tuple(record(SiteRecord, site) for site in data)
+    for site in sites:  # a name out of a file is looked up nowhere unless it is known
+        if site.nonlinearity not in (None, *NONLINEARITIES):
+            raise ValueError(f"{site.nonlinearity!r} is no non-linearity between factors")
+    return sites
 
 
 # ----------------------------------------------------------------------------------- read back
@@ -187,22 +168,12 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _contents_from_dict(data: Mapping[str, Any]) -> Contents:
-    entries = {}
-    for key, entry in data["tensors"].items():
-        stride = entry.get("stride")
-        entries[key] = Entry(
-            **{
-                **entry,
-                "shape": tuple(entry["shape"]),
-                "stride": None if stride is None else tuple(stride),
-            }
-        )
-        dtype_of(entry["dtype"])
+    entries = {key: record(Entry, entry) for key, entry in data["tensors"].items()}
+    for name in (*(entry.dtype for entry in entries.values()), *data["transient"].values()):
+        dtype_of(name)
     for key, first in (*data["aliases"].items(), *data["same_memory"].items()):
         if key not in entries or first not in entries:
             raise ValueError(f"{key!r} stands for {first!r}, and one of them is not there")
-    for name in data["transient"].values():
-        dtype_of(name)
     sites = sites_from_list(data["sites"])
     return Contents(entries, data["aliases"], data["same_memory"], data["transient"], sites)
 

@@ -20,6 +20,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.files import into_place
 from tensorize.store.contents import aliases_of, dtype_name, site_records
 from tensorize.store.manifest import FORMAT_VERSION, sites_to_list
+from tensorize.weight.become import dense_class
 
 # The weights of a checkpoint that is not ours.
 _DENSE = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -32,7 +33,7 @@ IMPLEMENTATIONS = {"attn": ("eager", "sdpa"), "experts": ("eager", "batched_mm",
 
 def class_path(model: nn.Module) -> str:
     """``"module:class"`` of a model, as it was before its weights were factorized."""
-    kind = getattr(model, "_dense_class", type(model))
+    kind = dense_class(model)
     return f"{kind.__module__}:{kind.__qualname__}"
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensorize.algebra.bounds import tails
+from tensorize.algebra.svd import tail_sums
 from tensorize.api.outcome import totals_of
 from tensorize.base.errors import BudgetError, TensorizeError
 from tensorize.ir.budget import Budget
@@ -238,10 +238,12 @@ class RankSchedule:
         site = Site(name, spec.shape, dtype_name(factors.dtype), uses=())
         if factors.format.spectral:
             most = min(m, n, max(spec.ranks[0] + self.rank_multiple, int(_GROWTH * spec.ranks[0])))
-            lost = tails(extended(found[0].squares, most)).cpu()
+            lost = tail_sums(extended(found[0].squares, most)).cpu()
             curve = Spectrum(site, (spec.format,), (), lost, in_nats=False)
         else:
-            lost = [tails(extended(b.squares, int(_GROWTH * len(b.squares)) + 1)) for b in found]
+            lost = [
+                tail_sums(extended(b.squares, int(_GROWTH * len(b.squares)) + 1)) for b in found
+            ]
             whole = torch.stack([t[0] for t in lost]).max()
             points = []
             for other in ladder(spec):

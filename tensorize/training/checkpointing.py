@@ -22,7 +22,8 @@ from torch.utils.checkpoint import (
 )
 
 from tensorize.base.errors import TensorizeError
-from tensorize.weight.cores import factored_class
+from tensorize.weight import cores
+from tensorize.weight.become import become, subclass
 from tensorize.weight.low_rank import LowRankLinear
 
 _PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm"))
@@ -62,17 +63,18 @@ def checkpoint_low_rank(model: nn.Module, enabled: bool = True) -> int:
     for block in blocks:
         if hasattr(block, "gradient_checkpointing"):
             # A layer of transformers, which knows what may not be done twice: filling a cache.
-            block.__dict__["gradient_checkpointing"] = enabled
-            block.__dict__["_gradient_checkpointing_func"] = _checkpoint
+            block.gradient_checkpointing = enabled
+            block._gradient_checkpointing_func = _checkpoint
         else:
             kind = getattr(type(block), "_saves_all", type(block))
-            block.__class__ = _checkpointed(kind) if enabled else kind
+            become(block, checkpointed(kind) if enabled else kind)
         for module in block.modules():
             if isinstance(module, LowRankLinear):
-                for handle in module.__dict__.pop("_watched", ()):
+                for handle in module._watched:
                     handle.remove()
+                module._watched = ()
                 if enabled:
-                    module.__dict__["_watched"] = (
+                    module._watched = (
                         module.first.register_forward_pre_hook(_enter),
                         module.first.register_forward_hook(_leave, always_call=True),
                     )
@@ -93,7 +95,7 @@ def _leave(layer: nn.Module, args: Any, output: Tensor) -> None:
     _now.narrow = False
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def _blocks(model: nn.Module) -> Iterator[Any]:
     entries = isinstance(model, nn.ModuleList | nn.Sequential)
     for child in model.children():
         if not entries:
@@ -107,7 +109,7 @@ def _has_low_rank(block: nn.Module) -> bool:
 
 
 @cache
-def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+def checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     """A block of this class that computes again in its backward pass what it did not save."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -115,24 +117,11 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             return kind.forward(self, *args, **kwargs)
         return _checkpoint(kind.forward, self, *args, **kwargs)
 
-    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        # The class may itself be made on the way, of a block with factorized weights of its own.
-        made = getattr(kind, "_factored_parameters", None)
-        inner = (getattr(kind, "_dense_class", kind), made, kind.__bases__[0]) if made else kind
-        return _blank, (inner,), self.__getstate__()
-
-    body = {
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "_saves_all": kind,
-    }
-    return type(kind.__name__, (kind,), body)
+    return subclass(kind, {"forward": forward, "_saves_all": kind}, checkpointed, kind)
 
 
 def _blank(kind: type[nn.Module] | tuple[Any, ...]) -> nn.Module:
-    """An empty instance for pickle and deepcopy, which fill it."""
-    cls = _checkpointed(factored_class(*kind) if isinstance(kind, tuple) else kind)
-    return cls.__new__(cls)
+    """An empty block for old pickles, which fill it."""
+    block = cores._blank(*kind) if isinstance(kind, tuple) else kind.__new__(kind)
+    become(block, checkpointed(type(block)))
+    return block

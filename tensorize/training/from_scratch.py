@@ -24,10 +24,11 @@ from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOptio
 from tensorize.passes.curves.prior import AssumeSpectra, TrainingFormats, exact_ranks
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import run_passes
 from tensorize.passes.rewrite.factorize import copy_sharing
 from tensorize.passes.rewrite.fresh_cores import METHODS, SCALED, InitializeCores
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta
+from tensorize.passes.stages import Analysed, Found, Given, Learned, Planned, Rewritten
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 
@@ -104,20 +105,18 @@ def initialize(
     allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple)
     check_model(model, on_meta=True)
     with shown(progress) as tell:
-        program = _found(model, example_inputs, include, exclude, seed, tell)
-        program = run_passes(program, (AssumeSpectra(formats),))
-        asked = {**(ranks or {}), **exact_ranks(program.spectra)}
+        found = _found(model, example_inputs, include, exclude, seed, tell)
+        learned = run_passes(found, (AssumeSpectra(formats),), Learned)
+        asked = {**(ranks or {}), **exact_ranks(learned.spectra)}
         allocate = replace(allocate, ranks=asked or None)
-        program = run_passes(program, (allocate,))
-        assert program.plan is not None
-        plan = _of_shapes(program.plan)
-        replaced = {site.name for site in plan.sites if site.spec is not None}
+        planned = run_passes(learned.to(Analysed, predictor=None), (allocate,), Planned)
+        planned = replace(planned, plan=_of_shapes(planned.plan))
+        replaced = {site.name for site in planned.plan.sites if site.spec is not None}
         target = model if inplace else copy_sharing(model, replaced)
-        program = replace(program, model=target, plan=plan)
-        cores = InitializeCores(method, nonlinearity, initializer, str(device))
-        program = run_passes(program, (cores,))
+        cores = InitializeCores(target, method, nonlinearity, initializer, str(device))
+        done = run_passes(planned, (cores,), Rewritten)
     notes = ("not trained yet: errors are those of no weight",)
-    attach(target, report_of(program, notes=notes))
+    attach(target, report_of(done, notes=notes))
     transformers_config.note_factors(target)
     return target
 
@@ -129,10 +128,10 @@ def _names_specs(formats: TrainingFormats) -> bool:
 
 def _found(
     model: nn.Module, inputs: Any, include: Select, exclude: Select, seed: int, tell: Progress
-) -> Program:
-    """The program with its sites: seen in a run, on meta where the model is, or read by type."""
+) -> Found:
+    """The model's sites: seen in a run, on meta where the model is, or read by type."""
     batch, source = find_inputs(model, inputs, ())
-    program = Program(
+    given = Given(
         model=model,
         inputs=batch,
         metric=_METRIC,
@@ -143,12 +142,12 @@ def _found(
     )
     find = FindSites(include, exclude)
     if batch is None or not is_on_meta(model):
-        return run_passes(program, (find,))
+        return run_passes(given, (find,), Found)
     try:
-        return run_passes(replace(program, inputs=_on_meta(batch)), (find,))
+        return run_passes(replace(given, inputs=_on_meta(batch)), (find,), Found)
     except CaptureError as error:
         note = f"it does not run on the meta device, so modules are read by their type: {error}"
-        return run_passes(replace(program, inputs=None, notes=(note,)), (find,))
+        return run_passes(replace(given, inputs=None, notes=(note,)), (find,), Found)
 
 
 def _on_meta(batch: Batch) -> Batch:

@@ -9,42 +9,33 @@ and everything else is in the file.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError, CheckpointError
 from tensorize.base.files import drafts_of, replacing
 from tensorize.base.progress import Progress, shown
+from tensorize.base.records import by_field, plain
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, untouched
 from tensorize.capture.inputs import check_model
 from tensorize.ir.sites import Batch
-from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.rewrite.descent import (
-    Descent,
-    rate_for,
-    rounds,
-    share_of_rate,
-    trainable,
-    write,
-)
+from tensorize.passes.observe.loss import LossFunction, split
+from tensorize.passes.rewrite.descent import Descent, rate_for, rounds, write
 from tensorize.reports.attach import attach, known_report
-from tensorize.store.fingerprint import fingerprint, hash_batch
+from tensorize.store.fingerprint import fingerprint, identity
 from tensorize.training.distillation import (
     CORES,
     SMALLEST_SIZE,
-    Distillation,
     Layers,
     distillation_loss,
     trained_parameters,
@@ -86,7 +77,7 @@ class Healing:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data."""
-        return asdict(self)
+        return plain(by_field(self))
 
     def __str__(self) -> str:
         early = ", stopped early" if self.stopped_early else ""
@@ -157,165 +148,75 @@ def heal(
         learnt, unseen = _split(given)
     else:
         learnt, unseen = given, calibration_batches(held_out, model, tokenizer, "held_out")
-    parameters = trained_parameters(model, train)
+    parameters = list(trained_parameters(model, train).values())
     distance = distillation_loss(teacher, loss_fn=loss_fn, layers=layers, layer_weight=layer_weight)
     kept = None
     if checkpoint_dir is not None:
         about = (steps, layers, layer_weight, train, rate, patience, seed, loss_fn is not None)
-        identity = _identity(model, teacher, learnt, unseen, about)
-        kept = _File(Path(checkpoint_dir) / STATE, identity)
-    start = [p.detach().clone() for p in parameters.values()]
+        kept = _File(Path(checkpoint_dir) / STATE, _identity(model, teacher, learnt, unseen, about))
+    start = [p.detach().clone() for p in parameters]
+
+    def learn(position: int) -> Tensor:
+        torch.manual_seed(seed + run.state.done)
+        return distance.mean(model, learnt[position])[0]
+
+    def judge() -> float:
+        torch.manual_seed(seed)
+        return preserved.mean_distance(model, teacher, unseen)
+
     with shown(progress) as tell, untouched(model), untouched(teacher):
-        run = _Run(model, distance, parameters, learnt, unseen, steps, rate, patience, seed)
-        try:
-            done = run.run(kept, tell)
-        except BaseException:
-            write(list(parameters.values()), start)
-            raise
-    _note(model, done)
-    return done
-
-
-@dataclass
-class _State:
-    """All of a run but the tensors."""
-
-    before: float
-    best: float
-    done: int = 0
-    best_step: int = 0
-    scale: float = 1.0
-    idle: int = 0
-    retreats: int = 0
-    stopped: bool = False
-
-
-class _Run:
-    """A run of a healing, step by step."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        distance: Distillation,
-        parameters: dict[str, nn.Parameter],
-        learnt: Sequence[Batch],
-        unseen: Sequence[Batch],
-        steps: int,
-        rate: float | None,
-        patience: int,
-        seed: int,
-    ) -> None:
-        self.model, self.distance, self.steps = model, distance, steps
-        self.parameters = list(parameters.values())
-        self.learnt, self.unseen = learnt, unseen
-        self.patience, self.seed = patience, seed
-        self.every = max(_LEAST_EVERY, steps // _CHECKS)
-        self.loss: PreservedLoss = distance.fit(learnt)
-        before = self._judge()
+        preserved = distance.fit(learnt)
+        before = judge()
         if not math.isfinite(before):
             raise CaptureError(
                 "the distance to the teacher is not finite on the held-out batches",
                 way_out="look for NaN in the outputs of the model and of the teacher",
             )
-        self.rate = rate_for(before) if rate is None else rate
-        self.state = _State(before, before)
-        self.losses: list[float] = []
-        self.checks: list[tuple[int, float]] = []
-        self.best = [p.detach().clone() for p in self.parameters]
-        self.descent = Descent(self.parameters, self.rate, SMALLEST_SIZE)
-
-    def run(self, kept: _File | None, tell: Progress) -> Healing:
-        state = self.state
-        if kept is not None and (found := kept.read()) is not None:
-            self._restore(found)
-            state = self.state
-        saved = time.monotonic()
-        order = rounds(len(self.learnt), self.steps, self.seed)
-        for position in itertools.islice(order, state.done, None):
-            if state.stopped:
-                break
-            tell("healing", state.done, self.steps)
-            self._step(position)
-            checked = state.done % self.every == 0 or state.done == self.steps
-            if checked and not state.stopped:
-                self._check()
-            if kept is not None and (checked or time.monotonic() - saved > _SAVE_SECONDS):
-                kept.write(self._tensors())
-                saved = time.monotonic()
-        tell("healing", self.steps, self.steps)
-        write(self.parameters, self.best)
-        return Healing(
-            before=state.before,
-            after=state.best,
-            unit=self.loss.unit,
-            best_step=state.best_step,
-            steps=state.done,
-            stopped_early=state.stopped and state.done < self.steps,
-            losses=tuple(self.losses),
-            checks=tuple(self.checks),
+        run = Descent(
+            parameters,
+            learn,
+            judge,
+            before,
+            steps=steps,
+            every=max(_LEAST_EVERY, steps // _CHECKS),
+            rate=rate_for(before) if rate is None else rate,
+            smallest=SMALLEST_SIZE,
+            patience=patience,
+            worst=_DIVERGED * before,
+            retreats=_RETREATS,
         )
+        try:
+            _descend(run, rounds(len(learnt), steps, seed), kept, tell)
+        except BaseException:
+            write(parameters, start)
+            raise
+    state = run.state
+    done = Healing(
+        before=state.before,
+        after=state.best,
+        unit=preserved.unit,
+        best_step=state.best_step,
+        steps=state.done,
+        stopped_early=state.stopped and state.done < steps,
+        losses=tuple(run.losses),
+        checks=tuple(run.checks),
+    )
+    _note(model, done)
+    return done
 
-    def _step(self, position: int) -> None:
-        state = self.state
-        torch.manual_seed(self.seed + state.done)
-        with trainable(self.parameters), torch.enable_grad():
-            loss, _ = self.distance.mean(self.model, self.learnt[position])
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        sizes = [g.float().norm() for g in gradients if g is not None]
-        share = state.scale * share_of_rate(state.done, self.steps)
-        state.done += 1
-        self.losses.append(float(loss))
-        if sizes and bool(torch.isfinite(torch.stack([loss.detach().float(), *sizes])).all()):
-            self.descent.step(gradients, share)
-        else:
-            self._retreat()
 
-    def _judge(self) -> float:
-        torch.manual_seed(self.seed)
-        return self.loss.mean_distance(self.model, self.distance.teacher, self.unseen)
-
-    def _check(self) -> None:
-        """Look at the held-out batches; keep the best, and step back where it goes wrong."""
-        state, reached = self.state, self._judge()
-        self.checks.append((state.done, reached))
-        if reached < state.best:
-            state.best, state.best_step, state.idle = reached, state.done, 0
-            self.best = [p.detach().clone() for p in self.parameters]
-            return
-        state.idle += 1
-        if state.idle >= self.patience or not reached <= _DIVERGED * state.before:
-            self._retreat()
-
-    def _retreat(self) -> None:
-        state = self.state
-        if state.retreats == _RETREATS:
-            state.stopped = True
-            return
-        write(self.parameters, self.best)
-        self.descent = Descent(self.parameters, self.rate, SMALLEST_SIZE)
-        state.scale, state.idle, state.retreats = state.scale / 4, 0, state.retreats + 1
-
-    def _tensors(self) -> dict[str, Any]:
-        return {
-            "state": asdict(self.state),
-            "losses": self.losses,
-            "checks": self.checks,
-            "masters": self.descent.masters,
-            "adam": self.descent.adam.state_dict(),
-            "largest": self.descent.largest,
-            "best": self.best,
-        }
-
-    def _restore(self, found: dict[str, Any]) -> None:
-        self.state = _State(**found["state"])
-        self.losses, self.checks = list(found["losses"]), [(k, x) for k, x in found["checks"]]
-        for master, value in zip(self.descent.masters, found["masters"], strict=True):
-            master.copy_(value)
-        self.descent.adam.load_state_dict(found["adam"])
-        self.descent.largest = list(found["largest"])
-        for best, value in zip(self.best, found["best"], strict=True):
-            best.copy_(value)
-        write(self.parameters, self.descent.masters)
+def _descend(run: Descent, order: Iterator[int], kept: _File | None, tell: Progress) -> None:
+    """Go down from the state that is kept, if there is one, and keep it on the way."""
+    if kept is not None and (found := kept.read()) is not None:
+        run.load_state_dict(found)
+    saved = time.monotonic()
+    tell("healing", run.state.done, run.steps)
+    for judged in run.run(order):
+        if kept is not None and (judged or time.monotonic() - saved > _SAVE_SECONDS):
+            kept.write(run.state_dict())
+            saved = time.monotonic()
+        tell("healing", run.state.done, run.steps)
+    tell("healing", run.steps, run.steps)
 
 
 # ------------------------------------------------------------------------------------ on the disk
@@ -375,13 +276,9 @@ def _identity(
     about: Sequence[Any],
 ) -> str:
     """A hash of all that a run depends on, but for what a ``loss_fn`` computes."""
-    digest = hashlib.sha256(json.dumps(about).encode())
-    digest.update((fingerprint(model) + fingerprint(teacher)).encode())
-    for batches in (learnt, unseen):
-        digest.update(f"{len(batches)} batches;".encode())
-        for batch in batches:
-            hash_batch(digest, batch)
-    return digest.hexdigest()
+    models = "".join(fingerprint(m.named_parameters()) for m in (model, teacher))
+    data = (part for each in (learnt, unseen) for part in (f"{len(each)} batches;", *each))
+    return identity(json.dumps(about), models, *data)
 
 
 # ------------------------------------------------------------------------------------ odds and ends

@@ -1,9 +1,11 @@
-"""The callables that contract an input with a weight, both passes, by what they are asked for."""
+"""The callables that contract an input with a weight, by what they are asked for."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Protocol
@@ -11,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
-from tensorize.base import hooks
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight.precision import autocast, multiplied_in
@@ -22,9 +24,6 @@ Contraction = Callable[..., Tensor]
 
 Contractions = Mapping[str, Contraction]
 """The callables of one spec by what they contract: ``"columns"`` and ``"rows"``."""
-
-Trained = tuple[Callable[..., Any], Callable[..., Any]]
-"""``forward(x, cores)`` to y, x or None, and what is saved; ``backward(g, x, cores, saved)``."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,8 @@ class Backend(Protocol):
         """How x meets a weight."""
         ...
 
-    def training(
-        self, asked: Asked, gradients: tuple[int | str, ...], memory_limit: int | None
-    ) -> Trained:
-        """Both passes of a contraction that is differentiated by some of x and the cores."""
+    def turns(self, asked: Asked) -> tuple[int, ...]:
+        """The batches at which another order of a contraction begins."""
         ...
 
     def breakpoints(self, uses: Sequence[tuple[Any, str]], device: str) -> tuple[int, ...]:
@@ -88,8 +85,9 @@ def contractions(
 ) -> Contractions:
     """How x meets a weight of this spec; low rank needs no plan: its two matmuls are the order.
 
-    ``memory_limit``: the most elements that one call saves for its backward pass, where that can be
-    (0: as few as possible). What is not saved is computed again. Low rank then has a plan too.
+    ``memory_limit``: the most elements that one call saves for its backward pass, the input among
+    them; where they are more, the input alone is saved, and the rest is computed again. Low rank
+    then has a plan too.
     """
     form = format_of(spec)
     if not (form.planned or (form.indexed and memory_limit is not None)):
@@ -98,7 +96,9 @@ def contractions(
     found = {}
     for contract in ("columns", "rows"):
         asked = Asked(spec, contract, device, multiplied_in(dtype, device), breakpoints)
-        found[contract] = _Differentiated(asked, memory_limit, _registered().contraction(asked))
+        run = _registered().contraction(asked)
+        within = None if memory_limit is None else _batches_within(run, asked, memory_limit)
+        found[contract] = _Differentiated(asked, memory_limit, run, within)
     return found
 
 
@@ -110,107 +110,89 @@ def common_breakpoints(
     return _registered().breakpoints(planned, device) if planned else ()
 
 
+_FAR = 2**62
+"""More rows than there are."""
+
+
+def _batches_within(run: Contraction, asked: Asked, limit: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of batches, ends included, at which autograd saves at most so many elements.
+
+    They are counted on meta tensors: from turn to turn of the order they are a line in the batch.
+    """
+    found = []
+    starts = (1, *_registered().turns(asked), _FAR)
+    for first, following in itertools.pairwise(starts if limit else ()):
+        least, more = (_saved(run, asked, rows) for rows in (first, first + 1))
+        if least <= limit:
+            last = first + (limit - least) // max(1, more - least)
+            found.append((first, min(last, following - 1)))
+    return tuple(found)
+
+
+def _saved(run: Contraction, asked: Asked, rows: int) -> int:
+    """Elements that autograd saves of a call with so many rows, cores left out."""
+    spec = asked.spec
+    features = spec.shape[-1] if asked.contract == "columns" else spec.shape[-2]
+    shapes = ((*spec.shape[:-2], rows, features), *spec.core_shapes)
+    x, *cores = (torch.empty(shape, device="meta", requires_grad=True) for shape in shapes)
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes() // tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run(x, cores)
+    for core in cores:
+        sizes.pop(core.untyped_storage()._cdata, None)
+    del y  # whose graph held what was counted, so that no storage was another's before
+    return sum(sizes.values())
+
+
 @dataclass(frozen=True, eq=False)
 class _Differentiated:
-    """A contraction whose backward pass is planned together with its forward pass.
+    """A contraction, differentiated by autograd.
 
-    ``built`` are both passes for every choice of operands that get a gradient, made when it comes.
+    ``within`` are the batches at which that saves no more than the limit (None: there is none).
     """
 
     asked: Asked
     memory_limit: int | None
     plain: Contraction
-    built: dict[tuple[bool, ...], Trained] = field(default_factory=dict)
+    within: tuple[tuple[int, int], ...] | None
 
     def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.plain(x, cores, bias)
-        wanted = (x.requires_grad, *[core.requires_grad for core in cores])
-        if not any(wanted) or _transformed() or x.is_complex() or cores[0].is_complex():
-            return self.plain(x, cores, bias)
-        x, cores = autocast(x, cores)
-        y: Tensor = _Planned.apply(self, wanted, x, *cores)
-        return y if bias is None else y + bias.to(y.dtype)
+        if self.within is not None and self._is_over(x, cores):
+            y: Any = checkpoint(
+                self._run, x, cores, bias, use_reentrant=False, preserve_rng_state=False
+            )
+            return y
+        return self._run(x, cores, bias)
 
-    def passes(self, wanted: tuple[bool, ...]) -> Trained:
-        self._build(wanted)
-        return self.built[wanted]
+    def _run(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            x, cores = autocast(x, cores)
+        return self.plain(x, cores, bias)
 
-    def _build(self, wanted: tuple[bool, ...]) -> bool:
-        if wanted not in self.built:
-            operands = ("x", *range(len(self.asked.spec.cores)))
-            gradients = tuple(o for o, w in zip(operands, wanted, strict=True) if w)
-            self.built[wanted] = _registered().training(self.asked, gradients, self.memory_limit)
-        return True
+    def _is_over(self, x: Tensor, cores: Sequence[Tensor]) -> bool:
+        """Whether more would be saved than the limit; for x alone nothing but cores is."""
+        if not torch.is_grad_enabled() or _transformed():
+            return False
+        if not any(core.requires_grad for core in cores):
+            return False
+        assert self.within is not None
+        rows = math.prod(x.shape[len(self.asked.spec.batch) : -1])
+        return not any(first <= rows <= last for first, last in self.within)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is built is compiled from text: a copy finds it again by the spec.
+        # What is run is compiled from text: a copy finds it again by the spec.
         return _again, (self.asked, self.memory_limit)
 
 
 def _again(asked: Asked, memory_limit: int | None) -> Contraction:
     how = asked.device, getattr(torch, asked.dtype), asked.breakpoints, memory_limit
     return contractions(asked.spec, *how)[asked.contract]
-
-
-def _teach_dynamo() -> None:
-    """Dynamo is to call what builds both passes while it traces, and to find what it made."""
-    from torch._dynamo.decorators import assume_constant_result
-
-    assume_constant_result(_Differentiated._build)
-
-
-hooks.when_imported("torch._dynamo.convert_frame", _teach_dynamo)
-
-
-class _Planned(torch.autograd.Function):
-    """Both passes of a training plan. Higher derivatives go through the plain contraction."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, how: _Differentiated, wanted: tuple[bool, ...], x: Tensor, *cores: Tensor
-    ) -> Tensor:
-        y, given, saved = how.passes(wanted)[0](x, cores)
-        ctx.how, ctx.wanted = how, wanted
-        ctx.save_for_backward(given, *cores, *saved)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        (g,) = grad_outputs
-        x, *others = ctx.saved_tensors
-        count = len(ctx.wanted) - 1
-        cores, saved = others[:count], others[count:]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if again and sum(ctx.wanted) > 1:
-            # What is saved was computed without a graph: its own derivatives need one. A single
-            # gradient depends on nothing else that is differentiated, as y is linear in each.
-            return None, None, *_twice_differentiable(ctx.how, ctx.wanted, g, x, cores)
-        return None, None, *ctx.how.passes(ctx.wanted)[1](g, x, cores, saved)
-
-
-def _twice_differentiable(
-    how: _Differentiated, wanted: tuple[bool, ...], g: Tensor, x: Tensor | None, cores: list[Tensor]
-) -> list[Tensor | None]:
-    """The gradients as functions of g, x and the cores, by autograd."""
-    if x is None:
-        raise RuntimeError(
-            f"no second derivatives here: the input of {how.asked.spec} was not kept, as the "
-            f"gradients of {_trained(wanted)} need less; let all cores require gradients, or use "
-            "torch.func"
-        )
-    # Leaves of their own, so that no gradient goes on to what they were computed from.
-    operands = [t.view_as(t) for t in (x, *cores)]
-    operands = [t if t.requires_grad else t.requires_grad_() for t in operands]
-    y = how.plain(operands[0], operands[1:])
-    asked = [t for t, w in zip(operands, wanted, strict=True) if w]
-    found = iter(torch.autograd.grad(y, asked, g, create_graph=True))
-    return [next(found) if w else None for w in wanted]
-
-
-def _trained(wanted: Sequence[bool]) -> str:
-    names = ("x", *(f"core {k}" for k in range(len(wanted) - 1)))
-    return " and ".join(name for name, asked in zip(names, wanted, strict=True) if asked)
 
 
 def _transformed() -> bool:

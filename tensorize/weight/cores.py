@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tensorize.capture.matmul import Frame
 from tensorize.ir.spec import Spec
-from tensorize.weight.contractions import contractions
+from tensorize.weight.become import become, subclass
+from tensorize.weight.contractions import Contractions, contractions
 from tensorize.weight.lazy import FactoredWeight, cannot_be_assigned
 
 
@@ -23,6 +24,10 @@ class Cores(nn.Module):
     model (None: nothing is known of the others). ``memory_limit``: see ``limit_saved``.
     """
 
+    spec: Any  # of the class that its format has
+    frame: Frame
+    contractions: Contractions
+    kernels: Mapping[str, Any] | None = None
     breakpoints: tuple[int, ...] | None = None
     memory_limit: int | None = None
 
@@ -30,8 +35,7 @@ class Cores(nn.Module):
         self, spec: Spec, cores: Sequence[nn.Parameter], frame: Frame | None = None
     ) -> None:
         super().__init__()
-        self.spec: Any = spec  # of the class that its format has
-        self.frame = frame or Frame()
+        self.spec, self.frame = spec, frame or Frame()
         for k, core in enumerate(cores):
             self.register_parameter(f"core_{k}", core)
         self._choose_orders()
@@ -55,7 +59,7 @@ class Cores(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The contractions are compiled functions: they are found again by the spec.
-        return {k: v for k, v in self.__dict__.items() if k != "contractions"}
+        return {k: v for k, v in vars(self).items() if k != "contractions"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -65,7 +69,7 @@ class Cores(nn.Module):
         core = self.get_parameter("core_0")
         how = str(core.device), core.dtype, self.breakpoints, self.memory_limit
         planned = contractions(self.spec, *how)
-        kernels = self.__dict__.get("kernels") if self.memory_limit is None else None
+        kernels = self.kernels if self.memory_limit is None else None
         self.contractions = (
             {k: v.beside(planned) for k, v in kernels.items()} if kernels else planned
         )
@@ -127,13 +131,8 @@ def check_tie(own: FactoredWeight, value: Any, what: str) -> None:
 
 
 @cache
-def factored_class(
-    dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]
-) -> type[nn.Module]:
-    """``base`` with lazy weights in place of the ``parameters`` of a module of class ``dense``."""
-
-    def reduce(owner: nn.Module, protocol: int) -> tuple:
-        return _blank, (dense, parameters, base), owner.__getstate__()
+def factored_class(parameters: tuple[str, ...], base: type[nn.Module]) -> type[nn.Module]:
+    """``base`` with lazy weights in place of the ``parameters``."""
 
     def assign(owner: nn.Module, name: str, value: Any) -> None:
         if name in parameters:
@@ -142,18 +141,10 @@ def factored_class(
             base.__setattr__(owner, name, value)
 
     body: dict[str, Any] = {name: _lazy_weight(name) for name in parameters}
-    body |= {
-        "__reduce_ex__": reduce,
-        "__setattr__": assign,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_dense_class": dense,
-        "_factored_parameters": parameters,
-    }
-    if issubclass(dense, nn.RNNBase):
+    body |= {"__setattr__": assign, "_factored_parameters": parameters}
+    if issubclass(base, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _drop)
-    return type(base.__name__, (base,), body)
+    return subclass(base, body, factored_class, parameters, base)
 
 
 def _flat_weights(owner: nn.RNNBase) -> list[Any]:
@@ -166,9 +157,10 @@ def _drop(owner: nn.Module, value: Any) -> None:
 
 
 def _blank(dense: type[nn.Module], parameters: tuple[str, ...], base: type[nn.Module]) -> nn.Module:
-    """An empty instance for pickle and deepcopy, which fill it."""
-    cls = factored_class(dense, parameters, base)
-    return cls.__new__(cls)
+    """An empty module for old pickles, which fill it: the dense class is not in their state."""
+    owner = dense.__new__(dense)
+    become(owner, factored_class(parameters, base))
+    return owner
 
 
 def lazy_parameters(owner: nn.Module) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight import ties
+from tensorize.weight.become import become, become_dense, dense_class
 from tensorize.weight.cores import (
     Cores,
     FactoredLinear,
@@ -83,8 +84,7 @@ def install(
         # The module that the caller holds keeps its class.
         plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
         if plain and format_of(spec).pair and not (tied and _is_conv1d(type(owner))):
-            _become_low_rank_linear(owner, cores)
-            owner.__dict__["nonlinearity"] = nonlinearity
+            _become_low_rank_linear(owner, cores, nonlinearity)
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
@@ -120,7 +120,7 @@ def resize(model: nn.Module, name: str, spec: Spec, cores: Sequence[nn.Parameter
     before = held(holder)
     holders = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
     for module in [m for m in holders if held(m) == before]:
-        module.__dict__.pop("kernels", None)
+        module.kernels = None
         module.resize(spec, cores)
 
 
@@ -132,7 +132,9 @@ def first_factor(model: nn.Module, name: str) -> nn.Parameter:
     return core
 
 
-def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> None:
+def _become_low_rank_linear(
+    owner: nn.Module, cores: Sequence[nn.Parameter], nonlinearity: str | None
+) -> None:
     left, right = cores
     transposed = _is_conv1d(type(owner))
     if transposed:  # W is (in, out): the layer's own matrix is Wᵀ = Vᵀ Uᵀ
@@ -144,15 +146,17 @@ def _become_low_rank_linear(owner: nn.Module, cores: Sequence[nn.Parameter]) -> 
     second.bias = owner._parameters.pop("bias", None)
     del owner._parameters["weight"]
     first.training = second.training = owner.training
-    owner._modules["first"], owner._modules["second"] = first, second
-    sizes = second.out_features, first.in_features, first.out_features
-    owner.__dict__["spec"] = TTSpec.low_rank(*sizes)
-    owner.__dict__["stored_transposed"] = transposed
-    owner.__dict__["_dense_class"] = type(owner)
-    if transposed:  # it did not call them so
-        owner.__dict__["in_features"] = first.in_features
-        owner.__dict__["out_features"] = second.out_features
-    owner.__class__ = LowRankLinear
+    become(
+        owner,
+        LowRankLinear,
+        first=first,
+        second=second,
+        in_features=first.in_features,
+        out_features=second.out_features,
+        spec=TTSpec.low_rank(second.out_features, first.in_features, first.out_features),
+        stored_transposed=transposed,
+        nonlinearity=nonlinearity,
+    )
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:
@@ -168,10 +172,10 @@ def _become_factored(
     del owner._parameters[parameter]
     holder.training = owner.training
     owner._modules[cores_name(parameter)] = holder
-    dense = getattr(owner, "_dense_class", type(owner))
     parameters = (*lazy_parameters(owner), parameter)
-    owner.__dict__.pop("_flat_weights", None)  # of a recurrent layer: it holds the dense ones
-    owner.__class__ = factored_class(dense, parameters, kind or dense)
+    if "_flat_weights" in vars(owner):  # of a recurrent layer: it holds the dense ones
+        del owner._flat_weights
+    become(owner, factored_class(parameters, kind or dense_class(owner)))
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
@@ -219,24 +223,15 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
 
     for module in list(model.modules()):
         if isinstance(module, LowRankLinear):
-            weight, bias = dense(module.weight), module.bias
-            del module._modules["first"], module._modules["second"]
-            base = module.__dict__.pop("_dense_class")
-            del module.__dict__["spec"]
-            module.__dict__.pop("input_product", None)
-            for extra in ("contractions", "memory_limit", "kernels", "nonlinearity"):
-                module.__dict__.pop(extra, None)
-            if module.__dict__.pop("stored_transposed"):
-                del module.__dict__["in_features"], module.__dict__["out_features"]
-            module.__class__ = base
-            module._parameters["weight"] = weight
-            module._parameters["bias"] = bias
+            parameters = {"weight": dense(module.weight), "bias": module.bias}
+        elif lazy := lazy_parameters(module):
+            parameters = {name: dense(weight_of(module, name)) for name in lazy}
+            for name in lazy:
+                del module._modules[cores_name(name)]
+        else:
             continue
-        for parameter in lazy_parameters(module):
-            module._parameters[parameter] = dense(weight_of(module, parameter))
-            del module._modules[cores_name(parameter)]
-        if hasattr(module, "_factored_parameters"):
-            module.__class__ = module._dense_class  # type: ignore[assignment]
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()
+        become_dense(module)
+        module._parameters.update(parameters)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
     ties.undo(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tensorize.base import hooks
+from tensorize.base import dynamo
 from tensorize.base.errors import TensorizeError
 from tensorize.capture import uses, views
 from tensorize.capture.matmul import Frame, Matmul
@@ -301,22 +300,10 @@ for _name in (
     setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def _teach_dynamo() -> None:
-    """Calls that dynamo does not hand to a lazy weight as Python does.
-
-    It knows no reverse of ``@`` and takes ``W @ x`` for ``x @ W`` where W is no tensor; and it has
-    it that no private function can be answered by what stands in for a tensor: those that
-    ``F.grouped_mm`` and weight norm call.
-    """
-    from torch._dynamo.variables import builtin
-    from torch._dynamo.variables import torch as functions
-
-    builtin.BUILTIN_TO_TENSOR_RFN_MAP[operator.matmul] = torch.Tensor.__rmatmul__
-    private = (getattr(torch, name) for name in ("_grouped_mm", "_weight_norm"))
-    functions.get_overridable_functions().update(private)
-
-
-hooks.when_imported("torch._dynamo.convert_frame", _teach_dynamo)
+# Calls that dynamo does not hand to a lazy weight as Python does: the private ones are those of
+# ``F.grouped_mm`` and of weight norm.
+dynamo.answer_matmul_from_the_left()
+dynamo.answer_private_functions("_grouped_mm", "_weight_norm")
 
 
 def _writes(func: Any, args: tuple, kwargs: dict) -> bool:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from tensorize.capture.matmul import Frame
-from tensorize.ir.spec import Spec, TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
@@ -35,13 +36,15 @@ class LowRankLinear(nn.Module):
     input_product: SharedProduct | None = None
     contractions: Contractions | None = None
     kernels: Contractions | None = None
+    memory_limit: int | None = None
     nonlinearity: str | None = None
     first: nn.Linear
     second: nn.Linear
     in_features: int
     out_features: int
-    spec: TTSpec
+    spec: Spec
     stored_transposed: bool
+    _watched: tuple[RemovableHandle, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a graph names weights by the attributes that lead there
@@ -89,18 +92,17 @@ class LowRankLinear(nn.Module):
 
     def resize(self, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
         """Take factors of another rank."""
-        self.__dict__["spec"] = spec
+        self.spec = spec
         self.second.weight, self.first.weight = cores
         self.first.out_features = self.second.in_features = spec.ranks[0]
-        limit = self.__dict__.pop("memory_limit", None)
-        if limit is not None:
-            self.limit_saved(limit)
+        if self.memory_limit is not None:
+            self.limit_saved(self.memory_limit)
 
     def limit_saved(self, memory_limit: int | None) -> None:
         """One order for all batches, that of the two layers."""
         how = str(self.first.weight.device), self.first.weight.dtype, (), memory_limit
-        self.__dict__["memory_limit"] = memory_limit
-        self.__dict__["contractions"] = weight_contractions.contractions(self.spec, *how)
+        self.memory_limit = memory_limit
+        self.contractions = weight_contractions.contractions(self.spec, *how)
 
     @property
     def bias(self) -> nn.Parameter | None:

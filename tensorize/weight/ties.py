@@ -24,15 +24,15 @@ def follow(model: nn.Module, names_now: NamesNow) -> None:
     for module in model.modules():
         if not hasattr(type(module), _TABLES[0]):
             continue
-        own: dict[str, Any] = module.__dict__
-        dense = own.get(_DENSE) or {name: own.get(name) for name in _TABLES}
+        dense = _dense(module)
         for name in _TABLES:
             table = getattr(type(module), name, None) if dense[name] is None else dense[name]
             if not isinstance(table, dict):
                 continue
             now = _renamed(module, table, dense[_TABLES[1]] or {}, names_now)
             if now != table:
-                own[_DENSE], own[name] = dense, now
+                setattr(module, _DENSE, dense)
+                setattr(module, name, now)
 
 
 def add(model: nn.Module, same: Mapping[str, str]) -> None:
@@ -48,22 +48,30 @@ def add(model: nn.Module, same: Mapping[str, str]) -> None:
         }
         if not inside or not hasattr(type(module), _TABLES[0]):
             continue
-        own: dict[str, Any] = module.__dict__
-        own.setdefault(_DENSE, {name: own.get(name) for name in _TABLES})
+        setattr(module, _DENSE, _dense(module))
         for name in _TABLES:
             table = getattr(module, name, None)
             if table is None or isinstance(table, dict):
-                own[name] = {**(table or {}), **inside}
+                setattr(module, name, {**(table or {}), **inside})
 
 
 def undo(model: nn.Module) -> None:
     """The tables of the dense model again."""
     for module in model.modules():
-        for name, table in module.__dict__.pop(_DENSE, {}).items():
-            if table is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = table
+        if _DENSE not in vars(module):
+            continue
+        for name, table in _dense(module).items():
+            if table is not None:
+                setattr(module, name, table)
+            elif name in vars(module):
+                delattr(module, name)
+        delattr(module, _DENSE)
+
+
+def _dense(module: nn.Module) -> dict[str, Any]:
+    """The dense model's tables where they are not those of the class, None for the others."""
+    own = vars(module)  # a wrapper answers for the module inside
+    return own.get(_DENSE) or {name: own.get(name) for name in _TABLES}
 
 
 def _renamed(

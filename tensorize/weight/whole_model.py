@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
-from tensorize.ir.spec import TTSpec
 from tensorize.weight import ties
 from tensorize.weight.contractions import Contractions, common_breakpoints
 from tensorize.weight.cores import Cores
 from tensorize.weight.low_rank import LowRankLinear, SharedProduct
 
 
-def use_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> int:
+def use_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> int:
     """Run the weights that ``build`` has kernels for by those, all others without; how many."""
     count = 0
     for module in model.modules():
@@ -28,10 +28,10 @@ def use_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> in
 
 
 @contextlib.contextmanager
-def other_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> Iterator[None]:
+def other_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> Iterator[None]:
     """``use_kernels``, until the end; then a model runs by what it ran by."""
     modules = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
-    before = [module.__dict__.get("kernels") for module in modules]
+    before = [module.kernels for module in modules]
     try:
         use_kernels(model, build)
         yield
@@ -41,9 +41,7 @@ def other_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> 
 
 
 def _set_kernels(module: LowRankLinear | Cores, kernels: Contractions | None) -> None:
-    module.__dict__.pop("kernels", None)
-    if kernels:
-        module.__dict__["kernels"] = kernels
+    module.kernels = kernels or None
     if isinstance(module, Cores):
         module._choose_orders()
 
@@ -78,7 +76,7 @@ def _share_products(model: nn.Module) -> None:
             product = SharedProduct(len(layers))
             first = next(iter(layers))
             for path, layer in layers.items():
-                layer.__dict__["input_product"] = product
+                layer.input_product = product
                 if path != first:
                     same[f"{path}.first.weight"] = f"{first}.first.weight"
     ties.add(model, same)
@@ -89,8 +87,8 @@ def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:
 
     Args:
         model: its modules are changed in place.
-        memory_limit: the most elements, the input among them; 0 saves as few as possible (the
-            input, where a core is trained), and the rest is computed again. None: no limit.
+        memory_limit: the most elements, the input among them. What would save more saves its input
+            only and computes the rest again; with 0 all that trains a core does. None: no limit.
 
     Stacks of experts, convolutions and slices of packed weights save what they did.
     """

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.algebra.bounds import error_bound, error_lower_bound, unfolding_spectra
 from tensorize.algebra.decompose import tt_svd
 from tensorize.algebra.modes import balanced_modes, max_ranks
 from tensorize.algebra.reconstruct import reconstruct
@@ -18,6 +17,7 @@ from tensorize.algebra.rounding import round_tt
 from tensorize.algebra.svd import svd
 from tensorize.base.errors import AnalysisError
 from tensorize.ir.spec import TTSpec
+from tests.algebra.unfoldings import discarded, unfolding_spectra
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -124,30 +124,10 @@ def test_the_error_lies_between_its_bounds(wanted: TTSpec, seed: int) -> None:
     matrix = draw_matrix(*wanted.shape, seed)
     spec, cores = tt_svd(matrix, rows, columns, wanted.ranks)
     assert all(a <= b for a, b in zip(spec.ranks, wanted.ranks, strict=True))
-    spectra = unfolding_spectra(matrix, rows, columns)
+    lost = discarded(unfolding_spectra(matrix, rows, columns), spec.ranks)
     error = (reconstruct(spec, cores) - matrix).norm().item()
     slack = rounding(spec) * matrix.norm().item()
-    assert error_lower_bound(spectra, spec.ranks) - slack <= error
-    assert error <= error_bound(spectra, spec.ranks) + slack
-
-
-@quick
-@given(modes, st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.9, 2.0]), st.integers(0, 9))
-def test_max_error_is_kept(modes: tuple, max_error: float, seed: int) -> None:
-    rows, columns = modes
-    matrix = draw_matrix(math.prod(rows), math.prod(columns), seed)
-    spec, cores = tt_svd(matrix, rows, columns, max_error=max_error)
-    error = relative(reconstruct(spec, cores) - matrix, matrix)
-    assert error <= max_error + rounding(spec)
-
-
-def test_max_error_takes_the_smallest_rank_that_keeps_it() -> None:
-    u, _ = torch.linalg.qr(draw_matrix(6, 3))
-    v, _ = torch.linalg.qr(draw_matrix(8, 3, seed=1))
-    matrix = u @ torch.diag(torch.tensor([12.0, 4.0, 3.0], dtype=torch.float64)) @ v.mT  # norm 13
-    for max_error, rank in ((2 / 13, 3), (3.1 / 13, 2), (4.9 / 13, 2), (5.1 / 13, 1), (5.0, 1)):
-        spec, _ = tt_svd(matrix, (6, 1), (1, 8), max_error=max_error)
-        assert spec.ranks == (rank,)
+    assert lost.max() - slack <= error <= lost.norm() + slack
 
 
 def test_two_cores_without_shared_modes_are_the_truncated_svd() -> None:
@@ -167,8 +147,7 @@ def test_a_sum_of_kronecker_products_is_exact_at_that_rank(terms: int) -> None:
         ),
         start=torch.zeros(12, 8, dtype=torch.float64),
     )
-    spec, cores = tt_svd(matrix, (3, 4), (4, 2), max_error=1e-12)
-    assert spec.ranks == (terms,)
+    spec, cores = tt_svd(matrix, (3, 4), (4, 2), terms)
     assert relative(reconstruct(spec, cores) - matrix, matrix) <= rounding(spec)
 
 
@@ -176,8 +155,7 @@ def test_a_product_of_three_kronecker_factors_has_unit_ranks() -> None:
     matrix = torch.kron(
         torch.kron(draw_matrix(2, 3, 0), draw_matrix(3, 2, 1)), draw_matrix(4, 2, 2)
     )
-    spec, cores = tt_svd(matrix, (2, 3, 4), (3, 2, 2), max_error=1e-12)
-    assert spec.ranks == (1, 1)
+    spec, cores = tt_svd(matrix, (2, 3, 4), (3, 2, 2), 1)
     assert relative(reconstruct(spec, cores) - matrix, matrix) <= rounding(spec)
 
 
@@ -195,7 +173,7 @@ def test_vectors_and_unit_modes_are_matrices_too(rows: tuple, columns: tuple) ->
 
 def test_one_core_is_a_copy() -> None:
     matrix = draw_matrix(3, 4)
-    spec, (core,) = tt_svd(matrix, (3,), (4,), max_error=0.5)
+    spec, (core,) = tt_svd(matrix, (3,), (4,))
     assert spec.ranks == ()
     assert torch.equal(core, matrix)
     assert core.data_ptr() != matrix.data_ptr()
@@ -211,11 +189,13 @@ def test_all_cores_but_the_last_are_orthogonal() -> None:
         )
 
 
-def test_ranks_are_clipped_and_zero_is_rank_one() -> None:
+def test_ranks_are_clipped() -> None:
     spec, _ = tt_svd(draw_matrix(8, 8), (2, 2, 2), (2, 2, 2), 1000)
     assert spec.ranks == (4, 4)
-    spec, cores = tt_svd(torch.zeros(8, 8), (2, 2, 2), (2, 2, 2), max_error=0.1)
-    assert spec.ranks == (1, 1)
+
+
+def test_a_zero_matrix_is_one_of_any_rank() -> None:
+    spec, cores = tt_svd(torch.zeros(8, 8), (2, 2, 2), (2, 2, 2), 1)
     assert torch.equal(reconstruct(spec, cores), torch.zeros(8, 8))
 
 
@@ -237,12 +217,8 @@ def test_what_cannot_be_decomposed_is_refused() -> None:
         tt_svd(matrix.reshape(2, 3, 8), (3, 1), (1, 8))
     with pytest.raises(ValueError, match=r"make a matrix of \(6, 4\)"):
         tt_svd(matrix, (2, 3), (2, 2))
-    with pytest.raises(ValueError, match="not both"):
-        tt_svd(matrix, (2, 3), (4, 2), 2, max_error=0.1)
     with pytest.raises(ValueError, match="1 inner ranks"):
         tt_svd(matrix, (2, 3), (4, 2), (2, 2))
-    with pytest.raises(ValueError, match="at least 0"):
-        tt_svd(matrix, (2, 3), (4, 2), max_error=-0.1)
     with pytest.raises(AnalysisError, match="NaN"):
         tt_svd(matrix / 0, (2, 3), (4, 2))
 
@@ -270,8 +246,6 @@ def test_where_lapack_fails_the_gram_matrix_does_it(
     identity = torch.eye(min(shape), dtype=torch.float64)
     torch.testing.assert_close(u.mT @ u, identity)
     torch.testing.assert_close(vh @ vh.mT, identity)
-    (spectrum,) = unfolding_spectra(matrix, (shape[0], 1), (1, shape[1]))
-    torch.testing.assert_close(spectrum, s)
 
 
 def test_the_gram_matrix_does_a_singular_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,29 +280,18 @@ def test_rounding_obeys_the_bounds_of_tt_svd(spec: TTSpec, rank: int, seed: int)
     weight = reconstruct(spec, cores)
     rounded, new = round_tt(spec, cores, rank)
     spectra = unfolding_spectra(weight, spec.row_modes, spec.column_modes)
+    lost = discarded(spectra, rounded.ranks)
     error = (reconstruct(rounded, new) - weight).norm().item()
     slack = rounding(spec) * weight.norm().item()
     assert max(rounded.ranks, default=1) <= rank
-    assert error_lower_bound(spectra, rounded.ranks) - slack <= error
-    assert error <= error_bound(spectra, rounded.ranks) + slack
+    assert lost.max() - slack <= error <= lost.norm() + slack
 
 
-@quick
-@given(specs(), st.sampled_from([0.05, 0.3, 0.9]), st.integers(0, 9))
-def test_rounding_keeps_max_error(spec: TTSpec, max_error: float, seed: int) -> None:
-    cores = draw_cores(spec, seed)
-    weight = reconstruct(spec, cores)
-    rounded, new = round_tt(spec, cores, max_error=max_error)
-    error = relative(reconstruct(rounded, new) - weight, weight)
-    assert error <= max_error + rounding(spec)
-
-
-def test_rounding_removes_ranks_that_hold_nothing() -> None:
+def test_rounding_loses_nothing_with_ranks_that_hold_nothing() -> None:
     matrix = torch.kron(draw_matrix(3, 4), draw_matrix(4, 2, 1))
     spec, cores = tt_svd(matrix, (3, 4), (4, 2), 5)
     assert spec.ranks == (5,)
-    rounded, new = round_tt(spec, cores, max_error=1e-10)
-    assert rounded.ranks == (1,)
+    rounded, new = round_tt(spec, cores, 1)
     assert relative(reconstruct(rounded, new) - matrix, matrix) <= 1e-10 + rounding(spec)
 
 
@@ -338,26 +301,7 @@ def test_rounding_refuses_experts() -> None:
         round_tt(spec, draw_cores(spec))
 
 
-# ------------------------------------------------------------------------------ spectra and modes
-
-
-def test_spectra_are_those_of_the_interleaved_unfoldings() -> None:
-    matrix = draw_matrix(6, 8)
-    (spectrum,) = unfolding_spectra(matrix, (2, 3), (4, 2))
-    unfolding = matrix.reshape(2, 3, 4, 2).permute(0, 2, 1, 3).reshape(8, 6)
-    torch.testing.assert_close(spectrum, torch.linalg.svdvals(unfolding))
-    assert spectrum.numel() == max_ranks((2, 3), (4, 2))[0]
-
-
-def test_bounds_are_the_root_sum_and_the_maximum_of_the_tails() -> None:
-    spectra = [torch.tensor([5.0, 3.0]), torch.tensor([5.0, 4.0, 0.0])]
-    assert error_bound(spectra, 1) == 5.0
-    assert error_lower_bound(spectra, 1) == 4.0
-    assert error_bound(spectra, (1, 2)) == 3.0
-    assert error_bound(spectra, 9) == error_lower_bound(spectra, 9) == 0.0
-    assert error_bound([], ()) == error_lower_bound([], ()) == 0.0
-    with pytest.raises(ValueError, match="2 unfoldings"):
-        error_bound(spectra, (1,))
+# -------------------------------------------------------------------------------------- modes
 
 
 def test_max_ranks_is_the_smaller_side_of_each_unfolding() -> None:

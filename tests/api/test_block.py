@@ -21,6 +21,7 @@ from tensorize.algebra.metric import Metric
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.algebra.rounding import round_tt
 from tensorize.base.errors import AnalysisError
+from tensorize.base.records import plain, record
 from tensorize.formats import interpret
 from tensorize.formats.registry import format_of, names
 from tensorize.ir.machine import GENERIC
@@ -90,7 +91,7 @@ def test_the_spec_survives_every_way_to_keep_it(spec: TTSpec) -> None:
         assert spec.single == spec.with_ranks(spec.ranks).single
         assert spec.single.shape == spec.shape[1:]
     plan = RankPlan("w", "linear", spec.shape, spec, 0.0, 0.0, "")
-    assert RankPlan.from_dict(plan.to_dict()) == plan
+    assert record(RankPlan, plain(plan)) == plan
 
 
 def test_the_words_of_a_block() -> None:

@@ -293,3 +293,21 @@ def test_the_weights_alone_are_not_judged_twice(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         compiled(nn.Sequential(nn.Linear(48, 48)))
     assert calls == 1
+
+
+def test_data_of_its_own_are_made_again_from_the_example_inputs_of_a_plan_from_json() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(48, 48), nn.Linear(48, 48)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(self.one(x)) + self.other(y)
+
+    model, inputs = Two(), (torch.randn(8, 48), torch.randn(8, 48))
+    given: dict[str, Any] = {"example_inputs": inputs, "calibration": "self"}
+    plan = tensorize.analyze(model, seed=3, **given).plan(0.5, refine="refit")
+    one = tensorize.apply(model, plan)
+    again = tensorize.apply(model, tensorize.Plan.from_json(plan.to_json()), **given)
+    for a, b in zip(one.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import tensorize
-from tensorize.passes.lowering.graph import Lowered, lower, own_graph
+from tensorize.base.dynamo import own_graph
+from tensorize.passes.lowering.graph import Lowered, lower
 from tensorize.passes.lowering.packed import with_packed
 
 

@@ -15,7 +15,7 @@ from tensorize.formats import registry
 from tensorize.formats.format import Format, TensorTrain, entry_bytes
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.sites import Site, Use
-from tensorize.ir.spec import READERS, Spec, TTSpec, spec_from_dict
+from tensorize.ir.spec import READERS, Spec, TTSpec
 from tensorize.weight.contractions import contractions
 from tensorize.weight.products import lookup, matmul
 from tests.test_house import folder_of, modules
@@ -74,7 +74,7 @@ def test_what_takes_no_cores_of_its_own_says_so(form: Format) -> None:
 def test_its_specs_are_its_own_and_are_read_again(form: Format) -> None:
     for spec, exact in specs(form):
         assert registry.format_of(spec) is form
-        assert spec_from_dict(spec.to_dict()) == form.read(spec.to_dict()) == spec
+        assert Spec.from_dict(spec.to_dict()) == form.read(spec.to_dict()) == spec
         assert form.is_cut(spec, spec if exact is None else exact.spec)
 
 
@@ -155,7 +155,7 @@ def test_a_spec_says_how_its_entries_are_stored(make: object) -> None:
     plain, stored = make(), make(storage="int8")  # type: ignore[operator]
     assert "storage" not in repr(plain)
     assert "storage" not in plain.to_dict()
-    assert plain != stored == spec_from_dict(stored.to_dict())
+    assert plain != stored == Spec.from_dict(stored.to_dict())
     assert stored.with_ranks((1,)).storage == stored.single.storage == "int8"
     assert eval(repr(stored), {"TTSpec": TTSpec}) == stored
     assert (entry_bytes(plain, 4), entry_bytes(stored, 4)) == (4, 1)

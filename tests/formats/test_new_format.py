@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tensorize
 from tensorize.formats import registry
 from tensorize.ir.plan import Plan
+from tensorize.ir.spec import Spec
 from tests.formats.diagonal import DiagonalLowRank, DiagonalSpec
 
 NAME = DiagonalLowRank.name
@@ -170,4 +171,4 @@ def test_a_name_is_taken_once() -> None:
 
 
 def test_a_spec_is_read_by_its_format() -> None:
-    assert tensorize.ir.spec.spec_from_dict(DiagonalSpec(5, 2).to_dict()) == DiagonalSpec(5, 2)
+    assert Spec.from_dict(DiagonalSpec(5, 2).to_dict()) == DiagonalSpec(5, 2)

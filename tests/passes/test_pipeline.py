@@ -13,68 +13,64 @@ import tensorize
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.observe.sites import FindSites
-from tensorize.passes.pipeline import Program, run_passes
+from tensorize.passes.pipeline import run_passes
 from tensorize.passes.rewrite.factorize import Factorize
 from tensorize.passes.rewrite.verify import VerifyResult, check_weight
+from tensorize.passes.stages import Found, Given, Learned, Opened, Planned, Record, Rewritten
 from tensorize.weight.install import factored
 from tests.models import MLP
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A pass that changes the program in a way that must not pass."""
+    """A pass that changes the stage in a way that must not pass."""
 
     change: Any
     name: str = "broken"
 
-    def run(self, program: Program) -> Program:
-        return self.change(program)
+    def run(self, stage: Record) -> Record:
+        return self.change(stage)
 
 
-def analysed() -> tuple[MLP, Program]:
+def opened() -> Opened:
     model = MLP()
     analysis = tensorize.analyze(model)
-    plan = analysis.plan(0.5)
-    return model, replace(analysis.program, model=model, plan=plan)
+    return analysis.program.to(Planned, plan=analysis.plan(0.5)).to(Opened, model=model)
 
 
-def first_factorized(program: Program) -> tuple[int, RankPlan]:
-    assert program.plan is not None
-    return next((k, s) for k, s in enumerate(program.plan.sites) if s.spec is not None)
+def first_factorized(planned: Planned) -> tuple[int, RankPlan]:
+    return next((k, s) for k, s in enumerate(planned.plan.sites) if s.spec is not None)
 
 
-def with_choice(program: Program, k: int, choice: RankPlan) -> Program:
-    assert program.plan is not None
-    sites = [*program.plan.sites]
+def with_choice(planned: Planned, k: int, choice: RankPlan) -> Planned:
+    sites = [*planned.plan.sites]
     sites[k] = choice
-    return replace(program, plan=replace(program.plan, sites=tuple(sites)))
+    return replace(planned, plan=replace(planned.plan, sites=tuple(sites)))
 
 
 def test_a_sound_pass_goes_through_with_its_time_and_summary() -> None:
-    program = run_passes(Program(MLP()), (FindSites(),))
-    (step,) = program.history
+    found = run_passes(Given(model=MLP()), (FindSites(),), Found)
+    (step,) = found.history
     assert step.name == "sites"
     assert step.summary == "2 of 3 weights can be factorized"
     assert step.seconds > 0
 
 
 def test_a_spec_of_another_shape_is_caught_and_the_pass_is_named() -> None:
-    _, program = analysed()
+    def change(planned: Planned) -> Planned:
+        k, choice = first_factorized(planned)
+        return with_choice(planned, k, replace(choice, spec=TTSpec.low_rank(3, 4, 1)))
 
-    def change(program: Program) -> Program:
-        k, choice = first_factorized(program)
-        return with_choice(program, k, replace(choice, spec=TTSpec.low_rank(3, 4, 1)))
-
-    with pytest.raises(tensorize.AnalysisError, match="'broken' left an invalid program"):
-        run_passes(program, (Broken(change),))
+    with pytest.raises(tensorize.AnalysisError, match="'broken' left an invalid stage"):
+        run_passes(opened(), (Broken(change),), Planned)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda p: replace(p, sites=(*p.sites, p.sites[0])),
-        lambda p: replace(p, statistics={"ghost": object()}),
-        lambda p: replace(p, errors={p.sites[0].name: float("nan")}),
+        lambda p: p.to(Learned, spectra={"ghost": object()}),
+        lambda p: p.to(Rewritten, errors={p.sites[0].name: float("nan")}),
         lambda p: replace(p, sites=tuple(replace(s, blocked="no") for s in p.sites)),
         lambda p: replace(
             p, sites=tuple(replace(s, name=s.name + "x") for s in p.sites), spectra={}
@@ -82,16 +78,19 @@ def test_a_spec_of_another_shape_is_caught_and_the_pass_is_named() -> None:
     ],
     ids=["twice the same site", "unknown site", "NaN error", "blocked", "unknown in the plan"],
 )
-def test_other_broken_programs_are_caught(change: Any) -> None:
-    _, program = analysed()
+def test_other_broken_stages_are_caught(change: Any) -> None:
     with pytest.raises(tensorize.AnalysisError, match="broken"):
-        run_passes(program, (Broken(change),))
+        run_passes(opened(), (Broken(change),), Record)
+
+
+def test_a_pipeline_that_ends_elsewhere_is_caught() -> None:
+    with pytest.raises(tensorize.AnalysisError, match="it is Found, not Planned"):
+        run_passes(Given(model=MLP()), (FindSites(),), Planned)
 
 
 def test_a_weight_that_computes_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, program = analysed()
-    run_passes(program, (Factorize(),))
-    name, weight = next(iter(factored(model)))
+    done = run_passes(opened(), (Factorize(),), Rewritten)
+    name, weight = next(iter(factored(done.model)))
     assert check_weight(name, weight) < 1e-5
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -103,11 +102,10 @@ def test_a_weight_that_computes_something_else_is_caught(monkeypatch: pytest.Mon
 
 
 def test_a_parameter_too_many_is_caught() -> None:
-    model, program = analysed()
-    program = run_passes(program, (Factorize(),))
-    model.smuggled = nn.Parameter(torch.zeros(3))
+    done = run_passes(opened(), (Factorize(),), Rewritten)
+    done.model.smuggled = nn.Parameter(torch.zeros(3))
     with pytest.raises(tensorize.AnalysisError, match="parameters, the plan said"):
-        run_passes(program, (VerifyResult(),))
+        run_passes(done, (VerifyResult(),), Rewritten)
 
 
 def test_debug_levels_print_stages_and_decisions(

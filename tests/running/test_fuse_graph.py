@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import tensorize
+from tensorize.base.dynamo import own_graph
 from tensorize.codegen.device import launch
 from tensorize.graphview.text import print_graph
-from tensorize.passes.lowering.graph import own_graph
 from tensorize.weight.whole_model import settle
 from tests.kernels import each_device, here, holds_under_the_interpreter
 from tests.models import relative

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import tensorize
 from examples.gpt import GPT, GPTConfig
 from tensorize import TTSpec
-from tensorize.algebra.bounds import tails, unfolding_spectra
 from tensorize.algebra.reconstruct import reconstruct
+from tensorize.algebra.svd import tail_sums
 from tensorize.training.adapt import RankSchedule
 from tensorize.training.bonds import bonds, extended, with_ranks
 from tensorize.training.groups import parameter_groups
 from tensorize.weight.install import factored
+from tests.algebra.unfoldings import unfolding_spectra
 
 CHAINS = (
     TTSpec.low_rank(30, 24, 8),
@@ -77,7 +78,7 @@ def test_a_cut_loses_what_the_spectra_say(spec: TTSpec) -> None:
     assert [tuple(c.shape) for c in less] == list(cut.core_shapes)
     assert all(core.is_contiguous() for core in less)
     lost = float((whole(cut, less) - whole(spec, cores)).square().sum())
-    single = [float(tails(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
+    single = [float(tail_sums(b.squares)[r]) for b, r in zip(found, ranks, strict=True)]
     assert lost <= sum(single) * (1 + 1e-9)  # Oseledets 2011, theorem 2.2
     assert lost >= max(single) * (1 - 1e-9)
 
@@ -332,9 +333,9 @@ def test_with_a_function_between_the_factors_the_largest_components_stay() -> No
 
 def test_kernels_of_the_ranks_before_are_not_used() -> None:
     model, optimizer = model_and_optimizer()
-    for module in model.modules():
-        if hasattr(module, "first"):
-            module.__dict__["kernels"] = {"columns": None}
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "first")]
+    for layer in layers:
+        layer.kernels = {"columns": None}
     schedule = RankSchedule(model, optimizer, 0.3, start=0, end=1, every=1)
     schedule.step()
     resized = [m for m in model.modules() if hasattr(m, "first")]

@@ -9,7 +9,7 @@ import torch
 
 from tensorize.base.errors import TensorizeError
 from tensorize.codegen.device import autotune, compiler
-from tensorize.codegen.device.compiler import SHARED_LIMIT, TARGETS
+from tensorize.codegen.device.compiler import TARGETS
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work
 from tests.kernels import FAMILIES, SMALL
@@ -27,6 +27,15 @@ CASES = [
     for dtype in DTYPES
     for quick in [dtype == "bfloat16" and name in ("pair", "decode", "three cores")]
 ]
+
+SHARED_LIMIT = {
+    "cuda:80": 166912,
+    "cuda:90": 232448,
+    "cuda:100": 232448,
+    "hip:gfx90a": 65536,
+    "hip:gfx942": 65536,
+}
+"""Bytes of shared memory that one block may have."""
 
 
 @pytest.fixture(autouse=True)

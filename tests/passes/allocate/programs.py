@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tensorize.algebra.metric import Metric
 from tensorize.ir.budget import Budget
@@ -18,8 +17,8 @@ from tensorize.ir.spec import DENSE, LOW_RANK
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.spectra import spectrum
-from tensorize.passes.pipeline import Program
 from tensorize.passes.predict.predictor import Predictor
+from tensorize.passes.stages import Analysed
 
 BOTH = (DENSE, LOW_RANK)
 
@@ -40,13 +39,12 @@ def falling(site: Site, half_life: float = 16.0, size: float = 1.0) -> Spectrum:
 
 def program(
     curves: Sequence[Spectrum], blocked: Sequence[Site] = (), other: int = 0, **changes: Any
-) -> Program:
+) -> Analysed:
     sites = (*(c.site for c in curves), *blocked)
     sizes = {site.name: (site.parameters, 4 * site.parameters) for site in sites}
     if other:
         sizes["bias"] = (other, 4 * other)
-    found = Program(
-        nn.Module(),
+    found = Analysed(
         metric="loss",
         sites=sites,
         sizes=sizes,
@@ -63,18 +61,17 @@ def linear(name: str, m: int = M, n: int = N, uses: tuple[Use, ...] = LINEAR) ->
     return Site(name, (m, n), "float32", uses)
 
 
-def plan(made: Program, budget: Budget | float | None, **options: Any) -> Plan:
-    found = Allocate(None if budget is None else Budget.of(budget), **options).run(made).plan
-    assert found is not None
-    return found
+def plan(made: Analysed, budget: Budget | float | None, **options: Any) -> Plan:
+    allocate = Allocate(None if budget is None else Budget.of(budget), **options)
+    return allocate.run(made).plan
 
 
-def model_of(count: int = 6, other: int = 500) -> Program:
+def model_of(count: int = 6, other: int = 500) -> Analysed:
     curves = [falling(linear(f"w{k}"), 8 + 4 * k, 1 + k % 3) for k in range(count)]
     return program(curves, other=other)
 
 
-def trained(formats: tuple[str, ...] | None) -> Program:
+def trained(formats: tuple[str, ...] | None) -> Analysed:
     """A Kronecker-structured weight and one without structure, with their real curves."""
     generator = torch.Generator().manual_seed(0)
     a, b, noise = (torch.randn(s, generator=generator) for s in ((8, 6), (8, 8), (64, 48)))

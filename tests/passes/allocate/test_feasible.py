@@ -14,11 +14,11 @@ from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Use
 from tensorize.ir.spec import LOW_RANK
 from tensorize.passes.allocate.candidates import COSTS
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Analysed
 from tests.passes.allocate.programs import M, N, falling, linear, plan, program
 
 
-def refused(made: Program, budget: Budget | float, **options: Any) -> BudgetError:
+def refused(made: Analysed, budget: Budget | float, **options: Any) -> BudgetError:
     with pytest.raises(BudgetError) as caught:
         plan(made, budget, **options)
     assert caught.value.way_out

@@ -14,7 +14,7 @@ from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.moments import Moments, Term
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Given, Observed
 
 
 def draw(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -43,12 +43,15 @@ def run(
     loss_fn: Any = None,
     seed: int = 0,
     by_sample: bool = True,
-) -> Program:
+) -> Observed:
     batches = tuple(batch_of(value) for value in given)
-    program = Program(model, batches[0], batches, metric, seed)
-    program = FindSites().run(program)
+    given_model = Given(
+        model=model, inputs=batches[0], calibration=batches, metric=metric, seed=seed
+    )
     loss = PreservedLoss.fit(model, batches, loss_fn) if metric == "loss" else None
-    return CollectStatistics(batches, loss, most_probes=1, by_sample=by_sample).run(program)
+    return CollectStatistics(batches, loss, most_probes=1, by_sample=by_sample).run(
+        FindSites().run(given_model)
+    )
 
 
 def the_term(moments: Moments) -> Term:

@@ -15,7 +15,7 @@ from tensorize.capture.batches import calibration_batches
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
-from tensorize.passes.pipeline import Program
+from tensorize.passes.stages import Given
 from tests.passes.observe.moments import Classifier, Logits, collect, draw, same, the_term, touchy
 
 # ------------------------------------------------------------------------------- samples as a whole
@@ -143,10 +143,11 @@ def test_the_model_stays_as_it_was_when_a_batch_fails(metric: str) -> None:
     before = State.of(model)
     good, bad = draw((8, 5)).float(), draw((8, 7)).float()
     batches = calibration_batches((good, good, bad, good), model)
-    program = FindSites().run(Program(model, batches[0], batches, metric))
+    given = Given(model=model, inputs=batches[0], calibration=batches, metric=metric)
+    found = FindSites().run(given)
     loss = PreservedLoss.fit(model, batches[:2], None) if metric == "loss" else None
     with pytest.raises(CaptureError, match="batch 2 does not fit"):
-        CollectStatistics(batches, loss).run(program)
+        CollectStatistics(batches, loss).run(found)
     before.check(State.of(model))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from tensorize.passes.predict.calibrate import TRIAL_SHARES, trial_share
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import approximations
 from tensorize.passes.rewrite.factorize import planned_cores
+from tensorize.passes.stages import Learned
 from tests.models import CASES, MLP, Case
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -397,8 +397,8 @@ def test_approximations_are_the_weights_of_the_plan() -> None:
     model = case.model()
     analysis = tensorize.analyze(model, calibration=calibration(case, 4))
     plan = analysis.plan(0.4, refine=None)
-    program = replace(analysis.program, model=model)
-    weights = approximations(program, plan.sites, planned_cores(program, plan.sites))
+    learned = analysis.program.to(Learned, model=model)
+    weights = approximations(learned, plan.sites, planned_cores(learned, plan.sites))
     assert set(weights) == {site.name for site in plan.sites if site.spec is not None}
     dense = dict(tensorize.densify(tensorize.apply(model, plan)).named_parameters())
     for name, value in weights.items():

@@ -16,10 +16,10 @@ from tensorize import TTSpec
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.capture.inputs import batch_of
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.pipeline import Program
 from tensorize.passes.predict import largest, trials
 from tensorize.passes.predict.largest import LARGE, LEVELS, MeasureLargest
 from tensorize.passes.predict.trials import Reference
+from tensorize.passes.stages import Learned
 from tests.models import CASES
 
 WORDS, WIDTH, POSITIONS = 300, 24, 12
@@ -152,15 +152,15 @@ def test_what_makes_plans_worse_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_better_of_two_plans_is_told_by_measuring_both() -> None:
     model, batches = Encoder(), tuple(batch_of(ids) for ids in sentences())
-    program = replace(analysed(model).program, model=model)
+    learned = analysed(model).program.to(Learned, model=model)
     reference = Reference(model, batches, PreservedLoss.fit(model, batches, None))
-    spectra = dict(program.spectra)
+    spectra = dict(learned.spectra)
     curve = spectra["words.weight"]
     # As if the table cost nothing: it would be given the least, and the model would lose most.
     free = replace(curve, measured=((1e-9, 1e-12), (1.0, 1e-9)))
-    wrong = replace(program, spectra={**spectra, "words.weight": free})
-    assert not largest._is_better(wrong, program, reference)
-    assert largest._is_better(program, wrong, reference)
+    wrong = replace(learned, spectra={**spectra, "words.weight": free})
+    assert not largest._is_better(wrong, learned, reference)
+    assert largest._is_better(learned, wrong, reference)
 
 
 def test_decoders_keep_their_curves() -> None:
@@ -172,8 +172,8 @@ def test_decoders_keep_their_curves() -> None:
 
 
 def test_weights_alone_are_not_measured() -> None:
-    program = Program(Encoder(), metric="frobenius")
-    assert MeasureLargest((), None).run(program).summary == "nothing to measure: there is no loss"
+    learned = Learned(model=Encoder(), metric="frobenius", sites=(), sizes={}, spectra={})
+    assert MeasureLargest((), None).run(learned).summary == "nothing to measure: there is no loss"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from tensorize.base.errors import AnalysisError, BudgetError, CaptureError
 from tensorize.ir.sites import Batch, Site
 from tensorize.passes.curves.metric import DAMPING, shrinkage
 from tensorize.passes.observe.loss import split
-from tensorize.passes.pipeline import Program
 from tensorize.passes.rewrite.factorize import planned_cores
 from tensorize.passes.rewrite.refit import _Moments, refit
+from tensorize.passes.stages import Learned
 from tests.models import CASES, MLP, relative
 
 
@@ -40,10 +39,10 @@ def batches(count: int = 8) -> list[Tensor]:
     ]
 
 
-def ready(model: nn.Module, data: list[Tensor], metric: str, rank: int) -> tuple[Program, Any]:
+def ready(model: nn.Module, data: list[Tensor], metric: str, rank: int) -> tuple[Learned, Any]:
     analysis = tensorize.analyze(model, calibration=data, metric=metric)
     plan = analysis.plan(None, ranks={"*": rank})
-    return replace(analysis.program, model=model), plan.sites
+    return analysis.program.to(Learned, model=model), plan.sites
 
 
 def given(data: list[Tensor]) -> tuple[Batch, ...]:
@@ -55,9 +54,9 @@ def given(data: list[Tensor]) -> tuple[Batch, ...]:
 
 def test_the_first_weight_sees_what_it_always_saw() -> None:
     model, data = Chain(), batches()
-    program, sites = ready(model, data, "input", 5)
-    before = planned_cores(program, sites)
-    after = refit(program, sites, split(given(data))[0])  # the batches that were learnt from
+    learned, sites = ready(model, data, "input", 5)
+    before = planned_cores(learned, sites)
+    after = refit(learned, sites, split(given(data))[0])  # the batches that were learnt from
     for name, same in (("a.weight", True), ("b.weight", False), ("c.weight", False)):
         (u, v), (p, q) = before[name], after[name]
         assert torch.allclose(u @ v, p @ q, atol=1e-4) == same
@@ -66,8 +65,8 @@ def test_the_first_weight_sees_what_it_always_saw() -> None:
 def test_each_weight_is_the_best_of_its_rank_on_what_it_sees() -> None:
     """Against the reduced-rank regression of W x on x̃, in float64 (Izenman 1975)."""
     model, data = Chain(), batches()
-    program, sites = ready(model, data, "input", 5)
-    cores = refit(program, sites, given(data))
+    learned, sites = ready(model, data, "input", 5)
+    cores = refit(learned, sites, given(data))
     x = torch.cat(data).double()
     wide = copy.deepcopy(model).double()
     with torch.no_grad():
@@ -144,7 +143,7 @@ def test_weights_of_one_input_share_their_moments(
 ) -> None:
     """To the same bits as each with its own; what was written to in between is another input."""
     model, data = Group(changed=changed), batches(4)
-    program, sites = ready(model, data, "input", 5)
+    learned, sites = ready(model, data, "input", 5)
     made: list[str] = []
     plain = _Moments.__init__
 
@@ -153,10 +152,10 @@ def test_weights_of_one_input_share_their_moments(
         plain(self, site, runs)
 
     monkeypatch.setattr(_Moments, "__init__", noted)
-    shared = refit(program, sites, given(data))
+    shared = refit(learned, sites, given(data))
     assert made == ["a.weight", "b.weight", *(["d.weight"] if changed else [])]
     monkeypatch.setattr(_Moments, "are_of", lambda self, runs: False)
-    alone = refit(program, sites, given(data))
+    alone = refit(learned, sites, given(data))
     for name, cores in shared.items():
         assert all(torch.equal(a, b) for a, b in zip(cores, alone[name], strict=True)), name
 
@@ -167,8 +166,8 @@ def test_a_weight_that_is_used_twice_keeps_its_factors() -> None:
             return super().forward(super().forward(x))
 
     model, data = Twice(), batches(4)
-    program, sites = ready(model, data, "input", 5)
-    before, after = planned_cores(program, sites), refit(program, sites, given(data))
+    learned, sites = ready(model, data, "input", 5)
+    before, after = planned_cores(learned, sites), refit(learned, sites, given(data))
     for name in before:
         assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True))
 
@@ -194,8 +193,8 @@ class ByLength(nn.Module):
 def test_a_weight_that_some_data_use_in_another_way_keeps_its_factors(short: str) -> None:
     model, data = ByLength(short), batches(8)
     data = data[:4] + [x[:32] for x in data[4:]]
-    program, sites = ready(model, data, "input", 5)
-    before, after = planned_cores(program, sites), refit(program, sites, given(data))
+    learned, sites = ready(model, data, "input", 5)
+    before, after = planned_cores(learned, sites), refit(learned, sites, given(data))
     kept = {n: relative(after[n][0], before[n][0]) < 1e-6 for n in before}
     assert kept == {"a.weight": True, "b.weight": False}
 
@@ -205,18 +204,18 @@ def test_a_refit_leaves_out_a_use_that_it_did_not_begin_with(
     short: str,
 ) -> None:
     model, data = ByLength(short), batches(4)
-    program, sites = ready(model, data, "input", 5)
-    cores = refit(program, sites, given(data))["a.weight"]
-    more = refit(program, sites, given([*data, data[0][:32]]))["a.weight"]
+    learned, sites = ready(model, data, "input", 5)
+    cores = refit(learned, sites, given(data))["a.weight"]
+    more = refit(learned, sites, given([*data, data[0][:32]]))["a.weight"]
     assert all(torch.equal(one, other) for one, other in zip(cores, more, strict=True))
 
 
 def test_an_error_in_a_batch_names_it_and_ends_every_thread() -> None:
     model, data = Chain(), batches(4)
-    program, sites = ready(model, data, "input", 5)
+    learned, sites = ready(model, data, "input", 5)
     threads = threading.active_count()
     with pytest.raises(CaptureError, match="batch 4 does not fit"):
-        refit(program, sites, given([*data, torch.randn(3, 7)]))
+        refit(learned, sites, given([*data, torch.randn(3, 7)]))
     assert threading.active_count() == threads
 
 
@@ -225,8 +224,8 @@ def test_a_weight_that_only_zeros_reach_keeps_its_factors() -> None:
     with torch.no_grad():
         model.a.weight.zero_()
         model.a.bias.zero_()
-    program, sites = ready(model, data, "input", 5)
-    before, after = planned_cores(program, sites), refit(program, sites, given(data))
+    learned, sites = ready(model, data, "input", 5)
+    before, after = planned_cores(learned, sites), refit(learned, sites, given(data))
     assert all(map(torch.equal, before["b.weight"], after["b.weight"]))
 
 

@@ -1,4 +1,4 @@
-"""Specs to train, operands for them, and training plans under a limit."""
+"""Specs to train, and operands for them."""
 
 from __future__ import annotations
 
@@ -65,17 +65,6 @@ def chosen(spec: TTSpec, flags: list[bool]) -> tuple[int | str, ...]:
 def in_use(spec: TTSpec, contract: str = "columns") -> ContractionPlan:
     """The orders that run, by predicted time."""
     return timed_plan(spec, contract, rates.current())
-
-
-def realistic() -> list[TTSpec]:
-    return [
-        TTSpec.low_rank(768, 3072, 64),
-        TTSpec((24, 32), (48, 64), (60,)),
-        TTSpec((16, 16, 16), (16, 16, 16), (32, 32)),
-        TTSpec((8, 8, 8, 8), (8, 8, 8, 8), (16, 32, 16)),
-        TTSpec.block((64, 16), (16, 64), 8),
-        TTSpec.block((48, 16), (8, 384), 24),
-    ]
 
 
 def gradients(y: Tensor, operands: Sequence[Tensor], seed: int = 5) -> tuple[Tensor, ...]:
