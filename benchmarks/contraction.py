@@ -133,7 +133,7 @@ def measure(cell: Cell, rounds: int) -> dict[str, Any]:
     least = one_order(spec, "columns", fewest, cell.batch, cell.batch)
     chosen = {"tensorize": tuned, "predicted": predicted, "fewest FLOPs": least}
     calls: dict[str, Callable[[], Tensor]] = {
-        name: partial(products.matmul, {"columns": aten.build(each)}, cores, x, "columns")
+        name: partial(products.matmul, spec, {"columns": aten.build(each)}, cores, x, "columns")
         for name, each in chosen.items()
     }
     calls |= others(spec, cores, x)

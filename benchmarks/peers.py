@@ -34,13 +34,15 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import Analysis, Plan
+from tensorize.algebra.metric import Metric
 from tensorize.algebra.modes import balanced_modes
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.capture.inputs import batch_of
+from tensorize.formats.registry import format_of
 from tensorize.passes.allocate.candidates import COSTS, Points
 from tensorize.passes.allocate.optimise import minimise_distortion
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.curves.metric import Metric, site_metrics
+from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.observe.loss import PreservedLoss, split
 from tensorize.passes.observe.statistics import CollectStatistics
@@ -187,7 +189,7 @@ def rounded_trains(analysis: Analysis, model: nn.Module, budget: float) -> Compr
         modes = choice.spec.row_modes, choice.spec.column_modes
         trains = analysis.program.spectra[choice.name].trains
         train = next(t for t in trains if (t.spec.row_modes, t.spec.column_modes) == modes)
-        spec, cores = train.rounded(choice.spec.ranks)
+        spec, cores = format_of(train.spec).rounded(train, choice.spec.ranks)
         weight = parameters[choice.name]
         weight.copy_(reconstruct(spec, cores).reshape(weight.shape))
     return Compressed(small, plan.predicted.parameters / plan.dense.parameters)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import keep
+from tensorize.algebra.metric import Metric
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.curves.metric import Metric
 from tensorize.passes.curves.spectra import spectrum
 
 

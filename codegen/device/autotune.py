@@ -23,8 +23,8 @@ from tensorize.codegen.device import launch, reference, triton_env
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
 from tensorize.codegen.triton.module import Source
-from tensorize.codegen.triton.roles import NotCovered, Tiles
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.codegen.triton.roles import NotCovered, Tiles, is_pair
+from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work, work_of
 from tensorize.version import __version__
 
@@ -83,7 +83,7 @@ def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
     """
     found: list[Choice] = []
     few = rows <= tiles.FEW_ROWS
-    if few and not work.saved and all(spec.format == LOW_RANK for spec in work.specs):
+    if few and not work.saved and all(map(is_pair, work.specs)):
         cut = tiles.default_decode(work, dtype, bucket(rows))
         found.append(Choice("decode", cut))
         found.append(Choice("decode", replace(cut, warps=8)))

@@ -22,6 +22,7 @@ from tensorize.codegen.device.triton_env import DTYPES, check_device
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
 from tensorize.codegen.triton.roles import NotCovered, roles, sides
+from tensorize.formats.registry import format_of
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work, work_of
 from tensorize.weight import contractions as weight_contractions
@@ -40,6 +41,8 @@ def _spec(text: str) -> TTSpec:
 def covered(spec: TTSpec, contract: str) -> str | None:
     """The reason why no kernel computes a contraction for any number of rows, ``None`` where one
     does for some."""
+    if format_of(spec).kernels is None:
+        return f"kernels know no {format_of(spec).title}"
     try:
         if contract == "lookup":
             triton_source.lookup(spec, tiles.default_lookup(spec, torch.bfloat16))
@@ -267,13 +270,13 @@ class TritonContraction:
         learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
         gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
         if (self.measured and gradients) or (learning and not self.gradients):
-            return products.matmul(self.planned, cores, x, self.contract, bias)
+            return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, cores = x.to(dtype), [core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
         if x.dtype not in DTYPES or cores[0].dtype != x.dtype:
-            return products.matmul(self.planned, cores, x, self.contract, bias)
+            return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
         y, _ = _contract(x, list(cores), bias, self.text, self.contract, learning, self.measured)
         return y
 

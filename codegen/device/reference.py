@@ -37,7 +37,7 @@ def run(work: Work, inputs: Sequence[Tensor]) -> list[Tensor]:
             found.append(F.linear(product, left, bias))
         else:
             cores = (left, *others)
-            found.append(products.matmul(contractions(spec), cores, x, work.contract, bias))
+            found.append(products.matmul(spec, contractions(spec), cores, x, work.contract, bias))
     if work.gated:
         found = [_ACTIVATE[work.epilogue.activation](found[0]) * found[1]]
     else:

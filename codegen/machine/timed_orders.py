@@ -87,7 +87,7 @@ def fastest(
 
     def seconds(plan: ContractionPlan) -> list[float]:
         call = {plan.contract: aten.build(plan)}
-        runs = (partial(products.matmul, call, cores, x, plan.contract) for x in inputs)
+        runs = (partial(products.matmul, spec, call, cores, x, plan.contract) for x in inputs)
         return [timer.seconds_of(run, device, rounds=1) for run in runs]
 
     def over_batches(plan: ContractionPlan, typical: Callable[[Sequence[float]], float]) -> float:

@@ -32,7 +32,7 @@ from tensorize.codegen.triton.pair import (
     start_norm,
     suffix,
 )
-from tensorize.codegen.triton.roles import NotCovered, Tiles, roles
+from tensorize.codegen.triton.roles import NotCovered, Tiles, is_pair, roles
 from tensorize.codegen.triton.text import (
     DOT,
     Axis,
@@ -42,7 +42,6 @@ from tensorize.codegen.triton.text import (
     power,
     quotient,
 )
-from tensorize.ir.spec import LOW_RANK
 from tensorize.ir.work import Work
 
 AT_ONCE = 8
@@ -51,7 +50,7 @@ AT_ONCE = 8
 
 def decode(work: Work, tiles: Tiles) -> Source:
     """As ``triton_pair.forward``, for few rows."""
-    if any(spec.format != LOW_RANK for spec in work.specs) or work.saved:
+    if not all(map(is_pair, work.specs)) or work.saved:
         raise NotCovered("few rows: low rank without gradients only")
     if work.norm is not None and work.norm.kind != "rms":
         raise NotCovered("few rows: no layer norm")

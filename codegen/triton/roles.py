@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tensorize.codegen.triton.text import DOT, power, quotient
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work
 
 MOST_RANK = 512
@@ -117,10 +118,15 @@ def chunks(rank: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def is_pair(spec: TTSpec) -> bool:
+    """Two matrices, which x meets one after the other."""
+    return format_of(spec).kernels == "pair"
+
+
 def is_small_chain(spec: TTSpec) -> bool:
     """A tensor train that the families take; low rank is none."""
     return (
-        spec.format != LOW_RANK
+        format_of(spec).kernels == "chain"
         and not spec.batch
         and 2 <= len(spec.cores) <= MOST_CORES
         and max(spec.ranks) <= MOST_INNER_RANK
@@ -134,11 +140,11 @@ def check(work: Work) -> None:
             raise NotCovered(f"{spec} is a stack of experts")
         if any(math.prod(shape) >= 1 << 31 for shape in spec.core_shapes):
             raise NotCovered(f"a core of {spec} has more entries than 32 bits count")
-        if spec.format != LOW_RANK and not is_small_chain(spec):
+        if not is_pair(spec) and not is_small_chain(spec):
             raise NotCovered(f"{spec} is no chain of 2 to 4 cores of ranks to {MOST_INNER_RANK}")
         if len(spec.cores) == 2:
             roles(spec, work.contract)
-    low_rank = all(spec.format == LOW_RANK for spec in work.specs)
+    low_rank = all(map(is_pair, work.specs))
     if not low_rank and (len(work.specs) > 1 or work.norm is not None):
         raise NotCovered("norms and several weights of one input: low rank only")
     if work.gated and len(work.specs) != 2:

@@ -27,8 +27,8 @@ from tensorize.codegen.triton import (
     decode as triton_decode,
 )
 from tensorize.codegen.triton.module import Source
-from tensorize.codegen.triton.roles import NotCovered, Tiles, check
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.codegen.triton.roles import NotCovered, Tiles, check, is_pair
+from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work
 
 
@@ -64,7 +64,7 @@ def lookup(spec: TTSpec, tiles: Tiles, notes: Sequence[str] = ()) -> Source:
     """
     work = Work((spec,), notes=tuple(notes))
     check(work)
-    if spec.format == LOW_RANK:
+    if is_pair(spec):
         return pair.lookup(work, tiles)
     return chain.lookup(work, tiles)
 

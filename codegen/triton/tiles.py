@@ -16,9 +16,10 @@ from tensorize.codegen.triton.roles import (
     Tiles,
     chunks,
     held_at_once,
+    is_pair,
 )
 from tensorize.codegen.triton.text import DOT, power
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work
 
 FEW_ROWS = 16
@@ -50,7 +51,7 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
     which compute the intermediate anew.
     """
     tiles = _fitting(work, dtype)
-    if rows is None or any(spec.format != LOW_RANK for spec in work.specs):
+    if rows is None or not all(map(is_pair, work.specs)):
         return tiles
     if rows <= 512:
         # More than one dot's width of rank leaves AMD no registers for more.
@@ -71,7 +72,7 @@ def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
     table = _SINGLE if single else _HALF
     fitting = (cut for rank, cut in table.items() if held <= rank)
     rows, inner, outer, warps, stages = next(fitting, table[512])
-    if spec.format != LOW_RANK:
+    if not is_pair(spec):
         return Tiles(min(rows, 64), 32, 64, warps=8 if single else 4, stages=2)
     if any(size % 8 for spec in work.specs for _, size in spec.sizes):
         inner, outer = 16, min(outer, 32)  # entries are read one by one, each by its own address
@@ -129,7 +130,7 @@ def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tile
 def default_lookup(spec: TTSpec, dtype: torch.dtype) -> Tiles:
     """For ``triton_source.lookup``."""
     tiles = default(Work((spec.single,), "rows"), dtype)
-    if len(spec.cores) > 2 or spec.format != LOW_RANK:
+    if len(spec.cores) > 2 or not is_pair(spec):
         return Tiles(rows=1, warps=4, stages=1)
     return replace(tiles, rows=min(tiles.rows, 32), slice=1024)
 

@@ -17,7 +17,6 @@ from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan, Prediction, Totals
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import SHARED
 from tensorize.passes.allocate.candidates import (
     COSTS,
     Points,
@@ -39,6 +38,7 @@ from tensorize.passes.allocate.optimise import (
     total_distortion,
 )
 from tensorize.passes.allocate.slower import WORTH, slow_choices, without_slow_points
+from tensorize.passes.curves.formats import joins
 from tensorize.passes.observe.select import matches, require_match
 from tensorize.passes.stages import Analysed, Planned
 
@@ -130,7 +130,7 @@ class Allocate:
         names = {
             site.name
             for site in analysed.sites
-            if self.formats is None or SHARED in self.formats.get(site.name, ())
+            if self.formats is None or joins(self.formats.get(site.name, ()))
         }
         return _grouped(result, analysed, names, scale, self.rank_multiple, self.batch_sizes)
 

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tensorize.formats.dense import is_dense
+from tensorize.formats.format import entry_bytes
+from tensorize.formats.low_rank import EveryRank
+from tensorize.formats.registry import named
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan, Totals
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import DENSE, LOW_RANK, TTSpec
-from tensorize.passes.allocate.flops import dense_flops, low_rank_flops, spec_flops
-from tensorize.passes.allocate.times import dense_times, low_rank_times, spec_times
+from tensorize.ir.spec import Spec, TTSpec
+from tensorize.passes.allocate.flops import dense_flops, spec_flops
+from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.stages import Analysed
 
@@ -41,10 +45,10 @@ class Points:
     objective: np.ndarray
     errors: np.ndarray
     labels: np.ndarray
-    others: tuple[TTSpec, ...] = ()
+    others: tuple[Spec, ...] = ()
     fixed: str | None = None
 
-    def spec(self, k: int) -> TTSpec | None:
+    def spec(self, k: int) -> Spec | None:
         """The factorization at point k; None is the dense weight."""
         label = int(self.labels[k])
         if label > 0:
@@ -111,11 +115,11 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
 
 
 def _costs(
-    site: Site, spec: TTSpec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
+    site: Site, spec: Spec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     return [
         spec.parameters,
-        spec.parameters * itemsize,
+        spec.parameters * entry_bytes(spec, itemsize),
         spec_flops(site, spec, batch_sizes),
         *spec_times(site, spec, batch_sizes, machine),
     ]
@@ -179,14 +183,17 @@ def curve_points(
     site = curve.site
     m, n = site.matrix
     count = max(site.experts, 1)
-    ranks = np.arange(1, len(curve.distortion)) if LOW_RANK in allowed else np.arange(0)
+    spectral = any(named(name).spectral for name in allowed)
+    ranks = np.arange(1, len(curve.distortion)) if spectral else np.arange(0)
     ranks = ranks[ranks * (m + n) < m * n]
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
     others = tuple(spec for spec, _ in structured)
     parameters = ranks * (m + n) * count
-    own = np.stack([parameters, parameters * itemsize, low_rank_flops(site, ranks)], axis=1)
-    rows = [np.hstack([own, low_rank_times(site, ranks, batch_sizes, machine)])]
+    every = EveryRank((m, n), ranks)
+    flops = spec_flops(site, every, batch_sizes) + 0 * ranks
+    own = np.stack([parameters, parameters * itemsize, flops], axis=1)
+    rows = [np.hstack([own, spec_times(site, every, batch_sizes, machine)])]
     lost = [curve.distortion.numpy()[ranks]]
     labels = [ranks]
     if others:
@@ -197,8 +204,8 @@ def curve_points(
         labels.append(-1 - np.arange(len(others)))
     reason = None
     if len(ranks) + len(others) == 0:
-        reason = f"no rank of {', '.join(f for f in allowed if f != DENSE)} saves parameters"
-    if DENSE in allowed or reason:
+        reason = f"no rank of {', '.join(f for f in allowed if not is_dense(f))} saves parameters"
+    if any(map(is_dense, allowed)) or reason:
         rows.append(np.array([_dense_costs(site, itemsize, batch_sizes, machine)]))
         lost.append(np.zeros(1))
         labels.append(np.zeros(1, int))
@@ -230,7 +237,8 @@ def forced_point(
     site = curve.site
     m, n = site.matrix
     exact = next((t.spec for t in curve.trains if t.spec.format in allowed), None)
-    if exact is not None and LOW_RANK not in allowed:
+    spec: Spec
+    if exact is not None and not any(named(name).spectral for name in allowed):
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
         spec = exact.with_ranks(cut)
     else:

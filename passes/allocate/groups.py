@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tensorize.ir.machine import GENERIC, Machine
+from tensorize.ir.machine import GENERIC, Machine, matmul_time
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.candidates import Points
 from tensorize.passes.allocate.flops import element_size
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.orders.roofline import matmul_time
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,13 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from tensorize.algebra.reconstruct import reconstruct
+from tensorize.algebra.metric import Metric
 from tensorize.base.errors import AnalysisError
-from tensorize.base.tensors import at_work
+from tensorize.formats.dense import is_dense
+from tensorize.formats.format import TensorTrain
+from tensorize.formats.registry import format_of
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import (
-    BLOCK,
-    DENSE,
-    LOW_RANK,
-    TTSpec,
-)
-from tensorize.passes.curves.als import error_of, improved
-from tensorize.passes.curves.decompositions import best_factors, exact_factors
-from tensorize.passes.curves.metric import Metric, average
-from tensorize.passes.curves.trains import TensorTrain
-
-# A tied weight with more entries keeps the factors of its averaged metric.
-_LARGEST_ALS = 4_000_000
+from tensorize.ir.spec import Spec
 
 Weights = Callable[[str], Tensor]
 """The dense weights, by name."""
@@ -51,18 +41,18 @@ class Spectrum:
     ``distortion[r]`` is what the best factors of rank r (r = 0 … min(M, N)) lose in the units of
     the metric; ``distortion[0]`` is the whole weight. The factors themselves are made for the one
     rank that is wanted: all of them would take as much memory as the weight. ``trains`` are the
-    splits tried for TT and blocks, ``train_points`` what their roundings lose. ``in_nats`` is False
-    for a weight that the calibration data say nothing about. ``shared`` is the curve with a first
-    factor in common with other weights. ``measured`` are pairs of a distortion and the rise of the
-    loss that it was found to cost, of a weight measured by itself.
+    structures tried of other formats, ``train_points`` what their roundings lose. ``in_nats`` is
+    False for a weight that the calibration data say nothing about. ``shared`` is the curve with a
+    first factor in common with other weights. ``measured`` are pairs of a distortion and the rise
+    of the loss that it was found to cost, of a weight measured by itself.
     """
 
     site: Site
     formats: tuple[str, ...]
     metrics: tuple[Metric, ...]
     distortion: Tensor
-    trains: tuple[TensorTrain, ...] = ()
-    train_points: tuple[tuple[TTSpec, float], ...] = ()
+    trains: tuple[TensorTrain[Spec], ...] = ()
+    train_points: tuple[tuple[Spec, float], ...] = ()
     in_nats: bool = True
     shared: SharedFactor | None = None
     measured: tuple[tuple[float, float], ...] = ()
@@ -93,34 +83,32 @@ class Spectrum:
             return np.zeros_like(distortions)
         return np.sqrt(np.maximum(distortions, 0.0) / whole)
 
-    def distortion_of(self, spec: TTSpec) -> float:
+    def distortion_of(self, spec: Spec) -> float:
         """What a spec of this weight loses; exact ranks lose nothing."""
-        if spec.format == LOW_RANK:
+        form = format_of(spec)
+        if form.spectral:
             return float(self.distortion[min(spec.ranks[0], len(self.distortion) - 1)])
         for known, lost in self.train_points:
             if known == spec:
                 return lost
-        train = self._train(spec)
-        weight = reconstruct(train.spec, train.cores)
-        return error_of(spec, train.cut(spec.ranks, weight, self.metrics), weight, self.metrics)
+        exact = self._exact(spec)
+        weight = form.reconstruct(exact.spec, exact.cores)
+        cores = form.factors(spec, weight, self.metrics, exact)
+        return form.error(spec, cores, weight, self.metrics)
 
-    def _train(self, spec: TTSpec) -> TensorTrain:
-        for train in self.trains:
-            own = train.spec
-            if (own.format, own.row_modes, own.column_modes) == (
-                spec.format,
-                spec.row_modes,
-                spec.column_modes,
-            ):
-                return train
-        what = "block low rank" if spec.format == BLOCK else "tensor train"
+    def _exact(self, spec: Spec) -> TensorTrain[Spec]:
+        """The structure that a spec is a rounding of."""
+        form = format_of(spec)
+        for exact in self.trains:
+            if form.is_cut(spec, exact.spec):
+                return exact
         raise AnalysisError(
-            f"the analysis holds no {what} with the modes of {spec}",
+            f"the analysis holds no {form.title} with the modes of {spec}",
             site=self.site.name,
             way_out=f"analyse with formats={spec.format!r}",
         )
 
-    def factors(self, spec: TTSpec, weight: Tensor, *, shared: bool = False) -> tuple[Tensor, ...]:
+    def factors(self, spec: Spec, weight: Tensor, *, shared: bool = False) -> tuple[Tensor, ...]:
         """The cores of ``spec`` for the dense weight, in the shapes that the spec stores.
 
         ``shared``: with the first factor that it has in common with others.
@@ -130,20 +118,14 @@ class Spectrum:
             (rank,) = spec.ranks
             reader = self.shared.reader[:, :rank]
             return weight.to(reader.dtype) @ reader, self.shared.factor[:rank]
-        if spec.format == LOW_RANK:
-            (rank,) = spec.ranks
-            if rank >= len(self.distortion) - 1:
-                return exact_factors(weight)
-            found = best_factors(weight, average(self.metrics), rank)
-            if len(self.metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
-                return found
-            return improved(spec, found, at_work(weight), self.metrics)
-        return self._train(spec).cut(spec.ranks, at_work(weight), self.metrics)
+        form = format_of(spec)
+        exact = None if form.spectral else self._exact(spec)
+        return form.factors(spec, weight, self.metrics, exact)
 
     def require(self, formats: Sequence[str]) -> None:
         """Raises AnalysisError for a format that was not analysed."""
         for name in formats:
-            if name != DENSE and name not in self.formats:
+            if not is_dense(name) and name not in self.formats:
                 raise AnalysisError(
                     f"the format {name!r} was not analysed (only {', '.join(self.formats)})",
                     site=self.site.name,

@@ -6,25 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorize.base.errors import AnalysisError
+from tensorize.formats.registry import formats, named, names
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import (
-    DENSE,
-    FORMATS,
-    LOW_RANK,
-    SHARED,
-)
 from tensorize.passes.observe.select import matches, require_match
 
 FormatsOption = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
-UNASKED = DENSE, LOW_RANK, SHARED
+UNASKED = tuple(form.name for form in formats() if form.unasked)
 """What a weight may become where nobody chose; a probe may add trains."""
 
 
 def check_formats(option: FormatsOption) -> FormatsOption:
     """What ``formats=`` is; raises AnalysisError for a format that is none, whatever the model."""
-    for names in option.values() if isinstance(option, Mapping) else (option,):
-        _checked(names)
+    for asked in option.values() if isinstance(option, Mapping) else (option,):
+        _checked(asked)
     return option
 
 
@@ -46,19 +41,24 @@ def asked_formats(
     if not isinstance(option, Mapping):
         return dict.fromkeys((site.name for site in sites), _checked(option))
     require_match(sites, list(option), "formats")
-    chosen = {pattern: _checked(formats) for pattern, formats in option.items()}
+    chosen = {pattern: _checked(asked) for pattern, asked in option.items()}
     return {
         site.name: next((f for pattern, f in chosen.items() if matches(site, pattern)), None)
         for site in sites
     }
 
 
-def _checked(names: Any) -> tuple[str, ...]:
-    names = (names,) if not isinstance(names, tuple | list | set | frozenset) else tuple(names)
-    for name in names:
-        if name not in FORMATS:
+def _checked(asked: Any) -> tuple[str, ...]:
+    asked = (asked,) if not isinstance(asked, tuple | list | set | frozenset) else tuple(asked)
+    for name in asked:
+        if name not in names():
             raise AnalysisError(
-                f"formats={name!r} is no format", way_out=f"one of {', '.join(FORMATS)}"
+                f"formats={name!r} is no format", way_out=f"one of {', '.join(names())}"
             )
-    # A first factor in common is one more point of low rank.
-    return (*names, LOW_RANK) if SHARED in names and LOW_RANK not in names else names
+    brought = dict.fromkeys(other for name in asked for other in named(name).brings)
+    return (*asked, *(other for other in brought if other not in asked))
+
+
+def joins(names: Sequence[str]) -> bool:
+    """Whether one of these formats is a choice for several weights of one input."""
+    return any(named(name).joins for name in names)

@@ -12,18 +12,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tensorize.algebra.factors import gram_eigenvectors, left_times
+from tensorize.algebra.metric import Metric, solve_root
 from tensorize.base.progress import Progress, no_progress
 from tensorize.base.tensors import at_work
-from tensorize.ir.spec import SHARED
 from tensorize.passes.curves.curve import (
     SharedFactor,
     Spectrum,
     Store,
     Weights,
 )
-from tensorize.passes.curves.decompositions import gram_eigenvectors, is_small, left_times
-from tensorize.passes.curves.metric import Metric, solve_root
-from tensorize.passes.curves.side_by_side import side_by_side
+from tensorize.passes.curves.formats import joins
+from tensorize.passes.curves.side_by_side import is_small, side_by_side
 
 
 def with_shared_factors(
@@ -35,7 +35,7 @@ def with_shared_factors(
     """The curves, with those of a common first factor where weights read the same input."""
     groups: dict[str, list[Spectrum]] = defaultdict(list)
     for curve in spectra.values():
-        alone = SHARED not in curve.formats or len(curve.metrics) > 1
+        alone = not joins(curve.formats) or len(curve.metrics) > 1
         if curve.site.input_group is not None and not alone:
             groups[curve.site.input_group].append(curve)
     result = dict(spectra)

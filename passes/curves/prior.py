@@ -15,27 +15,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tensorize.algebra.modes import balanced_modes, largest_divisor, max_ranks
 from tensorize.base.errors import AnalysisError
+from tensorize.formats.format import TensorTrain
+from tensorize.formats.registry import format_of, formats, named
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import (
-    BLOCK,
-    LOW_RANK,
-    SHARED,
-    TT,
-    TTSpec,
-)
+from tensorize.ir.spec import LOW_RANK, Spec
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.curves.formats import FormatsOption, formats_by_site
-from tensorize.passes.curves.trains import TensorTrain
+from tensorize.passes.curves.formats import FormatsOption, formats_by_site, joins
 from tensorize.passes.observe.select import matches, require_match
 from tensorize.passes.stages import Found, Learned
 
 _LOOKUP = 2.0
-_BLOCKS = 8
 _POINTS = 32
 
-TrainingFormats = FormatsOption | TTSpec | Mapping[str, object]
+TrainingFormats = FormatsOption | Spec | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -45,9 +38,9 @@ class Assumed(Spectrum):
     ``exact`` is the factorization that was asked for, if one was.
     """
 
-    exact: TTSpec | None = None
+    exact: Spec | None = None
 
-    def distortion_of(self, spec: TTSpec) -> float:
+    def distortion_of(self, spec: Spec) -> float:
         return _lost(self.site, spec.parameters)
 
 
@@ -73,34 +66,35 @@ class AssumeSpectra:
 
 def split_formats(
     sites: list[Site], option: TrainingFormats
-) -> tuple[dict[str, tuple[str, ...]], dict[str, TTSpec]]:
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Spec]]:
     """The formats that each site may take, and the exact factorizations that were asked for.
 
     Raises:
         AnalysisError: a factorization has not the shape of its weight, or a format is unknown or
             needs trained weights.
     """
-    option = {"*": option} if isinstance(option, TTSpec) else option
-    exact: dict[str, TTSpec] = {}
+    option = {"*": option} if isinstance(option, Spec) else option
+    exact: dict[str, Spec] = {}
     names: object = option
     if isinstance(option, Mapping):
         require_match(sites, list(option), "formats")
         for site in sites:
             chosen = next((f for pattern, f in option.items() if matches(site, pattern)), None)
-            if isinstance(chosen, TTSpec):
+            if isinstance(chosen, Spec):
                 exact[site.name] = _fitting(site, chosen)
-        names = {p: (f.format if isinstance(f, TTSpec) else f) for p, f in option.items()}
+        names = {p: (f.format if isinstance(f, Spec) else f) for p, f in option.items()}
     allowed = formats_by_site(sites, names)  # type: ignore[arg-type]
     asked = names.values() if isinstance(names, Mapping) else (names,)
-    if any(f == SHARED or (isinstance(f, tuple | list) and SHARED in f) for f in asked):
+    several = (f for f in asked if isinstance(f, str | tuple | list))
+    if any(joins((f,) if isinstance(f, str) else f) for f in several):
         raise AnalysisError(
             "a first factor in common is chosen by trained weights", way_out=f"formats={LOW_RANK!r}"
         )
-    without = {name: tuple(f for f in formats if f != SHARED) for name, formats in allowed.items()}
-    return without, exact
+    alone = {name: tuple(f for f in fs if not named(f).joins) for name, fs in allowed.items()}
+    return alone, exact
 
 
-def _fitting(site: Site, spec: TTSpec) -> TTSpec:
+def _fitting(site: Site, spec: Spec) -> Spec:
     expected = (site.experts, *site.matrix) if site.experts else site.matrix
     if spec.shape != expected:
         raise AnalysisError(
@@ -108,7 +102,7 @@ def _fitting(site: Site, spec: TTSpec) -> TTSpec:
             site=site.name,
             way_out="choose modes whose products are the weight's rows and columns",
         )
-    if spec.format != LOW_RANK and not site.takes_trains:
+    if not format_of(spec).fits(site):
         raise AnalysisError(
             f"its uses ({', '.join(use.kind for use in site.uses)}) take low rank only",
             site=site.name,
@@ -122,47 +116,33 @@ def _lost(site: Site, parameters: int) -> float:
     return weight * site.parameters * max(0.0, 1 - parameters / site.parameters) ** 2
 
 
-def _curve(site: Site, formats: tuple[str, ...], exact: TTSpec | None) -> Assumed:
+def _curve(site: Site, allowed: tuple[str, ...], exact: Spec | None) -> Assumed:
     m, n = site.matrix
     count = max(site.experts, 1)
     ranks = [r * (m + n) * count for r in range(min(m, n) + 1)]
     lost = torch.tensor([_lost(site, size) for size in ranks], dtype=torch.float64)
     lost[-1] = 0.0
-    curve = Assumed(site, formats, (), lost)
+    curve = Assumed(site, allowed, (), lost)
     if exact is not None:
         points = ((exact, _lost(site, exact.parameters)),)
         return replace(curve, formats=(exact.format,), train_points=points, exact=exact)
-    if not site.takes_trains:
-        return curve
-    widest = []
-    if TT in formats:
-        row_modes = balanced_modes(m, 2)
-        column_modes = tuple(reversed(balanced_modes(n, 2)))
-        widest.append(TTSpec(row_modes, column_modes, max_ranks(row_modes, column_modes)))
-    if BLOCK in formats:
-        m1, n0 = (largest_divisor(size, _BLOCKS) for size in (m, n))
-        widest.append(TTSpec.block((m // m1, m1), (n0, n // n0), min(m // m1, n // n0)))
-    trains = tuple(TensorTrain(spec, ()) for spec in widest if spec.format in (TT, BLOCK))
+    chosen = [form for form in formats() if form.name in allowed and form.fits(site)]
+    trains = tuple(TensorTrain(spec, ()) for form in chosen for spec in form.widest(m, n))
     points = tuple(
         (spec, _lost(site, spec.parameters)) for train in trains for spec in ladder(train.spec)
     )
     return replace(curve, trains=trains, train_points=points)
 
 
-def ladder(spec: TTSpec) -> list[TTSpec]:
+def ladder(spec: Spec) -> list[Spec]:
     """The same modes at ranks from 1 to where nothing is saved, about 15 % apart, and its own."""
-    if spec.format == BLOCK:
-        largest = (min(spec.row_modes[0], spec.column_modes[1]),)
-    else:
-        largest = max_ranks(spec.row_modes, spec.column_modes)
-    bounds = {max(1, round(max(largest) ** (k / _POINTS))) for k in range(_POINTS + 1)}
-    several = {tuple(min(bound, most) for most in largest) for bound in bounds} | {spec.ranks}
-    specs = [spec.with_ranks(ranks) for ranks in sorted(several)]
-    return [each for each in specs if each.parameters < math.prod(spec.shape)]
+    own = [spec] if spec.parameters < math.prod(spec.shape) else []
+    several = {*format_of(spec).ladder(spec, _POINTS), *own}
+    return sorted(several, key=lambda each: each.ranks)
 
 
 def exact_ranks(spectra: Mapping[str, Spectrum]) -> dict[str, int | str]:
     """What ``ranks=`` says of the factorizations in low rank that were asked for."""
     assumed = ((name, curve) for name, curve in spectra.items() if isinstance(curve, Assumed))
     found = ((name, curve.exact) for name, curve in assumed)
-    return {name: e.ranks[0] for name, e in found if e is not None and e.format == LOW_RANK}
+    return {name: e.ranks[0] for name, e in found if e is not None and format_of(e).spectral}

@@ -15,11 +15,21 @@ from typing import TypeVar
 
 import torch
 
+from tensorize.ir.sites import Site
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MOST = 8
 """Pieces at once: each holds copies of its weight in float64."""
+
+_SMALL_SIDE, _SMALL = 1024, 4_000_000
+"""Weights up to this size are analysed side by side, each on one thread."""
+
+
+def is_small(site: Site) -> bool:
+    """Whether a weight's decompositions leave a second thread idle."""
+    return min(site.matrix) <= _SMALL_SIDE and site.parameters <= _SMALL
 
 
 def side_by_side(

@@ -17,10 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tensorize.algebra.factors import best_factors, singular_squares
+from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.svd import tail_sums
 from tensorize.base.tensors import at_work
+from tensorize.formats import registry
+from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import BLOCK, TT
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import (
     Spectrum,
     Store,
@@ -28,23 +32,10 @@ from tensorize.passes.curves.curve import (
     as_matrix,
     weights_of,
 )
-from tensorize.passes.curves.decompositions import best_factors, is_small, singular_squares
 from tensorize.passes.curves.formats import UNASKED, FormatsOption, asked_formats
 from tensorize.passes.curves.joint import with_shared_factors
-from tensorize.passes.curves.metric import (
-    Metric,
-    average,
-    root_times,
-    site_metrics,
-    times_root,
-)
-from tensorize.passes.curves.side_by_side import side_by_side
-from tensorize.passes.curves.trains import (
-    blocks_of,
-    has_kronecker_structure,
-    points_of,
-    trains_of,
-)
+from tensorize.passes.curves.metric import site_metrics
+from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.stages import Found, Learned, Observed
 
 
@@ -130,7 +121,7 @@ def spectrum(
 ) -> Spectrum:
     """The curve of one weight in its metric.
 
-    Where nobody chose ``formats`` (None), trains are among them if a probe finds that structure.
+    Where nobody chose ``formats`` (None), those that the weight suggests are among them.
     """
     m, n = site.matrix
     pay = max(1, (m * n - 1) // (m + n))
@@ -142,21 +133,24 @@ def spectrum(
         tails = _summed_tails(weight.to(left.dtype), metrics, left, right, min(m, n))
     # What a plan reads is not on a GPU.
     curve = Spectrum(site, formats or UNASKED, metrics, tails.cpu())
-    if not site.takes_trains:
+    fitting = [form for form in registry.formats() if form.fits(site) and not form.spectral]
+    if not fitting:
         return curve
     weight = at_work(weight)
-    if formats is None and has_kronecker_structure(weight):
-        return _with_trains(replace(curve, formats=(*UNASKED, TT)), weight, (2,))
-    return _with_trains(curve, weight, (2, 3) if TT in curve.formats else ())
-
-
-def _with_trains(curve: Spectrum, weight: Tensor, counts: tuple[int, ...]) -> Spectrum:
-    """The curve with the points of trains of so many cores, and of blocks."""
-    trains = trains_of(weight, counts)
-    if BLOCK in curve.formats:
-        trains += blocks_of(weight)
-    points = points_of(trains, weight, curve.metrics)
-    return replace(curve, trains=tuple(trains), train_points=tuple(points))
+    if formats is None:
+        chosen = [form for form in fitting if not form.unasked and form.suggests(weight)]
+        curve = replace(curve, formats=(*UNASKED, *(form.name for form in chosen)))
+    else:
+        chosen = [form for form in fitting if form.name in formats]
+    found: list[TensorTrain[Spec]] = []
+    points: list[tuple[Spec, float]] = []
+    for form in chosen:
+        for exact in form.exact(weight, asked=formats is not None):
+            found.append(exact)
+            for spec in form.ladder(exact.spec):
+                cores = form.factors(spec, weight, metrics, exact)
+                points.append((spec, form.error(spec, cores, weight, metrics)))
+    return replace(curve, trains=tuple(found), train_points=tuple(points))
 
 
 def _summed_tails(

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tensorize.base.dynamo import VALUE, value_of
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
 from tensorize.passes.lowering.graph import Lowered, memory_of, written
 from tensorize.passes.lowering.norms import (
@@ -117,6 +118,11 @@ class _Weight:
     contract: str
     measured: bool
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is two matrices."""
+        return format_of(self.spec).pair
+
 
 def _alike_in_kind(weights: Sequence[_Weight]) -> list[list[_Weight]]:
     """Those that one launch may compute together, by what it has one of."""
@@ -158,7 +164,7 @@ class _Launch:
     @property
     def _shared(self) -> bool:
         weights = self.weights
-        low_rank = all(weight.spec.format == LOW_RANK for weight in weights)
+        low_rank = all(weight.is_pair for weight in weights)
         columns = weights[0].contract == "columns"
         same = len({weight.cores[-1] for weight in weights}) == 1
         return len(weights) > 1 and low_rank and columns and same
@@ -194,7 +200,7 @@ def _launches(weights: Sequence[_Weight], changed: set[int]) -> Iterator[_Launch
     together = []
     for weight in left:
         alone = _followed(_Launch((weight,), weight.x, (weight.y,)), changed)
-        if alone.results == (weight.y,) and weight.spec.format == LOW_RANK:
+        if alone.results == (weight.y,) and weight.is_pair:
             together.append(weight)
         else:
             yield alone
@@ -207,14 +213,14 @@ def _gated(weight: _Weight, among: Mapping[_Weight, None], changed: set[int]) ->
     """act(x W_0ᵀ) · (x W_1ᵀ), of this weight as the first one."""
     activated = _next(weight.y, changed)
     activation = _activation(activated)
-    if weight not in among or weight.spec.format != LOW_RANK or activated is None:
+    if weight not in among or not weight.is_pair or activated is None:
         return None
     product = _next(activated, changed)
     if activation is None or product is None or product.target not in TIMES:
         return None
     for up in among:
         both = set(product.args) == {activated, up.y} and _next(up.y, changed) is product
-        if both and up is not weight and up.spec.format == LOW_RANK:
+        if both and up is not weight and up.is_pair:
             epilogue, taken = Epilogue(activation=activation), (weight.y, up.y, activated)
             return _Launch((weight, up), weight.x, (product,), taken, epilogue=epilogue, gated=True)
     return None

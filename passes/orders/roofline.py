@@ -1,8 +1,4 @@
-"""Predicted microseconds of a matmul and of a contraction tree: the roofline of a machine.
-
-A matmul of B rows costs a call, and then the larger of its FLOPs at the rate of that many rows and
-its bytes at the machine's bandwidth (Williams, Waterman & Patterson 2009).
-"""
+"""Predicted microseconds of a contraction tree, by the roofline of a machine."""
 
 from __future__ import annotations
 
@@ -12,39 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tensorize.ir.machine import Machine
+from tensorize.ir.machine import Machine, bytes_of, matmul_time
 from tensorize.ir.orders import Tree
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.orders.by_flops import pairs_of
-
-_BYTES = {"float64": 8, "float32": 4}
-
-
-def bytes_of(dtype: str) -> int:
-    """Of one element."""
-    return _BYTES.get(dtype, 2)
-
-
-def matmul_time(
-    machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str, *, stacked: Any = 1
-) -> Any:
-    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array.
-
-    ``stacked``: how many of them one batched call does.
-    """
-    size = bytes_of(dtype)
-    moved = stacked * size * (rows * inner + inner * columns + rows * columns)
-    flops = 2.0 * stacked * rows * inner * columns
-    work = np.maximum(flops / _rate(machine, rows, dtype), moved / machine.bandwidth)
-    return 1e6 * (machine.launch + work)
-
-
-def _rate(machine: Machine, rows: Any, dtype: str) -> Any:
-    rates = dict(machine.rates)
-    # float16 is as fast as bfloat16, float64 half as fast as float32.
-    known = rates["bfloat16" if bytes_of(dtype) == 2 else "float32"]
-    found = np.exp(np.interp(np.log(rows), np.log(machine.rows), np.log(known)))
-    return found / 2 if dtype == "float64" else found
 
 
 def tree_times(

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tensorize.formats.registry import named
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.ir.spec import TTSpec
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan
@@ -104,7 +105,11 @@ def _alone(curve: Spectrum) -> list[RankPlan]:
     site: Site = curve.site
     m, n = site.matrix
     ranks = {max(1, int(level * m * n / (m + n))) for level in LEVELS}
-    if not curve.in_nats or LOW_RANK not in curve.formats or min(m, n) <= max(ranks):
+    if (
+        not curve.in_nats
+        or not any(named(f).spectral for f in curve.formats)
+        or min(m, n) <= max(ranks)
+    ):
         return []
     plans = []
     for rank in sorted(ranks):

@@ -11,9 +11,9 @@ from torch import Tensor, is_tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.errors import BudgetError, CaptureError
 from tensorize.capture.forward import untouched
+from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch
@@ -111,7 +111,8 @@ def approximations(
     for choice in sites:
         if choice.spec is not None:
             dense = parameters[choice.name]
-            weight = reconstruct(choice.spec, cores[choice.name]).to(dense.dtype)
+            weight = format_of(choice.spec).reconstruct(choice.spec, cores[choice.name])
+            weight = weight.to(dense.dtype)
             weights[choice.name] = weight.detach().reshape(dense.shape)
     return weights
 

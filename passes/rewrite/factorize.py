@@ -14,14 +14,12 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import LOW_RANK
 from tensorize.passes.curves.curve import Spectrum, as_matrix
-from tensorize.passes.curves.decompositions import is_small
-from tensorize.passes.curves.side_by_side import side_by_side
+from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
 from tensorize.weight.install import first_factor, install, owner_of
 from tensorize.weight.whole_model import settle
@@ -149,7 +147,7 @@ def _is_cut(dense: Dense, choice: RankPlan) -> bool:
     """Whether its factors are the first components of those of larger ranks."""
     assert choice.spec is not None
     curve = dense.spectra[choice.name]
-    plain = choice.spec.format == LOW_RANK and choice.shared is None and len(curve.metrics) == 1
+    plain = format_of(choice.spec).spectral and choice.shared is None and len(curve.metrics) == 1
     return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
 
 
@@ -183,7 +181,9 @@ def replace_weight(
     held = put_cores(model, site, choice, [_own(core, weight) for core in cores])
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
-    rebuilt = reconstruct(choice.spec, [core.detach().to(exact) for core in held])
+    rebuilt = format_of(choice.spec).reconstruct(
+        choice.spec, [core.detach().to(exact) for core in held]
+    )
     return curve.measured_error(weight, rebuilt)
 
 

@@ -22,14 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.algebra.decompose import block_svd, tt_svd
-from tensorize.algebra.reconstruct import reconstruct
+from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import BLOCK, LOW_RANK, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.curves.curve import as_matrix
-from tensorize.passes.curves.decompositions import best_factors
-from tensorize.passes.curves.metric import average, site_metrics
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
 from tensorize.passes.stages import Planned, Rewritten
 from tensorize.weight.install import install, owner_of, takes_nonlinearity
@@ -95,11 +92,11 @@ class InitializeCores:
             bent = self.nonlinearity
         size = root_mean_square(weight)
         if self.method == SPECTRAL and size > 0:
-            cores = spectral_cores(choice.spec, site, weight)
+            cores = spectral_cores(choice.spec, weight)
         else:  # a weight that begins as zero has no directions
             cores = scaled_cores(choice.spec, size, weight, bent)
         padding = getattr(owner, "padding_idx", None)
-        if padding is not None and choice.spec.format == LOW_RANK:
+        if padding is not None and format_of(choice.spec).pair:
             cores[0][padding] = 0  # as the dense table's
         held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores]
         install(model, site.names, choice.spec, held, bent)
@@ -160,18 +157,11 @@ def _second_moment(function: Callable[[Tensor], Tensor]) -> float:
     return float(function(torch.special.ndtri(places)).square().mean())
 
 
-def spectral_cores(spec: TTSpec, site: Site, weight: Tensor) -> list[Tensor]:
+def spectral_cores(spec: Spec, weight: Tensor) -> list[Tensor]:
     """The best cores of a fresh weight, scaled so that theirs has its norm."""
-    if spec.format == LOW_RANK:
-        metric = average(site_metrics(site, None, "frobenius"))
-        cores = list(best_factors(weight, metric, spec.ranks[0]))
-    elif spec.format == BLOCK:
-        cores = block_svd(weight, spec.row_modes, spec.column_modes, *spec.ranks)[1]
-    else:
-        cores = tt_svd(weight, spec.row_modes, spec.column_modes, spec.ranks)[1]
-        norm = math.prod(float(core.norm()) for core in cores) ** (1 / len(cores))
-        cores = [core * (norm / max(float(core.norm()), 1e-30)) for core in cores]
-    kept = root_mean_square(reconstruct(spec, cores)) if not spec.batch else _kept(cores)
+    form = format_of(spec)
+    cores = form.nearest(spec, weight)
+    kept = _kept(cores) if spec.batch else root_mean_square(form.reconstruct(spec, cores))
     grown = (root_mean_square(weight) / max(kept, 1e-30)) ** (1 / len(cores))
     return [(core * grown).to(weight.dtype).contiguous() for core in cores]
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.progress import Progress, no_progress
 from tensorize.capture.forward import untouched
 from tensorize.ir.sites import Batch
@@ -53,7 +52,8 @@ class Polish:
             if name in errors:
                 curve = before.spectra[name]
                 dense = as_matrix(curve.site, parameters[name].detach())
-                rebuilt = reconstruct(weight.spec, [c.detach().float() for c in weight.cores])
+                cores = [core.detach().float() for core in weight.cores]
+                rebuilt = weight.format.reconstruct(weight.spec, cores)
                 errors[name] = curve.measured_error(dense, rebuilt)
         summary = f"{done.steps} steps: {done.before:.4g} to {done.after:.4g} on held-out batches"
         return replace(before, errors=errors, summary=summary)

@@ -21,15 +21,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tensorize.algebra.factors import best_factors
+from tensorize.algebra.metric import Metric
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
+from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
-from tensorize.passes.curves.decompositions import best_factors
 from tensorize.passes.curves.joint import joint_factors
-from tensorize.passes.curves.metric import Metric, shrink, shrinkage
+from tensorize.passes.curves.metric import shrink, shrinkage
 from tensorize.passes.observe.moments import plus, products
 from tensorize.passes.observe.outputs import row_mask
 from tensorize.passes.observe.rows import input_rows
@@ -121,12 +123,12 @@ def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list
     return {min(names, key=used.__getitem__): names for names in solvable}
 
 
-def _solvable(site: Site, spec: TTSpec, curve: Spectrum) -> bool:
+def _solvable(site: Site, spec: Spec, curve: Spectrum) -> bool:
     """Whether it is a plain low-rank weight that is not exact already.
 
     One that some of the data use in another way has several metrics, and no single best map.
     """
-    plain = spec.format == LOW_RANK and not site.experts and not site.last_resort
+    plain = format_of(spec).spectral and not site.experts and not site.last_resort
     return plain and spec.ranks[0] < min(site.matrix) and len(curve.metrics) == 1
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorize.algebra import interpret
 from tensorize.base.errors import AnalysisError
+from tensorize.formats import interpret
 from tensorize.passes.stages import Rewritten
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight

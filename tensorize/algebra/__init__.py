@@ -1,1 +1,1 @@
-"""Tensor-train algebra, and the interpreter that everything else is compared with."""
+"""Matrices as singular values and as tensor trains, and the metrics that weigh errors."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from tensorize.algebra.modes import check_matrix, interleaved, max_ranks
 from tensorize.algebra.reconstruct import check_cores
 from tensorize.algebra.svd import computable, svd
-from tensorize.ir.spec import BLOCK, TTSpec
+from tensorize.ir.spec import TTSpec
 
 
 def tt_svd(
@@ -116,7 +116,7 @@ def cut_block(spec: TTSpec, cores: Sequence[Tensor], rank: int) -> tuple[TTSpec,
         ValueError: cores do not fit the spec, or it is not block low rank.
     """
     check_cores(spec, cores)
-    if spec.format != BLOCK:
+    if not spec.is_block:
         raise ValueError(f"{spec} is not block low rank")
     cut = spec.with_ranks((min(rank, *spec.ranks),))
     slices = [

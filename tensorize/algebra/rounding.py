@@ -10,7 +10,7 @@ from torch import Tensor
 from tensorize.algebra.decompose import stored_cores, wanted_ranks
 from tensorize.algebra.reconstruct import check_cores
 from tensorize.algebra.svd import check_finite, computable, svd
-from tensorize.ir.spec import BLOCK, TTSpec
+from tensorize.ir.spec import TTSpec
 
 
 def round_tt(
@@ -39,7 +39,7 @@ def round_tt(
     check_cores(spec, cores)
     if spec.batch:
         raise ValueError(f"{spec} has experts: round them one by one")
-    if spec.format == BLOCK:
+    if spec.is_block:
         raise ValueError(f"{spec} is no chain: its ranks are cut by cut_block")
     rows, columns, count = spec.row_modes, spec.column_modes, len(spec.cores)
     wanted = wanted_ranks(rows, columns, ranks)

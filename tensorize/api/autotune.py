@@ -8,7 +8,6 @@ from tensorize.base.tensors import device_of
 from tensorize.codegen.machine import rates as machine
 from tensorize.codegen.machine import timed_orders
 from tensorize.ir.orders import Tree
-from tensorize.ir.spec import BLOCK, TT
 from tensorize.passes.orders.by_time import contenders
 from tensorize.passes.stages import Rewritten
 from tensorize.weight import whole_model
@@ -30,7 +29,7 @@ def time_orders(done: Rewritten) -> None:
         Asked(w.spec, contract, device, multiplied_in(w.dtype, device), breakpoints)
         for name, w in factored(done.model)
         for contract in contracts.get(name, ())
-        if w.spec.format in (TT, BLOCK)
+        if w.format.planned
     }
     for count, each in enumerate(sorted(asked, key=str)):
         done.progress("timing orders", count, len(asked))

@@ -40,9 +40,9 @@ _HELD = {
     "ops": {"weight.contractions": "Asked _again"},
     "passes.curves": {"passes.curves.curve": "SharedFactor Spectrum"},
     "passes.pipeline": {"passes.stages": "Program=Analysed"},
-    "passes.metric": {"passes.curves.metric": "Metric"},
+    "passes.metric": {"algebra.metric": "Metric"},
     "passes.predict": {"passes.predict.predictor": "Predictor Trial"},
-    "passes.trains": {"passes.curves.trains": "TensorTrain"},
+    "passes.trains": {"formats.format": "TensorTrain"},
     "progress": {"base.progress": "no_progress"},
     "report": {
         "reports.data": "CurvePoint ReportTotals RunsBy SiteReport Stage",

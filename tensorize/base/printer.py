@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 Align = Literal["left", "right", "keep", "wrap", "end"]
@@ -14,21 +14,6 @@ numbers) and ``keep`` (for figures set left), which give way last, ``wrap`` (pro
 lines), ``end`` (prose cut at its end)."""
 
 GAP = "  "
-FORMAT_LABELS: Mapping[str, str] = {
-    "dense": "dense",
-    "low_rank": "low rank",
-    "tt": "TT",
-    "block": "block",
-}
-# Stroke and fill of every format, and of what is no site; apart for colour-blind readers too.
-FORMAT_COLORS: Mapping[str, tuple[str, str]] = {
-    "dense": ("#b45309", "#fdf0dc"),
-    "low_rank": ("#1d5fbf", "#e3eefc"),
-    "tt": ("#0f7b6c", "#dcf4ef"),
-    "block": ("#7e3fb3", "#f1e6fa"),
-    "other": ("#b8bec9", "#f6f7f9"),
-}
-
 # ------------------------------------------------------------------------------------ quantities
 
 
@@ -105,8 +90,11 @@ def shape_text(shape: Sequence[int | str]) -> str:
 
 
 def format_text(format: str, ranks: Sequence[int] = ()) -> str:
-    """A format with its ranks, if any: ``"dense"``, ``"low rank 64"``, ``"TT 8·12·8"``."""
-    label = FORMAT_LABELS.get(format, format.replace("_", " "))
+    """A format with its ranks, if any: ``"dense"``, ``"low rank 64"``, ``"TT 8·12·8"``.
+
+    A name of two letters stands for two words.
+    """
+    label = format.upper() if len(format) == 2 else format.replace("_", " ")
     return f"{label} {'·'.join(map(str, ranks))}" if ranks else label
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tensorize.algebra.metric import Metric
 from tensorize.base.files import draft_of, into_place
 from tensorize.base.records import plain
 from tensorize.base.tensorfile import (
@@ -22,11 +23,10 @@ from tensorize.base.tensorfile import (
     is_padding,
     sha256_of,
 )
+from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
-from tensorize.passes.curves.metric import Metric
-from tensorize.passes.curves.trains import TensorTrain
 from tensorize.store.fingerprint import identity
 
 log = logging.getLogger("tensorize")
@@ -199,9 +199,9 @@ def _curve_from_dict(
     def tensor(name: str | None) -> Tensor | None:
         return None if name is None else tensors[name]
 
-    specs = [TTSpec.from_dict(spec) for spec in data["trains"]]
+    specs = [Spec.from_dict(spec) for spec in data["trains"]]
     trains = [
-        TensorTrain(spec, tuple(tensors[f"train{k}.{j}"] for j in range(len(spec.cores))))
+        TensorTrain(spec, tuple(tensors[f"train{k}.{j}"] for j in range(len(spec.core_shapes))))
         for k, spec in enumerate(specs)
     ]
     return Spectrum(
@@ -212,6 +212,6 @@ def _curve_from_dict(
         ),
         distortion=tensors["distortion"],
         trains=tuple(trains),
-        train_points=tuple((TTSpec.from_dict(s), lost) for s, lost in data["train_points"]),
+        train_points=tuple((Spec.from_dict(s), lost) for s, lost in data["train_points"]),
         in_nats=data["in_nats"],
     )

@@ -37,9 +37,9 @@ from tensorize.evaluation.meter import (
 from tensorize.evaluation.quality import CLASSES, OUTPUTS, TEXT
 from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
 from tensorize.evaluation.speed import first_sample, times
+from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Batch
-from tensorize.ir.spec import DENSE
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import call, outputs_of, shifts_labels
 from tensorize.reports.attach import known_report
@@ -376,7 +376,7 @@ def _weights(model: nn.Module) -> tuple[WeightFigures, ...]:
 
 def _spectra(dense: nn.Module, figures: Sequence[Figures], tell: Progress) -> tuple[Spectrum, ...]:
     """Singular values of the dense weights that some model has as factors."""
-    names = dict.fromkeys(w.name for f in figures for w in f.weights if w.format != DENSE)
+    names = dict.fromkeys(w.name for f in figures for w in f.weights if not is_dense(w.format))
     parameters = dict(dense.named_parameters())
     matrices = {n: parameters[n] for n in names if n in parameters and parameters[n].dim() == 2}
     found, spent = [], 0.0

@@ -24,7 +24,7 @@ from tensorize.base.html import environment
 from tensorize.evaluation.evaluation import Evaluation
 from tensorize.evaluation.quality import NEIGHBOURS
 from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
-from tensorize.ir.spec import DENSE
+from tensorize.formats.dense import is_dense
 
 Peers = Mapping[str, Mapping[float, float]]
 # The drawing areas of the two pictures, in their own units.
@@ -310,7 +310,7 @@ def _spectra(evaluation: Evaluation) -> list[dict[str, Any]]:
             if _is_quantized(figures.name):
                 continue
             kept = [max(w.ranks) for w in figures.weights if w.name in names and w.ranks]
-            kept += [most for w in figures.weights if w.name in names and w.format == DENSE]
+            kept += [most for w in figures.weights if w.name in names and is_dense(w.format)]
             if kept:
                 median = statistics.median(kept)
                 ranks.append((scale.x(median), f"{figures.name}: {median:g}"))

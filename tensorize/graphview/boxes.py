@@ -17,8 +17,8 @@ import networkx as nx
 from torch import fx
 
 from tensorize.base import printer
+from tensorize.formats.dense import is_dense
 from tensorize.graphview.text import parameter_name, target_text
-from tensorize.ir.spec import DENSE
 
 INPUT, OUTPUT, SITE, OTHER = "input", "output", "site", "other"
 
@@ -80,7 +80,7 @@ class Box:
             f"{min(rank)}–{max(rank)}" if len(set(rank)) > 1 else str(rank[0])
             for rank in zip(*self.ranks, strict=False)
         )
-        arrow = "" if self.format == DENSE else "→ "
+        arrow = "" if is_dense(self.format) else "→ "
         parts = (printer.shape_text(self.shape), arrow + what, ranks)
         return " ".join(part for part in parts if part)
 

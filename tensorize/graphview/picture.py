@@ -11,6 +11,7 @@ from torch import fx
 
 from tensorize.base import printer
 from tensorize.base.html import environment
+from tensorize.formats.registry import colors_of, formats
 from tensorize.graphview.boxes import (
     OTHER,
     SITE,
@@ -253,7 +254,7 @@ def _svg(drawing: _Drawing) -> str:
         cells=drawing.cells.values(),
         title=_title,
         hint=_hint,
-        colors=printer.FORMAT_COLORS,
+        colors=colors_of,
     )
     return text + "\n"
 
@@ -291,9 +292,9 @@ def _legend(drawing: _Drawing) -> list[tuple[str, str, float, float]]:
     """Format, text, place and width of every entry."""
     boxes = [cell.box for cell in drawing.cells.values() if cell.box is not None]
     texts = [
-        (format, f"{label}: {printer.plural(len(names), 'site')}")
-        for format, label in printer.FORMAT_LABELS.items()
-        if (names := {name for box in boxes if box.format == format for name in box.names})
+        (form.name, f"{printer.format_text(form.name)}: {printer.plural(len(names), 'site')}")
+        for form in formats()
+        if (names := {name for box in boxes if box.format == form.name for name in box.names})
     ]
     texts.append((OTHER, "other operations"))
     widths = [25 + len(text) * _CHARACTER + 22 for _, text in texts]

@@ -1,8 +1,17 @@
-"""What matmuls cost on a machine."""
+"""What matmuls cost on a machine: the roofline.
+
+A matmul of B rows costs a call, and then the larger of its FLOPs at the rate of that many rows and
+its bytes at the machine's bandwidth (Williams, Waterman & Patterson 2009).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_BYTES = {"float64": 8, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -36,3 +45,36 @@ GENERIC = Machine(
     bandwidth=2e10,
     launch=3e-6,
 )
+
+
+def bytes_of(dtype: str) -> int:
+    """Of one element."""
+    return _BYTES.get(dtype, 2)
+
+
+def matmul_time(
+    machine: Machine, rows: Any, inner: Any, columns: Any, dtype: str, *, stacked: Any = 1
+) -> Any:
+    """Microseconds of (rows, inner) @ (inner, columns); arrays of sizes give an array.
+
+    ``stacked``: how many of them one batched call does.
+    """
+    size = bytes_of(dtype)
+    moved = stacked * size * (rows * inner + inner * columns + rows * columns)
+    flops = 2.0 * stacked * rows * inner * columns
+    work = np.maximum(flops / _rate(machine, rows, dtype), moved / machine.bandwidth)
+    return 1e6 * (machine.launch + work)
+
+
+def _rate(machine: Machine, rows: Any, dtype: str) -> Any:
+    rates = dict(machine.rates)
+    # float16 is as fast as bfloat16, float64 half as fast as float32.
+    known = rates["bfloat16" if bytes_of(dtype) == 2 else "float32"]
+    found = np.exp(np.interp(np.log(rows), np.log(machine.rows), np.log(known)))
+    return found / 2 if dtype == "float64" else found
+
+
+def lookup_time(machine: Machine, rows: Any, width: Any, dtype: str) -> Any:
+    """Microseconds of rows copied out of a table: read and written."""
+    moved = 2 * bytes_of(dtype) * rows * width
+    return 1e6 * (machine.launch + moved / machine.bandwidth)

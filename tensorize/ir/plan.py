@@ -11,7 +11,7 @@ from tensorize.base import printer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.records import plain, record
 from tensorize.ir.machine import GENERIC
-from tensorize.ir.spec import DENSE, TTSpec
+from tensorize.ir.spec import DENSE, Spec
 
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
@@ -30,7 +30,7 @@ class RankPlan:
     name: str
     kind: str
     shape: tuple[int, ...]
-    spec: TTSpec | None
+    spec: Spec | None
     predicted_error: float
     predicted_loss: float
     reason: str

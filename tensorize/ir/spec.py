@@ -7,21 +7,60 @@ E experts (a leading batch of matrices).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
 """What ``formats`` calls low rank where weights of one input have their first factor in common."""
-FORMATS = (DENSE, LOW_RANK, SHARED, TT, BLOCK)
 NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
 """What there can be between two factors: functions of ``torch.nn.functional``."""
 
 
+class Spec:
+    """How one weight is factorized, whatever its format: frozen, hashable, kept as JSON.
+
+    ``shape`` is that of the weight, (m, n) or (experts, m, n), ``core_shapes`` what the tensors
+    have; ``ranks`` are the sizes that can be chosen smaller. ``batch`` is empty but for a stack of
+    experts, of which ``single`` is one. ``storage`` is the dtype that the entries are kept in, by
+    its name (None: the weight's own).
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    core_shapes: tuple[tuple[int, ...], ...]
+    ranks: tuple[int, ...]
+    batch: tuple[str, ...] = ()
+    storage: str | None = None
+    single: Any
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all cores together."""
+        return sum(math.prod(shape) for shape in self.core_shapes)
+
+    def with_ranks(self, ranks: Sequence[int]) -> Self:
+        """The same with other ranks."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data, ``"format"`` among it; ``from_dict`` reads it."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """The spec that ``to_dict`` wrote, of whatever format."""
+        return READERS.get(data.get("format", ""), TTSpec.from_dict)(data)
+
+
+READERS: dict[str, Callable[[Mapping[str, Any]], Spec]] = {}
+"""What reads the specs of a format that is no ``TTSpec``, by its name: ``formats`` fills it."""
+
+
 @dataclass(frozen=True, init=False, repr=False)
-class TTSpec:
+class TTSpec(Spec):
     """A factorization of a matrix as cores with named indices.
 
     ``TTSpec(row_modes, column_modes, ranks)`` is the tensor-train family (Oseledets 2011; in
@@ -41,6 +80,7 @@ class TTSpec:
         column_modes: factors of the number of columns, one a core.
         ranks: the inner ranks.
         experts: how many matrices of this form are stacked in front (0: one plain matrix).
+        storage: the dtype that the entries are kept in, by its name (None: the weight's own).
 
     Raises:
         ValueError: lengths do not fit, or an entry is not a positive integer.
@@ -51,6 +91,7 @@ class TTSpec:
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     batch: tuple[str, ...]
+    storage: str | None = field(default=None, hash=False)
 
     if TYPE_CHECKING:
         size: Mapping[str, int] = field(init=False, compare=False)
@@ -69,6 +110,7 @@ class TTSpec:
         ranks: Sequence[int],
         *,
         experts: int = 0,
+        storage: str | None = None,
     ) -> None:
         row_modes, column_modes, ranks = tuple(row_modes), tuple(column_modes), tuple(ranks)
         count = len(row_modes)
@@ -108,9 +150,10 @@ class TTSpec:
             tuple(f"n{k}" for k in sorted(keep_column)),
             batch,
             (row_modes, column_modes, ranks),
+            storage,
         )
 
-    def _set(self, cores, sizes, rows, columns, batch, modes) -> None:  # type: ignore[no-untyped-def]
+    def _set(self, cores, sizes, rows, columns, batch, modes, storage) -> None:  # type: ignore[no-untyped-def]
         for name, value in zip(
             ("cores", "sizes", "rows", "columns", "batch", "row_modes", "column_modes", "ranks"),
             (cores, sizes, rows, columns, batch, *modes),
@@ -126,6 +169,7 @@ class TTSpec:
         split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
         shared = any(sides.intersection(*pair) for pair in pairwise(cores))
         for name, value in (
+            ("storage", storage),
             ("size", size),
             ("shape", (*lead, m, n)),
             ("format", LOW_RANK if split else BLOCK if shared else TT),
@@ -135,13 +179,21 @@ class TTSpec:
         object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
 
     @classmethod
-    def low_rank(cls, m: int, n: int, r: int, *, experts: int = 0) -> TTSpec:
+    def low_rank(
+        cls, m: int, n: int, r: int, *, experts: int = 0, storage: str | None = None
+    ) -> TTSpec:
         """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
-        return cls((m, 1), (1, n), (r,), experts=experts)
+        return cls((m, 1), (1, n), (r,), experts=experts, storage=storage)
 
     @classmethod
     def block(
-        cls, row_modes: Sequence[int], column_modes: Sequence[int], rank: int, *, experts: int = 0
+        cls,
+        row_modes: Sequence[int],
+        column_modes: Sequence[int],
+        rank: int,
+        *,
+        experts: int = 0,
+        storage: str | None = None,
     ) -> TTSpec:
         """Block low rank: each of m1 x n0 blocks of m0 x n1 entries has a rank of its own.
 
@@ -155,7 +207,7 @@ class TTSpec:
             row_modes: (m0, m1), factors of the number of rows.
             column_modes: (n0, n1), factors of the number of columns.
             rank: of every block.
-            experts: how many matrices of this form are stacked in front (0: one plain matrix).
+            experts, storage: as for a chain.
 
         Raises:
             ValueError: these are not two modes a side, or an entry is not a positive integer.
@@ -184,23 +236,38 @@ class TTSpec:
             axes("n0", "n1"),
             axes("e"),
             (row_modes, column_modes, (rank,)),
+            storage,
         )
         return spec
 
     @property
-    def parameters(self) -> int:
-        """Number of elements of all cores together."""
-        return sum(math.prod(shape) for shape in self.core_shapes)
+    def is_block(self) -> bool:
+        """Whether two cores share a row or a column index, and it is no chain."""
+        return self.format == BLOCK
 
     def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
         """The same modes with other inner ranks."""
         return self._like(ranks, experts=self.size["e"] if self.batch else 0)
 
     def _like(self, ranks: Sequence[int], experts: int = 0) -> TTSpec:
-        if self.format == BLOCK:
+        return TTSpec._of(
+            self.format, self.row_modes, self.column_modes, ranks, experts, self.storage
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        format: str | None,
+        rows: Sequence[int],
+        columns: Sequence[int],
+        ranks: Sequence[int],
+        experts: int,
+        storage: str | None,
+    ) -> TTSpec:
+        if format == BLOCK:
             (rank,) = ranks
-            return TTSpec.block(self.row_modes, self.column_modes, rank, experts=experts)
-        return TTSpec(self.row_modes, self.column_modes, ranks, experts=experts)
+            return cls.block(rows, columns, rank, experts=experts, storage=storage)
+        return cls(rows, columns, ranks, experts=experts, storage=storage)
 
     def to_dict(self) -> dict[str, Any]:
         experts = self.size["e"] if self.batch else 0
@@ -209,21 +276,18 @@ class TTSpec:
             "column_modes": list(self.column_modes),
             "ranks": list(self.ranks),
             "experts": experts,
-            **({"format": BLOCK} if self.format == BLOCK else {}),
+            **({"format": BLOCK} if self.is_block else {}),
+            **({} if self.storage is None else {"storage": self.storage}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TTSpec:
-        rows, columns, ranks = data["row_modes"], data["column_modes"], data["ranks"]
-        experts = data.get("experts", 0)
-        if data.get("format") == BLOCK:
-            (rank,) = ranks
-            return cls.block(rows, columns, rank, experts=experts)
-        return cls(rows, columns, ranks, experts=experts)
+        sizes = data["row_modes"], data["column_modes"], data["ranks"]
+        return cls._of(data.get("format"), *sizes, data.get("experts", 0), data.get("storage"))
 
     def __repr__(self) -> str:
-        experts = f", experts={self.size['e']}" if self.batch else ""
-        if self.format == BLOCK:
-            rank = self.ranks[0]
-            return f"TTSpec.block({self.row_modes}, {self.column_modes}, {rank}{experts})"
-        return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{experts})"
+        given = f", experts={self.size['e']}" if self.batch else ""
+        given += "" if self.storage is None else f", storage={self.storage!r}"
+        if self.is_block:
+            return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
+        return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"

@@ -10,6 +10,7 @@ from typing import Any, overload
 from tensorize.base import files, printer
 from tensorize.base.errors import TensorizeError
 from tensorize.base.records import decode, encode, record
+from tensorize.formats.low_rank import LowRank
 from tensorize.reports.data import CurvePoint
 from tensorize.reports.text import WIDTH
 
@@ -80,7 +81,7 @@ class Curve(Sequence[CurvePoint]):
         budgets = [100 * point.budget for point in shown]
         figure = Figure(figsize=(7.0, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        color = printer.FORMAT_COLORS["low_rank"][0]
+        color = LowRank.colors[0]
         band = [(100 * p.budget, *p.loss_interval) for p in shown if p.loss_interval is not None]
         if band:
             floor = 0.1 * min(point.quality for point in shown)

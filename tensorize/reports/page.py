@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensorize.base import printer
 from tensorize.base.charts import (
     BOTTOM,
     LEFT,
@@ -23,6 +22,7 @@ from tensorize.base.charts import (
     log_ticks,
 )
 from tensorize.base.html import environment
+from tensorize.formats.registry import names
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import SiteReport
 from tensorize.reports.report import Report
@@ -47,7 +47,7 @@ def _contents(report: Report) -> dict[str, Any]:
         "share": report.totals.share,
         "bars": _bars(report.sites),
         "most_bars": MOST_BARS,
-        "formats": [f for f in printer.FORMAT_LABELS if any(s.format == f for s in report.sites)],
+        "formats": [f for f in names() if any(s.format == f for s in report.sites)],
         "other": report.totals.before.parameters - sum(s.parameters_before for s in report.sites),
         "chart": None if curve is None else _chart(curve, report),
         "plan_json": report.plan.to_json(),

@@ -15,8 +15,8 @@ from typing import Any
 
 from tensorize.base import files, printer
 from tensorize.base.records import by_field, decode, encode, record
+from tensorize.formats.dense import is_dense
 from tensorize.ir.plan import Plan
-from tensorize.ir.spec import DENSE
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import (
     ReportTotals,
@@ -61,7 +61,7 @@ class Report:
     @property
     def factorized(self) -> tuple[SiteReport, ...]:
         """The sites that did not stay dense."""
-        return tuple(site for site in self.sites if site.format != DENSE)
+        return tuple(site for site in self.sites if not is_dense(site.format))
 
     @property
     def running(self) -> list[str]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from tensorize.base import printer
-from tensorize.ir.spec import DENSE
+from tensorize.formats.dense import is_dense
 from tensorize.reports.data import ReportTotals, SiteReport, share_of
 
 WIDTH = 100
@@ -23,7 +23,7 @@ def site_table(sites: Sequence[SiteReport], reasons: Sequence[str]) -> str:
         tail = ""
     rows: list[tuple[str, ...]] = []
     for site in sites:
-        dense = site.format == DENSE
+        dense = is_dense(site.format)
         before, after = map(printer.count, (site.parameters_before, site.parameters_after))
         rows.append(
             (

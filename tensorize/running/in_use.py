@@ -161,8 +161,9 @@ def factors_with_kernels(model: nn.Module) -> Iterator[tuple[str, SiteReport, Fa
         name = next((n for n in (site.name, *site.aliases) if n in factors), None)
         if name is None or not _has_kernels_for(site.kind):
             continue
-        if not factors[name].spec.batch and factors[name].dtype in DTYPES:
-            yield name, site, factors[name]
+        held = factors[name]
+        if held.format.kernels and not held.spec.batch and held.dtype in DTYPES:
+            yield name, site, held
 
 
 def kernels_of_weights(model: nn.Module) -> dict[str, Kernel]:

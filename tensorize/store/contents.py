@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensorize.base.errors import CheckpointError
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
 
@@ -40,7 +40,7 @@ class SiteRecord:
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    spec: TTSpec
+    spec: Spec
     nonlinearity: str | None = None
 
 
@@ -238,7 +238,7 @@ def record_of(name: str, factors: FactoredWeight) -> SiteRecord:
     return SiteRecord((name,), tuple(factors.shape), _own_spec(factors), factors.nonlinearity)
 
 
-def _own_spec(factors: FactoredWeight) -> TTSpec:
+def _own_spec(factors: FactoredWeight) -> Spec:
     """The spec of the parameter itself: a Conv1D's layer holds the factors of its transpose."""
     if not factors.frame.transposed:
         return factors.spec

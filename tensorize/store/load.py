@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.tensorfile import sha256_of
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 from tensorize.store.contents import (
@@ -170,7 +170,7 @@ def _dense_device(
     return parameter.device
 
 
-def _placeholders(spec: TTSpec, device: torch.device) -> list[nn.Parameter]:
+def _placeholders(spec: Spec, device: torch.device) -> list[nn.Parameter]:
     """Parameters of the cores' shapes that hold one number of memory each."""
     point = torch.zeros((), device=device)
     return [nn.Parameter(point.expand(shape), requires_grad=False) for shape in spec.core_shapes]

@@ -24,7 +24,7 @@ from tensorize.api.outcome import totals_of
 from tensorize.base.errors import BudgetError, TensorizeError
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.candidates import COSTS, Points, curve_points
 from tensorize.passes.allocate.optimise import TooTight, solve
 from tensorize.passes.curves.curve import Spectrum
@@ -198,6 +198,8 @@ class RankSchedule:
         """Every weight whose cores are its own alone, under its first name."""
         found: dict[tuple[int, ...], tuple[str, FactoredWeight]] = {}
         for name, factors in factored(self.model):
+            if not factors.format.indexed:
+                continue
             found.setdefault(tuple(id(core) for core in factors.cores), (name, factors))
         uses = Counter(core for cores in found for core in cores)
         return [pair for cores, pair in found.items() if all(uses[core] == 1 for core in cores)]
@@ -222,7 +224,7 @@ class RankSchedule:
         shrunk = grown = 0
         for (name, factors), p, k in zip(weights, points, choice, strict=True):
             spec = p.spec(k)
-            assert spec is not None
+            assert isinstance(spec, TTSpec)
             if spec.ranks != factors.spec.ranks:
                 self._resize(name, factors, spectra[name], spec)
                 less = spec.parameters < factors.spec.parameters
@@ -234,10 +236,10 @@ class RankSchedule:
         spec = factors.spec
         m, n = spec.single.shape
         site = Site(name, spec.shape, dtype_name(factors.dtype), uses=())
-        if spec.format == LOW_RANK:
+        if factors.format.spectral:
             most = min(m, n, max(spec.ranks[0] + self.rank_multiple, int(_GROWTH * spec.ranks[0])))
             lost = tail_sums(extended(found[0].squares, most)).cpu()
-            curve = Spectrum(site, (LOW_RANK,), (), lost, in_nats=False)
+            curve = Spectrum(site, (spec.format,), (), lost, in_nats=False)
         else:
             lost = [
                 tail_sums(extended(b.squares, int(_GROWTH * len(b.squares)) + 1)) for b in found

@@ -91,6 +91,8 @@ def core_speeds(model: nn.Module, rule: str = "adam") -> dict[int, tuple[float, 
     """
     speeds: dict[int, tuple[float, int]] = {}
     for _, weight in factored(model):
+        if not weight.format.indexed:
+            continue
         for core, speed in zip(weight.cores, _speeds(weight, rule), strict=True):
             speeds.setdefault(id(core), (float(f"{speed:.2g}"), len(weight.cores)))
     return speeds

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight.precision import autocast, multiplied_in
 
 Contraction = Callable[..., Tensor]
@@ -51,7 +52,7 @@ class Backend(Protocol):
         """The batches at which another order of a contraction begins."""
         ...
 
-    def breakpoints(self, uses: Sequence[tuple[TTSpec, str]], device: str) -> tuple[int, ...]:
+    def breakpoints(self, uses: Sequence[tuple[Any, str]], device: str) -> tuple[int, ...]:
         """At most two batches at which the orders of all weights of a model change: specs, and the
         dtypes that they are multiplied in."""
         ...
@@ -76,7 +77,7 @@ def _registered() -> Backend:
 
 @lru_cache(maxsize=4096)
 def contractions(
-    spec: TTSpec,
+    spec: Spec,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     breakpoints: tuple[int, ...] | None = None,
@@ -88,8 +89,10 @@ def contractions(
     them; where they are more, the input alone is saved, and the rest is computed again. Low rank
     then has a plan too.
     """
-    if spec.format == LOW_RANK and memory_limit is None:
+    form = format_of(spec)
+    if not (form.planned or (form.indexed and memory_limit is not None)):
         return {}
+    assert isinstance(spec, TTSpec)
     found = {}
     for contract in ("columns", "rows"):
         asked = Asked(spec, contract, device, multiplied_in(dtype, device), breakpoints)
@@ -100,10 +103,10 @@ def contractions(
 
 
 def common_breakpoints(
-    uses: Sequence[tuple[TTSpec, torch.dtype]], device: str = "cpu"
+    uses: Sequence[tuple[Spec, torch.dtype]], device: str = "cpu"
 ) -> tuple[int, ...]:
     """The batches at which weights of these specs and dtypes, in one model, change their order."""
-    planned = [(s, multiplied_in(d, device)) for s, d in uses if s.format != LOW_RANK]
+    planned = [(s, multiplied_in(d, device)) for s, d in uses if format_of(s).planned]
     return _registered().breakpoints(planned, device) if planned else ()
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorize.capture.matmul import Frame
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.weight.become import become, subclass
 from tensorize.weight.contractions import Contractions, contractions
 from tensorize.weight.lazy import FactoredWeight, cannot_be_assigned
@@ -24,7 +24,7 @@ class Cores(nn.Module):
     model (None: nothing is known of the others). ``memory_limit``: see ``limit_saved``.
     """
 
-    spec: TTSpec
+    spec: Any  # of the class that its format has
     frame: Frame
     contractions: Contractions
     kernels: Mapping[str, Any] | None = None
@@ -32,7 +32,7 @@ class Cores(nn.Module):
     memory_limit: int | None = None
 
     def __init__(
-        self, spec: TTSpec, cores: Sequence[nn.Parameter], frame: Frame | None = None
+        self, spec: Spec, cores: Sequence[nn.Parameter], frame: Frame | None = None
     ) -> None:
         super().__init__()
         self.spec, self.frame = spec, frame or Frame()
@@ -41,10 +41,10 @@ class Cores(nn.Module):
         self._choose_orders()
 
     def forward(self) -> FactoredWeight:
-        cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.cores)))
+        cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.core_shapes)))
         return FactoredWeight(self.spec, cores, self.frame, self.contractions)
 
-    def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+    def resize(self, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
         """Take cores of other ranks."""
         self.spec = spec
         for k, core in enumerate(cores):

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from tensorize.capture.matmul import Frame
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight import ties
 from tensorize.weight.become import become, become_dense, dense_class
 from tensorize.weight.cores import (
@@ -59,7 +60,7 @@ def _is_conv1d(kind: type) -> bool:
 def install(
     model: nn.Module,
     names: Sequence[str],
-    spec: TTSpec,
+    spec: Spec,
     cores: Sequence[nn.Parameter],
     nonlinearity: str | None = None,
 ) -> None:
@@ -82,7 +83,7 @@ def install(
         seen.add((id(owner), parameter))
         # The module that the caller holds keeps its class.
         plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
-        if plain and spec.format == LOW_RANK and not (tied and _is_conv1d(type(owner))):
+        if plain and format_of(spec).pair and not (tied and _is_conv1d(type(owner))):
             _become_low_rank_linear(owner, cores, nonlinearity)
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
@@ -93,14 +94,14 @@ def install(
     ties.follow(model, names_now)
 
 
-def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: TTSpec) -> bool:
+def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: Spec) -> bool:
     """Whether the parameter is one plain linear's, in low rank: then two layers replace it."""
     owner, leaf = owner_of(model, names[0])
     plain = owner is not model and _is_plain_linear(owner, leaf)
-    return len(names) == 1 and plain and spec.format == LOW_RANK and not spec.batch
+    return len(names) == 1 and plain and format_of(spec).pair and not spec.batch
 
 
-def resize(model: nn.Module, name: str, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+def resize(model: nn.Module, name: str, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
     """Give a factorized weight other ranks, wherever it is used; kernels for the old ones go.
 
     Args:

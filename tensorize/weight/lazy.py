@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base import dynamo
 from tensorize.base.errors import TensorizeError
 from tensorize.capture import uses, views
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.ir.spec import LOW_RANK, TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
 
@@ -26,20 +26,24 @@ class FactoredWeight:
     Shape, dtype and device cost nothing. ``dense()`` builds the matrix, differentiably.
     """
 
-    __slots__ = ("__weakref__", "contractions", "cores", "frame", "nonlinearity", "shape", "spec")
+    __slots__ = (
+        *("__weakref__", "contractions", "cores", "format", "frame", "nonlinearity", "shape"),
+        "spec",
+    )
 
     _is_hf_initialized = True  # so that transformers' initialization leaves it alone
 
     def __init__(
         self,
-        spec: TTSpec,
+        spec: Spec,
         cores: tuple[Tensor, ...],
         frame: Frame,
         contractions: Contractions | None = None,
         nonlinearity: str | None = None,
     ) -> None:
-        self.spec, self.cores, self.frame, self.nonlinearity = spec, cores, frame, nonlinearity
-        self.contractions = contractions or {}
+        self.spec: Any = spec  # of the class that its format has
+        self.cores, self.frame, self.nonlinearity = cores, frame, nonlinearity
+        self.format, self.contractions = format_of(spec), contractions or {}
         shape = spec.shape
         if frame.expert is not None:
             several = frame.expert.shape if self._is_several else ()
@@ -128,7 +132,7 @@ class FactoredWeight:
         if self._is_several:  # stacks are low rank
             weight = torch.matmul(*cores)
         else:
-            weight = reconstruct(spec, cores)
+            weight = format_of(spec).reconstruct(spec, cores)
         if self.frame.shape is not None:
             return weight.reshape(self.frame.shape)
         return weight.transpose(-1, -2) if self.frame.transposed else weight
@@ -142,7 +146,7 @@ class FactoredWeight:
                 way_out="train without nonlinearity= where a dense model is wanted",
             )
 
-    def looked_at(self) -> tuple[TTSpec, tuple[Tensor, ...]]:
+    def looked_at(self) -> tuple[Spec, tuple[Tensor, ...]]:
         """Spec and cores of the expert or the rows that the frame shows.
 
         Of several experts the spec of each, and the cores of all.
@@ -151,9 +155,9 @@ class FactoredWeight:
         if self.frame.rows is None:
             return spec, cores
         first, end = self.frame.rows
-        if spec.format == LOW_RANK:
+        if self.format.pair:
             return TTSpec.low_rank(end - first, spec.shape[1], spec.ranks[0]), cores
-        weight = reconstruct(spec, cores)[first:end]  # rows of a train are no train
+        weight = self.format.reconstruct(spec, cores)[first:end]  # rows of a train are no train
         exact = TTSpec((end - first,), (spec.shape[1],), ())
         return exact, (weight,)
 
@@ -162,7 +166,7 @@ class FactoredWeight:
         cores = self.cores
         if self.frame.expert is not None:
             cores = tuple(core[self.frame.expert] for core in cores)
-        if self.frame.rows is None or self.spec.format != LOW_RANK:
+        if self.frame.rows is None or not self.format.pair:
             return cores
         first, end = self.frame.rows
         return cores[0][first:end], cores[1]
@@ -237,23 +241,23 @@ class FactoredWeight:
 
     def _can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
-        low_rank, frame = self.spec.format == LOW_RANK, self.frame
+        pair, frame = self.format.pair, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
             return False
         if matmul.convolution is not None:
-            groups = self.spec.size.get("e", 1)
-            return low_rank and frame.shape is not None and matmul.convolution.groups == groups
+            groups = self.spec.shape[0] if self.spec.batch else 1
+            return pair and frame.shape is not None and matmul.convolution.groups == groups
         if matmul.split:
             rows = math.prod(self.shape[: matmul.split])
             return frame.shape is not None and not self.spec.batch and rows == self.spec.shape[0]
-        if frame.shape is not None or (frame.rows is not None and not low_rank):
+        if frame.shape is not None or (frame.rows is not None and not pair):
             return False
         if matmul.bag is not None:
-            return low_rank and not self.spec.batch
+            return pair and not self.spec.batch
         one = frame.expert is not None and not self._is_several
         if not self.spec.batch or one:
             return not matmul.stacked and matmul.offsets is None
-        return low_rank and (matmul.stacked or matmul.offsets is not None)
+        return pair and (matmul.stacked or matmul.offsets is not None)
 
     def run(self, matmul: Matmul) -> Tensor:
         """What a call gives that is told in terms of the parameter itself."""
@@ -275,7 +279,7 @@ class FactoredWeight:
         if contract == "lookup":
             kernel: Any = known.get("lookup")
             return products.lookup(self.spec, cores, x, matmul.padding_idx, kernel)
-        y = products.matmul(known, cores, x, contract, matmul.bias)
+        y = products.matmul(self.spec, known, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
 
 

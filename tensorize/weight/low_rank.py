@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from tensorize.capture.matmul import Frame
-from tensorize.ir.spec import TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
     second: nn.Linear
     in_features: int
     out_features: int
-    spec: TTSpec
+    spec: Spec
     stored_transposed: bool
     _watched: tuple[RemovableHandle, ...] = ()
 
@@ -65,7 +65,7 @@ class LowRankLinear(nn.Module):
         # A product that serves other layers as well is computed by itself.
         alone = self.input_product is None
         if self.nonlinearity is None and (own or (alone and in_float32(x, right.shape[0]))):
-            return products.matmul(own or {}, (left, right), x, "columns", bias)
+            return products.matmul(self.spec, own or {}, (left, right), x, "columns", bias)
         if self.input_product is None or torch.compiler.is_compiling():
             product = F.linear(x, right)
         else:
@@ -90,7 +90,7 @@ class LowRankLinear(nn.Module):
         frame = Frame(transposed=self.stored_transposed)
         return FactoredWeight(self.spec, cores, frame, nonlinearity=self.nonlinearity)
 
-    def resize(self, spec: TTSpec, cores: Sequence[nn.Parameter]) -> None:
+    def resize(self, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
         """Take factors of another rank."""
         self.spec = spec
         self.second.weight, self.first.weight = cores

@@ -6,7 +6,6 @@ know: ``api`` registers the backends when tensorize is imported.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorize.capture.matmul import Convolution
-from tensorize.ir.spec import BLOCK, LOW_RANK, TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import Spec
 from tensorize.weight.contractions import Contractions
 from tensorize.weight.onednn import library
 from tensorize.weight.precision import in_float32, widened
 
 
 def matmul(
+    spec: Spec,
     contractions: Contractions,
     cores: Sequence[Tensor],
     x: Tensor,
@@ -37,20 +38,18 @@ def matmul(
     run: Any = contractions.get(contract)
     if getattr(run, "takes_bias", False):
         return run(x, cores, bias)
-    if in_float32(x, cores[1].shape[0] if run is None else None):
+    form = format_of(spec)
+    if in_float32(x, form.width(cores) if run is None else None):
         wide = [core.float() for core in cores]
         bias = None if bias is None else bias.float()
-        return matmul(contractions, wide, x.float(), contract, bias).to(x.dtype)
+        return matmul(spec, contractions, wide, x.float(), contract, bias).to(x.dtype)
     if run is not None:
         return run(x, cores, bias)
-    left, right = cores
-    if contract == "columns":
-        return F.linear(F.linear(x, right), left, bias)
-    return F.linear(F.linear(x, left.t()), right.t(), bias)
+    return form.multiply(spec, cores, x, contract, bias)
 
 
 def lookup(
-    spec: TTSpec,
+    spec: Spec,
     cores: Sequence[Tensor],
     rows: Tensor,
     padding_idx: int | None = None,
@@ -58,63 +57,17 @@ def lookup(
 ) -> Tensor:
     """Rows of W by number: ``rows`` of any shape, the result (*rows.shape, N); no table is built.
 
-    A row number is split into one digit a core (mixed radix in the row modes), each core gives the
-    slice of its digit, and the slices are multiplied from left to right (Hrinchuk et al. 2020).
     ``kernel``: what looks up in one launch.
     """
     if kernel is not None and kernel.takes(cores[0]):
         result = kernel.lookup(rows, cores)
-    elif spec.format == LOW_RANK:
-        left, right = cores
-        result = F.linear(F.embedding(rows, left), right.t())
-    elif spec.format == BLOCK:
-        result = _lookup_block(spec, cores, rows)
     else:
-        result = _lookup_train(spec, cores, rows)
+        result = format_of(spec).lookup(spec, cores, rows)
     if padding_idx is None or not result.requires_grad:
         return result
     # As nn.Embedding: what arrives at the padding row changes nothing.
-    padding = rows == padding_idx % math.prod(spec.row_modes)
+    padding = rows == padding_idx % spec.shape[-2]
     return torch.where(padding.unsqueeze(-1), result.detach(), result)
-
-
-def _lookup_train(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
-    remaining = rows.reshape(-1)
-    digits: list[Tensor] = []
-    for mode in reversed(spec.row_modes[1:]):
-        digits.append(remaining % mode)
-        remaining = torch.div(remaining, mode, rounding_mode="floor")
-    digits.append(remaining)  # not reduced: the first core refuses a row that the table lacks
-    digits.reverse()
-    # result: (B, columns so far, rank); a core's slice: (B, rank, columns, next rank)
-    result: Tensor | None = None
-    ranks = (1, *spec.ranks, 1)
-    for k, core in enumerate(cores):
-        mode, columns = spec.row_modes[k], spec.column_modes[k]
-        table = core.reshape(ranks[k], mode, columns, ranks[k + 1]).transpose(0, 1)
-        part = F.embedding(digits[k], table.reshape(mode, -1))
-        part = part.reshape(-1, ranks[k], columns * ranks[k + 1])
-        if result is None:
-            result = part
-        else:
-            so_far = math.prod(spec.column_modes[:k])
-            result = torch.bmm(result.reshape(-1, so_far, ranks[k]), part)
-    assert result is not None
-    return result.reshape(*rows.shape, math.prod(spec.column_modes))
-
-
-def _lookup_block(spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Of every block of columns the left core's slice of a row, times the right core's block."""
-    (m0, m1), (n0, n1), (rank,) = spec.row_modes, spec.column_modes, spec.ranks
-    left, right = cores[0].reshape(m1, m0, n0 * rank), cores[1].reshape(n0, m1, rank * n1)
-    outer = torch.div(rows, m1, rounding_mode="floor")
-    inner = rows - outer * m1
-    place = torch.where((outer >= 0) & (outer < m0), inner * m0 + outer, -1)  # -1 is refused
-    slices = F.embedding(place, left.reshape(m1 * m0, -1))
-    blocks = F.embedding(inner, right.transpose(0, 1).reshape(m1, -1))
-    slices = slices.reshape(*rows.shape, n0, 1, rank)
-    result = slices @ blocks.reshape(*rows.shape, n0, rank, n1)
-    return result.reshape(*rows.shape, n0 * n1)
 
 
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:

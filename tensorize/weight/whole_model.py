@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
-from tensorize.ir.spec import TTSpec
 from tensorize.weight import ties
 from tensorize.weight.contractions import Contractions, common_breakpoints
 from tensorize.weight.cores import Cores
 from tensorize.weight.low_rank import LowRankLinear, SharedProduct
 
 
-def use_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> int:
+def use_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> int:
     """Run the weights that ``build`` has kernels for by those, all others without; how many."""
     count = 0
     for module in model.modules():
@@ -28,7 +28,7 @@ def use_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> in
 
 
 @contextlib.contextmanager
-def other_kernels(model: nn.Module, build: Callable[[TTSpec], Contractions]) -> Iterator[None]:
+def other_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> Iterator[None]:
     """``use_kernels``, until the end; then a model runs by what it ran by."""
     modules = [m for m in model.modules() if isinstance(m, LowRankLinear | Cores)]
     before = [module.kernels for module in modules]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.algebra import reconstruct
+from tensorize.formats.format import Chain
 from tests.api.operations import operations
 from tests.models import CASES, relative
 
@@ -20,7 +20,7 @@ def test_no_architecture_builds_a_weight(name: str, monkeypatch: pytest.MonkeyPa
     case = CASES[name]
     small = tensorize.compile(case.model(), None, ranks={"*": 4}, example_inputs=case.batch())
     want = case.output(tensorize.densify(small))
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
+    monkeypatch.setattr(Chain, "reconstruct", None)
     assert relative(case.output(small), want) < 1e-5
 
 
@@ -46,7 +46,7 @@ def test_multi_head_attention(separate: bool, cross: bool, monkeypatch: pytest.M
     assert {site.format for site in sites} == {"low_rank"}
     with torch.no_grad():
         want = tensorize.densify(small)(x, k, v)
-        monkeypatch.setattr(reconstruct, "reconstruct", None)
+        monkeypatch.setattr(Chain, "reconstruct", None)
         assert relative(small(x, k, v), want) < 1e-5
 
 
@@ -68,7 +68,7 @@ def test_transformer_encoder_and_its_fast_path(
     with torch.no_grad():
         want, masked = dense(x), dense(x, src_key_padding_mask=padding)[~padding]
         assert fast in operations(lambda: dense(x))  # one kernel, that wants dense weights
-        monkeypatch.setattr(reconstruct, "reconstruct", None)
+        monkeypatch.setattr(Chain, "reconstruct", None)
         assert fast not in operations(lambda: small(x))
         assert relative(small(x), want) < 1e-5
         assert relative(small(x, src_key_padding_mask=padding)[~padding], masked) < 1e-5
@@ -90,7 +90,7 @@ def test_every_implementation_of_experts_runs_on_factors(
         dense.set_experts_implementation(other)
         with monkeypatch.context() as patch:
             want = case.output(dense)
-            patch.setattr(reconstruct, "reconstruct", None)
+            patch.setattr(Chain, "reconstruct", None)
             assert relative(case.output(small), want) < 1e-5
 
 
@@ -121,7 +121,7 @@ def test_what_transformers_does_where_there_is_no_grouped_mm(
     kinds = {s.kind: s.format for s in tensorize.report(small).sites if "experts" in s.name}
     assert kinds == {"grouped_mm": "low_rank"}
     want = case.output(tensorize.densify(small))
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
+    monkeypatch.setattr(Chain, "reconstruct", None)
     assert relative(case.output(small), want) < 1e-5
 
 
@@ -135,7 +135,7 @@ def test_embedding_bag(mode: str, offsets: bool, monkeypatch: pytest.MonkeyPatch
     (site,) = tensorize.report(small).sites
     assert site.format == "low_rank"
     want = tensorize.densify(small)(*inputs)
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
+    monkeypatch.setattr(Chain, "reconstruct", None)
     assert relative(small(*inputs).detach(), want.detach()) < 1e-5
 
 
@@ -153,5 +153,5 @@ def test_a_lookup_and_a_head_of_one_table_in_a_train(monkeypatch: pytest.MonkeyP
     (site,) = tensorize.report(small).sites
     assert site.format == "tt"
     want = tensorize.densify(small)(ids)
-    monkeypatch.setattr(reconstruct, "reconstruct", None)
+    monkeypatch.setattr(Chain, "reconstruct", None)
     assert relative(small(ids).detach(), want.detach()) < 1e-5

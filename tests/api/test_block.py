@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.algebra import interpret
 from tensorize.algebra.decompose import block_svd, cut_block, tt_svd
+from tensorize.algebra.metric import Metric
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.algebra.rounding import round_tt
 from tensorize.base.errors import AnalysisError
 from tensorize.base.records import plain, record
+from tensorize.formats import interpret
+from tensorize.formats.registry import format_of, names
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site, Use
-from tensorize.ir.spec import BLOCK, FORMATS, TTSpec
+from tensorize.ir.spec import BLOCK, TTSpec
 from tensorize.passes.allocate import times as cost
-from tensorize.passes.curves import als
-from tensorize.passes.curves.metric import Metric
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.orders.by_flops import plan_contraction
 from tensorize.weight import products
@@ -103,7 +103,7 @@ def test_the_words_of_a_block() -> None:
     assert spec.parameters == 2 * (24 * 3 + 24 * 4)
     assert str(spec) == "TTSpec.block((6, 4), (3, 8), 2)"
     assert spec.single is spec
-    assert BLOCK in FORMATS
+    assert BLOCK in names()
 
 
 def test_a_single_block_is_low_rank() -> None:
@@ -190,9 +190,9 @@ def test_points_of_blocks_are_what_they_lose_in_the_metric(shape: tuple[int, int
             assert spec.format == BLOCK
             assert spec.parameters < weight.numel()
             cores = curve.factors(spec, weight)
-            assert lost == pytest.approx(als.error_of(spec, cores, weight, metrics))
+            assert lost == pytest.approx(format_of(spec).error(spec, cores, weight, metrics))
             plain = block_svd(weight, spec.row_modes, spec.column_modes, *spec.ranks)[1]
-            assert lost <= als.error_of(spec, plain, weight, metrics) * (1 + 1e-9)
+            assert lost <= format_of(spec).error(spec, plain, weight, metrics) * (1 + 1e-9)
         exact = curve.trains[0].spec
         assert curve.distortion_of(exact) <= 1e-20 * float(curve.distortion[0])
 
@@ -362,7 +362,7 @@ def test_all_formats_together_never_lose_more_than_low_rank_alone() -> None:
     with torch.no_grad():
         model.middle.copy_(reconstruct(spec, draw_cores(spec)).float())
     x = torch.randn(5, 48)
-    every = tensorize.analyze(model, example_inputs=(x,), formats=FORMATS)
+    every = tensorize.analyze(model, example_inputs=(x,), formats=names())
     mixed = every.plan(0.5)
     low = every.plan(0.5, formats=("dense", "low_rank"))
     assert mixed.predicted.output_error <= low.predicted.output_error

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import TTSpec
-from tensorize.algebra import interpret
+from tensorize.formats import interpret
 from tensorize.weight import precision, products
 from tensorize.weight.contractions import contractions
 from tensorize.weight.precision import in_float32
@@ -38,7 +38,7 @@ def seen_by_the_contraction(cores: Sequence[Tensor], x: Tensor) -> set[torch.dty
         seen.update(tensor.dtype for tensor in (x, *cores))
         return interpret.apply(TRAIN, cores, x, "columns").to(x.dtype)
 
-    assert products.matmul({"columns": contract}, cores, x, "columns").dtype == x.dtype
+    assert products.matmul(TRAIN, {"columns": contract}, cores, x, "columns").dtype == x.dtype
     return seen
 
 
@@ -47,7 +47,7 @@ def test_the_result_has_one_rounding_only(spec: TTSpec) -> None:
     cores, x = draw(spec, 4, torch.bfloat16)
     bias = torch.ones(spec.shape[0], dtype=torch.bfloat16)
     with torch.no_grad():
-        y = products.matmul(contractions(spec), cores, x, "columns", bias)
+        y = products.matmul(spec, contractions(spec), cores, x, "columns", bias)
     want = interpret.apply(spec, cores, x, "columns") + 1
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-4)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.ir.spec import DENSE, FORMATS, LOW_RANK, SHARED
+from tensorize.algebra.metric import Metric
+from tensorize.formats.registry import names
+from tensorize.ir.spec import DENSE, LOW_RANK, SHARED
 from tensorize.passes.allocate.candidates import curve_points
 from tensorize.passes.allocate.groups import group_points
 from tensorize.passes.curves.joint import joint_factors
-from tensorize.passes.curves.metric import Metric
 from tensorize.weight.low_rank import LowRankLinear
 from tests.models import CASES, relative
 
@@ -372,6 +373,6 @@ def test_a_plan_from_json_still_shares(tmp_path: Path) -> None:
 
 
 def test_formats_are_known_by_name() -> None:
-    assert SHARED in FORMATS
+    assert SHARED in names()
     for order in itertools.permutations(("dense", "low_rank", "shared")):
         tensorize.compile(gated(alike=True), 0.6, example_inputs=(rows(),), formats=order)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensorize.algebra import reconstruct as decompose
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.capture.matmul import Frame
+from tensorize.formats.format import Chain
 from tensorize.ir.spec import TTSpec
 from tensorize.weight.contractions import contractions
 from tensorize.weight.install import install
@@ -44,11 +44,11 @@ def lazy(spec: TTSpec, cores: Sequence[Tensor], shape: tuple[int, ...] | None = 
 def no_dense() -> Iterator[None]:
     """Building the dense matrix is an error here."""
 
-    def refuse(spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
+    def refuse(form: Chain, spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
         raise AssertionError(f"the dense matrix of {spec} was built")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decompose, "reconstruct", refuse)
+        patch.setattr(Chain, "reconstruct", refuse)
         yield
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.algebra import interpret
+from tensorize.formats import interpret
 from tensorize.ir.spec import TTSpec
 from tensorize.weight.contractions import contractions
 from tests.passes.orders.test_by_flops import blocks, specs

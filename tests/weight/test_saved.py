@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.algebra import interpret
 from tensorize.codegen.aten import emit as aten
+from tensorize.formats import interpret
 from tensorize.ir.spec import TTSpec
 from tensorize.weight.contractions import contractions
 from tensorize.weight.cores import Cores

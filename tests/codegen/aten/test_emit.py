@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensorize.algebra import interpret
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.codegen.aten import emit as aten
+from tensorize.formats import interpret
 from tensorize.ir.orders import ContractionPiece, ContractionPlan
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.orders.by_flops import plan_contraction
@@ -137,7 +137,7 @@ def test_a_bias_does_not_widen_what_autocast_narrows(rows: int, *, gradients: bo
     bias = torch.ones(768, requires_grad=True)
     x = draw((rows, 3072)).float()
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
-        y = products.matmul(contractions(spec), cores, x, "columns", bias)
+        y = products.matmul(spec, contractions(spec), cores, x, "columns", bias)
     assert y.dtype == torch.bfloat16
     if gradients:
         y.float().sum().backward()

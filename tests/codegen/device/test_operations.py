@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize import TTSpec
-from tensorize.algebra import interpret
 from tensorize.codegen.device import launch, operations
+from tensorize.formats import interpret
 from tensorize.weight import whole_model
 from tensorize.weight.contractions import contractions
 from tensorize.weight.cores import Cores

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorize.algebra.metric import Metric
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import DENSE, LOW_RANK
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.curves.metric import Metric
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.predict.predictor import Predictor
 from tensorize.passes.stages import Analysed

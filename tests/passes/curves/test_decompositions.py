@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorize.algebra.factors import gram_eigenvectors, singular_squares
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.errors import AnalysisError
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.curves.decompositions import gram_eigenvectors, singular_squares
 from tensorize.passes.observe.moments import Moments
 from tests.passes.curves.losses import (
     METRICS,

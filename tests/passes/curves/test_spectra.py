@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorize.algebra.factors import best_factors, exact_factors
+from tensorize.algebra.metric import average
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.curves.decompositions import best_factors, exact_factors
-from tensorize.passes.curves.metric import average
 from tensorize.passes.observe.moments import Moments, Term
 from tests.passes.curves.losses import (
     METRICS,

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorize.algebra.metric import Metric
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.errors import AnalysisError
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import DENSE, LOW_RANK, TT, TTSpec
 from tensorize.passes.curves.formats import UNASKED, formats_by_site
-from tensorize.passes.curves.metric import Metric
 from tensorize.passes.observe.moments import Moments
 from tests.passes.curves.losses import (
     BOTH,

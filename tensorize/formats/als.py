@@ -9,40 +9,39 @@ stands, so no step makes the error larger. TT-SVD, or the SVD in the averaged me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tensorize.algebra.reconstruct import reconstruct
-from tensorize.ir.spec import LOW_RANK, TTSpec
-from tensorize.passes.curves.metric import Metric, root_times, times_root
+from tensorize.algebra.metric import Metric, root_times, times_root
+from tensorize.ir.spec import Spec
+
+if TYPE_CHECKING:
+    from tensorize.formats.format import Format
 
 _SWEEPS, _STEPS = 3, 12
 
 
 def improved(
-    spec: TTSpec, cores: Sequence[Tensor], weight: Tensor, metrics: Sequence[Metric]
+    form: Format[Any],
+    spec: Spec,
+    cores: Sequence[Tensor],
+    weight: Tensor,
+    metrics: Sequence[Metric],
 ) -> tuple[Tensor, ...]:
     """Cores of the same spec, closer to ``weight`` (M, N) in the sum of the metrics."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     found = [core.to(dtype) for core in cores]
     pull = sum(m.scale * _moments_around(m, weight.to(dtype)) for m in metrics)
     assert isinstance(pull, Tensor)
-    before = error_of(spec, found, weight, metrics)
+    before = form.error(spec, found, weight, metrics)
     for _ in range(_SWEEPS):
         for k in range(len(found)):
-            found[k] = _solved(spec, found, k, pull, metrics)
-    if not error_of(spec, found, weight, metrics) < before:
+            found[k] = _solved(form, spec, found, k, pull, metrics)
+    if not form.error(spec, found, weight, metrics) < before:
         return tuple(cores)
     return tuple(core.to(old.dtype) for core, old in zip(found, cores, strict=True))
-
-
-def error_of(
-    spec: TTSpec, cores: Sequence[Tensor], weight: Tensor, metrics: Sequence[Metric]
-) -> float:
-    """What the cores lose of ``weight``, in the sum of the metrics."""
-    delta = reconstruct(spec, cores).sub_(weight)
-    return sum(metric.norm(delta) for metric in metrics)
 
 
 def _moments_around(metric: Metric, weight: Tensor) -> Tensor:
@@ -68,7 +67,12 @@ def _times_transposed(weight: Tensor, root: Tensor | None) -> Tensor:
 
 
 def _solved(
-    spec: TTSpec, cores: Sequence[Tensor], k: int, pull: Tensor, metrics: Sequence[Metric]
+    form: Format[Any],
+    spec: Spec,
+    cores: Sequence[Tensor],
+    k: int,
+    pull: Tensor,
+    metrics: Sequence[Metric],
 ) -> Tensor:
     """Core k after some steps of conjugate gradients on its normal equations A c = b."""
 
@@ -79,10 +83,10 @@ def _solved(
             return torch.autograd.grad(value(whole), core)[0]
 
     def energy(whole: list[Tensor]) -> Tensor:
-        return _energy(spec, whole, metrics)
+        return form.energy(spec, whole, metrics)
 
     def product(whole: list[Tensor]) -> Tensor:
-        return _product(spec, whole, pull)
+        return form.inner(spec, whole, pull)
 
     core = cores[k]
     residual = gradient(product, core) - gradient(energy, core) / 2
@@ -101,24 +105,3 @@ def _solved(
         following = residual.square().sum()
         direction, size = residual + following / size * direction, following
     return core
-
-
-def _energy(spec: TTSpec, cores: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
-    """Σ scale · ‖L_Rᵀ Ŵ L_K‖²; of two factors by their small Gram matrices."""
-    total = cores[0].new_zeros(())
-    weight = None if spec.format == LOW_RANK else reconstruct(spec, cores)
-    for metric in metrics:
-        if weight is None:
-            u, v = root_times(metric.left, cores[0]), times_root(cores[1], metric.right)
-            total = total + metric.scale * ((u.t() @ u) * (v @ v.t())).sum()
-        else:
-            white = times_root(root_times(metric.left, weight), metric.right)
-            total = total + metric.scale * white.square().sum()
-    return total
-
-
-def _product(spec: TTSpec, cores: Sequence[Tensor], pull: Tensor) -> Tensor:
-    """⟨Σ scale · R W K, Ŵ⟩."""
-    if spec.format == LOW_RANK:
-        return ((pull @ cores[1].t()) * cores[0]).sum()
-    return (pull * reconstruct(spec, cores)).sum()

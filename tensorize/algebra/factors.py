@@ -10,19 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tensorize.algebra.metric import Metric, solve_root
 from tensorize.base.tensors import at_work
-from tensorize.ir.sites import Site
-from tensorize.passes.curves.metric import Metric, solve_root
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
-
-# Weights up to this size are analysed side by side, each on one thread.
-_SMALL_SIDE, _SMALL = 1024, 4_000_000
-
-
-def is_small(site: Site) -> bool:
-    """Whether a weight's decompositions leave a second thread idle."""
-    return min(site.matrix) <= _SMALL_SIDE and site.parameters <= _SMALL
 
 
 def exact_factors(weight: Tensor) -> tuple[Tensor, Tensor]:

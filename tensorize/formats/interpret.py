@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensorize.algebra.reconstruct import reconstruct
-from tensorize.ir.spec import TTSpec
+from tensorize.formats.registry import format_of
+from tensorize.ir.spec import Spec
 
 
-def apply(spec: TTSpec, cores: Sequence[Tensor], x: Tensor, contract: str = "columns") -> Tensor:
+def apply(spec: Spec, cores: Sequence[Tensor], x: Tensor, contract: str = "columns") -> Tensor:
     """Multiply x by the reconstructed weight.
 
     Args:
@@ -32,7 +32,7 @@ def apply(spec: TTSpec, cores: Sequence[Tensor], x: Tensor, contract: str = "col
     """
     if contract not in ("columns", "rows"):
         raise ValueError(f"contract is 'columns' or 'rows', got {contract!r}")
-    weight = reconstruct(spec, [core.to(torch.float64) for core in cores])
+    weight = format_of(spec).reconstruct(spec, [core.to(torch.float64) for core in cores])
     matrix = weight.mT if contract == "columns" else weight
     lead = tuple(spec.shape[:-2])
     if x.shape[-1] != matrix.shape[-2] or x.shape[: len(lead)] != lead or x.ndim <= len(lead):

@@ -1,0 +1,63 @@
+"""The table of formats: each by its name, in the order in which they are listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorize.formats.block import Block
+from tensorize.formats.dense import Dense
+from tensorize.formats.format import OTHER_COLORS, Format
+from tensorize.formats.low_rank import LowRank
+from tensorize.formats.shared import Shared
+from tensorize.formats.train import Train
+from tensorize.ir.spec import READERS, Spec
+
+_TABLE: dict[str, Format[Any]] = {
+    form.name: form for form in (Dense(), LowRank(), Shared(), Train(), Block())
+}
+
+
+def format_of(spec: Spec) -> Format[Any]:
+    """The format of a factorized weight."""
+    return _TABLE[spec.format]
+
+
+def named(name: str) -> Format[Any]:
+    """The format of a name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _TABLE[name]
+
+
+def colors_of(name: str) -> tuple[str, str]:
+    """Stroke and fill of a format in pictures, and of what is none."""
+    return _TABLE[name].colors if name in _TABLE else OTHER_COLORS
+
+
+def formats() -> tuple[Format[Any], ...]:
+    """All of them."""
+    return tuple(_TABLE.values())
+
+
+def names() -> tuple[str, ...]:
+    """What ``formats=`` may say."""
+    return tuple(_TABLE)
+
+
+def register(form: Format[Any]) -> None:
+    """Add a format.
+
+    Raises:
+        ValueError: there is one of its name.
+    """
+    if form.name in _TABLE:
+        raise ValueError(f"there is a format {form.name!r} already")
+    _TABLE[form.name] = form
+    READERS[form.name] = form.read
+
+
+def withdraw(name: str) -> None:
+    """Take a format that was added out again."""
+    del _TABLE[name], READERS[name]
