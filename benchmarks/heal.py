@@ -16,15 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorize
-from benchmarks.quality import (
-    BATCH,
-    CONTEXT,
-    DECODERS,
-    WINDOWS,
-    divergence,
-    loss,
-    text,
-)
+from benchmarks.quality import BATCH, CONTEXT, DECODERS, WINDOWS, divergence, loss, text
 from benchmarks.record import keep, kept
 from tensorize.base.printer import table
 

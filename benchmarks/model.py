@@ -32,12 +32,7 @@ import transformers
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.record import (
-    circumstances,
-    keep,
-    kept,
-    processor,
-)
+from benchmarks.record import circumstances, keep, kept, processor
 from benchmarks.timing import interleaved
 from examples import demo_minilm
 from tensorize.weight.low_rank import LowRankLinear

@@ -22,12 +22,7 @@ from torch import Tensor
 
 import tensorize
 from examples import gpt, llama, stdlib_text
-from tensorize.base.printer import (
-    bytes_,
-    count,
-    percent,
-    table,
-)
+from tensorize.base.printer import bytes_, count, percent, table
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONTEXT = 256

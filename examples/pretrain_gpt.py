@@ -31,13 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tensorize
 from examples import stdlib_text
-from examples.gpt import (
-    GPT,
-    GPTConfig,
-    encode,
-    evaluate,
-    next_token_loss,
-)
+from examples.gpt import GPT, GPTConfig, encode, evaluate, next_token_loss
 from examples.train_stdlib import batches, schedule, train_tokenizer
 from tensorize.base import printer
 from tensorize.training.adapt import RankSchedule

@@ -23,25 +23,11 @@ from typing import Any
 import tokenizers
 import torch
 from safetensors.torch import save_file
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from examples import gpt, llama, stdlib_text
-from examples.gpt import (
-    DATA,
-    GPT,
-    TOKENIZER_FILE,
-    GPTConfig,
-    encode,
-    evaluate,
-    next_token_loss,
-)
+from examples.gpt import DATA, GPT, TOKENIZER_FILE, GPTConfig, encode, evaluate, next_token_loss
 from tensorize.base import files
 
 

@@ -17,12 +17,7 @@ from torch import Tensor
 from tensorize.base.errors import TensorizeError
 from tensorize.base.progress import announce
 from tensorize.codegen.device.compiler import WARP, stages
-from tensorize.codegen.device.triton_env import (
-    check_device,
-    interpreting,
-    load,
-    precision,
-)
+from tensorize.codegen.device.triton_env import check_device, interpreting, load, precision
 from tensorize.codegen.triton.module import Source
 
 log = logging.getLogger("tensorize")

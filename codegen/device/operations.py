@@ -253,8 +253,8 @@ class TritonContraction:
 
     ``text`` is the spec as an operation takes it; ``gradients``: those of the cores have a kernel,
     ``measured``: a kernel runs only where it was measured to beat the library, so never where there
-    are gradients, which nobody measures. ``planned`` is what runs instead: the contractions of
-    torch operations, with their plan for training.
+    are gradients, which nobody measures. ``planned`` is what runs instead: the contractions by
+    torch operations.
     """
 
     spec: TTSpec

@@ -124,9 +124,10 @@ def forward(work: Work, tiles: Tiles) -> Source:
     known = {o.name: o for o in _operands(work, x_axes, y_axes)}
     text = Lines()
     row_block(text, tiles)
-    if cores[last].out:
-        text(f"{cores[last].out} = part")
-    programs = spec.size[cores[last].out] if cores[last].out else 1
+    out = cores[last].out
+    if out:
+        text(f"{out} = part")
+    programs = spec.size[out] if out else 1
     for k in range(last, 0, -1):
         text.vector(f"r{k}", "", widths.rank(k))
     columns = [_columns(text, widths, k) for k in range(last)]

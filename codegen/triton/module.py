@@ -6,12 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tensorize.codegen.triton.roles import (
-    NotCovered,
-    Tiles,
-    flops_a_row,
-    roles,
-)
+from tensorize.codegen.triton.roles import NotCovered, Tiles, flops_a_row, roles
 from tensorize.codegen.triton.text import Lines, Operand
 from tensorize.ir.orders import Tree
 from tensorize.ir.spec import TTSpec

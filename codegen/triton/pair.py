@@ -10,28 +10,9 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from tensorize.codegen.triton.module import (
-    Body,
-    Source,
-    assemble,
-    row_block,
-    title,
-)
-from tensorize.codegen.triton.roles import (
-    Roles,
-    Tiles,
-    check_on_chip,
-    chunks,
-    roles,
-)
-from tensorize.codegen.triton.text import (
-    DOT,
-    Axis,
-    Lines,
-    Operand,
-    power,
-    quotient,
-)
+from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
+from tensorize.codegen.triton.roles import Roles, Tiles, check_on_chip, chunks, roles
+from tensorize.codegen.triton.text import DOT, Axis, Lines, Operand, power, quotient
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
 

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-from tensorize.codegen.triton.module import (
-    Body,
-    Source,
-    assemble,
-    title,
-)
+from tensorize.codegen.triton.module import Body, Source, assemble, title
 from tensorize.codegen.triton.pair import axis_of
 from tensorize.codegen.triton.roles import NotCovered, Tiles, roles
-from tensorize.codegen.triton.text import (
-    DOT,
-    Axis,
-    Lines,
-    Operand,
-    power,
-    quotient,
-)
+from tensorize.codegen.triton.text import DOT, Axis, Lines, Operand, power, quotient
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work
 

@@ -19,12 +19,7 @@ from torch import Tensor, nn
 from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.capture.forward import untouched
 from tensorize.ir.sites import Batch
-from tensorize.passes.observe.outputs import (
-    Output,
-    call,
-    outputs_of,
-    row_total,
-)
+from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -21,12 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorize.capture.einsum import read_einsum
-from tensorize.capture.matmul import (
-    Convolution,
-    Frame,
-    Matmul,
-    swapped,
-)
+from tensorize.capture.matmul import Convolution, Frame, Matmul, swapped
 
 Reader = Callable[[tuple, dict, Any], "Matmul | None"]
 

@@ -8,11 +8,7 @@ from typing import Annotated
 import typer
 
 from tensorize.cli.options import Json
-from tensorize.cli.telling import (
-    check_target,
-    errors_told,
-    print_json,
-)
+from tensorize.cli.telling import check_target, errors_told, print_json
 from tensorize.store.manifest import read_report
 
 

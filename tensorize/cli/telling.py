@@ -14,12 +14,7 @@ import typer
 from torch import nn
 
 from tensorize.base.errors import BudgetError, CheckpointError, TensorizeError
-from tensorize.cli.sources import (
-    Dtype,
-    Loaded,
-    load_source,
-    read_batches,
-)
+from tensorize.cli.sources import Dtype, Loaded, load_source, read_batches
 
 DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT, INTERRUPTED = 1, 2, 3, 4, 5, 130
 

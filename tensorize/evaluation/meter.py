@@ -18,13 +18,7 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError
 from tensorize.base.tensors import plain_parts
-from tensorize.evaluation.quality import (
-    CLASSES,
-    NEIGHBOURS,
-    ClassFigures,
-    Quality,
-    Worst,
-)
+from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, ClassFigures, Quality, Worst
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import PreservedLoss, row_divergence
 from tensorize.passes.observe.outputs import Output, outputs_of

@@ -21,12 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tensorize.base.errors import CheckpointError
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
-from tensorize.store.manifest import (
-    FORMAT_VERSION,
-    SAVE_AGAIN,
-    read_manifest,
-    sites_from_list,
-)
+from tensorize.store.manifest import FORMAT_VERSION, SAVE_AGAIN, read_manifest, sites_from_list
 from tensorize.store.transformers_config import METHOD
 from tensorize.weight.install import install
 from tensorize.weight.whole_model import settle

@@ -14,12 +14,7 @@ from tensorize.capture.inputs import checked
 from tensorize.codegen.device import kernel
 from tensorize.ir.work import Work
 from tensorize.running.fuse_graph import fuse
-from tensorize.running.in_use import (
-    Kernel,
-    OfferedWorks,
-    every_kernel,
-    kernels_of_weights,
-)
+from tensorize.running.in_use import Kernel, OfferedWorks, every_kernel, kernels_of_weights
 
 
 def kernels(model: nn.Module, example_inputs: Any = None) -> dict[str, Kernel]:

@@ -15,13 +15,7 @@ from torch import nn
 import tensorize
 from benchmarks.quality import text
 from examples.llama import load_pretrained as trained_llama
-from tests.models import (
-    CASES,
-    MLP,
-    Case,
-    parameters,
-    relative,
-)
+from tests.models import CASES, MLP, Case, parameters, relative
 
 ALL = pytest.mark.parametrize("name", CASES)
 

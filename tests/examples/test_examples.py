@@ -13,14 +13,7 @@ import pytest
 import torch
 
 import tensorize
-from examples import (
-    compress_vit,
-    gpt,
-    llama,
-    lora,
-    science_surrogate,
-    serve,
-)
+from examples import compress_vit, gpt, llama, lora, science_surrogate, serve
 from examples.science_surrogate import Solver, Surrogate
 
 
