@@ -14,12 +14,7 @@ from typing import Any
 import torch
 
 from tensorize.base.errors import TensorizeError
-from tensorize.codegen.device.triton_env import (
-    DTYPES,
-    interpreting,
-    load,
-    require_triton,
-)
+from tensorize.codegen.device.triton_env import DTYPES, interpreting, load, require_triton
 from tensorize.codegen.triton.module import Source
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")

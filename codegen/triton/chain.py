@@ -12,23 +12,10 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 
-from tensorize.codegen.triton.module import (
-    Body,
-    Source,
-    assemble,
-    row_block,
-    title,
-)
+from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton.pair import epilogue, inner_loop
 from tensorize.codegen.triton.roles import NotCovered, Tiles, sides
-from tensorize.codegen.triton.text import (
-    DOT,
-    Axis,
-    Dimension,
-    Lines,
-    Operand,
-    power,
-)
+from tensorize.codegen.triton.text import DOT, Axis, Dimension, Lines, Operand, power
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work
 

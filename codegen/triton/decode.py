@@ -15,13 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from tensorize.codegen.triton.module import (
-    Body,
-    Source,
-    assemble,
-    row_block,
-    title,
-)
+from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton.pair import (
     apply_norm,
     core,
@@ -33,15 +27,7 @@ from tensorize.codegen.triton.pair import (
     suffix,
 )
 from tensorize.codegen.triton.roles import NotCovered, Tiles, is_pair, roles
-from tensorize.codegen.triton.text import (
-    DOT,
-    Axis,
-    Dimension,
-    Lines,
-    Operand,
-    power,
-    quotient,
-)
+from tensorize.codegen.triton.text import DOT, Axis, Dimension, Lines, Operand, power, quotient
 from tensorize.ir.work import Work
 
 AT_ONCE = 8

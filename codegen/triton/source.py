@@ -18,14 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tensorize.codegen.triton import (
-    chain,
-    pair,
-    pair_gradients,
-)
-from tensorize.codegen.triton import (
-    decode as triton_decode,
-)
+from tensorize.codegen.triton import chain, pair, pair_gradients
+from tensorize.codegen.triton import decode as triton_decode
 from tensorize.codegen.triton.module import Source
 from tensorize.codegen.triton.roles import NotCovered, Tiles, check, is_pair
 from tensorize.ir.spec import TTSpec

@@ -11,13 +11,7 @@ from dataclasses import replace
 import torch
 
 from tensorize.codegen.triton import chain, decode
-from tensorize.codegen.triton.roles import (
-    CHUNK,
-    Tiles,
-    chunks,
-    held_at_once,
-    is_pair,
-)
+from tensorize.codegen.triton.roles import CHUNK, Tiles, chunks, held_at_once, is_pair
 from tensorize.codegen.triton.text import DOT, power
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Work

@@ -16,12 +16,7 @@ from tensorize.algebra.factors import gram_eigenvectors, left_times
 from tensorize.algebra.metric import Metric, solve_root
 from tensorize.base.progress import Progress, no_progress
 from tensorize.base.tensors import at_work
-from tensorize.passes.curves.curve import (
-    SharedFactor,
-    Spectrum,
-    Store,
-    Weights,
-)
+from tensorize.passes.curves.curve import SharedFactor, Spectrum, Store, Weights
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 

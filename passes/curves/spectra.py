@@ -25,13 +25,7 @@ from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
-from tensorize.passes.curves.curve import (
-    Spectrum,
-    Store,
-    Weights,
-    as_matrix,
-    weights_of,
-)
+from tensorize.passes.curves.curve import Spectrum, Store, Weights, as_matrix, weights_of
 from tensorize.passes.curves.formats import UNASKED, FormatsOption, asked_formats
 from tensorize.passes.curves.joint import with_shared_factors
 from tensorize.passes.curves.metric import site_metrics

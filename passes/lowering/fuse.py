@@ -30,12 +30,7 @@ from tensorize.formats.registry import format_of
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
 from tensorize.passes.lowering.graph import Lowered, memory_of, written
-from tensorize.passes.lowering.norms import (
-    PLUS,
-    TIMES,
-    one_function,
-    written_out,
-)
+from tensorize.passes.lowering.norms import PLUS, TIMES, one_function, written_out
 
 
 class Kernels(Protocol):

@@ -33,12 +33,7 @@ from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.observe.select import (
-    Select,
-    check_weights,
-    named_parameters,
-    require_match,
-)
+from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes

@@ -22,13 +22,7 @@ import torch
 from tensorize.base.errors import CheckpointError
 from tensorize.base.files import draft_of, write_at_once
 from tensorize.base.records import plain, record
-from tensorize.cache.curve_files import (
-    DAMAGE,
-    FORMAT,
-    SHARED_CURVES,
-    Curves,
-    Held,
-)
+from tensorize.cache.curve_files import DAMAGE, FORMAT, SHARED_CURVES, Curves, Held
 from tensorize.ir.sites import Site
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
 from tensorize.passes.curves.formats import FormatsOption

@@ -17,12 +17,7 @@ from torch import Tensor
 from tensorize.algebra.metric import Metric
 from tensorize.base.files import draft_of, into_place
 from tensorize.base.records import plain
-from tensorize.base.tensorfile import (
-    Layout,
-    Writer,
-    is_padding,
-    sha256_of,
-)
+from tensorize.base.tensorfile import Layout, Writer, is_padding, sha256_of
 from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec

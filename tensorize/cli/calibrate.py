@@ -14,11 +14,7 @@ import tensorize
 from tensorize.base.errors import TensorizeError
 from tensorize.base.records import plain
 from tensorize.cli.options import Json
-from tensorize.cli.telling import (
-    errors_told,
-    parse_counts,
-    print_json,
-)
+from tensorize.cli.telling import errors_told, parse_counts, print_json
 from tensorize.codegen.machine import rates
 from tensorize.running import tuning
 

@@ -15,13 +15,7 @@ import tensorize
 from tensorize.base import printer
 from tensorize.cli import options as option
 from tensorize.cli.parse import parse_shares
-from tensorize.cli.sources import (
-    Dtype,
-    Loaded,
-    example_tokens,
-    load_compressed,
-    read_batches,
-)
+from tensorize.cli.sources import Dtype, Loaded, example_tokens, load_compressed, read_batches
 from tensorize.cli.telling import (
     check_target,
     errors_told,

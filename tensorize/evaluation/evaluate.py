@@ -28,12 +28,7 @@ from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import check_model, takes
 from tensorize.capture.synthetic import is_causal, only_ids
 from tensorize.evaluation.evaluation import Evaluation
-from tensorize.evaluation.meter import (
-    Meter,
-    Sample,
-    continued,
-    size_in_bytes,
-)
+from tensorize.evaluation.meter import Meter, Sample, continued, size_in_bytes
 from tensorize.evaluation.quality import CLASSES, OUTPUTS, TEXT
 from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
 from tensorize.evaluation.speed import first_sample, times

@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorize.base import printer
-from tensorize.base.charts import (
-    Scale,
-    budget_steps,
-    budget_ticks,
-    log_ends,
-    log_ticks,
-)
+from tensorize.base.charts import Scale, budget_steps, budget_ticks, log_ends, log_ticks
 from tensorize.base.html import environment
 from tensorize.evaluation.evaluation import Evaluation
 from tensorize.evaluation.quality import NEIGHBOURS

@@ -11,13 +11,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from tensorize.base.printer import format_text, plural
-from tensorize.graphview.text import (
-    GraphText,
-    inner_graphs,
-    is_check,
-    leaves_of,
-    parameter_name,
-)
+from tensorize.graphview.text import GraphText, inner_graphs, is_check, leaves_of, parameter_name
 
 
 @dataclass

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import (
-    dataclass,
-    field,
-    fields,
-)
+from dataclasses import dataclass, field, fields
 
 from tensorize.ir.plan import Prediction, RankPlan, Totals
 

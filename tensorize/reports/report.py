@@ -18,12 +18,7 @@ from tensorize.base.records import by_field, decode, encode, record
 from tensorize.formats.dense import is_dense
 from tensorize.ir.plan import Plan
 from tensorize.reports.curve import Curve
-from tensorize.reports.data import (
-    ReportTotals,
-    RunsBy,
-    SiteReport,
-    Stage,
-)
+from tensorize.reports.data import ReportTotals, RunsBy, SiteReport, Stage
 from tensorize.reports.text import (
     WIDTH,
     hanging,

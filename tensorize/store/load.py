@@ -40,12 +40,7 @@ from tensorize.store.contents import (
     slots_of,
     transient_buffers,
 )
-from tensorize.store.manifest import (
-    SAVE_AGAIN,
-    Manifest,
-    fail,
-    read_manifest,
-)
+from tensorize.store.manifest import SAVE_AGAIN, Manifest, fail, read_manifest
 from tensorize.store.transformers_build import build
 from tensorize.weight import install
 from tensorize.weight.become import all_or_nothing

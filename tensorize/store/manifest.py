@@ -17,12 +17,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.records import plain, record
 from tensorize.ir.spec import NONLINEARITIES
 from tensorize.reports.report import Report
-from tensorize.store.contents import (
-    Contents,
-    Entry,
-    SiteRecord,
-    dtype_of,
-)
+from tensorize.store.contents import Contents, Entry, SiteRecord, dtype_of
 from tensorize.version import __version__
 
 FORMAT, FORMAT_VERSION = "tensorize", 1

@@ -33,13 +33,7 @@ from tensorize.reports.attach import attach, report
 from tensorize.running.in_use import use_kernels
 from tensorize.store.contents import dtype_name, record_of
 from tensorize.store.transformers_config import note_factors
-from tensorize.training.bonds import (
-    Bond,
-    bonds,
-    components,
-    extended,
-    with_ranks,
-)
+from tensorize.training.bonds import Bond, bonds, components, extended, with_ranks
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
