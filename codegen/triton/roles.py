@@ -13,7 +13,7 @@ from tensorize.ir.work import Work
 MOST_RANK = 512
 """Of low rank, of all weights of one result, where the intermediate stays on chip: more does not
 fit into registers on every target, and there is little to lose (from 190 on, fusing two library
-matmuls saves 4 % at most, docs/measured/codegen.md). The kernels for few rows have no such limit."""
+matmuls saves 4 % at most, docs/measured/codegen.md). Kernels for few rows have no such limit."""
 MOST_INNER_RANK, MOST_CORES = 64, 4
 """Of chains: above, library matmuls win (docs/measured/codegen.md)."""
 CHUNK = 256

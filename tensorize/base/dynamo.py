@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,21 +21,7 @@ KNOWN = ("2.11", "2.13")
 _TRACER = "torch._dynamo.convert_frame"
 """What dynamo imports before it traces anything."""
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 # ------------------------------------------------------------------- what it is told of functions
-
-
-def let_it_call_while_tracing(function: _F) -> _F:
-    """Dynamo is to call this while it traces, with what is really there, and never in the graph."""
-
-    def teach() -> None:
-        from torch._dynamo.decorators import assume_constant_result
-
-        assume_constant_result(function)
-
-    hooks.when_imported(_TRACER, teach)
-    return function
 
 
 def answer_private_functions(*names: str) -> None:

@@ -82,25 +82,6 @@ def graphs(function: Callable[..., Any], *inputs: Any) -> list[tuple[fx.GraphMod
     return found
 
 
-def is_a_marked_method_called_while_tracing_only() -> Answer:
-    class Builder:
-        def __init__(self) -> None:
-            self.built: list[int] = []
-
-        @dynamo.let_it_call_while_tracing
-        def build(self, key: int) -> bool:
-            self.built.append(int(str(key)))
-            return True
-
-        def __call__(self, x: Tensor) -> Tensor:
-            return x + len(self.built) if self.build(3) else x
-
-    builder = Builder()
-    called: Any = torch.compile(builder, backend="eager", fullgraph=True)
-    results = [called(X), called(X)]
-    return (builder.built, [torch.equal(y, X + 1) for y in results]), ([3], [True, True])
-
-
 def is_a_private_function_answered_by_what_stands_in_for_a_tensor() -> Answer:
     names = ("_weight_norm", "_grouped_mm")
     dynamo.answer_private_functions(*names)
@@ -193,7 +174,6 @@ def does_inductor_say_that_there_is_no_compiler() -> Answer:
 
 
 QUESTIONS: tuple[Any, ...] = (
-    is_a_marked_method_called_while_tracing_only,
     is_a_private_function_answered_by_what_stands_in_for_a_tensor,
     is_matmul_from_the_left_that_from_the_left,
     has_every_node_the_tensor_that_it_gives,
