@@ -18,7 +18,7 @@ from tensorize.codegen.device.triton_env import DTYPES, interpreting
 from tensorize.codegen.triton.roles import NotCovered
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work
-from tensorize.reports.attach import attach, report
+from tensorize.reports.attach import attach, known_report, report
 from tensorize.reports.data import RunsBy, SiteReport
 from tensorize.weight import whole_model
 from tensorize.weight.contractions import Contractions
@@ -36,9 +36,11 @@ _KINDS = frozenset({"linear", "addmm", "matmul", "einsum", "embedding"})
 
 
 def use_kernels(model: nn.Module, backend: str) -> nn.Module:
-    """Let a model run by what ``backend`` asks for; the report says which weights do by kernels."""
+    """Let a compressed model run by what ``backend`` asks for; its report says which weights do by
+    kernels."""
     measured, device = backend == "auto", device_of(model)
-    found = report(model)
+    found = known_report(model)
+    assert found is not None
     sites = tuple(replace(site, runs_by=()) for site in found.sites)  # what was saved is of there
     some = backend == "triton" or (measured and autotune.known(device))
     # An operation of its own costs a weight that the library wins more than it could gain.
