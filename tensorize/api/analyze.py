@@ -76,7 +76,7 @@ def analyze(
     return analyzed(model, Options.of(locals()))
 
 
-@in_usual_modes
+@in_usual_modes("analyze")
 def analyzed(model: nn.Module, options: Options) -> Analysis:
     """``analyze`` with its options as one record."""
     options.check_data()

@@ -72,7 +72,7 @@ def apply(
     return applied(model, plan, Options.of(locals()))
 
 
-@in_usual_modes
+@in_usual_modes("apply")
 def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     """``apply`` with its options as one record."""
     check_model(model)

@@ -94,7 +94,7 @@ def compile(
     return compiled(model, Options.of(locals()))
 
 
-@in_usual_modes
+@in_usual_modes("compile")
 def compiled(model: nn.Module, options: Options) -> nn.Module:
     """``compile`` with its options as one record."""
     options.check_choice()

@@ -88,7 +88,7 @@ def compile_checkpoint(
     return streamed(Path(directory), Path(out), Options.of(locals()))
 
 
-@in_usual_modes
+@in_usual_modes("compile_checkpoint")
 def streamed(directory: Path, out: Path, options: Options) -> Report:
     """``compile_checkpoint`` with its options as one record."""
     write_factors.check_metric(options.metric)

@@ -17,29 +17,35 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def in_usual_modes(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that is called outside of inference mode, and refuses to run under autocast.
+def in_usual_modes(verb: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """A function that runs outside of inference mode, and refuses to under autocast.
 
     What inference mode makes, no gradient can pass; autocast would round the decompositions.
+
+    Args:
+        verb: what the caller called.
 
     Raises:
         AnalysisError: autocast is on.
     """
 
-    @functools.wraps(function)
-    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-            raise AnalysisError(
-                "tensorize was called under torch.autocast, which would round what it computes "
-                "beside the model, and keep copies of weights that change",
-                way_out="call it outside of it; a model may use autocast inside its forward",
-            )
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False):
-            return function(*args, **kwargs)
+    def decorated(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+                raise AnalysisError(
+                    f"{verb} was called under torch.autocast, which would round what it computes "
+                    "beside the model, and keep copies of weights that change",
+                    way_out="call it outside of it; a model may use autocast inside its forward",
+                )
+            if not torch.is_inference_mode_enabled():
+                return function(*args, **kwargs)
+            with torch.inference_mode(False):
+                return function(*args, **kwargs)
 
-    return called
+        return called
+
+    return decorated
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from tensorize.store import transformers_config
 _METRIC = "shape"
 
 
-@in_usual_modes
+@in_usual_modes("initialize")
 def initialize(
     model: nn.Module,
     budget: float | Budget | None = 0.25,

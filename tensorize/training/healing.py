@@ -88,7 +88,7 @@ class Healing:
         )
 
 
-@in_usual_modes
+@in_usual_modes("heal")
 def heal(
     model: nn.Module,
     teacher: nn.Module,
