@@ -13,10 +13,11 @@ sizes of all its indices, twice when an index is summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
+from tensorize.base.errors import BudgetError
 from tensorize.ir.orders import ContractionPiece, ContractionPlan, Tree
 from tensorize.ir.spec import TTSpec
 
@@ -45,7 +46,9 @@ class _Order(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan_contraction(spec: TTSpec, contract: str = "columns") -> ContractionPlan:
+def plan_contraction(
+    spec: TTSpec, contract: str = "columns", *, memory_limit: int | None = None
+) -> ContractionPlan:
     """The cheapest contraction order of a factorized weight with its input, for every batch.
 
     The operands are the cores and x, with indices (batch of experts, B, columns) for
@@ -59,17 +62,33 @@ def plan_contraction(spec: TTSpec, contract: str = "columns") -> ContractionPlan
     Args:
         spec: the factorization, of at most ``MAX_CORES`` cores.
         contract: ``"columns"`` for y = x Wᵀ, ``"rows"`` for y = x W.
+        memory_limit: the largest number of elements that an intermediate or the output may have
+            (operands, and copies that an implementation makes, are not counted).
+            At every batch for which some tree stays within it, the plan has the cheapest tree that
+            does. The output alone grows with B, so there is a batch from which none does: from
+            there on the plan has the tree of smallest peak (the cheapest of them), and
+            ``peak_elements`` says how far above the limit it is.
 
     Returns:
         The plan. Its pieces cover every batch from 1 on.
 
     Raises:
         ValueError: ``contract`` is neither side, or there are too many cores.
+        BudgetError: no tree stays within ``memory_limit`` at batch 1. The message names the
+            smallest possible peak.
     """
     if contract not in ("columns", "rows"):
         raise ValueError(f"contract is 'columns' or 'rows', got {contract!r}")
-    orders = _search(spec, contract, _envelope)
-    return ContractionPlan(spec, contract, tuple(_pieces(orders)))
+    orders = _search(spec, contract, limited=memory_limit is not None)
+    if memory_limit is not None:
+        smallest = min(order.peak(1) for order in orders)
+        if smallest > memory_limit:
+            raise BudgetError(
+                f"no contraction order of {spec} stays within {memory_limit} elements: the "
+                f"smallest possible peak, for one row, is {smallest}",
+                way_out=f"allow a memory_limit of at least {smallest}, or take smaller ranks",
+            )
+    return ContractionPlan(spec, contract, _pieces(orders, memory_limit))
 
 
 class Pair(NamedTuple):
@@ -139,16 +158,14 @@ def one_order(
 
 def undominated_trees(spec: TTSpec, contract: str) -> tuple[Tree, ...]:
     """The trees that no other is at least as good as, in FLOPs and in peak, at every batch."""
-    return tuple(order.tree for order in _search(spec, contract, _undominated))
+    return tuple(order.tree for order in _search(spec, contract, limited=True))
 
 
 # -------------------------------------------------------------------------------- the search
 
 
-def _search(
-    spec: TTSpec, contract: str, keep: Callable[[list[_Order]], list[_Order]]
-) -> list[_Order]:
-    """Every tree over all operands that ``keep`` finds worth it, as it does those of all parts.
+def _search(spec: TTSpec, contract: str, *, limited: bool) -> list[_Order]:
+    """Every tree over all operands that may be the answer for some batch.
 
     Subsets of cores are bit masks over the cores, sets of indices bit masks over the index names;
     B is in no set, it is in whatever contains x.
@@ -191,6 +208,8 @@ def _search(
     def pair(left: int, right: int, kept: int) -> int:
         joint = left | right
         return elements(joint) * (2 if joint & ~kept else 1)
+
+    keep: Callable[[list[_Order]], list[_Order]] = _undominated if limited else _envelope
 
     merged: list[list[_Order]] = [[] for _ in range(everything + 1)]
     for subset in range(1, everything + 1):
@@ -297,27 +316,72 @@ def _undominated(orders: list[_Order]) -> list[_Order]:
 # -------------------------------------------------------------------------------- the pieces
 
 
-def _pieces(orders: list[_Order]) -> Iterator[ContractionPiece]:
-    """Walk from batch 1 upwards, from each best order to the first batch where another beats it."""
+def _pieces(orders: list[_Order], limit: int | None) -> tuple[ContractionPiece, ...]:
+    """Walk from batch 1 upwards, from each best order to the next one that beats it."""
 
-    def rank(batch: int, order: _Order) -> tuple[object, ...]:
+    def price(order: _Order, batch: int) -> tuple[int, ...]:
+        """What is minimized: FLOPs while the peak fits; first of all the peak where it does not."""
+        if limit is None or order.peak(batch) <= limit:
+            return 0, order.flops(batch)
+        return 1, order.peak(batch), order.flops(batch)
+
+    def rank(order: _Order, batch: int) -> tuple[object, ...]:
         # A lower slope before a smaller peak: where two lines meet, it is the one that stays.
-        price, peak = order.flops(batch), order.peak(batch)
-        return price, order.slope, peak, order.peak_slope, order.peak_constant, str(order.tree)
+        return (
+            price(order, batch),
+            order.slope,
+            order.peak(batch),
+            order.peak_slope,
+            order.peak_constant,
+            str(order.tree),
+        )
 
-    starts = [1]
-    for first in starts:
-        best = min(orders, key=partial(rank, first))
-        turns = (
-            (order.constant - best.constant) // (best.slope - order.slope) + 1
+    def first_better(order: _Order, current: _Order, batch: int) -> int | None:
+        """The first batch after ``batch`` at which ``order`` has the strictly lower price."""
+        points = {batch + 1, *_turning_points(order, current, limit)}
+        for point in sorted(point for point in points if point > batch):
+            if price(order, point) < price(current, point):
+                return point
+        return None
+
+    pieces = []
+    first, current = 1, min(orders, key=lambda order: rank(order, 1))
+    while True:
+        turns = [
+            (turn, order)
             for order in orders
-            if order.slope < best.slope
+            if (turn := first_better(order, current, first)) is not None
+        ]
+        last = min(turn for turn, _ in turns) - 1 if turns else None
+        pieces.append(
+            ContractionPiece(
+                tree=current.tree,
+                first_batch=first,
+                last_batch=last,
+                constant=current.constant,
+                slope=current.slope,
+                peak_constant=current.peak_constant,
+                peak_slope=current.peak_slope,
+            )
         )
-        turn = min(turns, default=None)
-        yield ContractionPiece(
-            best.tree,
-            first,
-            None if turn is None else turn - 1,
-            *(best.constant, best.slope, best.peak_constant, best.peak_slope),
+        if last is None:
+            return tuple(pieces)
+        first = start = last + 1
+        current = min(
+            (order for turn, order in turns if turn == start), key=lambda order: rank(order, start)
         )
-        starts += [] if turn is None else [turn]
+
+
+def _turning_points(a: _Order, b: _Order, limit: int | None) -> set[int]:
+    """Batches between which the prices of two orders cannot change places.
+
+    Prices compare by FLOPs, whether the peak fits, and peaks: straight lines and maxima of them.
+    Where two lines meet at t, the comparison can change at floor(t) (if t is an integer) and after.
+    """
+    meetings = []
+    if a.slope != b.slope:
+        meetings.append((a.constant - b.constant) // (b.slope - a.slope))
+    if limit is not None:
+        meetings += [limit // a.peak_slope, limit // b.peak_slope]
+        meetings += [p.peak_constant // q.peak_slope for p in (a, b) for q in (a, b)]
+    return {batch + step for batch in meetings for step in (0, 1)}

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorize.ir.orders import Tree
+from tensorize.base.errors import BudgetError
+from tensorize.ir.orders import ContractionPlan, Tree
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.orders.by_flops import MAX_CORES, plan_contraction
 from tensorize.weight.contractions import contractions
@@ -247,7 +248,65 @@ def test_plans_are_made_once_and_are_equal_when_made_twice() -> None:
     assert hash(again) == hash(plan_contraction(spec))
 
 
+# -------------------------------------------------------------------------------- the memory limit
+
+
+def expected_under_limit(spec: TTSpec, contract: str, batch: int, limit: int) -> tuple[int, int]:
+    """(FLOPs, -) of the cheapest tree that fits, or (FLOPs, peak) of the smallest that does not."""
+    prices = all_prices(spec, contract, batch)
+    fitting = [flops for flops, peak in prices if peak <= limit]
+    if fitting:
+        return min(fitting), limit
+    peak, flops = min((peak, flops) for flops, peak in prices)
+    return flops, peak
+
+
+@quick
+@given(specs(most=3) | blocks(), st.sampled_from(SIDES), st.sampled_from([8, 50, 300, 2000, 10**5]))
+def test_the_cheapest_that_fits_at_every_batch(spec: TTSpec, contract: str, limit: int) -> None:
+    smallest = min(peak for _, peak in all_prices(spec, contract, 1))
+    if smallest > limit:
+        with pytest.raises(BudgetError, match=f"is {smallest}"):
+            plan_contraction(spec, contract, memory_limit=limit)
+        return
+    plan = plan_contraction(spec, contract, memory_limit=limit)
+    assert covers_every_batch(plan)
+    turns = {*plan.breakpoints, *(b - 1 for b in plan.breakpoints)}
+    for batch in {*range(1, 20), *BATCHES, *turns}:
+        flops, peak = expected_under_limit(spec, contract, batch, limit)
+        assert plan.flops(batch) == flops
+        assert plan.peak_elements(batch) <= peak
+
+
+def covers_every_batch(plan: ContractionPlan) -> bool:
+    first, last = plan.pieces[0], plan.pieces[-1]
+    joined = all(a.last_batch == b.first_batch - 1 for a, b in itertools.pairwise(plan.pieces))
+    return first.first_batch == 1 and last.last_batch is None and joined
+
+
+def test_a_limit_that_never_binds_changes_nothing_while_it_does_not() -> None:
+    spec = TTSpec((16, 16, 16), (16, 16, 16), (32, 32))
+    free, limited = plan_contraction(spec), plan_contraction(spec, memory_limit=10**12)
+    for batch in BATCHES:
+        assert limited.flops(batch) == free.flops(batch)
+
+
+def test_a_limit_below_the_weight_forbids_rebuilding_it() -> None:
+    spec = TTSpec((16, 16, 16), (16, 16, 16), (32, 32))
+    limit = 4096 * 4096 - 1
+    plan = plan_contraction(spec, memory_limit=limit)
+    reach = limit // 131072  # the largest intermediate of the other orders has 131072 B elements
+    assert plan.peak_elements(reach) <= limit
+    assert plan.piece(reach).tree == (("x", (0, 1)), 2)
+
+
 # --------------------------------------------------------------------------------------- refusals
+
+
+def test_a_limit_below_every_peak_names_the_smallest_possible_one() -> None:
+    with pytest.raises(BudgetError, match=r"within 700 elements.*for one row, is 768") as caught:
+        plan_contraction(TTSpec.low_rank(768, 3072, 64), memory_limit=700)
+    assert "at least 768" in str(caught.value)
 
 
 def test_sides_and_lengths_that_do_not_exist_are_refused() -> None:
