@@ -62,6 +62,8 @@ def side_by_side(
 
 
 def _one_thread() -> None:
+    # At its first question a thread takes the process's number, which may be another's by then.
+    torch.get_num_threads()
     torch.set_num_threads(1)
 
 

@@ -30,8 +30,9 @@ def test_results_come_in_order_whatever_they_take() -> None:
 
 
 def test_small_items_have_one_thread_and_others_all() -> None:
-    threads = list(side_by_side(lambda k: torch.get_num_threads(), range(9), lambda k: k % 4 != 2))
-    assert threads == [3 if k % 4 == 2 else 1 for k in range(9)]
+    for _ in range(200):  # a number that another thread sets meanwhile came through some times
+        found = side_by_side(lambda k: torch.get_num_threads(), range(9), lambda k: k % 4 != 2)
+        assert list(found) == [3 if k % 4 == 2 else 1 for k in range(9)]
     assert torch.get_num_threads() == 3
 
 
