@@ -93,20 +93,18 @@ def verify(stage: Record, step: str) -> None:
     Raises:
         AnalysisError: naming the pass and the site that broke it.
     """
-
     fail = partial(_fail, step)
     if not isinstance(stage, WithSites):
         return
-    names = [site.name for site in stage.sites]
-    if len(set(names)) != len(names):
+    sites = {site.name: site for site in stage.sites}
+    if len(sites) != len(stage.sites):
         fail("two sites have the same name")
     for label in ("statistics", "spectra"):
         for name in getattr(stage, label, {}):
-            if name not in names:
+            if name not in sites:
                 fail(f"{label} of something that is no site", name)
     if not isinstance(stage, Planned):
         return
-    sites = {site.name: site for site in stage.sites}
     for choice in stage.plan.sites:
         site = sites.get(choice.name)
         if site is None:

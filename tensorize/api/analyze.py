@@ -203,8 +203,7 @@ def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> t
 
 def cost_line(found: Found) -> str:
     """One line: what the analysis will do, and roughly for how long."""
-    free = [site for site in found.sites if site.blocked is None]
-    flops = 0.0
+    flops, free = 0.0, found.free
     for site in free:
         m, n = site.matrix
         k = min(m, n)

@@ -84,10 +84,10 @@ def write(base: str, curves: Curves, analysed: Analysed) -> None:
     for curve in analysed.spectra.values():
         if curve.site.name not in curves.files:
             curves.keep(replace(curve, shared=None))
-    for group, members in _shared_groups(analysed).items():
+    predictor, shared = analysed.predictor, _shared_groups(analysed)
+    for group, members in shared.items():
         if SHARED_CURVES + group not in curves.files:
             curves.keep_shared(group, members)
-    predictor, shared = analysed.predictor, _shared_groups(analysed)
     data = {
         "metric": analysed.metric,
         "seed": analysed.seed,
