@@ -26,7 +26,7 @@ from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.candidates import COSTS, Points, curve_points
-from tensorize.passes.allocate.optimise import TooTight, solve
+from tensorize.passes.allocate.choose import Tiers
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.prior import ladder
 from tensorize.reports.attach import attach, report
@@ -211,10 +211,10 @@ class RankSchedule:
         others = before - sum(factors.spec.parameters for _, factors in weights)
         caps = np.full(len(COSTS), np.inf)
         caps[0] = allowed - others
-        try:
-            choice = solve(points, caps).choice
-        except TooTight:  # between two changes the least there is may be above the cubic
-            choice = [int(np.argmin(p.costs[:, 0])) for p in points]
+        found = Tiers.of([points], [0]).least_lost(caps)
+        # Between two changes the least there is may be above the cubic.
+        smallest = [int(np.argmin(p.costs[:, 0])) for p in points]
+        choice = smallest if found is None else found.choice
         shrunk = grown = 0
         for (name, factors), p, k in zip(weights, points, choice, strict=True):
             spec = p.spec(k)
