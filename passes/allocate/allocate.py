@@ -26,13 +26,15 @@ from tensorize.passes.allocate.candidates import (
     forced_point,
     other_costs,
     scales,
+    takes_ranks,
 )
 from tensorize.passes.allocate.choose import Chosen
 from tensorize.passes.allocate.demand import Demand
 from tensorize.passes.allocate.feasible import refusal
-from tensorize.passes.allocate.flops import element_size
+from tensorize.passes.allocate.flops import element_size, not_run
 from tensorize.passes.allocate.groups import group_points
 from tensorize.passes.allocate.slower import slow_choices, without_slow_points
+from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.observe.select import matches, require_match
 from tensorize.passes.stages import Analysed, Planned
@@ -99,6 +101,7 @@ class Allocate:
             analysed,
             (*([] if fast is None else [fast]), *tiers),
             int(fast is not None),
+            len(tiers) > 1,
             (*COSTS, *(f"latency[{k}]" for k in range(len(self.batch_sizes)))),
             other_costs(analysed, self.batch_sizes),
             dense_totals(analysed, self.batch_sizes),
@@ -107,8 +110,17 @@ class Allocate:
 
     # ---------------------------------------------------------------------------- the points
 
+    def _allowed(self, curve: Spectrum) -> tuple[str, ...]:
+        """The formats that a weight may take."""
+        return curve.formats if self.formats is None else self.formats[curve.site.name]
+
     def _points(self, analysed: Analysed, *, last_resort: bool) -> list[Points]:
-        overrides = _overrides(analysed.sites, self.ranks)
+        unable = {
+            name: f"of formats={'/'.join(self._allowed(curve))} it can take none at a rank"
+            for name, curve in analysed.spectra.items()
+            if not takes_ranks(curve, self._allowed(curve))
+        }
+        overrides = _overrides(analysed.sites, self.ranks, unable)
         load, scale = (self.batch_sizes, analysed.machine), scales(analysed)
         result = []
         for site in analysed.sites:
@@ -124,17 +136,19 @@ class Allocate:
                     )
                 result.append(dense_point(site, itemsize, site.blocked or "no curve", *load))
                 continue
+            allowed = self._allowed(curve)
             if forced is not None:
-                allowed = curve.formats if self.formats is None else self.formats[site.name]
                 result.append(
                     forced_point(curve, forced, itemsize, load[0], allowed, machine=load[1])
                 )
             elif site.last_resort and not last_resort:
                 result.append(dense_point(site, itemsize, site.last_resort, *load))
             elif self.budget is None:
-                result.append(dense_point(site, itemsize, "not named by ranks=", *load))
+                why = "not named by ranks="
+                if site.name in unable and any(matches(site, each) for each in self.ranks or {}):
+                    why = unable[site.name]
+                result.append(dense_point(site, itemsize, why, *load))
             else:
-                allowed = curve.formats if self.formats is None else self.formats[site.name]
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
                 result.append(curve_points(*given, scale[site.name]))
         names = {
@@ -151,9 +165,8 @@ class Allocate:
         used = other_costs(analysed, self.batch_sizes)
         used = used + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
-        slow = slow_choices(
-            analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
-        )
+        run = analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
+        slow = slow_choices(*run)
         for name, those in slow.items():
             batches = ", ".join(f"{each.batch:,}" for each in those)
             reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
@@ -167,7 +180,7 @@ class Allocate:
         predicted = Prediction(
             parameters=int(used[0]),
             bytes=int(used[1]),
-            flops=int(used[2]),
+            flops=int(used[2]) - not_run(*run),
             output_error=error,
             loss=loss,
             loss_interval=interval,
@@ -213,7 +226,10 @@ def check_ranks(ranks: RanksOption) -> RanksOption:
     return ranks
 
 
-def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str]:
+def _overrides(
+    sites: Sequence[Site], ranks: RanksOption, unable: Mapping[str, str]
+) -> dict[str, int | str]:
+    """The ranks that are asked for. A pattern leaves out weights that stay dense or are unable."""
     check_ranks(ranks)
     require_match(sites, list(ranks or {}), "ranks")
     chosen: dict[str, int | str] = {}
@@ -228,7 +244,15 @@ def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str
                 site=named[0].name,
                 way_out="name one of them in full, where it can be factorized, or leave it out",
             )
-        for site in free:
+        able = [site for site in free if site.name not in unable]
+        if not able or (exact and len(able) < len(free)):
+            first = next(site.name for site in free if site.name in unable)
+            raise AnalysisError(
+                f"ranks[{pattern!r}] cannot be met: {unable[first]}",
+                site=first,
+                way_out="formats='low_rank', which every weight can take, or leave it out of ranks=",
+            )
+        for site in able:
             chosen.setdefault(site.name, rank)
     return chosen
 

@@ -18,6 +18,9 @@ from tensorize.passes.allocate.optimise import Choices, choices_of
 WORTH = 1.05
 """By what factor the distortion may grow so that no weight is slower than dense."""
 
+REBUILT = 10.0
+"""By what factor it may grow so that no weight is rebuilt at every call."""
+
 _LEVELS = 2
 """How often it is looked between two choices, and between two of those."""
 
@@ -41,67 +44,75 @@ class Chosen:
 class Tiers:
     """The choices of a model: of what is fastest first; each tier may do what those before do.
 
-    ``limited`` are the costs (columns) that a budget may limit.
+    ``limited`` are the costs (columns) that a budget may limit. ``rebuilt``: the last tier is of
+    choices that rebuild weights of last resort.
     """
 
     points: tuple[Sequence[Points], ...]
     choices: tuple[tuple[Choices, ...], ...]
     limited: tuple[int, ...]
+    rebuilt: bool = False
 
     @classmethod
-    def of(cls, points: Sequence[Sequence[Points]], limited: Sequence[int]) -> Tiers:
+    def of(
+        cls, points: Sequence[Sequence[Points]], limited: Sequence[int], *, rebuilt: bool = False
+    ) -> Tiers:
         choices = tuple(choices_of(each, limited) for each in points)
-        return cls(tuple(points), choices, tuple(limited))
+        return cls(tuple(points), choices, tuple(limited), rebuilt)
+
+    def _rebuilds(self, tier: int) -> bool:
+        return self.rebuilt and tier == len(self.choices) - 1
 
     def least_lost(self, caps: np.ndarray) -> Chosen | None:
         """What loses least within the caps; None where nothing fits."""
         columns = list(self.limited)
 
-        def given_up(one: Choices, rows: np.ndarray, faster: Choices) -> np.ndarray:
+        def given_up(
+            one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool
+        ) -> np.ndarray:
             costs = {column: one.costs[rows, column] for column in columns}
-            return faster.cover(WORTH * one.objective[rows], costs)
+            return faster.cover((REBUILT if rebuilds else WORTH) * one.objective[rows], costs)
 
         return self._first(
             lambda one: one.within(caps),
             lambda one: (one.lost, one.objective, one.costs[:, columns[0]]),
             given_up,
             lambda one, k: one.after(k),
-            lambda one, k: (
-                one.objective[k],
-                max(each.least_objective(caps) for each in self.choices[-1]),
-            ),
+            lambda one: one.objective,
+            lambda one: one.least_objective(caps),
         )
 
     def least_parameters(self, lost: float) -> Chosen | None:
         """The fewest parameters that lose no more than this; None where all lose more."""
         limited = np.isfinite(lost)
 
-        def given_up(one: Choices, rows: np.ndarray, faster: Choices) -> np.ndarray:
+        def given_up(
+            one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool
+        ) -> np.ndarray:
             most = one.objective[rows] if limited else np.full(len(rows), np.inf)
-            return faster.cover(most, {0: WORTH * one.costs[rows, 0]})
+            return faster.cover(most, {0: (np.inf if rebuilds else WORTH) * one.costs[rows, 0]})
 
         return self._first(
             lambda one: np.flatnonzero(one.lost <= lost),
             lambda one: (one.costs[:, 0], one.lost, one.objective),
             given_up,
             lambda one, k: one.after(k - 1),
-            lambda one, k: (
-                one.costs[k, 0],
-                max(each.least_cost(lost) for each in self.choices[-1]) if limited else np.inf,
-            ),
+            lambda one: one.costs[:, 0],
+            lambda one: one.least_cost(lost),
         )
 
     def _first(
         self,
         allowed: Callable[[Choices], np.ndarray],
         key: Callable[[Choices], tuple[np.ndarray, ...]],
-        given_up: Callable[[Choices, np.ndarray, Choices], np.ndarray],
+        given_up: Callable[[Choices, np.ndarray, Choices, bool], np.ndarray],
         beside: Callable[[Choices, int], Choices | None],
-        figures: Callable[[Choices, int], tuple[float, float]],
+        figure: Callable[[Choices], np.ndarray],
+        bound: Callable[[Choices], float],
     ) -> Chosen | None:
         """The allowed choice of least key, those beside it included, that is not given up.
 
-        ``figures`` are what is minimised and what no choice is below.
+        ``figure`` is what is minimised, ``bound`` what no choice at all is below in it.
         """
         best: tuple[tuple[float, ...], int, Choices, int] | None = None
 
@@ -117,7 +128,7 @@ class Tiers:
                 rows = rows[np.lexsort([part[rows] for part in key(one)][::-1])]
                 gone = np.zeros(len(rows), dtype=bool)
                 for faster in (each for parts in self.choices[:tier] for each in parts):
-                    gone |= given_up(one, rows, faster)
+                    gone |= given_up(one, rows, faster, self._rebuilds(tier))
                 if gone.all():
                     continue
                 k = int(rows[np.argmin(gone)])
@@ -134,6 +145,7 @@ class Tiers:
         if best is None:
             return None
         _, tier, one, k = best
-        mine, least = figures(one, k)
-        gap = 1 - min(mine, least) / mine if mine > 0 else 0.0
-        return Chosen(self.points[tier], one.pick(k), max(0.0, float(gap)))
+        every = self.choices[-1 if self._rebuilds(tier) or not self.rebuilt else -2]
+        mine = float(figure(one)[k])
+        least = min(mine, max(map(bound, every)))
+        return Chosen(self.points[tier], one.pick(k), 1 - least / mine if mine > 0 else 0.0)

@@ -23,13 +23,15 @@ _ROUNDING = 1e-9
 class Demand:
     """The points of every weight, by tiers: of what is fastest first.
 
-    ``fast``: how many of the tiers are there for speed alone, and of no use to a limit on times.
+    ``fast``: how many of the tiers are there for speed alone, and of no use to a limit on times;
+    ``rebuilt``: whether the last one may rebuild weights of last resort.
     ``names`` are those of the costs. ``overhead`` is what everything else costs.
     """
 
     analysed: Analysed
     tiers: tuple[Sequence[Points], ...]
     fast: int
+    rebuilt: bool
     names: tuple[str, ...]
     overhead: np.ndarray
     dense: Totals
@@ -65,7 +67,10 @@ class Demand:
         key = limited, budget.error, budget.latency is None
         if key not in self._known:
             tiers = self.tiers_within(budget.error, fast=budget.latency is None)
-            self._known[key] = Tiers.of(tiers, limited)
+            error = np.inf if budget.error is None else budget.error
+            last = [_within(p, error) for p in self.tiers[-1]]
+            rebuilt = self.rebuilt and _is_whole(last)
+            self._known[key] = Tiers.of(tiers, limited, rebuilt=rebuilt)
         return self._known[key]
 
     def tiers_within(self, error: float | None, *, fast: bool = True) -> list[Sequence[Points]]:
@@ -74,7 +79,7 @@ class Demand:
         if error is None:
             return tiers
         within = [[_within(p, error) for p in tier] for tier in tiers]
-        return [tier for tier in within if all(len(p.labels) for p in tier)]
+        return [tier for tier in within if _is_whole(tier)]
 
     def predicted(self, lost: float) -> float:
         """The rise of the loss that goes with a sum of distortions."""
@@ -120,6 +125,11 @@ class Demand:
             if best[1][j] > caps[j] + self.overhead[j]:
                 needed[costs[j]] = max(needed.get(costs[j], 0.0), float(best[1][j]))
         return needed
+
+
+def _is_whole(tier: Sequence[Points]) -> bool:
+    """Whether there are points for every weight."""
+    return all(len(p.labels) for p in tier)
 
 
 def _within(points: Points, error: float) -> Points:

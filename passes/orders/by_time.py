@@ -101,6 +101,37 @@ def timed_plan(
     return ContractionPlan(spec, contract, tuple(pieces))
 
 
+_STARTS = (1, *(batch // 2 + 1 for batch in GRID[1:]))
+"""The batches at which ranges may begin."""
+
+
+@lru_cache(maxsize=4096)
+def most_flops(
+    spec: TTSpec, contract: str, machine: Machine, batches: tuple[int, ...], dtype: str = "float32"
+) -> int:
+    """The most FLOPs a row, at one of some batches, of the orders that may run.
+
+    Which of them runs depends on the range of batches that it is the fastest in, and the ranges are
+    those of the whole model.
+    """
+    found = 0
+    for kind in dict.fromkeys((dtype, "float32")):  # what a CPU may multiply halves in
+        trees, times = priced(spec, contract, machine, kind)
+        lost = _lost(times)
+        ranges = [(a, b - 1) for a, b in combinations(_STARTS, 2)] + [(a, None) for a in _STARTS]
+        fastest = {
+            ends: int(np.argmin(lost[:, _inside(*ends)].sum(1)))
+            for ends in ranges
+            if any(ends[0] <= batch <= (ends[1] or batch) for batch in batches)
+        }
+        pieces = {k: piece_of(spec, contract, trees[k], 1, None) for k in fastest.values()}
+        for (first, last), k in fastest.items():
+            for batch in batches:
+                if first <= batch <= (last or batch):
+                    found = max(found, -(-pieces[k].flops(batch) // batch))
+    return found
+
+
 def question(spec: TTSpec, contract: str, dtype: str, first: int, last: int | None) -> str:
     """What an order that was timed is remembered by."""
     return f"{spec} {contract} {dtype} {first} to {last or 'any'}"
@@ -128,8 +159,12 @@ def contenders(
 def common_breakpoints(
     uses: Iterable[tuple[TTSpec, str, str]], machine: Machine
 ) -> tuple[int, ...]:
-    """At most two batches where orders change, the best for all (spec, contract, dtype)."""
-    lost = [_lost(priced(spec, contract, machine, dtype)[1]) for spec, contract, dtype in uses]
+    """At most two batches where orders change, the best for all (spec, contract, dtype).
+
+    What is there several times counts once: so much follows from a plan.
+    """
+    alike = dict.fromkeys(uses)
+    lost = [_lost(priced(spec, contract, machine, dtype)[1]) for spec, contract, dtype in alike]
     if not lost:
         return ()
 
@@ -140,7 +175,7 @@ def common_breakpoints(
             for first, last in _ranges(breakpoints)
         ) / (len(lost) * len(GRID))
 
-    starts = [batch // 2 + 1 for batch in GRID[1:]]
+    starts = _STARTS[1:]
     options = [()] + [(a,) for a in starts] + list(combinations(starts, 2))
     return min(options, key=lambda option: (total(option) + _WORTH * len(option), len(option)))
 
