@@ -17,6 +17,7 @@ from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan, Prediction
 from tensorize.ir.sites import Site
+from tensorize.passes.allocate.alike import together
 from tensorize.passes.allocate.candidates import (
     COSTS,
     Points,
@@ -31,7 +32,7 @@ from tensorize.passes.allocate.candidates import (
 from tensorize.passes.allocate.choose import Chosen
 from tensorize.passes.allocate.demand import Demand
 from tensorize.passes.allocate.feasible import refusal
-from tensorize.passes.allocate.flops import element_size, not_run
+from tensorize.passes.allocate.flops import element_size
 from tensorize.passes.allocate.groups import group_points
 from tensorize.passes.allocate.slower import slow_choices, without_slow_points
 from tensorize.passes.curves.curve import Spectrum
@@ -50,7 +51,8 @@ class Allocate:
     """Chooses formats and ranks: the plan.
 
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
-    that it does not name stay dense.
+    that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
+    ``notes`` are for the plan.
     """
 
     budget: Budget | None
@@ -60,6 +62,8 @@ class Allocate:
     refine: str | None = None
     rank_multiple: int = 1
     fingerprint: str = ""
+    even: bool = False
+    notes: tuple[str, ...] = ()
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -106,6 +110,7 @@ class Allocate:
             other_costs(analysed, self.batch_sizes),
             dense_totals(analysed, self.batch_sizes),
             self.refine,
+            self.even,
         )
 
     # ---------------------------------------------------------------------------- the points
@@ -156,6 +161,8 @@ class Allocate:
             for site in analysed.sites
             if self.formats is None or joins(self.formats.get(site.name, ()))
         }
+        if self.even:
+            return together(result)
         return _grouped(result, analysed, names, scale, self.rank_multiple, self.batch_sizes)
 
     # ------------------------------------------------------------------------------ the plan
@@ -165,8 +172,9 @@ class Allocate:
         used = other_costs(analysed, self.batch_sizes)
         used = used + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
-        run = analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
-        slow = slow_choices(*run)
+        slow = slow_choices(
+            analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
+        )
         for name, those in slow.items():
             batches = ", ".join(f"{each.batch:,}" for each in those)
             reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
@@ -180,7 +188,7 @@ class Allocate:
         predicted = Prediction(
             parameters=int(used[0]),
             bytes=int(used[1]),
-            flops=int(used[2]) - not_run(*run),
+            flops=int(used[2]),
             output_error=error,
             loss=loss,
             loss_interval=interval,
@@ -199,7 +207,7 @@ class Allocate:
             refine=self.refine,
             gap=found.gap,
             machine=analysed.machine.name,
-            notes=analysed.notes,
+            notes=(*analysed.notes, *self.notes),
         )
 
 

@@ -45,20 +45,26 @@ class Tiers:
     """The choices of a model: of what is fastest first; each tier may do what those before do.
 
     ``limited`` are the costs (columns) that a budget may limit. ``rebuilt``: the last tier is of
-    choices that rebuild weights of last resort.
+    choices that rebuild weights of last resort. ``even``: none between those of the paths.
     """
 
     points: tuple[Sequence[Points], ...]
     choices: tuple[tuple[Choices, ...], ...]
     limited: tuple[int, ...]
     rebuilt: bool = False
+    even: bool = False
 
     @classmethod
     def of(
-        cls, points: Sequence[Sequence[Points]], limited: Sequence[int], *, rebuilt: bool = False
+        cls,
+        points: Sequence[Sequence[Points]],
+        limited: Sequence[int],
+        *,
+        rebuilt: bool = False,
+        even: bool = False,
     ) -> Tiers:
-        choices = tuple(choices_of(each, limited) for each in points)
-        return cls(tuple(points), choices, tuple(limited), rebuilt)
+        choices = tuple(choices_of(each, limited, even=even) for each in points)
+        return cls(tuple(points), choices, tuple(limited), rebuilt, even)
 
     def _rebuilds(self, tier: int) -> bool:
         return self.rebuilt and tier == len(self.choices) - 1
@@ -133,7 +139,7 @@ class Tiers:
                     continue
                 k = int(rows[np.argmin(gone)])
                 consider(tier, one, k)
-                for _ in range(_LEVELS):
+                for _ in range(0 if self.even else _LEVELS):
                     others = beside(one, k)
                     if others is None or len(others.lost) < 2:
                         break

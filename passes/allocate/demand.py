@@ -11,6 +11,7 @@ import torch
 from tensorize.base.errors import BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Totals
+from tensorize.passes.allocate.alike import with_the_rest_spent
 from tensorize.passes.allocate.candidates import COSTS, Points
 from tensorize.passes.allocate.choose import Chosen, Tiers
 from tensorize.passes.stages import Analysed
@@ -36,6 +37,7 @@ class Demand:
     overhead: np.ndarray
     dense: Totals
     refine: str | None
+    even: bool = False
     _known: dict[object, Tiers] = field(default_factory=dict)
 
     def choose(self, budget: Budget) -> Chosen | None:
@@ -48,7 +50,7 @@ class Demand:
         chosen = tiers.least_lost(self.caps(budget))
         if chosen is None or chosen.lost > self._most_lost(budget):
             return None
-        return chosen
+        return with_the_rest_spent(chosen, self.caps(budget)) if self.even else chosen
 
     def limits(self, budget: Budget) -> dict[str, float]:
         return budget.limits(self.dense)
@@ -70,7 +72,7 @@ class Demand:
             error = np.inf if budget.error is None else budget.error
             last = [_within(p, error) for p in self.tiers[-1]]
             rebuilt = self.rebuilt and _is_whole(last)
-            self._known[key] = Tiers.of(tiers, limited, rebuilt=rebuilt)
+            self._known[key] = Tiers.of(tiers, limited, rebuilt=rebuilt, even=self.even)
         return self._known[key]
 
     def tiers_within(self, error: float | None, *, fast: bool = True) -> list[Sequence[Points]]:

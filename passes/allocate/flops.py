@@ -9,10 +9,9 @@ import torch
 
 from tensorize.formats.registry import format_of
 from tensorize.ir.machine import GENERIC, Machine
-from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec, TTSpec
-from tensorize.passes.orders.by_time import common_breakpoints, most_flops, timed_plan
+from tensorize.passes.orders.by_time import timed_plan
 
 
 def element_size(site: Site) -> int:
@@ -28,44 +27,15 @@ def dense_flops(site: Site) -> int:
 def spec_flops(
     site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Machine = GENERIC
 ) -> Any:
-    """FLOPs of one input row through the cores, the worst over the batch sizes.
-
-    Where an order is planned, of the orders that may run the one with the most: which it is depends
-    on the rest of the model.
-    """
+    """FLOPs of one input row through the cores, in the order that runs, the worst batch size's."""
     form, total = format_of(spec), 0
-    batches = tuple(batch_sizes)
     for use in site.uses:
         if form.planned and use.contract != "lookup":
             assert isinstance(spec, TTSpec)
-            total += most_flops(spec, use.contract, machine, batches, site.dtype)
+            # A CPU may multiply halves in float32, and then the order is that one's.
+            kinds = dict.fromkeys((site.dtype, "float32"))
+            plans = [timed_plan(spec, use.contract, machine, dtype=kind) for kind in kinds]
+            total += max(-(-p.flops(batch) // batch) for p in plans for batch in batch_sizes)
         else:
             total = total + form.flops(spec, use.contract)
     return total
-
-
-def not_run(
-    sites: Sequence[Site],
-    choices: Sequence[RankPlan],
-    batch_sizes: Sequence[int],
-    machine: Machine,
-) -> int:
-    """By how much the FLOPs of a whole plan are fewer than those that its weights may need."""
-    known = {site.name: site for site in sites}
-    planned = [
-        (known[choice.name], choice.spec)
-        for choice in choices
-        if isinstance(choice.spec, TTSpec) and format_of(choice.spec).planned
-    ]
-    turns = common_breakpoints(
-        ((spec, side, site.dtype) for site, spec in planned for side in ("columns", "rows")),
-        machine,
-    )
-    fewer = 0
-    for site, spec in planned:
-        for use in site.uses:
-            if use.contract != "lookup":
-                plan = timed_plan(spec, use.contract, machine, turns, site.dtype)
-                fewer += most_flops(spec, use.contract, machine, tuple(batch_sizes), site.dtype)
-                fewer -= max(-(-plan.flops(batch) // batch) for batch in batch_sizes)
-    return fewer

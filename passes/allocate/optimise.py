@@ -141,13 +141,18 @@ class Path(Choices):
         )
 
 
-def choices_of(points: Sequence[Points], limited: Sequence[int]) -> tuple[Choices, ...]:
-    """The choices among which every budget of these limited costs (columns) finds its plan."""
+def choices_of(
+    points: Sequence[Points], limited: Sequence[int], *, even: bool = False
+) -> tuple[Choices, ...]:
+    """The choices among which every budget of these limited costs (columns) finds its plan.
+
+    ``even``: along paths alone, on which weights of one curve are never far from each other.
+    """
     if not points:
         none = np.zeros((1, max(limited, default=0) + 1))
         return (Choices(none, np.zeros(1), np.zeros(1), lambda k: []),)
     columns = _independent(points, limited)
-    every = _undominated_choices(points, columns)
+    every = None if even else _undominated_choices(points, columns)
     return _paths(points, columns) if every is None else (every,)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -26,10 +26,9 @@ GRID = tuple(2**k for k in range(13))
 """The batches at which orders are priced."""
 
 BREAKPOINTS = (9, 129)
-"""Where ranges begin when nothing is known of the model: generating, small batches, large ones."""
+"""Where ranges begin: generating, small batches, large ones."""
 
 _TIMED = 4  # orders of each range, where they are timed
-_WORTH = 0.02  # a range must save so much of the time, on a mean over weights and batches
 
 
 def all_trees(operands: Sequence[Tree]) -> Iterator[Tree]:
@@ -101,37 +100,6 @@ def timed_plan(
     return ContractionPlan(spec, contract, tuple(pieces))
 
 
-_STARTS = (1, *(batch // 2 + 1 for batch in GRID[1:]))
-"""The batches at which ranges may begin."""
-
-
-@lru_cache(maxsize=4096)
-def most_flops(
-    spec: TTSpec, contract: str, machine: Machine, batches: tuple[int, ...], dtype: str = "float32"
-) -> int:
-    """The most FLOPs a row, at one of some batches, of the orders that may run.
-
-    Which of them runs depends on the range of batches that it is the fastest in, and the ranges are
-    those of the whole model.
-    """
-    found = 0
-    for kind in dict.fromkeys((dtype, "float32")):  # what a CPU may multiply halves in
-        trees, times = priced(spec, contract, machine, kind)
-        lost = _lost(times)
-        ranges = [(a, b - 1) for a, b in combinations(_STARTS, 2)] + [(a, None) for a in _STARTS]
-        fastest = {
-            ends: int(np.argmin(lost[:, _inside(*ends)].sum(1)))
-            for ends in ranges
-            if any(ends[0] <= batch <= (ends[1] or batch) for batch in batches)
-        }
-        pieces = {k: piece_of(spec, contract, trees[k], 1, None) for k in fastest.values()}
-        for (first, last), k in fastest.items():
-            for batch in batches:
-                if first <= batch <= (last or batch):
-                    found = max(found, -(-pieces[k].flops(batch) // batch))
-    return found
-
-
 def question(spec: TTSpec, contract: str, dtype: str, first: int, last: int | None) -> str:
     """What an order that was timed is remembered by."""
     return f"{spec} {contract} {dtype} {first} to {last or 'any'}"
@@ -159,25 +127,18 @@ def contenders(
 def common_breakpoints(
     uses: Iterable[tuple[TTSpec, str, str]], machine: Machine
 ) -> tuple[int, ...]:
-    """At most two batches where orders change, the best for all (spec, contract, dtype).
+    """The ``BREAKPOINTS`` at which the order of any (spec, contract, dtype) changes.
 
-    What is there several times counts once: so much follows from a plan.
+    So what a weight costs does not depend on the others of its model.
     """
-    alike = dict.fromkeys(uses)
-    lost = [_lost(priced(spec, contract, machine, dtype)[1]) for spec, contract, dtype in alike]
-    if not lost:
-        return ()
+    turns = {turn for use in dict.fromkeys(uses) for turn in _turns(*use, machine)}
+    return tuple(sorted(turns))
 
-    def total(breakpoints: Sequence[int]) -> float:
-        return sum(
-            float(each[:, _inside(first, last)].sum(1).min())
-            for each in lost
-            for first, last in _ranges(breakpoints)
-        ) / (len(lost) * len(GRID))
 
-    starts = _STARTS[1:]
-    options = [()] + [(a,) for a in starts] + list(combinations(starts, 2))
-    return min(options, key=lambda option: (total(option) + _WORTH * len(option), len(option)))
+@lru_cache(maxsize=4096)
+def _turns(spec: TTSpec, contract: str, dtype: str, machine: Machine) -> tuple[int, ...]:
+    pieces = timed_plan(spec, contract, machine, dtype=dtype).pieces
+    return tuple(b.first_batch for a, b in pairwise(pieces) if a.tree != b.tree)
 
 
 def _lost(times: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ class Reference:
                     error += float((a.rows - b.rows).double().square().sum())
                     size += float(centred.square().sum())
         rise = sum(total for total, _ in rises) / max(sum(count for _, count in rises), 1)
-        means = torch.tensor([total / max(count, 1) for total, count in rises])
+        means = torch.tensor([t / max(count, 1) for t, count in rises], dtype=torch.float32)
         spread = 0.0
         if len(means) > 1 and rise > 0:
             spread = float(means.std() / len(means) ** 0.5 / rise)

@@ -80,25 +80,37 @@ class Analysis:
             chosen = formats_by_site(self.program.free, options.formats)
             for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
+        refine, why_not = self._refinement(options.refine, options.budget)
         return Allocate(
             options.budget,
             ranks=options.ranks,
             formats=chosen,
             batch_sizes=options.batch_sizes,
-            refine=self._refinement(options.refine, options.budget),
+            refine=refine,
+            notes=() if why_not is None else (f"no refit: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
         )
 
-    def _refinement(self, refine: str | None, budget: Budget | None) -> str | None:
-        """What ``refine`` comes to; raises AnalysisError where it cannot be done or predicted."""
-        limited = budget is not None and budget.error is not None
+    def _refinement(
+        self, refine: str | None, budget: Budget | None
+    ) -> tuple[str | None, str | None]:
+        """What ``refine`` comes to, and why "auto" is no refit.
+
+        Raises:
+            AnalysisError: it cannot be done or predicted.
+        """
         predictor = self.program.predictor
         if refine == "auto":
-            pays = self.calibration and (predictor is None or predictor.pays(REFIT))
-            return REFIT if pays and not limited else None
+            if not self.calibration:
+                return None, "there are no calibration data"
+            if budget is not None and budget.error is not None:
+                return None, "it moves errors between weights, and the budget limits each"
+            if predictor is not None and not predictor.pays(REFIT):
+                return None, "in trials it did not lower the loss"
+            return REFIT, None
         if refine is None:
-            return None
+            return None, None
         if not self.calibration:
             raise AnalysisError(
                 f"refine={refine!r} needs calibration data", way_out="analyse with calibration="
@@ -108,7 +120,7 @@ class Analysis:
                 "this analysis cannot predict what a polish gains",
                 way_out="tensorize.analyze(…, calibration=…, refine='polish'), in the loss metric",
             )
-        return refine
+        return refine, None
 
     def curve(self, budgets: Sequence[float] | None = None) -> Curve:
         """Predicted quality, parameters, bytes and FLOPs for several budgets.

@@ -146,6 +146,8 @@ def apply_plan(
     replaced = {site.name for site in plan.sites if site.spec is not None}
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
+    if plan.refine is None and options.refine == "auto":
+        planned = planned.noted(*(note for note in plan.notes if note not in planned.notes))
 
     def polish() -> Polish:
         dense = copy_sharing(model, dict(model.named_parameters())) if options.inplace else model

@@ -140,12 +140,12 @@ def test_budgets_of_flops_and_patterns() -> None:
     model = GPT(GPTConfig(layers=2))
     small = tensorize.initialize(
         model,
-        tensorize.Budget(params=0.7, flops=0.6),
+        tensorize.Budget(params=0.7, flops=0.8),
         exclude="*embedding*",
         formats={"*.expand": "block", "*.contract": TTSpec((8, 24), (24, 32), (16,))},
     )
     report = tensorize.report(small)
-    assert report.totals.share.flops <= 0.6
+    assert report.totals.share.flops <= 0.8
     formats = {site.name.split(".")[-2]: site.format for site in report.sites}
     assert formats["embedding"] == "dense"
     assert (formats["qkv"], formats["expand"]) == ("low_rank", "block")
