@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,34 +101,42 @@ class Demand:
             )
         return self.analysed.predictor.inverse(budget.loss, self.refine)
 
-    def least(self, budget: Budget, raised: Collection[str]) -> Mapping[str, float] | None:
-        """What some costs must be allowed at least, the other limits being as they are.
+    def least(self, budget: Budget, raised: Collection[str]) -> Budget | None:
+        """A budget that can be met: some of its costs are raised, the other limits stay.
 
-        Of several the one is taken that exceeds its limit most is as near to it as can be.
-        None where the other limits cannot be met.
+        None where the other limits cannot be met. Of several costs, what exceeds its limit most is
+        as near to it as can be.
         """
         caps, tiers = self.caps(budget), self.choices(budget)
         costs = [name.partition("[")[0] for name in self.names]
         ours = np.array([cost in raised for cost in costs]) & np.isfinite(caps)
-        others = np.where(ours, np.inf, caps)
+        others, limits = np.where(ours, np.inf, caps), (caps + self.overhead)[ours]
         best: tuple[float, np.ndarray] | None = None
         for each in (one for tier in tiers.choices for one in tier):
             inside = each.within(others)
-            if not len(inside):
-                continue
-            total = each.costs[inside] + self.overhead
-            limits = np.maximum((caps + self.overhead)[ours], 1e-300)
-            excess = (total[:, ours] / limits).max(1)
-            k = int(np.argmin(excess))
-            if best is None or excess[k] < best[0]:
-                best = float(excess[k]), total[k]
+            if len(inside):
+                total = each.costs[inside] + self.overhead
+                excess = (total[:, ours] / np.maximum(limits, 1e-300)).max(1)
+                k = int(np.argmin(excess))
+                if best is None or excess[k] < best[0]:
+                    best = float(excess[k]), total[k]
         if best is None:
             return None
-        needed: dict[str, float] = {}
-        for j in np.flatnonzero(ours):
-            if best[1][j] > caps[j] + self.overhead[j]:
-                needed[costs[j]] = max(needed.get(costs[j], 0.0), float(best[1][j]))
-        return needed
+        exceeded = {costs[j] for j in np.flatnonzero(ours) if best[1][j] > caps[j] + self.overhead[j]}
+        dense = (self.dense.parameters, self.dense.bytes, self.dense.flops, *self.dense.latency)
+        needed: dict[str, Any] = {}
+        for name in exceeded:
+            columns = [j for j, cost in enumerate(costs) if cost == name]
+            totals = [(float(best[1][j]), dense[j]) for j in columns]
+            exact = name != "latency"
+            more = 1.0 if exact else 1 + 2 * _ROUNDING
+            needed[name] = math.ceil(max(total for total, _ in totals) * more)
+            if not exact and isinstance(budget.latency, float):
+                # Of several numbers of rows each has its own limit, where it is a share.
+                share = max(total / max(of, 1e-300) for total, of in totals) * more
+                if share <= 1:
+                    needed[name] = min(1.0, math.ceil(share * 1e4) / 1e4)
+        return replace(budget, **needed)
 
 
 def _is_whole(tier: Sequence[Points]) -> bool:

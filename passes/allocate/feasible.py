@@ -68,32 +68,38 @@ def _costs(demand: Demand, budget: Budget) -> tuple[Budget, BudgetError] | None:
     sizes = replace(budget, loss=None)
     if demand.choose(sizes) is not None:
         return None
-    one_each = [(name, demand.least(sizes, {name})) for name in limited]
-    enough = [(name, needed) for name, needed in one_each if needed is not None]
+    raised = [(name, demand.least(sizes, {name})) for name in limited]
+    enough = [(name, found) for name, found in raised if found is not None]
     if enough:
-        name, needed = min(enough, key=lambda pair: _excess(demand, sizes, *pair))
+        name, found = min(enough, key=lambda pair: _excess(demand, sizes, pair[1], pair[0]))
     else:
-        needed = demand.least(sizes, limited) or {}
-        name = max(needed, key=lambda each: _excess(demand, sizes, each, needed))
-    met = replace(budget, **{each: math.ceil(value) for each, value in needed.items()})
+        found = demand.least(sizes, limited)
+        assert found is not None
+        changed = [each for each in limited if getattr(found, each) != getattr(sizes, each)]
+        name = max(changed, key=lambda each: _excess(demand, sizes, found, each))
+    met = replace(found, loss=budget.loss)
     by_itself = Budget(**{name: getattr(budget, name), "error": budget.error})
     if demand.choose(by_itself) is None:
         return met, _too_small(demand, budget, met, by_itself, name)
-    value = math.ceil(needed[name])
+    value = getattr(met, name)
     out = f"{name}={value}" if enough else f"budget={_written(met)}"
     return met, BudgetError(
         f"the limits of {budget} cannot be met together: within the others, the smallest {name} "
-        f"found is {value:,}{_UNITS[name]}",
+        f"found is {_told(name, value)}",
         way_out=f"{out}, or a larger limit on what it is traded for",
     )
 
 
-def _excess(demand: Demand, budget: Budget, name: str, needed: dict[str, float]) -> float:
+def _told(name: str, value: float) -> str:
+    """A limit with its unit."""
+    return f"{value:,}{_UNITS[name]}" if isinstance(value, int) else f"{value} of the dense model"
+
+
+def _excess(demand: Demand, budget: Budget, met: Budget, name: str) -> float:
     """By what factor a cost exceeds its limit."""
-    limits = demand.limits(budget)
-    return needed[name] / max(
-        min(v for k, v in limits.items() if k.partition("[")[0] == name), 1e-300
-    )
+    had, has = demand.limits(budget), demand.limits(met)
+    pairs = [(has[k], had[k]) for k in had if k.partition("[")[0] == name]
+    return max(new / max(old, 1e-300) for new, old in pairs)
 
 
 def _too_small(
@@ -102,7 +108,7 @@ def _too_small(
     """Of a limit that no choice meets, whatever the others are."""
     least = demand.least(by_itself, {name})
     assert least is not None
-    need = math.ceil(least[name])
+    need = getattr(least, name)
     columns = [j for j, each in enumerate(demand.names) if each.partition("[")[0] == name]
     dense = (demand.dense.parameters, demand.dense.bytes, demand.dense.flops, *demand.dense.latency)
     j = min(columns, key=lambda j: dense[j]) if name == "latency" else columns[0]
@@ -116,11 +122,12 @@ def _too_small(
         blocking.append(f"biases, norms and other small parameters ({small:,})")
     share = np.ceil(need / dense[j] * 1e4) / 1e4 if dense[j] else np.inf  # still enough
     short = name == "params" and share <= 1 and vars(met) == vars(Budget(params=met.params))
-    of_dense = f"{need / dense[j]:.4f} of the dense model" if dense[j] else "dense it costs none"
+    of_dense = f" ({need / dense[j]:.4f} of the dense model)" if dense[j] else " (dense it costs none)"
+    of_dense = of_dense if isinstance(need, int) else ""
     limit = min(v for k, v in demand.limits(budget).items() if k.partition("[")[0] == name)
     return BudgetError(
         f"{name} cannot be within {limit:,.0f}{_UNITS[name]}: the smallest feasible value is "
-        f"{need:,}{_UNITS[name]} ({of_dense}); in the way: "
+        f"{_told(name, need)}{of_dense}; in the way: "
         f"{'; '.join(blocking) or 'every weight is at its smallest rank already'}",
         site=fixed[0][1].site.name if fixed else None,
         way_out=f"budget={f'{share:.4f}' if short else _written(met)}, "

@@ -65,7 +65,7 @@ class Choices:
             order = np.argsort(self.costs[:, column], kind="stable")
             least = np.append(np.inf, np.minimum.accumulate(self.objective[order]))
             inside = np.searchsorted(self.costs[order, column], most, side="right")
-            return least[inside] <= objective
+            return (inside > 0) & (least[inside] <= objective)
         found = np.zeros(len(objective), dtype=bool)
         for row in range(len(objective)):
             within = [self.costs[:, column] <= most[row] for column, most in costs.items()]
