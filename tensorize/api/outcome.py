@@ -12,6 +12,7 @@ from torch import nn
 from tensorize.ir.plan import Prediction, Totals
 from tensorize.passes.allocate.slower import slow_choices
 from tensorize.passes.stages import Rewritten
+from tensorize.reports.attach import samples_of
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
@@ -42,6 +43,7 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
         history=done.history,
         notes=(*done.notes, *notes),
         environment=_environment(),
+        weights=samples_of(done.model),
     )
 
 

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize.base.errors import TensorizeError
-from tensorize.base.tensors import unwrapped
+from tensorize.base.tensors import is_plain, raw_bytes, unwrapped
 from tensorize.reports.report import Report
 
 
 def attach(model: nn.Module, found: Report) -> None:
     """Keep a report on the model that it is of."""
     model.__dict__["_tensorize"] = found
+
+
+CHANGED = (
+    "parameters have changed since (trained, edited or cast): errors, sizes and predictions are "
+    "those of before; tensorize.evaluate measures the model as it is"
+)
+
+_SAMPLE = 4096  # entries of a parameter
+
+
+def samples_of(model: nn.Module) -> tuple[str, ...]:
+    """For each parameter a hash of its shape, its dtype and some of its values."""
+    found = []
+    for parameter in model.parameters():
+        if parameter.is_meta or not is_plain(parameter):
+            continue  # there are no values to look at, or not all of them are here
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLE)]
+        digest = hashlib.blake2b(raw_bytes(some), digest_size=8)
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+        found.append(digest.hexdigest())
+    return tuple(found)
 
 
 _fused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -64,4 +87,7 @@ def report(model: nn.Module) -> Report:
             "the model was not made by tensorize",
             way_out="model = tensorize.compile(model, budget=0.1)",
         )
-    return replace(found, fused=_fused_in(model))
+    notes = found.notes
+    if CHANGED not in notes and not set(found.weights) <= set(samples_of(model)):
+        notes = (*notes, CHANGED)
+    return replace(found, fused=_fused_in(model), notes=notes)

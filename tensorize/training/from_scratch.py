@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tensorize.api.analyze import check_dense
 from tensorize.api.outcome import report_of
 from tensorize.api.wiring import figures
 from tensorize.base.errors import BudgetError, CaptureError, check_one_of
@@ -106,6 +107,7 @@ def initialize(
         limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple, even=True
     )
     check_model(model, on_meta=True)
+    check_dense(model, "initialize")
     with shown(progress) as tell:
         found = _found(model, example_inputs, include, exclude, seed, tell)
         learned = run_passes(found, (AssumeSpectra(formats),), Learned)
