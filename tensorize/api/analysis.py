@@ -18,6 +18,9 @@ from tensorize.passes.stages import Analysed, Planned
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import CurvePoint
 
+NO_REFIT = "no refit"
+"""How the note begins that says why there was none."""
+
 CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 
 
@@ -87,7 +90,7 @@ class Analysis:
             formats=chosen,
             batch_sizes=options.batch_sizes,
             refine=refine,
-            notes=() if why_not is None else (f"no refit: {why_not}",),
+            notes=() if why_not is None else (f"{NO_REFIT}: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
         )

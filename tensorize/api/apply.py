@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorize.api.analysis import Analysis, analysis_of
+from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
@@ -85,7 +85,8 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     analysis, options = analysis_of(plan), replace(options, seed=plan.seed)
     batches, _ = calibration_of(model, options)
     if options.refine != "auto":
-        plan = replace(plan, refine=options.refine)
+        notes = tuple(note for note in plan.notes if not note.startswith(NO_REFIT))
+        plan = replace(plan, refine=options.refine, notes=notes)
     _check_loss(plan, options.loss_fn)
     with shown(options.progress) as tell:
         if analysis is None:
@@ -146,8 +147,6 @@ def apply_plan(
     replaced = {site.name for site in plan.sites if site.spec is not None}
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
-    if plan.refine is None and options.refine == "auto":
-        planned = planned.noted(*(note for note in plan.notes if note not in planned.notes))
 
     def polish() -> Polish:
         dense = copy_sharing(model, dict(model.named_parameters())) if options.inplace else model

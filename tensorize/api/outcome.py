@@ -41,7 +41,7 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
         totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
         curve=curve,
         history=done.history,
-        notes=(*done.notes, *notes),
+        notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
         environment=_environment(),
         weights=samples_of(done.model),
     )

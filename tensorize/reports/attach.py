@@ -27,11 +27,12 @@ _SAMPLE = 4096  # entries of a parameter
 
 
 def samples_of(model: nn.Module) -> tuple[str, ...]:
-    """For each parameter a hash of its shape, its dtype and some of its values."""
+    """For each parameter a hash of its shape, its dtype and some of its values; none where values
+    are not here."""
     found = []
     for parameter in model.parameters():
         if parameter.is_meta or not is_plain(parameter):
-            continue  # there are no values to look at, or not all of them are here
+            return ()
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // _SAMPLE)]
         digest = hashlib.blake2b(raw_bytes(some), digest_size=8)
@@ -88,6 +89,7 @@ def report(model: nn.Module) -> Report:
             way_out="model = tensorize.compile(model, budget=0.1)",
         )
     notes = found.notes
-    if CHANGED not in notes and not set(found.weights) <= set(samples_of(model)):
+    now = samples_of(model) if found.weights else ()
+    if now and CHANGED not in notes and not set(found.weights) <= set(now):
         notes = (*notes, CHANGED)
     return replace(found, fused=_fused_in(model), notes=notes)

@@ -29,7 +29,7 @@ from tensorize.passes.allocate.candidates import COSTS, Points, curve_points
 from tensorize.passes.allocate.choose import Tiers
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.prior import ladder
-from tensorize.reports.attach import attach, report
+from tensorize.reports.attach import CHANGED, attach, report, samples_of
 from tensorize.running.in_use import use_kernels
 from tensorize.store.contents import dtype_name, record_of
 from tensorize.store.transformers_config import note_factors
@@ -339,7 +339,7 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         )
         for site in known.sites
     )
-    notes = [note for note in known.notes if not note.startswith(_TRACE)]
+    notes = [n for n in known.notes if not n.startswith(_TRACE) and n != CHANGED]
     if trace:
         steps = ", ".join(f"{c.step}: {c.after:,}" for c in trace)
         notes.append(
@@ -352,6 +352,7 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         sites=sites,
         totals=replace(known.totals, after=totals_of(model, known.plan.predicted)),
         notes=tuple(notes),
+        weights=samples_of(model),
     )
     attach(model, now)
     note_factors(model)
