@@ -106,7 +106,7 @@ class Analysis:
         predictor = self.program.predictor
         if refine == "auto":
             if not self.calibration:
-                return None, "there are no calibration data"
+                return None, None  # nobody gave data
             if budget is not None and budget.error is not None:
                 return None, "it moves errors between weights, and the budget limits each"
             if predictor is not None and not predictor.pays(REFIT):
