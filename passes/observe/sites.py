@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tensorize.base.tensors import adapted_layers, is_plain
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.forward import of_the_model, once, untouched
+from tensorize.capture.inner_gradients import note_that_it_differentiates
+from tensorize.capture.kept import Kept
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch, Site, Use
@@ -38,9 +40,7 @@ class FindSites:
     def run(self, given: Given) -> Found:
         model = given.model
         names = names_of(model)
-        seen, other, beside = (
-            _observe(model, given.inputs) if given.inputs is not None else ({}, {}, [])
-        )
+        seen, other, beside, written = _observe(model, given.inputs)
         sites: list[Site] = []
         adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():
@@ -61,7 +61,7 @@ class FindSites:
                 aliases=tuple(aliases[1:]),
                 last_resort=last_resort,
             )
-            blocked = _blocked(site, parameter, function)
+            blocked = written.get(aliases[0]) or _blocked(site, parameter, function)
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
@@ -85,11 +85,12 @@ def _squarest(shape: Sequence[int]) -> int:
 
 
 def _observe(
-    model: nn.Module, batch: Batch
-) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]]]:
+    model: nn.Module, batch: Batch | None
+) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]], dict[str, str]]:
     """Matmul uses, and one other use, of every parameter in a run of the model.
 
-    Also the names of linears that one after the other read the very same tensor.
+    Also the names of linears that one after the other read the very same tensor, and of what the
+    model itself writes to it is said when.
     """
     seen: dict[str, dict[Use, int]] = defaultdict(lambda: defaultdict(int))
     other: dict[str, str] = {}
@@ -118,13 +119,24 @@ def _observe(
         other.setdefault(name, function)
 
     observer = Observer(model.named_parameters(), on_matmul, on_other)
-    with untouched(model), of_the_model(), observer:
-        model(*batch.args, **batch.kwargs)
+    with untouched(model) as kept:
+        merged = _written(model, kept, "the model's own train() and eval() write to it")
+        if batch is not None:
+            with of_the_model(), observer:
+                once(model, batch)
+        written = _written(model, kept, "the model writes to it when it runs") | merged
+    if observer.differentiates:
+        note_that_it_differentiates(model)
     uses = {
         name: [replace(use, rows=count) for use, count in table.items()]
         for name, table in seen.items()
     }
-    return uses, other, beside
+    return uses, other, beside, written
+
+
+def _written(model: nn.Module, kept: Kept, why: str) -> dict[str, str]:
+    """Parameters that something wrote to, by name: why none of them can have factors."""
+    return {name: why for name, p in model.named_parameters() if kept.written(p)}
 
 
 def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -> list[Site]:

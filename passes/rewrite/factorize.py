@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.capture.inner_gradients import note_copy
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
@@ -155,12 +156,14 @@ def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
     """A deep copy that shares the dense weights which are about to be replaced."""
     memo = {id(p): p for name, p in model.named_parameters() if name in names}
     try:
-        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+        copied = copy.deepcopy(model, memo)  # type: ignore[arg-type]
     except Exception as error:
         raise ModelError(
             f"the model cannot be copied: {type(error).__name__}: {error}",
             way_out="pass inplace=True",
         ) from error
+    note_copy(copied, model)
+    return copied
 
 
 def replace_weight(

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tensorize.capture.forward import ours
+from tensorize.capture.inner_gradients import DERIVATIVES
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
@@ -26,6 +27,8 @@ class Observer(TorchFunctionMode):
             What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
         stand_ins: what to hand them instead, by the parameter's id.
+
+    ``differentiates`` says afterwards whether the model asked autograd for gradients.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class Observer(TorchFunctionMode):
         self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
         self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
         self._stand_ins = stand_ins or {}
+        self.differentiates = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.differentiates |= func in DERIVATIVES
         watched = [t for t in _tensors(args, kwargs) if id(t) in self._names]
         if watched and func in COMPOSITES:
             with self:
@@ -85,6 +90,29 @@ class Observer(TorchFunctionMode):
         elif self._on_other is not None:
             self._on_other(name, getattr(func, "__name__", str(func)))
         return result
+
+
+class StandIns(TorchFunctionMode):
+    """Hands functions other tensors than parameters, by the parameter's id.
+
+    The model is not touched: other threads that run it meanwhile see its own.
+    """
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(id(tensor) in self._tensors for tensor in _tensors(args, kwargs)):
+            given = pytree.tree_map(self._instead, (args, kwargs))
+            return func(*given[0], **given[1])
+        return func(*args, **kwargs)
+
+    def _instead(self, value: Any) -> Any:
+        return self._tensors.get(id(value), value)
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
