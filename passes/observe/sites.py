@@ -72,10 +72,16 @@ class FindSites:
         return given.to(Found, sites=tuple(sites), sizes=sizes, summary=summary)
 
 
+_OF_ITSELF = (
+    *("embedding", "embedding_bag"),  # a table for a few rows
+    *("grad", "backward"),  # the model differentiates with respect to it
+)
+
+
 def _can_be_rebuilt(function: str) -> bool:
     """Whether a function may be given a weight that is rebuilt for that call."""
     writes = function.endswith("_") and not function.endswith("__")
-    return not writes and function not in ("embedding", "embedding_bag")  # a table for a few rows
+    return not writes and function not in _OF_ITSELF
 
 
 def _squarest(shape: Sequence[int]) -> int:

@@ -74,6 +74,8 @@ class CollectStatistics:
         if found.metric == "frobenius":
             return found.to(Observed, statistics={}, summary="none needed: the weights alone")
         free = {site.name for site in found.sites if has_moments(site, found.metric)}
+        if not free:
+            return found.to(Observed, statistics={}, summary="none needed: all weights stay dense")
         # All of them, so that whatever is asked for the same gradients arrive, on the same way.
         wanted = [(n, p) for n, p in found.model.named_parameters() if n in free]
         sites = {site.name: site for site in found.sites}

@@ -35,8 +35,8 @@ class Kept:
         self._modules = [(m, type(m), _Attributes(vars(m))) for m in model.modules()]
         left = {id(tensor) for tensor in but}
         found = {id(t): t for _, _, state in self._modules for t in state.tensors}
-        self._tensors = [_Held(t) for key, t in found.items() if key not in left]
-        grads = [held.grad for held in self._tensors if held.grad is not None]
+        self._tensors = {key: _Held(t) for key, t in found.items() if key not in left}
+        grads = [held.grad for held in self._tensors.values() if held.grad is not None]
         parts = [part for t in (*found.values(), *grads) for part in _parts(t)]
         skipped = {_place(part) for tensor in but for part in _parts(tensor)}
         self._storages = {_place(p): p.untyped_storage() for p in parts if _place(p) not in skipped}
@@ -51,8 +51,12 @@ class Kept:
             self._copies[place] = self._storages[place].clone()
 
     def written(self, tensor: Tensor) -> bool:
-        """Whether anything wrote into a tensor of the model."""
-        return any(_place(part) in self._copies for part in _parts(tensor))
+        """Whether anything wrote into a tensor of the model, or gave it other memory."""
+        held = self._tensors.get(id(tensor))
+        return held is not None and (held.moved or self._wrote(held))
+
+    def _wrote(self, held: _Held) -> bool:
+        return any(place in self._copies for place in held.places)
 
     def put_back(self) -> None:
         """Everything as it was. What is as it was is not written to."""
@@ -62,8 +66,8 @@ class Kept:
             state.put_back()
         for place, copy in self._copies.items():
             _fill(self._storages[place], copy)
-        for held in self._tensors:
-            held.put_back(any(place in self._copies for place in held.places))
+        for held in self._tensors.values():
+            held.put_back(self._wrote(held))
         for generator, before in self._generators:
             if not torch.equal(generator.get_state(), before):
                 generator.set_state(before)
@@ -113,10 +117,15 @@ class _Held:
             self._alias = tensor.detach()
         self._version = tensor._version if plain and not tensor.is_inference() else None
 
+    @property
+    def moved(self) -> bool:
+        """Whether its values lie elsewhere by now: its ``.data`` was set."""
+        return self._alias is not None and _layout(self.tensor) != _layout(self._alias)
+
     def put_back(self, written: bool) -> None:
-        tensor, alias = self.tensor, self._alias
-        if alias is not None and _layout(tensor) != _layout(alias):
-            tensor.data = alias
+        tensor = self.tensor
+        if self.moved:
+            tensor.data = self._alias
         if tensor.is_leaf and tensor.requires_grad != self._asks:
             tensor.requires_grad_(self._asks)
         if tensor.is_leaf and tensor.grad is not self.grad:

@@ -69,7 +69,8 @@ class Observer(TorchFunctionMode):
 
     def _detach(self, value: Any) -> Any:
         if not isinstance(value, nn.Parameter):
-            return value
+            inference = isinstance(value, Tensor) and value.is_inference()
+            return value.clone() if inference else value  # which no gradient can pass
         return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
 
     def _tell(
