@@ -124,7 +124,7 @@ class _Held:
 
     def put_back(self, written: bool) -> None:
         tensor = self.tensor
-        if self.moved:
+        if self._alias is not None and self.moved:
             tensor.data = self._alias
         if tensor.is_leaf and tensor.requires_grad != self._asks:
             tensor.requires_grad_(self._asks)
