@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -95,6 +96,7 @@ def _observe(
     other: dict[str, str] = {}
     beside: list[list[str]] = []
     last: Tensor | None = None
+    then: Tensor | None = None
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         call = matmul.convolution
@@ -105,10 +107,10 @@ def _observe(
             groups=1 if call is None else call.groups,
             partial=frame.rows is not None,
         )
-        nonlocal last
-        if matmul.x is not last:
+        nonlocal last, then
+        if not (matmul.x is last and _unwritten(matmul.x, then)):
             beside.append([])
-        last = matmul.x
+            last, then = matmul.x, None if matmul.x.is_meta else matmul.x.clone()
         beside[-1].append(name)
         lookup = matmul.contract == "lookup"
         seen[name][use] += matmul.x.numel() if lookup else _row_count(matmul.to_rows(output))
@@ -125,6 +127,11 @@ def _observe(
         for name, table in seen.items()
     }
     return uses, other, beside
+
+
+def _unwritten(x: Tensor, then: Tensor | None) -> bool:
+    """Whether a tensor has the values that it had, whatever may have written to it."""
+    return then is None or torch.equal(x, then)
 
 
 def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -> list[Site]:

@@ -36,7 +36,7 @@ from tensorize.weight.cores import (
     weight_of,
 )
 from tensorize.weight.lazy import FactoredWeight
-from tensorize.weight.low_rank import LowRankLinear
+from tensorize.weight.low_rank import LowRankLinear, drop_products
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -213,6 +213,7 @@ def names_now(model: nn.Module, name: str) -> tuple[str, ...]:
 
 def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:
     """Put a dense parameter back wherever there are cores; tied weights stay tied."""
+    drop_products(model)
     made: dict[tuple[int, ...], nn.Parameter] = {}
 
     def dense(weight: FactoredWeight) -> nn.Parameter:
