@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tensorize.base.tensors import adapted_layers, is_plain
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.capture.observer import Observer
+from tensorize.capture.observer import CUSTOM, Observer
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
 from tensorize.passes.stages import Found, Given
@@ -76,6 +76,8 @@ class FindSites:
 def _can_be_rebuilt(function: str) -> bool:
     """Whether a function may be given a weight that is rebuilt for that call."""
     writes = function.endswith("_") and not function.endswith("__")
+    if function.startswith(CUSTOM):  # it takes tensors, and nothing that stands for one
+        return False
     return not writes and function not in ("embedding", "embedding_bag")  # a table for a few rows
 
 
@@ -192,6 +194,10 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
         return f"it is a {type(parameter.data).__name__}, already in another form"
     if not parameter.is_floating_point():
         return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "a gradient hook sits on it, and factors have no gradient of the whole weight"
+    if other is not None and other.startswith(CUSTOM):
+        return f"it is given to the {other}, which wants the dense weight"
     if other is not None:
         return f"it is used by {other}, which is no matmul against it"
     if not site.uses:

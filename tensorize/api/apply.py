@@ -25,7 +25,7 @@ from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.pipeline import run_passes
-from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Opened, Planned, Rewritten

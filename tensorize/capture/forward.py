@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from tensorize.base import dynamo
 from tensorize.base.errors import AnalysisError, ModelError, TensorizeError
 from tensorize.ir.sites import Batch
 
@@ -55,7 +56,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
-        with torch.random.fork_rng(), torch.no_grad(), _recurrent_gradients(model):
+        with (
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            _recurrent_gradients(model),
+            dynamo.as_written(),
+        ):
             model.eval()
             yield
     finally:
