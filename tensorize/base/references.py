@@ -1,4 +1,4 @@
-"""Objects that others hold, in attributes, containers, closures and bound methods: put others there.
+"""Objects that others hold, in attributes, containers, closures, methods: put others there.
 
 Nothing that is held is changed: what holds an object that gives way is made anew, with the other in
 its place, and all else stays the very object that it is.

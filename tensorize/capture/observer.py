@@ -16,7 +16,6 @@ from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
 
-
 CUSTOM = "autograd.Function "
 """How a custom function's name begins, where a weight is told to be given to one."""
 

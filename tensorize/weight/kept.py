@@ -1,4 +1,4 @@
-"""Weights that modules keep aside: in plain attributes, lists and closures, beside the registration.
+"""Weights that modules keep aside: in plain attributes, in lists, in closures.
 
 Once the weight is factorized, a lazy one stands there too.
 """

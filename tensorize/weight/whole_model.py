@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -89,7 +89,9 @@ def _share_products(model: nn.Module) -> None:
 
 def _innermost(model: nn.Module, paths: list[str]) -> nn.Module | None:
     """The innermost module with a forward of its own that has all of several others."""
-    parts = os.path.commonprefix([path.split(".")[:-1] for path in paths])
+    parents = [path.split(".")[:-1] for path in paths]
+    together = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    parts = [names[0] for names in together]
     for end in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:end]))
         if type(module).forward is not nn.Module.forward:  # a list has none
