@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError, TensorizeError
+from tensorize.base.tensors import is_wrapped
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.ir.sites import Batch
 
@@ -96,8 +97,7 @@ def _entries(output: object, count: int) -> list[Tensor]:
 
 def _has_entries(tensor: Tensor) -> bool:
     """Whether a tensor's entries can be looked at: not inside of vmap, nor of a sparse one."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.layout == torch.strided and not (tensor.is_nested or wrapped)
+    return tensor.layout == torch.strided and not (tensor.is_nested or is_wrapped(tensor))
 
 
 def difference(one: Calls, other: Calls) -> float:

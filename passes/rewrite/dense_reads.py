@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tensorize.base.tensors import is_plain
+from tensorize.base.tensors import is_plain, is_wrapped
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class DenseReads(TorchFunctionMode):
         """The weight whose memory a tensor reads that is none of the model's own."""
         if type(value) not in (Tensor, nn.Parameter) or id(value) in self._own:
             return None
-        if value.layout != torch.strided or value.is_meta or not value.numel():
+        if value.layout != torch.strided or value.is_meta or is_wrapped(value):
             return None
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if not value.numel():
             return None
         first, end = _addresses(value)
         place = self._memory[bisect.bisect_left(self._firsts, end) - 1] if self._memory else None

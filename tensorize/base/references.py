@@ -111,19 +111,32 @@ class _Held:
         new = tuple(map(self.instead, parts))
         if _same(parts, new):
             return value
-        twin = FunctionType(value.__code__, value.__globals__, value.__name__, new[1], new[0])
+        itself = CellType()  # for a function that names itself
+        cells = tuple(itself if _holds(cell, value) else cell for cell in new[0] or ())
+        twin = FunctionType(value.__code__, value.__globals__, value.__name__, new[1], cells)
+        itself.cell_contents = twin
         twin.__kwdefaults__, twin.__qualname__ = new[2], value.__qualname__
         twin.__doc__, twin.__module__ = value.__doc__, value.__module__
         vars(twin).update(new[3])
         return twin
 
     def _cell(self, cell: CellType) -> CellType:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # nothing is in it yet
+        if _is_empty(cell):
             return cell
-        new = self.instead(value)
-        return cell if new is value else CellType(new)
+        new = self.instead(cell.cell_contents)
+        return cell if new is cell.cell_contents else CellType(new)
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _holds(cell: CellType, value: Any) -> bool:
+    return not _is_empty(cell) and cell.cell_contents is value
 
 
 def _same(one: Any, other: Any) -> bool:

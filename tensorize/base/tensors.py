@@ -24,6 +24,11 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield from plain_parts(getattr(tensor, name))
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether vmap or another transform of functions has hold of a tensor: it has no entries."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
+
+
 _ALIGNMENT = 64  # bytes, as torch allocates
 
 
