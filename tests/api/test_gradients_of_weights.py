@@ -244,8 +244,12 @@ def reentrant(x: Tensor, w: Tensor) -> Tensor:
     return checkpoint(lambda y: F.linear(y, w), x, use_reentrant=True)  # type: ignore[return-value]
 
 
+def by_an_operator(x: Tensor, w: Tensor) -> Tensor:
+    return _product(x, w)
+
+
 TRAINED: dict[str, Callable[..., Tensor]] = {
-    "custom operator": _product,
+    "custom operator": by_an_operator,
     "checkpoint": lambda x, w: checkpoint(F.linear, x, w, use_reentrant=False),
     "vmap": lambda x, w: torch.func.vmap(lambda row: F.linear(row, w))(x),
     "jvp": lambda x, w: torch.func.jvp(lambda y: F.linear(y, w), (x,), (x,))[1],
