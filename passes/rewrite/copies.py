@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import ModelError
 from tensorize.base.references import replace_held
-from tensorize.base.tensors import is_plain
+from tensorize.base.tensors import lies_in_memory
 
 
 def copy_sharing(model: nn.Module, names: Collection[str], *, to_run: bool = False) -> nn.Module:
@@ -22,7 +22,7 @@ def copy_sharing(model: nn.Module, names: Collection[str], *, to_run: bool = Fal
     ``to_run``: it is run and thrown away, and may share what was computed from parameters.
     """
     shared = [p for name, p in model.named_parameters() if name in names]
-    storages = [p.untyped_storage() for p in shared if is_plain(p)]
+    storages = [p.untyped_storage() for p in shared if lies_in_memory(p)]
     # What else lies on their memory is no copy either.
     memo: dict[Any, Any] = {"torch": {s._cdata: s for s in storages}} | {id(p): p for p in shared}
     if to_run:

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tensorize.base.tensors import is_plain, is_wrapped
+from tensorize.base.tensors import is_wrapped, lies_in_memory
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def memory_of(weights: Mapping[str, Tensor]) -> tuple[Memory, ...]:
     return tuple(
         Memory(name, StorageWeakRef(weight.untyped_storage()), *_addresses(weight))
         for name, weight in weights.items()
-        if is_plain(weight) and not weight.is_meta
+        if lies_in_memory(weight) and not weight.is_meta
     )
 
 

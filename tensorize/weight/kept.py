@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorize.base.references import replace_held
-from tensorize.base.tensors import is_plain
+from tensorize.base.tensors import lies_in_memory
 from tensorize.weight.lazy import FactoredWeight
 
 IsLazy = Callable[[nn.Module, str], bool]
@@ -66,7 +66,7 @@ def followed(model: nn.Module, is_lazy: IsLazy) -> Iterator[None]:
         id(parameter): (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and is_plain(parameter)
+        if parameter is not None and lies_in_memory(parameter)
     }
     memory = {_place(parameter): (module, name) for module, name, parameter in places.values()}
     kept: dict[int, tuple[Tensor, KeptWeight]] = {}
@@ -75,7 +75,7 @@ def followed(model: nn.Module, is_lazy: IsLazy) -> Iterator[None]:
         if id(value) in places:
             module, name, _ = places[id(value)]
             kept[id(value)] = value, KeptWeight(module, name, detached=False)
-        elif type(value) is Tensor and not value.is_sparse and _place(value) in memory:
+        elif type(value) is Tensor and lies_in_memory(value) and _place(value) in memory:
             module, name = memory[_place(value)]
             kept[id(value)] = value, KeptWeight(module, name, detached=not value.requires_grad)
         return value

@@ -57,7 +57,7 @@ def decorated() -> Callable[[Tensor], Tensor]:
     return run
 
 
-CASES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+CASES: dict[str, Callable[[], Any]] = {
     "closure": closure,
     "nested": nested,
     "default": lambda: default,
@@ -78,7 +78,7 @@ def swap(value: Any) -> Any:
 
 def held(value: Any) -> Any:
     """What a module holds in the place of a value."""
-    model = nn.Module()
+    model: Any = nn.Module()
     model.thing = value if not isinstance(value, nn.Module) else [value]
     replace_held(model, swap)
     return model.thing
