@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -21,7 +22,7 @@ from tensorize.capture.forward import of_the_model, once, untouched
 from tensorize.capture.inner_gradients import note_that_it_differentiates
 from tensorize.capture.kept import Kept
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.capture.observer import Observer
+from tensorize.capture.observer import CUSTOM, Observer
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
 from tensorize.passes.stages import Found, Given
@@ -83,6 +84,8 @@ _OF_ITSELF = (
 def _can_be_rebuilt(function: str) -> bool:
     """Whether a function may be given a weight that is rebuilt for that call."""
     writes = function.endswith("_") and not function.endswith("__")
+    if function.startswith(CUSTOM):  # it takes tensors, and nothing that stands for one
+        return False
     return not writes and function not in _OF_ITSELF
 
 
@@ -104,6 +107,7 @@ def _observe(
     other: dict[str, str] = {}
     beside: list[list[str]] = []
     last: Tensor | None = None
+    then: Tensor | None = None
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         call = matmul.convolution
@@ -114,10 +118,10 @@ def _observe(
             groups=1 if call is None else call.groups,
             partial=frame.rows is not None,
         )
-        nonlocal last
-        if matmul.x is not last:
+        nonlocal last, then
+        if not (matmul.x is last and _unwritten(matmul.x, then)):
             beside.append([])
-        last = matmul.x
+            last, then = matmul.x, None if matmul.x.is_meta else matmul.x.clone()
         beside[-1].append(name)
         lookup = matmul.contract == "lookup"
         seen[name][use] += matmul.x.numel() if lookup else _row_count(matmul.to_rows(output))
@@ -145,6 +149,11 @@ def _observe(
 def _written(model: nn.Module, kept: Kept, why: str) -> dict[str, str]:
     """Parameters that something wrote to, by name: why none of them can have factors."""
     return {name: why for name, p in model.named_parameters() if kept.written(p)}
+
+
+def _unwritten(x: Tensor, then: Tensor | None) -> bool:
+    """Whether a tensor has the values that it had, whatever may have written to it."""
+    return then is None or torch.equal(x, then)
 
 
 def _with_input_groups(
@@ -211,6 +220,10 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
         return f"it is a {type(parameter.data).__name__}, already in another form"
     if not parameter.is_floating_point():
         return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "a gradient hook sits on it, and factors have no gradient of the whole weight"
+    if other is not None and other.startswith(CUSTOM):
+        return f"it is given to the {other}, which wants the dense weight"
     if other is not None:
         return f"it is used by {other}, which is no matmul against it"
     if not site.uses:

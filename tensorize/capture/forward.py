@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tensorize.base import dynamo
 from tensorize.base.errors import AnalysisError, ModelError, TensorizeError
 from tensorize.capture.inner_gradients import (
     differentiates,
@@ -65,7 +66,12 @@ def untouched(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[Kept]:
     Raises:
         ModelError: the model cannot be put into evaluation mode.
     """
-    with keeping(model, but) as kept, torch.no_grad(), _recurrent_gradients(model):
+    with (
+        keeping(model, but) as kept,
+        torch.no_grad(),
+        _recurrent_gradients(model),
+        dynamo.as_written(),
+    ):
         if any(module.training for module in model.modules()):
             with watching(), of_the_model("model.eval() fails", _OWN_EVAL):
                 model.eval()

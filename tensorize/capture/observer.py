@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -15,6 +17,9 @@ from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
 
+CUSTOM = "autograd.Function "
+"""How a custom function's name begins, where a weight is told to be given to one."""
+
 
 class Observer(TorchFunctionMode):
     """Watches a model run and tells of every use of its parameters.
@@ -23,7 +28,8 @@ class Observer(TorchFunctionMode):
         parameters: the parameters to watch, by qualified name.
         on_matmul: called with (name, frame, matmul, output) for each matmul against a parameter;
             what it returns is what the model goes on with.
-        on_other: called with (name, function name) for every other use that gives a tensor.
+        on_other: called with (name, function name) for every other use that gives a tensor, and
+            where a custom autograd function has the weight (``CUSTOM``).
             What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
         stand_ins: what to hand them instead, by the parameter's id.
@@ -77,6 +83,9 @@ class Observer(TorchFunctionMode):
         self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
     ) -> Any:
         name, frame = self._names[id(weight)]
+        if self._on_other is not None and (custom := self._custom_function(name)) is not None:
+            self._on_other(name, custom)
+            return result
         matmul = read(func, args, kwargs, weight, frame)
         if matmul is not None and once:  # W Wᵀ is no matmul against a constant
             return self._on_matmul(name, frame, frame.turn(matmul), result)
@@ -91,6 +100,20 @@ class Observer(TorchFunctionMode):
         elif self._on_other is not None:
             self._on_other(name, getattr(func, "__name__", str(func)))
         return result
+
+    def _custom_function(self, name: str) -> str | None:
+        """The custom autograd function that runs, where it was given the weight of this name."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _APPLY:
+                given = pytree.tree_leaves(frame.f_locals["args"])
+                if any(self._names.get(id(each), ("",))[0] == name for each in given):
+                    return f"{CUSTOM}{frame.f_locals['cls'].__name__}"
+            frame = frame.f_back
+        return None
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 class StandIns(TorchFunctionMode):

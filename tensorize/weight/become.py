@@ -53,13 +53,32 @@ def _declared(kind: type) -> set[str]:
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Undo every change of modules, their classes and their state if the body fails."""
+    put_back = _remembered(model)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo every change of modules, their classes and their state at the end."""
+    put_back = _remembered(model)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _remembered(model: nn.Module) -> Callable[[], None]:
+    """What puts modules, their classes and their state back as they are now."""
     before = [
         (module, type(module), dict(vars(module)), [_shallow(v) for v in vars(module).values()])
         for module in model.modules()
     ]
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for module, kind, state, containers in before:
             module.__class__ = kind
             vars(module).clear()
@@ -68,7 +87,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 if items is not None:
                     live.clear()
                     live.extend(items) if isinstance(live, list) else live.update(items)
-        raise
+
+    return put_back
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
