@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError, TensorizeError
 from tensorize.base.tensors import is_wrapped
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.forward import of_the_model, once, untouched
 from tensorize.ir.sites import Batch
 
 Calls = list[tuple[str, list[Tensor]]]
@@ -57,23 +55,12 @@ def calls_of(
         handles.append(model.get_submodule(path).register_forward_hook(note))
     try:
         given = _copied(batch)
-        with untouched(model), _same_numbers(), of_the_model(), watch or contextlib.nullcontext():
-            model(*given.args, **given.kwargs)
+        with untouched(model), of_the_model(), watch or contextlib.nullcontext():
+            once(model, given)
     finally:
         for handle in handles:
             handle.remove()
     return done
-
-
-@contextlib.contextmanager
-def _same_numbers() -> Iterator[None]:
-    """The random numbers of Python and numpy are the same in every run."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _copied(batch: Batch) -> Batch:
