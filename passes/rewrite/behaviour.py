@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError, TensorizeError
 from tensorize.base.tensors import is_wrapped
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.forward import of_the_model, once, untouched
 from tensorize.ir.sites import Batch
 
 Calls = list[tuple[str, list[Tensor]]]
@@ -58,7 +58,7 @@ def calls_of(
     try:
         given = _copied(batch)
         with untouched(model), _same_numbers(), of_the_model(), watch or contextlib.nullcontext():
-            model(*given.args, **given.kwargs)
+            once(model, given)
     finally:
         for handle in handles:
             handle.remove()
