@@ -133,16 +133,8 @@ class PreservedLoss:
                 _require_finite(output, batch)
 
     def _of_the_caller(self, result: Any, batch: Batch) -> Tensor:
-        """What ``loss_fn`` gives for a batch."""
         assert self.loss_fn is not None
-        loss = self.loss_fn(result, batch.given)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise AnalysisError(
-                f"loss_fn gave {given} for batch {batch.number}, which is no scalar tensor",
-                way_out="return a tensor of one entry that depends on the outputs, such as a mean",
-            )
-        return loss.reshape(())
+        return of_the_caller(self.loss_fn, result, batch)
 
     def distance(
         self, dense: Any, result: Any, batch: Batch, model: nn.Module
@@ -193,6 +185,18 @@ class PreservedLoss:
             part, count = self.rise(wanted, got, batch, model)
             total, rows = total + part, rows + count
         return total / max(rows, 1)
+
+
+def of_the_caller(loss_fn: LossFunction, result: Any, batch: Batch) -> Tensor:
+    """What ``loss_fn`` gives for a batch: a tensor of no dimensions."""
+    loss = loss_fn(result, batch.given)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise AnalysisError(
+            f"loss_fn gave {given} for batch {batch.number}, which is no scalar tensor",
+            way_out="return a tensor of one entry that depends on the outputs, such as a mean",
+        )
+    return loss.reshape(())
 
 
 def _require_finite(output: Output, batch: Batch) -> None:

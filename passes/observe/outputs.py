@@ -173,6 +173,15 @@ def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | No
     return None if counted is None else counted.reshape(-1)
 
 
+def hides_rows(batch: Batch) -> bool:
+    """Whether a batch's masks or labels hide anything."""
+    labels = batch.argument("labels")
+    masks = [batch.argument(name) for name in ("attention_mask", "decoder_attention_mask")]
+    return (isinstance(labels, Tensor) and bool((labels == -100).any())) or any(
+        isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks
+    )
+
+
 def shifts_labels(model: nn.Module) -> bool:
     """Whether a position is compared with the next label: what transformers' decoders do."""
     kind = getattr(model, "loss_type", None)  # None for decoders with names of an older kind
@@ -183,20 +192,6 @@ def shifts_labels(model: nn.Module) -> bool:
         or older
         or (kind == "ForConditionalGeneration" and not encoder_decoder)
     )
-
-
-def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
-    """Which rows of a site's input the batch's masks count; None where they do not apply."""
-    lead = tuple(x.shape) if contract == "lookup" else tuple(x.shape[:-1])
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.argument(name)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            continue
-        if lead == tuple(mask.shape) or lead == (mask.numel(),):
-            return (mask != 0).reshape(-1)
-        if contract == "lookup" and lead in (mask.shape[1:], (1, mask.shape[1])):
-            return (mask != 0).any(0)  # a table of positions: one row for the whole batch
-    return None
 
 
 def row_total(result: Any, batch: Batch, model: nn.Module) -> int:

@@ -23,8 +23,9 @@ from tensorize.capture.inputs import check_model
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.pipeline import run_passes
+from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.rewrite.factorize import copy_sharing
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
@@ -153,7 +154,9 @@ def apply_plan(
         return Polish(dense, *split(analysis.calibration), loss)
 
     refine = plan.refine if replaced else None
-    passes = rewriting(refine, analysis.calibration, polish)
+    passes: tuple[Pass[Any, Any], ...] = rewriting(refine, analysis.calibration, polish)
+    if refine is not None and planned.counted is None:
+        passes = CountRows(analysis.calibration, analysis.loss_fn), *passes
     done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
         time_orders(done)
