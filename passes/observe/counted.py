@@ -32,8 +32,9 @@ from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch, Site
 from tensorize.passes.observe.backward import pass_back
+from tensorize.passes.observe.hidden import hides_rows
 from tensorize.passes.observe.loss import LossFunction, of_the_caller
-from tensorize.passes.observe.outputs import call, hides_rows, outputs_of
+from tensorize.passes.observe.outputs import call, outputs_of
 from tensorize.passes.observe.rows import gradient_rows
 from tensorize.passes.stages import Found, Opened
 
@@ -80,8 +81,8 @@ class CountRows:
                 why = f"all rows of the data count, padding too: no gradients tell which: {said}"
                 return replace(found.noted(why), counted={}, summary=why)
         found.progress("rows", len(some), len(some))
-        parts = [mask for own in counted.values() for calls in own.values() for mask in calls.values()]
-        rows, those = sum(map(len, parts)), sum(int(mask.sum()) for mask in parts)
+        masks = [m for own in counted.values() for calls in own.values() for m in calls.values()]
+        rows, those = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
         summary = f"{those} of {rows} rows count in {len(some)} batches" if some else "all count"
         return replace(found, counted=counted, summary=summary)
 
