@@ -42,6 +42,16 @@ class Output:
             return torch.arange(len(self.rows))
         return self.counted.nonzero()[:, 0].cpu()
 
+    @property
+    def samples(self) -> int:
+        """How many samples it is of."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def sample(self) -> Tensor:
+        """The sample of every counted row, on the CPU."""
+        return self.places // max(math.prod(self.shape[1:-1]), 1)
+
 
 def call(model: nn.Module, batch: Batch) -> Any:
     """The model's outputs for a batch of the caller's data.

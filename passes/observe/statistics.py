@@ -113,12 +113,14 @@ class CollectStatistics:
             term.output_rows, term.probes = output_rows, probes
             if term.contract == "lookup" and term.rows is not None:
                 term.unseen = unseen_share(term.rows, probes)
+        few = _few(moments, sites, probes)
         notes = [*found.notes, *_normalise(moments, sites, output_rows, found.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
         summary += f" in {probes} probes" if probes > 1 else ""
         if any(term.pooled for moment in moments.values() for term in moment.terms.values()):
             summary += ", one a sample: its positions are added up"
-        return found.to(Observed, statistics=moments, summary=summary, notes=tuple(notes))
+        known = {"summary": summary, "notes": tuple(notes), "few": few}
+        return found.to(Observed, statistics=moments, **known)
 
 
 def _add_inputs(
@@ -227,6 +229,20 @@ def _add_samples(
     term.squares += squares
     term.pooled += int(counted.any(1).sum())
     term.input_rows += int(counted.sum())
+
+
+def _few(moments: Mapping[str, Moments], sites: Mapping[str, Site], probes: int) -> dict[str, int]:
+    """The rows that weights met which met fewer than they have columns."""
+    found: dict[str, int] = {}
+    for name, moment in moments.items():
+        site, rows, widths = sites[name], 0, {0}
+        for term in moment.terms.values():
+            if term.contract in ("columns", "rows"):
+                rows += term.input_rows // probes // max(site.experts, 1)
+                widths.add(site.matrix[1 if term.contract == "columns" else 0])
+        if 0 < rows < max(widths):
+            found[name] = rows
+    return found
 
 
 def _normalise(

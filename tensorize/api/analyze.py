@@ -34,6 +34,7 @@ from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
@@ -99,6 +100,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
+    batches, few = in_parts(model, batches)
     given = Given(
         model=model,
         inputs=inputs,
@@ -106,7 +108,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
         metric=options.metric or ("loss" if batches else "frobenius"),
         seed=options.seed,
         machine=figures(model),
-        notes=(f"uses of the weights were seen with {source}", *made),
+        notes=(f"uses of the weights were seen with {source}", *made, *few),
         progress=tell,
     )
     found = run_passes(given, (FindSites(options.include, options.exclude),), Found)

@@ -25,6 +25,7 @@ from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.rewrite.factorize import copy_sharing
 from tensorize.passes.rewrite.pipeline import rewriting
@@ -92,7 +93,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
         if batches and not analysis.calibration:
-            analysis = replace(analysis, calibration=batches)
+            analysis = replace(analysis, calibration=in_parts(model, batches)[0])
         if plan.refine is not None and not analysis.calibration:
             raise AnalysisError(
                 f"the plan's refine={plan.refine!r} needs the calibration data, which a cache and "
