@@ -73,8 +73,10 @@ class CalibratePrediction:
         pooled = reference.one_row_a_sample
         for refine in self.refinements:
             shares = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
-            # What is solved on few rows may lose on others what it gains on these.
-            wanted += [(share, refine) for share in (TRIAL_SHARES if learned.few else shares)]
+            if refine == REFIT and learned.few:
+                # What is solved on few rows may lose on others what it gains on these.
+                shares = TRIAL_SHARES
+            wanted += [(share, refine) for share in shares]
         known = best_components(learned, first)
         trials: list[Trial] = []
         for done, (share, refine) in enumerate(wanted):
@@ -126,18 +128,23 @@ class CalibratePrediction:
 
 def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[str]:
     """What is to be said of few calibration data."""
-    where = f"measured on {reference.rows} output rows{' that were held out' * held_out}"
+    unseen = " that were held out" * held_out
+    where = f"measured on {_rows(reference.rows)} of outputs{unseen}"
     if learned.few:
         name = min(learned.few, key=lambda n: learned.few[n] / max(learned.spectra[n].site.matrix))
         m, n = learned.spectra[name].site.matrix
         others = f" and {len(learned.few) - 1} more" * (len(learned.few) > 1)
         yield (
             f"few calibration data: {name}{others} met fewer rows than they have columns "
-            f"({learned.few[name]} rows for {m} x {n}), so new data hold what none of these had; "
+            f"({_rows(learned.few[name])} for {m} x {n}), so new data hold what none of these had; "
             f"what is predicted was {where}"
         )
     elif reference.rows < _FEW:
         yield f"few calibration data: what is predicted was {where}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _nothing(learned: Learned) -> dict[str, Tensor]:
