@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_predictions_never_rise_with_the_budget(name: str, rows: int) -> None:
     torch.manual_seed(rows)
     analysis = tensorize.analyze(build(), calibration=[torch.randn(rows, width)], progress=False)
     losses = [point.loss for point in analysis.curve().points]
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(losses))
 
 
 def test_where_nothing_can_be_held_out_the_interval_is_wide_and_a_note_says_why() -> None:
@@ -130,7 +131,7 @@ def test_trials_that_scatter_predict_what_never_falls_with_damage(seed: int) -> 
     for refine in (None, "refit"):
         at = np.exp(np.linspace(-6, 6, 400))
         values = [found.predict(float(raw), refine)[0] for raw in at]
-        assert all(b >= a * (1 - 1e-9) for a, b in zip(values, values[1:], strict=False))
+        assert all(b >= a * (1 - 1e-9) for a, b in pairwise(values))
 
 
 def test_trials_out_of_order_both_predict_their_mean_and_less_surely() -> None:
