@@ -12,6 +12,7 @@ from torch import nn
 from tensorize.api.analysis import Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
+from tensorize.api.choices import check_choices
 from tensorize.api.options import Options
 from tensorize.api.outcome import report_of, slow_weights
 from tensorize.base import timer
@@ -87,6 +88,11 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     if options.refine != "auto":
         plan = replace(plan, refine=options.refine)
     _check_loss(plan, options.loss_fn)
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
+        raise AnalysisError(
+            "the plan was made for a model with other weights",
+            way_out="analyse this model: tensorize.analyze(model)",
+        )
     with shown(options.progress) as tell:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
@@ -98,11 +104,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        if fingerprint(model.named_parameters()) != plan.fingerprint:
-            raise AnalysisError(
-                "the plan was made for a model with other weights",
-                way_out="analyse this model: tensorize.analyze(model)",
-            )
+        check_choices(plan, analysis.program, model)
         return apply_plan(model, plan, analysis, options, tell)
 
 
