@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +65,9 @@ class FindSites:
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
-        sites = _with_input_groups(selected(sites, self.include, self.exclude), beside)
+        # Weights that have a factor in common are trained together, or not, and lie in one place.
+        alike = {n[0]: (p.requires_grad, p.dtype, p.device) for p, n in names.values()}
+        sites = _with_input_groups(selected(sites, self.include, self.exclude), beside, alike)
         free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
         sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
@@ -127,8 +129,13 @@ def _observe(
     return uses, other, beside
 
 
-def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -> list[Site]:
-    """Plain linears that always read their input together know the first of their group."""
+def _with_input_groups(
+    sites: Sequence[Site], beside: Sequence[Sequence[str]], alike: Mapping[str, Hashable]
+) -> list[Site]:
+    """Plain linears that always read their input together know the first of their group.
+
+    ``alike``: only those of the same value are of one group.
+    """
     plain = {
         site.name
         for site in sites
@@ -140,13 +147,14 @@ def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -
     for names in beside:
         for name in names:
             groups[name].add(tuple(sorted(set(names))))
-    first: dict[tuple[str, ...], str] = {}
+    first: dict[Hashable, str] = {}
     result = []
     for site in sites:
         if len(groups[site.name]) == 1 and site.name in plain:
             (names,) = groups[site.name]
-            if sum(name in plain for name in names) > 1:
-                site = replace(site, input_group=first.setdefault(names, site.name))
+            own = alike[site.name]
+            if sum(name in plain and alike[name] == own for name in names) > 1:
+                site = replace(site, input_group=first.setdefault((names, own), site.name))
         result.append(site)
     return result
 

@@ -30,6 +30,14 @@ log = logging.getLogger("tensorize")
 # What flock says on disks over a network that have no locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 
+# What a disk says that has no room, or no room for somebody.
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a disk has no room."""
+    return error.errno in _FULL
+
 
 # ---------------------------------------------------------------------------------- one file
 

@@ -126,20 +126,6 @@ def test_importing_both_is_enough_in_any_order(first: str, tmp_path: Path) -> No
     assert output.split()[-2:] == [str(count), str(len(tensorize.report(saved).sites))]
 
 
-def test_transformers_alone_refuses_to_make_up_weights(tmp_path: Path) -> None:
-    tensorize.save(compress("gpt2"), tmp_path)
-    code = """
-import logging, sys
-from transformers import AutoModelForCausalLM
-logging.disable()
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except OSError as error:
-    print(error)
-"""
-    assert "no file named model.safetensors" in python(code, tmp_path)
-
-
 def test_configurations_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     saved = compress("gpt2")
 
