@@ -44,12 +44,14 @@ _DESCRIPTORS = (
 _OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"}
 _OF_CLASSES |= {"__firstlineno__", "__static_attributes__", "_abc_impl", "__orig_bases__"}
 _OF_CLASSES |= {"__annotate__", "__annotate_func__", "__annotations_cache__", "__parameters__"}
+_OF_CLASSES |= {"__slotnames__"}
 # What a module has beside what it computes with: modes, ours, and what is told by itself.
 _OF_MODULES = {"training", "_tensorize", "_parameters", "_buffers", "_modules"}
 _OF_MODULES |= {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"}
 _OF_MODULES |= {"_load_state_dict_post_hooks", "_is_full_backward_hook", "_compiled_call_impl"}
 # Where a configuration of transformers comes from.
 _OF_CONFIGURATIONS = {"_name_or_path", "_commit_hash", "transformers_version"}
+_OF_CONFIGURATIONS |= {"_original_object_hash"}
 _OWN_OPERATIONS = ("aten", "prim", "prims")
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 

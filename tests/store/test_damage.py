@@ -53,7 +53,7 @@ def foreign_weights(directory: Path) -> None:
 
 def not_safetensors(directory: Path) -> None:
     path = weights_file(directory)
-    path.write_bytes(b"not what it should be")
+    path.write_bytes(b"not what it should be" * 1000)
     note_weights(directory, path.read_bytes())
 
 
