@@ -12,7 +12,6 @@ from torch import nn
 from tensorize.api.analysis import Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
-from tensorize.api.choices import check_choices
 from tensorize.api.options import Options
 from tensorize.api.outcome import report_of, slow_weights
 from tensorize.base import timer
@@ -26,6 +25,7 @@ from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.pipeline import run_passes
+from tensorize.passes.rewrite.choices import check_choices
 from tensorize.passes.rewrite.factorize import copy_sharing
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
