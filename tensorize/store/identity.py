@@ -297,7 +297,7 @@ class _Walk:
             raise Opaque(f"{self.place} is the operation {name}")
         try:
             reducer = copyreg.dispatch_table.get(kind)
-            reduced = value.__reduce_ex__(2) if reducer is None else reducer(value)
+            reduced: Any = value.__reduce_ex__(2) if reducer is None else reducer(value)
         except Exception as error:  # pickling raises whatever an object says that cannot be
             raise Opaque(f"{self.place} is a {kind.__module__}.{kind.__qualname__}") from error
         if isinstance(reduced, str):  # a name, and no content
@@ -305,8 +305,9 @@ class _Walk:
             if wrapped is None and _version(kind.__module__) is None:
                 raise Opaque(f"{self.place} is a {kind.__module__}.{kind.__qualname__}")
             return _hash("name", reduced, self.digest(wrapped))
-        make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-        held = object.__getstate__(value)
+        filled: tuple[Any, ...] = (*reduced, None, None, None)
+        make, arguments, state, items, pairs = filled[:5]
+        held: Any = object.__getstate__(value)
         if kind.__module__.partition(".")[0] == "transformers" and isinstance(held, dict):
             drop = _OF_CONFIGURATIONS
             held = {k: v for k, v in held.items() if k not in drop}
