@@ -119,20 +119,14 @@ def _finish(
         "sha256": sha256,
         "bytes": weights.stat().st_size,
     }
-    configs = {}
+    configs: dict[str, str] = {}
     if manifest["model"]["huggingface"]:
-        configs = transformers_config.configs_of(model, weights.name)
-    for name, text in {**configs, MANIFEST: signed(manifest)}.items():
-        _put(draft, text, directory / name)
-    # Those of another save that came in between.
-    for name, text in configs.items():
-        if (directory / name).read_text(encoding="utf-8") != text:
-            _put(draft, text, directory / name)
-
-
-def _put(draft: Path, text: str, target: Path) -> None:
-    draft.write_text(text, encoding="utf-8")
-    into_place(draft, target)
+        configs = transformers_config.save_configs(model, directory, weights.name, draft)
+    draft.write_text(signed(manifest), encoding="utf-8")
+    into_place(draft, directory / MANIFEST)
+    found = {name: (directory / name).read_text(encoding="utf-8") for name in configs}
+    if found != configs:  # those of another save came in between
+        transformers_config.save_configs(model, directory, weights.name, draft)
 
 
 def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:

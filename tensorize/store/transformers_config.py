@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from tensorize.base.errors import CheckpointError
+from tensorize.base.files import into_place
 from tensorize.base.records import checksum
 from tensorize.store.contents import SiteRecord, aliases_of, dtype_name, site_records
 from tensorize.store.manifest import FORMAT_VERSION, damage_named, sites_from_list, sites_to_list
@@ -84,9 +85,9 @@ def check_place(directory: Path) -> None:
         )
 
 
-def configs_of(model: nn.Module, weights: str) -> dict[str, str]:
-    """The texts of ``config.json`` and ``generation_config.json``, for ``from_pretrained`` and
-    other tools."""
+def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -> dict[str, str]:
+    """``config.json`` and ``generation_config.json``, for ``from_pretrained`` and other tools; what
+    is in them, by their names."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = [class_path(model).rpartition(":")[2]]
     config.dtype = dtype_name(next(model.parameters()).dtype)
@@ -97,6 +98,9 @@ def configs_of(model: nn.Module, weights: str) -> dict[str, str]:
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         texts["generation_config.json"] = generation.to_json_string()
+    for name, text in texts.items():
+        draft.write_text(text, encoding="utf-8")
+        into_place(draft, directory / name)
     return texts
 
 

@@ -105,9 +105,9 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "a hook": lambda m: m.layer.register_forward_hook(lambda mod, args, out: 2 * out),
     "a hook of a weight": lambda m: m.layer.weight.register_hook(lambda g: 2 * g),
     "a module kept in a list": lambda m: m.__dict__.__setitem__("beside", [nn.Linear(2, 2)]),
-    "a tie": lambda m: m.memory.register_parameter("weight_hh_l0", m.memory.weight_ih_l0),
+    "a tie": lambda m: setattr(m.memory, "weight_hh_l0", m.memory.weight_ih_l0),
     "a dropout": lambda m: m.add_module("drop", nn.Dropout(0.1)),
-    "a class": lambda m: m.__setattr__("__class__", Twin),
+    "a class": change("__class__", Twin),
 }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ DATA: list[Any] = [
     other_middle(),
     np.float32(1.0),
     np.array(["a", "b"]),
-    np.ma.MaskedArray([1, 2, 3], mask=[0, 1, 0]),
+    np.ma.MaskedArray([1, 2, 3], mask=np.array([False, True, False])),
     "text",
     b"text",
     1,
