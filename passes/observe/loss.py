@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, ModelError
-from tensorize.capture.forward import untouched
+from tensorize.capture.forward import once, untouched
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
@@ -189,7 +189,7 @@ class PreservedLoss:
         total, rows = 0.0, 0
         for batch in batches:
             # In a compressed model factors run as well: what it raises is not told as its own.
-            wanted, got = call(dense, batch), model(*batch.args, **batch.kwargs)
+            wanted, got = call(dense, batch), once(model, batch)
             part, count = self.rise(wanted, got, batch, model)
             total, rows = total + part, rows + count
         return total / max(rows, 1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError, ModelError
-from tensorize.capture.forward import of_the_model
+from tensorize.capture.forward import of_the_model, once
 from tensorize.ir.sites import Batch
 
 LOGITS = "logits"
@@ -50,7 +50,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
         ModelError: the batch does not fit the model's forward; it says which batch.
     """
     with of_batch(batch):
-        return model(*batch.args, **batch.kwargs)
+        return once(model, batch)
 
 
 def of_batch(batch: Batch) -> AbstractContextManager[None]:

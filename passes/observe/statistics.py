@@ -22,11 +22,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tensorize.base.errors import ModelError
 from tensorize.capture.forward import untouched
+from tensorize.capture.inner_gradients import is_transformed
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch, Site
-from tensorize.passes.observe.backward import backward, changed_after_use, not_wanted
+from tensorize.passes.observe.backward import Peculiar, backward, not_wanted, peculiar
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.moments import (
     Moments,
@@ -72,6 +74,8 @@ class CollectStatistics:
         if found.metric == "frobenius":
             return found.to(Observed, statistics={}, summary="none needed: the weights alone")
         free = {site.name for site in found.sites if has_moments(site, found.metric)}
+        if not free:
+            return found.to(Observed, statistics={}, summary="none needed: all weights stay dense")
         # All of them, so that whatever is asked for the same gradients arrive, on the same way.
         wanted = [(n, p) for n, p in found.model.named_parameters() if n in free]
         sites = {site.name: site for site in found.sites}
@@ -79,13 +83,15 @@ class CollectStatistics:
         chosen = free if self.only is None else free & self.only
         moments: dict[str, Moments] = {name: Moments() for name in sorted(chosen)}
         output_rows = 0
-        changed: set[str] = set()
+        special = Peculiar()
+        if found.metric == "loss":
+            special = peculiar(found.model, self.batches[0], wanted)
         whole = {
             name: partial(_add_whole, moments[name].term("whole"), sites[name])
             if name in moments
             else not_wanted
             for name in sorted(free)
-            if sites[name].last_resort
+            if sites[name].last_resort or name in special.whole
         }
         probes, total = 1, len(self.batches)
         done = 0
@@ -95,11 +101,9 @@ class CollectStatistics:
             done += 1
             if found.metric == "loss":
                 assert self.loss is not None
-                if done == 1:
-                    changed = changed_after_use(found.model, batch, wanted)
                 given = found.model, batch, wanted
                 add = partial(_add_rows, moments, sites, by_sample=self.by_sample)
-                output_rows += backward(*given, add, self.loss, generator, changed, whole)
+                output_rows += backward(*given, add, self.loss, generator, special.changed, whole)
                 if done == len(self.batches):
                     probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), self.most_probes)
                     total *= probes
@@ -128,6 +132,12 @@ def _add_inputs(
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         if name not in moments:
             return output
+        if is_transformed():
+            raise ModelError(
+                "it is used under a transform of torch.func (vmap, grad), where rows are not seen",
+                site=name,
+                way_out='metric="loss" takes its gradient as a whole; or exclude it',
+            )
         mask = row_mask(matmul.x, batch, matmul.contract)
         _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, None, mask)
         return output
@@ -147,8 +157,8 @@ def _add_rows(
     *,
     by_sample: bool,
 ) -> None:
-    if name not in moments or sites[name].last_resort:
-        return  # the gradient of what is used as a whole holds what comes by its matmuls, too
+    if name not in moments:
+        return
     site = sites[name]
     pairs = None
     if by_sample and samples and has_full_moments(site):
@@ -166,9 +176,9 @@ def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:
     second moments of its gradients (as Shampoo does, Gupta, Koren & Singer 2018).
     """
     rows, columns = site.matrix
-    gradient = gradient.reshape(rows, columns)
-    term.rows = plus(term.rows, moment_of(gradient.t(), rows))
-    term.columns = plus(term.columns, moment_of(gradient, columns))
+    gradient = gradient.reshape(-1, rows, columns)
+    term.rows = plus(term.rows, moment_of(gradient.mT.reshape(-1, rows), rows))
+    term.columns = plus(term.columns, moment_of(gradient.reshape(-1, columns), columns))
     term.input_rows += 1
 
 

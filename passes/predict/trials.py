@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
-from tensorize.capture.forward import untouched
+from tensorize.capture.forward import once, untouched
+from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import RankPlan
@@ -65,14 +65,16 @@ class Reference:
         return result if self.loss.loss_fn is not None else essential(result)
 
     def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
-        """What the model loses with some weights replaced, by name; itself it is not touched."""
+        """What the model loses with some weights replaced, by name, in this thread alone."""
         model, rises = self.model, []
+        parameters = dict(model.named_parameters())
+        instead = {id(parameters[name]): weight for name, weight in weights.items()}
         error, size = 0.0, 0.0
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._kept[k] if k in self._kept else self._run(batch)
-                with of_batch(batch):
-                    after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
+                with of_batch(batch), StandIns(instead):
+                    after = once(model, batch)
                 rises.append(self.loss.rise(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):
                     centred = a.rows.double() - a.rows.double().mean(0)

@@ -62,13 +62,6 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
     parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in dense.sites}
-    order = [
-        n
-        for n in run_order(dense.model, batches[0], parameters)
-        if _solvable(by_name[n], specs[n], dense.spectra[n])
-    ]
-    together = _together(sites, order)
-    order = [name for name in order if name in together]
     cores: dict[str, Cores] = {}
 
     def use_planned(*names: str) -> None:
@@ -86,6 +79,11 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
     runs: list[tuple[WeightRun, WeightRun]] = []
     try:
         with untouched(dense.model):
+            # What a run writes is seen here: runs that wait for each other are not watched.
+            used = run_order(dense.model, batches[0], parameters)
+            order = [n for n in used if _solvable(by_name[n], specs[n], dense.spectra[n])]
+            together = _together(sites, order)
+            order = [name for name in order if name in together]
             for batch in batches:
                 given = dense.model, batch, parameters, order
                 runs.append((WeightRun(*given, None), WeightRun(*given, compressed)))

@@ -40,6 +40,7 @@ from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
+from tensorize.passes.rewrite.rehearse import Rehearse
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque
@@ -113,7 +114,8 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
         notes=(f"uses of the weights were seen with {source}", *made),
         progress=tell,
     )
-    found = run_passes(given, (FindSites(options.include, options.exclude),), Found)
+    passes = FindSites(options.include, options.exclude), Rehearse()
+    found = run_passes(given, passes, Found)
     # A pattern that names no weight is said before the expensive stage.
     formats_by_site(found.free, options.formats)
     return found

@@ -19,14 +19,16 @@ from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
-from tensorize.capture.inputs import check_model
+from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.pipeline import run_passes
 from tensorize.passes.rewrite.choices import check_choices
-from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.rewrite.compare import CompareRuns
+from tensorize.passes.rewrite.copies import copy_sharing
+from tensorize.passes.rewrite.dense_reads import memory_of
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Opened, Planned, Rewritten
@@ -146,6 +148,10 @@ def apply_plan(
 ) -> nn.Module:
     """The model with the factors of a plan that was made for it, and with its report."""
     replaced = {site.name for site in plan.sites if site.spec is not None}
+    batch, _ = find_inputs(model, options.example_inputs, analysis.calibration)
+    weights = {name: p for name, p in model.named_parameters() if name in replaced}
+    compare = CompareRuns(batch, memory_of(weights))
+    del weights
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
 
@@ -156,7 +162,7 @@ def apply_plan(
 
     refine = plan.refine if replaced else None
     passes = rewriting(refine, analysis.calibration, polish)
-    done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
+    done = run_passes(planned.to(Opened, model=target), (*passes, compare), Rewritten)
     if options.autotune:
         time_orders(done)
     attach(target, report_of_result(done, analysis))

@@ -7,6 +7,7 @@ torch that is installed.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -50,6 +51,29 @@ def answer_matmul_from_the_left() -> None:
         BUILTIN_TO_TENSOR_RFN_MAP[operator.matmul] = torch.Tensor.__rmatmul__
 
     hooks.when_imported(_TRACER, teach)
+
+
+# ---------------------------------------------------------------------- what it made of functions
+
+
+def what_was_compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that ``torch.compile`` or ``torch.compiler.disable`` wrapped; None: it is none.
+
+    A wrapper around such a one has its attributes, but another id.
+    """
+    wrapped = getattr(function, "_torchdynamo_orig_callable", None)
+    return wrapped if getattr(function, "_torchdynamo_wrapper_id", None) == id(function) else None
+
+
+def compiled_again(function: Any, other: Callable[..., Any]) -> Callable[..., Any]:
+    """``other`` wrapped in the way in which ``function`` was, with backend and options."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+    return cells["self"].cell_contents(other)
+
+
+def as_written() -> contextlib.AbstractContextManager[Any]:
+    """What was compiled runs as it was written in here, so that its calls can be watched."""
+    return torch.compiler.set_stance("force_eager")
 
 
 # ------------------------------------------------------------------------ what it says of a graph

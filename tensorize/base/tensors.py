@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -22,6 +23,17 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from plain_parts(getattr(tensor, name))
+
+
+def lies_in_memory(tensor: Tensor) -> bool:
+    """Whether an ordinary tensor's entries have addresses: not those of a sparse one, or a lazy
+    one that has no shape yet."""
+    return not is_lazy(tensor) and is_plain(tensor) and tensor.layout == torch.strided
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether vmap or another transform of functions has hold of a tensor: it has no entries."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
 
 
 _ALIGNMENT = 64  # bytes, as torch allocates

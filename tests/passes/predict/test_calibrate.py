@@ -441,3 +441,12 @@ def test_predictions_for_trained_weights_hold_on_other_text(
     if isinstance(limit, tensorize.Budget):
         assert limit.loss is not None
         assert 0.9 * limit.loss < plan.predicted.loss <= limit.loss
+
+
+def test_trials_that_measure_rounding_alone_give_a_finite_interval() -> None:
+    """A model that loses nothing at any rank: its trials' ratios may be as far apart as any."""
+    trials = (Trial(6e-18, 1.5e-8, 1e4, 1e-6), Trial(4e-13, 2e-8, 0.0, 1e-6))
+    found = Predictor(trials, "nats", held_out=True)
+    for raw in (1e-300, 1e-40, 1e-15, 1.0):
+        expected, (low, high) = found.predict(raw)
+        assert 0 <= low <= expected <= high < math.inf
