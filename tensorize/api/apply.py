@@ -23,9 +23,9 @@ from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
+from tensorize.passes.allocate.choices import check_choices
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.pipeline import run_passes
-from tensorize.passes.rewrite.choices import check_choices
 from tensorize.passes.rewrite.compare import CompareRuns
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.dense_reads import memory_of
