@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +60,7 @@ def backward(
     model: nn.Module,
     batch: Batch,
     wanted: Sequence[tuple[str, nn.Parameter]],
-    on_rows: Callable[[str, Frame, Matmul, Tensor, int | None], None],
+    on_rows: Callable[[str, Frame, Matmul, Tensor, int, int | None], None],
     loss: PreservedLoss,
     generator: torch.Generator,
     changed: Collection[str] = (),
@@ -67,24 +68,62 @@ def backward(
 ) -> int:
     """One backward pass of a probe of the loss; the number of output rows that count.
 
-    ``on_rows(name, frame, matmul, gradient, samples)`` is called for each matmul against a wanted
-    weight with what arrives at its rows, and the number of samples where the outputs have one row
-    for each; ``whole`` names the weights that are used as a whole, and what takes the gradient of
-    each. ``changed`` are weights whose input the model changes later on.
+    ``on_rows(name, frame, matmul, gradient, call, samples)`` is called for each matmul against a
+    wanted weight with what arrives at its rows, the number of the call among the weight's own, and
+    the number of samples where the outputs have one row for each; ``whole`` names the weights that
+    are used as a whole, and what takes the gradient of each. ``changed`` are weights whose input
+    the model changes later on.
+
+    Raises:
+        ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
+    """
+    samples: int | None = None
+    rows = 0
+
+    def arrives(name: str, frame: Frame, matmul: Matmul, call: int, gradient: Tensor) -> None:
+        on_rows(name, frame, matmul, matmul.to_rows(gradient), call, samples)
+
+    def probe(result: Any) -> Tensor:
+        nonlocal samples, rows
+        scalar, rows = loss.probe(result, batch, model, generator)
+        samples = samples_of(result, model)
+        return scalar
+
+    pass_back(model, batch, wanted, probe, arrives, changed, whole)
+    return rows
+
+
+def pass_back(
+    model: nn.Module,
+    batch: Batch,
+    wanted: Sequence[tuple[str, nn.Parameter]],
+    probe: Callable[[Any], Tensor],
+    arrives: Callable[[str, Frame, Matmul, int, Tensor], Tensor | None],
+    changed: Collection[str] = (),
+    whole: Mapping[str, Callable[[Tensor], None]] | None = None,
+) -> None:
+    """One backward pass of what ``probe`` makes of the outputs.
+
+    ``arrives(name, frame, matmul, call, gradient)`` takes the gradient of what each matmul against
+    a wanted weight returned; what it gives goes on in its place.
 
     Raises:
         ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
     """
     whole = whole or {}
-    samples: int | None = None
     seen = bool(whole)
     roots: list[Tensor] = []
+    calls: Counter[str] = Counter()
     # Inputs may carry gradients of the caller's own: backward passes end at the weights.
     args, kwargs = pytree.tree_map(_detached, (batch.args, dict(batch.kwargs)))
     batch = replace(batch, args=args, kwargs=kwargs)
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or name in whole:
+        if not torch.is_grad_enabled():
+            return output
+        number = calls[name]
+        calls[name] += 1
+        if name in whole or is_transformed():
             return output
         if name in changed:
             matmul = replace(matmul, x=matmul.x.detach().clone())
@@ -93,9 +132,9 @@ def backward(
             roots.append(torch.zeros_like(output[..., :1]).requires_grad_())
             output = output + roots[-1]
 
-        def on_gradient(gradient: Tensor) -> None:
+        def on_gradient(gradient: Tensor) -> Tensor | None:
             with torch.no_grad(), ours():
-                on_rows(name, frame, matmul, matmul.to_rows(gradient), samples)
+                return arrives(name, frame, matmul, number, gradient)
 
         output.register_hook(on_gradient)
         nonlocal seen
@@ -113,8 +152,7 @@ def backward(
     with untouched(model), torch.enable_grad():
         with Observer(wanted, on_matmul, frozen=True, stand_ins=leaves):
             result = call(model, batch)
-        scalar, rows = loss.probe(result, batch, model, generator)
-        samples = samples_of(result, model)
+        scalar = probe(result)
         # A matmul whose input carries a gradient has no root of its own: it is on the way to where
         # that gradient ends, which may be a tensor that the model made.
         ends = list(dict.fromkeys((*wholes.values(), *roots, *_leaves(scalar))))
@@ -129,7 +167,6 @@ def backward(
     for name, gradient in zip(wholes, arrived, strict=False):
         if gradient is not None and gradient.any():
             whole[name](gradient)
-    return rows
 
 
 def _leaves(scalar: Tensor) -> list[Tensor]:

@@ -33,7 +33,9 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
@@ -104,6 +106,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
+    batches, few = in_parts(model, batches)
     given = Given(
         model=model,
         inputs=inputs,
@@ -111,7 +114,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
         metric=options.metric or ("loss" if batches else "frobenius"),
         seed=options.seed,
         machine=figures(model),
-        notes=(f"uses of the weights were seen with {source}", *made),
+        notes=(f"uses of the weights were seen with {source}", *made, *few),
         progress=tell,
     )
     passes = FindSites(options.include, options.exclude), Rehearse()
@@ -211,14 +214,15 @@ def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> t
     loss = None
     if found.metric == "loss":
         loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
+    rows = CountRows(found.calibration, options.loss_fn)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
     statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats)
     largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:
-        return statistics, spectra, largest, prediction
+        return rows, statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)
-    return LearnInGroups(statistics, stored, options.max_memory), largest, prediction
+    return rows, LearnInGroups(statistics, stored, options.max_memory), largest, prediction
 
 
 def cost_line(found: Found) -> str:

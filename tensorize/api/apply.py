@@ -24,8 +24,10 @@ from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
 from tensorize.passes.allocate.choices import check_choices
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.pipeline import run_passes
+from tensorize.passes.observe.parts import in_parts
+from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.rewrite.compare import CompareRuns
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.dense_reads import memory_of
@@ -99,7 +101,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
         if batches and not analysis.calibration:
-            analysis = replace(analysis, calibration=batches)
+            analysis = replace(analysis, calibration=in_parts(model, batches)[0])
         if plan.refine is not None and not analysis.calibration:
             raise AnalysisError(
                 f"the plan's refine={plan.refine!r} needs the calibration data, which a cache and "
@@ -161,8 +163,13 @@ def apply_plan(
         return Polish(dense, *split(analysis.calibration), loss)
 
     refine = plan.refine if replaced else None
-    passes = rewriting(refine, analysis.calibration, polish)
-    done = run_passes(planned.to(Opened, model=target), (*passes, compare), Rewritten)
+    passes: tuple[Pass[Any, Any], ...] = (
+        *rewriting(refine, analysis.calibration, polish),
+        compare,
+    )
+    if refine is not None and planned.counted is None:
+        passes = CountRows(analysis.calibration, analysis.loss_fn), *passes
+    done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
         time_orders(done)
     attach(target, report_of_result(done, analysis))

@@ -36,8 +36,9 @@ from tensorize.evaluation.speed import first_sample, times
 from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Batch
+from tensorize.passes.observe.hidden import shifts_labels
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.observe.outputs import call, outputs_of, shifts_labels
+from tensorize.passes.observe.outputs import call, outputs_of
 from tensorize.reports.attach import known_report
 
 QUANTIZATIONS = ("int8", "int4")
