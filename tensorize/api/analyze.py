@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -44,7 +45,10 @@ from tensorize.passes.predict.largest import MeasureLargest
 from tensorize.passes.rewrite.rehearse import Rehearse
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
+from tensorize.store.identity import Opaque
 from tensorize.version import __version__
+
+log = logging.getLogger("tensorize")
 
 
 def analyze(
@@ -74,7 +78,8 @@ def analyze(
             fit.
         AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
         BudgetError: ``max_memory`` is no number of bytes.
-        CheckpointError: ``cache_dir`` cannot be used.
+        CheckpointError: ``cache_dir`` cannot be used. Where its disk fills up, the analysis goes on
+            without it, with a warning and a note.
     """
     return analyzed(model, Options.of(locals()))
 
@@ -155,27 +160,38 @@ def _learned_unasked(found: Found, identity: str, options: Options) -> Analysis:
 
 
 def place_of(found: Found, identity: str, options: Options) -> str | None:
-    """Where the analysis of a model of this identity is kept; None where it is not."""
+    """Where the analysis of a model of this identity is kept; None where it is not.
+
+    Raises:
+        Opaque: what it depends on cannot be told.
+    """
     if options.cache_dir is None:
         return None
     asked = options.formats, options.loss_fn, options.refine
     key = disk.key(found, identity, *asked, __version__)
-    return None if key is None else disk.location(options.cache_dir, key)
+    return disk.location(options.cache_dir, key)
 
 
 def _learned(found: Found, identity: str, options: Options) -> Analysis:
     """The analysis: from the cache, or made and kept there."""
-    base = place_of(found, identity, options)
+    try:
+        base = place_of(found, identity, options)
+    except Opaque as error:
+        base, why = None, f"the analysis is not kept in cache_dir: {error}"
+        log.warning(why)
+        found = found.noted(why)
     held = Held.memory if options.max_memory is None else Held.mapped
     if base is not None and (kept := disk.read(base, held)) is not None:
         analysed = replace(kept, machine=found.machine, history=found.history)
     else:
-        analysed = _run(found, options, base, held)
+        analysed, base = _run(found, options, base, held)
     return Analysis(analysed, identity, base, found.calibration, options.loss_fn)
 
 
-def _run(found: Found, options: Options, base: str | None, held: Held) -> Analysed:
-    """What the expensive passes give, kept at ``base`` where that is a place."""
+def _run(
+    found: Found, options: Options, base: str | None, held: Held
+) -> tuple[Analysed, str | None]:
+    """What the expensive passes give, and where it is kept: at ``base``, or nowhere."""
     announce(cost_line(found))
     with contextlib.ExitStack() as stack:
         curves = None if base is None else Curves(Path(base), held)
@@ -186,8 +202,10 @@ def _run(found: Found, options: Options, base: str | None, held: Held) -> Analys
         passes = _analysis_passes(found, options, curves)
         analysed = replace(run_passes(found, passes, Analysed), progress=no_progress)
         if base is not None and curves is not None:
-            disk.write(base, curves, analysed)
-    return analysed
+            why = disk.write(base, curves, analysed)
+            if why is not None:
+                return analysed.noted(f"the analysis is not kept in cache_dir: {why}"), None
+    return analysed, base
 
 
 def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> tuple[Pass, ...]:

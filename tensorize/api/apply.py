@@ -23,6 +23,7 @@ from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
 from tensorize.ir.spec import SHARED
+from tensorize.passes.allocate.choices import check_choices
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.observe.parts import in_parts
@@ -91,6 +92,11 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     if options.refine != "auto":
         plan = replace(plan, refine=options.refine)
     _check_loss(plan, options.loss_fn)
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
+        raise AnalysisError(
+            "the plan was made for a model with other weights",
+            way_out="analyse this model: tensorize.analyze(model)",
+        )
     with shown(options.progress) as tell:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
@@ -102,11 +108,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        if fingerprint(model.named_parameters()) != plan.fingerprint:
-            raise AnalysisError(
-                "the plan was made for a model with other weights",
-                way_out="analyse this model: tensorize.analyze(model)",
-            )
+        check_choices(plan, analysis.program, model)
         return apply_plan(model, plan, analysis, options, tell)
 
 
