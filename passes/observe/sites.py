@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tensorize.base.tensors import adapted_layers, is_plain
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch, Site, Use
@@ -118,7 +119,7 @@ def _observe(
         other.setdefault(name, function)
 
     observer = Observer(model.named_parameters(), on_matmul, on_other)
-    with untouched(model), of_the_model(), observer:
+    with untouched(model), fitting(model, batch), observer:
         model(*batch.args, **batch.kwargs)
     uses = {
         name: [replace(use, rows=count) for use, count in table.items()]

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
+from tensorize.capture.fit import fitting
 from tensorize.capture.forward import untouched
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
@@ -23,7 +24,6 @@ from tensorize.passes.observe.outputs import (
     Output,
     call,
     essential,
-    of_batch,
     outputs_of,
     samples_of,
 )
@@ -71,7 +71,7 @@ class Reference:
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._kept[k] if k in self._kept else self._run(batch)
-                with of_batch(batch):
+                with fitting(model, batch):
                     after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
                 rises.append(self.loss.rise(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):

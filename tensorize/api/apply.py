@@ -75,7 +75,7 @@ def apply(
 @in_usual_modes("apply")
 def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     """``apply`` with its options as one record."""
-    check_model(model)
+    model = check_model(model, inplace=options.inplace)
     if not isinstance(plan, Plan):
         raise AnalysisError(
             f"plan is a {type(plan).__name__}, not a Plan",

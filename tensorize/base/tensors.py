@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +57,18 @@ def adapted_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and what ``torch.compile`` made of it."""
-    for name in ("module", "_orig_mod"):
-        inner = model._modules.get(name)
-        if inner is not None and len(model._modules) == 1:
-            return unwrapped(inner)
-    return model
+    """The model inside torch's own wrappers: DDP, DataParallel, what ``torch.compile`` gave.
+
+    They are known by their class: a class of the user's own may do more than hand on its input.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # else nothing is compiled
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def device_of(model: nn.Module) -> str:

@@ -98,12 +98,16 @@ class Site:
         return plain and not any(use.kind.startswith(only_low_rank) for use in self.uses)
 
 
+EXAMPLE, SELF_MADE = "example_inputs", "the model's own data"
+"""Where batches come from that are not of an option named otherwise."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One call of the model: its arguments, and what the caller gave (a ``loss_fn`` gets that).
 
     ``names`` are those of the positional arguments, where they are known; ``number`` is its place
-    among the batches that the caller gave.
+    among the batches that the caller gave by the option ``source``.
     """
 
     args: tuple[Any, ...]
@@ -111,6 +115,7 @@ class Batch:
     given: Any
     names: tuple[str, ...] = ()
     number: int = 0
+    source: str = EXAMPLE
 
     def argument(self, name: str) -> Any:
         """What forward gets by a name; None where it is not passed."""
