@@ -20,13 +20,7 @@ from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.observe.outputs import (
-    Output,
-    call,
-    essential,
-    outputs_of,
-    samples_of,
-)
+from tensorize.passes.observe.outputs import Output, call, essential, outputs_of, samples_of
 from tensorize.passes.stages import Analysed, Learned, Planned
 
 _KEPT_BYTES = 1 << 30

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree

@@ -44,7 +44,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         inner = [name for name, part in model.named_modules() if known_report(part)]
         raise CheckpointError(
             f"this {type(model).__name__} carries no tensorize report, so it cannot be saved",
-            way_out=f'pass the model that it wraps: tensorize.save(model.get_submodule("{inner[0]}"), directory)'
+            way_out=f'tensorize.save(model.get_submodule("{inner[0]}"), directory)'
             if inner
             else "make it with tensorize.compile or tensorize.apply first",
         )
