@@ -20,7 +20,7 @@ from tensorize.base.tensors import adapted_layers, is_plain
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.capture.observer import Observer
+from tensorize.capture.observer import TRANSFORMED, Observer
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
 from tensorize.passes.stages import Found, Given
@@ -76,7 +76,8 @@ class FindSites:
 def _can_be_rebuilt(function: str) -> bool:
     """Whether a function may be given a weight that is rebuilt for that call."""
     writes = function.endswith("_") and not function.endswith("__")
-    return not writes and function not in ("embedding", "embedding_bag")  # a table for a few rows
+    # A table is not rebuilt for a few rows, and what takes tensors apart takes tensors only.
+    return not writes and function not in ("embedding", "embedding_bag", TRANSFORMED)
 
 
 def _squarest(shape: Sequence[int]) -> int:
@@ -118,7 +119,7 @@ def _observe(
     def on_other(name: str, function: str) -> None:
         other.setdefault(name, function)
 
-    observer = Observer(model.named_parameters(), on_matmul, on_other)
+    observer = Observer(model.named_parameters(), on_matmul, on_other, values=False)
     with untouched(model), fitting(model, batch), observer:
         model(*batch.args, **batch.kwargs)
     uses = {

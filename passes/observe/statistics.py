@@ -71,6 +71,8 @@ class CollectStatistics:
     def run(self, found: Found) -> Observed:
         if found.metric == "frobenius":
             return found.to(Observed, statistics={}, summary="none needed: the weights alone")
+        if not found.free:
+            return found.to(Observed, statistics={}, summary="none: no weight can be factorized")
         free = {site.name for site in found.sites if has_moments(site, found.metric)}
         # All of them, so that whatever is asked for the same gradients arrive, on the same way.
         wanted = [(n, p) for n, p in found.model.named_parameters() if n in free]

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensorize.base.errors import ModelError
 from tensorize.capture.forward import ours
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
+
+
+TRANSFORMED = "torch.vmap or another transformation of torch.func"
+"""What is said to use a parameter that such a transformation takes as its argument."""
 
 
 class Observer(TorchFunctionMode):
@@ -26,6 +32,10 @@ class Observer(TorchFunctionMode):
             What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
         stand_ins: what to hand them instead, by the parameter's id.
+        values: the values are read. Under ``torch.vmap`` and its like there are none to read.
+
+    Raises:
+        ModelError: a parameter is used there, and values are wanted.
     """
 
     def __init__(
@@ -36,12 +46,13 @@ class Observer(TorchFunctionMode):
         *,
         frozen: bool = False,
         stand_ins: Mapping[int, Tensor] | None = None,
+        values: bool = True,
     ) -> None:
         super().__init__()
         self._names = {id(p): (name, Frame()) for name, p in parameters}
         self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
         self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
-        self._stand_ins = stand_ins or {}
+        self._stand_ins, self._values = stand_ins or {}, values
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -56,6 +67,8 @@ class Observer(TorchFunctionMode):
         else:
             free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
             result = func(*free_args, **free_kwargs)
+        if torch._C._are_functorch_transforms_active():
+            self._tell_of_wrapped(args, kwargs)
         names = [self._names[id(weight)][0] for weight in watched]
         for weight, name in zip(watched, names, strict=True):
             with ours():
@@ -67,12 +80,26 @@ class Observer(TorchFunctionMode):
             return value
         return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
 
+    def _tell_of_wrapped(self, args: tuple, kwargs: dict) -> None:
+        """Tell of parameters that a transformation of ``torch.func`` has wrapped."""
+        for tensor in _tensors(args, kwargs):
+            inside = tensor
+            while torch._C._functorch.is_functorch_wrapped_tensor(inside):
+                inside = torch._C._functorch.get_unwrapped(inside)
+            if inside is tensor or id(inside) not in self._names:
+                continue
+            if self._on_other is not None:
+                with ours():
+                    self._on_other(self._names[id(inside)][0], TRANSFORMED)
+
     def _tell(
         self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
     ) -> Any:
         name, frame = self._names[id(weight)]
         matmul = read(func, args, kwargs, weight, frame)
         if matmul is not None and once:  # W Wᵀ is no matmul against a constant
+            if self._values and torch._C._are_functorch_transforms_active():
+                raise _no_values(name)
             return self._on_matmul(name, frame, frame.turn(matmul), result)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return result  # asked for a shape, a dtype, a flag
@@ -85,6 +112,16 @@ class Observer(TorchFunctionMode):
         elif self._on_other is not None:
             self._on_other(name, getattr(func, "__name__", str(func)))
         return result
+
+
+def _no_values(name: str) -> ModelError:
+    return ModelError(
+        "it is used inside of torch.vmap or another transformation of torch.func, where the rows "
+        "that it meets cannot be observed",
+        site=name,
+        way_out='metric="frobenius", which judges weights alone, with example_inputs= in place of '
+        "calibration=",
+    )
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
