@@ -78,7 +78,7 @@ def slow_weights(done: Rewritten, timed: Timed) -> tuple[str, ...]:
     notes = []
     for names in alike.values():
         worst = max(slow[names[0]], key=lambda each: each.factorized / each.dense)
-        said = f"{worst.factorized:.1f} µs predicted, {worst.dense:.1f} dense"
+        said = f"{worst.factorized:.1f} us predicted, {worst.dense:.1f} dense"
         found = weights[names[0]]
         if len(notes) < _MOST_TIMED and len(found.shape) == 2 and not found.is_meta:
             ours, dense = timed(found, worst.batch)

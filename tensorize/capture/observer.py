@@ -16,7 +16,6 @@ from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
 
-
 TRANSFORMED = "torch.vmap or another transformation of torch.func"
 """What is said to use a parameter that such a transformation takes as its argument."""
 

@@ -106,8 +106,8 @@ def _check_weights(manifest: Manifest) -> None:
     if found != manifest.sha256:
         fail(
             path,
-            f"is damaged or cut short: its sha256 is {found[:16]}…, and {manifest.path} says "
-            f"{manifest.sha256[:16]}…",
+            f"is damaged or cut short: its sha256 is {found[:16]}..., and {manifest.path} says "
+            f"{manifest.sha256[:16]}...",
             SAVE_AGAIN,
         )
 
