@@ -97,6 +97,7 @@ class Descent:
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
         self.best = [p.detach().clone() for p in self.parameters]
+        self._moving = [_moving(p.detach()) for p in self.parameters]
         self._begin()
 
     def _begin(self) -> None:
@@ -131,8 +132,10 @@ class Descent:
             return
         for group, lr in zip(self.adam.param_groups, self.largest, strict=True):
             group["lr"] = lr * share
-        for master, gradient in zip(self.masters, gradients, strict=True):
+        for master, gradient, kept in zip(self.masters, gradients, self._moving, strict=True):
             master.grad = None if gradient is None else gradient.float()
+            if gradient is not None and kept is not None:
+                master.grad.mul_(kept)
         self.adam.step()
         write(self.parameters, self.masters)
 
@@ -178,6 +181,15 @@ class Descent:
         self.largest = list(found["largest"])
         write(self.best, found["best"])
         write(self.parameters, self.masters)
+
+
+def _moving(parameter: Tensor) -> Tensor | None:
+    """Where a matrix is not zero, for zeros are meant: rows of padding, what was pruned.
+
+    None: everywhere. A matrix of nothing but zeros is one that is still to be learnt.
+    """
+    entries = parameter != 0
+    return None if parameter.dim() < 2 or entries.all() or not entries.any() else entries
 
 
 @contextmanager

@@ -7,7 +7,10 @@ torch that is installed.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -50,6 +53,36 @@ def answer_matmul_from_the_left() -> None:
         BUILTIN_TO_TENSOR_RFN_MAP[operator.matmul] = torch.Tensor.__rmatmul__
 
     hooks.when_imported(_TRACER, teach)
+
+
+# --------------------------------------------------------------------------- what it leaves alone
+
+_eager = threading.Lock()
+_uses_of_eager = 0
+_stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Parts that ``torch.compile`` made run as they were in here: what watches them is not traced.
+
+    What is compiled has one state for the whole process, so the last thread to leave puts it back.
+    """
+    global _uses_of_eager
+    if "torch._dynamo.eval_frame" not in sys.modules:  # then nothing is compiled
+        yield
+        return
+    with _eager:
+        _uses_of_eager += 1
+        if _uses_of_eager == 1:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager:
+            _uses_of_eager -= 1
+            if _uses_of_eager == 0:
+                _stance.close()
 
 
 # ------------------------------------------------------------------------ what it says of a graph

@@ -87,10 +87,11 @@ def check_model(model: Any, *, on_meta: bool = False, inplace: bool = False) -> 
                 way_out="make or load the model outside of inference mode",
             )
     if count == 0:
-        kinds = {type(m).__name__ for m in model.modules() if "quantized" in type(m).__module__}
-        if kinds:
+        packed = (m for m in model.modules() if "quantized" in type(m).__module__)
+        if (layer := next(packed, None)) is not None:
             raise CaptureError(
-                f"the model has no parameters: {', '.join(sorted(kinds))} hold packed ones",
+                f"the model has no parameters: quantized layers ({type(layer).__name__}) hold "
+                "packed ones",
                 way_out="pass the model from before it was quantized, and quantize the result",
             )
         raise CaptureError("the model has no parameters", way_out="there is nothing to compress")

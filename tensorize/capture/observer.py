@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensorize.base.dynamo import nothing_compiled
 from tensorize.base.errors import ModelError
 from tensorize.capture.forward import ours
 from tensorize.capture.matmul import Frame, Matmul
@@ -52,6 +54,17 @@ class Observer(TorchFunctionMode):
         self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
         self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
         self._stand_ins, self._values = stand_ins or {}, values
+        self._eager: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> Observer:
+        self._eager.append(nothing_compiled())
+        self._eager[-1].__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._eager.pop().__exit__(*raised)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
