@@ -68,10 +68,10 @@ def backward(
             return output
         if name in changed:
             matmul = replace(matmul, x=matmul.x.detach().clone())
-        if not output.requires_grad:
-            # No weight asks for a gradient here: a zero that does is where backward passes end.
-            roots.append(torch.zeros_like(output[..., :1]).requires_grad_())
-            output = output + roots[-1]
+        # A zero that asks for a gradient: backward passes end there, and so come by here, whatever
+        # else asks for one (positions, a parameter that no matmul uses, a function of the user's).
+        roots.append(torch.zeros_like(output[..., :1]).requires_grad_())
+        output = output + roots[-1]
 
         def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad(), ours():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 from typing import Any
 
@@ -50,8 +49,7 @@ def test_symbolic_trace_computes_the_same_and_trains(form: str) -> None:
     graph = fx.symbolic_trace(small)
     assert torch.equal(graph(IDS), small(IDS))
     assert torch.equal(graph(IDS[:1, :5]), small(IDS[:1, :5]))  # no size is fixed
-    for same in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        assert torch.equal(same(IDS), small(IDS))
+    assert torch.equal(copy.deepcopy(graph)(IDS), small(IDS))
     graph(IDS).square().sum().backward()
     got = {name: p.grad for name, p in small.named_parameters()}
     small.zero_grad()
