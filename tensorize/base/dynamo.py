@@ -57,6 +57,18 @@ def answer_matmul_from_the_left() -> None:
 
 # --------------------------------------------------------------------------- what it leaves alone
 
+_WRAPPING = "torch._dynamo.eval_frame"
+"""Where the class of what ``torch.compile`` makes of a module is."""
+
+
+def compiled_from(model: nn.Module) -> nn.Module | None:
+    """The module that ``torch.compile`` was given for this one; None for any other."""
+    dynamo: Any = sys.modules.get(_WRAPPING)
+    if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
+        return None
+    return cast(nn.Module, model._orig_mod)
+
+
 _eager = threading.Lock()
 _uses_of_eager = 0
 _stance = contextlib.ExitStack()
@@ -69,7 +81,7 @@ def nothing_compiled() -> Iterator[None]:
     What is compiled has one state for the whole process, so the last thread to leave puts it back.
     """
     global _uses_of_eager
-    if "torch._dynamo.eval_frame" not in sys.modules:  # then nothing is compiled
+    if _WRAPPING not in sys.modules:  # then nothing is compiled
         yield
         return
     with _eager:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tensorize.base.dynamo import compiled_from
 
 
 def is_plain(parameter: Tensor) -> bool:
@@ -61,14 +61,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     They are known by their class: a class of the user's own may do more than hand on its input.
     """
-    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # else nothing is compiled
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-            model = model._orig_mod
+            inner = model.module
         else:
+            inner = compiled_from(model)
+        if inner is None:
             return model
+        model = inner
 
 
 def device_of(model: nn.Module) -> str:

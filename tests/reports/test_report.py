@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -10,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import tensorize
 from tensorize.base.errors import TensorizeError
 from tensorize.ir.plan import Totals
 from tensorize.reports.curve import Curve
@@ -142,6 +146,26 @@ def test_curve_round_trip(report: Report) -> None:
 
 
 # --------------------------------------------------------------------------------------------- plot
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_everything_that_prints_goes_to_any_pipe(encoding: str, report: Report) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    spec = tensorize.TTSpec((8, 8), (8, 8), (4,))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    analysis = tensorize.analyze(model, example_inputs=(torch.ones(1, 64),), metric="frobenius")
+    small = tensorize.apply(model, analysis.plan(0.5, formats="low_rank"))
+    graphs = tensorize.graphs(small, (torch.ones(1, 64),))
+    own = tensorize.report(small)
+    plain_budget = replace(report.plan, budget="params=0.2")
+    for each in (
+        replace(report, plan=plain_budget, sites=own.sites, notes=()), report.curve, own,
+        own.curve, own.plan, *own.notes, analysis, analysis.plan(0.5), analysis.curve(),
+        tensorize.plan_contraction(spec), spec, small, small[0].weight, graphs.diff(),
+        graphs.print_readable(), *tensorize.kernels(small).values(),
+    ):  # fmt: skip
+        print(each, file=pipe)
+    pipe.flush()
 
 
 @pytest.mark.parametrize("loss", [True, False])
