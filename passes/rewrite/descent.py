@@ -133,9 +133,8 @@ class Descent:
         for group, lr in zip(self.adam.param_groups, self.largest, strict=True):
             group["lr"] = lr * share
         for master, gradient, kept in zip(self.masters, gradients, self._moving, strict=True):
-            master.grad = None if gradient is None else gradient.float()
-            if gradient is not None and kept is not None:
-                master.grad.mul_(kept)
+            moving = gradient if gradient is None or kept is None else gradient * kept
+            master.grad = None if moving is None else moving.float()
         self.adam.step()
         write(self.parameters, self.masters)
 

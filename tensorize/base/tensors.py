@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The tensor inside of what ``torch.vmap`` and its like made of it, or itself."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 -- it has no stubs
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def device_of(model: nn.Module) -> str:

@@ -51,8 +51,8 @@ def check_model(model: Any, *, on_meta: bool = False, inplace: bool = False) -> 
         )
     model = unwrapped(model)
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
-    for name, module in model.named_modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
+    for name, module in model.named_modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise CaptureError(
                 "FullyShardedDataParallel holds the parameters in flat pieces: there are no "
                 "matrices to factorize",

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tensorize.base.dynamo import nothing_compiled
 from tensorize.base.errors import ModelError
+from tensorize.base.tensors import untransformed
 from tensorize.capture.forward import ours
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
@@ -95,9 +96,7 @@ class Observer(TorchFunctionMode):
     def _tell_of_wrapped(self, args: tuple, kwargs: dict) -> None:
         """Tell of parameters that a transformation of ``torch.func`` has wrapped."""
         for tensor in _tensors(args, kwargs):
-            inside = tensor
-            while torch._C._functorch.is_functorch_wrapped_tensor(inside):
-                inside = torch._C._functorch.get_unwrapped(inside)
+            inside = untransformed(tensor)
             if inside is tensor or id(inside) not in self._names:
                 continue
             if self._on_other is not None:

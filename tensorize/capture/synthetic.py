@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import CaptureError, ModelError
+from tensorize.base.tensors import untransformed
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import of_the_model, untouched
 from tensorize.capture.matmul import Frame, Matmul
@@ -138,8 +139,7 @@ def _looked_up(model: nn.Module, inputs: Batch) -> dict[int, int]:
 
 def _has_place(tensor: Tensor) -> bool:
     """Whether its values lie in memory of its own; not of a sparse one, nor under ``torch.vmap``"""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.layout == torch.strided and not wrapped
+    return tensor.layout == torch.strided and untransformed(tensor) is tensor
 
 
 def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:

@@ -73,7 +73,8 @@ class Curve(Sequence[CurvePoint]):
             *("budget", "parameters", "bytes", "FLOPs a row", "error", "loss", "90 % interval"),
             "times",
         )
-        align: list[printer.Align] = [*["right"] * (len(headers) - 1), "list"]
+        align: list[printer.Align] = ["right"] * len(headers)
+        align[-1] = "list"
         body = printer.table(headers, rows, align=align)
         return f"predicted by budget, metric {self.metric}\n\n{body}"
 
