@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.capture.forward import of_the_model
-from tensorize.ir.sites import EXAMPLE, SELF_MADE, Batch
+from tensorize.ir.sites import ALONE, EXAMPLE, SELF_MADE, Batch
 
 
 def fitting(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
@@ -18,9 +18,9 @@ def fitting(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
 
     What is raised says where the batch comes from, and how it is made to fit.
     """
-    what = f"{batch.source}: batch {batch.number} does not fit the model's forward"
-    if batch.source == EXAMPLE:
-        what = "the example inputs do not fit the model's forward"
+    one = {EXAMPLE: "the example inputs do not fit", ALONE: "the batch does not fit"}
+    several = f"{batch.source}: batch {batch.number} does not fit"
+    what = f"{one.get(batch.source, several)} the model's forward"
     return of_the_model(what, lambda: _way_out(model, batch))
 
 
@@ -55,7 +55,7 @@ def _way_out(model: nn.Module, batch: Batch) -> str:
 
 def _each(option: str, changed: str) -> str:
     """An option with every batch changed, as Python."""
-    if option == EXAMPLE:
+    if option in (EXAMPLE, ALONE):
         return f"{option}={changed.replace('batch', option)}"
     return f"{option}=[{changed} for batch in {option}]"
 

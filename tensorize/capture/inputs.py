@@ -11,6 +11,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -23,7 +24,7 @@ from tensorize.base.errors import CaptureError
 from tensorize.base.tensors import unwrapped
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import run
-from tensorize.ir.sites import Batch
+from tensorize.ir.sites import EXAMPLE, Batch
 
 log = logging.getLogger("tensorize")
 
@@ -148,7 +149,7 @@ def find_inputs(
 ) -> tuple[Batch | None, str]:
     """Inputs to see the model's parameters in use, and where they come from."""
     if example_inputs is not None:
-        return batch_of(example_inputs), "example_inputs"
+        return replace(batch_of(example_inputs), source=EXAMPLE), EXAMPLE
     if calibration:
         return calibration[0], "the first calibration batch"
     own = getattr(model, "dummy_inputs", None)
@@ -173,7 +174,7 @@ def checked(model: nn.Module, example_inputs: Any) -> Batch:
     Raises:
         CaptureError: the model does not run on them.
     """
-    batch = batch_of(example_inputs)
+    batch = replace(batch_of(example_inputs), source=EXAMPLE)
     with fitting(model, batch):
         run(model, batch)
     return batch

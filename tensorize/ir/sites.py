@@ -98,8 +98,10 @@ class Site:
         return plain and not any(use.kind.startswith(only_low_rank) for use in self.uses)
 
 
-EXAMPLE, SELF_MADE = "example_inputs", "the model's own data"
-"""Where batches come from that are not of an option named otherwise."""
+CALIBRATION, EXAMPLE, ALONE = "calibration", "example_inputs", "batch"
+"""Options that batches come by: several, or one alone."""
+
+SELF_MADE = "the model's own data"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,7 @@ class Batch:
     given: Any
     names: tuple[str, ...] = ()
     number: int = 0
-    source: str = EXAMPLE
+    source: str = CALIBRATION
 
     def argument(self, name: str) -> Any:
         """What forward gets by a name; None where it is not passed."""

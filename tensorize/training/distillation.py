@@ -29,7 +29,7 @@ from tensorize.base.tensors import unwrapped
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import batch_of, positional
-from tensorize.ir.sites import Batch
+from tensorize.ir.sites import ALONE, Batch
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss
 from tensorize.passes.observe.outputs import call
 from tensorize.passes.rewrite.descent import relative_groups
@@ -74,7 +74,7 @@ class Distillation:
                 way_out="distance(model, batch); where outputs are there already, as in a Trainer, "
                 "distance.compute_loss_func(model)",
             )
-        return self.mean(model, batch_of(batch))[0].float()
+        return self.mean(model, replace(batch_of(batch), source=ALONE))[0].float()
 
     def mean(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """The mean distance of a batch, and the rows that it is a mean over."""

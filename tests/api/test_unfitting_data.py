@@ -121,4 +121,7 @@ def test_a_distance_is_called_with_a_model_and_a_batch() -> None:
     with pytest.raises(tensorize.CaptureError, match=r"called as distance\(model, batch\)"):
         distance(small(X), X)
     assert distance(small, X).requires_grad
+    with pytest.raises(tensorize.CaptureError, match=r"^the batch does not fit") as caught:
+        distance(small, (X, LABELS))
+    assert distance(small, fixed(caught.value, "batch", (X, LABELS))).requires_grad
     assert "distance(model, batch)" in str(tensorize.distillation_loss.__doc__)
