@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
-from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.base.errors import AnalysisError
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
+from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
-from tensorize.weight.install import first_factor, install, owner_of
+from tensorize.weight.install import first_factor, followed, install, owner_of
 from tensorize.weight.whole_model import settle
 
 _SMALL = 4_000_000
@@ -50,14 +50,17 @@ Sink = Callable[[Opened], contextlib.AbstractContextManager[Place]]
 @contextlib.contextmanager
 def in_model(opened: Opened) -> Iterator[Place]:
     """The model itself. Each dense weight is released as soon as its factors exist."""
-    yield _of(opened, opened.model)
+    with followed(opened.model):
+        yield _of(opened, opened.model)
     settle(opened.model)
 
 
 @contextlib.contextmanager
 def in_copy(opened: Opened) -> Iterator[Place]:
     """A copy to try a plan with: it is not settled, and the model stays as it is."""
-    yield _of(opened, copy_sharing(opened.model, {c.name for c in factorized(opened)}))
+    copied = copy_sharing(opened.model, {c.name for c in factorized(opened)})
+    with followed(copied):
+        yield _of(opened, copied)
 
 
 def _of(opened: Opened, model: nn.Module) -> Place:
@@ -150,18 +153,6 @@ def _is_cut(dense: Dense, choice: RankPlan) -> bool:
     curve = dense.spectra[choice.name]
     plain = format_of(choice.spec).spectral and choice.shared is None and len(curve.metrics) == 1
     return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
-
-
-def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A deep copy that shares the dense weights which are about to be replaced."""
-    memo = {id(p): p for name, p in model.named_parameters() if name in names}
-    try:
-        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be copied: {type(error).__name__}: {error}",
-            way_out="pass inplace=True",
-        ) from error
 
 
 def replace_weight(

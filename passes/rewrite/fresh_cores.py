@@ -30,7 +30,7 @@ from tensorize.passes.curves.curve import as_matrix
 from tensorize.passes.rewrite.factorize import keep_empty_rows
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
 from tensorize.passes.stages import Planned, Rewritten
-from tensorize.weight.install import install, owner_of, takes_nonlinearity
+from tensorize.weight.install import followed, install, owner_of, takes_nonlinearity
 from tensorize.weight.whole_model import settle
 
 SCALED, SPECTRAL = "scaled", "spectral"
@@ -58,7 +58,7 @@ class InitializeCores:
         chosen = {choice.name: choice for choice in planned.plan.sites if choice.spec is not None}
         missing = {name: set(sites[name].names) for name in chosen}
         bent = 0
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), followed(model):
             torch.manual_seed(planned.seed)
             for final in self._final_values(model):
                 for name in list(missing):

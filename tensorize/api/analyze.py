@@ -32,13 +32,16 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
+from tensorize.passes.rewrite.rehearse import Rehearse
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.version import __version__
@@ -98,6 +101,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
+    batches, few = in_parts(model, batches)
     given = Given(
         model=model,
         inputs=inputs,
@@ -105,10 +109,11 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
         metric=options.metric or ("loss" if batches else "frobenius"),
         seed=options.seed,
         machine=figures(model),
-        notes=(f"uses of the weights were seen with {source}", *made),
+        notes=(f"uses of the weights were seen with {source}", *made, *few),
         progress=tell,
     )
-    found = run_passes(given, (FindSites(options.include, options.exclude),), Found)
+    passes = FindSites(options.include, options.exclude), Rehearse()
+    found = run_passes(given, passes, Found)
     # A pattern that names no weight is said before the expensive stage.
     formats_by_site(found.free, options.formats)
     return found
@@ -191,14 +196,15 @@ def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> t
     loss = None
     if found.metric == "loss":
         loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
+    rows = CountRows(found.calibration, options.loss_fn)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
     statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats)
     largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:
-        return statistics, spectra, largest, prediction
+        return rows, statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)
-    return LearnInGroups(statistics, stored, options.max_memory), largest, prediction
+    return rows, LearnInGroups(statistics, stored, options.max_memory), largest, prediction
 
 
 def cost_line(found: Found) -> str:

@@ -20,13 +20,17 @@ from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
-from tensorize.capture.inputs import check_model
+from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.pipeline import run_passes
-from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.observe.parts import in_parts
+from tensorize.passes.pipeline import Pass, run_passes
+from tensorize.passes.rewrite.compare import CompareRuns
+from tensorize.passes.rewrite.copies import copy_sharing
+from tensorize.passes.rewrite.dense_reads import memory_of
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Opened, Planned, Rewritten
@@ -92,7 +96,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
         if batches and not analysis.calibration:
-            analysis = replace(analysis, calibration=batches)
+            analysis = replace(analysis, calibration=in_parts(model, batches)[0])
         if plan.refine is not None and not analysis.calibration:
             raise AnalysisError(
                 f"the plan's refine={plan.refine!r} needs the calibration data, which a cache and "
@@ -145,6 +149,10 @@ def apply_plan(
 ) -> nn.Module:
     """The model with the factors of a plan that was made for it, and with its report."""
     replaced = {site.name for site in plan.sites if site.spec is not None}
+    batch, _ = find_inputs(model, options.example_inputs, analysis.calibration)
+    weights = {name: p for name, p in model.named_parameters() if name in replaced}
+    compare = CompareRuns(batch, memory_of(weights))
+    del weights
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
 
@@ -154,7 +162,12 @@ def apply_plan(
         return Polish(dense, *split(analysis.calibration), loss)
 
     refine = plan.refine if replaced else None
-    passes = rewriting(refine, analysis.calibration, polish)
+    passes: tuple[Pass[Any, Any], ...] = (
+        *rewriting(refine, analysis.calibration, polish),
+        compare,
+    )
+    if refine is not None and planned.counted is None:
+        passes = CountRows(analysis.calibration, analysis.loss_fn), *passes
     done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
         time_orders(done)

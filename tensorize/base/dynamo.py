@@ -97,6 +97,24 @@ def nothing_compiled() -> Iterator[None]:
                 _stance.close()
 
 
+# ---------------------------------------------------------------------- what it made of functions
+
+
+def what_was_compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that ``torch.compile`` or ``torch.compiler.disable`` wrapped; None: it is none.
+
+    A wrapper around such a one has its attributes, but another id.
+    """
+    wrapped = getattr(function, "_torchdynamo_orig_callable", None)
+    return wrapped if getattr(function, "_torchdynamo_wrapper_id", None) == id(function) else None
+
+
+def compiled_again(function: Any, other: Callable[..., Any]) -> Callable[..., Any]:
+    """``other`` wrapped in the way in which ``function`` was, with backend and options."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+    return cells["self"].cell_contents(other)
+
+
 # ------------------------------------------------------------------------ what it says of a graph
 
 

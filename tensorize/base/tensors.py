@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tensorize.base.dynamo import compiled_from
@@ -25,6 +25,17 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from plain_parts(getattr(tensor, name))
+
+
+def lies_in_memory(tensor: Tensor) -> bool:
+    """Whether an ordinary tensor's entries have addresses: not those of a sparse one, or a lazy
+    one that has no shape yet."""
+    return not is_lazy(tensor) and is_plain(tensor) and tensor.layout == torch.strided
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether vmap or another transform of functions has hold of a tensor: it has no entries."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
 
 
 _ALIGNMENT = 64  # bytes, as torch allocates
@@ -74,9 +85,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def untransformed(tensor: Tensor) -> Tensor:
     """The tensor inside of what ``torch.vmap`` and its like made of it, or itself."""
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 -- it has no stubs
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # type: ignore[attr-defined]
     return tensor
 
 

@@ -105,6 +105,7 @@ def write(base: str, curves: Curves, analysed: Analysed) -> None:
             "unit": predictor.unit,
             "held_out": predictor.held_out,
             "refinements": predictor.refinements,
+            "without": predictor.without,
             "trials": [astuple(trial) for trial in predictor.trials],
         },
     }

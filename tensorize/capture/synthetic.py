@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import CaptureError, ModelError
-from tensorize.base.tensors import untransformed
+from tensorize.base.tensors import is_wrapped
 from tensorize.capture.fit import fitting
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.forward import of_the_model, once, untouched
+from tensorize.capture.kept import watching
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import LARGEST_FULL_MOMENT, SELF_MADE, Batch, Site
@@ -133,13 +134,13 @@ def _looked_up(model: nn.Module, inputs: Batch) -> dict[int, int]:
         return output
 
     with fitting(model, inputs), Observer(parameters.items(), on_matmul):
-        model(*inputs.args, **inputs.kwargs)
+        once(model, inputs)
     return rows
 
 
 def _has_place(tensor: Tensor) -> bool:
     """Whether its values lie in memory of its own; not of a sparse one, nor under ``torch.vmap``"""
-    return tensor.layout == torch.strided and untransformed(tensor) is tensor
+    return tensor.layout == torch.strided and not is_wrapped(tensor)
 
 
 def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
@@ -151,7 +152,7 @@ def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
     try:
         with of_the_model("the model does not run on ids alone"):
             logits, changed = (
-                getattr(model(*b.args, **b.kwargs), "logits", None)
+                getattr(once(model, b), "logits", None)
                 for b in (_with_ids(inputs, ids), _with_ids(inputs, other))
             )
     except ModelError as error:  # it needs more than ids
@@ -187,7 +188,7 @@ def _written(
             pad_token_id=0, use_cache=True,
         )  # fmt: skip
         try:
-            with of_the_model("generate does not work"):
+            with of_the_model("generate does not work"), watching():
                 return model.generate(  # type: ignore[operator]
                     start, attention_mask=torch.ones_like(start), generation_config=plain
                 )
@@ -198,7 +199,7 @@ def _written(
         batch = _with_ids(inputs, ids)
         try:
             with of_the_model(f"no text of {ids.shape[1]} tokens"):
-                logits = model(*batch.args, **batch.kwargs).logits[:, -1]
+                logits = once(model, batch).logits[:, -1]
         except ModelError as error:  # longer than its context
             log.debug("%s", error)
             return ids[:, :-1] if ids.shape[1] > 8 else None

@@ -83,7 +83,7 @@ def load(
     else:
         _check_class(model, manifest)
         target = model
-    with all_or_nothing(target):
+    with all_or_nothing(target), install.followed(target):
         _install_sites(target, manifest)
         slots = _matched_slots(target, manifest)
         _fill(slots, manifest, device, dtype)

@@ -25,7 +25,7 @@ from tensorize.passes.curves.prior import AssumeSpectra, TrainingFormats, exact_
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.pipeline import run_passes
-from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.fresh_cores import METHODS, SCALED, InitializeCores
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta
 from tensorize.passes.stages import Analysed, Found, Given, Learned, Planned, Rewritten

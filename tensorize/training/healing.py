@@ -163,7 +163,7 @@ def heal(
         torch.manual_seed(seed)
         return preserved.mean_distance(model, teacher, unseen)
 
-    with shown(progress) as tell, untouched(model), untouched(teacher):
+    with shown(progress) as tell, untouched(model, but=parameters), untouched(teacher):
         preserved = distance.fit(learnt)
         before = judge()
         if not math.isfinite(before):

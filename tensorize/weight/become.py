@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,13 +53,32 @@ def _declared(kind: type) -> set[str]:
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Undo every change of modules, their classes and their state if the body fails."""
+    put_back = _remembered(model)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo every change of modules, their classes and their state at the end."""
+    put_back = _remembered(model)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _remembered(model: nn.Module) -> Callable[[], None]:
+    """What puts modules, their classes and their state back as they are now."""
     before = [
         (module, type(module), dict(vars(module)), [_shallow(v) for v in vars(module).values()])
         for module in model.modules()
     ]
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for module, kind, state, containers in before:
             module.__class__ = kind
             vars(module).clear()
@@ -67,7 +87,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 if items is not None:
                     live.clear()
                     live.extend(items) if isinstance(live, list) else live.update(items)
-        raise
+
+    return put_back
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
@@ -103,7 +124,20 @@ def subclass(
     written = (vars(a).get("_made", a) if isinstance(a, type) else a for a in arguments)
     shown = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"_made": _Made(make, tuple(written)), "__reduce_ex__": _reduce}
-    return type(base.__name__, (base,), {**shown, **own, **body})
+    kind = type(base)
+    create: Any = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+    bases = (base,) if issubclass(base, _Unregistered) else (_Unregistered, base)
+    return create(kind, base.__name__, bases, {**shown, **own, **body})
+
+
+class _Unregistered(nn.Module):
+    """Stands before a class of the caller's, so that no ``__init_subclass__`` of theirs is run.
+
+    Nor is a metaclass of theirs: a registry of their classes is to know none of ours.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Nothing to do."""
 
 
 def _reduce(owner: Any, protocol: int) -> tuple[Any, ...]:
