@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError, ModelError
-from tensorize.capture.forward import of_the_model, once
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import once
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.hidden import counted_rows, loss_of
 
@@ -59,16 +59,8 @@ def call(model: nn.Module, batch: Batch) -> Any:
     Raises:
         ModelError: the batch does not fit the model's forward; it says which batch.
     """
-    with of_batch(batch):
+    with fitting(model, batch):
         return once(model, batch)
-
-
-def of_batch(batch: Batch) -> AbstractContextManager[None]:
-    """``of_the_model`` for a run on a batch of the caller's data."""
-    return of_the_model(
-        f"batch {batch.number} does not fit the model's forward",
-        "a batch is a tensor, a tuple of positional or a dict of keyword arguments",
-    )
 
 
 def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:

@@ -104,4 +104,5 @@ def _bag_rows(
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return dense.reshape(-1, tensor.shape[-1])

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tensorize.base.tensors import adapted_layers, is_plain
-from tensorize.capture.forward import of_the_model, once, untouched
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import once, untouched
 from tensorize.capture.inner_gradients import note_that_it_differentiates
 from tensorize.capture.kept import Kept
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.capture.observer import CUSTOM, Observer
+from tensorize.capture.observer import CUSTOM, TRANSFORMED, Observer
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
 from tensorize.passes.stages import Found, Given
@@ -84,8 +85,8 @@ _OF_ITSELF = (
 def _can_be_rebuilt(function: str) -> bool:
     """Whether a function may be given a weight that is rebuilt for that call."""
     writes = function.endswith("_") and not function.endswith("__")
-    if function.startswith(CUSTOM):  # it takes tensors, and nothing that stands for one
-        return False
+    if function.startswith(CUSTOM) or function == TRANSFORMED:
+        return False  # they take tensors, and nothing that stands for one
     return not writes and function not in _OF_ITSELF
 
 
@@ -134,7 +135,7 @@ def _observe(
     with untouched(model) as kept:
         merged = _written(model, kept, "the model's own train() and eval() write to it")
         if batch is not None:
-            with of_the_model(), observer:
+            with fitting(model, batch), observer:
                 once(model, batch)
         written = _written(model, kept, "the model writes to it when it runs") | merged
     if observer.differentiates:

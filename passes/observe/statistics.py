@@ -75,6 +75,8 @@ class CollectStatistics:
     def run(self, found: Found) -> Observed:
         if found.metric == "frobenius":
             return found.to(Observed, statistics={}, summary="none needed: the weights alone")
+        if not found.free:
+            return found.to(Observed, statistics={}, summary="none: no weight can be factorized")
         free = {site.name for site in found.sites if has_moments(site, found.metric)}
         if not free:
             return found.to(Observed, statistics={}, summary="none needed: all weights stay dense")

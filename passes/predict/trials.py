@@ -11,6 +11,7 @@ from torch import Tensor, is_tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
+from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
@@ -23,7 +24,6 @@ from tensorize.passes.observe.outputs import (
     Output,
     call,
     essential,
-    of_batch,
     outputs_of,
     row_total,
     samples_of,
@@ -78,7 +78,7 @@ class Reference:
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._kept[k] if k in self._kept else self._run(batch)
-                with of_batch(batch), StandIns(instead):
+                with fitting(model, batch), StandIns(instead):
                     after = once(model, batch)
                 rises.append(self.loss.rises(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError, TensorizeError
 from tensorize.base.tensors import is_wrapped
-from tensorize.capture.forward import of_the_model, once, untouched
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import once, untouched
 from tensorize.ir.sites import Batch
 
 Calls = list[tuple[str, list[Tensor]]]
@@ -55,7 +56,8 @@ def calls_of(
         handles.append(model.get_submodule(path).register_forward_hook(note))
     try:
         given = _copied(batch)
-        with untouched(model), of_the_model(), watch or contextlib.nullcontext():
+        beside = watch or contextlib.nullcontext()
+        with untouched(model), fitting(model, given), beside:
             once(model, given)
     finally:
         for handle in handles:

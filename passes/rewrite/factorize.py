@@ -17,6 +17,7 @@ from tensorize.base.errors import AnalysisError
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.rewrite.copies import copy_sharing
@@ -169,13 +170,38 @@ def replace_weight(
         )
     weight = as_matrix(site, dense.detach())
     cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
-    held = put_cores(model, site, choice, [_own(core, weight) for core in cores])
+    own = [_own(core, weight) for core in cores]
+    if any(use.contract == "lookup" for use in site.uses):
+        keep_empty_rows(site, choice.spec, own, (weight == 0).all(1))
+    held = put_cores(model, site, choice, own)
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
     rebuilt = format_of(choice.spec).reconstruct(
         choice.spec, [core.detach().to(exact) for core in held]
     )
     return curve.measured_error(weight, rebuilt)
+
+
+def keep_empty_rows(site: Site, spec: Spec, cores: Sequence[Tensor], empty: Tensor) -> None:
+    """Let the rows of a table that are zero, as those of padding, be zero in its factors.
+
+    Args:
+        empty: a mask over the rows.
+
+    Raises:
+        AnalysisError: in this factorization rows share all of their entries.
+    """
+    rows, form = empty.nonzero()[:, 0], format_of(spec)
+    if not len(rows):
+        return
+    if form.rows_apart(spec) is None:
+        raise AnalysisError(
+            f"row {int(rows[0])} of the table is zero, as padding is, and would not stay so: in "
+            f"{spec} the rows share their entries",
+            site=site.name,
+            way_out=f'formats={{"{site.name}": "low_rank"}}; or analyse again',
+        )
+    form.clear_rows(spec, cores, rows)
 
 
 def put_cores(

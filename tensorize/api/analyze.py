@@ -26,7 +26,7 @@ from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, out_of_memory
-from tensorize.capture.inputs import check_model, find_inputs
+from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
 from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
@@ -90,13 +90,13 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     options.check_data()
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
-    check_model(model)
+    given, model = model, check_model(model, inplace=options.inplace)
     if options.ranks is not None:
         require_match(named_parameters(model), list(options.ranks), "ranks")
     check_weights(model)
     identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:
-        found = _found(model, options, tell)
+        found = _found(model, options, tell).noted(*notes_on_wrapper(given, model))
         if options.says_nothing_of_data:
             return _learned_unasked(found, identity, options)
         return _learned(found, identity, options)

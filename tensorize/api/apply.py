@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tensorize.api.analysis import Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
@@ -21,7 +22,7 @@ from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
-from tensorize.ir.sites import Batch
+from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
 from tensorize.passes.allocate.choices import check_choices
 from tensorize.passes.observe.counted import CountRows
@@ -80,7 +81,7 @@ def apply(
 @in_usual_modes("apply")
 def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     """``apply`` with its options as one record."""
-    check_model(model)
+    model = check_model(model, inplace=options.inplace)
     if not isinstance(plan, Plan):
         raise AnalysisError(
             f"plan is a {type(plan).__name__}, not a Plan",
@@ -182,14 +183,25 @@ def report_of_result(done: Rewritten, analysis: Analysis) -> Report:
 
 
 @torch.no_grad()
-def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
-    """Microseconds of a factorized weight and of the dense one, for rows of random numbers."""
+def _timed(factors: FactoredWeight, site: Site, rows: int) -> tuple[float, float]:
+    """Microseconds of all uses of a factorized weight and of the dense one, for random rows."""
     dense = factors.dense()
-    x = torch.randn(rows, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense)
-    device = str(dense.device)
-    calls = (factors, dense)
-    ours, own = (
-        1e6 * timer.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
-        for w in calls
-    )
-    return ours, own
+    generator = torch.Generator().manual_seed(0)
+
+    def call(use: Use, weight: Any) -> Callable[[], Tensor]:
+        if use.contract == "lookup":
+            ids = torch.randint(dense.shape[0], (rows,), generator=generator).to(dense.device)
+            return lambda: F.embedding(ids, weight)
+        rows_meet = dense.shape[0] if use.contract == "rows" else dense.shape[1]
+        x = torch.randn(rows, rows_meet, generator=generator).to(dense)
+        if use.contract == "rows":
+            return lambda: torch.matmul(x, weight)
+        if use.contract == "whole" and weight is factors:
+            return lambda: F.linear(x, factors.dense())
+        return lambda: F.linear(x, weight)
+
+    def took(weight: Any) -> float:
+        calls = [call(use, weight) for use in site.uses]
+        return sum(1e6 * timer.seconds_of(each, str(dense.device)) for each in calls)
+
+    return took(factors), took(dense)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tensorize.base.dynamo import compiled_from
+
 
 def is_plain(parameter: Tensor) -> bool:
     """Whether a parameter is an ordinary tensor, and not of a kind that dispatches for itself."""
@@ -67,12 +69,25 @@ def adapted_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and what ``torch.compile`` made of it."""
-    for name in ("module", "_orig_mod"):
-        inner = model._modules.get(name)
-        if inner is not None and len(model._modules) == 1:
-            return unwrapped(inner)
-    return model
+    """The model inside torch's own wrappers: DDP, DataParallel, what ``torch.compile`` gave.
+
+    They are known by their class: a class of the user's own may do more than hand on its input.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            inner = compiled_from(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The tensor inside of what ``torch.vmap`` and its like made of it, or itself."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # type: ignore[attr-defined]
+    return tensor
 
 
 def device_of(model: nn.Module) -> str:

@@ -70,7 +70,7 @@ def untouched(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[Kept]:
         keeping(model, but) as kept,
         torch.no_grad(),
         _recurrent_gradients(model),
-        dynamo.as_written(),
+        dynamo.nothing_compiled(),
     ):
         if any(module.training for module in model.modules()):
             with watching(), of_the_model("model.eval() fails", _OWN_EVAL):
@@ -125,18 +125,14 @@ def _detached(value: object) -> object:
 
 
 @contextlib.contextmanager
-def of_the_model(
-    what: str = "the example inputs do not fit the model's forward",
-    way_out: str | None = "example_inputs= is a tuple of positional or a dict of keyword "
-    "arguments; without it the first calibration batch is used",
-) -> Iterator[None]:
+def of_the_model(what: str, way_out: str | Callable[[], str] | None = None) -> Iterator[None]:
     """The caller's model runs in here, and what it raises is told as its own.
 
     What the library raises is no error of the model's and comes as it is: an error of tensorize,
     and whatever is raised in a block ``ours``. So does it where memory runs out.
 
     Raises:
-        ModelError: the model raised; ``what`` says on which occasion.
+        ModelError: the model raised; ``what`` says on which occasion. ``way_out`` is asked then.
     """
     try:
         yield
@@ -145,7 +141,8 @@ def of_the_model(
     except Exception as error:
         if isinstance(error, TensorizeError) or out_of_memory(error):
             raise
-        raise ModelError(f"{what}: {type(error).__name__}: {error}", way_out=way_out) from error
+        out = way_out() if callable(way_out) else way_out
+        raise ModelError(f"{what}: {type(error).__name__}: {error}", way_out=out) from error
 
 
 class _Ours(BaseException):

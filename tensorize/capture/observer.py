@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensorize.base.tensors import untransformed
 from tensorize.capture.forward import ours
-from tensorize.capture.inner_gradients import DERIVATIVES
+from tensorize.capture.inner_gradients import DERIVATIVES, is_transformed
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
+
+TRANSFORMED = "torch.vmap or another transformation of torch.func"
+"""What is said to use a parameter that such a transformation takes as its argument."""
 
 CUSTOM = "autograd.Function "
 """How a custom function's name begins, where a weight is told to be given to one."""
@@ -67,6 +71,8 @@ class Observer(TorchFunctionMode):
         else:
             free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
             result = func(*free_args, **free_kwargs)
+        if is_transformed():
+            self._tell_of_wrapped(args, kwargs)
         names = [self._names[id(weight)][0] for weight in watched]
         for weight, name in zip(watched, names, strict=True):
             with ours():
@@ -78,6 +84,16 @@ class Observer(TorchFunctionMode):
             inference = isinstance(value, Tensor) and value.is_inference()
             return value.clone() if inference else value  # which no gradient can pass
         return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
+
+    def _tell_of_wrapped(self, args: tuple, kwargs: dict) -> None:
+        """Tell of parameters that a transformation of ``torch.func`` has wrapped."""
+        for tensor in _tensors(args, kwargs):
+            inside = untransformed(tensor)
+            if inside is tensor or id(inside) not in self._names:
+                continue
+            if self._on_other is not None:
+                with ours():
+                    self._on_other(self._names[id(inside)][0], TRANSFORMED)
 
     def _tell(
         self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any

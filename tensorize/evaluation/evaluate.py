@@ -96,7 +96,7 @@ def evaluate(
         CaptureError: the batches do not fit a model's forward, or the labels the batches.
         TensorizeError: torchao is not installed.
     """
-    check_model(dense)
+    dense = check_model(dense)
     given = calibration_batches(batches, dense, tokenizer, "batches")
     samples, kind, causal = _samples(given, dense, labels)
     ways = (quantize,) if isinstance(quantize, str) else tuple(quantize)

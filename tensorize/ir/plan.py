@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -160,7 +161,9 @@ class Plan:
         ]
         headers = ("weight", "kind", "shape", "format", "parameters", "error", "why")
         align: list[printer.Align] = ["left", "left", "keep", "keep", "right", "right", "wrap"]
-        return "\n".join([*lines, "", printer.table(headers, rows, align=align)])
+        lines = [textwrap.fill(line, printer.prose_width()) for line in lines]
+        text = "\n".join([*lines, "", printer.table(headers, rows, align=align)])
+        return printer.plain(text)
 
     def to_json(self) -> str:
         """All of it, with a checksum; ``from_json`` reads it."""

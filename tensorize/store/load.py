@@ -110,8 +110,8 @@ def _check_weights(manifest: Manifest) -> None:
     if (size, found) != (manifest.bytes, manifest.sha256):
         fail(
             path,
-            f"is damaged or cut short: it has {size} bytes with the sha256 {found[:16]}…, and "
-            f"{manifest.path} says {manifest.bytes} with {manifest.sha256[:16]}…",
+            f"is damaged or cut short: it has {size} bytes with the sha256 {found[:16]}..., and "
+            f"{manifest.path} says {manifest.bytes} with {manifest.sha256[:16]}...",
             SAVE_AGAIN,
         )
 

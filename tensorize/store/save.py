@@ -42,10 +42,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     directory, model = Path(directory), unwrapped(model)
     report = known_report(model)
     if report is None:
-        inner = [name for name, child in model.named_children() if known_report(child)]
+        inner = [name for name, part in model.named_modules() if known_report(part)]
         raise CheckpointError(
             f"this {type(model).__name__} carries no tensorize report, so it cannot be saved",
-            way_out=f"pass the model that it wraps (model.{inner[0]})"
+            way_out=f'tensorize.save(model.get_submodule("{inner[0]}"), directory)'
             if inner
             else "make it with tensorize.compile or tensorize.apply first",
         )

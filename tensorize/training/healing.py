@@ -139,8 +139,7 @@ def heal(
         CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
     """
-    check_model(model)
-    check_model(teacher)
+    model, teacher = check_model(model), check_model(teacher)
     if model is teacher:
         raise CaptureError("model and teacher are one", way_out="teacher= is the dense model")
     if steps < 1 or patience < 1 or (rate is not None and not 0 < rate < 1):

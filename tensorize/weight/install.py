@@ -21,8 +21,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tensorize.base.errors import TensorizeError
 from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec, TTSpec
@@ -192,10 +193,22 @@ def _become_factored(
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
-    """Every factorized weight of a model, by the qualified name its dense parameter had."""
+    """Every factorized weight of a model, by the qualified name its dense parameter had.
+
+    Raises:
+        TensorizeError: other layers took the place of a weight's two, and hold no factors.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(module, LowRankLinear):
+            for layer in (module.first, module.second):
+                if not isinstance(layer.weight, Tensor):
+                    raise TensorizeError(
+                        f"one of its two layers has become a {type(layer).__name__}: there are no "
+                        "factors to read",
+                        site=f"{prefix}weight",
+                        way_out="use the model from before, and quantize a copy of it",
+                    )
             yield f"{prefix}weight", module.weight
         for parameter in lazy_parameters(module):
             yield f"{prefix}{parameter}", weight_of(module, parameter)

@@ -260,6 +260,8 @@ class FactoredWeight:
         pair, frame = self.format.pair, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
             return False
+        if not pair and matmul.x.layout != torch.strided:
+            return False  # a contraction folds its input, which a sparse one cannot be
         if matmul.convolution is not None:
             groups = self.spec.shape[0] if self.spec.batch else 1
             return pair and frame.shape is not None and matmul.convolution.groups == groups

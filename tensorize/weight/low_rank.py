@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -18,7 +18,7 @@ from tensorize.ir.spec import Spec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
-from tensorize.weight.cores import check_tie
+from tensorize.weight.cores import check_tie, refuse_to_be_scripted
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.precision import in_float32, widened
 
@@ -48,6 +48,8 @@ class LowRankLinear(nn.Module):
     _watched: tuple[RemovableHandle, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):  # the graph has the two layers, as any other two
+            return self.second(self._between(self.first(x)))
         if torch.compiler.is_compiling():  # a graph names weights by the attributes that lead there
             first, second = self.first, self.second
             right, left, bias = first.weight, second.weight, second.bias
@@ -57,7 +59,10 @@ class LowRankLinear(nn.Module):
             right, held = first._parameters.get("weight"), second._parameters
             left, bias = held.get("weight"), held.get("bias")
         if not (_is_bare(first) and _is_bare(second)) or _has_any_global_hook():
-            return second(self._between(first(widened(x, first.weight))))
+            known = right if right is not None else first.weight
+            # A layer that took the place of one of them (a quantized one) casts by itself.
+            x = widened(x, known) if isinstance(known, Tensor) else x
+            return second(self._between(first(x)))
         # What the two layers' own calls come to.
         x = widened(x, right)
         own = self.contractions
@@ -72,6 +77,8 @@ class LowRankLinear(nn.Module):
         else:
             product = self.input_product(first, x)
         return F.linear(self._between(product), left, bias)
+
+    __prepare_scriptable__ = refuse_to_be_scripted
 
     def _shares(self, x: Tensor, right: Tensor) -> bool:
         """Whether the product of this call may serve other layers, or be that of another one."""
