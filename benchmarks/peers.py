@@ -227,7 +227,7 @@ def with_metrics(
 
 def kfac(analysis: Analysis, model: nn.Module, calibration: Sequence[Any]) -> Analysis:
     """The curves in the metric of K-FAC, of the data that the analysis learnt from."""
-    batches = tuple(map(batch_of, calibration))
+    batches = analysis.calibration or tuple(map(batch_of, calibration))
     loss = PreservedLoss.fit(model, batches, None)
     learn = CollectStatistics(split(batches)[0], loss, by_sample=False)
     moments = learn.run(analysis.program.to(Found, model=model)).statistics

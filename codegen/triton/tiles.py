@@ -1,7 +1,7 @@
 """How kernels are cut where nothing was timed: tiles by family, rank and dtype.
 
 They are chosen to fit: no spills, and the shared memory of the smallest target (64 KiB on AMD,
-where fewer tiles are in flight). ``tests/test_triton_compile.py`` holds that.
+where fewer tiles are in flight). ``tests/codegen/device/test_compiler.py`` holds it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
     fitting = (cut for rank, cut in table.items() if held <= rank)
     rows, inner, outer, warps, stages = next(fitting, table[512])
     if not is_pair(spec):
-        return Tiles(min(rows, 64), 32, 64, warps=8 if single else 4, stages=2)
+        # Four bytes an entry at more than 16 rows leave no registers for unaligned addresses.
+        most, warps = (16, 8) if single else (64, 4)
+        return Tiles(min(rows, most), 32, 64, warps=warps, stages=2)
     if any(size % 8 for spec in work.specs for _, size in spec.sizes):
         inner, outer = 16, min(outer, 32)  # entries are read one by one, each by its own address
     if work.norm is not None and work.norm.kind == "layer":

@@ -11,8 +11,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan, Prediction
@@ -258,7 +256,7 @@ def _overrides(
             raise AnalysisError(
                 f"ranks[{pattern!r}] cannot be met: {unable[first]}",
                 site=first,
-                way_out="formats='low_rank', which every weight can take, or leave it out of ranks=",
+                way_out="formats='low_rank', which all weights can take, or leave it out of ranks=",
             )
         for site in able:
             chosen.setdefault(site.name, rank)

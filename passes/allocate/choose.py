@@ -73,9 +73,7 @@ class Tiers:
         """What loses least within the caps; None where nothing fits."""
         columns = list(self.limited)
 
-        def given_up(
-            one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool
-        ) -> np.ndarray:
+        def given_up(one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool) -> np.ndarray:
             costs = {column: one.costs[rows, column] for column in columns}
             return faster.cover((REBUILT if rebuilds else WORTH) * one.objective[rows], costs)
 
@@ -92,9 +90,7 @@ class Tiers:
         """The fewest parameters that lose no more than this; None where all lose more."""
         limited = np.isfinite(lost)
 
-        def given_up(
-            one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool
-        ) -> np.ndarray:
+        def given_up(one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool) -> np.ndarray:
             most = one.objective[rows] if limited else np.full(len(rows), np.inf)
             return faster.cover(most, {0: (np.inf if rebuilds else WORTH) * one.costs[rows, 0]})
 

@@ -122,7 +122,9 @@ class Demand:
                     best = float(excess[k]), total[k]
         if best is None:
             return None
-        exceeded = {costs[j] for j in np.flatnonzero(ours) if best[1][j] > caps[j] + self.overhead[j]}
+        exceeded = {
+            costs[j] for j in np.flatnonzero(ours) if best[1][j] > caps[j] + self.overhead[j]
+        }
         dense = (self.dense.parameters, self.dense.bytes, self.dense.flops, *self.dense.latency)
         needed: dict[str, Any] = {}
         for name in exceeded:

@@ -122,7 +122,9 @@ def _too_small(
         blocking.append(f"biases, norms and other small parameters ({small:,})")
     share = np.ceil(need / dense[j] * 1e4) / 1e4 if dense[j] else np.inf  # still enough
     short = name == "params" and share <= 1 and vars(met) == vars(Budget(params=met.params))
-    of_dense = f" ({need / dense[j]:.4f} of the dense model)" if dense[j] else " (dense it costs none)"
+    of_dense = (
+        f" ({need / dense[j]:.4f} of the dense model)" if dense[j] else " (dense it costs none)"
+    )
     of_dense = of_dense if isinstance(need, int) else ""
     limit = min(v for k, v in demand.limits(budget).items() if k.partition("[")[0] == name)
     return BudgetError(

@@ -88,7 +88,7 @@ def group_points(
     itemsize = element_size(curves[0].site)
     together = ranks * (rows + n)
     rises = [curve.rise(tail) for tail, curve in zip(tails, curves, strict=True)]
-    weighed = sum(rise * each for rise, each in zip(rises, scale, strict=True))
+    weighed = np.sum([r * each for r, each in zip(rises, scale, strict=True)], axis=0)
     order = np.argsort(costs[:, 0], kind="stable")
     better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
     if not better.any():

@@ -168,7 +168,7 @@ def _independent(points: Sequence[Points], limited: Sequence[int]) -> list[int]:
     return kept
 
 
-# ------------------------------------------------------------------------------ all that may be best
+# ----------------------------------------------------------------------------- all that may be best
 
 
 def _undominated_choices(points: Sequence[Points], columns: list[int]) -> Choices | None:
@@ -227,7 +227,7 @@ def _covered(table: np.ndarray, by: np.ndarray) -> np.ndarray:
     found = np.ones((len(table), len(by)), dtype=bool)
     for column, other in zip(table.T, by.T, strict=True):
         found &= column[:, None] >= other
-    return found.any(1)
+    return np.asarray(found.any(1))
 
 
 # ---------------------------------------------------------------------------------------- the paths

@@ -91,7 +91,7 @@ def slow_choices(
     return {
         site.name: tuple(
             Slower(batch_sizes[k], float(times[row, k]), float(dense[row, k]))
-            for k in np.flatnonzero(slow[row])
+            for k in np.flatnonzero(slow[row]).tolist()
         )
         for row, site in enumerate(sites)
         if slow[row].any()

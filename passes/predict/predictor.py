@@ -11,6 +11,8 @@ NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.13
 _NO_HELD_OUT_SPREAD = 0.25
+# In logarithms: trials that measure nothing but rounding say nothing, and their scatter may be any.
+_WIDEST = 20.0
 # Relative, for each unit of the logarithm of the damage beyond the last trial of a refinement.
 _UNTRIED = 0.12
 # What a refinement gains grows with the damage: in logarithms, by at most this share of its growth.
@@ -93,7 +95,7 @@ class Predictor:
         base = _MODEL_SPREAD if self.held_out else _NO_HELD_OUT_SPREAD
         sigma = math.sqrt(base**2 + spread**2 + drift**2 + rising**2)
         expected = raw * math.exp(ratio)
-        width = math.exp(NORMAL_90 * sigma)
+        width = math.exp(min(NORMAL_90 * sigma, _WIDEST))
         high = expected * width
         if not self.held_out and self.without is not None:
             high = max(high, _WORST * self.without)

@@ -121,7 +121,7 @@ class Analysis:
         if refine == POLISH and (predictor is None or POLISH not in predictor.refinements):
             raise AnalysisError(
                 "this analysis cannot predict what a polish gains",
-                way_out="tensorize.analyze(…, calibration=…, refine='polish'), in the loss metric",
+                way_out="analyse for it: analyze(model, calibration=calibration, refine='polish')",
             )
         return refine, None
 
@@ -137,7 +137,7 @@ class Analysis:
         if not several or not all(isinstance(b, float | int) for b in budgets or ()):
             raise BudgetError(
                 f"budgets are shares of the parameters, got {budgets!r}",
-                way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(…)) for others",
+                way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(bytes=1e6)) for others",
             )
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:

@@ -60,8 +60,9 @@ def _fused_in(model: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def detach(model: nn.Module) -> None:
-    """Let a model know nothing of what was done to it."""
-    model.__dict__.pop("_tensorize", None)
+    """Let a model and its parts know nothing of what was done to them."""
+    for module in model.modules():
+        module.__dict__.pop("_tensorize", None)
 
 
 def known_report(model: nn.Module) -> Report | None:
@@ -84,9 +85,12 @@ def report(model: nn.Module) -> Report:
     model = unwrapped(model)
     found = known_report(model)
     if found is None:
+        parts = [name for name, part in model.named_modules() if known_report(part)]
         raise TensorizeError(
-            "the model was not made by tensorize",
-            way_out="model = tensorize.compile(model, budget=0.1)",
+            "the model was not made by tensorize" + (" as a whole" if parts else ""),
+            way_out=f'tensorize.report(model.get_submodule("{parts[0]}"))'
+            if parts
+            else "model = tensorize.compile(model, budget=0.1)",
         )
     notes = found.notes
     now = samples_of(model) if found.weights else ()

@@ -20,7 +20,6 @@ from tensorize.ir.plan import Plan
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, RunsBy, SiteReport, Stage
 from tensorize.reports.text import (
-    WIDTH,
     hanging,
     listing,
     measured_text,
@@ -86,16 +85,16 @@ class Report:
         )
         reasons = list(dict.fromkeys(site.reason for site in self.sites))
         blocks = [
-            "\n".join(textwrap.wrap(head, WIDTH)),
+            "\n".join(textwrap.wrap(head, printer.prose_width())),
             site_table(self.sites, reasons) if self.sites else "no site was found",
             totals_table(self.totals, self.plan.batch_sizes),
             "\n".join(hanging(name, text) for name, text in self._quality()),
             *listing("runs by", self.running),
             *listing("fused in compiled graphs", [named_text(*each) for each in self.fused]),
             *listing("why", [f"[{k}] {reason}" for k, reason in enumerate(reasons, 1)]),
-            *listing("notes", [f"• {note}" for note in self.notes]),
+            *listing("notes", [f"* {note}" for note in self.notes]),
         ]
-        return "\n\n".join(blocks)
+        return printer.plain("\n\n".join(blocks))
 
     def _quality(self) -> Iterator[tuple[str, str]]:
         """What is known of the quality: predictions, and what was measured."""

@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, width: int, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, width: int, kind: type[nn.LSTM | nn.GRU]) -> None:
         super().__init__()
         self.layer, self.head = kind(width, width, batch_first=True), nn.Linear(width, 8)
 
@@ -151,7 +151,9 @@ def named(error: BudgetError, budget: Budget) -> Budget:
         return Budget.of(eval(whole[1], {"tensorize": tensorize}))
     one = re.search(r"(\w+)=([\d.e+-]+?),? ", error.way_out + " ")
     assert one is not None, error.way_out
-    return replace(budget, **{one[1]: float(one[2]) if one[1] in ("error", "loss") else int(one[2])})
+    return replace(
+        budget, **{one[1]: float(one[2]) if one[1] in ("error", "loss") else int(one[2])}
+    )
 
 
 def planned(analysis: tensorize.Analysis, budget: Budget) -> tensorize.Plan:
@@ -201,9 +203,7 @@ def test_the_flops_that_run_are_those_of_the_plan(formats: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 48)).eval()
     inputs = (torch.zeros(1, 64),)
-    analysis = tensorize.analyze(
-        model, metric="frobenius", formats=formats, example_inputs=inputs
-    )
+    analysis = tensorize.analyze(model, metric="frobenius", formats=formats, example_inputs=inputs)
     for share in (0.3, 0.6, 0.9):
         plan = analysis.plan(Budget(flops=share))
         small, most = tensorize.apply(model, plan), 0.0

@@ -10,6 +10,7 @@ import torch
 from tensorize.base.errors import TensorizeError
 from tensorize.codegen.device import autotune, compiler
 from tensorize.codegen.device.compiler import TARGETS
+from tensorize.codegen.triton import source, tiles
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work
 from tests.kernels import FAMILIES, SMALL
@@ -57,6 +58,23 @@ def test_small_and_odd_shapes_compile(name: str) -> None:
     """Where loops have one turn, their names would meet those of later loops."""
     made = compiler.compile(SMALL[name](torch.float16), "hip:gfx90a", torch.float16)
     assert made.spills == 0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TTSpec((20, 10), (20, 26), (32,)),
+        TTSpec.block((260, 2), (2, 100), 56),
+        TTSpec.block((256, 6), (2, 260), 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("contract", ["columns", "rows"])
+def test_two_cores_of_odd_sizes_fit_with_what_the_gradients_need(spec, contract) -> None:
+    work = Work((spec,), contract, saved=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        made = compiler.compile(source.forward(work, tiles.default(work, dtype)), "cuda:100", dtype)
+        assert made.spills == 0
 
 
 @pytest.mark.slow
