@@ -20,7 +20,7 @@ from torch import nn
 from tensorize.api.analysis import Analysis
 from tensorize.api.options import Options
 from tensorize.api.wiring import figures
-from tensorize.base.errors import ModelError
+from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
@@ -47,6 +47,7 @@ from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque
 from tensorize.version import __version__
+from tensorize.weight.install import factored
 
 log = logging.getLogger("tensorize")
 
@@ -91,6 +92,7 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
     given, model = model, check_model(model, inplace=options.inplace)
+    check_dense(model, "compile")
     if options.ranks is not None:
         require_match(named_parameters(model), list(options.ranks), "ranks")
     check_weights(model)
@@ -239,3 +241,14 @@ def cost_line(found: Found) -> str:
         f"analysing {len(free)} weights ({sum(s.parameters for s in free) / 1e6:.1f} M "
         f"parameters{data}): roughly {max(seconds, 1):.0f} s of decompositions"
     )
+
+
+def check_dense(model: nn.Module, verb: str) -> None:
+    """Raises AnalysisError where weights of a model are factors already: they would nest."""
+    for name, _ in factored(model):
+        raise AnalysisError(
+            "the weight is compressed already",
+            site=name,
+            way_out=f"tensorize.{verb}(tensorize.densify(model), …), or the dense model that it "
+            "was made from",
+        )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.api.analysis import Analysis, analysis_of
+from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
@@ -91,7 +91,8 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     analysis, options = analysis_of(plan), replace(options, seed=plan.seed)
     batches, _ = calibration_of(model, options)
     if options.refine != "auto":
-        plan = replace(plan, refine=options.refine)
+        notes = tuple(note for note in plan.notes if not note.startswith(NO_REFIT))
+        plan = replace(plan, refine=options.refine, notes=notes)
     _check_loss(plan, options.loss_fn)
     if fingerprint(model.named_parameters()) != plan.fingerprint:
         raise AnalysisError(

@@ -31,7 +31,7 @@ from tensorize.capture.inputs import check_model
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import LossFunction, split
 from tensorize.passes.rewrite.descent import Descent, rate_for, rounds, write
-from tensorize.reports.attach import attach, known_report
+from tensorize.reports.attach import attach, known_report, samples_of
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque, content
 from tensorize.training.distillation import (
@@ -308,4 +308,5 @@ def _note(model: nn.Module, done: Healing) -> None:
     found = known_report(model)
     if found is not None:
         note = f"healed: {done}; the errors of sites are those from before"
-        attach(model, replace(found, notes=(*found.notes, note)))
+        now = samples_of(model)
+        attach(model, replace(found, notes=(*found.notes, note), weights=now))
