@@ -40,7 +40,7 @@ from tensorize.algebra.reconstruct import reconstruct
 from tensorize.capture.inputs import batch_of
 from tensorize.formats.registry import format_of
 from tensorize.passes.allocate.candidates import COSTS, Points
-from tensorize.passes.allocate.optimise import minimise_distortion
+from tensorize.passes.allocate.choose import Tiers
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.spectra import spectrum
@@ -284,7 +284,9 @@ def integer_plan(
     fixed = whole - sum(point.site.parameters for point in points)
     caps = np.full(len(COSTS), math.inf)
     caps[0] = budget * whole - fixed
-    choice = minimise_distortion(points, caps)
+    found = Tiers.of([points], [0]).least_lost(caps)
+    assert found is not None
+    choice = found.choice
     ranks: dict[str, int | str] = {
         point.site.name: int(point.labels[k])
         for point, k in zip(points, choice, strict=True)

@@ -120,7 +120,7 @@ def _costs(
     return [
         spec.parameters,
         spec.parameters * entry_bytes(spec, itemsize),
-        spec_flops(site, spec, batch_sizes),
+        spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]
 
@@ -225,6 +225,12 @@ def curve_points(
     )
 
 
+def takes_ranks(curve: Spectrum, allowed: Sequence[str]) -> bool:
+    """Whether a weight can be factorized in one of the formats that are allowed."""
+    spectral = any(named(name).spectral for name in allowed)
+    return spectral or any(train.spec.format in allowed for train in curve.trains)
+
+
 def forced_point(
     curve: Spectrum,
     rank: int | str,
@@ -233,17 +239,17 @@ def forced_point(
     allowed: Sequence[str],
     machine: Machine = GENERIC,
 ) -> Points:
-    """The one point that ``ranks=`` asks for."""
+    """The one point that ``ranks=`` asks for, of a weight that ``takes_ranks``."""
     site = curve.site
     m, n = site.matrix
-    exact = next((t.spec for t in curve.trains if t.spec.format in allowed), None)
     spec: Spec
-    if exact is not None and not any(named(name).spectral for name in allowed):
-        cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
-        spec = exact.with_ranks(cut)
-    else:
+    if any(named(name).spectral for name in allowed):
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
         spec = TTSpec.low_rank(m, n, size, experts=site.experts)
+    else:
+        exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
+        cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
+        spec = exact.with_ranks(cut)
     lost = curve.distortion_of(spec)
     rise = curve.rise(np.array([lost]))
     return Points(

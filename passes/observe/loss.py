@@ -121,7 +121,9 @@ class PreservedLoss:
                 drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
                 total = total - share * rows.log_softmax(-1).gather(1, drawn).sum()
             else:
-                noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+                noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(
+                    rows.device
+                )
                 scale = math.sqrt(2.0 / max(self.variances[output.name], 1e-30))
                 total = total + share * scale * (noise * rows).sum()
         return total, outputs[0].rows.shape[0]

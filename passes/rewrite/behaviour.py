@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -59,23 +57,12 @@ def calls_of(
     try:
         given = _copied(batch)
         beside = watch or contextlib.nullcontext()
-        with untouched(model), _same_numbers(), fitting(model, given), beside:
+        with untouched(model), fitting(model, given), beside:
             once(model, given)
     finally:
         for handle in handles:
             handle.remove()
     return done
-
-
-@contextlib.contextmanager
-def _same_numbers() -> Iterator[None]:
-    """The random numbers of Python and numpy are the same in every run."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _copied(batch: Batch) -> Batch:

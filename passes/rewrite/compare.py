@@ -15,7 +15,6 @@ from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.dense_reads import DenseReads, Memory
 from tensorize.passes.rewrite.rebuilt import rebuilt
 from tensorize.passes.stages import Rewritten
-from tensorize.weight.become import as_it_was
 from tensorize.weight.cores import Cores
 from tensorize.weight.install import factored, restore
 from tensorize.weight.lazy import FactoredWeight
@@ -50,8 +49,7 @@ class CompareRuns:
         reads, failed = DenseReads(done.model, self.memory), None
         found: Calls = []
         try:
-            with as_it_was(done.model):
-                found = behaviour.calls_of(done.model, self.batch, runs.paths, reads)
+            found = behaviour.calls_of(done.model, self.batch, runs.paths, reads)
         except TensorizeError as error:
             failed = error
         if reads.seen:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import ModelError, TensorizeError
+from tensorize.capture.kept import keeping
 from tensorize.ir.sites import Batch, Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.curves.curve import as_matrix
@@ -37,8 +38,12 @@ class Rehearse:
         on_meta = any(p.is_meta for p in found.model.parameters())
         if found.inputs is None or on_meta or not free:
             return replace(found, summary="not run: no inputs are known" if free else "nothing")
+        with keeping(found.model):  # the copies share its parameters
+            return self._rehearsed(found, found.inputs, free)
+
+    def _rehearsed(self, found: Found, batch: Batch, free: dict[str, Site]) -> Found:
         try:
-            rehearsal = _Rehearsal(found.model, found.inputs, free)
+            rehearsal = _Rehearsal(found.model, batch, free)
         except ModelError as error:  # it cannot be copied, and may be rewritten itself
             return replace(found, summary=f"not run: {error.cause}")
         names = list(free)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from torch import nn
 from tensorize.api.analysis import Analysis
 from tensorize.api.options import Options
 from tensorize.api.wiring import figures
-from tensorize.base.errors import ModelError
+from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
@@ -44,7 +45,11 @@ from tensorize.passes.predict.largest import MeasureLargest
 from tensorize.passes.rewrite.rehearse import Rehearse
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
+from tensorize.store.identity import Opaque
 from tensorize.version import __version__
+from tensorize.weight.install import factored
+
+log = logging.getLogger("tensorize")
 
 
 def analyze(
@@ -74,7 +79,8 @@ def analyze(
             fit.
         AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
         BudgetError: ``max_memory`` is no number of bytes.
-        CheckpointError: ``cache_dir`` cannot be used.
+        CheckpointError: ``cache_dir`` cannot be used. Where its disk fills up, the analysis goes on
+            without it, with a warning and a note.
     """
     return analyzed(model, Options.of(locals()))
 
@@ -86,6 +92,7 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
     given, model = model, check_model(model, inplace=options.inplace)
+    check_dense(model, "compile")
     if options.ranks is not None:
         require_match(named_parameters(model), list(options.ranks), "ranks")
     check_weights(model)
@@ -155,27 +162,38 @@ def _learned_unasked(found: Found, identity: str, options: Options) -> Analysis:
 
 
 def place_of(found: Found, identity: str, options: Options) -> str | None:
-    """Where the analysis of a model of this identity is kept; None where it is not."""
+    """Where the analysis of a model of this identity is kept; None where it is not.
+
+    Raises:
+        Opaque: what it depends on cannot be told.
+    """
     if options.cache_dir is None:
         return None
     asked = options.formats, options.loss_fn, options.refine
     key = disk.key(found, identity, *asked, __version__)
-    return None if key is None else disk.location(options.cache_dir, key)
+    return disk.location(options.cache_dir, key)
 
 
 def _learned(found: Found, identity: str, options: Options) -> Analysis:
     """The analysis: from the cache, or made and kept there."""
-    base = place_of(found, identity, options)
+    try:
+        base = place_of(found, identity, options)
+    except Opaque as error:
+        base, why = None, f"the analysis is not kept in cache_dir: {error}"
+        log.warning(why)
+        found = found.noted(why)
     held = Held.memory if options.max_memory is None else Held.mapped
     if base is not None and (kept := disk.read(base, held)) is not None:
         analysed = replace(kept, machine=found.machine, history=found.history)
     else:
-        analysed = _run(found, options, base, held)
+        analysed, base = _run(found, options, base, held)
     return Analysis(analysed, identity, base, found.calibration, options.loss_fn)
 
 
-def _run(found: Found, options: Options, base: str | None, held: Held) -> Analysed:
-    """What the expensive passes give, kept at ``base`` where that is a place."""
+def _run(
+    found: Found, options: Options, base: str | None, held: Held
+) -> tuple[Analysed, str | None]:
+    """What the expensive passes give, and where it is kept: at ``base``, or nowhere."""
     announce(cost_line(found))
     with contextlib.ExitStack() as stack:
         curves = None if base is None else Curves(Path(base), held)
@@ -186,8 +204,10 @@ def _run(found: Found, options: Options, base: str | None, held: Held) -> Analys
         passes = _analysis_passes(found, options, curves)
         analysed = replace(run_passes(found, passes, Analysed), progress=no_progress)
         if base is not None and curves is not None:
-            disk.write(base, curves, analysed)
-    return analysed
+            why = disk.write(base, curves, analysed)
+            if why is not None:
+                return analysed.noted(f"the analysis is not kept in cache_dir: {why}"), None
+    return analysed, base
 
 
 def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> tuple[Pass, ...]:
@@ -221,3 +241,14 @@ def cost_line(found: Found) -> str:
         f"analysing {len(free)} weights ({sum(s.parameters for s in free) / 1e6:.1f} M "
         f"parameters{data}): roughly {max(seconds, 1):.0f} s of decompositions"
     )
+
+
+def check_dense(model: nn.Module, verb: str) -> None:
+    """Raises AnalysisError where weights of a model are factors already: they would nest."""
+    for name, _ in factored(model):
+        raise AnalysisError(
+            "the weight is compressed already",
+            site=name,
+            way_out=f"tensorize.{verb}(tensorize.densify(model), …), or the dense model that it "
+            "was made from",
+        )

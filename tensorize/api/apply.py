@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.api.analysis import Analysis, analysis_of
+from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
@@ -24,6 +24,7 @@ from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
+from tensorize.passes.allocate.choices import check_choices
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.observe.parts import in_parts
@@ -90,8 +91,14 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     analysis, options = analysis_of(plan), replace(options, seed=plan.seed)
     batches, _ = calibration_of(model, options)
     if options.refine != "auto":
-        plan = replace(plan, refine=options.refine)
+        notes = tuple(note for note in plan.notes if not note.startswith(NO_REFIT))
+        plan = replace(plan, refine=options.refine, notes=notes)
     _check_loss(plan, options.loss_fn)
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
+        raise AnalysisError(
+            "the plan was made for a model with other weights",
+            way_out="analyse this model: tensorize.analyze(model)",
+        )
     with shown(options.progress) as tell:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
@@ -103,11 +110,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        if fingerprint(model.named_parameters()) != plan.fingerprint:
-            raise AnalysisError(
-                "the plan was made for a model with other weights",
-                way_out="analyse this model: tensorize.analyze(model)",
-            )
+        check_choices(plan, analysis.program, model)
         return apply_plan(model, plan, analysis, options, tell)
 
 

@@ -14,6 +14,7 @@ from tensorize.ir.plan import Prediction, Totals
 from tensorize.ir.sites import Site
 from tensorize.passes.allocate.slower import slow_choices
 from tensorize.passes.stages import Rewritten
+from tensorize.reports.attach import samples_of
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
@@ -43,8 +44,9 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
         totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
         curve=curve,
         history=done.history,
-        notes=(*done.notes, *notes),
+        notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
         environment=_environment(),
+        weights=samples_of(done.model),
     )
 
 

@@ -225,7 +225,8 @@ def _drawn(inputs: Batch, vocabularies: dict[int, int], generator: torch.Generat
             mean, spread = (float(f(value.float())) for f in (torch.mean, torch.std))
             if not spread > 0:  # zeros that were made up: nothing is known of the inputs
                 mean, spread = 0.0, 1.0
-            drawn = mean + spread * torch.randn(value.shape, generator=generator)
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+            drawn = mean + spread * noise
         else:
             return value
         return drawn.to(value.device, value.dtype)

@@ -37,7 +37,7 @@ class Report:
     asked weights to run by, ``fused`` what launches of compiled graphs took in, and around which
     weights. ``environment`` is pairs of names and values: versions, machine, seed.
     ``measured_loss`` and ``measured_error`` are the rise of the loss and the error of the outputs
-    where a compile measured them.
+    where a compile measured them. ``weights`` are samples of the parameters that all of it is of.
     """
 
     plan: Plan
@@ -51,6 +51,7 @@ class Report:
     environment: tuple[tuple[str, str], ...] = ()
     measured_loss: float | None = None
     measured_error: float | None = None
+    weights: tuple[str, ...] = ()
 
     @property
     def factorized(self) -> tuple[SiteReport, ...]:

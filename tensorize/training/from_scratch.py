@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tensorize.api.analyze import check_dense
 from tensorize.api.outcome import report_of
 from tensorize.api.wiring import figures
 from tensorize.base.errors import BudgetError, CaptureError, check_one_of
@@ -102,8 +103,9 @@ def initialize(
         )
     if limits is None and ranks is None and not _names_specs(formats):
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
-    allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple)
+    allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple, even=True)
     given, model = model, check_model(model, on_meta=True, inplace=inplace)
+    check_dense(model, "initialize")
     with shown(progress) as tell:
         found = _found(model, example_inputs, include, exclude, seed, tell)
         learned = run_passes(found, (AssumeSpectra(formats),), Learned)

@@ -53,32 +53,13 @@ def _declared(kind: type) -> set[str]:
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Undo every change of modules, their classes and their state if the body fails."""
-    put_back = _remembered(model)
-    try:
-        yield
-    except BaseException:
-        put_back()
-        raise
-
-
-@contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo every change of modules, their classes and their state at the end."""
-    put_back = _remembered(model)
-    try:
-        yield
-    finally:
-        put_back()
-
-
-def _remembered(model: nn.Module) -> Callable[[], None]:
-    """What puts modules, their classes and their state back as they are now."""
     before = [
         (module, type(module), dict(vars(module)), [_shallow(v) for v in vars(module).values()])
         for module in model.modules()
     ]
-
-    def put_back() -> None:
+    try:
+        yield
+    except BaseException:
         for module, kind, state, containers in before:
             module.__class__ = kind
             vars(module).clear()
@@ -87,8 +68,7 @@ def _remembered(model: nn.Module) -> Callable[[], None]:
                 if items is not None:
                     live.clear()
                     live.extend(items) if isinstance(live, list) else live.update(items)
-
-    return put_back
+        raise
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:

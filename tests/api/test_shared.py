@@ -83,6 +83,59 @@ def test_what_reads_a_copy_is_apart() -> None:
     assert [site.input_group for site in analysis.program.sites] == [None, None]
 
 
+_SHARES = 0.555  # as much of a gated model as one first factor needs
+
+
+@pytest.mark.parametrize("frozen", ["gate", "up"])
+def test_what_is_trained_and_what_is_frozen_share_nothing(frozen: str) -> None:
+    model = gated(alike=True)
+    assert shared_names(tensorize.compile(model, _SHARES, example_inputs=(rows(),)))
+    model.get_submodule(frozen).requires_grad_(False)
+    small = tensorize.compile(model, _SHARES, example_inputs=(rows(),), formats="shared")
+    assert shared_names(small) == []
+    before = small.get_submodule(frozen)(rows()).detach()
+    trained = [p for p in small.parameters() if p.requires_grad]
+    small(rows()).sum().backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert small.get_submodule(frozen)(rows()).equal(before)
+    assert not any(p.requires_grad for p in small.get_submodule(frozen).parameters())
+    other = small.get_submodule("up" if frozen == "gate" else "gate")
+    assert all(p.requires_grad and p.grad is not None for p in other.parameters())
+
+
+def test_frozen_weights_share_among_themselves() -> None:
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.layers[1].requires_grad_(False)
+            self.layers[3].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(layer(x) for layer in self.layers)  # type: ignore[return-value]
+
+    analysis = tensorize.analyze(Four(), example_inputs=(torch.randn(2, 8),))
+    groups = {site.name: site.input_group for site in analysis.program.sites}
+    first, second = "layers.0.weight", "layers.1.weight"
+    assert list(groups.values()) == [first, second, first, second]
+
+
+def test_a_weight_that_was_frozen_after_the_analysis() -> None:
+    """The plan shares, and can no more: said before anything is changed, with a way that works."""
+    model = gated(alike=True)
+    plan = tensorize.analyze(model, example_inputs=(rows(),), formats="shared").plan(_SHARES)
+    assert {site.shared for site in plan.sites} >= {"gate.weight"}
+    model.up.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(tensorize.AnalysisError, match=r"up\.weight: .*one of them is frozen"):
+        tensorize.apply(model, plan, inplace=True)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    again = tensorize.analyze(model, example_inputs=(rows(),)).plan(_SHARES)
+    assert {site.shared for site in tensorize.report(tensorize.apply(model, again)).plan.sites} == {
+        None
+    }
+
+
 def test_excluded_weights_are_in_no_group() -> None:
     analysis = tensorize.analyze(gated(alike=True), example_inputs=(rows(),), exclude="up")
     assert all(site.input_group is None for site in analysis.program.sites)
