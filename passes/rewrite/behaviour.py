@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -57,12 +57,23 @@ def calls_of(
     try:
         given = _copied(batch)
         beside = watch or contextlib.nullcontext()
-        with untouched(model), fitting(model, given), beside:
+        with untouched(model), fitting(model, given), _as_written(), beside:
             once(model, given)
     finally:
         for handle in handles:
             handle.remove()
     return done
+
+
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """Attention runs module by module: its fused path wants tensors, and leaves out padded rows."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _copied(batch: Batch) -> Batch:

@@ -261,7 +261,11 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         if isinstance(found, Tensor) and found.is_floating_point():
             seen[place] = found
 
-    places = dict(unwrapped(model).named_modules())
+    inside = unwrapped(model)
+    places = dict(inside.named_modules())
+    while not places.keys() >= set(names) and len(inside._modules) == 1:
+        (inside,) = inside.children()  # of a wrapper of the caller's own
+        places = dict(inside.named_modules())
     if missing := [name for name in names if name not in places]:
         raise CaptureError(
             f"the model has no layer {missing[0]!r}, as the teacher has",

@@ -88,7 +88,11 @@ def test_the_trainer_of_hugging_face_gives_the_same_losses(tmp_path: Path) -> No
 
 
 def test_narrow_precisions_stay_within_the_noise_of_float32(tmp_path: Path) -> None:
-    """The noise is what another seed makes of the same run."""
+    """The noise is what another seed makes of the same run.
+
+    The range of three runs is 1.7 of their standard deviations; two runs are further apart than
+    2.3 of them in one case of ten.
+    """
     options = ["--steps", "40", "--every", "40", "--learning-rate", "2e-3"]
     seeds = pretrain(tmp_path / "float32", *options, "--seeds", "0", "1", "2")
     for precision in ("mixed", "stochastic"):
@@ -96,7 +100,7 @@ def test_narrow_precisions_stay_within_the_noise_of_float32(tmp_path: Path) -> N
         for name, (log,) in found.items():
             wide = [one[-1]["validation"] for one in seeds[name]]
             noise = max(wide) - min(wide)
-            assert abs(log[-1]["validation"] - wide[0]) < max(noise, 0.02), (precision, name)
+            assert abs(log[-1]["validation"] - wide[0]) < max(1.5 * noise, 0.02), (precision, name)
 
 
 def test_the_log_says_what_was_run(tmp_path: Path) -> None:
