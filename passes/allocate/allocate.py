@@ -53,7 +53,8 @@ class Allocate:
     """Chooses formats and ranks: the plan.
 
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
-    that it does not name stay dense.
+    that it does not name stay dense. ``pivots``: low rank does not store what a change of basis can
+    remove.
     """
 
     budget: Budget | None
@@ -63,6 +64,7 @@ class Allocate:
     refine: str | None = None
     rank_multiple: int = 1
     fingerprint: str = ""
+    pivots: bool = True
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -117,7 +119,9 @@ class Allocate:
             if forced is not None:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
                 result.append(
-                    forced_point(curve, forced, itemsize, load[0], allowed, machine=load[1])
+                    forced_point(
+                        *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=self.pivots
+                    )
                 )
             elif site.last_resort and not last_resort:
                 result.append(dense_point(site, itemsize, site.last_resort, *load))
@@ -126,7 +130,7 @@ class Allocate:
             else:
                 allowed = curve.formats if self.formats is None else self.formats[site.name]
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
-                result.append(curve_points(*given, scale[site.name]))
+                result.append(curve_points(*given, scale[site.name], pivots=self.pivots))
         names = {
             site.name
             for site in analysed.sites

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from tensorize.formats.registry import named
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan, Totals
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import Spec, TTSpec
+from tensorize.ir.spec import INDEX_BYTES, Spec, TTSpec
 from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -28,6 +30,10 @@ COSTS = ("params", "bytes", "flops")
 # some trained model, and so does the same share for all; this fails on none of the three tried
 # (`python -m benchmarks.no_data`).
 _RELATIVE = 0.15
+
+
+_PIVOTS_FROM = 0.02
+"""The share of its parameters from which on it pays not to store an identity of low rank."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,13 @@ class Points:
     labels: np.ndarray
     others: tuple[Spec, ...] = ()
     fixed: str | None = None
+    pivots: bool = False
 
     def spec(self, k: int) -> Spec | None:
         """The factorization at point k; None is the dense weight."""
         label = int(self.labels[k])
         if label > 0:
-            return TTSpec.low_rank(*self.site.matrix, label, experts=self.site.experts)
+            return low_rank_spec(self.site, label, pivots=self.pivots)
         return None if label == 0 else self.others[-label - 1]
 
     @property
@@ -114,15 +121,33 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
     return np.array(known + [0.0] * len(batch_sizes))
 
 
+def low_rank_spec(site: Site, rank: int, *, pivots: bool) -> TTSpec:
+    """Low rank of a weight, in the form that it is stored in."""
+    pivoted = bool(_pivoted(site, np.array(rank), pivots))
+    return TTSpec.low_rank(*site.matrix, rank, experts=site.experts, pivoted=pivoted)
+
+
+def _pivoted(site: Site, ranks: np.ndarray, pivots: bool) -> np.ndarray:
+    """At which ranks an identity in the second factor is not stored."""
+    m, n = site.matrix
+    pays = (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
+    return pays & (pivots and site.takes_trains)
+
+
 def _costs(
     site: Site, spec: Spec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     return [
         spec.parameters,
-        spec.parameters * entry_bytes(spec, itemsize),
+        _bytes(spec, itemsize),
         spec_flops(site, spec, batch_sizes),
         *spec_times(site, spec, batch_sizes, machine),
     ]
+
+
+def _bytes(spec: Spec, itemsize: int) -> Any:
+    indices = sum(math.prod(shape) for shape in spec.index_shapes)
+    return spec.parameters * entry_bytes(spec, itemsize) + INDEX_BYTES * indices
 
 
 def _dense_costs(
@@ -175,25 +200,34 @@ def curve_points(
     rank_multiple: int = 1,
     machine: Machine = GENERIC,
     scale: float = 1.0,
+    *,
+    pivots: bool = False,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
-    ``scale`` turns its distortion into what the allocation minimises.
+    ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
+    store what a change of basis can remove.
     """
     site = curve.site
     m, n = site.matrix
     count = max(site.experts, 1)
     spectral = any(named(name).spectral for name in allowed)
     ranks = np.arange(1, len(curve.distortion)) if spectral else np.arange(0)
-    ranks = ranks[ranks * (m + n) < m * n]
-    ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
+    pivoted = _pivoted(site, ranks, pivots)
+    pays = (ranks * (m + n) < m * n) | pivoted
+    pays &= (ranks % rank_multiple == 0) | (ranks < rank_multiple)
+    ranks, pivoted = ranks[pays], pivoted[pays]
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
     others = tuple(spec for spec, _ in structured)
-    parameters = ranks * (m + n) * count
-    every = EveryRank((m, n), ranks)
-    flops = spec_flops(site, every, batch_sizes) + 0 * ranks
-    own = np.stack([parameters, parameters * itemsize, flops], axis=1)
-    rows = [np.hstack([own, spec_times(site, every, batch_sizes, machine)])]
+    own = np.zeros((len(ranks), len(COSTS) + len(batch_sizes)))
+    for form in (False, True):
+        at = pivoted == form
+        every = EveryRank((m, n), ranks[at], form)
+        flops = spec_flops(site, every, batch_sizes) + 0 * every.every
+        sizes = every.parameters * count, _bytes(every, itemsize) * count, flops
+        times = spec_times(site, every, batch_sizes, machine)
+        own[at] = np.hstack([np.stack(sizes, axis=1), times])
+    rows = [own]
     lost = [curve.distortion.numpy()[ranks]]
     labels = [ranks]
     if others:
@@ -222,6 +256,7 @@ def curve_points(
         np.concatenate(labels)[order],
         others,
         fixed=reason,
+        pivots=pivots,
     )
 
 
@@ -232,6 +267,8 @@ def forced_point(
     batch_sizes: Sequence[int],
     allowed: Sequence[str],
     machine: Machine = GENERIC,
+    *,
+    pivots: bool = False,
 ) -> Points:
     """The one point that ``ranks=`` asks for."""
     site = curve.site
@@ -243,7 +280,7 @@ def forced_point(
         spec = exact.with_ranks(cut)
     else:
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
-        spec = TTSpec.low_rank(m, n, size, experts=site.experts)
+        spec = low_rank_spec(site, size, pivots=pivots)
     lost = curve.distortion_of(spec)
     rise = curve.rise(np.array([lost]))
     return Points(

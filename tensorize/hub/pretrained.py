@@ -23,7 +23,7 @@ from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 from tensorize.store.manifest import FORMAT_VERSION, SAVE_AGAIN, read_manifest, sites_from_list
 from tensorize.store.transformers_config import METHOD
-from tensorize.weight.install import install
+from tensorize.weight.install import blank, install
 from tensorize.weight.whole_model import settle
 
 
@@ -94,10 +94,7 @@ class FactorsLoader(HfQuantizer):
                     site=names[0],
                     way_out=SAVE_AGAIN,
                 )
-            cores = [
-                nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))
-                for shape in site.spec.core_shapes
-            ]
+            cores = blank(site.spec, torch.device("meta"), parameter.dtype, requires_grad=True)
             install(model, names, site.spec, cores, site.nonlinearity)
         own = dict(model.named_parameters(remove_duplicate=False))
         for alias, first in self.quantization_config.aliases.items():

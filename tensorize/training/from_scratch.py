@@ -102,7 +102,7 @@ def initialize(
         )
     if limits is None and ranks is None and not _names_specs(formats):
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
-    allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple)
+    allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple, pivots=False)
     check_model(model, on_meta=True)
     with shown(progress) as tell:
         found = _found(model, example_inputs, include, exclude, seed, tell)
