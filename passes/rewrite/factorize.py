@@ -180,7 +180,7 @@ def replace_weight(
     weight = as_matrix(site, dense.detach())
     cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
     form = format_of(choice.spec)
-    stored = [_own(core, weight) for core in form.stored(choice.spec, cores)]
+    stored = [_own(core, weight) for core in form.stored(choice.spec, cores, weight.dtype)]
     held = put_cores(model, site, choice, stored)
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
@@ -210,10 +210,8 @@ def put_cores(
 
 
 def _own(core: Tensor, weight: Tensor) -> Tensor:
-    """A contiguous copy in the weight's dtype and place: the analysis keeps its factors."""
-    dtype = core.dtype if is_index(core) else weight.dtype
-    copy = torch.empty(core.shape, dtype=dtype, device=weight.device)
-    return copy.copy_(core)
+    """A contiguous copy in the weight's place: the analysis keeps its factors."""
+    return torch.empty(core.shape, dtype=core.dtype, device=weight.device).copy_(core)
 
 
 def _cast(core: Tensor, dtype: torch.dtype) -> Tensor:

@@ -88,6 +88,7 @@ class Analysis:
             refine=self._refinement(options.refine, options.budget),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
+            pivots=options.backend != "triton",  # whose kernels multiply all of a factor
         )
 
     def _refinement(self, refine: str | None, budget: Budget | None) -> str | None:

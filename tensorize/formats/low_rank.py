@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import pivoted, plain
+from tensorize.algebra.pivot import pivoted, plain, rounded
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
@@ -77,10 +77,12 @@ class LowRank(Chain):
     def reconstruct(self, spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
         return reconstruct(spec.plain, self.computed(spec, cores))
 
-    def stored(self, spec: TTSpec, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def stored(
+        self, spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         if not spec.pivoted:
-            return tuple(cores)
-        found = pivoted(*cores)
+            return super().stored(spec, cores, dtype)
+        found = rounded(pivoted(*cores), dtype)
         return found.left, found.rest, found.order
 
     def width(self, cores: Sequence[Tensor]) -> int:

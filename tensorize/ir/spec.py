@@ -84,8 +84,8 @@ class TTSpec(Spec):
     really have, ``cores`` the names of their axes, ``size`` the size of each by name. ``shape`` is
     that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]``,
     ``"block"`` where two cores share a row or a column index, and ``"tt"`` for every other chain;
-    ``single`` is the spec of one expert. ``pivoted`` low rank keeps V without the r columns in which
-    it is the identity: U (m, r), V' (r, n - r), and the order of the columns (n,).
+    ``single`` is the spec of one expert. ``pivoted`` low rank does not store the r columns in which
+    V is the identity: U (m, r), V' (r, n - r), and the order of the columns (n,).
 
     Args:
         row_modes: factors of the number of rows, one a core (1 where a core has none).

@@ -166,8 +166,8 @@ def turned(spec: Spec, cores: Sequence[Tensor]) -> tuple[TTSpec, list[Tensor]]:
     if first.is_meta or not any(first.stride()):
         return found, blank(found, first.device, first.dtype, first.requires_grad)
     left, right = (core.detach() for core in format_of(spec).computed(spec, cores))
-    made = format_of(found).stored(found, (right.t(), left.t()))
-    held = [core.to(first.dtype).contiguous() for core in made[:2]]
+    made = format_of(found).stored(found, (right.t(), left.t()), first.dtype)
+    held = [core.contiguous() for core in made[:2]]
     return found, [*(nn.Parameter(core, first.requires_grad) for core in held), *made[2:]]
 
 

@@ -170,7 +170,7 @@ class FactoredWeight:
         return exact, (weight,)
 
     def _shown(self) -> tuple[Tensor, ...]:
-        """Cores and indices of the experts that the frame shows, of rows where they are low rank."""
+        """Cores and indices of the experts that the frame shows; of its rows, in low rank."""
         cores = self.cores + self.indices
         if self.frame.expert is not None:
             cores = tuple(core[self.frame.expert] for core in cores)
