@@ -80,10 +80,13 @@ class Cores(nn.Module):
 
 
 def keep_order(module: nn.Module, indices: Sequence[Tensor]) -> None:
-    """Let a module hold the one index that there is, or none, as its buffer ``order``."""
+    """Let a module hold the one index that there is, or none, as its buffer ``order``.
+
+    A copy: tools know of parameters that several modules hold, and not of buffers.
+    """
     module._buffers.pop("order", None)
     for order in indices:
-        module.register_buffer("order", order)
+        module.register_buffer("order", order.clone())
 
 
 class FactoredLinear(nn.Module):

@@ -90,7 +90,8 @@ def install(
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
-        holder = holder or Cores(spec, cores, frame)
+        if holder is None or spec.index_shapes:  # tools know no buffer of several names
+            holder = Cores(spec, cores, frame)
         alone = plain and type(owner) is nn.Linear
         _become_factored(owner, parameter, holder, FactoredLinear if alone else None)
     ties.follow(model, names_now)
@@ -237,7 +238,7 @@ def held_names(model: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def names_now(model: nn.Module, name: str) -> tuple[str, ...]:
-    """The names of what stands for any parameter of the dense model: its own where it was left."""
+    """What stands for any parameter of the dense model, by name: itself where it was left."""
     try:
         owner, leaf = owner_of(model, name)
     except AttributeError:  # a pattern, or a module that is not there
