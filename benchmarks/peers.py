@@ -40,7 +40,7 @@ from tensorize.algebra.reconstruct import reconstruct
 from tensorize.capture.inputs import batch_of
 from tensorize.formats.registry import format_of
 from tensorize.passes.allocate.candidates import COSTS, Points
-from tensorize.passes.allocate.optimise import minimise_distortion
+from tensorize.passes.allocate.choose import Tiers
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.spectra import spectrum
@@ -227,7 +227,7 @@ def with_metrics(
 
 def kfac(analysis: Analysis, model: nn.Module, calibration: Sequence[Any]) -> Analysis:
     """The curves in the metric of K-FAC, of the data that the analysis learnt from."""
-    batches = tuple(map(batch_of, calibration))
+    batches = analysis.calibration or tuple(map(batch_of, calibration))
     loss = PreservedLoss.fit(model, batches, None)
     learn = CollectStatistics(split(batches)[0], loss, by_sample=False)
     moments = learn.run(analysis.program.to(Found, model=model)).statistics
@@ -284,7 +284,9 @@ def integer_plan(
     fixed = whole - sum(point.site.parameters for point in points)
     caps = np.full(len(COSTS), math.inf)
     caps[0] = budget * whole - fixed
-    choice = minimise_distortion(points, caps)
+    found = Tiers.of([points], [0]).least_lost(caps)
+    assert found is not None
+    choice = found.choice
     ranks: dict[str, int | str] = {
         point.site.name: int(point.labels[k])
         for point, k in zip(points, choice, strict=True)

@@ -32,6 +32,7 @@ from tensorize.reports.data import Stage
 
 if TYPE_CHECKING:  # what passes make, whose files need this one
     from tensorize.passes.curves.curve import Spectrum
+    from tensorize.passes.observe.counted import Counted
     from tensorize.passes.observe.moments import Moments
     from tensorize.passes.predict.predictor import Predictor
 
@@ -71,10 +72,14 @@ class _Asked(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class WithSites(_Asked):
-    """``sizes`` holds (elements, bytes) of every parameter of the dense model, once."""
+    """``sizes`` holds (elements, bytes) of every parameter of the dense model, once. ``counted``:
+    which rows count, of those batches where not all do; None: nobody looked yet. ``few``: how many
+    rows a weight met in the data, of weights that met fewer than they have columns."""
 
     sites: tuple[Site, ...]
     sizes: Mapping[str, tuple[int, int]]
+    counted: Mapping[Batch, Counted] | None = None
+    few: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def free(self) -> tuple[Site, ...]:

@@ -11,6 +11,7 @@ from tensorize.capture import synthetic
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["COLUMNS"] = "100"  # of the terminal that tests are run in
 os.environ["TENSORIZE_CACHE_DIR"] = "no-such-folder"  # plans are made for a machine not measured
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tensorize.base import printer
 from tensorize.codegen.device import autotune, compiler
 from tensorize.codegen.device.compiler import Compiled
 from tensorize.codegen.triton import source as triton_source
@@ -45,7 +46,7 @@ class Kernel:
         return compiler.compile(self.source, target, self.dtype)
 
     def __str__(self) -> str:
-        return self.source.text
+        return printer.plain(self.source.text)
 
     def __repr__(self) -> str:
         return f"Kernel({self.name!r}, {self.dtype})"

@@ -1,22 +1,21 @@
 """One global choice of formats and ranks under a budget: rate-distortion optimisation.
 
-Every weight brings its points (``points.py``), ``optimise.py`` chooses one of each, and what is
-chosen becomes the plan.
+Every weight brings its points (``candidates.py``). ``optimise.py`` makes the choices of one of
+each that any budget may get, ``choose.py`` finds that of a budget among them, and it becomes the
+plan.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import Plan, Prediction, Totals
+from tensorize.ir.plan import Plan, Prediction
 from tensorize.ir.sites import Site
+from tensorize.passes.allocate.alike import together
 from tensorize.passes.allocate.candidates import (
     COSTS,
     Points,
@@ -26,18 +25,15 @@ from tensorize.passes.allocate.candidates import (
     forced_point,
     other_costs,
     scales,
+    takes_ranks,
 )
-from tensorize.passes.allocate.feasible import check_feasible, within_error
+from tensorize.passes.allocate.choose import Chosen
+from tensorize.passes.allocate.demand import Demand
+from tensorize.passes.allocate.feasible import refusal
 from tensorize.passes.allocate.flops import element_size
 from tensorize.passes.allocate.groups import group_points
-from tensorize.passes.allocate.optimise import (
-    Solution,
-    TooTight,
-    minimise_cost,
-    solve,
-    total_distortion,
-)
-from tensorize.passes.allocate.slower import WORTH, slow_choices, without_slow_points
+from tensorize.passes.allocate.slower import slow_choices, without_slow_points
+from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.observe.select import matches, require_match
 from tensorize.passes.stages import Analysed, Planned
@@ -53,7 +49,8 @@ class Allocate:
     """Chooses formats and ranks: the plan.
 
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
-    that it does not name stay dense. ``pivots``: low rank does not store what a change of basis can
+    that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
+    ``notes`` are for the plan; ``pivots``: low rank does not store what a change of basis can
     remove.
     """
 
@@ -64,6 +61,8 @@ class Allocate:
     refine: str | None = None
     rank_multiple: int = 1
     fingerprint: str = ""
+    even: bool = False
+    notes: tuple[str, ...] = ()
     pivots: bool = True
     name: str = "allocate"
 
@@ -81,26 +80,52 @@ class Allocate:
             )
 
     def run(self, analysed: Analysed) -> Planned:
-        dense = dense_totals(analysed, self.batch_sizes)
-        overhead = other_costs(analysed, self.batch_sizes)
-        points = self._points(analysed, last_resort=False)
-        try:
-            solution = self._choose(points, overhead, dense, analysed)
-        except BudgetError:
-            if not any(site.last_resort and site.blocked is None for site in analysed.sites):
-                raise
-            points = self._points(analysed, last_resort=True)
-            solution = self._choose(points, overhead, dense, analysed)
-        plan = self._plan(analysed, points, solution, overhead, dense)
-        kept = plan.predicted.parameters / dense.parameters
+        if self.budget is None:
+            points = self._points(analysed, last_resort=False)
+            chosen = Chosen(points, [0] * len(points), 0.0)
+        else:
+            demand = self.demand(analysed)
+            found = demand.choose(self.budget)
+            if found is None:
+                raise refusal(demand, self.budget)
+            chosen = found
+        plan = self._plan(analysed, chosen)
+        kept = plan.predicted.parameters / plan.dense.parameters
         factorized = sum(site.spec is not None for site in plan.sites)
         summary = f"{factorized} weights factorized, {100 * kept:.2f} % of the parameters kept"
         return analysed.to(Planned, plan=plan, summary=summary)
 
+    def demand(self, analysed: Analysed) -> Demand:
+        """What budgets can be asked of; it knows nothing of this one."""
+        tiers = [self._points(analysed, last_resort=False)]
+        if any(site.last_resort and site.blocked is None for site in analysed.sites):
+            tiers.append(self._points(analysed, last_resort=True))
+        fast = without_slow_points(tiers[0], self.batch_sizes, analysed.machine)
+        return Demand(
+            analysed,
+            (*([] if fast is None else [fast]), *tiers),
+            int(fast is not None),
+            len(tiers) > 1,
+            (*COSTS, *(f"latency[{k}]" for k in range(len(self.batch_sizes)))),
+            other_costs(analysed, self.batch_sizes),
+            dense_totals(analysed, self.batch_sizes),
+            self.refine,
+            self.even,
+        )
+
     # ---------------------------------------------------------------------------- the points
 
+    def _allowed(self, curve: Spectrum) -> tuple[str, ...]:
+        """The formats that a weight may take."""
+        return curve.formats if self.formats is None else self.formats[curve.site.name]
+
     def _points(self, analysed: Analysed, *, last_resort: bool) -> list[Points]:
-        overrides = _overrides(analysed.sites, self.ranks)
+        unable = {
+            name: f"of formats={'/'.join(self._allowed(curve))} it can take none at a rank"
+            for name, curve in analysed.spectra.items()
+            if not takes_ranks(curve, self._allowed(curve))
+        }
+        overrides = _overrides(analysed.sites, self.ranks, unable)
         load, scale = (self.batch_sizes, analysed.machine), scales(analysed)
         result = []
         for site in analysed.sites:
@@ -116,8 +141,8 @@ class Allocate:
                     )
                 result.append(dense_point(site, itemsize, site.blocked or "no curve", *load))
                 continue
+            allowed = self._allowed(curve)
             if forced is not None:
-                allowed = curve.formats if self.formats is None else self.formats[site.name]
                 result.append(
                     forced_point(
                         *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=self.pivots
@@ -126,9 +151,11 @@ class Allocate:
             elif site.last_resort and not last_resort:
                 result.append(dense_point(site, itemsize, site.last_resort, *load))
             elif self.budget is None:
-                result.append(dense_point(site, itemsize, "not named by ranks=", *load))
+                why = "not named by ranks="
+                if site.name in unable and any(matches(site, each) for each in self.ranks or {}):
+                    why = unable[site.name]
+                result.append(dense_point(site, itemsize, why, *load))
             else:
-                allowed = curve.formats if self.formats is None else self.formats[site.name]
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
                 result.append(curve_points(*given, scale[site.name], pivots=self.pivots))
         names = {
@@ -136,126 +163,29 @@ class Allocate:
             for site in analysed.sites
             if self.formats is None or joins(self.formats.get(site.name, ()))
         }
+        if self.even:
+            return together(result)
         return _grouped(result, analysed, names, scale, self.rank_multiple, self.batch_sizes)
-
-    @property
-    def _cost_names(self) -> tuple[str, ...]:
-        return (*COSTS, *(f"latency[{k}]" for k in range(len(self.batch_sizes))))
-
-    # ---------------------------------------------------------------------------- the choice
-
-    def _choose(
-        self, points: list[Points], overhead: np.ndarray, dense: Totals, analysed: Analysed
-    ) -> Solution:
-        if self.budget is None:
-            return Solution([0] * len(points), 0.0, 0.0)
-        budget = self.budget
-        if budget.error is not None:
-            points[:] = within_error(points, budget.error)
-        limits = budget.limits(dense)
-        names = self._cost_names
-        caps = np.array([limits.get(cost, np.inf) for cost in names]) - overhead
-        check_feasible(names, points, caps, overhead, limits, dense)
-        ceiling = self._distortion_limit(analysed)
-        try:
-            solution = solve(points, caps)
-        except TooTight as tight:
-            need = math.ceil(tight.total + overhead[tight.cost])
-            cost = names[tight.cost].partition("[")[0]
-            raise BudgetError(
-                f"the limits of {budget} cannot be met together: within the others, the smallest "
-                f"{cost} found is {need:,}",
-                way_out=f"{cost}={need}, or a larger limit on what it is traded for",
-            ) from None
-        lost = total_distortion(points, solution.choice)
-        if ceiling is not None and lost > ceiling:
-            assert analysed.predictor is not None  # the limit on the loss comes from it
-            reached = analysed.predictor.predict(lost, self.refine)[0]
-            raise BudgetError(
-                f"no choice within {budget} keeps the predicted rise of the loss: the "
-                f"smallest reached is {reached:.4g}",
-                site=_largest(points, solution.choice),
-                way_out=f"allow loss={reached * 1.01:.4g}, a larger size, or more formats=",
-            )
-        if not limits:
-            solution = Solution(minimise_cost(points, ceiling), 0.0, 0.0)
-        if budget.latency is not None:
-            return solution
-        return self._not_slower(points, caps, ceiling, solution, analysed)
-
-    def _not_slower(
-        self,
-        points: list[Points],
-        caps: np.ndarray,
-        ceiling: float | None,
-        solution: Solution,
-        analysed: Analysed,
-    ) -> Solution:
-        """A choice without weights slower than dense, where that costs next to nothing.
-
-        What it costs is distortion where the size is limited, else parameters.
-        """
-        given = points, solution.choice, self.batch_sizes, analysed.machine
-        fast = without_slow_points(*given)
-        if fast is None or (np.sum([p.costs.min(0) for p in fast], axis=0) > caps).any():
-            return solution
-        limited = bool(np.isfinite(caps).any())
-        try:
-            found = solve(fast, caps) if limited else Solution(minimise_cost(fast, ceiling), 0, 0)
-        except TooTight:
-            return solution
-
-        def price(those: Sequence[Points], choice: Sequence[int]) -> float:
-            return sum(
-                float(p.objective[k] if limited else p.costs[k, 0])
-                for p, k in zip(those, choice, strict=True)
-            )
-
-        if price(fast, found.choice) > WORTH * price(points, solution.choice):
-            return solution
-        if ceiling is not None and total_distortion(fast, found.choice) > ceiling:
-            return solution
-        points[:] = fast
-        return found
-
-    def _distortion_limit(self, analysed: Analysed) -> float | None:
-        """The largest sum of distortions whose predicted loss is within the budget."""
-        assert self.budget is not None
-        if self.budget.loss is None:
-            return None
-        if analysed.predictor is None:
-            raise BudgetError(
-                "a limit on the loss needs to know the loss",
-                way_out="pass calibration data (and no metric= but 'loss')",
-            )
-        return analysed.predictor.inverse(self.budget.loss, self.refine)
 
     # ------------------------------------------------------------------------------ the plan
 
-    def _plan(
-        self,
-        analysed: Analysed,
-        points: list[Points],
-        solution: Solution,
-        overhead: np.ndarray,
-        dense: Totals,
-    ) -> Plan:
-        choice = solution.choice
-        used = overhead + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
-        lost = total_distortion(points, choice)
+    def _plan(self, analysed: Analysed, found: Chosen) -> Plan:
+        points, choice = found.points, found.choice
+        used = other_costs(analysed, self.batch_sizes)
+        used = used + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
         slow = slow_choices(
             analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine
         )
-        for name, found in slow.items():
-            batches = ", ".join(f"{each.batch:,}" for each in found)
+        for name, those in slow.items():
+            batches = ", ".join(f"{each.batch:,}" for each in those)
             reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
             chosen[name] = replace(chosen[name], reason=reason)
         sites = tuple(chosen[site.name] for site in analysed.sites)
         loss, interval = None, None
         error = max((site.predicted_error for site in sites), default=0.0)
         if analysed.predictor is not None:
-            loss, interval = analysed.predictor.predict(lost, self.refine)
+            loss, interval = analysed.predictor.predict(found.lost, self.refine)
             error = analysed.predictor.output_error(loss)
         predicted = Prediction(
             parameters=int(used[0]),
@@ -271,15 +201,15 @@ class Allocate:
             budget="none" if self.budget is None else str(self.budget),
             metric=analysed.metric,
             predicted=predicted,
-            dense=dense,
+            dense=dense_totals(analysed, self.batch_sizes),
             batch_sizes=tuple(self.batch_sizes),
             limits_errors=self.budget is not None and self.budget.error is not None,
             seed=analysed.seed,
             fingerprint=self.fingerprint,
             refine=self.refine,
-            gap=solution.gap,
+            gap=found.gap,
             machine=analysed.machine.name,
-            notes=analysed.notes,
+            notes=(*analysed.notes, *self.notes),
         )
 
 
@@ -306,7 +236,10 @@ def check_ranks(ranks: RanksOption) -> RanksOption:
     return ranks
 
 
-def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str]:
+def _overrides(
+    sites: Sequence[Site], ranks: RanksOption, unable: Mapping[str, str]
+) -> dict[str, int | str]:
+    """The ranks that are asked for. A pattern leaves out weights that stay dense or are unable."""
     check_ranks(ranks)
     require_match(sites, list(ranks or {}), "ranks")
     chosen: dict[str, int | str] = {}
@@ -321,15 +254,17 @@ def _overrides(sites: Sequence[Site], ranks: RanksOption) -> dict[str, int | str
                 site=named[0].name,
                 way_out="name one of them in full, where it can be factorized, or leave it out",
             )
-        for site in free:
+        able = [site for site in free if site.name not in unable]
+        if not able or (exact and len(able) < len(free)):
+            first = next(site.name for site in free if site.name in unable)
+            raise AnalysisError(
+                f"ranks[{pattern!r}] cannot be met: {unable[first]}",
+                site=first,
+                way_out="formats='low_rank', which all weights can take, or leave it out of ranks=",
+            )
+        for site in able:
             chosen.setdefault(site.name, rank)
     return chosen
-
-
-def _largest(points: Sequence[Points], choice: Sequence[int]) -> str:
-    return max(zip(points, choice, strict=True), key=lambda pair: pair[0].distortion[pair[1]])[
-        0
-    ].site.name
 
 
 def _grouped(

@@ -33,6 +33,7 @@ COSTS = ("params", "bytes", "flops")
 _RELATIVE = 0.15
 
 
+_PIVOTED = 1 << 32
 _PIVOTS_FROM = 0.02
 """The share of its parameters from which on it pays not to store an identity of low rank."""
 
@@ -47,7 +48,8 @@ class Points:
 
     ``costs`` is (P, costs), ``distortion`` what a point adds to the predicted loss, ``objective``
     what the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a
-    point is: 0 dense, r > 0 low rank of rank r, -k the k-th of ``others``.
+    point is: 0 dense, r > 0 low rank of rank r, or that and ``_PIVOTED`` where it does not store an
+    identity, -k the k-th of ``others``.
     """
 
     site: Site
@@ -58,13 +60,14 @@ class Points:
     labels: np.ndarray
     others: tuple[Spec, ...] = ()
     fixed: str | None = None
-    pivots: bool = False
 
     def spec(self, k: int) -> Spec | None:
         """The factorization at point k; None is the dense weight."""
         label = int(self.labels[k])
         if label > 0:
-            return low_rank_spec(self.site, label, pivots=self.pivots)
+            pivoted, rank = divmod(label, _PIVOTED)
+            how = {"experts": self.site.experts, "pivoted": bool(pivoted)}
+            return TTSpec.low_rank(*self.site.matrix, rank, **how)
         return None if label == 0 else self.others[-label - 1]
 
     @property
@@ -126,17 +129,10 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
     return np.array(known + [0.0] * len(batch_sizes))
 
 
-def low_rank_spec(site: Site, rank: int, *, pivots: bool) -> TTSpec:
-    """Low rank of a weight, in the form that it is stored in."""
-    pivoted = bool(_pivoted(site, np.array(rank), pivots))
-    return TTSpec.low_rank(*site.matrix, rank, experts=site.experts, pivoted=pivoted)
-
-
-def _pivoted(site: Site, ranks: np.ndarray, pivots: bool) -> np.ndarray:
-    """At which ranks an identity in the second factor is not stored."""
+def _pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
+    """At which ranks it pays not to store an identity in the second factor."""
     m, n = site.matrix
-    pays = (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
-    return pays & (pivots and site.takes_trains)
+    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n)) & site.takes_trains
 
 
 def _rounding_lost(curve: Spectrum) -> float:
@@ -151,7 +147,7 @@ def _costs(
     return [
         spec.parameters,
         _bytes(spec, itemsize),
-        spec_flops(site, spec, batch_sizes),
+        spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]
 
@@ -224,23 +220,23 @@ def curve_points(
     count = max(site.experts, 1)
     spectral = any(named(name).spectral for name in allowed)
     ranks = np.arange(1, len(curve.distortion)) if spectral else np.arange(0)
-    pivoted = _pivoted(site, ranks, pivots)
-    pays = (ranks * (m + n) < m * n) | pivoted
-    pays &= (ranks % rank_multiple == 0) | (ranks < rank_multiple)
-    ranks, pivoted = ranks[pays], pivoted[pays]
+    ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
     others = tuple(spec for spec, _ in structured)
-    own = np.zeros((len(ranks), len(COSTS) + len(batch_sizes)))
-    for form in (False, True):
-        at = pivoted == form
-        every = EveryRank((m, n), ranks[at], form)
-        flops = spec_flops(site, every, batch_sizes) + 0 * every.every
+    rows, lost, labels = [], [], []
+    dense = dense_times(site, batch_sizes, machine)
+    fast = np.zeros(len(ranks), bool)
+    for pivoted, pays in ((False, ranks * (m + n) < m * n), (True, _pivots(site, ranks) & pivots)):
+        every = EveryRank((m, n), ranks, pivoted)
+        flops = spec_flops(site, every, batch_sizes) + 0 * ranks
         sizes = every.parameters * count, _bytes(every, itemsize) * count, flops
         times = spec_times(site, every, batch_sizes, machine)
-        own[at] = np.hstack([np.stack(sizes, axis=1), times])
-    rows = [own]
-    lost = [curve.distortion.numpy()[ranks] + pivoted * _rounding_lost(curve)]
-    labels = [ranks]
+        slow = (times > dense).any(-1)
+        pays = pays & ~(slow & fast)  # the one form costs what makes the other worth its numbers
+        fast = ~slow
+        rows.append(np.hstack([np.stack(sizes, axis=1), times])[pays])
+        lost.append((curve.distortion.numpy()[ranks] + pivoted * _rounding_lost(curve))[pays])
+        labels.append((ranks + pivoted * _PIVOTED)[pays])
     if others:
         rows.append(
             np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
@@ -248,7 +244,7 @@ def curve_points(
         lost.append(np.array([loss for _, loss in structured]))
         labels.append(-1 - np.arange(len(others)))
     reason = None
-    if len(ranks) + len(others) == 0:
+    if not any(map(len, rows)):
         reason = f"no rank of {', '.join(f for f in allowed if not is_dense(f))} saves parameters"
     if any(map(is_dense, allowed)) or reason:
         rows.append(np.array([_dense_costs(site, itemsize, batch_sizes, machine)]))
@@ -267,8 +263,13 @@ def curve_points(
         np.concatenate(labels)[order],
         others,
         fixed=reason,
-        pivots=pivots,
     )
+
+
+def takes_ranks(curve: Spectrum, allowed: Sequence[str]) -> bool:
+    """Whether a weight can be factorized in one of the formats that are allowed."""
+    spectral = any(named(name).spectral for name in allowed)
+    return spectral or any(train.spec.format in allowed for train in curve.trains)
 
 
 def forced_point(
@@ -281,17 +282,18 @@ def forced_point(
     *,
     pivots: bool = False,
 ) -> Points:
-    """The one point that ``ranks=`` asks for."""
+    """The one point that ``ranks=`` asks for, of a weight that ``takes_ranks``."""
     site = curve.site
     m, n = site.matrix
-    exact = next((t.spec for t in curve.trains if t.spec.format in allowed), None)
     spec: Spec
-    if exact is not None and not any(named(name).spectral for name in allowed):
+    if any(named(name).spectral for name in allowed):
+        size = min(m, n) if rank == "full" else min(int(rank), m, n)
+        pivoted = pivots and bool(_pivots(site, np.array(size)))
+        spec = TTSpec.low_rank(m, n, size, experts=site.experts, pivoted=pivoted)
+    else:
+        exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
         spec = exact.with_ranks(cut)
-    else:
-        size = min(m, n) if rank == "full" else min(int(rank), m, n)
-        spec = low_rank_spec(site, size, pivots=pivots)
     lost = curve.distortion_of(spec)
     rise = curve.rise(np.array([lost]))
     return Points(

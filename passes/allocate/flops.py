@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from tensorize.formats.registry import format_of
+from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec, TTSpec
-from tensorize.passes.orders.by_flops import plan_contraction
+from tensorize.passes.orders.by_time import timed_plan
 
 
 def element_size(site: Site) -> int:
@@ -23,14 +24,18 @@ def dense_flops(site: Site) -> int:
     return sum(2 * m * n for use in site.uses if use.contract != "lookup")
 
 
-def spec_flops(site: Site, spec: Spec, batch_sizes: Sequence[int]) -> Any:
-    """FLOPs of one input row through the cores, the worst over the batch sizes."""
+def spec_flops(
+    site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Machine = GENERIC
+) -> Any:
+    """FLOPs of one input row through the cores, in the order that runs, the worst batch size's."""
     form, total = format_of(spec), 0
     for use in site.uses:
         if form.planned and use.contract != "lookup":
             assert isinstance(spec, TTSpec)
-            plan = plan_contraction(spec, use.contract)
-            total += max(-(-plan.flops(batch) // batch) for batch in batch_sizes)
+            # A CPU may multiply halves in float32, and then the order is that one's.
+            kinds = dict.fromkeys((site.dtype, "float32"))
+            plans = [timed_plan(spec, use.contract, machine, dtype=kind) for kind in kinds]
+            total += max(-(-p.flops(batch) // batch) for p in plans for batch in batch_sizes)
         else:
             total = total + form.flops(spec, use.contract)
     return total

@@ -13,6 +13,7 @@ from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.candidates import Points
 from tensorize.passes.allocate.flops import element_size
+from tensorize.passes.allocate.optimise import lower_hull
 from tensorize.passes.curves.curve import Spectrum
 
 
@@ -87,7 +88,7 @@ def group_points(
     itemsize = element_size(curves[0].site)
     together = ranks * (rows + n)
     rises = [curve.rise(tail) for tail, curve in zip(tails, curves, strict=True)]
-    weighed = sum(rise * each for rise, each in zip(rises, scale, strict=True))
+    weighed = np.sum([r * each for r, each in zip(rises, scale, strict=True)], axis=0)
     order = np.argsort(costs[:, 0], kind="stable")
     better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
     if not better.any():
@@ -118,19 +119,12 @@ def group_points(
 
 def _along_hulls(members: Sequence[Points]) -> np.ndarray:
     """Rows of one point a member, from all at their smallest to all at their best."""
-    current = [int(np.argmin(p.costs[:, 0])) for p in members]
+    hulls = [lower_hull(p.costs[:, 0], p.objective) for p in members]
     steps: list[tuple[float, int, int]] = []
-    for i, p in enumerate(members):
-        at = current[i]
-        while True:
-            extra = p.costs[:, 0] - p.costs[at, 0]
-            gain = np.where(extra > 0, p.objective[at] - p.objective, 0.0)
-            rates = gain / np.where(extra > 0, extra, 1.0)
-            following = int(np.argmax(rates))
-            if rates[following] <= 0:
-                break
-            steps.append((-float(rates[following]), i, following))
-            at = following
+    for i, (p, hull) in enumerate(zip(members, hulls, strict=True)):
+        rates = np.diff(p.objective[hull]) / np.diff(p.costs[hull, 0])
+        steps += zip(rates.tolist(), [i] * len(rates), hull[1:].tolist(), strict=True)
+    current = [int(hull[0]) for hull in hulls]
     rows = [list(current)]
     for _, i, k in sorted(steps, key=lambda step: step[0]):
         current[i] = k

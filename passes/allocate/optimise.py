@@ -1,266 +1,311 @@
-"""The optimisation behind the allocation: least distortion within caps on costs, and the reverse.
+"""The choices that plans are taken from: one point for every weight, the same for every budget.
 
-For a multiplier λ each weight takes the point with the least distortion + λ·cost, independently of
-the others; bisection on λ meets the cap (Shoham & Gersho 1988). That is the optimum of the problem
-relaxed to the lower convex hulls; what is left is then spent greedily, the best improvement for its
-cost first. Several caps are met by one multiplier each, found by coordinate bisection.
+A plan is the best of them that its budget allows, so that a larger budget never gets a worse one.
 
-The multipliers also give a lower bound on every choice (Lagrange duality). Where the choice is not
-within a thousandth of it, a branch and bound over the few points that the bound leaves finishes the
-search: to the optimum on small instances, and to a known gap on all.
+Where weights and points are few, these are all choices to which no other is better in every limited
+cost and in what it loses: then the best is the optimum (Nemhauser & Ullmann 1969). Else they lie
+along paths: for a price λ of a cost each weight takes the point of least objective + λ · cost, and
+as the price falls, one weight after the other takes the next point of its lower convex hull
+(Shoham & Gersho 1988). Each choice on the path is an optimum for its own cost, and between two of
+them a straight line is a bound that no choice is below. Between two there are others that take
+points above the hulls, in the same way. Several costs have paths for several mixtures of them.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tensorize.passes.allocate.candidates import Points
 
+# The most pairs of a choice of some weights and a point of the next that are compared, for one
+# limited cost and for several.
+_PAIRS, _PAIRS_OF_SEVERAL = 100_000, 8_000
 
-def total_distortion(points: Sequence[Points], choice: Sequence[int]) -> float:
-    return float(sum(p.distortion[k] for p, k in zip(points, choice, strict=True)))
-
-
-def _best(points: Sequence[Points], multipliers: np.ndarray) -> list[int]:
-    """Each weight's point of least objective + λ · cost; the cheaper one where two are equal."""
-    return [int(np.argmin(p.objective + p.costs @ multipliers)) for p in points]
-
-
-def total_costs(points: Sequence[Points], choice: Sequence[int]) -> np.ndarray:
-    return np.sum([p.costs[k] for p, k in zip(points, choice, strict=True)], axis=0)
+_MIXTURES = {1: (1,), 2: (0, 1, 4, 16), 3: (0, 1, 4)}
+"""The shares of several costs that are tried in a mixture, by the number of costs."""
 
 
 @dataclass(frozen=True)
-class Solution:
-    """A choice of points, its objective, and a bound that no choice within the caps is below."""
+class Choices:
+    """Choices of one point a weight: costs (F, C), what they lose (F) and the objective (F).
 
-    choice: list[int]
-    objective: float
-    bound: float
+    ``pick(k)`` gives the points of choice k.
+    """
 
-    @property
-    def gap(self) -> float:
-        """By what share of the objective a better choice might be better."""
-        return max(0.0, 1 - self.bound / self.objective) if self.objective > 0 else 0.0
+    costs: np.ndarray
+    lost: np.ndarray
+    objective: np.ndarray
+    pick: Callable[[int], list[int]]
+
+    def within(self, caps: np.ndarray) -> np.ndarray:
+        """The numbers of those whose every cost is within its cap."""
+        finite = np.flatnonzero(np.isfinite(caps))
+        return np.flatnonzero((self.costs[:, finite] <= caps[finite]).all(1))
+
+    def least_objective(self, caps: np.ndarray) -> float:
+        """No choice at all has a smaller objective within the caps."""
+        return float(self.objective[self.within(caps)].min(initial=np.inf))
+
+    def least_cost(self, objective: float) -> float:
+        """No choice at all has less of the first cost and an objective within this."""
+        return float(self.costs[self.objective <= objective, 0].min(initial=np.inf))
+
+    def after(self, k: int) -> Choices | None:
+        """The choices between k and the next; None where there are none."""
+        return None
+
+    def cover(self, objective: np.ndarray, costs: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Which of several bounds, on the objective and on some costs, a choice is within."""
+        if len(costs) == 1:
+            ((column, most),) = costs.items()
+            order = np.argsort(self.costs[:, column], kind="stable")
+            least = np.append(np.inf, np.minimum.accumulate(self.objective[order]))
+            inside = np.searchsorted(self.costs[order, column], most, side="right")
+            return (inside > 0) & (least[inside] <= objective)
+        found = np.zeros(len(objective), dtype=bool)
+        for row in range(len(objective)):
+            within = [self.costs[:, column] <= most[row] for column, most in costs.items()]
+            found[row] = np.logical_and.reduce([self.objective <= objective[row], *within]).any()
+        return found
 
 
-def minimise_distortion(points: Sequence[Points], caps: np.ndarray) -> list[int]:
-    """The least objective with every total cost within its cap (caps may be infinite)."""
-    return solve(points, caps).choice
+@dataclass(frozen=True)
+class Path(Choices):
+    """Choices of which each is an optimum for its own cost, from the cheapest to the best.
+
+    ``prices`` say what that cost is, a mixture of all; it stays below ``dearest``. ``rows`` are the
+    points of each weight among which it is the best.
+    """
+
+    points: Sequence[Points]
+    rows: Sequence[np.ndarray]
+    prices: np.ndarray
+    dearest: float = np.inf
+    _between: dict[int, Path] = field(default_factory=dict)
+
+    def least_objective(self, caps: np.ndarray) -> float:
+        priced = self.prices > 0
+        if not np.isfinite(caps[priced]).all():
+            return 0.0
+        at = float(self.prices[priced] @ caps[priced])
+        return float(np.interp(at, self.costs @ self.prices, self.objective))
+
+    def least_cost(self, objective: float) -> float:
+        if self.prices[0] <= 0 or self.prices[1:].any():
+            return 0.0
+        return float(np.interp(-objective, -self.objective, self.costs[:, 0]))
+
+    def after(self, k: int) -> Choices | None:
+        last = len(self.lost) - 1
+        if not 0 <= k <= last or (k == last and not np.isfinite(self.dearest)):
+            return None
+        if k not in self._between:
+            self._between[k] = self._made_between(k)
+        return self._between[k]
+
+    def cover(self, objective: np.ndarray, costs: Mapping[int, np.ndarray]) -> np.ndarray:
+        # The cheapest that loses so little is asked.
+        first = np.searchsorted(-self.objective, -objective)
+        inside = first < len(self.objective)
+        first = np.minimum(first, len(self.objective) - 1)
+        for column, most in costs.items():
+            inside &= self.costs[first, column] <= most
+        return inside
+
+    def _made_between(self, k: int) -> Path:
+        """Along points above the hulls: from those of choice k to before the next of each hull."""
+        left = []
+        for p, rows, at in zip(self.points, self.rows, self.pick(k), strict=True):
+            spent, better = p.costs[rows] @ self.prices, p.objective[rows] < p.objective[at]
+            hull = rows[lower_hull(spent, p.objective[rows])]
+            following = hull[np.flatnonzero(hull == at)[0] + 1 :][:1]
+            first = float(p.costs[at] @ self.prices)
+            ends = float(p.costs[following[0]] @ self.prices) if len(following) else first
+            left.append(rows[(rows == at) | (better & (spent >= first) & (spent < ends))])
+        path = _path(self.points, left, self.prices)
+        # No better than the next, and no dearer: what is between others is no matter of a budget.
+        ends, floor = self.dearest, 0.0
+        if k + 1 < len(self.lost):
+            ends, floor = float(self.costs[k + 1] @ self.prices), float(self.lost[k + 1])
+        count = int(((path.costs @ self.prices < ends) & (path.lost >= floor)).sum())
+        return replace(
+            path,
+            costs=path.costs[:count],
+            lost=path.lost[:count],
+            objective=path.objective[:count],
+            dearest=ends,
+        )
 
 
-def solve(points: Sequence[Points], caps: np.ndarray) -> Solution:
-    """The least objective within the caps that was found, and how far it may be from the least.
+def choices_of(
+    points: Sequence[Points], limited: Sequence[int], *, even: bool = False
+) -> tuple[Choices, ...]:
+    """The choices among which every budget of these limited costs (columns) finds its plan.
 
-    Raises:
-        TooTight: no choice was found within several caps.
+    ``even``: along paths alone, on which weights of one curve are never far from each other.
     """
     if not points:
-        return Solution([], 0.0, 0.0)
-    multipliers = np.zeros(len(caps))
-    active = [j for j in range(len(caps)) if np.isfinite(caps[j])]
-    choice = _best(points, multipliers)
-    for _ in range(8):  # coordinate bisection: one pass is exact for one limit
-        before = multipliers.copy()
-        for j in active:
-            choice = _bisect(points, multipliers, j, caps[j])
-        if len(active) == 1 or np.allclose(before, multipliers, rtol=1e-3):
-            break
-    if not np.all(total_costs(points, choice) <= caps):
-        choice = _repair(points, choice, caps) or _tightest(points, caps, active)
-    return _finish(points, _spend(points, choice, caps), caps, multipliers)
+        none = np.zeros((1, max(limited, default=0) + 1))
+        return (Choices(none, np.zeros(1), np.zeros(1), lambda k: []),)
+    columns = _independent(points, limited)
+    every = None if even else _undominated_choices(points, columns)
+    return _paths(points, columns) if every is None else (every,)
 
 
-_GAP, _NODES, _MOST_WEIGHTS = 1e-3, 20_000, 400
+def _independent(points: Sequence[Points], limited: Sequence[int]) -> list[int]:
+    """Without costs that are the same multiple of another for every point: bytes of one dtype."""
+    every = np.concatenate([p.costs for p in points])
+    kept: list[int] = []
+    for j in limited:
+        one = every[:, j]
+        sums = ((one * every[:, i].sum(), every[:, i] * one.sum()) for i in kept)
+        if not any(np.allclose(*pair, rtol=1e-12, atol=0.0) for pair in sums):
+            kept.append(j)
+    return kept
 
 
-def _finish(
-    points: Sequence[Points], choice: list[int], caps: np.ndarray, multipliers: np.ndarray
-) -> Solution:
-    """Branch and bound over the points whose reduced cost is less than the gap."""
-    finite = np.isfinite(caps)
-    reduced = [p.objective + p.costs @ multipliers for p in points]
-    bound = float(sum(r.min() for r in reduced) - multipliers[finite] @ caps[finite])
-    best = float(sum(p.objective[k] for p, k in zip(points, choice, strict=True)))
-    if best <= 0 or best - bound <= _GAP * best or len(points) > _MOST_WEIGHTS:
-        return Solution(choice, best, min(bound, best))
-    reduced = [r - r.min() for r in reduced]
-    left = [np.flatnonzero(r < best - bound) for r in reduced]
-    order = sorted(range(len(points)), key=lambda i: -len(left[i]))
-    candidates = [left[i][np.argsort(reduced[i][left[i]], kind="stable")] for i in order]
-    # The least that the weights still to come must cost.
-    least = np.zeros((len(points) + 1, len(caps)))
-    for depth in range(len(points) - 1, -1, -1):
-        costs = points[order[depth]].costs[candidates[depth]]
-        least[depth] = least[depth + 1] + (costs.min(0) if len(costs) else np.inf)
-    found, nodes = list(choice), 0
-    complete = True
-
-    def search(depth: int, above: float, used: np.ndarray, chosen: list[int]) -> None:
-        nonlocal best, found, nodes, complete
-        if depth == len(points):
-            value = float(sum(points[i].objective[k] for i, k in zip(order, chosen, strict=True)))
-            if value < best:
-                best = value
-                for i, k in zip(order, chosen, strict=True):
-                    found[i] = k
-            return
-        i = order[depth]
-        for k in candidates[depth].tolist():
-            if bound + above + reduced[i][k] >= best:
-                return  # the others are worse still
-            nodes += 1
-            if nodes > _NODES:
-                complete = False
-                return
-            now = used + points[i].costs[k]
-            if np.all((now + least[depth + 1])[finite] <= caps[finite]):
-                search(depth + 1, above + float(reduced[i][k]), now, [*chosen, k])
-
-    search(0, 0.0, np.zeros(len(caps)), [])
-    return Solution(found, best, best if complete else min(bound, best))
+# ----------------------------------------------------------------------------- all that may be best
 
 
-class TooTight(Exception):
-    """No choice was found within all caps; within the others ``cost`` goes down to ``total``."""
+def _undominated_choices(points: Sequence[Points], columns: list[int]) -> Choices | None:
+    """All choices that no other is at least as good as; None where they are too many."""
+    most = _PAIRS if len(columns) == 1 else _PAIRS_OF_SEVERAL
+    own = [_undominated(p.costs[:, columns], p.objective) for p in points]
+    costs, objective = np.zeros((1, len(columns))), np.zeros(1)
+    picks = np.zeros((1, 0), dtype=np.int64)
+    for p, left in zip(points, own, strict=True):
+        if len(objective) * len(left) > most:
+            return None
+        costs = (costs[:, None] + p.costs[left][:, columns]).reshape(-1, len(columns))
+        objective = (objective[:, None] + p.objective[left]).ravel()
+        kept = _undominated(costs, objective)
+        costs, objective = costs[kept], objective[kept]
+        before, which = np.divmod(kept, len(left))
+        picks = np.column_stack([picks[before], left[which]])
+    return _listed(points, picks)
 
-    def __init__(self, cost: int, total: float) -> None:
-        super().__init__(cost, total)
-        self.cost, self.total = cost, total
+
+def _listed(points: Sequence[Points], picks: np.ndarray) -> Choices:
+    """Choices as rows of one point a weight."""
+
+    def total(of: Callable[[Points], np.ndarray]) -> np.ndarray:
+        return np.sum([of(p)[picks[:, i]] for i, p in enumerate(points)], axis=0)
+
+    return Choices(
+        total(lambda p: p.costs),
+        total(lambda p: p.distortion),
+        total(lambda p: p.objective),
+        lambda k: picks[k].tolist(),
+    )
 
 
-def _bisect(points: Sequence[Points], multipliers: np.ndarray, j: int, cap: float) -> list[int]:
-    """The smallest multiplier j (changed in place) whose choice is within the cap."""
+def _undominated(costs: np.ndarray, objective: np.ndarray) -> np.ndarray:
+    """The rows to which no other is at least as good in every cost and in the objective."""
+    order = np.lexsort((objective, *costs.T[::-1]))
+    if costs.shape[1] == 1:
+        sorted_ = objective[order]
+        better = np.append(True, sorted_[1:] < np.minimum.accumulate(sorted_)[:-1])
+        return order[better]
+    # What is at least as good comes before, in this order.
+    table = np.column_stack([costs, objective])[order]
+    kept = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(table), 256):
+        block = np.arange(start, min(start + 256, len(table)))
+        block = block[~_covered(table[block], table[kept])]
+        inside = (table[block][:, None] >= table[block]).all(-1)
+        block = block[~np.tril(inside, -1).any(1)]
+        kept = np.append(kept, block)
+    return order[kept]
 
-    def at(value: float) -> list[int]:
-        multipliers[j] = value
-        return _best(points, multipliers)
 
-    choice = at(0.0)
-    if total_costs(points, choice)[j] <= cap:
+def _covered(table: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Which rows have another row ``by`` that is nowhere larger."""
+    found = np.ones((len(table), len(by)), dtype=bool)
+    for column, other in zip(table.T, by.T, strict=True):
+        found &= column[:, None] >= other
+    return np.asarray(found.any(1))
+
+
+# ---------------------------------------------------------------------------------------- the paths
+
+
+def _paths(points: Sequence[Points], columns: list[int]) -> tuple[Path, ...]:
+    """A path for each mixture of costs; each cost alone is one of them."""
+    largest = np.sum([p.costs[:, columns].max(0) for p in points], axis=0)
+    several = itertools.product(_MIXTURES.get(len(columns), (0, 1)), repeat=len(columns))
+    mixtures = {tuple(np.array(m) / max(m)): m for m in several if any(m)}
+    found = []
+    for mixture in mixtures:
+        prices = np.zeros(points[0].costs.shape[1])
+        prices[columns] = np.array(mixture) / np.maximum(largest, 1e-300)
+        found.append(_path(points, [np.arange(len(p.labels)) for p in points], prices))
+    return tuple(found)
+
+
+def _path(points: Sequence[Points], rows: Sequence[np.ndarray], prices: np.ndarray) -> Path:
+    """From every weight at its cheapest to all at their best, one step of one weight at a time."""
+    hulls = [
+        own[lower_hull(p.costs[own] @ prices, p.objective[own])]
+        for p, own in zip(points, rows, strict=True)
+    ]
+    steps = []
+    for i, (p, hull) in enumerate(zip(points, hulls, strict=True)):
+        gains, extra = -np.diff(p.objective[hull]), np.diff(p.costs[hull] @ prices)
+        # The next step of a weight is never worth more than the one before it.
+        worth = np.minimum.accumulate(gains / np.maximum(extra, 1e-300))
+        number = np.arange(len(worth))
+        steps.append(np.column_stack([-worth, number, np.full(len(worth), i), hull[1:]]))
+    every = np.concatenate(steps)
+    # Of steps that are worth the same, weights take one each in turn.
+    every = every[np.lexsort(every.T[2::-1])]
+    numbers, weights, to = every[:, 1:].astype(int).T
+    start = [int(hull[0]) for hull in hulls]
+    firsts = np.cumsum([0, *(len(hull) - 1 for hull in hulls[:-1])])
+    taken = firsts[weights] + numbers
+
+    def along(of: Callable[[Points], np.ndarray]) -> np.ndarray:
+        pairs = zip(points, hulls, strict=True)
+        return np.concatenate([np.diff(of(p)[hull], axis=0) for p, hull in pairs])[taken]
+
+    def falling(of: Callable[[Points], np.ndarray]) -> np.ndarray:
+        """Sums that are made from their small end, so that small ones are exact."""
+        least = sum(float(of(p)[hull[-1]]) for p, hull in zip(points, hulls, strict=True))
+        return np.cumsum([least, *-along(of)[::-1]])[::-1]
+
+    def pick(k: int) -> list[int]:
+        choice = list(start)
+        for i, point in zip(weights[:k].tolist(), to[:k].tolist(), strict=True):
+            choice[i] = point
         return choice
-    high = 1e-30
-    while total_costs(points, choice := at(high))[j] > cap and high < 1e30:
-        high *= 1e3
-    low = high / 1e3
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        if total_costs(points, at(middle))[j] <= cap:
-            high = middle
-        else:
-            low = middle
-        if high / low < 1 + 1e-12:
-            break
-    return at(high)
+
+    first = np.sum([p.costs[k] for p, k in zip(points, start, strict=True)], axis=0)
+    return Path(
+        np.cumsum(np.concatenate([first[None], along(lambda p: p.costs)]), axis=0),
+        falling(lambda p: p.distortion),
+        falling(lambda p: p.objective),
+        pick,
+        points,
+        rows,
+        prices,
+    )
 
 
-def _repair(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> list[int] | None:
-    """Step down, least harm for what it saves first, until every cap holds; None where stuck."""
-    choice = list(choice)
-    unit = np.where(np.isfinite(caps), np.maximum(caps, 1.0), np.inf)
-    total = total_costs(points, choice)
-    while (excess := _excess(total, caps, unit)) > 0:
-        best: tuple[float, int, int] | None = None
-        for i, p in enumerate(points):
-            # What limits are traded for each other: only steps that lower the whole excess count.
-            saved = excess - _excess(total + p.costs - p.costs[choice[i]], caps, unit)
-            harm = np.maximum(p.objective - p.objective[choice[i]], 0.0)
-            for k in np.flatnonzero(saved > 1e-12 * excess):
-                rate = float(harm[k] / saved[k])
-                if best is None or rate < best[0]:
-                    best = (rate, i, int(k))
-        if best is None:
-            return None
-        _, i, k = best
-        choice[i] = k
-        total = total_costs(points, choice)
-    return choice
-
-
-def _excess(total: np.ndarray, caps: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """By how much the caps are exceeded, in shares of each, together."""
-    return (np.maximum(total - caps, 0.0) / unit).sum(-1)
-
-
-def _tightest(points: Sequence[Points], caps: np.ndarray, active: Sequence[int]) -> list[int]:
-    """A choice within the caps, looked for as the least of one cost within the other caps.
-
-    Raises:
-        TooTight: none was found; it tells the limit that is missed by least.
-    """
-    missed: list[tuple[float, int, float]] = []
-    for j in active:
-        others = caps.copy()
-        others[j] = np.inf
-        choice = minimise_distortion([replace(p, objective=p.costs[:, j]) for p in points], others)
-        total = float(total_costs(points, choice)[j])
-        if total <= caps[j]:
-            return choice
-        missed.append((total / max(caps[j], 1.0), j, total))
-    _, j, total = min(missed)
-    raise TooTight(j, total)
-
-
-def _spend(points: Sequence[Points], choice: list[int], caps: np.ndarray) -> list[int]:
-    """Use what is left of the budget: the best affordable improvement first."""
-    choice = list(choice)
-    left = caps - total_costs(points, choice)
-    unit = np.where(np.isfinite(caps), np.maximum(caps, 1.0), np.inf)
-
-    def improvement(i: int) -> tuple[float, int] | None:
-        p, k = points[i], choice[i]
-        extra = p.costs - p.costs[k]
-        gain = p.objective[k] - p.objective
-        fits = (gain > 0) & np.all(extra <= left, axis=1)
-        if not fits.any():
-            return None
-        price = np.maximum((extra / unit).max(1), 1e-18)
-        rate = np.where(fits, gain / price, -np.inf)
-        best = int(np.argmax(rate))
-        return float(rate[best]), best
-
-    def queue() -> list[tuple[float, int, int]]:
-        improved = ((i, improvement(i)) for i in range(len(points)))
-        return sorted((-found[0], i, found[1]) for i, found in improved if found)
-
-    # Queued again at the end: a step may have freed what another limit counts.
-    while heap := queue():
-        while heap:
-            rate, i, _ = heapq.heappop(heap)
-            found = improvement(i)
-            if found is None:
-                continue
-            if -found[0] > rate + 1e-12 * abs(rate):  # it got worse since it was queued
-                heapq.heappush(heap, (-found[0], i, found[1]))
-                continue
-            left = left - (points[i].costs[found[1]] - points[i].costs[choice[i]])
-            choice[i] = found[1]
-            again = improvement(i)
-            if again:
-                heapq.heappush(heap, (-again[0], i, again[1]))
-    return choice
-
-
-def minimise_cost(points: Sequence[Points], ceiling: float | None) -> list[int]:
-    """The fewest parameters with the sum of distortions within ``ceiling`` (None: no limit).
-
-    Where even the least distortion is above the ceiling, that is the choice.
-    """
-    smallest = [int(np.argmin(p.costs[:, 0])) for p in points]
-    if ceiling is None or total_distortion(points, smallest) <= ceiling:
-        return smallest
-    caps = np.full(points[0].costs.shape[1] if points else 0, np.inf)
-    choice = minimise_distortion(points, caps)
-    low, high = (float(total_costs(points, found)[0]) for found in (smallest, choice))
-    while high - low > max(1.0, 1e-5 * high):
-        caps[0] = (low + high) / 2
-        trial = minimise_distortion(points, caps)
-        if total_distortion(points, trial) <= ceiling:
-            high, choice = float(total_costs(points, trial)[0]), trial
-        else:
-            low = caps[0]
-    return choice
+def lower_hull(costs: np.ndarray, objective: np.ndarray) -> np.ndarray:
+    """The points of the lower convex hull of objective over cost, as cost grows and it falls."""
+    order = np.lexsort((objective, costs))
+    falls = np.append(True, objective[order][1:] < np.minimum.accumulate(objective[order])[:-1])
+    order = order[falls]
+    x, y = costs[order].tolist(), objective[order].tolist()
+    hull: list[int] = []
+    for k in range(len(order)):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (y[a] - y[b]) * (x[k] - x[a]) >= (y[a] - y[k]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(k)
+    return order[hull]

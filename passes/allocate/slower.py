@@ -2,7 +2,8 @@
 
 Two matmuls in place of one cost a call more, and ranks near where nothing is saved cost time as
 well. The allocation leaves such points out wherever the predicted loss stays near what it is with
-them; where the budget forces them, the plan says so, and the report how slow they are.
+them (``choose.py``); where the budget forces them, the plan says so, and the report how slow they
+are.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.passes.allocate.candidates import COSTS, Points
 from tensorize.passes.allocate.times import dense_times, first_times, spec_times
-
-WORTH = 1.05
-"""By what factor the distortion may grow so that no weight is slower than dense."""
 
 # What all weights together lose by being slower is not worth a parameter below this share of the
 # whole model's time.
@@ -56,28 +54,26 @@ def allowances(excess: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def without_slow_points(
-    points: Sequence[Points],
-    choice: Sequence[int],
-    batch_sizes: Sequence[int],
-    machine: Machine,
+    points: Sequence[Points], batch_sizes: Sequence[int], machine: Machine
 ) -> list[Points] | None:
-    """Points that are not slower than dense, for every weight; None where none is chosen."""
+    """Points that are not slower than dense, for every weight; None where all points are such.
+
+    Each may be slower by its part of what is negligible in the whole model.
+    """
+    if not points:
+        return None
     dense = [
         np.sum([dense_times(site, batch_sizes, machine) for site in p.sites], axis=0)
         for p in points
     ]
-    excess = [p.costs[:, len(COSTS) :] - own for p, own in zip(points, dense, strict=True)]
-    chosen = np.stack([each[k] for each, k in zip(excess, choice, strict=True)])
-    allowed = allowances(chosen, np.sum(dense, axis=0))
-    if (chosen <= allowed).all():
-        return None
+    allowed = _NEGLIGIBLE * np.sum(dense, axis=0) / len(points)
     found = []
-    for p, each in zip(points, excess, strict=True):
-        fast = (each <= allowed).all(-1)
+    for p, own in zip(points, dense, strict=True):
+        fast = (p.costs[:, len(COSTS) :] - own <= allowed).all(-1)
         # A weight of which every point is slow (its rank is forced, say) keeps them all.
         useful = p.fixed is None and fast.any() and not fast.all()
         found.append(p.only(np.flatnonzero(fast)) if useful else p)
-    return found
+    return found if any(a is not b for a, b in zip(found, points, strict=True)) else None
 
 
 def slow_choices(
@@ -95,7 +91,7 @@ def slow_choices(
     return {
         site.name: tuple(
             Slower(batch_sizes[k], float(times[row, k]), float(dense[row, k]))
-            for k in np.flatnonzero(slow[row])
+            for k in np.flatnonzero(slow[row]).tolist()
         )
         for row, site in enumerate(sites)
         if slow[row].any()

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from tensorize.base.errors import AnalysisError
-from tensorize.formats.format import TensorTrain
+from tensorize.formats.format import Format, TensorTrain
 from tensorize.formats.registry import format_of, formats, named
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Spec
@@ -58,8 +60,12 @@ class AssumeSpectra:
     def run(self, found: Found) -> Learned:
         free = found.free
         allowed, exact = split_formats(free, self.formats)
+        padded = {site.name for site in free if _is_padded(found.model, site)}
         spectra = {
-            site.name: _curve(site, allowed[site.name], exact.get(site.name)) for site in free
+            site.name: _curve(
+                site, allowed[site.name], exact.get(site.name), apart=site.name in padded
+            )
+            for site in free
         }
         return found.to(Learned, spectra=spectra, summary=f"{len(spectra)} curves by shape")
 
@@ -116,7 +122,13 @@ def _lost(site: Site, parameters: int) -> float:
     return weight * site.parameters * max(0.0, 1 - parameters / site.parameters) ** 2
 
 
-def _curve(site: Site, allowed: tuple[str, ...], exact: Spec | None) -> Assumed:
+def _is_padded(model: nn.Module, site: Site) -> bool:
+    """Whether a weight is a table with a row of padding, which is zero."""
+    owner = model.get_submodule(site.name.rpartition(".")[0])
+    return getattr(owner, "padding_idx", None) is not None
+
+
+def _curve(site: Site, allowed: tuple[str, ...], exact: Spec | None, *, apart: bool) -> Assumed:
     m, n = site.matrix
     count = max(site.experts, 1)
     ranks = [r * (m + n) * count for r in range(min(m, n) + 1)]
@@ -124,14 +136,26 @@ def _curve(site: Site, allowed: tuple[str, ...], exact: Spec | None) -> Assumed:
     lost[-1] = 0.0
     curve = Assumed(site, allowed, (), lost)
     if exact is not None:
+        if apart and format_of(exact).rows_apart(exact) is None:
+            raise AnalysisError(
+                f"its padding_idx names a row of zeros, which would not stay so: in {exact} the "
+                "rows share their entries",
+                site=site.name,
+                way_out='"low_rank", or a TTSpec whose row_modes are '
+                f"{(m, *(1,) * (len(exact.ranks) or 1))}",
+            )
         points = ((exact, _lost(site, exact.parameters)),)
         return replace(curve, formats=(exact.format,), train_points=points, exact=exact)
     chosen = [form for form in formats() if form.name in allowed and form.fits(site)]
-    trains = tuple(TensorTrain(spec, ()) for form in chosen for spec in form.widest(m, n))
+    trains = tuple(TensorTrain(spec, ()) for form in chosen for spec in _widest(form, m, n, apart))
     points = tuple(
         (spec, _lost(site, spec.parameters)) for train in trains for spec in ladder(train.spec)
     )
     return replace(curve, trains=trains, train_points=points)
+
+
+def _widest(form: Format[Any], m: int, n: int, apart: bool) -> list[Any]:
+    return form.widest(m, n, apart=True) if apart else form.widest(m, n)
 
 
 def ladder(spec: Spec) -> list[Spec]:

@@ -107,7 +107,7 @@ class ComputeSpectra:
         if before := len(ordered) - len(last):
             summary += f"; {before} were kept by an earlier run"
         if parameters := sum(site.parameters for site in last):
-            summary += f"; {1e6 * (time.perf_counter() - begun) / parameters:.2g} µs a parameter"
+            summary += f"; {1e6 * (time.perf_counter() - begun) / parameters:.2g} us a parameter"
         return found.to(Learned, spectra=ordered, summary=summary)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, ModelError
-from tensorize.capture.forward import untouched
+from tensorize.capture.forward import once, untouched
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
@@ -121,7 +121,9 @@ class PreservedLoss:
                 drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
                 total = total - share * rows.log_softmax(-1).gather(1, drawn).sum()
             else:
-                noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+                noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(
+                    rows.device
+                )
                 scale = math.sqrt(2.0 / max(self.variances[output.name], 1e-30))
                 total = total + share * scale * (noise * rows).sum()
         return total, outputs[0].rows.shape[0]
@@ -133,16 +135,8 @@ class PreservedLoss:
                 _require_finite(output, batch)
 
     def _of_the_caller(self, result: Any, batch: Batch) -> Tensor:
-        """What ``loss_fn`` gives for a batch."""
         assert self.loss_fn is not None
-        loss = self.loss_fn(result, batch.given)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise AnalysisError(
-                f"loss_fn gave {given} for batch {batch.number}, which is no scalar tensor",
-                way_out="return a tensor of one entry that depends on the outputs, such as a mean",
-            )
-        return loss.reshape(())
+        return of_the_caller(self.loss_fn, result, batch)
 
     def distance(
         self, dense: Any, result: Any, batch: Batch, model: nn.Module
@@ -153,6 +147,20 @@ class PreservedLoss:
             rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
             return rise * rows, rows
         before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
+        self._require_alike(before, after, batch)
+        count = before[0].rows.shape[0]
+        total = before[0].rows.new_zeros((), dtype=torch.float64)
+        for a, b in zip(before, after, strict=True):
+            share = count / max(a.rows.shape[0], 1)
+            if a.logits:
+                total = total + share * divergence(a.rows, b.rows)
+            else:
+                error = (a.rows - b.rows).double().square().sum()
+                total = total + share * error / max(self.variances[a.name], 1e-30)
+        return total, count
+
+    @staticmethod
+    def _require_alike(before: list[Output], after: list[Output], batch: Batch) -> None:
         both = "let both return the same, in training mode as well, or pass loss_fn="
         if len(before) != len(after):
             raise ModelError(
@@ -160,8 +168,6 @@ class PreservedLoss:
                 f"{len(after)}",
                 way_out=both,
             )
-        count = before[0].rows.shape[0]
-        total = before[0].rows.new_zeros((), dtype=torch.float64)
         for a, b in zip(before, after, strict=True):
             if a.rows.shape != b.rows.shape:
                 shapes = [tuple(output.rows.shape) for output in (a, b)]
@@ -170,13 +176,32 @@ class PreservedLoss:
                     f"{batch.number}, the other {shapes[1]}",
                     way_out=both,
                 )
+
+    def rises(self, dense: Any, result: Any, batch: Batch, model: nn.Module) -> Tensor:
+        """The rise of the loss on one batch by sample: (samples, 2), sums over rows, and rows.
+
+        With a loss of the caller's the batch is one.
+        """
+        if self.loss_fn is not None:
+            total, rows = self.rise(dense, result, batch, model)
+            return torch.tensor([[total, rows]], dtype=torch.float64)
+        before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
+        self._require_alike(before, after, batch)
+        count = before[0].rows.shape[0]
+        found = torch.zeros(before[0].samples, 2, dtype=torch.float64)
+        found[:, 1].index_add_(0, before[0].sample, torch.ones(count, dtype=torch.float64))
+        for a, b in zip(before, after, strict=True):
             share = count / max(a.rows.shape[0], 1)
             if a.logits:
-                total = total + share * divergence(a.rows, b.rows)
+                lost = row_divergence(a.rows, b.rows).double()
             else:
-                error = (a.rows - b.rows).double().square().sum()
-                total = total + share * error / max(self.variances[a.name], 1e-30)
-        return total, count
+                error = (a.rows - b.rows).double().square().sum(-1)
+                lost = error / max(self.variances[a.name], 1e-30)
+            if a.samples != len(found):  # its rows are of other samples: they tell of the mean
+                found[:, 0] += share * float(lost.sum()) / len(found)
+            else:
+                found[:, 0].index_add_(0, a.sample, share * lost.cpu())
+        return found
 
     def rise(self, dense: Any, result: Any, batch: Batch, model: nn.Module) -> tuple[float, int]:
         """The rise of the loss on one batch as (sum over rows, rows)."""
@@ -189,10 +214,22 @@ class PreservedLoss:
         total, rows = 0.0, 0
         for batch in batches:
             # In a compressed model factors run as well: what it raises is not told as its own.
-            wanted, got = call(dense, batch), model(*batch.args, **batch.kwargs)
+            wanted, got = call(dense, batch), once(model, batch)
             part, count = self.rise(wanted, got, batch, model)
             total, rows = total + part, rows + count
         return total / max(rows, 1)
+
+
+def of_the_caller(loss_fn: LossFunction, result: Any, batch: Batch) -> Tensor:
+    """What ``loss_fn`` gives for a batch: a tensor of no dimensions."""
+    loss = loss_fn(result, batch.given)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise AnalysisError(
+            f"loss_fn gave {given} for batch {batch.number}, which is no scalar tensor",
+            way_out="return a tensor of one entry that depends on the outputs, such as a mean",
+        )
+    return loss.reshape(())
 
 
 def _require_finite(output: Output, batch: Batch) -> None:

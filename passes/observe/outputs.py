@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError, ModelError
-from tensorize.capture.forward import of_the_model
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import once
 from tensorize.ir.sites import Batch
+from tensorize.passes.observe.hidden import counted_rows, loss_of
 
 LOGITS = "logits"
 # Outputs that are by-products: caches, and copies of what other outputs already hold.
@@ -42,6 +42,16 @@ class Output:
             return torch.arange(len(self.rows))
         return self.counted.nonzero()[:, 0].cpu()
 
+    @property
+    def samples(self) -> int:
+        """How many samples it is of."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def sample(self) -> Tensor:
+        """The sample of every counted row, on the CPU."""
+        return self.places // max(math.prod(self.shape[1:-1]), 1)
+
 
 def call(model: nn.Module, batch: Batch) -> Any:
     """The model's outputs for a batch of the caller's data.
@@ -49,16 +59,8 @@ def call(model: nn.Module, batch: Batch) -> Any:
     Raises:
         ModelError: the batch does not fit the model's forward; it says which batch.
     """
-    with of_batch(batch):
-        return model(*batch.args, **batch.kwargs)
-
-
-def of_batch(batch: Batch) -> AbstractContextManager[None]:
-    """``of_the_model`` for a run on a batch of the caller's data."""
-    return of_the_model(
-        f"batch {batch.number} does not fit the model's forward",
-        "a batch is a tensor, a tuple of positional or a dict of keyword arguments",
-    )
+    with fitting(model, batch):
+        return once(model, batch)
 
 
 def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
@@ -74,7 +76,7 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
     for name, tensor in chosen:
         entries = _by_rows(name, tensor, model)
         flat = entries.reshape(-1, entries.shape[-1])
-        counted = _counted_rows(entries, batch, model)
+        counted = counted_rows(entries, batch, model, result)
         rows = flat if counted is None else flat[counted]
         logits = name == LOGITS and flat.shape[-1] > 1  # a single one is a score, no chance
         found.append(Output(rows, logits, name, tuple(entries.shape), counted))
@@ -82,8 +84,9 @@ def outputs_of(result: Any, batch: Batch, model: nn.Module) -> list[Output]:
 
 
 def essential(result: Any) -> Any:
-    """Of a model's outputs what is to be preserved: no cache of keys and values."""
-    return dict(_preserved_tensors(result))
+    """Of a model's outputs what is to be preserved, and its own loss: no keys and values."""
+    loss = loss_of(result)
+    return ({} if loss is None else {"loss": loss}) | dict(_preserved_tensors(result))
 
 
 def samples_of(result: Any, model: nn.Module) -> int | None:
@@ -150,53 +153,6 @@ def _named_tensors(result: Any) -> list[tuple[str, Tensor]]:
         elif isinstance(value, tuple | list | Mapping) or is_dataclass(value):
             tensors.extend((f"{name}.{inner}", v) for inner, v in _named_tensors(value))
     return tensors
-
-
-# ------------------------------------------------------------------------------- which rows count
-
-
-def _counted_rows(output: Tensor, batch: Batch, model: nn.Module) -> Tensor | None:
-    """A mask over the output's rows (all but the last axis, flattened); None: all count."""
-    lead = tuple(output.shape[:-1])
-    labels = batch.argument("labels")
-    counted: Tensor | None = None
-    if isinstance(labels, Tensor) and tuple(labels.shape) == lead:
-        if shifts_labels(model):
-            # Position t predicts label t + 1; the last position predicts nothing.
-            labels = F.pad(labels[..., 1:], (0, 1), value=-100)
-        counted = labels != -100
-    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    hidden = batch.argument("decoder_attention_mask" if encoder_decoder else "attention_mask")
-    if isinstance(hidden, Tensor) and tuple(hidden.shape) == lead:
-        shown = hidden != 0
-        counted = shown if counted is None else counted & shown
-    return None if counted is None else counted.reshape(-1)
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether a position is compared with the next label: what transformers' decoders do."""
-    kind = getattr(model, "loss_type", None)  # None for decoders with names of an older kind
-    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    older = kind is None and type(model).__name__.endswith("LMHeadModel")
-    return (
-        kind == "ForCausalLM"
-        or older
-        or (kind == "ForConditionalGeneration" and not encoder_decoder)
-    )
-
-
-def row_mask(x: Tensor, batch: Batch, contract: str) -> Tensor | None:
-    """Which rows of a site's input the batch's masks count; None where they do not apply."""
-    lead = tuple(x.shape) if contract == "lookup" else tuple(x.shape[:-1])
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.argument(name)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            continue
-        if lead == tuple(mask.shape) or lead == (mask.numel(),):
-            return (mask != 0).reshape(-1)
-        if contract == "lookup" and lead in (mask.shape[1:], (1, mask.shape[1])):
-            return (mask != 0).any(0)  # a table of positions: one row for the whole batch
-    return None
 
 
 def row_total(result: Any, batch: Batch, model: nn.Module) -> int:

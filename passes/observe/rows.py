@@ -26,27 +26,41 @@ def matmul_rows(
 
     None for a side whose rows cannot be told (a convolution in three dimensions).
     """
-    x, call, kernel = matmul.x.detach(), matmul.convolution, site.shape[2:]
+    x = matmul.x.detach()
     if matmul.bag is not None:
-        return _bag_rows(x, matmul.bag, site.matrix[0], gradient)
+        ids, _ = _bag_rows(x, matmul.bag, site.matrix[0], None)
+    elif matmul.convolution is None:
+        ids = x.reshape(-1) if matmul.contract == "lookup" else _as_rows(x)
+    else:
+        ids = patches(matmul, site.shape[2:])
+        ids = None if ids is None else ids.detach()
+    return ids, None if gradient is None else gradient_rows(site, matmul, gradient)
+
+
+def gradient_rows(site: Site, matmul: Matmul, gradient: Tensor) -> Tensor | None:
+    """What arrives at each row that one call multiplies; None where rows cannot be told."""
+    call = matmul.convolution
+    if matmul.bag is not None:
+        return _bag_rows(matmul.x.detach(), matmul.bag, site.matrix[0], gradient)[1]
     if call is None:
-        x = x.reshape(-1) if matmul.contract == "lookup" else _as_rows(x)
-        return x, None if gradient is None else _as_rows(gradient)
-    x = patches(matmul, kernel)
-    x = None if x is None else x.detach()
-    if gradient is None:
-        return x, None
+        return _as_rows(gradient)
     if call.output_padding is None:
-        return x, gradient.reshape(-1, site.matrix[0])
+        return gradient.reshape(-1, site.matrix[0])
     # Transposed: a pixel's product is a patch of the output.
     forward = replace(matmul, x=gradient, convolution=replace(call, output_padding=None))
-    return x, patches(forward, kernel)
+    return patches(forward, site.shape[2:])
 
 
 def rows_by_sample(
-    site: Site, matmul: Matmul, gradient: Tensor, samples: int
-) -> tuple[Tensor, Tensor] | None:
-    """x (samples, T, width) and g (samples, T, width) of one call, the rows of a sample together.
+    site: Site,
+    matmul: Matmul,
+    gradient: Tensor,
+    samples: int,
+    counted: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x and g (samples, T, width) of one call, the rows of a sample together, and which count.
+
+    ``counted`` is a mask over all rows; None: all count.
 
     None where a sample has one row (a head's), where rows cannot be told apart by samples, and for
     lookups, whose inputs' moment is a diagonal.
@@ -56,11 +70,15 @@ def rows_by_sample(
     x, g = matmul_rows(site, matmul, gradient)
     if x is None or g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:
         return None
+    mask = torch.ones(len(x), dtype=torch.bool) if counted is None else counted
+    mask = mask.to(x.device)
+    parts = x, g, mask.unsqueeze(-1)
     lead = tuple(matmul.x.shape[:-1])
     if matmul.convolution is None and lead[0] != samples and lead[1:2] == (samples,):
         # Time comes first, as in torch's own recurrent and attention modules.
-        x, g = (t.reshape(*lead[:2], -1, t.shape[-1]).transpose(0, 1) for t in (x, g))
-    return x.reshape(samples, -1, x.shape[-1]), g.reshape(samples, -1, g.shape[-1])
+        parts = tuple(t.reshape(*lead[:2], -1, t.shape[-1]).transpose(0, 1) for t in parts)
+    x, g, mask = (t.reshape(samples, -1, t.shape[-1]) for t in parts)
+    return x, g, mask.squeeze(-1)
 
 
 def _bag_rows(
@@ -86,4 +104,5 @@ def _bag_rows(
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return dense.reshape(-1, tensor.shape[-1])

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tensorize.base.tensors import adapted_layers, is_plain
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import once, untouched
+from tensorize.capture.inner_gradients import note_that_it_differentiates
+from tensorize.capture.kept import Kept
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.capture.observer import Observer
+from tensorize.capture.observer import CUSTOM, TRANSFORMED, Observer
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.passes.observe.select import Select, names_of, selected
 from tensorize.passes.stages import Found, Given
@@ -38,9 +42,7 @@ class FindSites:
     def run(self, given: Given) -> Found:
         model = given.model
         names = names_of(model)
-        seen, other, beside = (
-            _observe(model, given.inputs) if given.inputs is not None else ({}, {}, [])
-        )
+        seen, other, beside, written = _observe(model, given.inputs)
         sites: list[Site] = []
         adapted = tuple(f"{path}." for path in adapted_layers(model))
         for parameter, aliases in names.values():
@@ -61,21 +63,31 @@ class FindSites:
                 aliases=tuple(aliases[1:]),
                 last_resort=last_resort,
             )
-            blocked = _blocked(site, parameter, function)
+            blocked = written.get(aliases[0]) or _blocked(site, parameter, function)
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
-        sites = _with_input_groups(selected(sites, self.include, self.exclude), beside)
+        # Weights that have a factor in common are trained together, or not, and lie in one place.
+        alike = {n[0]: (p.requires_grad, p.dtype, p.device) for p, n in names.values()}
+        sites = _with_input_groups(selected(sites, self.include, self.exclude), beside, alike)
         free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
         sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
         return given.to(Found, sites=tuple(sites), sizes=sizes, summary=summary)
 
 
+_OF_ITSELF = (
+    *("embedding", "embedding_bag"),  # a table for a few rows
+    *("grad", "backward"),  # the model differentiates with respect to it
+)
+
+
 def _can_be_rebuilt(function: str) -> bool:
     """Whether a function may be given a weight that is rebuilt for that call."""
     writes = function.endswith("_") and not function.endswith("__")
-    return not writes and function not in ("embedding", "embedding_bag")  # a table for a few rows
+    if function.startswith(CUSTOM) or function == TRANSFORMED:
+        return False  # they take tensors, and nothing that stands for one
+    return not writes and function not in _OF_ITSELF
 
 
 def _squarest(shape: Sequence[int]) -> int:
@@ -85,16 +97,18 @@ def _squarest(shape: Sequence[int]) -> int:
 
 
 def _observe(
-    model: nn.Module, batch: Batch
-) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]]]:
+    model: nn.Module, batch: Batch | None
+) -> tuple[dict[str, list[Use]], dict[str, str], list[list[str]], dict[str, str]]:
     """Matmul uses, and one other use, of every parameter in a run of the model.
 
-    Also the names of linears that one after the other read the very same tensor.
+    Also the names of linears that one after the other read the very same tensor, and of what the
+    model itself writes to it is said when.
     """
     seen: dict[str, dict[Use, int]] = defaultdict(lambda: defaultdict(int))
     other: dict[str, str] = {}
     beside: list[list[str]] = []
     last: Tensor | None = None
+    then: Tensor | None = None
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         call = matmul.convolution
@@ -105,10 +119,10 @@ def _observe(
             groups=1 if call is None else call.groups,
             partial=frame.rows is not None,
         )
-        nonlocal last
-        if matmul.x is not last:
+        nonlocal last, then
+        if not (matmul.x is last and _unwritten(matmul.x, then)):
             beside.append([])
-        last = matmul.x
+            last, then = matmul.x, None if matmul.x.is_meta else matmul.x.clone()
         beside[-1].append(name)
         lookup = matmul.contract == "lookup"
         seen[name][use] += matmul.x.numel() if lookup else _row_count(matmul.to_rows(output))
@@ -118,17 +132,38 @@ def _observe(
         other.setdefault(name, function)
 
     observer = Observer(model.named_parameters(), on_matmul, on_other)
-    with untouched(model), of_the_model(), observer:
-        model(*batch.args, **batch.kwargs)
+    with untouched(model) as kept:
+        merged = _written(model, kept, "the model's own train() and eval() write to it")
+        if batch is not None:
+            with fitting(model, batch), observer:
+                once(model, batch)
+        written = _written(model, kept, "the model writes to it when it runs") | merged
+    if observer.differentiates:
+        note_that_it_differentiates(model)
     uses = {
         name: [replace(use, rows=count) for use, count in table.items()]
         for name, table in seen.items()
     }
-    return uses, other, beside
+    return uses, other, beside, written
 
 
-def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -> list[Site]:
-    """Plain linears that always read their input together know the first of their group."""
+def _written(model: nn.Module, kept: Kept, why: str) -> dict[str, str]:
+    """Parameters that something wrote to, by name: why none of them can have factors."""
+    return {name: why for name, p in model.named_parameters() if kept.written(p)}
+
+
+def _unwritten(x: Tensor, then: Tensor | None) -> bool:
+    """Whether a tensor has the values that it had, whatever may have written to it."""
+    return then is None or torch.equal(x, then)
+
+
+def _with_input_groups(
+    sites: Sequence[Site], beside: Sequence[Sequence[str]], alike: Mapping[str, Hashable]
+) -> list[Site]:
+    """Plain linears that always read their input together know the first of their group.
+
+    ``alike``: only those of the same value are of one group.
+    """
     plain = {
         site.name
         for site in sites
@@ -140,13 +175,14 @@ def _with_input_groups(sites: Sequence[Site], beside: Sequence[Sequence[str]]) -
     for names in beside:
         for name in names:
             groups[name].add(tuple(sorted(set(names))))
-    first: dict[tuple[str, ...], str] = {}
+    first: dict[Hashable, str] = {}
     result = []
     for site in sites:
         if len(groups[site.name]) == 1 and site.name in plain:
             (names,) = groups[site.name]
-            if sum(name in plain for name in names) > 1:
-                site = replace(site, input_group=first.setdefault(names, site.name))
+            own = alike[site.name]
+            if sum(name in plain and alike[name] == own for name in names) > 1:
+                site = replace(site, input_group=first.setdefault((names, own), site.name))
         result.append(site)
     return result
 
@@ -185,6 +221,10 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
         return f"it is a {type(parameter.data).__name__}, already in another form"
     if not parameter.is_floating_point():
         return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "a gradient hook sits on it, and factors have no gradient of the whole weight"
+    if other is not None and other.startswith(CUSTOM):
+        return f"it is given to the {other}, which wants the dense weight"
     if other is not None:
         return f"it is used by {other}, which is no matmul against it"
     if not site.uses:

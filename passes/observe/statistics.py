@@ -2,7 +2,7 @@
 
 For the ``input`` metric forward passes are enough. The ``loss`` metric takes one backward pass a
 batch of a probe whose gradients have the Hessian of the loss to preserve as second moment
-(``preserved.py``), so that ½ tr(G ΔW C ΔWᵀ) is the rise of that loss to second order (K-FAC,
+(``loss.py``), so that ½ tr(G ΔW C ΔWᵀ) is the rise of that loss to second order (K-FAC,
 Martens & Grosse 2015). The model stays as it was.
 
 K-FAC takes the rows that a weight meets as independent. That holds well where every position has an
@@ -15,18 +15,22 @@ weight to weight, these moments by 1/2 to 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from tensorize.base.errors import ModelError
 from tensorize.capture.forward import untouched
+from tensorize.capture.inner_gradients import is_transformed
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch, Site
-from tensorize.passes.observe.backward import backward, changed_after_use, not_wanted
+from tensorize.passes.observe.backward import Peculiar, backward, not_wanted, peculiar
+from tensorize.passes.observe.counted import Counted, rows_of
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.moments import (
     Moments,
@@ -42,7 +46,7 @@ from tensorize.passes.observe.moments import (
     unseen_share,
     widened,
 )
-from tensorize.passes.observe.outputs import call, row_mask
+from tensorize.passes.observe.outputs import call
 from tensorize.passes.observe.rows import matmul_rows, rows_by_sample
 from tensorize.passes.stages import Found, Observed
 
@@ -71,7 +75,11 @@ class CollectStatistics:
     def run(self, found: Found) -> Observed:
         if found.metric == "frobenius":
             return found.to(Observed, statistics={}, summary="none needed: the weights alone")
+        if not found.free:
+            return found.to(Observed, statistics={}, summary="none: no weight can be factorized")
         free = {site.name for site in found.sites if has_moments(site, found.metric)}
+        if not free:
+            return found.to(Observed, statistics={}, summary="none needed: all weights stay dense")
         # All of them, so that whatever is asked for the same gradients arrive, on the same way.
         wanted = [(n, p) for n, p in found.model.named_parameters() if n in free]
         sites = {site.name: site for site in found.sites}
@@ -79,13 +87,15 @@ class CollectStatistics:
         chosen = free if self.only is None else free & self.only
         moments: dict[str, Moments] = {name: Moments() for name in sorted(chosen)}
         output_rows = 0
-        changed: set[str] = set()
+        special = Peculiar()
+        if found.metric == "loss":
+            special = peculiar(found.model, self.batches[0], wanted)
         whole = {
             name: partial(_add_whole, moments[name].term("whole"), sites[name])
             if name in moments
             else not_wanted
             for name in sorted(free)
-            if sites[name].last_resort
+            if sites[name].last_resort or name in special.whole
         }
         probes, total = 1, len(self.batches)
         done = 0
@@ -95,27 +105,28 @@ class CollectStatistics:
             done += 1
             if found.metric == "loss":
                 assert self.loss is not None
-                if done == 1:
-                    changed = changed_after_use(found.model, batch, wanted)
                 given = found.model, batch, wanted
-                add = partial(_add_rows, moments, sites, by_sample=self.by_sample)
-                output_rows += backward(*given, add, self.loss, generator, changed, whole)
+                counted = partial(rows_of, found.counted, batch)
+                add = partial(_add_rows, moments, sites, counted, by_sample=self.by_sample)
+                output_rows += backward(*given, add, self.loss, generator, special.changed, whole)
                 if done == len(self.batches):
                     probes = min(max(_OUTPUT_ROWS // max(output_rows, 1), 1), self.most_probes)
                     total *= probes
             else:
-                _add_inputs(found.model, batch, wanted, sites, moments)
+                _add_inputs(found.model, batch, wanted, sites, moments, found.counted)
         found.progress("statistics", total, total)
         for term in (term for moment in moments.values() for term in moment.terms.values()):
             term.output_rows, term.probes = output_rows, probes
             if term.contract == "lookup" and term.rows is not None:
                 term.unseen = unseen_share(term.rows, probes)
+        few = _few(moments, sites, probes)
         notes = [*found.notes, *_normalise(moments, sites, output_rows, found.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
         summary += f" in {probes} probes" if probes > 1 else ""
         if any(term.pooled for moment in moments.values() for term in moment.terms.values()):
             summary += ", one a sample: its positions are added up"
-        return found.to(Observed, statistics=moments, summary=summary, notes=tuple(notes))
+        known = {"summary": summary, "notes": tuple(notes), "few": few}
+        return found.to(Observed, statistics=moments, **known)
 
 
 def _add_inputs(
@@ -124,11 +135,21 @@ def _add_inputs(
     wanted: Sequence[tuple[str, nn.Parameter]],
     sites: Mapping[str, Site],
     moments: Mapping[str, Moments],
+    counted: Mapping[Batch, Counted] | None,
 ) -> None:
+    calls: Counter[str] = Counter()
+
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         if name not in moments:
             return output
-        mask = row_mask(matmul.x, batch, matmul.contract)
+        if is_transformed():
+            raise ModelError(
+                "it is used under a transform of torch.func (vmap, grad), where rows are not seen",
+                site=name,
+                way_out='metric="loss" takes its gradient as a whole; or exclude it',
+            )
+        mask = rows_of(counted, batch, name, calls[name])
+        calls[name] += 1
         _add_term(moments[name].term(matmul.contract), sites[name], frame, matmul, None, mask)
         return output
 
@@ -139,22 +160,25 @@ def _add_inputs(
 def _add_rows(
     moments: Mapping[str, Moments],
     sites: Mapping[str, Site],
+    counted: Callable[[str, int], Tensor | None],
     name: str,
     frame: Frame,
     matmul: Matmul,
     gradient: Tensor,
+    call: int,
     samples: int | None,
     *,
     by_sample: bool,
 ) -> None:
-    if name not in moments or sites[name].last_resort:
-        return  # the gradient of what is used as a whole holds what comes by its matmuls, too
+    if name not in moments:
+        return
     site = sites[name]
+    mask = counted(name, call)
     pairs = None
     if by_sample and samples and has_full_moments(site):
-        pairs = rows_by_sample(site, matmul, gradient, samples)
+        pairs = rows_by_sample(site, matmul, gradient, samples, mask)
     if pairs is None:
-        _add_term(moments[name].term(matmul.contract), site, frame, matmul, gradient, None)
+        _add_term(moments[name].term(matmul.contract), site, frame, matmul, gradient, mask)
     else:
         _add_samples(moments[name].term(matmul.contract, pooled=True), site, frame, *pairs)
 
@@ -166,9 +190,9 @@ def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:
     second moments of its gradients (as Shampoo does, Gupta, Koren & Singer 2018).
     """
     rows, columns = site.matrix
-    gradient = gradient.reshape(rows, columns)
-    term.rows = plus(term.rows, moment_of(gradient.t(), rows))
-    term.columns = plus(term.columns, moment_of(gradient, columns))
+    gradient = gradient.reshape(-1, rows, columns)
+    term.rows = plus(term.rows, moment_of(gradient.mT.reshape(-1, rows), rows))
+    term.columns = plus(term.columns, moment_of(gradient.reshape(-1, columns), columns))
     term.input_rows += 1
 
 
@@ -178,17 +202,14 @@ def _add_term(
     frame: Frame,
     matmul: Matmul,
     gradient: Tensor | None,
-    mask: Tensor | None,
+    counted: Tensor | None,
 ) -> None:
     """Add the rows of one call: x (and g) to the two sides of the weight's metric."""
     lookup, (rows, columns) = matmul.contract == "lookup", site.matrix
     x, g = matmul_rows(site, matmul, gradient)
-    if g is not None:
-        # A row that no counted output depends on has a gradient of exactly zero: padding.
-        mask = (g != 0).any(-1)
-    if mask is not None and x is not None and mask.numel() == x.shape[0]:
-        x = x[mask]
-        g = None if g is None else g[mask]
+    if x is not None and counted is not None and len(counted) == len(x):
+        x = x[counted]
+        g = None if g is None else g[counted]
     count = int(matmul.x.shape[0]) if x is None else x.shape[0]
     term.input_rows += count
     width, other_width = (columns, rows) if matmul.contract == "columns" else (rows, columns)
@@ -207,10 +228,11 @@ def _add_term(
     term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
 
 
-def _add_samples(term: Term, site: Site, frame: Frame, x: Tensor, g: Tensor) -> None:
+def _add_samples(
+    term: Term, site: Site, frame: Frame, x: Tensor, g: Tensor, counted: Tensor
+) -> None:
     """Add the two moments of the gradients D = Σ_t g_t x_tᵀ of every sample of one call."""
-    counted = (g != 0).any(-1, keepdim=True)
-    x = x.masked_fill(~counted, 0)  # what stands in padding may be anything
+    x, g = (t.masked_fill(~counted.unsqueeze(-1), 0) for t in (x, g))  # padding may be anything
     of_outputs, of_inputs, squares = sample_moments(widened(g), widened(x))
     columns = term.contract == "columns"
     of_rows, of_columns = (of_outputs, of_inputs) if columns else (of_inputs, of_outputs)
@@ -220,6 +242,20 @@ def _add_samples(term: Term, site: Site, frame: Frame, x: Tensor, g: Tensor) -> 
     term.squares += squares
     term.pooled += int(counted.any(1).sum())
     term.input_rows += int(counted.sum())
+
+
+def _few(moments: Mapping[str, Moments], sites: Mapping[str, Site], probes: int) -> dict[str, int]:
+    """The rows that weights met which met fewer than they have columns."""
+    found: dict[str, int] = {}
+    for name, moment in moments.items():
+        site, rows, widths = sites[name], 0, {0}
+        for term in moment.terms.values():
+            if term.contract in ("columns", "rows"):
+                rows += term.input_rows // probes // max(site.experts, 1)
+                widths.add(site.matrix[1 if term.contract == "columns" else 0])
+        if 0 < rows < max(widths):
+            found[name] = rows
+    return found
 
 
 def _normalise(

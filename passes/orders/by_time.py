@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -26,10 +26,9 @@ GRID = tuple(2**k for k in range(13))
 """The batches at which orders are priced."""
 
 BREAKPOINTS = (9, 129)
-"""Where ranges begin when nothing is known of the model: generating, small batches, large ones."""
+"""Where ranges begin: generating, small batches, large ones."""
 
 _TIMED = 4  # orders of each range, where they are timed
-_WORTH = 0.02  # a range must save so much of the time, on a mean over weights and batches
 
 
 def all_trees(operands: Sequence[Tree]) -> Iterator[Tree]:
@@ -128,21 +127,18 @@ def contenders(
 def common_breakpoints(
     uses: Iterable[tuple[TTSpec, str, str]], machine: Machine
 ) -> tuple[int, ...]:
-    """At most two batches where orders change, the best for all (spec, contract, dtype)."""
-    lost = [_lost(priced(spec, contract, machine, dtype)[1]) for spec, contract, dtype in uses]
-    if not lost:
-        return ()
+    """The ``BREAKPOINTS`` at which the order of any (spec, contract, dtype) changes.
 
-    def total(breakpoints: Sequence[int]) -> float:
-        return sum(
-            float(each[:, _inside(first, last)].sum(1).min())
-            for each in lost
-            for first, last in _ranges(breakpoints)
-        ) / (len(lost) * len(GRID))
+    So what a weight costs does not depend on the others of its model.
+    """
+    turns = {turn for use in dict.fromkeys(uses) for turn in _turns(*use, machine)}
+    return tuple(sorted(turns))
 
-    starts = [batch // 2 + 1 for batch in GRID[1:]]
-    options = [()] + [(a,) for a in starts] + list(combinations(starts, 2))
-    return min(options, key=lambda option: (total(option) + _WORTH * len(option), len(option)))
+
+@lru_cache(maxsize=4096)
+def _turns(spec: TTSpec, contract: str, dtype: str, machine: Machine) -> tuple[int, ...]:
+    pieces = timed_plan(spec, contract, machine, dtype=dtype).pieces
+    return tuple(b.first_batch for a, b in pairwise(pieces) if a.tree != b.tree)
 
 
 def _lost(times: np.ndarray) -> np.ndarray:

@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import smallest_share
@@ -34,6 +37,8 @@ _REFINED_POOLED = (0.75, 0.5, 0.25)
 
 # A refinement leaves at least this share of a rise, as far as predictions go.
 _NOTHING = 0.01
+# Outputs to measure on, below which that is said.
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class CalibratePrediction:
         pooled = reference.one_row_a_sample
         for refine in self.refinements:
             shares = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
+            if refine == REFIT and learned.few:
+                # What is solved on few rows may lose on others what it gains on these.
+                shares = TRIAL_SHARES
             wanted += [(share, refine) for share in shares]
         known = best_components(learned, first)
         trials: list[Trial] = []
@@ -78,10 +86,15 @@ class CalibratePrediction:
                 trials.append(self._measure(learned, planned, refine, known, reference))
         learned.progress("prediction", len(wanted), len(wanted))
         ordered = tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
-        predictor = Predictor(ordered, self.loss.unit, bool(self.held_out), self.refinements)
+        without = None if self.held_out else reference.measure(_nothing(learned)).rise
+        predictor = Predictor(
+            ordered, self.loss.unit, bool(self.held_out), self.refinements, without
+        )
         ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
+        notes = _of_few(learned, reference, bool(self.held_out))
         summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
-        return learned.to(Analysed, predictor=predictor, summary=summary)
+        known = {"predictor": predictor, "summary": summary}
+        return learned.to(Analysed, **known, notes=(*learned.notes, *notes))
 
     def _measure(
         self,
@@ -111,6 +124,33 @@ class CalibratePrediction:
         found = reference.measure(approximations(learned, sites, cores))
         raw = sum(site.predicted_loss for site in sites)
         return Trial(raw, found.rise, found.spread, found.output_error, refine)
+
+
+def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[str]:
+    """What is to be said of few calibration data."""
+    unseen = " that were held out" * held_out
+    where = f"measured on {_rows(reference.rows)} of outputs{unseen}"
+    if learned.few:
+        name = min(learned.few, key=lambda n: learned.few[n] / max(learned.spectra[n].site.matrix))
+        m, n = learned.spectra[name].site.matrix
+        others = f" and {len(learned.few) - 1} more" * (len(learned.few) > 1)
+        yield (
+            f"few calibration data: {name}{others} met fewer rows than they have columns "
+            f"({_rows(learned.few[name])} for {m} x {n}), so new data hold what none of these had; "
+            f"what is predicted was {where}"
+        )
+    elif reference.rows < _FEW:
+        yield f"few calibration data: what is predicted was {where}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
+
+
+def _nothing(learned: Learned) -> dict[str, Tensor]:
+    """The weights that may be compressed, all zero."""
+    parameters = dict(learned.model.named_parameters())
+    return {site.name: torch.zeros_like(parameters[site.name]) for site in learned.free}
 
 
 def _without(learned: Learned, why: str) -> Analysed:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_NORMAL_90 = 1.645
+NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.13
 _NO_HELD_OUT_SPREAD = 0.25
+# In logarithms: trials that measure nothing but rounding say nothing, and their scatter may be any.
+_WIDEST = 20.0
 # Relative, for each unit of the logarithm of the damage beyond the last trial of a refinement.
 _UNTRIED = 0.12
 # What a refinement gains grows with the damage: in logarithms, by at most this share of its growth.
@@ -18,6 +20,22 @@ _STEEPEST = 0.5
 # And below its trials it fades, by this for each unit of the logarithm of the damage (decoders: at
 # 50, 75 and 90 % kept a refit takes 16 to 23, 13 to 16 and 11 to 14 % off the loss).
 _FADES = 0.12
+
+
+# Where nothing was held out, new data lose up to this times what is lost without any weight.
+_WORST = 2.0
+
+
+def student_90(degrees: int) -> float:
+    """How many standard deviations hold 90 % of Student's distribution, to some percent.
+
+    Fisher & Cornish, "The percentile points of distributions having known cumulants" (1960).
+    """
+    z = NORMAL_90
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Predictor:
     held_out: bool
     refinements: tuple[str, ...] = ()
     """What can be predicted beside factors as they come from the decompositions."""
+    without: float | None = None
+    """Where nothing was held out: the rise with none of the weights that may be compressed."""
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]
@@ -63,6 +83,8 @@ class Predictor:
         known, rises = self._measured(None)
         ratios = rises - known
         ratio = float(np.interp(x, known, ratios)) + self._gain(x, refine)
+        rising = self._rising(x, x + ratio, refine)
+        ratio += rising
         spread = float(np.interp(x, known, [t.spread for t in plain]))
         # Far from every measured point the ratio is less certain, the more it changes between them.
         slope = (max(ratios) - min(ratios)) / max(known[-1] - known[0], 1.0)
@@ -71,10 +93,32 @@ class Predictor:
         if refine is not None and self._of(refine):
             drift += _UNTRIED * max(x - self._measured(refine)[0][-1], 0.0)
         base = _MODEL_SPREAD if self.held_out else _NO_HELD_OUT_SPREAD
-        sigma = math.sqrt(base**2 + spread**2 + drift**2)
+        sigma = math.sqrt(base**2 + spread**2 + drift**2 + rising**2)
         expected = raw * math.exp(ratio)
-        width = math.exp(_NORMAL_90 * sigma)
-        return expected, (expected / width, expected * width)
+        width = math.exp(min(NORMAL_90 * sigma, _WIDEST))
+        high = expected * width
+        if not self.held_out and self.without is not None:
+            high = max(high, _WORST * self.without)
+        return expected, (expected / width, high)
+
+    def _rising(self, x: float, y: float, refine: str | None) -> float:
+        """What brings the logarithm y of a rise at x to a function that never falls.
+
+        Trials scatter: where more damage was measured to lose less, both lose their mean.
+        """
+        known, rises = self._measured(None)
+        places = known
+        if refine is not None and self._of(refine):
+            places = np.union1d(known, self._measured(refine)[0])
+        found = np.array(
+            [np.interp(at, known, rises) + self._gain(float(at), refine) for at in places]
+        )
+        levels = _never_falling(found)
+        moved = y + float(np.interp(x, places, levels - found))
+        k = int(np.searchsorted(places, x))
+        low = levels[k - 1] if k > 0 else -math.inf
+        high = levels[k] if k < len(levels) else math.inf
+        return min(max(moved, low), high) - y
 
     def _gain(self, x: float, refine: str | None) -> float:
         """By what a refinement changes the logarithm of the rise, at the logarithm of a sum.
@@ -120,3 +164,14 @@ class Predictor:
         known = [math.log(t.measured) for t in trials]
         factors = [t.output_error / math.sqrt(t.measured) for t in trials]
         return float(np.interp(math.log(loss), known, factors)) * math.sqrt(loss)
+
+
+def _never_falling(values: np.ndarray) -> np.ndarray:
+    """The closest values that never fall (Ayer et al. 1955): runs that do are their means."""
+    runs: list[list[float]] = []  # mean, length
+    for value in values:
+        runs.append([float(value), 1])
+        while len(runs) > 1 and runs[-2][0] > runs[-1][0]:
+            (a, n), (b, m) = runs[-2:]
+            runs[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+    return np.array([mean for mean, length in runs for _ in range(int(length))])

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
-from tensorize.capture.forward import untouched
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import once, untouched
+from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import RankPlan
@@ -23,13 +24,16 @@ from tensorize.passes.observe.outputs import (
     Output,
     call,
     essential,
-    of_batch,
     outputs_of,
+    row_total,
     samples_of,
 )
+from tensorize.passes.predict.predictor import NORMAL_90, student_90
 from tensorize.passes.stages import Analysed, Learned, Planned
 
 _KEPT_BYTES = 1 << 30
+# Of the rises of single rows: their standard deviation, relative to their mean.
+_ROW_SPREAD = 1.3
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,12 @@ class Reference:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: PreservedLoss) -> None:
         self.model, self.batches, self.loss = model, batches, loss
         self._kept: dict[int, Any] = {}
-        size = 0
+        size, self.rows = 0, 0
         with untouched(model):
             for k, batch in enumerate(batches):
                 result = self._run(batch)
                 loss.require_finite(result, batch, model)
+                self.rows += row_total(result, batch, model)
                 size += sum(leaf.nbytes for leaf in pytree.tree_leaves(result) if is_tensor(leaf))
                 if k == 0 or size <= _KEPT_BYTES:
                     self._kept[k] = result
@@ -65,24 +70,24 @@ class Reference:
         return result if self.loss.loss_fn is not None else essential(result)
 
     def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
-        """What the model loses with some weights replaced, by name; itself it is not touched."""
-        model, rises = self.model, []
+        """What the model loses with some weights replaced, by name, in this thread alone."""
+        model, rises = self.model, list[Tensor]()
+        parameters = dict(model.named_parameters())
+        instead = {id(parameters[name]): weight for name, weight in weights.items()}
         error, size = 0.0, 0.0
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._kept[k] if k in self._kept else self._run(batch)
-                with of_batch(batch):
-                    after = functional_call(model, dict(weights), batch.args, dict(batch.kwargs))
-                rises.append(self.loss.rise(before, after, batch, model))
+                with fitting(model, batch), StandIns(instead):
+                    after = once(model, batch)
+                rises.append(self.loss.rises(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):
                     centred = a.rows.double() - a.rows.double().mean(0)
                     error += float((a.rows - b.rows).double().square().sum())
                     size += float(centred.square().sum())
-        rise = sum(total for total, _ in rises) / max(sum(count for _, count in rises), 1)
-        means = torch.tensor([total / max(count, 1) for total, count in rises])
-        spread = 0.0
-        if len(means) > 1 and rise > 0:
-            spread = float(means.std() / len(means) ** 0.5 / rise)
+        total, rows = torch.cat(rises).sum(0).tolist()
+        rise = total / max(rows, 1)
+        spread = _spread(rises, rise) if rise > 0 else 0.0
         return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
 
     @property
@@ -100,6 +105,26 @@ class Reference:
                 raise
             return []
         return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
+
+
+def _spread(rises: Sequence[Tensor], rise: float) -> float:
+    """The relative standard error of a mean rise, by what batches and samples lost each.
+
+    With few of them that is itself not well known: it is as much wider as Student's distribution
+    is than the normal one. Where there is one, single rows tell.
+    """
+    samples = torch.cat(list(rises))
+    samples = samples[samples[:, 1] > 0]
+    count, rows = len(samples), float(samples[:, 1].sum())
+    found = [_ROW_SPREAD / max(rows, 1.0) ** 0.5] if count < 2 else []
+    if count > 1:
+        errors = samples[:, 0] - rise * samples[:, 1]
+        variance = float(errors.square().sum()) * count / (count - 1)
+        found.append(student_90(count - 1) / NORMAL_90 * variance**0.5 / rows / rise)
+    if len(rises) > 1:
+        means = torch.stack([part[:, 0].sum() / part[:, 1].sum().clamp(min=1) for part in rises])
+        found.append(float(means.std() / len(means) ** 0.5 / rise))
+    return max(found)
 
 
 def approximations(

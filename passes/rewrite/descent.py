@@ -97,6 +97,7 @@ class Descent:
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
         self.best = [p.detach().clone() for p in self.parameters]
+        self._moving = [_moving(p.detach()) for p in self.parameters]
         self._begin()
 
     def _begin(self) -> None:
@@ -131,8 +132,9 @@ class Descent:
             return
         for group, lr in zip(self.adam.param_groups, self.largest, strict=True):
             group["lr"] = lr * share
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = None if gradient is None else gradient.float()
+        for master, gradient, kept in zip(self.masters, gradients, self._moving, strict=True):
+            moving = gradient if gradient is None or kept is None else gradient * kept
+            master.grad = None if moving is None else moving.float()
         self.adam.step()
         write(self.parameters, self.masters)
 
@@ -178,6 +180,15 @@ class Descent:
         self.largest = list(found["largest"])
         write(self.best, found["best"])
         write(self.parameters, self.masters)
+
+
+def _moving(parameter: Tensor) -> Tensor | None:
+    """Where a matrix is not zero, for zeros are meant: rows of padding, what was pruned.
+
+    None: everywhere. A matrix of nothing but zeros is one that is still to be learnt.
+    """
+    entries = parameter != 0
+    return None if parameter.dim() < 2 or entries.all() or not entries.any() else entries
 
 
 @contextmanager

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
-from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.base.errors import AnalysisError
 from tensorize.base.tensors import is_index
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
+from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
-from tensorize.weight.install import first_factor, install, owner_of
+from tensorize.weight.install import first_factor, followed, install, owner_of
 from tensorize.weight.whole_model import settle
 
 _SMALL = 4_000_000
@@ -50,14 +51,17 @@ Sink = Callable[[Opened], contextlib.AbstractContextManager[Place]]
 @contextlib.contextmanager
 def in_model(opened: Opened) -> Iterator[Place]:
     """The model itself. Each dense weight is released as soon as its factors exist."""
-    yield _of(opened, opened.model)
+    with followed(opened.model):
+        yield _of(opened, opened.model)
     settle(opened.model)
 
 
 @contextlib.contextmanager
 def in_copy(opened: Opened) -> Iterator[Place]:
     """A copy to try a plan with: it is not settled, and the model stays as it is."""
-    yield _of(opened, copy_sharing(opened.model, {c.name for c in factorized(opened)}))
+    copied = copy_sharing(opened.model, {c.name for c in factorized(opened)})
+    with followed(copied):
+        yield _of(opened, copied)
 
 
 def _of(opened: Opened, model: nn.Module) -> Place:
@@ -152,18 +156,6 @@ def _is_cut(dense: Dense, choice: RankPlan) -> bool:
     return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
 
 
-def copy_sharing(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A deep copy that shares the dense weights which are about to be replaced."""
-    memo = {id(p): p for name, p in model.named_parameters() if name in names}
-    try:
-        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be copied: {type(error).__name__}: {error}",
-            way_out="pass inplace=True",
-        ) from error
-
-
 def replace_weight(
     model: nn.Module, site: Site, choice: RankPlan, curve: Spectrum, cores: Cores | None = None
 ) -> float:
@@ -180,12 +172,37 @@ def replace_weight(
     weight = as_matrix(site, dense.detach())
     cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
     form = format_of(choice.spec)
+    if any(use.contract == "lookup" for use in site.uses):
+        cores = tuple(core.clone() for core in cores)
+        keep_empty_rows(site, choice.spec.plain, cores, (weight == 0).all(1))
     stored = [_own(core, weight) for core in form.stored(choice.spec, cores, weight.dtype)]
     held = put_cores(model, site, choice, stored)
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
     rebuilt = form.reconstruct(choice.spec, [_cast(core.detach(), exact) for core in held])
     return curve.measured_error(weight, rebuilt)
+
+
+def keep_empty_rows(site: Site, spec: Spec, cores: Sequence[Tensor], empty: Tensor) -> None:
+    """Let the rows of a table that are zero, as those of padding, be zero in its factors.
+
+    Args:
+        empty: a mask over the rows.
+
+    Raises:
+        AnalysisError: in this factorization rows share all of their entries.
+    """
+    rows, form = empty.nonzero()[:, 0], format_of(spec)
+    if not len(rows):
+        return
+    if form.rows_apart(spec) is None:
+        raise AnalysisError(
+            f"row {int(rows[0])} of the table is zero, as padding is, and would not stay so: in "
+            f"{spec} the rows share their entries",
+            site=site.name,
+            way_out=f'formats={{"{site.name}": "low_rank"}}; or analyse again',
+        )
+    form.clear_rows(spec, cores, rows)
 
 
 def put_cores(

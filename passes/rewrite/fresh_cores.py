@@ -27,9 +27,10 @@ from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.curves.curve import as_matrix
+from tensorize.passes.rewrite.factorize import keep_empty_rows
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
 from tensorize.passes.stages import Planned, Rewritten
-from tensorize.weight.install import install, owner_of, takes_nonlinearity
+from tensorize.weight.install import followed, install, owner_of, takes_nonlinearity
 from tensorize.weight.whole_model import settle
 
 SCALED, SPECTRAL = "scaled", "spectral"
@@ -57,7 +58,7 @@ class InitializeCores:
         chosen = {choice.name: choice for choice in planned.plan.sites if choice.spec is not None}
         missing = {name: set(sites[name].names) for name in chosen}
         bent = 0
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), followed(model):
             torch.manual_seed(planned.seed)
             for final in self._final_values(model):
                 for name in list(missing):
@@ -96,8 +97,10 @@ class InitializeCores:
         else:  # a weight that begins as zero has no directions
             cores = scaled_cores(choice.spec, size, weight, bent)
         padding = getattr(owner, "padding_idx", None)
-        if padding is not None and format_of(choice.spec).pair:
-            cores[0][padding] = 0  # as the dense table's
+        if padding is not None:  # the dense table's row is zero
+            empty = torch.zeros(len(weight), dtype=torch.bool)
+            empty[padding] = True
+            keep_empty_rows(site, choice.spec, cores, empty)
         held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores]
         install(model, site.names, choice.spec, held, bent)
         return bent is not None

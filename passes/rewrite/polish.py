@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.progress import Progress, no_progress
-from tensorize.capture.forward import untouched
+from tensorize.capture.forward import once, untouched
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import as_matrix
 from tensorize.passes.observe.loss import PreservedLoss
@@ -85,13 +85,13 @@ def polish(
         batch = batches[position]
         with torch.no_grad():
             wanted = call(dense, batch)
-        total, rows = loss.distance(wanted, small(*batch.args, **batch.kwargs), batch, small)
+        total, rows = loss.distance(wanted, once(small, batch), batch, small)
         return total / rows
 
     def judge() -> float:
         return loss.mean_distance(small, dense, held_out)
 
-    with untouched(small), untouched(dense):
+    with untouched(small, but=cores), untouched(dense):
         before = after = judge()
         steps = min(max(_STEPS, _PASSES * len(batches)), _MOST_STEPS)
         for attempt in range(_ATTEMPTS):  # too far the first time: a quarter of it

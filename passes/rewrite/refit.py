@@ -14,7 +14,7 @@ model at once, and waits at each weight until that weight is solved.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -32,8 +32,8 @@ from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.joint import joint_factors
 from tensorize.passes.curves.metric import shrink, shrinkage
+from tensorize.passes.observe.counted import Counted, rows_of
 from tensorize.passes.observe.moments import plus, products
-from tensorize.passes.observe.outputs import row_mask
 from tensorize.passes.observe.rows import input_rows
 from tensorize.passes.rewrite.factorize import Cores, planned_cores
 from tensorize.passes.rewrite.runs import WeightRun, run_order
@@ -44,7 +44,7 @@ from tensorize.weight.lazy import FactoredWeight
 
 @dataclass(frozen=True)
 class Refit:
-    """Makes the planned factors, solved again on ``batches``."""
+    """Makes the planned factors, solved again on the rows of ``batches`` that count."""
 
     batches: tuple[Batch, ...]
     name: str = "refit"
@@ -62,13 +62,6 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
     parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in dense.sites}
-    order = [
-        n
-        for n in run_order(dense.model, batches[0], parameters)
-        if _solvable(by_name[n], specs[n], dense.spectra[n])
-    ]
-    together = _together(sites, order)
-    order = [name for name in order if name in together]
     cores: dict[str, Cores] = {}
 
     def use_planned(*names: str) -> None:
@@ -86,6 +79,11 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
     runs: list[tuple[WeightRun, WeightRun]] = []
     try:
         with untouched(dense.model):
+            # What a run writes is seen here: runs that wait for each other are not watched.
+            used = run_order(dense.model, batches[0], parameters)
+            order = [n for n in used if _solvable(by_name[n], specs[n], dense.spectra[n])]
+            together = _together(sites, order)
+            order = [name for name in order if name in together]
             for batch in batches:
                 given = dense.model, batch, parameters, order
                 runs.append((WeightRun(*given, None), WeightRun(*given, compressed)))
@@ -93,8 +91,9 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
             for done, name in enumerate(order):
                 dense.progress("refit", done, len(order))
                 there = [pair for pair in runs if all(one.reach(done) for one in pair)]
-                if moments is None or not moments.are_of(there):
-                    moments = _Moments(by_name[name], there)
+                masks = [_counted(dense.counted, pair[0].batch, together[name]) for pair in there]
+                if moments is None or not moments.are_of(there, masks):
+                    moments = _Moments(by_name[name], there, masks)
                 if moments.seen:
                     group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
@@ -135,20 +134,30 @@ def _solvable(site: Site, spec: Spec, curve: Spectrum) -> bool:
 class _Moments:
     """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64, and of others of the same input."""
 
-    def __init__(self, site: Site, runs: Sequence[tuple[WeightRun, WeightRun]]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        runs: Sequence[tuple[WeightRun, WeightRun]],
+        masks: Sequence[Tensor | None],
+    ) -> None:
         self.site, self.count = site, 0
         self._cross: Tensor | None = None
         self._own: Tensor | None = None
         self._contract = "columns"
-        self._inputs = _inputs(runs)
-        for pair in runs:
-            self._add(*pair)
+        self._inputs, self._masks = _inputs(runs), masks
+        for pair, mask in zip(runs, masks, strict=True):
+            self._add(*pair, mask)
 
-    def are_of(self, runs: Sequence[tuple[WeightRun, WeightRun]]) -> bool:
-        """Whether what the runs wait with are products of the very same inputs."""
-        return _inputs(runs)[1] == self._inputs[1]
+    def are_of(
+        self, runs: Sequence[tuple[WeightRun, WeightRun]], masks: Sequence[Tensor | None]
+    ) -> bool:
+        """Whether the runs wait with products of the very same inputs, of which the same count."""
+        return _inputs(runs)[1] == self._inputs[1] and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b))
+            for a, b in zip(masks, self._masks, strict=True)
+        )
 
-    def _add(self, dense: WeightRun, small: WeightRun) -> None:
+    def _add(self, dense: WeightRun, small: WeightRun, mask: Tensor | None) -> None:
         assert dense.matmul is not None
         assert small.matmul is not None
         if self.count == 0:
@@ -158,8 +167,7 @@ class _Moments:
         x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
         if x is None or seen is None or x.shape != seen.shape:
             return  # rows of a convolution in three dimensions; a model that takes another way
-        mask = row_mask(dense.matmul.x, dense.batch, dense.matmul.contract)
-        if mask is not None and mask.numel() == len(x):
+        if mask is not None and len(mask) == len(x):
             x, seen = x[mask], seen[mask]
         self._cross = plus(self._cross, products(x, seen))
         self._own = plus(self._own, products(seen))
@@ -210,6 +218,15 @@ class _Moments:
         """K C̃⁻¹."""
         factor, cross = self._damped
         return torch.cholesky_solve(cross.t(), factor).t()
+
+
+def _counted(
+    counted: Mapping[Batch, Counted] | None, batch: Batch, names: Sequence[str]
+) -> Tensor | None:
+    """The rows of a batch that count for one of these weights at least; None: all do."""
+    masks = [rows_of(counted, batch, name, 0) for name in names]
+    known = [mask for mask in masks if mask is not None]
+    return torch.stack(known).any(0) if len(known) == len(masks) else None
 
 
 def _inputs(runs: Sequence[tuple[WeightRun, WeightRun]]) -> tuple[list[Tensor], list[object]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.capture.forward import untouched
+from tensorize.capture.inner_gradients import is_transformed
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch
@@ -22,6 +23,7 @@ def run_order(model: nn.Module, batch: Batch, parameters: Mapping[str, nn.Parame
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         plain = frame.rows is None and frame.expert is None and not matmul.stacked
         plain = plain and matmul.contract != "lookup" and matmul.offsets is None
+        plain = plain and not is_transformed()  # rows of one run are none of another's
         uses[name] = uses.get(name, 0) + (1 if plain else 2)
         return output
 

@@ -72,7 +72,8 @@ def check_weight(name: str, weight: FactoredWeight) -> float:
         weight = weight.seen(replace(weight.frame, expert=0))
     spec, cores = weight.looked_at()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(_ROWS, weight.shape[-1], generator=generator, dtype=torch.float32)
+    x = x.to(weight.device, weight.dtype)
     with torch.no_grad():
         got = F.linear(x, weight)  # type: ignore[arg-type]
         contract = "rows" if weight.frame.transposed else "columns"

@@ -18,6 +18,9 @@ from tensorize.passes.stages import Analysed, Planned
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import CurvePoint
 
+NO_REFIT = "no refit"
+"""How the note begins that says why there was none."""
+
 CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 
 
@@ -80,26 +83,38 @@ class Analysis:
             chosen = formats_by_site(self.program.free, options.formats)
             for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
+        refine, why_not = self._refinement(options.refine, options.budget)
         return Allocate(
             options.budget,
             ranks=options.ranks,
             formats=chosen,
             batch_sizes=options.batch_sizes,
-            refine=self._refinement(options.refine, options.budget),
+            refine=refine,
+            notes=() if why_not is None else (f"{NO_REFIT}: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
             pivots=options.backend != "triton",  # whose kernels multiply all of a factor
         )
 
-    def _refinement(self, refine: str | None, budget: Budget | None) -> str | None:
-        """What ``refine`` comes to; raises AnalysisError where it cannot be done or predicted."""
-        limited = budget is not None and budget.error is not None
+    def _refinement(
+        self, refine: str | None, budget: Budget | None
+    ) -> tuple[str | None, str | None]:
+        """What ``refine`` comes to, and why "auto" is no refit.
+
+        Raises:
+            AnalysisError: it cannot be done or predicted.
+        """
         predictor = self.program.predictor
         if refine == "auto":
-            pays = self.calibration and (predictor is None or predictor.pays(REFIT))
-            return REFIT if pays and not limited else None
+            if not self.calibration:
+                return None, None  # nobody gave data
+            if budget is not None and budget.error is not None:
+                return None, "it moves errors between weights, and the budget limits each"
+            if predictor is not None and not predictor.pays(REFIT):
+                return None, "in trials it did not lower the loss"
+            return REFIT, None
         if refine is None:
-            return None
+            return None, None
         if not self.calibration:
             raise AnalysisError(
                 f"refine={refine!r} needs calibration data", way_out="analyse with calibration="
@@ -107,9 +122,9 @@ class Analysis:
         if refine == POLISH and (predictor is None or POLISH not in predictor.refinements):
             raise AnalysisError(
                 "this analysis cannot predict what a polish gains",
-                way_out="tensorize.analyze(…, calibration=…, refine='polish'), in the loss metric",
+                way_out="analyse for it: analyze(model, calibration=calibration, refine='polish')",
             )
-        return refine
+        return refine, None
 
     def curve(self, budgets: Sequence[float] | None = None) -> Curve:
         """Predicted quality, parameters, bytes and FLOPs for several budgets.
@@ -123,7 +138,7 @@ class Analysis:
         if not several or not all(isinstance(b, float | int) for b in budgets or ()):
             raise BudgetError(
                 f"budgets are shares of the parameters, got {budgets!r}",
-                way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(…)) for others",
+                way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(bytes=1e6)) for others",
             )
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:

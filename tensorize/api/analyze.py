@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterable
@@ -19,29 +20,36 @@ from torch import nn
 from tensorize.api.analysis import Analysis
 from tensorize.api.options import Options
 from tensorize.api.wiring import figures
-from tensorize.base.errors import ModelError
+from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import in_usual_modes, out_of_memory
-from tensorize.capture.inputs import check_model, find_inputs
+from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
 from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
+from tensorize.passes.rewrite.rehearse import Rehearse
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
+from tensorize.store.identity import Opaque
 from tensorize.version import __version__
+from tensorize.weight.install import factored
+
+log = logging.getLogger("tensorize")
 
 
 def analyze(
@@ -71,7 +79,8 @@ def analyze(
             fit.
         AnalysisError: a weight is not finite, a pattern matches nothing, a metric lacks its data.
         BudgetError: ``max_memory`` is no number of bytes.
-        CheckpointError: ``cache_dir`` cannot be used.
+        CheckpointError: ``cache_dir`` cannot be used. Where its disk fills up, the analysis goes on
+            without it, with a warning and a note.
     """
     return analyzed(model, Options.of(locals()))
 
@@ -82,13 +91,14 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     options.check_data()
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
-    check_model(model)
+    given, model = model, check_model(model, inplace=options.inplace)
+    check_dense(model, "compile")
     if options.ranks is not None:
         require_match(named_parameters(model), list(options.ranks), "ranks")
     check_weights(model)
     identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:
-        found = _found(model, options, tell)
+        found = _found(model, options, tell).noted(*notes_on_wrapper(given, model))
         if options.says_nothing_of_data:
             return _learned_unasked(found, identity, options)
         return _learned(found, identity, options)
@@ -98,6 +108,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
+    batches, few = in_parts(model, batches)
     given = Given(
         model=model,
         inputs=inputs,
@@ -105,10 +116,11 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
         metric=options.metric or ("loss" if batches else "frobenius"),
         seed=options.seed,
         machine=figures(model),
-        notes=(f"uses of the weights were seen with {source}", *made),
+        notes=(f"uses of the weights were seen with {source}", *made, *few),
         progress=tell,
     )
-    found = run_passes(given, (FindSites(options.include, options.exclude),), Found)
+    passes = FindSites(options.include, options.exclude), Rehearse()
+    found = run_passes(given, passes, Found)
     # A pattern that names no weight is said before the expensive stage.
     formats_by_site(found.free, options.formats)
     return found
@@ -150,27 +162,38 @@ def _learned_unasked(found: Found, identity: str, options: Options) -> Analysis:
 
 
 def place_of(found: Found, identity: str, options: Options) -> str | None:
-    """Where the analysis of a model of this identity is kept; None where it is not."""
+    """Where the analysis of a model of this identity is kept; None where it is not.
+
+    Raises:
+        Opaque: what it depends on cannot be told.
+    """
     if options.cache_dir is None:
         return None
     asked = options.formats, options.loss_fn, options.refine
     key = disk.key(found, identity, *asked, __version__)
-    return None if key is None else disk.location(options.cache_dir, key)
+    return disk.location(options.cache_dir, key)
 
 
 def _learned(found: Found, identity: str, options: Options) -> Analysis:
     """The analysis: from the cache, or made and kept there."""
-    base = place_of(found, identity, options)
+    try:
+        base = place_of(found, identity, options)
+    except Opaque as error:
+        base, why = None, f"the analysis is not kept in cache_dir: {error}"
+        log.warning(why)
+        found = found.noted(why)
     held = Held.memory if options.max_memory is None else Held.mapped
     if base is not None and (kept := disk.read(base, held)) is not None:
         analysed = replace(kept, machine=found.machine, history=found.history)
     else:
-        analysed = _run(found, options, base, held)
+        analysed, base = _run(found, options, base, held)
     return Analysis(analysed, identity, base, found.calibration, options.loss_fn)
 
 
-def _run(found: Found, options: Options, base: str | None, held: Held) -> Analysed:
-    """What the expensive passes give, kept at ``base`` where that is a place."""
+def _run(
+    found: Found, options: Options, base: str | None, held: Held
+) -> tuple[Analysed, str | None]:
+    """What the expensive passes give, and where it is kept: at ``base``, or nowhere."""
     announce(cost_line(found))
     with contextlib.ExitStack() as stack:
         curves = None if base is None else Curves(Path(base), held)
@@ -181,8 +204,10 @@ def _run(found: Found, options: Options, base: str | None, held: Held) -> Analys
         passes = _analysis_passes(found, options, curves)
         analysed = replace(run_passes(found, passes, Analysed), progress=no_progress)
         if base is not None and curves is not None:
-            disk.write(base, curves, analysed)
-    return analysed
+            why = disk.write(base, curves, analysed)
+            if why is not None:
+                return analysed.noted(f"the analysis is not kept in cache_dir: {why}"), None
+    return analysed, base
 
 
 def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> tuple[Pass, ...]:
@@ -191,14 +216,15 @@ def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> t
     loss = None
     if found.metric == "loss":
         loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
+    rows = CountRows(found.calibration, options.loss_fn)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
     statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats)
     largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:
-        return statistics, spectra, largest, prediction
+        return rows, statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)
-    return LearnInGroups(statistics, stored, options.max_memory), largest, prediction
+    return rows, LearnInGroups(statistics, stored, options.max_memory), largest, prediction
 
 
 def cost_line(found: Found) -> str:
@@ -215,3 +241,14 @@ def cost_line(found: Found) -> str:
         f"analysing {len(free)} weights ({sum(s.parameters for s in free) / 1e6:.1f} M "
         f"parameters{data}): roughly {max(seconds, 1):.0f} s of decompositions"
     )
+
+
+def check_dense(model: nn.Module, verb: str) -> None:
+    """Raises AnalysisError where weights of a model are factors already: they would nest."""
+    for name, _ in factored(model):
+        raise AnalysisError(
+            "the weight is compressed already",
+            site=name,
+            way_out=f"tensorize.{verb}(tensorize.densify(model), …), or the dense model that it "
+            "was made from",
+        )

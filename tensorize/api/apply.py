@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tensorize.api.analysis import Analysis, analysis_of
+from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
@@ -19,13 +20,18 @@ from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.capture.forward import in_usual_modes
-from tensorize.capture.inputs import check_model
+from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
-from tensorize.ir.sites import Batch
+from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
+from tensorize.passes.allocate.choices import check_choices
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
-from tensorize.passes.pipeline import run_passes
-from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.observe.parts import in_parts
+from tensorize.passes.pipeline import Pass, run_passes
+from tensorize.passes.rewrite.compare import CompareRuns
+from tensorize.passes.rewrite.copies import copy_sharing
+from tensorize.passes.rewrite.dense_reads import memory_of
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Opened, Planned, Rewritten
@@ -75,7 +81,7 @@ def apply(
 @in_usual_modes("apply")
 def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     """``apply`` with its options as one record."""
-    check_model(model)
+    model = check_model(model, inplace=options.inplace)
     if not isinstance(plan, Plan):
         raise AnalysisError(
             f"plan is a {type(plan).__name__}, not a Plan",
@@ -85,24 +91,26 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     analysis, options = analysis_of(plan), replace(options, seed=plan.seed)
     batches, _ = calibration_of(model, options)
     if options.refine != "auto":
-        plan = replace(plan, refine=options.refine)
+        notes = tuple(note for note in plan.notes if not note.startswith(NO_REFIT))
+        plan = replace(plan, refine=options.refine, notes=notes)
     _check_loss(plan, options.loss_fn)
+    if fingerprint(model.named_parameters()) != plan.fingerprint:
+        raise AnalysisError(
+            "the plan was made for a model with other weights",
+            way_out="analyse this model: tensorize.analyze(model)",
+        )
     with shown(options.progress) as tell:
         if analysis is None:
             analysis = _analysis_of(model, plan, batches, replace(options, progress=tell))
         if batches and not analysis.calibration:
-            analysis = replace(analysis, calibration=batches)
+            analysis = replace(analysis, calibration=in_parts(model, batches)[0])
         if plan.refine is not None and not analysis.calibration:
             raise AnalysisError(
                 f"the plan's refine={plan.refine!r} needs the calibration data, which a cache and "
                 "JSON do not hold",
                 way_out="pass calibration=, or refine=None",
             )
-        if fingerprint(model.named_parameters()) != plan.fingerprint:
-            raise AnalysisError(
-                "the plan was made for a model with other weights",
-                way_out="analyse this model: tensorize.analyze(model)",
-            )
+        check_choices(plan, analysis.program, model)
         return apply_plan(model, plan, analysis, options, tell)
 
 
@@ -144,6 +152,10 @@ def apply_plan(
 ) -> nn.Module:
     """The model with the factors of a plan that was made for it, and with its report."""
     replaced = {site.name for site in plan.sites if site.spec is not None}
+    batch, _ = find_inputs(model, options.example_inputs, analysis.calibration)
+    weights = {name: p for name, p in model.named_parameters() if name in replaced}
+    compare = CompareRuns(batch, memory_of(weights))
+    del weights
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
 
@@ -153,7 +165,12 @@ def apply_plan(
         return Polish(dense, *split(analysis.calibration), loss)
 
     refine = plan.refine if replaced else None
-    passes = rewriting(refine, analysis.calibration, polish)
+    passes: tuple[Pass[Any, Any], ...] = (
+        *rewriting(refine, analysis.calibration, polish),
+        compare,
+    )
+    if refine is not None and planned.counted is None:
+        passes = CountRows(analysis.calibration, analysis.loss_fn), *passes
     done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
         time_orders(done)
@@ -167,14 +184,25 @@ def report_of_result(done: Rewritten, analysis: Analysis) -> Report:
 
 
 @torch.no_grad()
-def _timed(factors: FactoredWeight, rows: int) -> tuple[float, float]:
-    """Microseconds of a factorized weight and of the dense one, for rows of random numbers."""
+def _timed(factors: FactoredWeight, site: Site, rows: int) -> tuple[float, float]:
+    """Microseconds of all uses of a factorized weight and of the dense one, for random rows."""
     dense = factors.dense()
-    x = torch.randn(rows, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense)
-    device = str(dense.device)
-    calls = (factors, dense)
-    ours, own = (
-        1e6 * timer.seconds_of(lambda w=w: torch.nn.functional.linear(x, w), device)  # type: ignore[arg-type]
-        for w in calls
-    )
-    return ours, own
+    generator = torch.Generator().manual_seed(0)
+
+    def call(use: Use, weight: Any) -> Callable[[], Tensor]:
+        if use.contract == "lookup":
+            ids = torch.randint(dense.shape[0], (rows,), generator=generator).to(dense.device)
+            return lambda: F.embedding(ids, weight)
+        rows_meet = dense.shape[0] if use.contract == "rows" else dense.shape[1]
+        x = torch.randn(rows, rows_meet, generator=generator).to(dense)
+        if use.contract == "rows":
+            return lambda: torch.matmul(x, weight)
+        if use.contract == "whole" and weight is factors:
+            return lambda: F.linear(x, factors.dense())
+        return lambda: F.linear(x, weight)
+
+    def took(weight: Any) -> float:
+        calls = [call(use, weight) for use in site.uses]
+        return sum(1e6 * timer.seconds_of(each, str(dense.device)) for each in calls)
+
+    return took(factors), took(dense)

@@ -14,6 +14,7 @@ from tensorize.api.analyze import analyzed
 from tensorize.api.apply import apply_plan
 from tensorize.api.options import Options
 from tensorize.base.progress import Progress, shown
+from tensorize.base.tensors import unwrapped
 from tensorize.capture.forward import in_usual_modes
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
@@ -100,6 +101,7 @@ def compiled(model: nn.Module, options: Options) -> nn.Module:
     options.check_choice()
     with shown(options.progress) as tell:
         analysis = analyzed(model, replace(options, progress=tell))
+        model = unwrapped(model)
         # It is one of the formats that were asked for, and of those that a probe found.
         plan = planned(analysis, replace(options, formats=None))
         return use_kernels(apply_plan(model, plan, analysis, options, tell), options.backend)

@@ -27,8 +27,7 @@ def densify(model: nn.Module) -> nn.Module:
     Raises:
         TensorizeError: a weight stands for no matrix (there is a function between its factors).
     """
-    check_model(model)
-    model = unwrapped(model)
+    model = check_model(model)
     for name, factored in install.factored(model):
         factored.require_matrix(name)
     dense = copy.deepcopy(model)

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensorize.base import printer
 from tensorize.ir.plan import Prediction, Totals
+from tensorize.ir.sites import Site
 from tensorize.passes.allocate.slower import slow_choices
 from tensorize.passes.stages import Rewritten
+from tensorize.reports.attach import samples_of
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
@@ -19,8 +22,9 @@ from tensorize.version import __version__
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
 
-Timed = Callable[[FactoredWeight, int], tuple[float, float]]
-"""Microseconds of a factorized weight and of the dense one, for so many rows."""
+Timed = Callable[[FactoredWeight, Site, int], tuple[float, float]]
+"""Microseconds of what uses a factorized weight, and of that with the dense one, for so many
+rows."""
 
 _MOST_TIMED = 4
 """Weights that are timed, of those that are slower than dense."""
@@ -40,8 +44,9 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
         totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
         curve=curve,
         history=done.history,
-        notes=(*done.notes, *notes),
+        notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
         environment=_environment(),
+        weights=samples_of(done.model),
     )
 
 
@@ -75,15 +80,21 @@ def slow_weights(done: Rewritten, timed: Timed) -> tuple[str, ...]:
     for choice in plan.sites:
         if choice.name in slow:
             alike.setdefault((choice.shape, choice.spec), []).append(choice.name)
-    weights = dict(factored(done.model))
+    weights, sites = dict(factored(done.model)), {site.name: site for site in done.sites}
     notes = []
     for names in alike.values():
         worst = max(slow[names[0]], key=lambda each: each.factorized / each.dense)
-        said = f"{worst.factorized:.1f} µs predicted, {worst.dense:.1f} dense"
-        found = weights[names[0]]
+        found, site = weights[names[0]], sites[names[0]]
+        said = _both("predicted", worst.factorized, worst.dense)
         if len(notes) < _MOST_TIMED and len(found.shape) == 2 and not found.is_meta:
-            ours, dense = timed(found, worst.batch)
-            said += f"; {ours:.1f} measured, {dense:.1f} dense"
+            said += f"; {_both('measured', *timed(found, site, worst.batch))}"
         others = f" and {len(names) - 1} like it" if len(names) > 1 else ""
-        notes.append(f"{names[0]}{others}: slower than dense at {worst.batch} rows: {said}")
+        rows = printer.plural(worst.batch, "row")
+        why = ", rebuilt from its factors at every call" if site.last_resort else ""
+        notes.append(f"{names[0]}{others}: slower than dense at {rows}{why}: {said}")
     return tuple(notes)
+
+
+def _both(how: str, factorized: float, dense: float) -> str:
+    ours, own = (printer.plain(printer.seconds(1e-6 * time)) for time in (factorized, dense))
+    return f"{ours} {how}, {own} dense"

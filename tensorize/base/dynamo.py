@@ -7,7 +7,10 @@ torch that is installed.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -50,6 +53,66 @@ def answer_matmul_from_the_left() -> None:
         BUILTIN_TO_TENSOR_RFN_MAP[operator.matmul] = torch.Tensor.__rmatmul__
 
     hooks.when_imported(_TRACER, teach)
+
+
+# --------------------------------------------------------------------------- what it leaves alone
+
+_WRAPPING = "torch._dynamo.eval_frame"
+"""Where the class of what ``torch.compile`` makes of a module is."""
+
+
+def compiled_from(model: nn.Module) -> nn.Module | None:
+    """The module that ``torch.compile`` was given for this one; None for any other."""
+    dynamo: Any = sys.modules.get(_WRAPPING)
+    if dynamo is None or not isinstance(model, dynamo.OptimizedModule):
+        return None
+    return cast(nn.Module, model._orig_mod)
+
+
+_eager = threading.Lock()
+_uses_of_eager = 0
+_stance = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Parts that ``torch.compile`` made run as they were in here: what watches them is not traced.
+
+    What is compiled has one state for the whole process, so the last thread to leave puts it back.
+    """
+    global _uses_of_eager
+    if _WRAPPING not in sys.modules:  # then nothing is compiled
+        yield
+        return
+    with _eager:
+        _uses_of_eager += 1
+        if _uses_of_eager == 1:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager:
+            _uses_of_eager -= 1
+            if _uses_of_eager == 0:
+                _stance.close()
+
+
+# ---------------------------------------------------------------------- what it made of functions
+
+
+def what_was_compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that ``torch.compile`` or ``torch.compiler.disable`` wrapped; None: it is none.
+
+    A wrapper around such a one has its attributes, but another id.
+    """
+    wrapped = getattr(function, "_torchdynamo_orig_callable", None)
+    return wrapped if getattr(function, "_torchdynamo_wrapper_id", None) == id(function) else None
+
+
+def compiled_again(function: Any, other: Callable[..., Any]) -> Callable[..., Any]:
+    """``other`` wrapped in the way in which ``function`` was, with backend and options."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+    return cells["self"].cell_contents(other)
 
 
 # ------------------------------------------------------------------------ what it says of a graph

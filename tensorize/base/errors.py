@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from tensorize.base.printer import plain
+
 
 class TensorizeError(Exception):
     """Base of every error that tensorize raises on purpose.
@@ -19,7 +21,7 @@ class TensorizeError(Exception):
         self.cause, self.site, self.way_out = cause, site, way_out
         where = f"{site}: " if site else ""
         out = f"\n  way out: {way_out}" if way_out else ""
-        super().__init__(f"{where}{cause}{out}")
+        super().__init__(plain(f"{where}{cause}{out}"))
 
 
 class BudgetError(TensorizeError):

@@ -23,10 +23,20 @@ from tensorize.base.errors import TensorizeError
 if sys.platform != "win32":
     import fcntl
 
+    _EXCLUSIVE = fcntl.LOCK_EX
+
 log = logging.getLogger("tensorize")
 
 # What flock says on disks over a network that have no locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
+
+# What a disk says that has no room, or no room for somebody.
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a disk has no room."""
+    return error.errno in _FULL
 
 
 # ---------------------------------------------------------------------------------- one file
@@ -186,10 +196,57 @@ def locked(path: Path) -> Iterator[None]:
         os.close(side)
 
 
-def _flocked(side: int, path: Path) -> bool:
-    """Wait for the lock; False, and a warning, where the disk has none."""
+@contextlib.contextmanager
+def beside_others(path: Path) -> Iterator[Callable[[], bool]]:
+    """Be one of several processes and threads that work on the same thing; nobody waits.
+
+    The block gets a function that says whether nobody else is in such a block; where it says so,
+    nobody comes in until the end, and it is to be called last. The lock is on ``<name>.lock``,
+    which the last one takes away. Where there are no locks, everybody is alone.
+
+    Raises:
+        OSError: there is no such directory, or it cannot be written.
+    """
+    if sys.platform == "win32":
+        yield lambda: True
+        return
+    place = path.with_name(f"{path.name}.lock")
+    while True:
+        side = _open_side(place)
+        held = _flocked(side, path, fcntl.LOCK_SH)
+        if not held or _is_at(side, place):  # else the last one took it away meanwhile
+            break
+        os.close(side)
+    alone = False
+
+    def is_alone() -> bool:
+        nonlocal alone
+        alone = not held or _flocked(side, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return alone
+
     try:
-        fcntl.flock(side, fcntl.LOCK_EX)
+        yield is_alone
+    finally:
+        with contextlib.suppress(OSError):  # what went wrong before tells more
+            if alone or is_alone():
+                place.unlink()
+        os.close(side)
+
+
+def _is_at(side: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(side), os.stat(place))
+    except FileNotFoundError:
+        return False
+
+
+def _flocked(side: int, path: Path, how: int = _EXCLUSIVE) -> bool:
+    """Get the lock; False where it is another's and not to be waited for, or, with a warning, where
+    the disk has none."""
+    try:
+        fcntl.flock(side, how)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

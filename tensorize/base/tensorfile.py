@@ -129,8 +129,12 @@ class Writer:
         self._layout = layout
         path.touch()
         self._file = open(path, "r+b")  # noqa: SIM115
-        self._file.truncate(layout.size)
-        self._file.write(layout.header)
+        try:
+            self._file.truncate(layout.size)
+            self._file.write(layout.header)
+        except OSError:
+            self.close()
+            raise
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, of the shape and dtype that the layout was made for."""

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tensorize.base.dynamo import compiled_from
 
 
 def is_plain(parameter: Tensor) -> bool:
@@ -27,6 +30,17 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from plain_parts(getattr(tensor, name))
+
+
+def lies_in_memory(tensor: Tensor) -> bool:
+    """Whether an ordinary tensor's entries have addresses: not those of a sparse one, or a lazy
+    one that has no shape yet."""
+    return not is_lazy(tensor) and is_plain(tensor) and tensor.layout == torch.strided
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether vmap or another transform of functions has hold of a tensor: it has no entries."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
 
 
 _ALIGNMENT = 64  # bytes, as torch allocates
@@ -60,12 +74,25 @@ def adapted_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and what ``torch.compile`` made of it."""
-    for name in ("module", "_orig_mod"):
-        inner = model._modules.get(name)
-        if inner is not None and len(model._modules) == 1:
-            return unwrapped(inner)
-    return model
+    """The model inside torch's own wrappers: DDP, DataParallel, what ``torch.compile`` gave.
+
+    They are known by their class: a class of the user's own may do more than hand on its input.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            inner = compiled_from(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The tensor inside of what ``torch.vmap`` and its like made of it, or itself."""
+    while is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # type: ignore[attr-defined]
+    return tensor
 
 
 def device_of(model: nn.Module) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tensorize.base.errors import CheckpointError
-from tensorize.base.files import draft_of, write_at_once
+from tensorize.base.files import draft_of, is_full, write_at_once
 from tensorize.base.records import plain, record
 from tensorize.cache.curve_files import DAMAGE, FORMAT, SHARED_CURVES, Curves, Held
 from tensorize.ir.sites import Site
@@ -29,6 +29,7 @@ from tensorize.passes.curves.formats import FormatsOption
 from tensorize.passes.predict.predictor import Predictor
 from tensorize.passes.stages import Analysed, Found
 from tensorize.store.fingerprint import identity
+from tensorize.store.identity import Opaque, content
 
 log = logging.getLogger("tensorize")
 
@@ -40,24 +41,28 @@ def key(
     loss_fn: Any,
     refine: str | None,
     version: str,
-) -> str | None:
-    """A hash of all that an analysis depends on; None where that cannot be told (a loss_fn).
+) -> str:
+    """A hash of all that an analysis depends on.
 
-    That is weights, data, options and versions; where data count, also the buffers and what the
-    model computes, as far as the classes of its modules and its configuration tell.
+    That is weights, data, options and versions; where data count, also what the model computes.
+
+    Raises:
+        Opaque: what one of them holds cannot be told.
     """
     if loss_fn is not None:
-        log.info("not cached: what a loss_fn computes cannot be told from its name")
-        return None
+        raise Opaque("it is of a loss_fn")
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
     sites = [astuple(site) for site in found.sites]
     text = (FORMAT, fingerprint, found.metric, found.seed, plain, sites, refine, version)
     data = (found.model, *found.calibration) if found.calibration else ()
-    return identity(repr((*text, torch.__version__)), *data)[:32]
+    defaults = torch.__version__, torch.get_default_dtype()
+    return content(repr(text), *map(str, defaults), *data)[:32]
 
 
 def prepare(cache_dir: str | os.PathLike[str]) -> None:
     """Make the directory that keeps analyses, before the long work.
+
+    A disk without room is no error: it may have some by then.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -68,6 +73,8 @@ def prepare(cache_dir: str | os.PathLike[str]) -> None:
         with draft_of(folder / "probe"):
             pass
     except OSError as error:
+        if is_full(error):
+            return
         raise CheckpointError(
             f"the cache directory {cache_dir} cannot be written: {type(error).__name__}: {error}",
             way_out="choose a directory that you may write to, or none",
@@ -79,8 +86,19 @@ def location(cache_dir: str | os.PathLike[str], key: str) -> str:
     return str(Path(cache_dir).absolute() / f"analysis-{key}")
 
 
-def write(base: str, curves: Curves, analysed: Analysed) -> None:
-    """Complete an analysis whose curves were kept: the JSON makes it valid."""
+def write(base: str, curves: Curves, analysed: Analysed) -> str | None:
+    """Complete an analysis whose curves were kept; why not, where the disk does not take it."""
+    try:
+        if not curves.lost:
+            _complete(base, curves, analysed)
+    except OSError as error:
+        log.warning("%s.json cannot be written, and is gone on without: %s", base, error)
+        curves.lost.append(f"{type(error).__name__}: {error}")
+    return curves.lost[0] if curves.lost else None
+
+
+def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
+    """The JSON makes it valid."""
     for curve in analysed.spectra.values():
         if curve.site.name not in curves.files:
             curves.keep(replace(curve, shared=None))
@@ -105,9 +123,12 @@ def write(base: str, curves: Curves, analysed: Analysed) -> None:
             "unit": predictor.unit,
             "held_out": predictor.held_out,
             "refinements": predictor.refinements,
+            "without": predictor.without,
             "trials": [astuple(trial) for trial in predictor.trials],
         },
     }
+    if curves.lost:  # of those that were kept just now
+        return
     target = Path(base + ".json")
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data)

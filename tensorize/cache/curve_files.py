@@ -47,12 +47,14 @@ class Held(Enum):
 class Curves:
     """The curves of one analysis in a folder, where each is as soon as it is known.
 
-    ``files`` are the names of those that this run kept or found, by what they are of.
+    ``files`` are the names of those that this run kept or found, by what they are of. ``lost`` says
+    why some could not be kept, where that is no error: their curves stay in memory.
     """
 
     folder: Path
     held: Held = Held.memory
     files: dict[str, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
 
     def find(self, site: Site) -> Spectrum | None:
         """The curve of a weight, if it was kept and is whole; without its shared factor."""
@@ -64,9 +66,9 @@ class Curves:
         tensors: dict[str, Tensor] = {}
         data = _curve_to_dict(curve, tensors)
         path = self._put(curve.site.name, tensors, data)
-        return (
-            curve if self.held is Held.memory else _curve_from_dict(curve.site, *self._open(path))
-        )
+        if path is None or self.held is Held.memory:
+            return curve
+        return _curve_from_dict(curve.site, *self._open(path))
 
     def find_shared(self, group: str) -> dict[str, SharedFactor] | None:
         """The first factor of a group of weights, by the names of its members."""
@@ -81,7 +83,9 @@ class Curves:
         tensors = {"factor": first.factor, "reader": first.reader}
         tensors |= {f"{k}.distortion": m.distortion for k, m in enumerate(members.values())}
         path = self._put(SHARED_CURVES + group, tensors, {"members": list(members)})
-        return members if self.held is Held.memory else _shared_from_dict(*self._open(path))
+        if path is None or self.held is Held.memory:
+            return members
+        return _shared_from_dict(*self._open(path))
 
     def whole(self, site: Site) -> Spectrum:
         """A curve with its factors, those that it shares among them.
@@ -138,7 +142,21 @@ class Curves:
                 tensors[name] = tensor
         return data, tensors
 
-    def _put(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
+    def _put(
+        self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
+    ) -> Path | None:
+        """Put a file in place; None where the disk does not take it, and it can stay in memory."""
+        try:
+            return self._written(name, tensors, data)
+        except OSError as error:
+            if self.held is Held.shapes:
+                raise
+            if not self.lost:
+                log.warning("%s cannot be written, and is gone on without: %s", self.folder, error)
+            self.lost.append(f"{type(error).__name__}: {error}")
+            return None
+
+    def _written(self, name: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         layout = Layout.aligned(tensors, {"data": json.dumps(data)})
         stem = identity(name)[:16]

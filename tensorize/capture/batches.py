@@ -41,7 +41,9 @@ def calibration_batches(
         items = tokenized(items, model, tokenizer)
     names = positional(model)
     batches = (batch_of(item) for item in items)
-    return tuple(replace(batch, names=names, number=k) for k, batch in enumerate(batches))
+    return tuple(
+        replace(batch, names=names, number=k, source=name) for k, batch in enumerate(batches)
+    )
 
 
 def check_batches(batches: Any, name: str) -> Iterable[Any]:

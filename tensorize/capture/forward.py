@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from tensorize.base import dynamo
 from tensorize.base.errors import AnalysisError, ModelError, TensorizeError
+from tensorize.capture.inner_gradients import (
+    differentiates,
+    lacks_gradients,
+    note_that_it_differentiates,
+    twice_differentiable,
+)
+from tensorize.capture.kept import Kept, keeping, watching
 from tensorize.ir.sites import Batch
 
 _P = ParamSpec("_P")
@@ -49,24 +58,30 @@ def in_usual_modes(verb: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, buffers and random state are put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    try:
-        with torch.random.fork_rng(), torch.no_grad(), _recurrent_gradients(model):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, own in buffers:  # a forward may write into buffers, or put others in place
-            module._buffers.clear()
-            module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+def untouched(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[Kept]:
+    """Evaluation mode without gradients; what runs (``once``) change is put back after.
+
+    ``but`` are tensors whose values the caller of this means to change.
+
+    Raises:
+        ModelError: the model cannot be put into evaluation mode.
+    """
+    with (
+        keeping(model, but) as kept,
+        torch.no_grad(),
+        _recurrent_gradients(model),
+        dynamo.nothing_compiled(),
+    ):
+        if any(module.training for module in model.modules()):
+            with watching(), of_the_model("model.eval() fails", _OWN_EVAL):
+                model.eval()
+        yield kept
+
+
+_OWN_EVAL = (
+    "put the model into evaluation mode as it needs it before the call, so that no module's "
+    ".training is True"
+)
 
 
 @contextlib.contextmanager
@@ -80,22 +95,44 @@ def _recurrent_gradients(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, batch: Batch) -> Any:
     """The outputs of one forward pass in evaluation mode."""
     with untouched(model):
-        return model(*batch.args, **batch.kwargs)
+        return once(model, batch)
+
+
+def once(model: nn.Module, batch: Batch) -> Any:
+    """The outputs of one forward pass, inside of ``untouched``.
+
+    A model that differentiates in its forward (forces are gradients of an energy) has gradients
+    there, be they off around it; where they are on, what it gives can be differentiated once more.
+    """
+    with watching():
+        if torch.is_grad_enabled():
+            with twice_differentiable() if differentiates(model) else contextlib.nullcontext():
+                return model(*batch.args, **batch.kwargs)
+        if not differentiates(model):
+            try:
+                return model(*batch.args, **batch.kwargs)
+            except RuntimeError as error:
+                if not lacks_gradients(error):
+                    raise
+            note_that_it_differentiates(model)
+        with torch.enable_grad():
+            result = model(*batch.args, **batch.kwargs)
+        return pytree.tree_map(_detached, result)
+
+
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 @contextlib.contextmanager
-def of_the_model(
-    what: str = "the example inputs do not fit the model's forward",
-    way_out: str | None = "example_inputs= is a tuple of positional or a dict of keyword "
-    "arguments; without it the first calibration batch is used",
-) -> Iterator[None]:
+def of_the_model(what: str, way_out: str | Callable[[], str] | None = None) -> Iterator[None]:
     """The caller's model runs in here, and what it raises is told as its own.
 
     What the library raises is no error of the model's and comes as it is: an error of tensorize,
     and whatever is raised in a block ``ours``. So does it where memory runs out.
 
     Raises:
-        ModelError: the model raised; ``what`` says on which occasion.
+        ModelError: the model raised; ``what`` says on which occasion. ``way_out`` is asked then.
     """
     try:
         yield
@@ -104,7 +141,8 @@ def of_the_model(
     except Exception as error:
         if isinstance(error, TensorizeError) or out_of_memory(error):
             raise
-        raise ModelError(f"{what}: {type(error).__name__}: {error}", way_out=way_out) from error
+        out = way_out() if callable(way_out) else way_out
+        raise ModelError(f"{what}: {type(error).__name__}: {error}", way_out=out) from error
 
 
 class _Ours(BaseException):

@@ -9,31 +9,57 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import CaptureError
-from tensorize.capture.forward import of_the_model, run
-from tensorize.ir.sites import Batch
+from tensorize.base.tensors import unwrapped
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import run
+from tensorize.ir.sites import EXAMPLE, Batch
 
 log = logging.getLogger("tensorize")
 
 
-def check_model(model: Any, *, on_meta: bool = False) -> None:
-    """Raises CaptureError unless ``model`` is a module with real parameters.
+def check_model(model: Any, *, on_meta: bool = False, inplace: bool = False) -> nn.Module:
+    """The module that a caller gave, out of torch's own wrappers.
 
-    ``on_meta``: parameters without values will do.
+    Args:
+        on_meta: parameters without values will do.
+        inplace: it is to be changed itself.
+
+    Raises:
+        CaptureError: it is no module with real parameters, or cannot be changed in place.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"model must be a torch.nn.Module, got {type(model).__name__}",
             way_out="pass the module itself, not a function, a path or a state dict",
         )
+    if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise CaptureError(
+            "DistributedDataParallel gathers the gradients of the dense parameters, so its model "
+            "cannot be changed in place",
+            way_out="pass model.module, and wrap the result",
+        )
+    model = unwrapped(model)
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
+    for name, module in model.named_modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise CaptureError(
+                "FullyShardedDataParallel holds the parameters in flat pieces: there are no "
+                "matrices to factorize",
+                site=name or None,
+                way_out="pass the model before it is sharded, and shard the result",
+            )
     if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
         raise CaptureError(
             f"a {type(model).__name__} is already a captured program",
@@ -41,6 +67,13 @@ def check_model(model: Any, *, on_meta: bool = False) -> None:
         )
     count = 0
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise CaptureError(
+                "the parameter has no shape yet: its layer is lazy, and learns the shape at its "
+                "first call",
+                site=name,
+                way_out="call the model once on an input of its own first: model(x)",
+            )
         count += parameter.numel()
         if parameter.is_meta and not on_meta:
             raise CaptureError(
@@ -55,7 +88,23 @@ def check_model(model: Any, *, on_meta: bool = False) -> None:
                 way_out="make or load the model outside of inference mode",
             )
     if count == 0:
+        packed = (m for m in model.modules() if "quantized" in type(m).__module__)
+        if (layer := next(packed, None)) is not None:
+            raise CaptureError(
+                f"the model has no parameters: quantized layers ({type(layer).__name__}) hold "
+                "packed ones",
+                way_out="pass the model from before it was quantized, and quantize the result",
+            )
         raise CaptureError("the model has no parameters", way_out="there is nothing to compress")
+    return model
+
+
+def notes_on_wrapper(given: nn.Module, model: nn.Module) -> tuple[str, ...]:
+    """What is said of a model that was taken out of a wrapper; nothing of others."""
+    if given is model:
+        return ()
+    name = type(given).__name__
+    return (f"what comes back is the model inside of {name}: wrap it again, or compile it again",)
 
 
 def batch_of(value: Any) -> Batch:
@@ -100,7 +149,7 @@ def find_inputs(
 ) -> tuple[Batch | None, str]:
     """Inputs to see the model's parameters in use, and where they come from."""
     if example_inputs is not None:
-        return batch_of(example_inputs), "example_inputs"
+        return replace(batch_of(example_inputs), source=EXAMPLE), EXAMPLE
     if calibration:
         return calibration[0], "the first calibration batch"
     own = getattr(model, "dummy_inputs", None)
@@ -125,8 +174,8 @@ def checked(model: nn.Module, example_inputs: Any) -> Batch:
     Raises:
         CaptureError: the model does not run on them.
     """
-    batch = batch_of(example_inputs)
-    with of_the_model():
+    batch = replace(batch_of(example_inputs), source=EXAMPLE)
+    with fitting(model, batch):
         run(model, batch)
     return batch
 

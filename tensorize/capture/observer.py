@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensorize.base.tensors import untransformed
 from tensorize.capture.forward import ours
+from tensorize.capture.inner_gradients import DERIVATIVES, is_transformed
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.uses import read
 from tensorize.capture.views import COMPOSITES, view
+
+TRANSFORMED = "torch.vmap or another transformation of torch.func"
+"""What is said to use a parameter that such a transformation takes as its argument."""
+
+CUSTOM = "autograd.Function "
+"""How a custom function's name begins, where a weight is told to be given to one."""
 
 
 class Observer(TorchFunctionMode):
@@ -22,10 +32,13 @@ class Observer(TorchFunctionMode):
         parameters: the parameters to watch, by qualified name.
         on_matmul: called with (name, frame, matmul, output) for each matmul against a parameter;
             what it returns is what the model goes on with.
-        on_other: called with (name, function name) for every other use that gives a tensor.
+        on_other: called with (name, function name) for every other use that gives a tensor, and
+            where a custom autograd function has the weight (``CUSTOM``).
             What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
         stand_ins: what to hand them instead, by the parameter's id.
+
+    ``differentiates`` says afterwards whether the model asked autograd for gradients.
     """
 
     def __init__(
@@ -42,11 +55,13 @@ class Observer(TorchFunctionMode):
         self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
         self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
         self._stand_ins = stand_ins or {}
+        self.differentiates = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.differentiates |= func in DERIVATIVES
         watched = [t for t in _tensors(args, kwargs) if id(t) in self._names]
         if watched and func in COMPOSITES:
             with self:
@@ -56,6 +71,8 @@ class Observer(TorchFunctionMode):
         else:
             free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
             result = func(*free_args, **free_kwargs)
+        if is_transformed():
+            self._tell_of_wrapped(args, kwargs)
         names = [self._names[id(weight)][0] for weight in watched]
         for weight, name in zip(watched, names, strict=True):
             with ours():
@@ -64,13 +81,27 @@ class Observer(TorchFunctionMode):
 
     def _detach(self, value: Any) -> Any:
         if not isinstance(value, nn.Parameter):
-            return value
+            inference = isinstance(value, Tensor) and value.is_inference()
+            return value.clone() if inference else value  # which no gradient can pass
         return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
+
+    def _tell_of_wrapped(self, args: tuple, kwargs: dict) -> None:
+        """Tell of parameters that a transformation of ``torch.func`` has wrapped."""
+        for tensor in _tensors(args, kwargs):
+            inside = untransformed(tensor)
+            if inside is tensor or id(inside) not in self._names:
+                continue
+            if self._on_other is not None:
+                with ours():
+                    self._on_other(self._names[id(inside)][0], TRANSFORMED)
 
     def _tell(
         self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool, result: Any
     ) -> Any:
         name, frame = self._names[id(weight)]
+        if self._on_other is not None and (custom := self._custom_function(name)) is not None:
+            self._on_other(name, custom)
+            return result
         matmul = read(func, args, kwargs, weight, frame)
         if matmul is not None and once:  # W Wᵀ is no matmul against a constant
             return self._on_matmul(name, frame, frame.turn(matmul), result)
@@ -85,6 +116,43 @@ class Observer(TorchFunctionMode):
         elif self._on_other is not None:
             self._on_other(name, getattr(func, "__name__", str(func)))
         return result
+
+    def _custom_function(self, name: str) -> str | None:
+        """The custom autograd function that runs, where it was given the weight of this name."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is _APPLY:
+                given = pytree.tree_leaves(frame.f_locals["args"])
+                if any(self._names.get(id(each), ("",))[0] == name for each in given):
+                    return f"{CUSTOM}{frame.f_locals['cls'].__name__}"
+            frame = frame.f_back
+        return None
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+class StandIns(TorchFunctionMode):
+    """Hands functions other tensors than parameters, by the parameter's id.
+
+    The model is not touched: other threads that run it meanwhile see its own.
+    """
+
+    def __init__(self, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(id(tensor) in self._tensors for tensor in _tensors(args, kwargs)):
+            given = pytree.tree_map(self._instead, (args, kwargs))
+            return func(*given[0], **given[1])
+        return func(*args, **kwargs)
+
+    def _instead(self, value: Any) -> Any:
+        return self._tensors.get(id(value), value)
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:

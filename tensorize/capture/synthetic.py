@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import CaptureError, ModelError
-from tensorize.capture.forward import of_the_model, untouched
+from tensorize.base.tensors import is_wrapped
+from tensorize.capture.fit import fitting
+from tensorize.capture.forward import of_the_model, once, untouched
+from tensorize.capture.kept import watching
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
-from tensorize.ir.sites import LARGEST_FULL_MOMENT, Batch, Site
+from tensorize.ir.sites import LARGEST_FULL_MOMENT, SELF_MADE, Batch, Site
 
 log = logging.getLogger("tensorize")
 
@@ -67,11 +71,15 @@ def self_made(
             written = _written(model, inputs, vocabulary, sequences, seed, generator)
             if written is not None:
                 count, length = written.shape
-                batches = tuple(_with_ids(inputs, part) for part in written.split(_BATCH))
-                return batches, f"{count} x {length} tokens that the model wrote itself"
+                batches = [_with_ids(inputs, part) for part in written.split(_BATCH)]
+                return _numbered(batches), f"{count} x {length} tokens that the model wrote itself"
     count = round(share * _DRAWN_BATCHES)
-    drawn = tuple(_drawn(inputs, vocabularies, generator) for _ in range(count))
-    return drawn, f"{count} batches drawn at random"
+    drawn = [_drawn(inputs, vocabularies, generator) for _ in range(count)]
+    return _numbered(drawn), f"{count} batches drawn at random"
+
+
+def _numbered(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    return tuple(replace(b, number=k, source=SELF_MADE) for k, b in enumerate(batches))
 
 
 def affordable(sites: Sequence[Site], inputs: Batch) -> float:
@@ -112,19 +120,27 @@ def _with_ids(inputs: Batch, ids: Tensor) -> Batch:
 def _looked_up(model: nn.Module, inputs: Batch) -> dict[int, int]:
     """Rows of the table that each of the inputs is looked up in, by the input's id."""
     leaves = pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
-    places = {leaf.data_ptr(): id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and _has_place(leaf)]
+    places = {tensor.data_ptr(): id(tensor) for tensor in tensors}
     parameters = dict(model.named_parameters())
     rows: dict[int, int] = {}
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        if matmul.contract != "lookup" or not _has_place(matmul.x):
+            return output
         place = places.get(matmul.x.data_ptr())
-        if matmul.contract == "lookup" and place is not None:
+        if place is not None:
             rows.setdefault(place, parameters[name].shape[0])
         return output
 
-    with of_the_model(), Observer(parameters.items(), on_matmul):
-        model(*inputs.args, **inputs.kwargs)
+    with fitting(model, inputs), Observer(parameters.items(), on_matmul):
+        once(model, inputs)
     return rows
+
+
+def _has_place(tensor: Tensor) -> bool:
+    """Whether its values lie in memory of its own; not of a sparse one, nor under ``torch.vmap``"""
+    return tensor.layout == torch.strided and not is_wrapped(tensor)
 
 
 def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
@@ -136,7 +152,7 @@ def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
     try:
         with of_the_model("the model does not run on ids alone"):
             logits, changed = (
-                getattr(model(*b.args, **b.kwargs), "logits", None)
+                getattr(once(model, b), "logits", None)
                 for b in (_with_ids(inputs, ids), _with_ids(inputs, other))
             )
     except ModelError as error:  # it needs more than ids
@@ -172,7 +188,7 @@ def _written(
             pad_token_id=0, use_cache=True,
         )  # fmt: skip
         try:
-            with of_the_model("generate does not work"):
+            with of_the_model("generate does not work"), watching():
                 return model.generate(  # type: ignore[operator]
                     start, attention_mask=torch.ones_like(start), generation_config=plain
                 )
@@ -183,7 +199,7 @@ def _written(
         batch = _with_ids(inputs, ids)
         try:
             with of_the_model(f"no text of {ids.shape[1]} tokens"):
-                logits = model(*batch.args, **batch.kwargs).logits[:, -1]
+                logits = once(model, batch).logits[:, -1]
         except ModelError as error:  # longer than its context
             log.debug("%s", error)
             return ids[:, :-1] if ids.shape[1] > 8 else None
@@ -200,7 +216,7 @@ def _written(
 
 def _drawn(inputs: Batch, vocabularies: dict[int, int], generator: torch.Generator) -> Batch:
     def draw(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
             return value
         if id(value) in vocabularies and vocabularies[id(value)] >= _SMALLEST_VOCABULARY:
             size = vocabularies[id(value)]
@@ -209,7 +225,8 @@ def _drawn(inputs: Batch, vocabularies: dict[int, int], generator: torch.Generat
             mean, spread = (float(f(value.float())) for f in (torch.mean, torch.std))
             if not spread > 0:  # zeros that were made up: nothing is known of the inputs
                 mean, spread = 0.0, 1.0
-            drawn = mean + spread * torch.randn(value.shape, generator=generator)
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+            drawn = mean + spread * noise
         else:
             return value
         return drawn.to(value.device, value.dtype)

@@ -10,6 +10,7 @@ interrupted, 1 a defect. ``TENSORIZE_DEBUG=1`` shows the traceback of an error.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -69,6 +70,9 @@ app.command(
 
 def main() -> None:
     """The entry point of the ``tensorize`` command."""
+    for stream in (sys.stdout, sys.stderr):  # a name may have letters that a pipe has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

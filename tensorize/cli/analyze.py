@@ -23,6 +23,7 @@ from tensorize.cli.telling import (
     print_json,
     say,
 )
+from tensorize.reports.curve import check_plotting
 
 
 def analyze_command(
@@ -77,5 +78,8 @@ def analyze_command(
 
 def _check_plot(path: Path | None) -> None:
     check_target(path, "--plot")
-    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+    if path is None:
+        return
+    check_plotting()
+    if path.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"{path} is no .png, .svg or .pdf", param_hint="--plot")

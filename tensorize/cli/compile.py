@@ -143,7 +143,7 @@ def _stream(source: str, out: Path, options: Options) -> Report:
     for stage in report.history:
         say(f"{stage.name}: {printer.seconds(stage.seconds)}: {stage.summary}")
     say(
-        f"{count:,} parameters in {printer.seconds(seconds)}, {1e6 * seconds / count:.3g} µs a "
+        f"{count:,} parameters in {printer.seconds(seconds)}, {1e6 * seconds / count:.3g} us a "
         f"parameter{_peak_memory()}"
     )
     return report

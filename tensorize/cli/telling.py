@@ -58,7 +58,7 @@ def say(line: str) -> None:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False))
+    typer.echo(json.dumps(data, indent=1, allow_nan=False))
 
 
 def count_text(model: nn.Module) -> str:

@@ -26,6 +26,7 @@ from tensorize.base.progress import Progress, shown
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import check_model, takes
+from tensorize.capture.kept import watching
 from tensorize.capture.synthetic import is_causal, only_ids
 from tensorize.evaluation.evaluation import Evaluation
 from tensorize.evaluation.meter import Meter, Sample, continued, size_in_bytes
@@ -35,8 +36,9 @@ from tensorize.evaluation.speed import first_sample, times
 from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Batch
+from tensorize.passes.observe.hidden import shifts_labels
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.observe.outputs import call, outputs_of, shifts_labels
+from tensorize.passes.observe.outputs import call, outputs_of
 from tensorize.reports.attach import known_report
 
 QUANTIZATIONS = ("int8", "int4")
@@ -94,7 +96,7 @@ def evaluate(
         CaptureError: the batches do not fit a model's forward, or the labels the batches.
         TensorizeError: torchao is not installed.
     """
-    check_model(dense)
+    dense = check_model(dense)
     given = calibration_batches(batches, dense, tokenizer, "batches")
     samples, kind, causal = _samples(given, dense, labels)
     ways = (quantize,) if isinstance(quantize, str) else tuple(quantize)
@@ -305,7 +307,8 @@ def _timed(
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(untouched(model))
-        output = outputs_of(call(models[0], batch), batch, models[0])[0]
+        results = [call(model, batch) for model in models]  # what they write is seen by that
+        output = outputs_of(results[0], batch, models[0])[0]
         single = times(models, first_sample(batch))
         whole = times(models, batch)
     return list(single), [len(output.rows) / max(seconds, 1e-9) for seconds in whole]
@@ -354,7 +357,7 @@ def _written(
         tell("writing", done, len(rows))
         assert samples[0].ids is not None
         longest = samples[0].ids.shape[1]
-        with untouched(model):
+        with untouched(model), watching():
             for ids in starts:
                 tokens = continued(model, ids, _NEW_TOKENS, longest)
                 found[name].append(tokenizer.decode(tokens))

@@ -13,8 +13,6 @@ from tensorize.base.records import by_field, encode, plain
 from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, TEXT
 from tensorize.evaluation.results import Figures, Spectrum
 
-WIDTH = 100
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -49,17 +47,17 @@ class Evaluation:
         align = _numbers(len(columns))
         titles = ("model", *(column.title for column in columns))
         blocks = [
-            "\n".join(textwrap.wrap(self._head(), WIDTH)),
-            printer.table(titles, rows, width=WIDTH, align=align),
+            "\n".join(textwrap.wrap(self._head(), printer.prose_width())),
+            printer.table(titles, rows, align=align),
         ]
         if any(f.quality.worst.text for f in self.models):
             worst = [(f.name, _one_line(f.quality.worst.text)) for f in self.models]
             head = ("model", "up to the token that is furthest off")
-            blocks.append(printer.table(head, worst, width=WIDTH, align=["left", "end"]))
+            blocks.append(printer.table(head, worst, align=["left", "end"]))
         if any(f.quality.classes for f in self._all):
             blocks.append(self._class_table())
         blocks += list(self._texts())
-        return "\n\n".join(blocks)
+        return printer.plain("\n\n".join(blocks))
 
     @property
     def _all(self) -> tuple[Figures, ...]:
@@ -85,13 +83,13 @@ class Evaluation:
             rows.append((name, self.dense.quality.classes[k].rows, *cells))
         head = ("precision / recall", "rows", *(f.name for f in self._all))
         align = _numbers(len(head) - 1)
-        return printer.table(head, rows, width=WIDTH, align=align)
+        return printer.table(head, rows, align=align)
 
     def _texts(self) -> Iterable[str]:
         for k, prompt in enumerate(self.prompts):
             rows = [(f.name, _one_line(f.written[k])) for f in self._all]
-            title = f"after: {printer.shorten_middle(_one_line(prompt), WIDTH - 30)}"
-            yield printer.table(("model", title), rows, width=WIDTH, align=["left", "wrap"])
+            title = f"after: {printer.shorten_end(_one_line(prompt), printer.prose_width() - 30)}"
+            yield printer.table(("model", title), rows, align=["left", "wrap"])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data: plain dicts, lists, strings and finite numbers."""

@@ -62,7 +62,7 @@ class Block(Chain):
         best = {max(found, key=lambda one: kept(one, share)) for share in _SHARES if found}
         return [exact for one, exact in found.items() if one in best]
 
-    def widest(self, m: int, n: int) -> list[TTSpec]:
+    def widest(self, m: int, n: int, *, apart: bool = False) -> list[TTSpec]:
         one = _split(m, n, _FRESH, 1)
         return [one.with_ranks(self.largest_ranks(one))] if one.format == BLOCK else []
 

@@ -136,9 +136,20 @@ class Format(Generic[S]):
         """
         return []
 
-    def widest(self, m: int, n: int) -> list[S]:
-        """The structures that are tried for a weight that has no values yet, at full ranks."""
+    def widest(self, m: int, n: int, *, apart: bool = False) -> list[S]:
+        """The structures that are tried for a weight that has no values yet, at full ranks.
+
+        ``apart``: its rows are to have entries of their own.
+        """
         return []
+
+    def rows_apart(self, spec: S) -> int | None:
+        """The core that has entries of its own for every row of W; None where rows share all."""
+        return None
+
+    def clear_rows(self, spec: S, cores: Sequence[Tensor], rows: Tensor) -> None:
+        """Let rows of W, by their numbers, be exactly zero, where ``rows_apart``: in place."""
+        raise NotImplementedError(f"{self.name}: rows share entries")
 
     def largest_ranks(self, spec: S) -> tuple[int, ...]:
         """The ranks of a structure from which on it is exact."""
@@ -229,6 +240,16 @@ class Chain(Format[TTSpec]):
 
     def reconstruct(self, spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
         return reconstruct(spec, cores)
+
+    def rows_apart(self, spec: TTSpec) -> int | None:
+        return next((k for k, axes in enumerate(spec.cores) if {*spec.rows} <= {*axes}), None)
+
+    def clear_rows(self, spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> None:
+        k = self.rows_apart(spec)
+        assert k is not None
+        axes = [spec.cores[k].index(name) for name in spec.rows]
+        digits = torch.unravel_index(rows, [spec.size[name] for name in spec.rows])
+        cores[k].movedim(axes, list(range(len(axes))))[digits] = 0
 
 
 def entry_bytes(spec: Spec, itemsize: int) -> int:

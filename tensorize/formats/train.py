@@ -69,8 +69,10 @@ class Train(Chain):
 
     def exact(self, weight: Tensor, *, asked: bool) -> list[TensorTrain[TTSpec]]:
         trains: list[TensorTrain[TTSpec]] = []
+        # Rows of zeros, as of padding, stay so where no core has entries of several rows.
+        apart = bool((weight == 0).all(1).any())
         for count in (2, 3) if asked else (2,):
-            row_modes, column_modes = _modes(len(weight), weight.shape[1], count)
+            row_modes, column_modes = _modes(len(weight), weight.shape[1], count, apart)
             split = TTSpec(row_modes, column_modes, (1,) * (count - 1))
             if split.format != TT or 1 in map(math.prod, split.core_shapes):
                 continue  # primes: nothing to split, or a core that holds no mode
@@ -78,8 +80,8 @@ class Train(Chain):
             trains.append(TensorTrain(spec, tuple(core.contiguous() for core in cores)))
         return trains
 
-    def widest(self, m: int, n: int) -> list[TTSpec]:
-        modes = _modes(m, n, 2)
+    def widest(self, m: int, n: int, *, apart: bool = False) -> list[TTSpec]:
+        modes = _modes(m, n, 3 if apart else 2, apart)
         spec = TTSpec(*modes, max_ranks(*modes))
         return [spec] if spec.format == TT else []
 
@@ -117,7 +119,13 @@ class Train(Chain):
         return total
 
 
-def _modes(m: int, n: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _modes(
+    m: int, n: int, count: int, apart: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Modes of rows and columns; ``apart``: the first core has all rows, and no columns."""
+    if apart:
+        ones = (1,) * (count - 1)
+        return (m, *ones), (1, *reversed(balanced_modes(n, count - 1)))
     return balanced_modes(m, count), tuple(reversed(balanced_modes(n, count)))
 
 

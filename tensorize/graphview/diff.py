@@ -146,8 +146,10 @@ def _hunk(before: _Side, after: _Side, block: _Block) -> Iterator[str]:
     formats = ", ".join(dict.fromkeys(format_text(site[1], site[2]) for site in sites))
     right = ": ".join(part for part in (formats, after_text) if part)
     if gone or right:
-        heading = f"@@ {lead and lead[:-1] + ': '}{before_text or 'nothing'} → {right or 'nothing'}"
-        yield heading if len(heading) <= 100 else heading.replace(" → ", "\n   → ")
+        heading = (
+            f"@@ {lead and lead[:-1] + ': '}{before_text or 'nothing'} -> {right or 'nothing'}"
+        )
+        yield heading if len(heading) <= 100 else heading.replace(" -> ", "\n   -> ")
     else:
         yield "@@"
     several = len({site[0] for site in sites}) > 1
@@ -183,13 +185,13 @@ def _changes(old: _Side, new: _Side, blocks: Sequence[_Block]) -> Iterator[str]:
     changed = sum(not same for same, *_ in blocks)
     if not changed:
         return
-    sizes = " → ".join(plural(len(side.nodes), "node") for side in (old, new))
+    sizes = " -> ".join(plural(len(side.nodes), "node") for side in (old, new))
     yield f"{sizes}, changed in {plural(changed, 'place')}"
     for block in blocks:
         same, _, _, start, stop = block
         if not same:
             yield from _hunk(old, new, block)
         elif stop - start > 1:
-            yield f"  … {plural(stop - start, 'node')} unchanged"
+            yield f"  ... {plural(stop - start, 'node')} unchanged"
         else:
             yield f"  {new.text.line(new.nodes[start], site=False)}"

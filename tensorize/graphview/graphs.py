@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tensorize.base import files
+from tensorize.base.printer import plain
 from tensorize.graphview.diff import diff_graphs
 from tensorize.graphview.picture import draw
 from tensorize.graphview.text import print_graph
@@ -36,11 +37,11 @@ class Graphs:
     def print_readable(self) -> str:
         """Both graphs as stable text: one line a node, with shapes, sites and ranks."""
         before, after = print_graph(self.before), print_graph(self.after)
-        return f"before\n{before}\nafter\n{after}"
+        return plain(f"before\n{before}\nafter\n{after}")
 
     def diff(self) -> str:
         """What the rewrite changed, unchanged stretches folded; see ``graph_text.diff_graphs``."""
-        return diff_graphs(self.before, self.after)
+        return plain(diff_graphs(self.before, self.after))
 
     def to_svg(self, path: str | os.PathLike[str]) -> None:
         """Draws the graph after, from top to bottom, as one self-contained SVG file.

@@ -64,7 +64,7 @@ def _type_text(value: Any, symbols: _Symbols) -> str:
     if isinstance(value, (bool, int, float)):
         return type(value).__name__
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(_type_text(v, symbols) or '–' for v in value)})"
+        return f"({', '.join(_type_text(v, symbols) or '-' for v in value)})"
     return ""
 
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensorize.base.errors import CheckpointError
+from tensorize.base.tensorfile import sha256_of
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
-from tensorize.store.manifest import FORMAT_VERSION, SAVE_AGAIN, read_manifest, sites_from_list
-from tensorize.store.transformers_config import METHOD
+from tensorize.store.manifest import FORMAT_VERSION, SAVE_AGAIN, WEIGHTS_NAME, fail, read_manifest
+from tensorize.store.transformers_config import METHOD, NEEDS_US, factors_from_dict
 from tensorize.weight.install import blank, install
 from tensorize.weight.whole_model import settle
 
@@ -40,11 +42,12 @@ class FactorsConfig(QuantizationConfigMixin):
         sites: Sequence[Mapping[str, Any]] = (),
         aliases: Mapping[str, str] | None = None,
         weights: str | None = None,
+        sha256: str | None = None,
         **newer: Any,
     ) -> None:
         self.quant_method: Any = quant_method  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.format_version = format_version
-        self.sites, self.aliases, self.weights = list(sites), dict(aliases or {}), weights
+        self.format_version, self.sha256 = format_version, sha256
+        self.sites, self.aliases, self.weights = sites, aliases or {}, weights
 
 
 class FactorsLoader(HfQuantizer):
@@ -59,7 +62,7 @@ class FactorsLoader(HfQuantizer):
                 "from_pretrained does not factorize a dense model",
                 way_out="load it without quantization_config=, then tensorize.compile(model)",
             )
-        if version > FORMAT_VERSION:
+        if type(version) is not int or version > FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json has format version {version} of tensorize, and this one reads up to "
                 f"{FORMAT_VERSION}",
@@ -69,9 +72,9 @@ class FactorsLoader(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Say where the weights are: the one step that sees the configuration before its files.
 
-        The name does not stand in config.json itself, where transformers without tensorize would
-        take it, find no dense weight in that file and go on with random ones.
+        In config.json stands instead what makes transformers without tensorize refuse it.
         """
+        transformers_config.unmark(config)
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
         return config
@@ -80,7 +83,11 @@ class FactorsLoader(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         self._files = [Path(name) for name in checkpoint_files or ()]
-        for site in sites_from_list(self.quantization_config.sites):
+        for file in self._files:
+            _check_named(file)
+        noted = self.quantization_config
+        sites, aliases = factors_from_dict(noted.sites, noted.aliases, noted.sha256)
+        for site in sites:
             found = [_name_in(model, name) for name in site.names]
             names = [name for name in found if name is not None]
             if not names:
@@ -96,7 +103,7 @@ class FactorsLoader(HfQuantizer):
             cores = blank(site.spec, torch.device("meta"), parameter.dtype, requires_grad=True)
             install(model, names, site.spec, cores, site.nonlinearity)
         own = dict(model.named_parameters(remove_duplicate=False))
-        for alias, first in self.quantization_config.aliases.items():
+        for alias, first in aliases.items():
             tied, to = _name_in(model, alias), _name_in(model, first)
             if tied in own and to in own:
                 model.all_tied_weights_keys[tied] = to
@@ -122,6 +129,14 @@ class FactorsLoader(HfQuantizer):
         return True
 
 
+def _check_named(file: Path) -> None:
+    """Raises CheckpointError unless a file of ``tensorize.save`` holds what its name says."""
+    if WEIGHTS_NAME.fullmatch(file.name) and sha256_of(file)[:16] != file.stem[-16:]:
+        fail(file, "is damaged or cut short: its sha256 is not that of its name", SAVE_AGAIN)
+
+
+# With tensorize the mark of a configuration is no reason to refuse it: it is built as without.
+ALL_EXPERTS_FUNCTIONS.register(NEEDS_US, ALL_EXPERTS_FUNCTIONS["batched_mm"])
 # Not as decorators, which would hide the types.
 register_quantization_config(METHOD)(FactorsConfig)
 register_quantizer(METHOD)(FactorsLoader)

@@ -30,7 +30,7 @@ class Machine:
     rank_multiple: int = 1
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} µs a call"]
+        lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} us a call"]
         for dtype, rates in self.rates:
             known = zip(self.rows, rates, strict=True)
             each = ", ".join(f"{rate / 1e9:.4g} at {rows}" for rows, rate in known)

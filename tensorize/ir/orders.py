@@ -94,9 +94,9 @@ class ContractionPlan:
         lines = [f"contraction of {self.spec} with its {self.contract}"]
         lines.append(f"{'batch':>16}  {'FLOPs':>28}  {'peak elements':>22}  order")
         for p in self.pieces:
-            end = "…" if p.last_batch is None else str(p.last_batch)
+            end = "..." if p.last_batch is None else str(p.last_batch)
             flops = f"{p.constant} + {p.slope} B"
             peak = f"max({p.peak_constant}, {p.peak_slope} B)"
-            span = f"{p.first_batch}–{end}"
+            span = f"{p.first_batch}-{end}"
             lines.append(f"{span:>16}  {flops:>28}  {peak:>22}  {p.tree}")
         return "\n".join(lines)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tensorize.base import printer
 from tensorize.base.errors import AnalysisError
-from tensorize.base.records import plain, record
+from tensorize.base.records import BAD_DATA, by_field, checksum, parse, plain, record
 from tensorize.ir.machine import GENERIC
-from tensorize.ir.spec import DENSE, Spec
+from tensorize.ir.spec import DENSE, MOST_ELEMENTS, Spec
 
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
@@ -160,22 +161,54 @@ class Plan:
         ]
         headers = ("weight", "kind", "shape", "format", "parameters", "error", "why")
         align: list[printer.Align] = ["left", "left", "keep", "keep", "right", "right", "wrap"]
-        return "\n".join([*lines, "", printer.table(headers, rows, align=align)])
+        lines = [textwrap.fill(line, printer.prose_width()) for line in lines]
+        text = "\n".join([*lines, "", printer.table(headers, rows, align=align)])
+        return printer.plain(text)
 
     def to_json(self) -> str:
-        """All of it; ``from_json`` reads it."""
-        return json.dumps(plain(self), indent=1)
+        """All of it, with a checksum; ``from_json`` reads it."""
+        data = plain(by_field(self))
+        return json.dumps({**data, "sha256": checksum(data)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that ``to_json`` wrote.
 
         Raises:
-            AnalysisError: the text is none.
+            AnalysisError: the text is none, or not what it was.
         """
         try:
-            return record(cls, json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            data = parse(text)
+            found = data.pop("sha256", None)
+            if found is not None and found != checksum(data):
+                raise AnalysisError(
+                    "the text of the plan was changed: its sha256 is not the one that it says",
+                    way_out="what plan.to_json() wrote; without the line of its sha256, a plan "
+                    "that was edited is taken as it is",
+                )
+            plan = record(cls, data)
+            plan._check()
+        except BAD_DATA as error:
             raise AnalysisError(
-                "the text is no plan", way_out="what plan.to_json() wrote"
+                f"the text is no plan: {type(error).__name__}: {error}",
+                way_out="what plan.to_json() wrote",
             ) from error
+        return plan
+
+    def _check(self) -> None:
+        """Raises ValueError for what no plan says."""
+        names = [site.name for site in self.sites]
+        if len(set(names)) < len(names):
+            raise ValueError("a weight is there twice")
+        for site in self.sites:
+            if min(site.shape, default=1) < 1 or math.prod(site.shape) > MOST_ELEMENTS:
+                raise ValueError(f"{site.name} has the shape {site.shape}")
+            if site.spec is not None and math.prod(site.spec.shape) != math.prod(site.shape):
+                raise ValueError(f"{site.name} of {site.shape} is to be {site.spec}")
+        costs = (
+            cost for c in (self.predicted, self.dense) for cost in (c.parameters, c.bytes, c.flops)
+        )
+        if min(self.batch_sizes, default=1) < 1 or min(costs) < 0:
+            raise ValueError("it counts below zero")
+        if self.refine not in (None, REFIT, POLISH):
+            raise ValueError(f"factors are refined by no {self.refine}")

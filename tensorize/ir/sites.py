@@ -98,12 +98,18 @@ class Site:
         return plain and not any(use.kind.startswith(only_low_rank) for use in self.uses)
 
 
+CALIBRATION, EXAMPLE, ALONE = "calibration", "example_inputs", "batch"
+"""Options that batches come by: several, or one alone."""
+
+SELF_MADE = "the model's own data"
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One call of the model: its arguments, and what the caller gave (a ``loss_fn`` gets that).
 
     ``names`` are those of the positional arguments, where they are known; ``number`` is its place
-    among the batches that the caller gave.
+    among the batches that the caller gave by the option ``source``.
     """
 
     args: tuple[Any, ...]
@@ -111,6 +117,7 @@ class Batch:
     given: Any
     names: tuple[str, ...] = ()
     number: int = 0
+    source: str = CALIBRATION
 
     def argument(self, name: str) -> Any:
         """What forward gets by a name; None where it is not passed."""

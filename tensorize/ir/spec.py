@@ -20,6 +20,8 @@ NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
 
 INDEX_BYTES = 4
 """Of each of the integers that say which columns the cores are of."""
+MOST_ELEMENTS = 2**56
+"""Of a tensor whose shape a file tells: sizes of their bytes are still numbers of 63 bits."""
 
 
 class Spec:
@@ -133,7 +135,7 @@ class TTSpec(Spec):
                 f"a chain of d cores needs d row modes, d column modes and d-1 ranks, got "
                 f"{row_modes}, {column_modes}, {ranks}"
             )
-        for value in (*row_modes, *column_modes, *ranks):
+        for value in (*row_modes, *column_modes, *ranks, experts or 1):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"modes and ranks are positive integers, got {value!r}")
         sizes: dict[str, int] = {"e": experts} if experts else {}
@@ -260,7 +262,7 @@ class TTSpec(Spec):
                 f"block low rank has two row modes and two column modes, got {row_modes}, "
                 f"{column_modes}"
             )
-        TTSpec(row_modes, column_modes, (rank,))  # checks the entries
+        TTSpec(row_modes, column_modes, (rank,), experts=experts)  # checks the entries
         size = dict(zip(("m0", "m1", "n0", "n1"), (*row_modes, *column_modes), strict=True))
         size = {"e": experts, **size, "r1": rank}
         # One row and one column axis always stay, as in a chain: a single block is low rank.
@@ -344,9 +346,19 @@ class TTSpec(Spec):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TTSpec:
+        known = {"format": None, "experts": 0, "storage": None, "pivoted": False}
         sizes = data["row_modes"], data["column_modes"], data["ranks"]
-        more = data.get("experts", 0), data.get("storage"), data.get("pivoted", False)
-        return cls._of(data.get("format"), *sizes, *more)
+        if odd := data.keys() - known - {"row_modes", "column_modes", "ranks"}:
+            raise ValueError(f"a spec has no {min(odd)}")
+        form, experts, storage, pivoted = (data.get(name, usual) for name, usual in known.items())
+        if form not in (None, BLOCK) or not isinstance(storage, str | None):
+            raise ValueError(f"a spec of the format {form!r} whose storage is {storage!r}")
+        if not isinstance(pivoted, bool) or (pivoted and form is not None):
+            raise ValueError(f"a spec of the format {form!r} whose pivoted is {pivoted!r}")
+        spec = cls._of(form, *sizes, experts, storage, pivoted)
+        if max(math.prod(spec.shape), spec.parameters) > MOST_ELEMENTS:
+            raise ValueError(f"{spec} is larger than any weight")
+        return spec
 
     def __repr__(self) -> str:
         given = f", experts={self.size['e']}" if self.batch else ""

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize.base.errors import TensorizeError
-from tensorize.base.tensors import unwrapped
+from tensorize.base.tensors import is_plain, raw_bytes, unwrapped
 from tensorize.reports.report import Report
 
 
 def attach(model: nn.Module, found: Report) -> None:
     """Keep a report on the model that it is of."""
     model.__dict__["_tensorize"] = found
+
+
+CHANGED = (
+    "parameters have changed since (trained, edited or cast): errors, sizes and predictions are "
+    "those of before; tensorize.evaluate measures the model as it is"
+)
+
+_SAMPLE = 4096  # entries of a parameter
+
+
+def samples_of(model: nn.Module) -> tuple[str, ...]:
+    """For each parameter a hash of its shape, its dtype and some of its values; none where values
+    are not here."""
+    found = []
+    for parameter in model.parameters():
+        if parameter.is_meta or not is_plain(parameter):
+            return ()
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLE)]
+        digest = hashlib.blake2b(raw_bytes(some), digest_size=8)
+        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+        found.append(digest.hexdigest())
+    return tuple(found)
 
 
 _fused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -36,8 +60,9 @@ def _fused_in(model: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def detach(model: nn.Module) -> None:
-    """Let a model know nothing of what was done to it."""
-    model.__dict__.pop("_tensorize", None)
+    """Let a model and its parts know nothing of what was done to them."""
+    for module in model.modules():
+        module.__dict__.pop("_tensorize", None)
 
 
 def known_report(model: nn.Module) -> Report | None:
@@ -60,8 +85,15 @@ def report(model: nn.Module) -> Report:
     model = unwrapped(model)
     found = known_report(model)
     if found is None:
+        parts = [name for name, part in model.named_modules() if known_report(part)]
         raise TensorizeError(
-            "the model was not made by tensorize",
-            way_out="model = tensorize.compile(model, budget=0.1)",
+            "the model was not made by tensorize" + (" as a whole" if parts else ""),
+            way_out=f'tensorize.report(model.get_submodule("{parts[0]}"))'
+            if parts
+            else "model = tensorize.compile(model, budget=0.1)",
         )
-    return replace(found, fused=_fused_in(model))
+    notes = found.notes
+    now = samples_of(model) if found.weights else ()
+    if now and CHANGED not in notes and not set(found.weights) <= set(now):
+        notes = (*notes, CHANGED)
+    return replace(found, fused=_fused_in(model), notes=notes)

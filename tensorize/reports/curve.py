@@ -12,7 +12,21 @@ from tensorize.base.errors import TensorizeError
 from tensorize.base.records import decode, encode, record
 from tensorize.formats.low_rank import LowRank
 from tensorize.reports.data import CurvePoint
-from tensorize.reports.text import WIDTH
+
+
+def check_plotting() -> None:
+    """Found out before long work: whether a curve can be drawn.
+
+    Raises:
+        TensorizeError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise TensorizeError(
+            "plotting a curve needs matplotlib, which is not installed",
+            way_out="pip install matplotlib; without a plot, the curve is printed as a table",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ class Curve(Sequence[CurvePoint]):
             "times",
         )
         align: list[printer.Align] = ["right"] * len(headers)
-        body = printer.table(headers, rows, width=WIDTH, align=align)
+        align[-1] = "list"
+        body = printer.table(headers, rows, align=align)
         return f"predicted by budget, metric {self.metric}\n\n{body}"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -70,13 +85,9 @@ class Curve(Sequence[CurvePoint]):
             TensorizeError: matplotlib is not installed, or the directory does not exist.
         """
         target = files.writable(path)
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise TensorizeError(
-                "plotting a curve needs matplotlib, which is not installed",
-                way_out="pip install matplotlib, or look at the curve in report.to_html(path)",
-            ) from error
+        check_plotting()
+        from matplotlib.figure import Figure
+
         shown = [point for point in self.points if point.quality > 0]
         budgets = [100 * point.budget for point in shown]
         figure = Figure(figsize=(7.0, 4.2), layout="constrained")

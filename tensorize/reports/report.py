@@ -20,7 +20,6 @@ from tensorize.ir.plan import Plan
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, RunsBy, SiteReport, Stage
 from tensorize.reports.text import (
-    WIDTH,
     hanging,
     listing,
     measured_text,
@@ -38,7 +37,7 @@ class Report:
     asked weights to run by, ``fused`` what launches of compiled graphs took in, and around which
     weights. ``environment`` is pairs of names and values: versions, machine, seed.
     ``measured_loss`` and ``measured_error`` are the rise of the loss and the error of the outputs
-    where a compile measured them.
+    where a compile measured them. ``weights`` are samples of the parameters that all of it is of.
     """
 
     plan: Plan
@@ -52,6 +51,7 @@ class Report:
     environment: tuple[tuple[str, str], ...] = ()
     measured_loss: float | None = None
     measured_error: float | None = None
+    weights: tuple[str, ...] = ()
 
     @property
     def factorized(self) -> tuple[SiteReport, ...]:
@@ -85,16 +85,16 @@ class Report:
         )
         reasons = list(dict.fromkeys(site.reason for site in self.sites))
         blocks = [
-            "\n".join(textwrap.wrap(head, WIDTH)),
+            "\n".join(textwrap.wrap(head, printer.prose_width())),
             site_table(self.sites, reasons) if self.sites else "no site was found",
             totals_table(self.totals, self.plan.batch_sizes),
             "\n".join(hanging(name, text) for name, text in self._quality()),
             *listing("runs by", self.running),
             *listing("fused in compiled graphs", [named_text(*each) for each in self.fused]),
             *listing("why", [f"[{k}] {reason}" for k, reason in enumerate(reasons, 1)]),
-            *listing("notes", [f"• {note}" for note in self.notes]),
+            *listing("notes", [f"* {note}" for note in self.notes]),
         ]
-        return "\n\n".join(blocks)
+        return printer.plain("\n\n".join(blocks))
 
     def _quality(self) -> Iterator[tuple[str, str]]:
         """What is known of the quality: predictions, and what was measured."""

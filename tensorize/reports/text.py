@@ -9,7 +9,6 @@ from tensorize.base import printer
 from tensorize.formats.dense import is_dense
 from tensorize.reports.data import ReportTotals, SiteReport, share_of
 
-WIDTH = 100
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
 SITE_HEADERS = ("kind", "shape", "format", "parameters", "error", "actual", "why")
 
@@ -31,16 +30,15 @@ def site_table(sites: Sequence[SiteReport], reasons: Sequence[str]) -> str:
                 site.kind,
                 printer.shape_text(site.shape),
                 printer.format_text(site.format, site.ranks),
-                before if dense else f"{before} → {after}",
+                before if dense else f"{before} -> {after}",
                 "–" if dense else printer.number(site.predicted_error, 2),
                 "–" if dense else printer.number(site.actual_error, 2),
                 f"[{reasons.index(site.reason) + 1}]",
             )
         )
     return printer.table(
-        (f"site (…{tail})" if tail else "site", *SITE_HEADERS),
+        (f"site (*{tail})" if tail else "site", *SITE_HEADERS),
         rows,
-        width=WIDTH,
         align=["left", "end", "keep", "keep", "keep", "right", "right", "right"],
     )
 
@@ -57,11 +55,11 @@ def totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
         rows.append((title, text(before), text(after), printer.percent(share)))
     times = zip(batch_sizes, totals.before.latency, totals.after.latency, strict=False)
     for count, before, after in times:
-        title = f"µs at {count} row{'s' * (count > 1)}, predicted"
+        title = f"us at {count} row{'s' * (count > 1)}, predicted"
         share = printer.percent(share_of(after, before))
         rows.append((title, printer.number(before), printer.number(after), share))
     align: list[printer.Align] = ["left", "right", "right", "right"]
-    return printer.table(("total", "before", "after", "share"), rows, width=WIDTH, align=align)
+    return printer.table(("total", "before", "after", "share"), rows, align=align)
 
 
 def named_text(what: str, names: Sequence[str]) -> str:
@@ -75,14 +73,16 @@ def measured_text(value: float | None) -> str:
 
 
 def hanging(name: str, text: str) -> str:
-    return textwrap.fill(f"{name}: {text}", WIDTH, subsequent_indent="  ")
+    width = printer.prose_width()
+    return textwrap.fill(f"{name}: {text}", width, subsequent_indent="  ")
 
 
 def listing(title: str, items: Sequence[str]) -> Iterator[str]:
     """A titled list, nothing for an empty one."""
     if not items:
         return
+    width = printer.prose_width()
     lines = [
-        textwrap.fill(i, WIDTH, initial_indent="  ", subsequent_indent="      ") for i in items
+        textwrap.fill(i, width, initial_indent="  ", subsequent_indent="      ") for i in items
     ]
     yield "\n".join([title, *lines])

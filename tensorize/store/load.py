@@ -3,8 +3,11 @@
 A directory holds ``tensorize-<first 16 digits of the sha256>.safetensors`` and ``tensorize.json``,
 the manifest, which names that file and is put in place last. As the weights file is named by its
 content, saving again into the same directory never touches what the old manifest refers to: a
-crash at any moment leaves the old artefact or the new one, never a mixture. One process may write
-to a directory at a time.
+crash at any moment leaves the old artefact or the new one, never a mixture. Several processes may
+save to one directory: it then holds what one of them saved, whole.
+
+The manifest has a checksum over all of it, that of the weights file among it. One from before
+there was a checksum is read too. Either way every value is checked before it is used (``checks``).
 
 Loading never builds a dense weight. The architecture gets its cores as placeholders
 (``weight.install``), every state-dict entry is put in by its key, and ties are restored by
@@ -28,6 +31,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.tensorfile import sha256_of
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
+from tensorize.store.checks import check_keys
 from tensorize.store.contents import (
     PARAMETER,
     Entry,
@@ -82,7 +86,7 @@ def load(
     else:
         _check_class(model, manifest)
         target = model
-    with all_or_nothing(target):
+    with all_or_nothing(target), install.followed(target):
         _install_sites(target, manifest)
         slots = _matched_slots(target, manifest)
         _fill(slots, manifest, device, dtype)
@@ -97,16 +101,16 @@ def load(
 def _check_weights(manifest: Manifest) -> None:
     path = manifest.weights
     try:
-        found = sha256_of(path)
+        size, found = path.stat().st_size, sha256_of(path)
     except FileNotFoundError:
         fail(path, f"is missing, and {manifest.path} names it", SAVE_AGAIN)
     except OSError as error:
         fail(path, f"cannot be read: {error.strerror or error}", "check its permissions")
-    if found != manifest.sha256:
+    if (size, found) != (manifest.bytes, manifest.sha256):
         fail(
             path,
-            f"is damaged or cut short: its sha256 is {found[:16]}…, and {manifest.path} says "
-            f"{manifest.sha256[:16]}…",
+            f"is damaged or cut short: it has {size} bytes with the sha256 {found[:16]}..., and "
+            f"{manifest.path} says {manifest.bytes} with {manifest.sha256[:16]}...",
             SAVE_AGAIN,
         )
 
@@ -217,6 +221,7 @@ def _fill(
     objects: dict[str, Tensor] = {}
     try:
         with safe_open(manifest.weights, framework="pt", device="cpu") as file:
+            check_keys(file.keys(), contents)
             for first in dict.fromkeys(firsts.values()):
                 stored = contents.same_memory.get(first, first)
                 if stored not in values:

@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tensorize.base.errors import CheckpointError
-from tensorize.base.records import plain, record
-from tensorize.ir.spec import NONLINEARITIES
+from tensorize.base.records import BAD_DATA, checksum, parse, plain, record
 from tensorize.reports.report import Report
-from tensorize.store.contents import Contents, Entry, SiteRecord, dtype_of
+from tensorize.store import checks
+from tensorize.store.contents import Contents, Entry, SiteRecord
 from tensorize.version import __version__
 
 FORMAT, FORMAT_VERSION = "tensorize", 1
 MANIFEST = "tensorize.json"
 WEIGHTS_NAME = re.compile(r"tensorize-[0-9a-f]{16}\.safetensors")
 SAVE_AGAIN = "save the model again, or restore the directory from a copy"
+_CHECKSUM = "sha256"
+# Those of manifests from before there was a checksum.
+_KEYS = {"format", "format_version", "versions", "weights", "model", "report"}
+_KEYS |= {"sites", "tensors", "aliases", "same_memory", "transient"}
+MOST_TEXT = 1 << 29
+"""Bytes of a manifest that are read at most."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Manifest:
     path: Path
     weights: Path
     sha256: str
+    bytes: int
     contents: Contents
     model: Mapping[str, Any]
     report: Report
@@ -44,7 +51,8 @@ class Manifest:
 def manifest_to_dict(
     contents: Contents, model: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
-    """The manifest as JSON data; ``"weights"`` is filled in once the file of weights is written."""
+    """The manifest as JSON data; ``"weights"`` is filled in once the file of weights is written,
+    and then ``signed`` makes the text of the file."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -54,6 +62,12 @@ def manifest_to_dict(
         **_contents_to_dict(contents),
         "report": report.to_dict(),
     }
+
+
+def signed(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest, with a checksum over all of it."""
+    data = json.loads(json.dumps(manifest))
+    return json.dumps({**data, _CHECKSUM: checksum(data)}, indent=1)
 
 
 def _versions() -> dict[str, str | None]:
@@ -89,11 +103,9 @@ def _given(value: SiteRecord | Entry) -> dict[str, Any]:
 
 
 def sites_from_list(data: Iterable[Mapping[str, Any]]) -> tuple[SiteRecord, ...]:
-    """What ``sites_to_list`` made."""
+    """What ``sites_to_list`` made, checked."""
     sites = tuple(record(SiteRecord, site) for site in data)
-    for site in sites:  # a name out of a file is looked up nowhere unless it is known
-        if site.nonlinearity not in (None, *NONLINEARITIES):
-            raise ValueError(f"{site.nonlinearity!r} is no non-linearity between factors")
+    checks.check_sites(sites)
     return sites
 
 
@@ -104,7 +116,9 @@ def _read_json(directory: Path) -> tuple[Path, dict[str, Any]]:
     """The manifest's JSON, known to be ours and of a version that can be read."""
     path = directory / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MOST_TEXT:
+            fail(path, f"is larger than {MOST_TEXT} bytes, and no manifest", SAVE_AGAIN)
+        data = parse(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = f"there is no {MANIFEST} in it" if directory.is_dir() else "no such directory"
         raise CheckpointError(
@@ -118,15 +132,19 @@ def _read_json(directory: Path) -> tuple[Path, dict[str, Any]]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         fail(path, "is not a tensorize manifest", "check the path")
     version = data.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         fail(path, f"is damaged: format_version is {version!r}", SAVE_AGAIN)
     if version > FORMAT_VERSION:
-        by = data.get("versions") or {}
+        by = data.get("versions")
+        written = by.get("tensorize") if isinstance(by, dict) else None
         fail(
             path,
             f"has format version {version}, and this tensorize reads up to {FORMAT_VERSION}",
-            f"upgrade tensorize (the artefact was written by version {by.get('tensorize')})",
+            f"upgrade tensorize (the artefact was written by version {written})",
         )
+    signature = data.pop(_CHECKSUM, None)
+    if checksum(data) != signature if signature is not None else data.keys() - _KEYS:
+        fail(path, "is damaged: its content is not what its sha256 says", SAVE_AGAIN)
     return path, data
 
 
@@ -149,28 +167,34 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path, data = _read_json(directory)
     with damage_named(path):
-        name = data["weights"]["file"]
-        if not WEIGHTS_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a weights file")
+        file = record(_File, data["weights"])
+        if not WEIGHTS_NAME.fullmatch(file.file):
+            raise ValueError(f"{file.file!r} is not the name of a weights file")
+        checks.check_model(data["model"])
         return Manifest(
             path=path,
-            weights=directory / name,
-            sha256=str(data["weights"]["sha256"]),
-            contents=_contents_from_dict(data),
-            model={**data["model"], "class": str(data["model"]["class"])},
+            weights=directory / file.file,
+            sha256=file.sha256,
+            bytes=file.bytes,
+            contents=_contents_from_dict(data, file.bytes),
+            model=data["model"],
             report=Report.from_dict(data["report"]),
         )
 
 
-def _contents_from_dict(data: Mapping[str, Any]) -> Contents:
+@dataclass(frozen=True)
+class _File:
+    file: str
+    sha256: str
+    bytes: int
+
+
+def _contents_from_dict(data: Mapping[str, Any], size: int) -> Contents:
     entries = {key: record(Entry, entry) for key, entry in data["tensors"].items()}
-    for name in (*(entry.dtype for entry in entries.values()), *data["transient"].values()):
-        dtype_of(name)
-    for key, first in (*data["aliases"].items(), *data["same_memory"].items()):
-        if key not in entries or first not in entries:
-            raise ValueError(f"{key!r} stands for {first!r}, and one of them is not there")
     sites = sites_from_list(data["sites"])
-    return Contents(entries, data["aliases"], data["same_memory"], data["transient"], sites)
+    contents = Contents(entries, data["aliases"], data["same_memory"], data["transient"], sites)
+    checks.check_contents(contents, size)
+    return contents
 
 
 @contextlib.contextmanager
@@ -178,7 +202,7 @@ def damage_named(path: Path) -> Iterator[None]:
     """What wrong data raise when they are read becomes a CheckpointError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except BAD_DATA as error:
         fail(path, f"is damaged: {type(error).__name__}: {error}", SAVE_AGAIN)
 
 

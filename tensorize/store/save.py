@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tensorize.base.errors import CheckpointError
-from tensorize.base.files import draft_of, drafts_of, into_place
+from tensorize.base.files import beside_others, draft_of, drafts_of, into_place
 from tensorize.base.tensorfile import sha256_of
 from tensorize.base.tensors import unwrapped
 from tensorize.reports.attach import known_report
@@ -22,12 +22,13 @@ from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 from tensorize.store.contents import Contents, contents_of, dtype_name
 from tensorize.store.load import DRAFT
-from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict
+from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict, signed
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write a factorized model into ``directory``, which is made where it does not exist.
 
+    Several processes may do so at once: the directory then holds what one of them saved, whole.
     Every tensor is stored once. Two tensors that overlap only in part are stored in full each, and
     are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
     Face model's ``config.json`` and ``generation_config.json`` are written beside.
@@ -41,10 +42,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     directory, model = Path(directory), unwrapped(model)
     report = known_report(model)
     if report is None:
-        inner = [name for name, child in model.named_children() if known_report(child)]
+        inner = [name for name, part in model.named_modules() if known_report(part)]
         raise CheckpointError(
             f"this {type(model).__name__} carries no tensorize report, so it cannot be saved",
-            way_out=f"pass the model that it wraps (model.{inner[0]})"
+            way_out=f'tensorize.save(model.get_submodule("{inner[0]}"), directory)'
             if inner
             else "make it with tensorize.compile or tensorize.apply first",
         )
@@ -72,17 +73,32 @@ def save_written(
 
 @contextlib.contextmanager
 def _drafted(directory: Path) -> Iterator[Path]:
-    """A file in a directory that is not there after the block; failures are named."""
+    """A file in a directory that is not there after the block; failures are named.
+
+    Who leaves as the last one takes away what is not of the artefact any more: until then it may be
+    somebody's who has not put the manifest in place that names it.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with draft_of(directory / DRAFT) as draft:
-            yield draft
+        with beside_others(directory / f".{DRAFT}") as is_alone:
+            with draft_of(directory / DRAFT) as draft:
+                yield draft
+            if is_alone():
+                _clean(directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} cannot be written: {type(error).__name__}: {error}",
             way_out="choose a directory with room that you may write to; what was saved there "
             "before is still valid",
         ) from error
+
+
+def _clean(directory: Path) -> None:
+    """Take away the files of earlier saves and of killed ones."""
+    kept = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["weights"]["file"]
+    for old in (*directory.glob("tensorize-*.safetensors"), *drafts_of(directory / DRAFT)):
+        if old.name != kept and (WEIGHTS_NAME.fullmatch(old.name) or old.suffix == ".tmp"):
+            _remove(old)
 
 
 def _finish(
@@ -93,7 +109,7 @@ def _finish(
     draft: Path,
     directory: Path,
 ) -> None:
-    """Put the file of tensors in place, and the manifest last; take away what was there before."""
+    """Put the file of tensors in place, and the manifest last."""
     manifest = manifest_to_dict(contents, transformers_config.describe(model), report)
     sha256 = sha256_of(tensors)
     weights = directory / f"tensorize-{sha256[:16]}.safetensors"
@@ -103,13 +119,14 @@ def _finish(
         "sha256": sha256,
         "bytes": weights.stat().st_size,
     }
+    configs: dict[str, str] = {}
     if manifest["model"]["huggingface"]:
-        transformers_config.save_configs(model, directory, weights.name, draft)
-    draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        configs = transformers_config.save_configs(model, directory, weights.name, draft)
+    draft.write_text(signed(manifest), encoding="utf-8")
     into_place(draft, directory / MANIFEST)
-    for old in (*directory.glob("tensorize-*.safetensors"), *drafts_of(directory / DRAFT)):
-        if old.name != weights.name and (WEIGHTS_NAME.fullmatch(old.name) or old.suffix == ".tmp"):
-            _remove(old)
+    found = {name: (directory / name).read_text(encoding="utf-8") for name in configs}
+    if found != configs:  # those of another save came in between
+        transformers_config.save_configs(model, directory, weights.name, draft)
 
 
 def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:

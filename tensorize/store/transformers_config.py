@@ -18,8 +18,9 @@ from torch import nn
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.files import into_place
-from tensorize.store.contents import aliases_of, dtype_name, site_records
-from tensorize.store.manifest import FORMAT_VERSION, sites_to_list
+from tensorize.base.records import checksum
+from tensorize.store.contents import SiteRecord, aliases_of, dtype_name, site_records
+from tensorize.store.manifest import FORMAT_VERSION, damage_named, sites_from_list, sites_to_list
 from tensorize.weight.become import dense_class
 
 # The weights of a checkpoint that is not ours.
@@ -65,7 +66,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def _without_factors(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
-        for key, value in config.items()
+        for key, value in _without_marks(config).items()
         if key != "quantization_config" or not _is_ours(value)
     }
 
@@ -84,18 +85,23 @@ def check_place(directory: Path) -> None:
         )
 
 
-def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -> None:
-    """``config.json`` and ``generation_config.json``, for ``from_pretrained`` and other tools."""
+def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -> dict[str, str]:
+    """``config.json`` and ``generation_config.json``, for ``from_pretrained`` and other tools; what
+    is in them, by their names."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = [class_path(model).rpartition(":")[2]]
     config.dtype = dtype_name(next(model.parameters()).dtype)
     config.quantization_config = {**factors_to_dict(model), "weights": weights}
-    config.to_json_file(draft)
-    into_place(draft, directory / "config.json")
+    # Where transformers alone would look for the weights: it says that there is no such file.
+    config.transformers_weights = NEEDS_US
+    texts = {"config.json": config.to_json_string()}
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.to_json_file(draft)
-        into_place(draft, directory / "generation_config.json")
+        texts["generation_config.json"] = generation.to_json_string()
+    for name, text in texts.items():
+        draft.write_text(text, encoding="utf-8")
+        into_place(draft, directory / name)
+    return texts
 
 
 # ------------------------------------------------------------------------- what transformers reads
@@ -103,13 +109,67 @@ def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -
 METHOD = "tensorize"
 
 
+NEEDS_US = "the weights were compressed by tensorize: run `import tensorize` before from_pretrained"
+_EXPERTS, _FUSION = "experts_implementation", "fusion_config"
+_MARKS: dict[str, Any] = {_EXPERTS: NEEDS_US, _FUSION: {NEEDS_US: True}}
+"""transformers warns of a quantization that it does not know, and goes on with dense weights that
+it makes up. Of these entries it knows the names and not the values: then it refuses, and says the
+value. Two, as either is one that a caller may give himself, or that a version does not read."""
+
+
 def factors_to_dict(model: nn.Module) -> dict[str, Any]:
     """What was factorized in a model, as transformers keeps it in a configuration."""
+    found = {"sites": sites_to_list(site_records(model)), "aliases": aliases_of(model)}
+    known = {"quant_method": METHOD, "format_version": FORMAT_VERSION}
+    return {**known, **found, "sha256": checksum(found)}
+
+
+def factors_from_dict(
+    sites: Any, aliases: Any, sha256: Any
+) -> tuple[tuple[SiteRecord, ...], dict[str, str]]:
+    """The sites and the aliases that ``factors_to_dict`` wrote, checked.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
+    with damage_named(Path("config.json")):
+        if sha256 not in (None, checksum({"sites": sites, "aliases": aliases})):
+            raise ValueError("its sites are not what their sha256 says")
+        if not all(isinstance(name, str) for pair in aliases.items() for name in pair):
+            raise TypeError("aliases are names")
+        return sites_from_list(sites), aliases
+
+
+def mark(config: Any) -> None:
+    """Make transformers without tensorize refuse a configuration, and the parts of it."""
+    for part in _parts(config):
+        for name, value in _MARKS.items():
+            if getattr(part, name, None) is None:
+                setattr(part, name, copy.copy(value))
+
+
+def unmark(config: Any) -> None:
+    """Take that away again."""
+    for part in _parts(config):
+        for name, value in _MARKS.items():
+            if vars(part).get(name) == value:
+                delattr(part, name)
+        if getattr(part, f"_{_EXPERTS}", None) == NEEDS_US:  # what transformers read of it
+            setattr(part, f"_{_EXPERTS}", None)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            yield from _parts(part)
+
+
+def _without_marks(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "sites": sites_to_list(site_records(model)),
-        "aliases": aliases_of(model),
+        key: _without_marks(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if _MARKS.get(key) != value
     }
 
 
@@ -122,6 +182,7 @@ def note_factors(model: nn.Module) -> None:
         noted = getattr(part.config, "quantization_config", None)
         if noted is None or _is_ours(noted):
             part.config.quantization_config = factors_to_dict(part)  # type: ignore[union-attr]
+            mark(part.config)
 
 
 def forget_factors(model: nn.Module) -> None:
@@ -129,6 +190,7 @@ def forget_factors(model: nn.Module) -> None:
     for part in _huggingface_models(model):
         if _is_ours(getattr(part.config, "quantization_config", None)):
             del part.config.quantization_config  # type: ignore[union-attr]
+            unmark(part.config)
 
 
 def _is_ours(noted: Any) -> bool:

@@ -26,10 +26,10 @@ from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.candidates import COSTS, Points, curve_points
-from tensorize.passes.allocate.optimise import TooTight, solve
+from tensorize.passes.allocate.choose import Tiers
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.prior import ladder
-from tensorize.reports.attach import attach, report
+from tensorize.reports.attach import CHANGED, attach, report, samples_of
 from tensorize.running.in_use import use_kernels
 from tensorize.store.contents import dtype_name, record_of
 from tensorize.store.transformers_config import note_factors
@@ -217,10 +217,10 @@ class RankSchedule:
         others = before - sum(factors.spec.parameters for _, factors in weights)
         caps = np.full(len(COSTS), np.inf)
         caps[0] = allowed - others
-        try:
-            choice = solve(points, caps).choice
-        except TooTight:  # between two changes the least there is may be above the cubic
-            choice = [int(np.argmin(p.costs[:, 0])) for p in points]
+        found = Tiers.of([points], [0]).least_lost(caps)
+        # Between two changes the least there is may be above the cubic.
+        smallest = [int(np.argmin(p.costs[:, 0])) for p in points]
+        choice = smallest if found is None else found.choice
         shrunk = grown = 0
         for (name, factors), p, k in zip(weights, points, choice, strict=True):
             spec = p.spec(k)
@@ -345,7 +345,7 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         )
         for site in known.sites
     )
-    notes = [note for note in known.notes if not note.startswith(_TRACE)]
+    notes = [n for n in known.notes if not n.startswith(_TRACE) and n != CHANGED]
     if trace:
         steps = ", ".join(f"{c.step}: {c.after:,}" for c in trace)
         notes.append(
@@ -358,6 +358,7 @@ def _note(model: nn.Module, trace: Sequence[Adaptation]) -> None:
         sites=sites,
         totals=replace(known.totals, after=totals_of(model, known.plan.predicted)),
         notes=tuple(notes),
+        weights=samples_of(model),
     )
     attach(model, now)
     note_factors(model)

@@ -29,7 +29,7 @@ from tensorize.base.tensors import unwrapped
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import batch_of, positional
-from tensorize.ir.sites import Batch
+from tensorize.ir.sites import ALONE, Batch
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss
 from tensorize.passes.observe.outputs import call
 from tensorize.passes.rewrite.descent import relative_groups
@@ -55,11 +55,26 @@ class Distillation:
     _inside: PreservedLoss | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean distance over the rows of a batch that count, differentiable.
+        """``distance(model, batch)``: the mean over the rows of a batch that count, differentiable.
 
-        The model runs in the mode that it is in, the teacher in evaluation mode without gradients.
+        Both are run on the batch: the model in the mode that it is in, the teacher in evaluation
+        mode without gradients.
+
+        Args:
+            model: the compressed model itself, not what it gave.
+            batch: what its forward takes: a tensor, a tuple, a dict.
+
+        Raises:
+            CaptureError: ``model`` is none, or the batch does not fit it.
         """
-        return self.mean(model, batch_of(batch))[0].float()
+        if not isinstance(model, nn.Module):
+            raise CaptureError(
+                f"the distance is called as distance(model, batch) and runs the model itself, got "
+                f"a {type(model).__name__} in place of the model",
+                way_out="distance(model, batch); where outputs are there already, as in a Trainer, "
+                "distance.compute_loss_func(model)",
+            )
+        return self.mean(model, replace(batch_of(batch), source=ALONE))[0].float()
 
     def mean(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """The mean distance of a batch, and the rows that it is a mean over."""
@@ -149,6 +164,9 @@ def distillation_loss(
     layer_weight: float = 1.0,
 ) -> Distillation:
     """The distance to a dense model, for a loop of the caller's own or for a Trainer.
+
+    What comes back is called as ``distance(model, batch)`` and gives a scalar to call ``backward``
+    on; ``distance.compute_loss_func(model)`` is for the Trainer of transformers.
 
     Args:
         teacher: the dense model; it is run in evaluation mode, and stays as it is.

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tensorize.api.analyze import check_dense
 from tensorize.api.outcome import report_of
 from tensorize.api.wiring import figures
 from tensorize.base.errors import BudgetError, CaptureError, check_one_of
 from tensorize.base.progress import Progress, shown
 from tensorize.capture.forward import in_usual_modes
-from tensorize.capture.inputs import check_model, find_inputs
+from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
@@ -25,7 +26,7 @@ from tensorize.passes.curves.prior import AssumeSpectra, TrainingFormats, exact_
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.pipeline import run_passes
-from tensorize.passes.rewrite.factorize import copy_sharing
+from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.fresh_cores import METHODS, SCALED, InitializeCores
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta
 from tensorize.passes.stages import Analysed, Found, Given, Learned, Planned, Rewritten
@@ -102,8 +103,10 @@ def initialize(
         )
     if limits is None and ranks is None and not _names_specs(formats):
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
-    allocate = Allocate(limits, batch_sizes=batch_sizes, rank_multiple=rank_multiple, pivots=False)
-    check_model(model, on_meta=True)
+    how = {"batch_sizes": batch_sizes, "rank_multiple": rank_multiple}
+    allocate = Allocate(limits, **how, even=True, pivots=False)
+    given, model = model, check_model(model, on_meta=True, inplace=inplace)
+    check_dense(model, "initialize")
     with shown(progress) as tell:
         found = _found(model, example_inputs, include, exclude, seed, tell)
         learned = run_passes(found, (AssumeSpectra(formats),), Learned)
@@ -115,7 +118,8 @@ def initialize(
         target = model if inplace else copy_sharing(model, replaced)
         cores = InitializeCores(target, method, nonlinearity, initializer, str(device))
         done = run_passes(planned, (cores,), Rewritten)
-    notes = ("not trained yet: errors are those of no weight",)
+    untrained = "not trained yet: errors are those of no weight"
+    notes = (untrained, *notes_on_wrapper(given, model))
     attach(target, report_of(done, notes=notes))
     transformers_config.note_factors(target)
     return target

@@ -9,7 +9,7 @@ and everything else is in the file.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import time
@@ -31,8 +31,9 @@ from tensorize.capture.inputs import check_model
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import LossFunction, split
 from tensorize.passes.rewrite.descent import Descent, rate_for, rounds, write
-from tensorize.reports.attach import attach, known_report
-from tensorize.store.fingerprint import fingerprint, identity
+from tensorize.reports.attach import attach, known_report, samples_of
+from tensorize.store.fingerprint import fingerprint
+from tensorize.store.identity import Opaque, content
 from tensorize.training.distillation import (
     CORES,
     SMALLEST_SIZE,
@@ -40,6 +41,8 @@ from tensorize.training.distillation import (
     distillation_loss,
     trained_parameters,
 )
+
+log = logging.getLogger("tensorize")
 
 STATE = "healing.pt"
 _FORMAT = 1
@@ -126,7 +129,9 @@ def heal(
         rate: the largest step relative to a parameter's size; None: as the damage asks for.
         patience: checks in a row without a better result, of some 16 in a run, after which the rate
             is cut; the third time, the run ends.
-        checkpoint_dir: where the state is kept, about every minute; None: nowhere.
+        checkpoint_dir: where the state is kept, about every minute; None: nowhere. Where it cannot
+            be told what a model or the data hold (a generator, an object of C), nothing is kept,
+            with a warning.
         seed: of the order of the data, and of random numbers that the model draws itself.
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
 
@@ -134,8 +139,7 @@ def heal(
         CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
     """
-    check_model(model)
-    check_model(teacher)
+    model, teacher = check_model(model), check_model(teacher)
     if model is teacher:
         raise CaptureError("model and teacher are one", way_out="teacher= is the dense model")
     if steps < 1 or patience < 1 or (rate is not None and not 0 < rate < 1):
@@ -152,8 +156,9 @@ def heal(
     distance = distillation_loss(teacher, loss_fn=loss_fn, layers=layers, layer_weight=layer_weight)
     kept = None
     if checkpoint_dir is not None:
-        about = (steps, layers, layer_weight, train, rate, patience, seed, loss_fn is not None)
-        kept = _File(Path(checkpoint_dir) / STATE, _identity(model, teacher, learnt, unseen, about))
+        about = (steps, layers, layer_weight, train, rate, patience, seed)
+        known = _identity(model, teacher, learnt, unseen, (*about, loss_fn))
+        kept = None if known is None else _File(Path(checkpoint_dir) / STATE, known)
     start = [p.detach().clone() for p in parameters]
 
     def learn(position: int) -> Tensor:
@@ -164,7 +169,7 @@ def heal(
         torch.manual_seed(seed)
         return preserved.mean_distance(model, teacher, unseen)
 
-    with shown(progress) as tell, untouched(model), untouched(teacher):
+    with shown(progress) as tell, untouched(model, but=parameters), untouched(teacher):
         preserved = distance.fit(learnt)
         before = judge()
         if not math.isfinite(before):
@@ -274,11 +279,14 @@ def _identity(
     learnt: Sequence[Batch],
     unseen: Sequence[Batch],
     about: Sequence[Any],
-) -> str:
-    """A hash of all that a run depends on, but for what a ``loss_fn`` computes."""
-    models = "".join(fingerprint(m.named_parameters()) for m in (model, teacher))
-    data = (part for each in (learnt, unseen) for part in (f"{len(each)} batches;", *each))
-    return identity(json.dumps(about), models, *data)
+) -> str | None:
+    """A hash of all that a run depends on; None, and a warning, where that cannot be told."""
+    weights = [fingerprint(m.named_parameters()) for m in (model, teacher)]
+    try:
+        return content(weights, model, teacher, tuple(learnt), tuple(unseen), tuple(about))
+    except Opaque as error:
+        log.warning("the state of the healing is not kept in checkpoint_dir: %s", error)
+        return None
 
 
 # ------------------------------------------------------------------------------------ odds and ends
@@ -300,4 +308,5 @@ def _note(model: nn.Module, done: Healing) -> None:
     found = known_report(model)
     if found is not None:
         note = f"healed: {done}; the errors of sites are those from before"
-        attach(model, replace(found, notes=(*found.notes, note)))
+        now = samples_of(model)
+        attach(model, replace(found, notes=(*found.notes, note), weights=now))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tensorize.base import printer
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
 from tensorize.capture.inputs import batch_of
+from tensorize.capture.kept import keeping
 
 # Bytes a parameter: the weights themselves (mixed: float32 masters and their bfloat16 copies),
 # gradients, each of the optimizer's states, and what else there is of every parameter (mixed: the
@@ -123,7 +123,8 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     device = next((p.device.type for p in model.parameters()), "cpu")
     device = "cpu" if device == "meta" else device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, _as_fake(model, mode, device) as own, torch.random.fork_rng(devices=[]):
+    with keeping(model), mode:
+        own = _as_fake(model, device)
         args, kwargs = pytree.tree_map(
             lambda v: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v,
             (given.args, dict(given.kwargs)),
@@ -181,11 +182,8 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-@contextlib.contextmanager
-def _as_fake(model: nn.Module, mode: FakeTensorMode, device: str) -> Iterator[list[Tensor]]:
-    """The model's own tensors as fake ones, and it in training mode, for the time of a block."""
-    modules = list(model.modules())
-    state = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in modules]
+def _as_fake(model: nn.Module, device: str) -> list[Tensor]:
+    """Fake tensors in the model in place of its own, and it in training mode."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor | None) -> Tensor | None:
@@ -198,15 +196,8 @@ def _as_fake(model: nn.Module, mode: FakeTensorMode, device: str) -> Iterator[li
             made[id(tensor)] = blank
         return made[id(tensor)]
 
-    try:
-        for module, parameters, buffers, _ in state:
-            module._parameters.update({k: fake(v) for k, v in parameters.items()})  # type: ignore[arg-type]
-            module._buffers.update({k: fake(v) for k, v in buffers.items()})
-        model.train()
-        yield list(made.values())
-    finally:
-        for module, parameters, buffers, training in state:
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module.training = training
+    for module in model.modules():
+        module._parameters.update({k: fake(v) for k, v in module._parameters.items()})  # type: ignore[arg-type]
+        module._buffers.update({k: fake(v) for k, v in module._buffers.items()})
+    model.train()
+    return list(made.values())

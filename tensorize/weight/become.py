@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,20 @@ def subclass(
     written = (vars(a).get("_made", a) if isinstance(a, type) else a for a in arguments)
     shown = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"_made": _Made(make, tuple(written)), "__reduce_ex__": _reduce}
-    return type(base.__name__, (base,), {**shown, **own, **body})
+    kind = type(base)
+    create: Any = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+    bases = (base,) if issubclass(base, _Unregistered) else (_Unregistered, base)
+    return create(kind, base.__name__, bases, {**shown, **own, **body})
+
+
+class _Unregistered(nn.Module):
+    """Stands before a class of the caller's, so that no ``__init_subclass__`` of theirs is run.
+
+    Nor is a metaclass of theirs: a registry of their classes is to know none of ours.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Nothing to do."""
 
 
 def _reduce(owner: Any, protocol: int) -> tuple[Any, ...]:

@@ -7,13 +7,28 @@ from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from tensorize.base.errors import TensorizeError
 from tensorize.capture.matmul import Frame
 from tensorize.ir.spec import Spec
 from tensorize.weight.become import become, subclass
 from tensorize.weight.contractions import Contractions, contractions
 from tensorize.weight.lazy import FactoredWeight, cannot_be_assigned
+
+
+def refuse_to_be_scripted(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` asks of every module, before it changes anything.
+
+    Raises:
+        TensorizeError: always.
+    """
+    raise TensorizeError(
+        f"torch.jit.script reads Python's text, and a {type(module).__name__} chooses what to run "
+        "while it runs",
+        way_out="torch.jit.trace(model, inputs) and torch.export.export(model, inputs) work; so "
+        "does torch.jit.script(tensorize.densify(model)), with dense weights",
+    )
 
 
 class Cores(nn.Module):
@@ -41,8 +56,13 @@ class Cores(nn.Module):
 
     def forward(self) -> FactoredWeight:
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.core_shapes)))
+        if isinstance(cores[0], fx.Proxy):  # a graph calls this module, and hands on what it gives
+            tracer: Any = cores[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (), {})
         indices = (self.order,) if self.spec.index_shapes else ()
         return FactoredWeight(self.spec, cores, self.frame, self.contractions, indices=indices)
+
+    __prepare_scriptable__ = refuse_to_be_scripted
 
     def resize(self, spec: Spec, cores: Sequence[Tensor]) -> None:
         """Take other cores, and the indices that may come after them."""

@@ -16,16 +16,18 @@ Tied weights share their cores as they shared the dense weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensorize.base.errors import TensorizeError
 from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec, TTSpec
-from tensorize.weight import ties
+from tensorize.weight import kept, ties
 from tensorize.weight.become import become, become_dense, dense_class
 from tensorize.weight.cores import (
     Cores,
@@ -37,7 +39,19 @@ from tensorize.weight.cores import (
     weight_of,
 )
 from tensorize.weight.lazy import FactoredWeight
-from tensorize.weight.low_rank import LowRankLinear
+from tensorize.weight.low_rank import LowRankLinear, drop_products
+
+
+def is_lazy(owner: nn.Module, parameter: str) -> bool:
+    """Whether cores stand for a module's parameter."""
+    if isinstance(owner, LowRankLinear):
+        return parameter == "weight"
+    return parameter in lazy_parameters(owner)
+
+
+def followed(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """What is installed in here is followed where modules keep the dense weight aside."""
+    return kept.followed(model, is_lazy)
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -207,10 +221,22 @@ def _become_factored(
 
 
 def factored(model: nn.Module) -> Iterator[tuple[str, FactoredWeight]]:
-    """Every factorized weight of a model, by the qualified name its dense parameter had."""
+    """Every factorized weight of a model, by the qualified name its dense parameter had.
+
+    Raises:
+        TensorizeError: other layers took the place of a weight's two, and hold no factors.
+    """
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(module, LowRankLinear):
+            for layer in (module.first, module.second):
+                if not isinstance(layer.weight, Tensor):
+                    raise TensorizeError(
+                        f"one of its two layers has become a {type(layer).__name__}: there are no "
+                        "factors to read",
+                        site=f"{prefix}weight",
+                        way_out="use the model from before, and quantize a copy of it",
+                    )
             yield f"{prefix}weight", module.weight
         for parameter in lazy_parameters(module):
             yield f"{prefix}{parameter}", weight_of(module, parameter)
@@ -249,8 +275,16 @@ def names_now(model: nn.Module, name: str) -> tuple[str, ...]:
     return core_names(model, name) if leaf in lazy else (name,)
 
 
-def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -> None:
-    """Put a dense parameter back wherever there are cores; tied weights stay tied."""
+def restore(
+    model: nn.Module,
+    build: Callable[[FactoredWeight], nn.Parameter],
+    names: Collection[str] | None = None,
+) -> None:
+    """Put a dense parameter back wherever there are cores; tied weights stay tied.
+
+    ``names``: of which weights; None: of all.
+    """
+    drop_products(model)
     made: dict[tuple[int, ...], nn.Parameter] = {}
 
     def dense(weight: FactoredWeight) -> nn.Parameter:
@@ -259,17 +293,25 @@ def restore(model: nn.Module, build: Callable[[FactoredWeight], nn.Parameter]) -
             made[key] = build(weight)
         return made[key]
 
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        lazy = ("weight",) if isinstance(module, LowRankLinear) else lazy_parameters(module)
+        back = [name for name in lazy if names is None or f"{prefix}{name}" in names]
+        if not back:
+            continue
         if isinstance(module, LowRankLinear):
             parameters = {"weight": dense(module.weight), "bias": module.bias}
-        elif lazy := lazy_parameters(module):
-            parameters = {name: dense(weight_of(module, name)) for name in lazy}
-            for name in lazy:
-                del module._modules[cores_name(name)]
         else:
-            continue
+            parameters = {name: dense(weight_of(module, name)) for name in back}
+            for name in back:
+                del module._modules[cores_name(name)]
+        still = tuple(name for name in lazy if name not in back)
         become_dense(module)
         module._parameters.update(parameters)
-        if isinstance(module, nn.RNNBase):
+        if still:
+            become(module, factored_class(still, dense_class(module)))
+        elif isinstance(module, nn.RNNBase):
             module._init_flat_weights()
-    ties.undo(model)
+    kept.forget(model, is_lazy)
+    if names is None:
+        ties.undo(model)

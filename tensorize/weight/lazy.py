@@ -199,6 +199,20 @@ class FactoredWeight:
     def __rmatmul__(self, other: Tensor) -> Tensor:
         return torch.matmul(other, self)  # type: ignore[arg-type]
 
+    def _refuse_hook(self, *_: Any, **__: Any) -> Any:
+        raise TensorizeError(
+            "its weight is factorized: the factors are trained, and no gradient of the dense "
+            "weight is ever computed that a hook could see or change",
+            way_out="exclude= the weight when compiling, or hook its factors: layer.weight.cores",
+        )
+
+    register_hook = register_post_accumulate_grad_hook = _refuse_hook
+
+    @property
+    def grad_fn(self) -> None:
+        """None, as of a parameter: the cores are what is trained."""
+        return None
+
     def __getattr__(self, name: str) -> Any:
         # Whatever else a tensor can do: a view, or an operation on the dense matrix.
         method = getattr(torch.Tensor, name, None)
@@ -225,6 +239,8 @@ class FactoredWeight:
         if func in views.COMPOSITES:
             return views.COMPOSITES[func](*args, **kwargs)
         weight = next(_factored(args, kwargs))
+        if func in _OF_GRADIENTS:
+            return weight._refuse_hook()
         matmul = uses.read(func, args, kwargs, weight)
         if matmul is not None and weight._can_run(matmul):
             return weight.run(weight.frame.turn(matmul))
@@ -259,6 +275,8 @@ class FactoredWeight:
         pair, frame = self.format.pair and not self.spec.pivoted, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
             return False
+        if not pair and matmul.x.layout != torch.strided:
+            return False  # a contraction folds its input, which a sparse one cannot be
         if matmul.convolution is not None:
             groups = self.spec.shape[0] if self.spec.batch else 1
             return pair and frame.shape is not None and matmul.convolution.groups == groups
@@ -296,6 +314,10 @@ class FactoredWeight:
             return products.lookup(self.spec, cores, x, matmul.padding_idx, kernel)
         y = products.matmul(self.spec, known, cores, x, contract, matmul.bias)
         return matmul.from_rows(y)
+
+
+_OF_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.register_hook)
+"""Functions that want to know of the gradient of a weight itself."""
 
 
 def _operator(name: str) -> Callable[..., Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -18,7 +19,7 @@ from tensorize.ir.spec import Spec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
-from tensorize.weight.cores import check_tie, keep_order
+from tensorize.weight.cores import check_tie, keep_order, refuse_to_be_scripted
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.precision import in_float32, widened
 
@@ -50,6 +51,8 @@ class LowRankLinear(nn.Module):
     _watched: tuple[RemovableHandle, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):  # the graph has the two layers, as any other two
+            return self.second(self._between(self.first(x)))
         if torch.compiler.is_compiling():  # a graph names weights by the attributes that lead there
             first, second = self.first, self.second
             right, left, bias = first.weight, second.weight, second.bias
@@ -60,7 +63,9 @@ class LowRankLinear(nn.Module):
             left, bias = held.get("weight"), held.get("bias")
         pivoted = self.spec.pivoted
         if not (_is_bare(first) and _is_bare(second)) or _has_any_global_hook():
-            x = widened(x, first.weight)
+            known = right if right is not None else first.weight
+            # A layer that took the place of one of them (a quantized one) casts by itself.
+            x = widened(x, known) if isinstance(known, Tensor) else x
             if not pivoted:
                 return second(self._between(first(x)))
             kept, others = ordered(x, self.order, self.spec.ranks[0])
@@ -71,17 +76,26 @@ class LowRankLinear(nn.Module):
         if self.kernels and not own and type(right) is nn.Parameter:
             own = None if self._waits_for_product() else self.kernels
         # A product that serves other layers as well is computed by itself.
-        alone = self.input_product is None
+        alone = not self._shares(x, right)
         if self.nonlinearity is None and (own or (alone and in_float32(x, right.shape[0]))):
             cores = (left, right, self.order) if pivoted else (left, right)
             return products.matmul(self.spec, own or {}, cores, x, "columns", bias)
         if pivoted:
             narrow = product(x, right, self.order)
-        elif self.input_product is None or torch.compiler.is_compiling():
+        elif self.input_product is None or alone or torch.compiler.is_compiling():
             narrow = F.linear(x, right)
         else:
             narrow = self.input_product(first, x)
         return F.linear(self._between(narrow), left, bias)
+
+    __prepare_scriptable__ = refuse_to_be_scripted
+
+    def _shares(self, x: Tensor, right: Tensor) -> bool:
+        """Whether the product of this call may serve other layers, or be that of another one."""
+        product = self.input_product
+        return product is not None and (
+            torch.compiler.is_compiling() or product.may_serve(x, right)
+        )
 
     def _waits_for_product(self) -> bool:
         """Whether the input's product, once computed, serves other layers as well.
@@ -142,40 +156,56 @@ def _is_bare(layer: nn.Module) -> bool:
 class SharedProduct:
     """What layers with one first factor have in common: its product with their input.
 
-    The layers are called one after the other with the very same tensor; the first call computes
-    the product, the others take it. It is computed anew wherever anything is not as it was then:
-    another tensor, one that was written to, other modes, a first layer that became something else.
-    With gradients the layers have a node of the graph in common: they are to be in one backward
-    pass (or ``retain_graph``), and in one part where parts are checkpointed.
+    It is kept within one call of ``owner``, the innermost module that has all of the layers, and
+    without gradients only. There the layers are called one after the other with the very same
+    tensor; the first call computes the product, the others take it. It is computed anew wherever
+    anything is not as it was then: another tensor, one that was written to, other modes, a first
+    layer that became something else. Between two calls whatever may be written, by whatever means;
+    and a graph in common would make two backward passes one.
     """
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self._forget()
+        self._now = _Now()
 
-    def _forget(self) -> None:
-        self._last: tuple[weakref.ref, tuple, Tensor] | None = None
-        self._left = 0
+    def follow(self, owner: nn.Module) -> None:
+        """Serve the layers within calls of a module."""
+        owner.register_forward_pre_hook(self._begin)
+        owner.register_forward_hook(self._end, always_call=True)
+
+    def _begin(self, owner: nn.Module, inputs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._now.open, self._now.last = True, None
+
+    def _end(self, owner: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._now.open, self._now.last = False, None
+
+    def may_serve(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a product of these two can be kept."""
+        if not self._now.open or type(x) is not Tensor:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return False
+        # Writes to what inference mode made are not counted; under vmap nothing has a place.
+        unknown = x.is_inference() or weight.is_inference()
+        return not (unknown or torch._C._are_functorch_transforms_active())
 
     def __call__(self, first: nn.Module, x: Tensor) -> Tensor:
         weight: Any = first.weight
-        if x.is_inference() or weight.is_inference():
-            return first(x)  # writes to them are not counted
         state = (
-            id(weight),
-            weight._version,
-            x._version,
-            torch.is_grad_enabled(),
+            *(id(weight), weight._version, weight.data_ptr()),
+            *(x._version, x.data_ptr()),
             torch.is_autocast_enabled(x.device.type),
         )
-        last = self._last
+        now, last = self._now, self._now.last
         if last is not None and last[0]() is x and last[1] == state:
-            self._left -= 1
-            if self._left == 0:
-                self._forget()  # nothing is kept alive once all have it
+            now.left -= 1
+            if now.left == 0:
+                now.last = None  # nothing is kept alive once all have it
             return last[2]
         product = first(x)
-        self._last, self._left = (weakref.ref(x), state, product), self.layers - 1
+        now.last, now.left = (weakref.ref(x), state, product), self.layers - 1
         return product
 
     def __deepcopy__(self, memo: dict) -> SharedProduct:
@@ -184,3 +214,23 @@ class SharedProduct:
 
     def __reduce__(self) -> tuple:
         return SharedProduct, (self.layers,)
+
+
+class _Now(threading.local):
+    """What a thread is at: whether it is in the owner's call, and the last product there."""
+
+    open = False
+    last: tuple[weakref.ref, tuple, Tensor] | None = None
+    left = 0
+
+
+def drop_products(model: nn.Module) -> None:
+    """Let no module's layers share products any more."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), SharedProduct):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+        if isinstance(module, LowRankLinear):
+            vars(module).pop("input_product", None)

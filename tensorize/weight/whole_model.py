@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from tensorize.weight import ties
 from tensorize.weight.contractions import Contractions, common_breakpoints
 from tensorize.weight.cores import Cores
-from tensorize.weight.low_rank import LowRankLinear, SharedProduct
+from tensorize.weight.low_rank import LowRankLinear, SharedProduct, drop_products
 
 
 def use_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> int:
@@ -66,6 +67,7 @@ def breakpoints(model: nn.Module) -> tuple[int, ...] | None:
 
 def _share_products(model: nn.Module) -> None:
     """Let layers whose first factor is one parameter compute its product with their input once."""
+    drop_products(model)
     groups: dict[int, dict[str, LowRankLinear]] = defaultdict(dict)
     for path, module in model.named_modules():
         if isinstance(module, LowRankLinear):
@@ -73,13 +75,28 @@ def _share_products(model: nn.Module) -> None:
     same: dict[str, str] = {}
     for layers in groups.values():
         if len({id(layer.second.weight) for layer in layers.values()}) > 1:
-            product = SharedProduct(len(layers))
+            owner = _innermost(model, list(layers))
+            product = None if owner is None else SharedProduct(len(layers))
+            if product is not None and owner is not None:
+                product.follow(owner)
             first = next(iter(layers))
             for path, layer in layers.items():
                 layer.input_product = product
                 if path != first:
                     same[f"{path}.first.weight"] = f"{first}.first.weight"
     ties.add(model, same)
+
+
+def _innermost(model: nn.Module, paths: list[str]) -> nn.Module | None:
+    """The innermost module with a forward of its own that has all of several others."""
+    parents = [path.split(".")[:-1] for path in paths]
+    together = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parents, strict=False))
+    parts = [names[0] for names in together]
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if type(module).forward is not nn.Module.forward:  # a list has none
+            return module
+    return None
 
 
 def limit_saved(model: nn.Module, memory_limit: int | None = 0) -> None:

@@ -39,7 +39,7 @@ def test_the_command_says_what_a_parameter_took(checkpoint: Path, tmp_path: Path
     out = tmp_path / "small"
     done = run("compile", str(checkpoint), "--stream", "--budget", "0.5", "--out", str(out))
     assert done.exit_code == 0, done.output
-    assert " µs a parameter; peak resident memory " in done.stderr
+    assert " us a parameter; peak resident memory " in done.stderr
     assert "saved in" in done.stdout
     assert_same(out, compiled(checkpoint, tmp_path / "compiled"))
 

@@ -190,7 +190,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "the data": (synthetic, "_drawn"),
     "what the data are like": (synthetic, "_looked_up"),
     "the loss": (outputs, "_by_rows"),
-    "changed inputs": (statistics, "changed_after_use"),
+    "changed inputs": (statistics, "peculiar"),
     "moments, in the backward pass": (statistics, "_add_term"),
     "moments, after it": (statistics, "_normalise"),
     "metrics": (metric, "shrinkage"),

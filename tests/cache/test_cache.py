@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -131,7 +133,21 @@ def changed_weight() -> dict[str, Any]:
     return {"model": model}
 
 
+def with_hook() -> dict[str, Any]:
+    model = net()
+    model.norm.register_forward_hook(lambda module, args, out: 2 * out)
+    return {"model": model}
+
+
+def with_power() -> dict[str, Any]:
+    model = net()
+    model.power = 2
+    return {"model": model}
+
+
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "an attribute": with_power,
+    "a hook": with_hook,
     "weights": changed_weight,
     "buffers": changed_buffer,
     "what the model computes": lambda: {"model": net(OtherNet)},
@@ -165,6 +181,86 @@ def test_what_it_does_not_depend_on_is_not(tmp_path: Path) -> None:
     model(IDS[0]).sum().backward()
     model.train()
     assert was_read(analysed(tmp_path, model, calibration=copy.deepcopy(IDS), max_memory="1GB"))
+
+
+def test_what_cannot_be_told_is_not_kept(tmp_path: Path) -> None:
+    """And a note says of what; the analysis is the one that it always is."""
+    model: Any = net()
+    model.source = (word for word in "abc")
+    found = analysed(tmp_path, model)
+    assert any("not kept in cache_dir: source is a builtins.generator" in n for n in found.notes)
+    assert not list(tmp_path.iterdir())
+    assert found.plan(0.5).cache is None
+    assert_alike(analysed(None), found)
+    own = analysed(tmp_path, loss_fn=lambda outputs, batch: outputs.square().mean())
+    assert any("not kept in cache_dir: it is of a loss_fn" in note for note in own.notes)
+
+
+SAME = """
+import sys
+from pathlib import Path
+from tests.cache.test_cache import analysed, was_read
+print(was_read(analysed(Path(sys.argv[1]))))
+"""
+
+
+def test_another_process_finds_what_was_analysed(tmp_path: Path) -> None:
+    def run(seed: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", SAME, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+            check=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.strip()  # fmt: skip
+
+    assert [run("1"), run("2")] == ["False", "True"]
+
+
+# ------------------------------------------------------------------------------ disks without room
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from tests.cache.test_cache import analysed
+options = {"max_memory": "1GB"} if sys.argv[3] == "mapped" else {}
+whole = analysed(None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+found = analysed(Path(sys.argv[1]), **options)
+assert found.plan(0.5).sites == whole.plan(0.5).sites
+print(found.cache, [note for note in found.notes if "cache_dir" in note])
+"""
+
+
+@pytest.mark.parametrize("held", ["memory", "mapped"])
+@pytest.mark.parametrize("room", [0, 3000])
+def test_a_full_disk_costs_the_cache_and_not_the_analysis(
+    room: int, held: str, tmp_path: Path
+) -> None:
+    """There is room for nothing, or for some of the curves."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(room), held],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("None ['the analysis is not kept in cache_dir: OSError")
+    assert "is gone on without" in done.stderr  # one warning
+    assert not entries(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not was_read(analysed(tmp_path))
+    assert was_read(analysed(tmp_path))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_takes_no_more(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("tensorize.cache.analyses.write_at_once", fail)  # the last file of all
+    found = analysed(tmp_path)
+    assert any(os.strerror(code) in note for note in found.notes)
+    assert found.plan(0.5).cache is None
+    monkeypatch.undo()
+    assert was_read(analysed(tmp_path)) is False
 
 
 # ------------------------------------------------------------------------------------ the damage

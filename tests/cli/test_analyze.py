@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import pytest
+
 import tensorize
-from tensorize.cli.telling import BUDGET, CHECKPOINT
+from tensorize.cli.telling import BUDGET, CAPTURE, CHECKPOINT
 from tensorize.store.manifest import read_report
 from tests.cli.commands import invoke
 
@@ -22,6 +25,20 @@ def test_analyze_prints_and_draws_the_curve() -> None:
     assert len(data["curve"]["points"]) > 3
     assert invoke("analyze", "clinet:make", "--budgets", "0.0001").exit_code == BUDGET
     assert invoke("analyze", "clinet:make", "--budgets", "2").exit_code == BUDGET
+
+
+def test_a_plot_that_cannot_be_drawn_is_known_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke("analyze", "clinet:make", "--plot", "curve.svg")
+    assert result.exit_code == CAPTURE
+    assert "pip install matplotlib" in result.stderr
+    assert "loading" not in result.stderr
+    assert "a module that talks" not in result.stderr
+    result = invoke("analyze", "clinet:make")  # the way out: without a plot
+    assert result.exit_code == 0
+    assert "budget" in result.stdout
 
 
 def test_report_reads_the_manifest_only() -> None:

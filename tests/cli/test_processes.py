@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorize
-from tensorize.cli.telling import BUDGET, INTERRUPTED
+from tensorize.cli.telling import BUDGET, CHECKPOINT, INTERRUPTED
 from tensorize.store.manifest import read_report
 from tests.cli.commands import TEXT, invoke, tiny_llama
 from tests.paths import ROOT
@@ -22,6 +22,7 @@ def execute(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[
         [sys.executable, "-m", "tensorize.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )
@@ -34,6 +35,22 @@ def test_help_in_a_process() -> None:
         assert not command or f"Example: tensorize {command[0]}" in result.stdout
     done = execute("--version")
     assert (done.returncode, done.stdout.strip()) == (0, tensorize.__version__)
+
+
+def test_any_encoding_of_standard_output() -> None:
+    """A pipe on Windows, a shell without a locale: names have letters that those have not."""
+    Path("größer.py").write_text(Path("clinet.py").read_text(encoding="utf-8"), encoding="utf-8")
+    for encoding in ("ascii", "cp1252"):
+        kept = {"PYTHONIOENCODING": encoding}
+        done = execute("compile", "größer:make", "--budget", "0.5", "--out", "kleinß", **kept)
+        assert done.returncode == 0, done.stderr
+        assert "low rank" in done.stdout
+        done = execute("report", "kleinß", "--json", **kept)
+        assert json.loads(done.stdout)
+        assert execute("analyze", "größer:make", **kept).returncode == 0
+        done = execute("report", "größer", **kept)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == CHECKPOINT
 
 
 def test_only_json_on_standard_output() -> None:

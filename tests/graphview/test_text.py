@@ -144,14 +144,14 @@ def test_print_readable_golden(small: Graphs) -> None:
 
 def test_diff_golden(small: Graphs) -> None:
     assert small.diff() == (
-        "5 nodes → 6 nodes, changed in 1 place\n"
+        "5 nodes -> 6 nodes, changed in 1 place\n"
         "  input: f32[2, 8] = input\n"
         "@@ 0: weight f32[16, 8], bias f32[16]\n"
-        "   → low rank 4: 0.weight f32[4, 8], 1.weight f32[16, 4], 1.bias f32[16]\n"
+        "   -> low rank 4: 0.weight f32[4, 8], 1.weight f32[16, 4], 1.bias f32[16]\n"
         "- linear: f32[2, 16] = aten.linear(input, 0.weight, 0.bias)\n"
         "+ linear: f32[2, 4] = aten.linear(input, 0.0.weight)\n"
         "+ linear_1: f32[2, 16] = aten.linear(linear, 0.1.weight, 0.1.bias)\n"
-        "  … 3 nodes unchanged\n"
+        "  ... 3 nodes unchanged\n"
     )
 
 

@@ -126,18 +126,93 @@ def test_importing_both_is_enough_in_any_order(first: str, tmp_path: Path) -> No
     assert output.split()[-2:] == [str(count), str(len(tensorize.report(saved).sites))]
 
 
-def test_transformers_alone_refuses_to_make_up_weights(tmp_path: Path) -> None:
-    tensorize.save(compress("gpt2"), tmp_path)
-    code = """
-import logging, sys
-from transformers import AutoModelForCausalLM
-logging.disable()
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except OSError as error:
-    print(error)
+ALONE = """
+import sys
+from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
+for path in sys.argv[1:]:
+    for kind in (AutoModel, AutoModelForCausalLM, GPT2LMHeadModel):
+        for given in ({}, {"attn_implementation": "eager"}, {"experts_implementation": "eager"}):
+            try:
+                kind.from_pretrained(path, **given)
+            except ValueError as error:
+                print("import tensorize" in str(error))
+assert "tensorize" not in sys.modules
 """
-    assert "no file named model.safetensors" in python(code, tmp_path)
+
+
+def test_transformers_alone_refuses_to_make_up_weights(tmp_path: Path) -> None:
+    """In a sentence that names us, whoever wrote the folder and however it is read."""
+    saved: Any = compress("gpt2")
+    tensorize.save(saved, tmp_path / "ours")
+    saved.save_pretrained(tmp_path / "theirs")
+    saved.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    paths = [tmp_path / name for name in ("ours", "theirs", "shards")]
+    assert python(ALONE, *paths).split() == ["True"] * 27
+    for path in paths:  # and with us it is there, and goes on as it came
+        loaded = hf.AutoModelForCausalLM.from_pretrained(path)
+        same_state(loaded, saved)
+        loaded.save_pretrained(path / "again")
+    assert python(ALONE, *(path / "again" for path in paths)).split() == ["True"] * 27
+
+
+def test_a_compressed_configuration_builds_the_dense_architecture(tmp_path: Path) -> None:
+    """With tensorize the marks in a configuration refuse nothing, and densify takes them away."""
+    saved: Any = compress("mixtral")
+    saved.save_pretrained(tmp_path)
+    config = hf.AutoConfig.from_pretrained(tmp_path)
+    blank: Any = hf.AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(8).reshape(2, 4)
+    assert blank(ids).logits.isfinite().all()
+    tensorize.save(saved, tmp_path / "ours")
+    same_state(tensorize.load(tmp_path / "ours", blank), saved)
+    dense: Any = tensorize.densify(saved)
+    assert "tensorize" not in dense.config.to_json_string()
+    dense.save_pretrained(tmp_path / "dense")
+    assert "tensorize" not in (tmp_path / "dense/config.json").read_text()
+
+
+def test_every_part_of_a_configuration_is_marked(tmp_path: Path) -> None:
+    """A class that reads a part of it alone makes up no weights either."""
+    config = hf.CLIPConfig(
+        text_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                     "num_attention_heads": 2, "vocab_size": 99},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )  # fmt: skip
+    small: Any = tensorize.compile(hf.CLIPModel(config), 0.5, metric="frobenius")
+    small.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="import tensorize"):
+        hf.CLIPTextModel.from_pretrained(tmp_path)
+    same_state(hf.CLIPModel.from_pretrained(tmp_path), small)
+
+
+def test_damage_of_what_from_pretrained_reads_is_found(tmp_path: Path) -> None:
+    saved: Any = compress("gpt2")
+    tensorize.save(saved, tmp_path)
+    config = tmp_path / "config.json"
+    whole = config.read_text()
+
+    def refused(match: str, **values: Any) -> None:
+        data = json.loads(whole)
+        data["quantization_config"].update(values)
+        config.write_text(json.dumps(data))
+        with pytest.raises(CheckpointError, match=match):
+            hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+        config.write_text(whole)
+
+    noted = json.loads(whole)["quantization_config"]
+    refused("their sha256", sites=noted["sites"][1:])
+    refused("their sha256", aliases={})
+    refused("damaged: TypeError", sites=5, sha256=None)
+    refused("damaged: AttributeError", aliases=["x"], sha256=None)
+    refused("format version", format_version="1")
+    (path,) = tmp_path.glob("tensorize-*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not that of its name"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_configurations_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
@@ -146,16 +221,16 @@ def test_configurations_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     def change(**values: Any) -> None:
         tensorize.save(saved, tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        config["quantization_config"].update(values)
+        config["quantization_config"].update(values, sha256=None)
         (tmp_path / "config.json").write_text(json.dumps(config))
 
     change(format_version=99)
     with pytest.raises(CheckpointError, match=r"format version 99(.|\n)*upgrade tensorize"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     sites = json.loads((tmp_path / "tensorize.json").read_text())["sites"]
-    sites[0]["shape"][0] += 1
+    sites[0]["shape"] = [64, 64]
     change(sites=sites)
-    with pytest.raises(CheckpointError, match=r"wte\.weight: .*shape \(128, 32\), and \(129, 32\)"):
+    with pytest.raises(CheckpointError, match=r"wte\.weight: .*shape \(128, 32\), and \(64, 64\)"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -17,7 +17,7 @@ from tensorize.algebra.decompose import tt_svd
 from tensorize.ir.plan import Plan, Prediction, RankPlan, Totals
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
-from tensorize.store.manifest import MANIFEST
+from tensorize.store.manifest import MANIFEST, signed
 from tensorize.weight.install import factored, install, owner_of
 
 
@@ -189,8 +189,10 @@ def weights_file(directory: Path) -> Path:
     return found
 
 
-def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what a manifest says, its checksum with it."""
     path = directory / MANIFEST
     data = json.loads(path.read_text())
+    del data["sha256"]
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(signed(data))

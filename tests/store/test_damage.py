@@ -48,15 +48,19 @@ def foreign_weights(directory: Path) -> None:
     """A valid safetensors file of other tensors, with its checksum in the manifest."""
     path = weights_file(directory)
     save_file({"x": torch.zeros(3)}, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit_manifest(directory, lambda d: d["weights"].update(sha256=digest))
+    note_weights(directory, path.read_bytes())
 
 
 def not_safetensors(directory: Path) -> None:
     path = weights_file(directory)
-    path.write_bytes(b"not what it should be")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit_manifest(directory, lambda d: d["weights"].update(sha256=digest))
+    path.write_bytes(b"not what it should be" * 1000)
+    note_weights(directory, path.read_bytes())
+
+
+def note_weights(directory: Path, data: bytes) -> None:
+    """Say in the manifest what the file of weights holds now."""
+    known = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    edit_manifest(directory, lambda d: d["weights"].update(known))
 
 
 def manifest_text(text: str) -> Callable[[Path], None]:

@@ -132,7 +132,9 @@ def test_every_weight_keeps_the_same_share_and_tables_a_larger_one() -> None:
     tables = [site.share for site in report.sites if "embedding" in site.kind]
     assert max(linear) - min(linear) < 0.12  # ranks are multiples of 8
     assert min(tables) > max(linear)
-    assert all(site.ranks[0] % 8 == 0 for site in report.sites)
+    assert all(rank % 8 == 0 for site in report.sites for rank in site.ranks)
+    for names in ("qkv", "projection", "expand", "contract"):
+        assert len({site.ranks for site in report.sites if names in site.name}) == 1
 
 
 def test_budgets_of_flops_and_patterns() -> None:
@@ -140,12 +142,12 @@ def test_budgets_of_flops_and_patterns() -> None:
     model = GPT(GPTConfig(layers=2))
     small = tensorize.initialize(
         model,
-        tensorize.Budget(params=0.7, flops=0.6),
+        tensorize.Budget(params=0.7, flops=0.8),
         exclude="*embedding*",
         formats={"*.expand": "block", "*.contract": TTSpec((8, 24), (24, 32), (16,))},
     )
     report = tensorize.report(small)
-    assert report.totals.share.flops <= 0.6
+    assert report.totals.share.flops <= 0.8
     formats = {site.name.split(".")[-2]: site.format for site in report.sites}
     assert formats["embedding"] == "dense"
     assert (formats["qkv"], formats["expand"]) == ("low_rank", "block")

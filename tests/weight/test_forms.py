@@ -122,7 +122,9 @@ def test_it_is_saved_loaded_copied_and_pickled(tmp_path: Path, dtype: torch.dtyp
 def test_graphs_of_it_are_whole() -> None:
     small = compressed()
     wanted = small(IDS).detach()
-    assert relative(torch.compile(small, backend="eager", fullgraph=True)(IDS).detach(), wanted) < 1e-6
+    assert (
+        relative(torch.compile(small, backend="eager", fullgraph=True)(IDS).detach(), wanted) < 1e-6
+    )
     exported = torch.export.export(small, (IDS,))
     assert relative(exported.module()(IDS).detach(), wanted) < 1e-6
 
@@ -139,7 +141,8 @@ def test_full_rank_is_plain_and_exact() -> None:
     small = tensorize.compile(model, None, ranks={"up.weight": "full"}, example_inputs=(IDS,))
     ((_, weight),) = factored(small)
     assert not weight.spec.pivoted
-    assert relative(small(IDS), model(IDS)) < 1e-4
+    with torch.no_grad():
+        assert relative(small(IDS), model(IDS)) < 1e-4
 
 
 def test_what_others_share_or_look_into_stays_plain() -> None:

@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tensorize
 from tensorize.base.errors import BudgetError
+from tensorize.codegen.machine import rates
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import DENSE, TTSpec
 from tensorize.passes.allocate.flops import spec_flops
-from tensorize.passes.orders.by_flops import plan_contraction
 from tensorize.passes.predict.predictor import Predictor, Trial
+from tensorize.weight.contractions import common_breakpoints, contractions
 from tests.models import MLP, parameters
 from tests.passes.allocate.programs import M, N, curve, falling, linear, model_of, plan, program
 
@@ -30,7 +32,8 @@ def test_a_budget_is_used_and_never_exceeded(budget: float) -> None:
     assert 0.98 * limit <= found.predicted.parameters <= limit
     kept = sum(site.parameters_after for site in found.sites) + 500
     assert found.predicted.parameters == kept
-    assert found.predicted.bytes == 4 * kept
+    orders = sum(s.shape[1] for s in found.sites if s.spec is not None and s.spec.pivoted)
+    assert found.predicted.bytes == 4 * (kept + orders)
 
 
 def test_a_share_counts_everything_that_is_no_matmul() -> None:
@@ -125,13 +128,19 @@ def test_experts_count_all_their_parameters_and_the_work_of_one() -> None:
     assert limited.parameters_after <= 0.5 * site.parameters
 
 
-def test_flops_of_a_train_are_those_of_its_worst_batch() -> None:
-    spec = TTSpec((8, 8), (6, 8), (20,))
-    site = linear("w", 64, 48)
-    per_row = [math.ceil(plan_contraction(spec, "columns").flops(b) / b) for b in (1, 16, 256)]
+def test_flops_of_a_train_are_those_of_the_order_that_runs_at_its_worst_batch() -> None:
+    spec, sizes = TTSpec((8, 8), (6, 8), (20,)), (1, 16, 256)
+    runs = contractions(spec, breakpoints=common_breakpoints([(spec, torch.float32)]))["columns"]
+    cores = [torch.randn(shape) for shape in spec.core_shapes]
+    per_row = []
+    for batch in sizes:
+        with FlopCounterMode(display=False) as counter:
+            runs(torch.randn(batch, 48), cores)
+        per_row.append(math.ceil(counter.get_total_flops() / batch))
     assert len(set(per_row)) > 1
-    assert spec_flops(site, spec, (1, 16, 256)) == max(per_row)
-    assert spec_flops(site, spec, (256,)) == per_row[-1]
+    site, machine = linear("w", 64, 48), rates.current()
+    assert spec_flops(site, spec, sizes, machine) == max(per_row)
+    assert spec_flops(site, spec, (256,), machine) == per_row[-1]
 
 
 # ----------------------------------------------------------------------------- limits on the damage
@@ -227,8 +236,9 @@ def test_on_a_real_model_the_figures_are_what_apply_gives() -> None:
         found = analysis.plan(budget)
         small = tensorize.apply(model, found)
         assert parameters(small) == found.predicted.parameters
-        size = sum(p.numel() * p.element_size() for p in small.parameters())
-        assert size == found.predicted.bytes
+        orders = (buffer for name, buffer in small.named_buffers() if name.endswith("order"))
+        held = [*small.parameters(), *orders]
+        assert sum(t.numel() * t.element_size() for t in held) == found.predicted.bytes
         if isinstance(budget, float):
             assert found.predicted.loss is not None
             assert found.predicted.loss < before

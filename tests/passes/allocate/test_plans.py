@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tensorize.base.errors import AnalysisError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
 from tests.passes.allocate.programs import BOTH, model_of, plan, trained
@@ -32,6 +35,43 @@ def test_plans_go_through_json(budget: Any) -> None:
     assert again.budget == str(Budget.of(budget))
     trains = plan(trained(BOTH), 0.3)
     assert Plan.from_json(trains.to_json()) == trains
+
+
+def test_a_plan_that_was_changed_is_refused_and_an_edited_one_is_taken() -> None:
+    found = plan(model_of(), 0.4)
+    text = found.to_json()
+    changed = text.replace('"seed": 0', '"seed": 1')
+    with pytest.raises(AnalysisError, match="without the line of its sha256"):
+        Plan.from_json(changed)
+    data = json.loads(changed)
+    del data["sha256"]
+    assert Plan.from_json(json.dumps(data)) == replace(found, seed=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["sites"].append(d["sites"][0]),
+        lambda d: d["sites"][0].update(shape=[-1, 5]),
+        lambda d: d["sites"][0].update(shape=[2**40, 2**40]),
+        lambda d: d["sites"][0]["spec"].update(storage=5),
+        lambda d: d["sites"][0]["spec"].update(experts=True),
+        lambda d: d["sites"][0]["spec"].update(row_modes=[7, 1]),
+        lambda d: d["sites"][0]["spec"].update(row_mode=[7, 1]),
+        lambda d: d.update(refine="x"),
+        lambda d: d.update(batch_sizes=[0]),
+        lambda d: d["dense"].update(bytes=-1),
+        lambda d: d["predicted"].update(output_error=True),
+        lambda d: d.update(notes="text"),
+    ],
+)
+def test_every_value_of_a_plan_is_checked(change: Any) -> None:
+    data = json.loads(plan(model_of(), 0.4).to_json())
+    del data["sha256"]
+    Plan.from_json(json.dumps(data))
+    change(data)
+    with pytest.raises(AnalysisError, match="the text is no plan"):
+        Plan.from_json(json.dumps(data))
 
 
 def test_the_same_program_gives_the_same_plan_whatever_was_planned_before() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.capture.inputs import batch_of
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.moments import Moments, Term
 from tensorize.passes.observe.sites import FindSites
@@ -49,9 +50,8 @@ def run(
         model=model, inputs=batches[0], calibration=batches, metric=metric, seed=seed
     )
     loss = PreservedLoss.fit(model, batches, loss_fn) if metric == "loss" else None
-    return CollectStatistics(batches, loss, most_probes=1, by_sample=by_sample).run(
-        FindSites().run(given_model)
-    )
+    found = CountRows(batches, loss_fn).run(FindSites().run(given_model))
+    return CollectStatistics(batches, loss, most_probes=1, by_sample=by_sample).run(found)
 
 
 def the_term(moments: Moments) -> Term:

@@ -225,9 +225,9 @@ def test_the_table_reads_like_this() -> None:
 TABLE = """\
 contraction of TTSpec((16, 16, 16), (16, 16, 16), (32, 32)) with its columns
            batch                         FLOPs           peak elements  order
-             1–1               0 + 142606336 B        max(0, 131072 B)  ((('x', 0), 1), 2)
-            2–28        134217728 + 71303168 B  max(2097152, 131072 B)  (('x', (0, 1)), 2)
-            29–…       1207959552 + 33554432 B   max(16777216, 4096 B)  ('x', ((0, 1), 2))"""
+             1-1               0 + 142606336 B        max(0, 131072 B)  ((('x', 0), 1), 2)
+            2-28        134217728 + 71303168 B  max(2097152, 131072 B)  (('x', (0, 1)), 2)
+          29-...       1207959552 + 33554432 B   max(16777216, 4096 B)  ('x', ((0, 1), 2))"""
 
 
 def test_six_cores_are_planned_in_20_milliseconds() -> None:

@@ -245,7 +245,8 @@ def test_what_refining_gains_is_measured_in_trials(name: str, refine: str) -> No
     trials = [t for t in analysis.program.predictor.trials if t.refine == refine]
     often = refine == "polish" or name == "mlp"  # which has one output row a sample
     shares = (0.75, 0.5, 0.25) if often else (0.5, 0.25)
-    assert len(trials) == len(shares)
+    few = bool(analysis.program.few) and refine == "refit"  # whose gain may be none
+    assert len(trials) == (len(TRIAL_SHARES) if few else len(shares))
     loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
     for share in shares:
         plan = analysis.plan(share, refine=refine)
@@ -257,11 +258,11 @@ def test_what_refining_gains_is_measured_in_trials(name: str, refine: str) -> No
         assert 0.2 * trial.measured < measured < 1.1 * trial.measured
 
 
-@pytest.mark.parametrize(("batches", "held_out"), [(1, False), (2, True), (3, True), (4, True)])
-def test_something_is_held_out_from_two_batches_on(batches: int, held_out: bool) -> None:
+@pytest.mark.parametrize("batches", [1, 2, 3, 4])
+def test_something_is_held_out(batches: int) -> None:
     model = MLP()
     found = tensorize.analyze(model, calibration=[torch.randn(32, 48) for _ in range(batches)])
-    assert found.program.predictor.held_out == held_out
+    assert found.program.predictor.held_out
     assert found.program.predictor.trials
 
 
@@ -441,3 +442,12 @@ def test_predictions_for_trained_weights_hold_on_other_text(
     if isinstance(limit, tensorize.Budget):
         assert limit.loss is not None
         assert 0.9 * limit.loss < plan.predicted.loss <= limit.loss
+
+
+def test_trials_that_measure_rounding_alone_give_a_finite_interval() -> None:
+    """A model that loses nothing at any rank: its trials' ratios may be as far apart as any."""
+    trials = (Trial(6e-18, 1.5e-8, 1e4, 1e-6), Trial(4e-13, 2e-8, 0.0, 1e-6))
+    found = Predictor(trials, "nats", held_out=True)
+    for raw in (1e-300, 1e-40, 1e-15, 1.0):
+        expected, (low, high) = found.predict(raw)
+        assert 0 <= low <= expected <= high < math.inf

@@ -147,14 +147,14 @@ def test_weights_of_one_input_share_their_moments(
     made: list[str] = []
     plain = _Moments.__init__
 
-    def noted(self: _Moments, site: Site, runs: Any) -> None:
+    def noted(self: _Moments, site: Site, runs: Any, masks: Any) -> None:
         made.append(site.name)
-        plain(self, site, runs)
+        plain(self, site, runs, masks)
 
     monkeypatch.setattr(_Moments, "__init__", noted)
     shared = refit(learned, sites, given(data))
     assert made == ["a.weight", "b.weight", *(["d.weight"] if changed else [])]
-    monkeypatch.setattr(_Moments, "are_of", lambda self, runs: False)
+    monkeypatch.setattr(_Moments, "are_of", lambda self, runs, masks: False)
     alone = refit(learned, sites, given(data))
     for name, cores in shared.items():
         assert all(torch.equal(a, b) for a, b in zip(cores, alone[name], strict=True)), name
