@@ -65,7 +65,7 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
 def _environment() -> tuple[tuple[str, str], ...]:
     return (
         ("tensorize", __version__),
-        ("torch", torch.__version__),
+        ("torch", str(torch.__version__)),
         ("python", platform.python_version()),
         ("machine", f"{platform.machine()} {platform.system()}"),
         ("threads", str(torch.get_num_threads())),

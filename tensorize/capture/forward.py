@@ -70,7 +70,6 @@ def untouched(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[Kept]:
         keeping(model, but) as kept,
         torch.no_grad(),
         _recurrent_gradients(model),
-        dynamo.nothing_compiled(),
     ):
         if any(module.training for module in model.modules()):
             with watching(), of_the_model("model.eval() fails", _OWN_EVAL):
@@ -104,7 +103,7 @@ def once(model: nn.Module, batch: Batch) -> Any:
     A model that differentiates in its forward (forces are gradients of an energy) has gradients
     there, be they off around it; where they are on, what it gives can be differentiated once more.
     """
-    with watching():
+    with watching(), dynamo.nothing_compiled():
         if torch.is_grad_enabled():
             with twice_differentiable() if differentiates(model) else contextlib.nullcontext():
                 return model(*batch.args, **batch.kwargs)

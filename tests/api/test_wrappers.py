@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import tensorize
+from tensorize.base.dynamo import nothing_compiled
+from tensorize.capture.forward import untouched
 from tests import models
 
 
@@ -154,6 +156,22 @@ def test_a_part_that_is_compiled_stays_so() -> None:
     small = tensorize.compile(model, 0.5, calibration=[X, X + 1])
     assert type(small[0]) is type(model[0])
     assert relative(small(X), tensorize.densify(small)(X)) < 1e-5
+
+
+def test_what_is_timed_compiled_runs_compiled() -> None:
+    """Parts are run as they were written only where they are watched."""
+    seen: list[int] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> object:
+        seen.append(len(graph.graph.nodes))
+        return graph.forward
+
+    with untouched(model := two()):
+        torch.compile(model, backend=note)(X)  # type: ignore[arg-type]
+    assert seen
+    with nothing_compiled():
+        torch.compile(two(), backend=note)(X)  # type: ignore[arg-type]
+    assert len(seen) == 1
 
 
 # ------------------------------------------------------------------------- what has no matrices

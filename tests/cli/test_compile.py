@@ -101,7 +101,7 @@ def test_unusable_calibration() -> None:
     expected = {
         "uneven.safetensors": "different numbers of samples",
         "unknown.safetensors": "holds y, which the model's forward does not take",
-        "narrow.safetensors": "the first calibration batch",
+        "narrow.safetensors": "calibration: batch 0 does not fit",
         "point.safetensors": "numbers of samples",
         "broken.safetensors": "no safetensors file",
         "text.txt": "no tokenizer",

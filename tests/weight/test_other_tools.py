@@ -117,7 +117,8 @@ def test_the_two_layers_are_quantized_as_any_other() -> None:
     for compared in (x, x.unsqueeze(1)):
         error = (result(compared) - small(compared)).norm() / small(compared).norm()
         assert 0 < float(error.detach()) < 0.1
-    assert str(tensorize.report(result)) == str(tensorize.report(small))
+    text = str(tensorize.report(result))  # and a note: the parameters are others now
+    assert text.startswith(str(tensorize.report(small)))
     for verb in (
         tensorize.densify,
         tensorize.kernels,
