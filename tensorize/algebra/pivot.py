@@ -22,7 +22,7 @@ BOUND = 1.05
 """The largest entry that V' may have: near 1, the least there is, a few more exchanges cost next to
 nothing, and what rounding costs falls by a quarter against 2."""
 
-_NEGLIGIBLE = 1e-5
+_NEGLIGIBLE = 1e-05
 """A relative rounding that is not worth solving for."""
 
 
