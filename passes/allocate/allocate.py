@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan, Prediction
@@ -28,11 +30,11 @@ from tensorize.passes.allocate.candidates import (
     takes_ranks,
 )
 from tensorize.passes.allocate.choose import Chosen
-from tensorize.passes.allocate.demand import Demand
+from tensorize.passes.allocate.demand import SLOWER, Demand
 from tensorize.passes.allocate.feasible import refusal
 from tensorize.passes.allocate.flops import element_size
 from tensorize.passes.allocate.groups import group_points
-from tensorize.passes.allocate.slower import slow_choices, without_slow_points
+from tensorize.passes.allocate.slower import slow_choices, with_excess, without_slow_points
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.observe.select import matches, require_match
@@ -97,18 +99,24 @@ class Allocate:
 
     def demand(self, analysed: Analysed) -> Demand:
         """What budgets can be asked of; it knows nothing of this one."""
-        tiers = [self._points(analysed, last_resort=False)]
+        sizes, machine = self.batch_sizes, analysed.machine
+        points = [self._points(analysed, last_resort=False)]
         if any(site.last_resort and site.blocked is None for site in analysed.sites):
-            tiers.append(self._points(analysed, last_resort=True))
-        fast = without_slow_points(tiers[0], self.batch_sizes, analysed.machine)
+            points.append(self._points(analysed, last_resort=True))
+        made = [with_excess(each, sizes, machine) for each in points]
+        tiers, negligible = [each for each, _ in made], made[0][1]
+        fast = without_slow_points(tiers[0], negligible)
+        overhead = np.append(other_costs(analysed, sizes), np.zeros(len(sizes)))
+        times = [f"{kind}[{k}]" for kind in ("latency", SLOWER) for k in range(len(sizes))]
         return Demand(
             analysed,
             (*([] if fast is None else [fast]), *tiers),
             int(fast is not None),
             len(tiers) > 1,
-            (*COSTS, *(f"latency[{k}]" for k in range(len(self.batch_sizes)))),
-            other_costs(analysed, self.batch_sizes),
-            dense_totals(analysed, self.batch_sizes),
+            (*COSTS, *times),
+            overhead,
+            negligible,
+            dense_totals(analysed, sizes),
             self.refine,
             self.even,
         )
@@ -172,7 +180,7 @@ class Allocate:
     def _plan(self, analysed: Analysed, found: Chosen) -> Plan:
         points, choice = found.points, found.choice
         used = other_costs(analysed, self.batch_sizes)
-        used = used + sum(p.costs[k] for p, k in zip(points, choice, strict=True))
+        used = used + sum(p.costs[k][: len(used)] for p, k in zip(points, choice, strict=True))
         chosen = {s.name: s for p, k in zip(points, choice, strict=True) for s in p.plans(k)}
         slow = slow_choices(
             analysed.sites, list(chosen.values()), self.batch_sizes, analysed.machine

@@ -7,7 +7,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,13 +44,15 @@ class Chosen:
 class Tiers:
     """The choices of a model: of what is fastest first; each tier may do what those before do.
 
-    ``limited`` are the costs (columns) that a budget may limit. ``rebuilt``: the last tier is of
+    ``limited`` are the costs (columns) that a budget may limit; ``slow`` those that tell of what is
+    slower than dense, and how much of each does not count. ``rebuilt``: the last tier is of
     choices that rebuild weights of last resort. ``even``: none between those of the paths.
     """
 
     points: tuple[Sequence[Points], ...]
     choices: tuple[tuple[Choices, ...], ...]
     limited: tuple[int, ...]
+    slow: Mapping[int, float]
     rebuilt: bool = False
     even: bool = False
 
@@ -59,15 +61,20 @@ class Tiers:
         cls,
         points: Sequence[Sequence[Points]],
         limited: Sequence[int],
+        slow: Mapping[int, float] | None = None,
         *,
         rebuilt: bool = False,
         even: bool = False,
     ) -> Tiers:
         choices = tuple(choices_of(each, limited, even=even) for each in points)
-        return cls(tuple(points), choices, tuple(limited), rebuilt, even)
+        return cls(tuple(points), choices, tuple(limited), slow or {}, rebuilt, even)
 
     def _rebuilds(self, tier: int) -> bool:
         return self.rebuilt and tier == len(self.choices) - 1
+
+    def _is_slow(self, one: Choices, rows: np.ndarray) -> np.ndarray:
+        slow = [one.costs[rows, column] > most for column, most in self.slow.items()]
+        return np.logical_or.reduce(slow) if slow else np.ones(len(rows), dtype=bool)
 
     def least_lost(self, caps: np.ndarray) -> Chosen | None:
         """What loses least within the caps; None where nothing fits."""
@@ -131,6 +138,8 @@ class Tiers:
                 gone = np.zeros(len(rows), dtype=bool)
                 for faster in (each for parts in self.choices[:tier] for each in parts):
                     gone |= given_up(one, rows, faster, self._rebuilds(tier))
+                if not self._rebuilds(tier):
+                    gone &= self._is_slow(one, rows)
                 if gone.all():
                     continue
                 k = int(rows[np.argmin(gone)])

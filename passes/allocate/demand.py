@@ -21,6 +21,8 @@ from tensorize.passes.stages import Analysed
 # Times are sums of many roundings, in this order or in that.
 _ROUNDING = 1e-9
 
+SLOWER = "slower"
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -28,7 +30,8 @@ class Demand:
 
     ``fast``: how many of the tiers are there for speed alone, and of no use to a limit on times;
     ``rebuilt``: whether the last one may rebuild weights of last resort.
-    ``names`` are those of the costs. ``overhead`` is what everything else costs.
+    ``names`` are those of the costs, the last of them by how much weights are slower than dense;
+    ``negligible`` is what does not count of these. ``overhead`` is what everything else costs.
     """
 
     analysed: Analysed
@@ -37,6 +40,7 @@ class Demand:
     rebuilt: bool
     names: tuple[str, ...]
     overhead: np.ndarray
+    negligible: np.ndarray
     dense: Totals
     refine: str | None
     even: bool = False
@@ -61,7 +65,7 @@ class Demand:
         """What weights may cost, by column; infinity where nothing is limited."""
         limits = self.limits(budget)
         caps = np.array([limits.get(name, np.inf) for name in self.names]) - self.overhead
-        times = slice(len(COSTS), None)
+        times = slice(len(COSTS), len(self.names))
         caps[times] = caps[times] * (1 - _ROUNDING)
         return caps
 
@@ -74,7 +78,11 @@ class Demand:
             error = np.inf if budget.error is None else budget.error
             last = [_within(p, error) for p in self.tiers[-1]]
             rebuilt = self.rebuilt and _is_whole(last)
-            self._known[key] = Tiers.of(tiers, limited, rebuilt=rebuilt, even=self.even)
+            slow = {
+                len(self.names) - len(self.negligible) + k: float(most)
+                for k, most in enumerate(self.negligible)
+            }
+            self._known[key] = Tiers.of(tiers, limited, slow, rebuilt=rebuilt, even=self.even)
         return self._known[key]
 
     def tiers_within(self, error: float | None, *, fast: bool = True) -> list[Sequence[Points]]:

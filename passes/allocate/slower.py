@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,23 +53,31 @@ def allowances(excess: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return found
 
 
-def without_slow_points(
+def with_excess(
     points: Sequence[Points], batch_sizes: Sequence[int], machine: Machine
-) -> list[Points] | None:
+) -> tuple[list[Points], np.ndarray]:
+    """Points with one more cost for each batch: by how much they are slower than dense.
+
+    Also what is negligible of that in a whole model.
+    """
+    found, whole = [], np.zeros(len(batch_sizes))
+    for p in points:
+        dense = np.sum([dense_times(site, batch_sizes, machine) for site in p.sites], axis=0)
+        excess = (p.costs[:, len(COSTS) :] - dense).clip(min=0)
+        found.append(replace(p, costs=np.hstack([p.costs, excess])))
+        whole += dense
+    return found, _NEGLIGIBLE * whole
+
+
+def without_slow_points(points: Sequence[Points], negligible: np.ndarray) -> list[Points] | None:
     """Points that are not slower than dense, for every weight; None where all points are such.
 
-    Each may be slower by its part of what is negligible in the whole model.
+    Each may be slower by its part of what is negligible; points are ``with_excess``.
     """
-    if not points:
-        return None
-    dense = [
-        np.sum([dense_times(site, batch_sizes, machine) for site in p.sites], axis=0)
-        for p in points
-    ]
-    allowed = _NEGLIGIBLE * np.sum(dense, axis=0) / len(points)
+    free = sum(p.fixed is None for p in points)
     found = []
-    for p, own in zip(points, dense, strict=True):
-        fast = (p.costs[:, len(COSTS) :] - own <= allowed).all(-1)
+    for p in points:
+        fast = (p.costs[:, -len(negligible) :] <= negligible / max(free, 1)).all(-1)
         # A weight of which every point is slow (its rank is forced, say) keeps them all.
         useful = p.fixed is None and fast.any() and not fast.all()
         found.append(p.only(np.flatnonzero(fast)) if useful else p)
