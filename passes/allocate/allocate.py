@@ -65,7 +65,7 @@ class Allocate:
     fingerprint: str = ""
     even: bool = False
     notes: tuple[str, ...] = ()
-    pivots: bool = True
+    pivots: bool = False
     name: str = "allocate"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ the factors, and the sum itself is evaluated at every rank.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,10 +110,6 @@ class ComputeSpectra:
         return found.to(Learned, spectra=ordered, summary=summary)
 
 
-_NEARLY_ALL = 0.95
-"""Of a weight's parameters: plans that keep more of it keep it dense."""
-
-
 def spectrum(
     site: Site, weight: Tensor, metrics: tuple[Metric, ...], formats: tuple[str, ...] | None
 ) -> Spectrum:
@@ -123,7 +118,7 @@ def spectrum(
     Where nobody chose ``formats`` (None), those that the weight suggests are among them.
     """
     m, n = site.matrix
-    pay = _largest_rank(m, n)
+    pay = max(1, (m * n - 1) // (m + n))
     if len(metrics) == 1:
         values = singular_squares(at_work(weight), pay, metrics[0]).double()
         tails = tail_sums(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale
@@ -150,11 +145,6 @@ def spectrum(
                 cores = form.factors(spec, weight, metrics, exact)
                 points.append((spec, form.error(spec, cores, weight, metrics)))
     return replace(curve, trains=tuple(found), train_points=tuple(points))
-
-
-def _largest_rank(m: int, n: int) -> int:
-    """The rank up to which a curve is exact: r (m + n - r) is nearly all of m n parameters."""
-    return max(1, int((m + n - math.sqrt((m + n) ** 2 - 4 * _NEARLY_ALL * m * n)) / 2))
 
 
 def _summed_tails(

@@ -23,7 +23,7 @@ def pivoted(model: nn.Module) -> nn.Module:
     W = U V of (m, n) and rank r is r (m + n) numbers, of which r² say nothing of W: U V =
     (U B) (B⁻¹ V) for every B. With r columns of V as B, V is the identity in these columns, and
     r (m + n - r) numbers are left, for the same W to rounding, and as many fewer FLOPs
-    (``algebra.pivot``). ``compile`` chooses ranks for this form; this is for models of before.
+    (``algebra.pivot``). Ranks are chosen for the plain form, so a model gets smaller by this.
     Weights with a first factor in common, stacks of experts, convolutions, bags and what has a
     function between its factors stay as they are.
 

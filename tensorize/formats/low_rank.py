@@ -82,7 +82,8 @@ class LowRank(Chain):
     ) -> tuple[Tensor, ...]:
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
-        found = rounded(pivoted(*cores), dtype)
+        left, right = cores
+        found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order
 
     def width(self, cores: Sequence[Tensor]) -> int:

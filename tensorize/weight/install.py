@@ -157,7 +157,7 @@ def _become_low_rank_linear(
         spec, cores = turned(spec, cores)
     left, right, *indices = cores
     first, second = _linear(right), _linear(left)
-    second.bias = owner._parameters.pop("bias", None)
+    second.register_parameter("bias", owner._parameters.pop("bias", None))
     del owner._parameters["weight"]
     first.training = second.training = owner.training
     become(
