@@ -138,6 +138,8 @@ def check(work: Work) -> None:
     for spec in work.specs:
         if spec.batch:
             raise NotCovered(f"{spec} is a stack of experts")
+        if spec.pivoted:
+            raise NotCovered(f"{spec} does not store all of its second factor")
         if any(math.prod(shape) >= 1 << 31 for shape in spec.core_shapes):
             raise NotCovered(f"a core of {spec} has more entries than 32 bits count")
         if not is_pair(spec) and not is_small_chain(spec):

@@ -52,7 +52,8 @@ class Allocate:
 
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
     that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
-    ``notes`` are for the plan.
+    ``notes`` are for the plan; ``pivots``: low rank does not store what a change of basis can
+    remove.
     """
 
     budget: Budget | None
@@ -64,6 +65,7 @@ class Allocate:
     fingerprint: str = ""
     even: bool = False
     notes: tuple[str, ...] = ()
+    pivots: bool = False
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -150,7 +152,9 @@ class Allocate:
             allowed = self._allowed(curve)
             if forced is not None:
                 result.append(
-                    forced_point(curve, forced, itemsize, load[0], allowed, machine=load[1])
+                    forced_point(
+                        *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=self.pivots
+                    )
                 )
             elif site.last_resort and not last_resort:
                 result.append(dense_point(site, itemsize, site.last_resort, *load))
@@ -161,7 +165,7 @@ class Allocate:
                 result.append(dense_point(site, itemsize, why, *load))
             else:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
-                result.append(curve_points(*given, scale[site.name]))
+                result.append(curve_points(*given, scale[site.name], pivots=self.pivots))
         names = {
             site.name
             for site in analysed.sites

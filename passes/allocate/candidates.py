@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from tensorize.formats.dense import is_dense
 from tensorize.formats.format import entry_bytes
@@ -14,7 +17,7 @@ from tensorize.formats.registry import named
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan, Totals
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import Spec, TTSpec
+from tensorize.ir.spec import INDEX_BYTES, Spec, TTSpec
 from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -30,13 +33,23 @@ COSTS = ("params", "bytes", "flops")
 _RELATIVE = 0.15
 
 
+_PIVOTED = 1 << 32
+_PIVOTS_FROM = 0.02
+"""The share of its parameters from which on it pays not to store an identity of low rank."""
+
+_ROUNDING = 1.2
+"""The relative change of a weight by rounding such factors, in eps of their dtype; measured are .3
+to 1.2 on random matrices, .1 to .3 for factors that store all. In half precision it counts."""
+
+
 @dataclass(frozen=True)
 class Points:
     """The points of one weight, by growing parameters.
 
     ``costs`` is (P, costs), ``distortion`` what a point adds to the predicted loss, ``objective``
     what the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a
-    point is: 0 dense, r > 0 low rank of rank r, -k the k-th of ``others``.
+    point is: 0 dense, r > 0 low rank of rank r, or that and ``_PIVOTED`` where it does not store an
+    identity, -k the k-th of ``others``.
     """
 
     site: Site
@@ -52,7 +65,9 @@ class Points:
         """The factorization at point k; None is the dense weight."""
         label = int(self.labels[k])
         if label > 0:
-            return TTSpec.low_rank(*self.site.matrix, label, experts=self.site.experts)
+            pivoted, rank = divmod(label, _PIVOTED)
+            how = {"experts": self.site.experts, "pivoted": bool(pivoted)}
+            return TTSpec.low_rank(*self.site.matrix, rank, **how)
         return None if label == 0 else self.others[-label - 1]
 
     @property
@@ -114,15 +129,32 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
     return np.array(known + [0.0] * len(batch_sizes))
 
 
+def _pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
+    """At which ranks it pays not to store an identity in the second factor."""
+    m, n = site.matrix
+    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n)) & site.takes_trains
+
+
+def _rounding_lost(curve: Spectrum) -> float:
+    """What a curve loses by the rounding of factors of which an identity is not stored."""
+    eps = torch.finfo(getattr(torch, curve.site.dtype)).eps
+    return float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
+
+
 def _costs(
     site: Site, spec: Spec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     return [
         spec.parameters,
-        spec.parameters * entry_bytes(spec, itemsize),
+        _bytes(spec, itemsize),
         spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]
+
+
+def _bytes(spec: Spec, itemsize: int) -> Any:
+    indices = sum(math.prod(shape) for shape in spec.index_shapes)
+    return spec.parameters * entry_bytes(spec, itemsize) + INDEX_BYTES * indices
 
 
 def _dense_costs(
@@ -175,27 +207,36 @@ def curve_points(
     rank_multiple: int = 1,
     machine: Machine = GENERIC,
     scale: float = 1.0,
+    *,
+    pivots: bool = False,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
-    ``scale`` turns its distortion into what the allocation minimises.
+    ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
+    store what a change of basis can remove.
     """
     site = curve.site
     m, n = site.matrix
     count = max(site.experts, 1)
     spectral = any(named(name).spectral for name in allowed)
     ranks = np.arange(1, len(curve.distortion)) if spectral else np.arange(0)
-    ranks = ranks[ranks * (m + n) < m * n]
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
     others = tuple(spec for spec, _ in structured)
-    parameters = ranks * (m + n) * count
-    every = EveryRank((m, n), ranks)
-    flops = spec_flops(site, every, batch_sizes) + 0 * ranks
-    own = np.stack([parameters, parameters * itemsize, flops], axis=1)
-    rows = [np.hstack([own, spec_times(site, every, batch_sizes, machine)])]
-    lost = [curve.distortion.numpy()[ranks]]
-    labels = [ranks]
+    rows, lost, labels = [], [], []
+    dense = dense_times(site, batch_sizes, machine)
+    fast = np.zeros(len(ranks), bool)
+    for pivoted, pays in ((False, ranks * (m + n) < m * n), (True, _pivots(site, ranks) & pivots)):
+        every = EveryRank((m, n), ranks, pivoted)
+        flops = spec_flops(site, every, batch_sizes) + 0 * ranks
+        sizes = every.parameters * count, _bytes(every, itemsize) * count, flops
+        times = spec_times(site, every, batch_sizes, machine)
+        slow = (times > dense).any(-1)
+        pays = pays & ~(slow & fast)  # the one form costs what makes the other worth its numbers
+        fast = ~slow
+        rows.append(np.hstack([np.stack(sizes, axis=1), times])[pays])
+        lost.append((curve.distortion.numpy()[ranks] + pivoted * _rounding_lost(curve))[pays])
+        labels.append((ranks + pivoted * _PIVOTED)[pays])
     if others:
         rows.append(
             np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
@@ -203,7 +244,7 @@ def curve_points(
         lost.append(np.array([loss for _, loss in structured]))
         labels.append(-1 - np.arange(len(others)))
     reason = None
-    if len(ranks) + len(others) == 0:
+    if not any(map(len, rows)):
         reason = f"no rank of {', '.join(f for f in allowed if not is_dense(f))} saves parameters"
     if any(map(is_dense, allowed)) or reason:
         rows.append(np.array([_dense_costs(site, itemsize, batch_sizes, machine)]))
@@ -238,6 +279,8 @@ def forced_point(
     batch_sizes: Sequence[int],
     allowed: Sequence[str],
     machine: Machine = GENERIC,
+    *,
+    pivots: bool = False,
 ) -> Points:
     """The one point that ``ranks=`` asks for, of a weight that ``takes_ranks``."""
     site = curve.site
@@ -245,7 +288,8 @@ def forced_point(
     spec: Spec
     if any(named(name).spectral for name in allowed):
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
-        spec = TTSpec.low_rank(m, n, size, experts=site.experts)
+        pivoted = pivots and bool(_pivots(site, np.array(size)))
+        spec = TTSpec.low_rank(m, n, size, experts=site.experts, pivoted=pivoted)
     else:
         exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]

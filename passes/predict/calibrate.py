@@ -119,7 +119,7 @@ class CalibratePrediction:
         if isinstance(tried, Opened):
             cores = tried.cores
         else:
-            cores = {name: weight.cores for name, weight in factored(tried.model)}
+            cores = {name: weight.plain_cores for name, weight in factored(tried.model)}
         sites = planned.plan.sites
         found = reference.measure(approximations(learned, sites, cores))
         raw = sum(site.predicted_loss for site in sites)

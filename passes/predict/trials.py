@@ -136,7 +136,7 @@ def approximations(
     for choice in sites:
         if choice.spec is not None:
             dense = parameters[choice.name]
-            weight = format_of(choice.spec).reconstruct(choice.spec, cores[choice.name])
+            weight = format_of(choice.spec).reconstruct(choice.spec.plain, cores[choice.name])
             weight = weight.to(dense.dtype)
             weights[choice.name] = weight.detach().reshape(dense.shape)
     return weights

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError
+from tensorize.base.tensors import is_index
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
@@ -170,15 +171,15 @@ def replace_weight(
         )
     weight = as_matrix(site, dense.detach())
     cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
-    own = [_own(core, weight) for core in cores]
+    form = format_of(choice.spec)
     if any(use.contract == "lookup" for use in site.uses):
-        keep_empty_rows(site, choice.spec, own, (weight == 0).all(1))
-    held = put_cores(model, site, choice, own)
+        cores = tuple(core.clone() for core in cores)
+        keep_empty_rows(site, choice.spec.plain, cores, (weight == 0).all(1))
+    stored = [_own(core, weight) for core in form.stored(choice.spec, cores, weight.dtype)]
+    held = put_cores(model, site, choice, stored)
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
-    rebuilt = format_of(choice.spec).reconstruct(
-        choice.spec, [core.detach().to(exact) for core in held]
-    )
+    rebuilt = form.reconstruct(choice.spec, [_cast(core.detach(), exact) for core in held])
     return curve.measured_error(weight, rebuilt)
 
 
@@ -206,11 +207,11 @@ def keep_empty_rows(site: Site, spec: Spec, cores: Sequence[Tensor], empty: Tens
 
 def put_cores(
     model: nn.Module, site: Site, choice: RankPlan, cores: Sequence[Tensor]
-) -> list[nn.Parameter]:
+) -> list[Tensor]:
     """Put cores in the place of a dense parameter; a common first factor is the first one's."""
     assert choice.spec is not None
     trained = model.get_parameter(site.name).requires_grad
-    held = [nn.Parameter(core, requires_grad=trained) for core in cores]
+    held = [core if is_index(core) else nn.Parameter(core, trained) for core in cores]
     if choice.shared not in (None, site.name):
         held[1] = first_factor(model, choice.shared)
     for core in held:
@@ -226,9 +227,12 @@ def put_cores(
 
 
 def _own(core: Tensor, weight: Tensor) -> Tensor:
-    """A contiguous copy in the weight's dtype and place: the analysis keeps its factors."""
-    copy = torch.empty(core.shape, dtype=weight.dtype, device=weight.device)
-    return copy.copy_(core)
+    """A contiguous copy in the weight's place: the analysis keeps its factors."""
+    return torch.empty(core.shape, dtype=core.dtype, device=weight.device).copy_(core)
+
+
+def _cast(core: Tensor, dtype: torch.dtype) -> Tensor:
+    return core if is_index(core) else core.to(dtype)
 
 
 @contextlib.contextmanager

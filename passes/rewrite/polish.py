@@ -52,8 +52,8 @@ class Polish:
             if name in errors:
                 curve = before.spectra[name]
                 dense = as_matrix(curve.site, parameters[name].detach())
-                cores = [core.detach().float() for core in weight.cores]
-                rebuilt = weight.format.reconstruct(weight.spec, cores)
+                cores = tuple(core.detach().float() for core in weight.cores)
+                rebuilt = as_matrix(curve.site, weight.with_cores(cores).dense())
                 errors[name] = curve.measured_error(dense, rebuilt)
         summary = f"{done.steps} steps: {done.before:.4g} to {done.after:.4g} on held-out batches"
         return replace(before, errors=errors, summary=summary)

@@ -58,7 +58,7 @@ class Refit:
 @torch.no_grad()
 def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> dict[str, Cores]:
     """The cores of a plan, those of plain low-rank weights solved again."""
-    specs = {choice.name: choice.spec for choice in sites if choice.spec is not None}
+    specs = {choice.name: choice.spec.plain for choice in sites if choice.spec is not None}
     parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in dense.sites}

@@ -69,7 +69,7 @@ def check_weight(name: str, weight: FactoredWeight) -> float:
     if weight.frame.shape is not None:
         return 0.0  # not used as a matrix of rows; its error is measured as the others'
     if weight.spec.batch:
-        weight = FactoredWeight(weight.spec, weight.cores, replace(weight.frame, expert=0))
+        weight = weight.seen(replace(weight.frame, expert=0))
     spec, cores = weight.looked_at()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, weight.shape[-1], generator=generator, dtype=torch.float32)

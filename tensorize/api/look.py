@@ -36,7 +36,7 @@ def densify(model: nn.Module) -> nn.Module:
     def build(factored: FactoredWeight) -> nn.Parameter:
         # Rebuilt in float64, so that the one rounding is the storage dtype's own.
         cores = tuple(core.detach().double() for core in factored.cores)
-        values = FactoredWeight(factored.spec, cores, factored.frame).dense()
+        values = factored.with_cores(cores).dense()
         return nn.Parameter(values.to(factored.dtype).contiguous(), factored.requires_grad)
 
     restore(dense, build)

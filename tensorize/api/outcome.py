@@ -51,11 +51,12 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
 
 
 def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
-    """Parameters and bytes of a model, each once; FLOPs and times are those predicted."""
-    parameters = {id(p): p for p in model.parameters()}.values()
+    """Parameters and bytes of a model, each once, and of indices; FLOPs and times are predicted."""
+    parameters = {id(p): p for p in model.parameters()}
+    indices = {id(w.cores[0]): i for _, w in factored(model) for i in w.indices}
     return Totals(
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
+        sum(p.numel() for p in parameters.values()),
+        sum(t.numel() * t.element_size() for t in (*parameters.values(), *indices.values())),
         predicted.flops,
         predicted.latency,
     )

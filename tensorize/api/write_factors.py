@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, CheckpointError
 from tensorize.base.tensorfile import Layout, Writer
+from tensorize.base.tensors import is_index
 from tensorize.cache.curve_files import Curves
 from tensorize.hub.shards import Checkpoint
 from tensorize.ir.plan import Plan, RankPlan
@@ -31,7 +32,7 @@ from tensorize.reports.report import Report
 from tensorize.store.contents import Contents, contents_of
 from tensorize.store.fingerprint import identity
 from tensorize.store.save import save_written
-from tensorize.weight.install import core_names, factored, names_now, owner_of
+from tensorize.weight.install import blank, factored, held_names, names_now, owner_of
 from tensorize.weight.whole_model import settle
 
 _NEEDS = {
@@ -137,13 +138,13 @@ class Factors:
                 for leaf, factors in factored(scratch.get_submodule(owner)):
                     if not factors.is_meta:
                         check_weight(f"{owner}.{leaf}", factors)
-            held |= {core for name in site.names for core in core_names(scratch, name)}
+            held |= {core for name in site.names for core in held_names(scratch, name)}
         for name in sorted(held):
             owner, leaf = owner_of(scratch, name)
-            core: Any = owner._parameters[leaf]
+            core = getattr(owner, leaf)
             if name in places:
                 file.put(name, core)
-            owner._parameters[leaf] = _on_meta(core)
+            setattr(owner, leaf, core.to("meta") if is_index(core) else _on_meta(core))
         return errors
 
     def _copy_others(
@@ -165,8 +166,7 @@ def planned_model(opened: Opened, model: nn.Module) -> nn.Module:
     for choice in factorized(opened):
         assert choice.spec is not None
         dtype = planned.get_parameter(choice.name).dtype
-        shapes = choice.spec.core_shapes
-        cores = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        cores = blank(choice.spec, torch.device("meta"), dtype)
         put_cores(planned, sites[choice.name], choice, cores)
     settle(planned)
     return planned
@@ -174,16 +174,16 @@ def planned_model(opened: Opened, model: nn.Module) -> nn.Module:
 
 def _put_dense(model: nn.Module, site: Site, value: Tensor) -> None:
     """Give a weight its values, under all of its names."""
-    blank = model.get_parameter(site.name)
-    dense = nn.Parameter(value, requires_grad=blank.requires_grad)
+    empty = model.get_parameter(site.name)
+    dense = nn.Parameter(value, requires_grad=empty.requires_grad)
     for name in site.names:
         owner, leaf = owner_of(model, name)
         owner._parameters[leaf] = dense
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
-    blank = torch.empty_like(parameter, device="meta")
-    return nn.Parameter(blank, requires_grad=parameter.requires_grad)
+    empty = torch.empty_like(parameter, device="meta")
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
 # ------------------------------------------------------------------------------------- the files

@@ -85,7 +85,7 @@ def _previewed(
     if len(known) < len(names):
         dense = dict(model.named_parameters())
         compiled(model, replace(options, example_inputs=inputs))
-        cores = {name: (w.spec, list(w.cores)) for name, w in factored(model)}
+        cores = {name: (w.spec, [*w.cores, *w.indices]) for name, w in factored(model)}
         for name, parameter in dense.items():
             _made[parameter] = {**(_made.get(parameter) or {}), key: cores.get(name)}
         log.info("previewed a graph of %d parameters: %d factorized", len(dense), len(cores))

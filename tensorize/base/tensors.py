@@ -17,6 +17,11 @@ def is_plain(parameter: Tensor) -> bool:
     return type(parameter) is nn.Parameter or type(parameter.data) is Tensor
 
 
+def is_index(tensor: Tensor) -> bool:
+    """Whether a tensor says where something is, and is no number of a model."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The ordinary tensors that a wrapper (a quantized tensor, a shard) is made of, or itself."""
     if not is_traceable_wrapper_subclass(tensor):

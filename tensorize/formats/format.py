@@ -94,6 +94,15 @@ class Format(Generic[S]):
         """
         raise NotImplementedError(f"{self.name}: no cores")
 
+    def stored(self, spec: S, cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What is kept, in a dtype, of the cores that were computed, those of ``spec.plain``: with
+        the indices of ``spec.index_shapes`` after them."""
+        return tuple(core.to(dtype) for core in cores)
+
+    def computed(self, spec: S, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What ``stored`` was made of, up to a change of basis; differentiably."""
+        return tuple(cores)
+
     def multiply(
         self, spec: S, cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None
     ) -> Tensor:

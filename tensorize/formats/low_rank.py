@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
+from tensorize.algebra.pivot import pivoted, plain, rounded
+from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
@@ -28,15 +31,29 @@ class EveryRank(Spec):
 
     shape: tuple[int, int]
     every: np.ndarray
+    pivoted: bool = False
     format = LOW_RANK
 
     @property
     def ranks(self) -> tuple[Any]:  # type: ignore[override]
         return (self.every,)
 
+    @property
+    def index_shapes(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+        return (self.shape[1:],) if self.pivoted else ()
+
+    @property
+    def parameters(self) -> Any:
+        m, n = self.shape
+        return self.every * (m + n - (self.every if self.pivoted else 0))
+
 
 class LowRank(Chain):
-    """Two factors, U (…, M, r) and V (…, r, N)."""
+    """Two factors, U (…, M, r) and V (…, r, N).
+
+    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (r, N - r), and
+    the order of the columns (``algebra.pivot``).
+    """
 
     name = LOW_RANK
     title = "low rank"
@@ -47,17 +64,39 @@ class LowRank(Chain):
     def multiply(
         self, spec: TTSpec, cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None
     ) -> Tensor:
-        left, right = cores
+        left, right = cores[:2]
         if contract == "columns":
-            return F.linear(F.linear(x, right), left, bias)
-        return F.linear(F.linear(x, left.t()), right.t(), bias)
+            narrow = product(x, right, cores[2]) if spec.pivoted else F.linear(x, right)
+            return F.linear(narrow, left, bias)
+        narrow = F.linear(x, left.t())
+        if not spec.pivoted:
+            return F.linear(narrow, right.t(), bias)
+        y = widen(narrow, right, cores[2])
+        return y if bias is None else y + bias
+
+    def reconstruct(self, spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
+        return reconstruct(spec.plain, self.computed(spec, cores))
+
+    def stored(
+        self, spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        if not spec.pivoted:
+            return super().stored(spec, cores, dtype)
+        left, right = cores
+        found = rounded(pivoted(left, right), dtype)
+        return found.left, found.rest, found.order
 
     def width(self, cores: Sequence[Tensor]) -> int:
         return cores[1].shape[0]
 
+    def computed(self, spec: TTSpec, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return plain(*cores) if spec.pivoted else tuple(cores)
+
     def lookup(self, spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
-        left, right = cores
-        return F.linear(F.embedding(rows, left), right.t())
+        narrow = F.embedding(rows, cores[0])
+        if spec.pivoted:
+            return widen(narrow, cores[1], cores[2])
+        return F.linear(narrow, cores[1].t())
 
     def fits(self, site: Site) -> bool:
         return True
@@ -75,7 +114,7 @@ class LowRank(Chain):
         found = best_factors(weight, average(metrics), rank)
         if len(metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
             return found
-        return self.improved(spec, found, at_work(weight), metrics)
+        return self.improved(spec.plain, found, at_work(weight), metrics)
 
     def nearest(self, spec: TTSpec, weight: Tensor) -> list[Tensor]:
         return list(best_factors(weight, Metric(1.0, None, None), spec.ranks[0]))
@@ -92,18 +131,40 @@ class LowRank(Chain):
 
     def flops(self, spec: TTSpec, contract: str) -> Any:
         (m, n), (rank,) = spec.shape[-2:], spec.ranks
+        inner = n - rank if spec.pivoted else n
         if contract == "whole":  # rebuilt at every call, one row being the worst
-            return 2 * rank * m * n + 2 * m * n
-        return 2 * rank * (n if contract == "lookup" else m + n)
+            return 2 * rank * m * inner + 2 * m * n
+        return 2 * rank * (inner if contract == "lookup" else m + inner)
 
     def time(self, spec: TTSpec, contract: str, rows: int, machine: Machine, dtype: str) -> Any:
         (m, n), (rank,) = spec.shape[-2:], spec.ranks
+        inner, ordered = n, 0.0
+        if spec.pivoted:  # one pass more over the side that has an order
+            inner, ordered = n - rank, lookup_time(machine, rows, n, dtype)
         if contract == "whole":  # rebuilt, then used as a dense one
-            took = matmul_time(machine, m, rank, n, dtype)
-            return took + matmul_time(machine, rows, n, m, dtype)
+            took = matmul_time(machine, m, rank, inner, dtype)
+            return took + ordered + matmul_time(machine, rows, n, m, dtype)
         if contract == "lookup":
             took = lookup_time(machine, rows, rank, dtype)
-            return took + matmul_time(machine, rows, rank, n, dtype)
-        first, second = (n, m) if contract == "columns" else (m, n)
-        took = matmul_time(machine, rows, first, rank, dtype)
-        return took + matmul_time(machine, rows, rank, second, dtype)
+        else:
+            took = matmul_time(machine, rows, m, rank, dtype)
+        return took + ordered + matmul_time(machine, rows, rank, inner, dtype)
+
+
+def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
+    """x (…, N) times [I | V']ᵀ, whose columns are in an order: x_kept + x_rest V'ᵀ, (…, R)."""
+    kept, others = ordered(x.reshape(-1, x.shape[-1]), order, rest.shape[0])
+    # The kept ones are what the product is added to: no sum and no concatenation is run.
+    return torch.addmm(kept, others, rest.t()).reshape(*x.shape[:-1], rest.shape[0])
+
+
+def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The columns of x (…, N) that V is the identity in, and the others: (…, R), (…, N - R)."""
+    x = x.index_select(-1, order)
+    return x[..., :rank], x[..., rank:]
+
+
+def widen(narrow: Tensor, rest: Tensor, order: Tensor) -> Tensor:
+    """x (…, R) times [I | V'], its columns put in their place: (…, N)."""
+    together = torch.cat([narrow, F.linear(narrow, rest.t())], dim=-1)
+    return together.index_select(-1, order.argsort())

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -25,7 +24,7 @@ from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 from tensorize.store.manifest import FORMAT_VERSION, SAVE_AGAIN, WEIGHTS_NAME, fail, read_manifest
 from tensorize.store.transformers_config import METHOD, NEEDS_US, factors_from_dict
-from tensorize.weight.install import install
+from tensorize.weight.install import blank, install
 from tensorize.weight.whole_model import settle
 
 
@@ -101,10 +100,7 @@ class FactorsLoader(HfQuantizer):
                     site=names[0],
                     way_out=SAVE_AGAIN,
                 )
-            cores = [
-                nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))
-                for shape in site.spec.core_shapes
-            ]
+            cores = blank(site.spec, torch.device("meta"), parameter.dtype, requires_grad=True)
             install(model, names, site.spec, cores, site.nonlinearity)
         own = dict(model.named_parameters(remove_duplicate=False))
         for alias, first in aliases.items():

@@ -18,6 +18,8 @@ SHARED = "shared"
 NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
 """What there can be between two factors: functions of ``torch.nn.functional``."""
 
+INDEX_BYTES = 4
+"""Of each of the integers that say which columns the cores are of."""
 MOST_ELEMENTS = 2**56
 """Of a tensor whose shape a file tells: sizes of their bytes are still numbers of 63 bits."""
 
@@ -28,7 +30,8 @@ class Spec:
     ``shape`` is that of the weight, (m, n) or (experts, m, n), ``core_shapes`` what the tensors
     have; ``ranks`` are the sizes that can be chosen smaller. ``batch`` is empty but for a stack of
     experts, of which ``single`` is one. ``storage`` is the dtype that the entries are kept in, by
-    its name (None: the weight's own).
+    its name (None: the weight's own). ``index_shapes`` are those of integer tensors that come after
+    the cores, and say which columns these are of; they are no parameters.
     """
 
     format: str
@@ -37,7 +40,14 @@ class Spec:
     ranks: tuple[int, ...]
     batch: tuple[str, ...] = ()
     storage: str | None = None
+    index_shapes: tuple[tuple[int, ...], ...] = ()
+    pivoted = False
     single: Any
+
+    @property
+    def plain(self) -> Any:
+        """The same without an identity that is not stored: what the cores are computed as."""
+        return self
 
     @property
     def parameters(self) -> int:
@@ -76,7 +86,8 @@ class TTSpec(Spec):
     really have, ``cores`` the names of their axes, ``size`` the size of each by name. ``shape`` is
     that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]``,
     ``"block"`` where two cores share a row or a column index, and ``"tt"`` for every other chain;
-    ``single`` is the spec of one expert.
+    ``single`` is the spec of one expert. ``pivoted`` low rank does not store the r columns in which
+    V is the identity: U (m, r), V' (r, n - r), and the order of the columns (n,).
 
     Args:
         row_modes: factors of the number of rows, one a core (1 where a core has none).
@@ -95,12 +106,14 @@ class TTSpec(Spec):
     columns: tuple[str, ...]
     batch: tuple[str, ...]
     storage: str | None = field(default=None, hash=False)
+    pivoted: bool = field(default=False, hash=False)
 
     if TYPE_CHECKING:
         size: Mapping[str, int] = field(init=False, compare=False)
         shape: tuple[int, ...] = field(init=False, compare=False)
         format: str = field(init=False, compare=False)
         core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
+        index_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
         row_modes: tuple[int, ...] = field(init=False, compare=False)
         column_modes: tuple[int, ...] = field(init=False, compare=False)
         ranks: tuple[int, ...] = field(init=False, compare=False)
@@ -156,7 +169,9 @@ class TTSpec(Spec):
             storage,
         )
 
-    def _set(self, cores, sizes, rows, columns, batch, modes, storage) -> None:  # type: ignore[no-untyped-def]
+    def _set(  # type: ignore[no-untyped-def]
+        self, cores, sizes, rows, columns, batch, modes, storage, pivoted=False
+    ) -> None:
         for name, value in zip(
             ("cores", "sizes", "rows", "columns", "batch", "row_modes", "column_modes", "ranks"),
             (cores, sizes, rows, columns, batch, *modes),
@@ -171,22 +186,48 @@ class TTSpec(Spec):
         sides = {*rows, *columns}
         split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
         shared = any(sides.intersection(*pair) for pair in pairwise(cores))
+        shapes = tuple(tuple(size[name] for name in core) for core in cores)
+        if pivoted:
+            left, (*lead_right, _) = shapes
+            shapes = left, (*lead_right, n - modes[2][0])
         for name, value in (
             ("storage", storage),
+            ("pivoted", pivoted),
             ("size", size),
             ("shape", (*lead, m, n)),
             ("format", LOW_RANK if split else BLOCK if shared else TT),
-            ("core_shapes", tuple(tuple(size[name] for name in core) for core in cores)),
+            ("core_shapes", shapes),
+            ("index_shapes", ((*lead, n),) if pivoted else ()),
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
 
     @classmethod
     def low_rank(
-        cls, m: int, n: int, r: int, *, experts: int = 0, storage: str | None = None
+        cls,
+        m: int,
+        n: int,
+        r: int,
+        *,
+        experts: int = 0,
+        storage: str | None = None,
+        pivoted: bool = False,
     ) -> TTSpec:
-        """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n)."""
-        return cls((m, 1), (1, n), (r,), experts=experts, storage=storage)
+        """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n).
+
+        ``pivoted``: V is the identity in r of its columns, which are not stored (r <= n).
+
+        Raises:
+            ValueError: an entry is not a positive integer, or a pivoted rank is above n.
+        """
+        spec = cls((m, 1), (1, n), (r,), experts=experts, storage=storage)
+        if not pivoted:
+            return spec
+        if r > n:
+            raise ValueError(f"V has no identity in {r} of {n} columns")
+        modes = spec.row_modes, spec.column_modes, spec.ranks
+        spec._set(spec.cores, spec.sizes, spec.rows, spec.columns, spec.batch, modes, storage, True)
+        return spec
 
     @classmethod
     def block(
@@ -252,9 +293,24 @@ class TTSpec(Spec):
         """The same modes with other inner ranks."""
         return self._like(ranks, experts=self.size["e"] if self.batch else 0)
 
+    @property
+    def plain(self) -> TTSpec:
+        if not self.pivoted:
+            return self
+        return TTSpec.low_rank(*self.shape[-2:], *self.ranks, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"experts": self.size["e"] if self.batch else 0, "storage": self.storage}
+
     def _like(self, ranks: Sequence[int], experts: int = 0) -> TTSpec:
         return TTSpec._of(
-            self.format, self.row_modes, self.column_modes, ranks, experts, self.storage
+            self.format,
+            self.row_modes,
+            self.column_modes,
+            ranks,
+            experts,
+            self.storage,
+            self.pivoted,
         )
 
     @classmethod
@@ -266,7 +322,11 @@ class TTSpec(Spec):
         ranks: Sequence[int],
         experts: int,
         storage: str | None,
+        pivoted: bool,
     ) -> TTSpec:
+        if pivoted:
+            (m, _), (_, n), (rank,) = rows, columns, ranks
+            return cls.low_rank(m, n, rank, experts=experts, storage=storage, pivoted=True)
         if format == BLOCK:
             (rank,) = ranks
             return cls.block(rows, columns, rank, experts=experts, storage=storage)
@@ -281,18 +341,21 @@ class TTSpec(Spec):
             "experts": experts,
             **({"format": BLOCK} if self.is_block else {}),
             **({} if self.storage is None else {"storage": self.storage}),
+            **({"pivoted": True} if self.pivoted else {}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TTSpec:
-        known = {"format": None, "experts": 0, "storage": None}
+        known = {"format": None, "experts": 0, "storage": None, "pivoted": False}
         sizes = data["row_modes"], data["column_modes"], data["ranks"]
         if odd := data.keys() - known - {"row_modes", "column_modes", "ranks"}:
             raise ValueError(f"a spec has no {min(odd)}")
-        form, experts, storage = (data.get(name, usual) for name, usual in known.items())
+        form, experts, storage, pivoted = (data.get(name, usual) for name, usual in known.items())
         if form not in (None, BLOCK) or not isinstance(storage, str | None):
             raise ValueError(f"a spec of the format {form!r} whose storage is {storage!r}")
-        spec = cls._of(form, *sizes, experts, storage)
+        if not isinstance(pivoted, bool) or (pivoted and form is not None):
+            raise ValueError(f"a spec of the format {form!r} whose pivoted is {pivoted!r}")
+        spec = cls._of(form, *sizes, experts, storage, pivoted)
         if max(math.prod(spec.shape), spec.parameters) > MOST_ELEMENTS:
             raise ValueError(f"{spec} is larger than any weight")
         return spec
@@ -300,6 +363,9 @@ class TTSpec(Spec):
     def __repr__(self) -> str:
         given = f", experts={self.size['e']}" if self.batch else ""
         given += "" if self.storage is None else f", storage={self.storage!r}"
+        if self.pivoted:
+            sides = *self.shape[-2:], *self.ranks
+            return f"TTSpec.low_rank{sides}".removesuffix(")") + f"{given}, pivoted=True)"
         if self.is_block:
             return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensorize.base.errors import CheckpointError
-from tensorize.ir.spec import Spec, TTSpec
-from tensorize.weight.install import factored
+from tensorize.ir.spec import Spec
+from tensorize.weight.install import factored, turned_spec
 from tensorize.weight.lazy import FactoredWeight
 
 PARAMETER, BUFFER = "parameter", "buffer"
@@ -240,7 +240,4 @@ def record_of(name: str, factors: FactoredWeight) -> SiteRecord:
 
 def _own_spec(factors: FactoredWeight) -> Spec:
     """The spec of the parameter itself: a Conv1D's layer holds the factors of its transpose."""
-    if not factors.frame.transposed:
-        return factors.spec
-    rows, columns = factors.spec.shape
-    return TTSpec.low_rank(columns, rows, factors.spec.ranks[0])
+    return turned_spec(factors.spec) if factors.frame.transposed else factors.spec

@@ -29,7 +29,6 @@ from torch.nn.parameter import is_lazy
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.tensorfile import sha256_of
-from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 from tensorize.store.checks import check_keys
@@ -146,7 +145,7 @@ def _install_sites(model: nn.Module, manifest: Manifest) -> None:
                 )
             continue
         devices = [_dense_device(model, name, site, manifest) for name in site.names]
-        cores = _placeholders(site.spec, devices[0])
+        cores = install.blank(site.spec, devices[0], torch.float32)
         install.install(model, site.names, site.spec, cores, site.nonlinearity)
 
 
@@ -167,12 +166,6 @@ def _dense_device(
             manifest, f"{name} has shape {shape} in the model, and {site.shape} in the artefact"
         )
     return parameter.device
-
-
-def _placeholders(spec: Spec, device: torch.device) -> list[nn.Parameter]:
-    """Parameters of the cores' shapes that hold one number of memory each."""
-    point = torch.zeros((), device=device)
-    return [nn.Parameter(point.expand(shape), requires_grad=False) for shape in spec.core_shapes]
 
 
 def _misfit(manifest: Manifest, cause: str) -> NoReturn:

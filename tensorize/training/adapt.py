@@ -126,6 +126,12 @@ class RankSchedule:
                 "the model has no factorized weight of its own",
                 way_out="model = tensorize.initialize(model, 0.25) first",
             )
+        if held := next((name for name, w in found if w.spec.pivoted), None):
+            raise TensorizeError(
+                "its ranks cannot change while it does not store all of a factor",
+                site=held,
+                way_out="tensorize.weight.plain(model), before the optimizer is made",
+            )
         least = self.first - sum(w.spec.parameters - _smallest(w.spec) for _, w in found)
         if self.target < least:
             raise BudgetError(

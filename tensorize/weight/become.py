@@ -43,6 +43,7 @@ def become_dense(owner: nn.Module) -> None:
     for name in _declared(type(owner)) - _declared(dense):
         vars(owner).pop(name, None)
         owner._modules.pop(name, None)
+        owner._buffers.pop(name, None)
     become(owner, dense)
 
 

@@ -96,7 +96,7 @@ def contractions(
     found = {}
     for contract in ("columns", "rows"):
         asked = Asked(spec, contract, device, multiplied_in(dtype, device), breakpoints)
-        run = _registered().contraction(asked)
+        run = _Unplanned(asked) if spec.pivoted else _registered().contraction(asked)
         within = None if memory_limit is None else _batches_within(run, asked, memory_limit)
         found[contract] = _Differentiated(asked, memory_limit, run, within)
     return found
@@ -120,7 +120,8 @@ def _batches_within(run: Contraction, asked: Asked, limit: int) -> tuple[tuple[i
     They are counted on meta tensors: from turn to turn of the order they are a line in the batch.
     """
     found = []
-    starts = (1, *_registered().turns(asked), _FAR)
+    turns = () if asked.spec.pivoted else _registered().turns(asked)
+    starts = (1, *turns, _FAR)
     for first, following in itertools.pairwise(starts if limit else ()):
         least, more = (_saved(run, asked, rows) for rows in (first, first + 1))
         if least <= limit:
@@ -135,6 +136,7 @@ def _saved(run: Contraction, asked: Asked, rows: int) -> int:
     features = spec.shape[-1] if asked.contract == "columns" else spec.shape[-2]
     shapes = ((*spec.shape[:-2], rows, features), *spec.core_shapes)
     x, *cores = (torch.empty(shape, device="meta", requires_grad=True) for shape in shapes)
+    cores += [torch.empty(s, dtype=torch.int32, device="meta") for s in spec.index_shapes]
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -148,6 +150,17 @@ def _saved(run: Contraction, asked: Asked, rows: int) -> int:
         sizes.pop(core.untyped_storage()._cdata, None)
     del y  # whose graph held what was counted, so that no storage was another's before
     return sum(sizes.values())
+
+
+@dataclass(frozen=True)
+class _Unplanned:
+    """The one order in which x meets a pivoted weight."""
+
+    asked: Asked
+
+    def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        spec, contract = self.asked.spec, self.asked.contract
+        return format_of(spec).multiply(spec, cores, x, contract, bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,8 @@ def refuse_to_be_scripted(module: nn.Module) -> nn.Module:
 class Cores(nn.Module):
     """The cores of one weight, as parameters ``core_0``, ``core_1``, … in the stored shapes.
 
+    Indices that its spec has come after the cores; they are a buffer ``order``.
+
     ``frame`` says how the owner sees the matrix (a convolution in its own shape); ``breakpoints``
     are the batches at which another order of contraction begins, in this and in all weights of the
     model (None: nothing is known of the others). ``memory_limit``: see ``limit_saved``.
@@ -45,30 +47,29 @@ class Cores(nn.Module):
     kernels: Mapping[str, Any] | None = None
     breakpoints: tuple[int, ...] | None = None
     memory_limit: int | None = None
+    order: Tensor
 
-    def __init__(
-        self, spec: Spec, cores: Sequence[nn.Parameter], frame: Frame | None = None
-    ) -> None:
+    def __init__(self, spec: Spec, cores: Sequence[Tensor], frame: Frame | None = None) -> None:
         super().__init__()
-        self.spec, self.frame = spec, frame or Frame()
-        for k, core in enumerate(cores):
-            self.register_parameter(f"core_{k}", core)
-        self._choose_orders()
+        self.frame = frame or Frame()
+        self.resize(spec, cores)
 
     def forward(self) -> FactoredWeight:
         cores = tuple(getattr(self, f"core_{k}") for k in range(len(self.spec.core_shapes)))
         if isinstance(cores[0], fx.Proxy):  # a graph calls this module, and hands on what it gives
             tracer: Any = cores[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (), {})
-        return FactoredWeight(self.spec, cores, self.frame, self.contractions)
+        indices = (self.order,) if self.spec.index_shapes else ()
+        return FactoredWeight(self.spec, cores, self.frame, self.contractions, indices=indices)
 
     __prepare_scriptable__ = refuse_to_be_scripted
 
-    def resize(self, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
-        """Take cores of other ranks."""
-        self.spec = spec
-        for k, core in enumerate(cores):
-            self._parameters[f"core_{k}"] = core
+    def resize(self, spec: Spec, cores: Sequence[Tensor]) -> None:
+        """Take other cores, and the indices that may come after them."""
+        self.spec, count = spec, len(spec.core_shapes)
+        for k, core in enumerate(cores[:count]):
+            self.register_parameter(f"core_{k}", core)  # type: ignore[arg-type]
+        keep_order(self, cores[count:])
         self._choose_orders()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
@@ -96,6 +97,16 @@ class Cores(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.spec)
+
+
+def keep_order(module: nn.Module, indices: Sequence[Tensor]) -> None:
+    """Let a module hold the one index that there is, or none, as its buffer ``order``.
+
+    A copy: tools know of parameters that several modules hold, and not of buffers.
+    """
+    module._buffers.pop("order", None)
+    for order in indices:
+        module.register_buffer("order", order.clone())
 
 
 class FactoredLinear(nn.Module):

@@ -34,6 +34,7 @@ from tensorize.weight.cores import (
     FactoredLinear,
     cores_name,
     factored_class,
+    keep_order,
     lazy_parameters,
     weight_of,
 )
@@ -75,7 +76,7 @@ def install(
     model: nn.Module,
     names: Sequence[str],
     spec: Spec,
-    cores: Sequence[nn.Parameter],
+    cores: Sequence[Tensor],
     nonlinearity: str | None = None,
 ) -> None:
     """Replace one dense parameter, under all of its names, by its cores.
@@ -83,7 +84,8 @@ def install(
     Args:
         model: the model to change in place.
         names: every qualified name of the parameter (several where it is tied).
-        spec, cores: the factorization; the cores in the shapes of ``spec.core_shapes``.
+        spec, cores: the factorization; the cores in the shapes of ``spec.core_shapes``, and then
+            the indices of ``spec.index_shapes``.
         nonlinearity: the name of a function of ``torch.nn.functional`` between the two factors,
             where ``takes_nonlinearity`` says that there can be one.
     """
@@ -98,11 +100,12 @@ def install(
         # The module that the caller holds keeps its class.
         plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
         if plain and format_of(spec).pair and not (tied and _is_conv1d(type(owner))):
-            _become_low_rank_linear(owner, cores, nonlinearity)
+            _become_low_rank_linear(owner, spec, cores, nonlinearity)
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
-        holder = holder or Cores(spec, cores, frame)
+        if holder is None or spec.index_shapes:  # tools know no buffer of several names
+            holder = Cores(spec, cores, frame)
         alone = plain and type(owner) is nn.Linear
         _become_factored(owner, parameter, holder, FactoredLinear if alone else None)
     ties.follow(model, names_now)
@@ -115,13 +118,13 @@ def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: Spec) -> bo
     return len(names) == 1 and plain and format_of(spec).pair and not spec.batch
 
 
-def resize(model: nn.Module, name: str, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
-    """Give a factorized weight other ranks, wherever it is used; kernels for the old ones go.
+def resize(model: nn.Module, name: str, spec: Spec, cores: Sequence[Tensor]) -> None:
+    """Give a factorized weight other cores, wherever it is used; kernels for the old ones go.
 
     Args:
         name: the qualified name that its dense parameter had, any of those of a tied one.
-        spec: the weight's own, with other ranks.
-        cores: the new parameters, in the shapes of ``spec.core_shapes``.
+        spec: the weight's own, with other ranks, or in another form.
+        cores: the new parameters, in the shapes of ``spec.core_shapes``, and then its indices.
     """
 
     def held(module: LowRankLinear | Cores) -> list[int]:
@@ -147,17 +150,14 @@ def first_factor(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _become_low_rank_linear(
-    owner: nn.Module, cores: Sequence[nn.Parameter], nonlinearity: str | None
+    owner: nn.Module, spec: Spec, cores: Sequence[Tensor], nonlinearity: str | None
 ) -> None:
-    left, right = cores
     transposed = _is_conv1d(type(owner))
-    if transposed:  # W is (in, out): the layer's own matrix is Wᵀ = Vᵀ Uᵀ
-        left, right = (
-            nn.Parameter(core.detach().t().contiguous(), requires_grad=core.requires_grad)
-            for core in (right, left)
-        )
+    if transposed:  # W is (in, out): the layer's own matrix is Wᵀ
+        spec, cores = turned(spec, cores)
+    left, right, *indices = cores
     first, second = _linear(right), _linear(left)
-    second.bias = owner._parameters.pop("bias", None)
+    second.register_parameter("bias", owner._parameters.pop("bias", None))
     del owner._parameters["weight"]
     first.training = second.training = owner.training
     become(
@@ -165,15 +165,43 @@ def _become_low_rank_linear(
         LowRankLinear,
         first=first,
         second=second,
-        in_features=first.in_features,
+        in_features=spec.shape[1],
         out_features=second.out_features,
-        spec=TTSpec.low_rank(second.out_features, first.in_features, first.out_features),
+        spec=spec,
         stored_transposed=transposed,
         nonlinearity=nonlinearity,
     )
+    keep_order(owner, indices)
 
 
-def _linear(weight: nn.Parameter) -> nn.Linear:
+def turned(spec: Spec, cores: Sequence[Tensor]) -> tuple[TTSpec, list[Tensor]]:
+    """Spec and cores of Wᵀ = Vᵀ Uᵀ, for W = U V of low rank; cores that train stay parameters."""
+    found = turned_spec(spec)
+    first = cores[0]
+    if first.is_meta or not any(first.stride()):
+        return found, blank(found, first.device, first.dtype, first.requires_grad)
+    left, right = (core.detach() for core in format_of(spec).computed(spec, cores))
+    made = format_of(found).stored(found, (right.t(), left.t()), first.dtype)
+    held = [core.contiguous() for core in made[:2]]
+    return found, [*(nn.Parameter(core, first.requires_grad) for core in held), *made[2:]]
+
+
+def turned_spec(spec: Spec) -> TTSpec:
+    """The spec of the transpose, for one of low rank."""
+    (m, n), (rank,) = spec.shape, spec.ranks
+    return TTSpec.low_rank(n, m, rank, pivoted=spec.pivoted)
+
+
+def blank(
+    spec: Spec, device: torch.device, dtype: torch.dtype, requires_grad: bool = False
+) -> list[Tensor]:
+    """Cores and indices of a spec without values, of one number of memory each."""
+    point, index = (torch.zeros((), dtype=kind, device=device) for kind in (dtype, torch.int32))
+    cores = [nn.Parameter(point.expand(shape), requires_grad) for shape in spec.core_shapes]
+    return [*cores, *(index.expand(shape) for shape in spec.index_shapes)]
+
+
+def _linear(weight: Any) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = weight
@@ -225,8 +253,18 @@ def core_names(model: nn.Module, name: str) -> tuple[str, ...]:
     return tuple(f"{path}.{core}" for core, _ in holder.named_parameters())
 
 
+def held_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """``core_names``, and the name of an index that belongs to them."""
+    names = core_names(model, name)
+    owner, leaf = owner_of(model, name)
+    low_rank = isinstance(owner, LowRankLinear)
+    holder = owner if low_rank else owner.get_submodule(cores_name(leaf))
+    path = name.removesuffix(leaf) + ("" if low_rank else f"{cores_name(leaf)}.")
+    return (*names, *(f"{path}{index}" for index in holder._buffers))
+
+
 def names_now(model: nn.Module, name: str) -> tuple[str, ...]:
-    """The names of what stands for any parameter of the dense model: its own where it was left."""
+    """What stands for any parameter of the dense model, by name: itself where it was left."""
     try:
         owner, leaf = owner_of(model, name)
     except AttributeError:  # a pattern, or a module that is not there

@@ -27,8 +27,8 @@ class FactoredWeight:
     """
 
     __slots__ = (
-        *("__weakref__", "contractions", "cores", "format", "frame", "nonlinearity", "shape"),
-        "spec",
+        *("__weakref__", "contractions", "cores", "format", "frame", "indices", "nonlinearity"),
+        *("shape", "spec"),
     )
 
     _is_hf_initialized = True  # so that transformers' initialization leaves it alone
@@ -40,9 +40,11 @@ class FactoredWeight:
         frame: Frame,
         contractions: Contractions | None = None,
         nonlinearity: str | None = None,
+        indices: tuple[Tensor, ...] = (),
     ) -> None:
         self.spec: Any = spec  # of the class that its format has
         self.cores, self.frame, self.nonlinearity = cores, frame, nonlinearity
+        self.indices = indices
         self.format, self.contractions = format_of(spec), contractions or {}
         shape = spec.shape
         if frame.expert is not None:
@@ -84,7 +86,7 @@ class FactoredWeight:
 
     @property
     def data(self) -> FactoredWeight:
-        return self._seen(self.frame, detach=True)
+        return self.seen(self.frame, detach=True)
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -137,6 +139,11 @@ class FactoredWeight:
             return weight.reshape(self.frame.shape)
         return weight.transpose(-1, -2) if self.frame.transposed else weight
 
+    @property
+    def plain_cores(self) -> tuple[Tensor, ...]:
+        """The cores of ``spec.plain``: with what is not stored, differentiably."""
+        return self.format.computed(self.spec, self.cores + self.indices)
+
     def require_matrix(self, name: str | None = None) -> None:
         """Raises TensorizeError where no dense weight, of this name, stands for the cores."""
         if self.nonlinearity is not None:
@@ -156,20 +163,21 @@ class FactoredWeight:
             return spec, cores
         first, end = self.frame.rows
         if self.format.pair:
-            return TTSpec.low_rank(end - first, spec.shape[1], spec.ranks[0]), cores
+            sizes = end - first, spec.shape[1], spec.ranks[0]
+            return TTSpec.low_rank(*sizes, pivoted=spec.pivoted), cores
         weight = self.format.reconstruct(spec, cores)[first:end]  # rows of a train are no train
         exact = TTSpec((end - first,), (spec.shape[1],), ())
         return exact, (weight,)
 
     def _shown(self) -> tuple[Tensor, ...]:
-        """The cores of the experts that the frame shows, and of rows where they are low rank."""
-        cores = self.cores
+        """Cores and indices of the experts that the frame shows; of its rows, in low rank."""
+        cores = self.cores + self.indices
         if self.frame.expert is not None:
             cores = tuple(core[self.frame.expert] for core in cores)
         if self.frame.rows is None or not self.format.pair:
             return cores
         first, end = self.frame.rows
-        return cores[0][first:end], cores[1]
+        return cores[0][first:end], *cores[1:]
 
     @property
     def _is_several(self) -> bool:
@@ -238,9 +246,9 @@ class FactoredWeight:
             return weight.run(weight.frame.turn(matmul))
         frame = views.view(func, args, kwargs, weight.frame, weight)
         if isinstance(frame, tuple):
-            return tuple(weight._seen(part) for part in frame)
+            return tuple(weight.seen(part) for part in frame)
         if frame is not None:
-            return weight._seen(frame, detach=func in views.DETACHES)
+            return weight.seen(frame, detach=func in views.DETACHES)
         if not torch.compiler.is_compiling() and _writes(func, args, kwargs):
             raise cannot_be_assigned(f"weight that {func.__name__} writes to")
         dense = {id(w): w.dense() for w in _factored(args, kwargs)}
@@ -251,13 +259,20 @@ class FactoredWeight:
         args, keywords = pytree.tree_map(plain, (args, kwargs))
         return func(*args, **keywords)
 
-    def _seen(self, frame: Frame, *, detach: bool = False) -> FactoredWeight:
+    def with_cores(self, cores: tuple[Tensor, ...]) -> FactoredWeight:
+        """The same weight of other cores."""
+        how = self.frame, self.contractions, self.nonlinearity, self.indices
+        return FactoredWeight(self.spec, cores, *how)
+
+    def seen(self, frame: Frame, *, detach: bool = False) -> FactoredWeight:
+        """The same weight, looked at in another way."""
         cores = tuple(core.detach() for core in self.cores) if detach else self.cores
-        return FactoredWeight(self.spec, cores, frame, self.contractions, self.nonlinearity)
+        how = frame, self.contractions, self.nonlinearity, self.indices
+        return FactoredWeight(self.spec, cores, *how)
 
     def _can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
-        pair, frame = self.format.pair, self.frame
+        pair, frame = self.format.pair and not self.spec.pivoted, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
             return False
         if not pair and matmul.x.layout != torch.strided:
@@ -268,7 +283,7 @@ class FactoredWeight:
         if matmul.split:
             rows = math.prod(self.shape[: matmul.split])
             return frame.shape is not None and not self.spec.batch and rows == self.spec.shape[0]
-        if frame.shape is not None or (frame.rows is not None and not pair):
+        if frame.shape is not None or (frame.rows is not None and not self.format.pair):
             return False
         if matmul.bag is not None:
             return pair and not self.spec.batch

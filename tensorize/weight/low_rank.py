@@ -14,11 +14,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from tensorize.capture.matmul import Frame
+from tensorize.formats.low_rank import ordered, product
 from tensorize.ir.spec import Spec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
-from tensorize.weight.cores import check_tie, refuse_to_be_scripted
+from tensorize.weight.cores import check_tie, keep_order, refuse_to_be_scripted
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.precision import in_float32, widened
 
@@ -31,7 +32,8 @@ class LowRankLinear(nn.Module):
     compiled graphs only. With ``contractions`` (see
     ``limit_saved``) the two layers' weights are used, and their hooks are not. ``nonlinearity`` is
     the name of a function of ``torch.nn.functional`` between the two (CoLA, Liu et al. 2025): then
-    the layer stands for no matrix.
+    the layer stands for no matrix. Where the spec is pivoted, ``order`` says which of its columns
+    the weight is the identity in: these are added to what ``first`` makes of the others.
     """
 
     input_product: SharedProduct | None = None
@@ -45,6 +47,7 @@ class LowRankLinear(nn.Module):
     out_features: int
     spec: Spec
     stored_transposed: bool
+    order: Tensor
     _watched: tuple[RemovableHandle, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,11 +61,15 @@ class LowRankLinear(nn.Module):
             first, second = modules["first"], modules["second"]
             right, held = first._parameters.get("weight"), second._parameters
             left, bias = held.get("weight"), held.get("bias")
+        pivoted = self.spec.pivoted
         if not (_is_bare(first) and _is_bare(second)) or _has_any_global_hook():
             known = right if right is not None else first.weight
             # A layer that took the place of one of them (a quantized one) casts by itself.
             x = widened(x, known) if isinstance(known, Tensor) else x
-            return second(self._between(first(x)))
+            if not pivoted:
+                return second(self._between(first(x)))
+            kept, others = ordered(x, self.order, self.spec.ranks[0])
+            return second(self._between(kept + first(others)))
         # What the two layers' own calls come to.
         x = widened(x, right)
         own = self.contractions
@@ -71,12 +78,15 @@ class LowRankLinear(nn.Module):
         # A product that serves other layers as well is computed by itself.
         alone = not self._shares(x, right)
         if self.nonlinearity is None and (own or (alone and in_float32(x, right.shape[0]))):
-            return products.matmul(self.spec, own or {}, (left, right), x, "columns", bias)
-        if self.input_product is None or alone or torch.compiler.is_compiling():
-            product = F.linear(x, right)
+            cores = (left, right, self.order) if pivoted else (left, right)
+            return products.matmul(self.spec, own or {}, cores, x, "columns", bias)
+        if pivoted:
+            narrow = product(x, right, self.order)
+        elif self.input_product is None or alone or torch.compiler.is_compiling():
+            narrow = F.linear(x, right)
         else:
-            product = self.input_product(first, x)
-        return F.linear(self._between(product), left, bias)
+            narrow = self.input_product(first, x)
+        return F.linear(self._between(narrow), left, bias)
 
     __prepare_scriptable__ = refuse_to_be_scripted
 
@@ -103,12 +113,15 @@ class LowRankLinear(nn.Module):
         """The dense layer's weight, lazily."""
         cores = (self.second.weight, self.first.weight)
         frame = Frame(transposed=self.stored_transposed)
-        return FactoredWeight(self.spec, cores, frame, nonlinearity=self.nonlinearity)
+        indices = (self.order,) if self.spec.pivoted else ()
+        return FactoredWeight(self.spec, cores, frame, None, self.nonlinearity, indices)
 
-    def resize(self, spec: Spec, cores: Sequence[nn.Parameter]) -> None:
-        """Take factors of another rank."""
+    def resize(self, spec: Spec, cores: Sequence[Tensor]) -> None:
+        """Take other factors, and the order of the columns that may come after them."""
         self.spec = spec
-        self.second.weight, self.first.weight = cores
+        self.second.weight, self.first.weight = cores[:2]  # type: ignore[assignment]
+        keep_order(self, cores[2:])
+        self.first.in_features = self.first.weight.shape[1]
         self.first.out_features = self.second.in_features = spec.ranks[0]
         if self.memory_limit is not None:
             self.limit_saved(self.memory_limit)

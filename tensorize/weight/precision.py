@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import is_index
+
 
 def multiplied_in(dtype: torch.dtype, device: str) -> str:
     """The dtype that cores of a dtype meet their input in, by its name."""
@@ -30,7 +32,8 @@ def autocast(x: Tensor, cores: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tenso
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    kept = tensor.dtype == torch.float64 or is_index(tensor)
+    return tensor if kept else tensor.to(dtype)
 
 
 def widened(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Convolution
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec
@@ -40,7 +41,7 @@ def matmul(
         return run(x, cores, bias)
     form = format_of(spec)
     if in_float32(x, form.width(cores) if run is None else None):
-        wide = [core.float() for core in cores]
+        wide = [core if is_index(core) else core.float() for core in cores]
         bias = None if bias is None else bias.float()
         return matmul(spec, contractions, wide, x.float(), contract, bias).to(x.dtype)
     if run is not None:

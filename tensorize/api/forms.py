@@ -1,0 +1,90 @@
+"""``tensorize.weight.pivoted`` and ``plain``: change how low-rank weights are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from tensorize.api.outcome import totals_of
+from tensorize.base.tensors import unwrapped
+from tensorize.capture.inputs import check_model
+from tensorize.ir.spec import Spec
+from tensorize.reports.attach import attach, known_report
+from tensorize.reports.data import ReportTotals
+from tensorize.store import transformers_config
+from tensorize.weight.forms import to_pivoted, to_plain
+
+
+def pivoted(model: nn.Module) -> nn.Module:
+    """Store no number of low-rank weights that a change of basis can remove.
+
+    W = U V of (m, n) and rank r is r (m + n) numbers, of which r² say nothing of W: U V =
+    (U B) (B⁻¹ V) for every B. With r columns of V as B, V is the identity in these columns, and
+    r (m + n - r) numbers are left, for the same W to rounding, and as many fewer FLOPs
+    (``algebra.pivot``). Ranks are chosen for the plain form, so a model gets smaller by this.
+    Weights with a first factor in common, stacks of experts, convolutions, bags and what has a
+    function between its factors stay as they are.
+
+        model = tensorize.load("old", model)
+        tensorize.weight.pivoted(model)
+        tensorize.save(model, "new")
+
+    Args:
+        model: compressed; changed in place, its cores are new parameters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CaptureError: it is no module.
+    """
+    check_model(model)
+    _note(unwrapped(model), to_pivoted(unwrapped(model)))
+    return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Store both factors of every low-rank weight whole again: what ``pivoted`` undoes.
+
+    Args:
+        model: compressed; changed in place, its cores are new parameters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CaptureError: it is no module.
+    """
+    check_model(model)
+    _note(unwrapped(model), to_plain(unwrapped(model)))
+    return model
+
+
+def _note(model: nn.Module, specs: Mapping[str, Spec]) -> None:
+    """Let the report and the configuration say how weights are stored now."""
+    transformers_config.note_factors(model)
+    found = known_report(model)
+    if found is None:
+        return
+    choices, sites = [], []
+    for choice, site in zip(found.plan.sites, found.sites, strict=True):
+        names = (site.name, *site.aliases)
+        spec = next((specs[name] for name in names if name in specs), None)
+        if spec is not None:
+            choice = replace(choice, spec=spec)
+            site = replace(site, parameters_after=choice.parameters_after)
+        choices.append(choice)
+        sites.append(site)
+    after = totals_of(model, found.plan.predicted)
+    predicted = replace(found.plan.predicted, parameters=after.parameters, bytes=after.bytes)
+    attach(
+        model,
+        replace(
+            found,
+            plan=replace(found.plan, sites=tuple(choices), predicted=predicted),
+            sites=tuple(sites),
+            totals=ReportTotals(found.totals.before, after),
+        ),
+    )
