@@ -146,9 +146,10 @@ class LowRank(Chain):
             return took + ordered + matmul_time(machine, rows, n, m, dtype)
         if contract == "lookup":
             took = lookup_time(machine, rows, rank, dtype)
-        else:
-            took = matmul_time(machine, rows, m, rank, dtype)
-        return took + ordered + matmul_time(machine, rows, rank, inner, dtype)
+            return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
+        first, second = (inner, m) if contract == "columns" else (m, inner)
+        took = matmul_time(machine, rows, first, rank, dtype)
+        return took + matmul_time(machine, rows, rank, second, dtype) + ordered
 
 
 def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:

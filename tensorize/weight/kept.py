@@ -50,7 +50,7 @@ def _of_now(field: str) -> property:
     return property(lambda kept: getattr(kept.now(), field))
 
 
-for _field in ("contractions", "cores", "format", "frame", "nonlinearity", "shape", "spec"):
+for _field in FactoredWeight.__slots__[1:]:
     setattr(KeptWeight, _field, _of_now(_field))
 
 
