@@ -30,6 +30,7 @@ from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
 from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
+from tensorize.passes.beside.rehearse import Rehearse
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.spectra import ComputeSpectra
@@ -42,7 +43,6 @@ from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
-from tensorize.passes.rewrite.rehearse import Rehearse
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque

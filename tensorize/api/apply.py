@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -25,13 +26,14 @@ from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
 from tensorize.passes.allocate.choices import check_choices
+from tensorize.passes.beside.compare import CompareRuns
+from tensorize.passes.beside.dense_reads import memory_of
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
 from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.pipeline import Pass, run_passes
-from tensorize.passes.rewrite.compare import CompareRuns
 from tensorize.passes.rewrite.copies import copy_sharing
-from tensorize.passes.rewrite.dense_reads import memory_of
+from tensorize.passes.rewrite.norms import EstimateNorms, norms_of
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Opened, Planned, Rewritten
@@ -159,14 +161,16 @@ def apply_plan(
     target = model if options.inplace else copy_sharing(model, replaced)
     planned = analysis.program.to(Planned, plan=plan.alone, progress=tell)
 
-    def polish() -> Polish:
+    @functools.cache
+    def beside() -> tuple[Any, ...]:
         dense = copy_sharing(model, dict(model.named_parameters())) if options.inplace else model
         loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
-        return Polish(dense, *split(analysis.calibration), loss)
+        return dense, *split(analysis.calibration), loss
 
     refine = plan.refine if replaced else None
     passes: tuple[Pass[Any, Any], ...] = (
-        *rewriting(refine, analysis.calibration, polish),
+        *rewriting(refine, analysis.calibration, lambda: Polish(*beside())),
+        *([EstimateNorms(*beside())] if refine is not None and norms_of(model) else []),
         compare,
     )
     if refine is not None and planned.counted is None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tensorize.passes.rewrite.rebuilt import rebuilt
+from tensorize.passes.beside.rebuilt import rebuilt
 
 X = torch.randn(3, 6)
 IDS = torch.tensor([[0, 3], [2, 2]])

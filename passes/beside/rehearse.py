@@ -12,12 +12,12 @@ from tensorize.base.errors import ModelError, TensorizeError
 from tensorize.capture.kept import keeping
 from tensorize.ir.sites import Batch, Site
 from tensorize.ir.spec import TTSpec
+from tensorize.passes.beside import behaviour
+from tensorize.passes.beside.behaviour import Calls
+from tensorize.passes.beside.dense_reads import DenseReads, memory_of
+from tensorize.passes.beside.rebuilt import rebuilt
 from tensorize.passes.curves.curve import as_matrix
-from tensorize.passes.rewrite import behaviour
-from tensorize.passes.rewrite.behaviour import Calls
 from tensorize.passes.rewrite.copies import copy_sharing
-from tensorize.passes.rewrite.dense_reads import DenseReads, memory_of
-from tensorize.passes.rewrite.rebuilt import rebuilt
 from tensorize.passes.stages import Found
 from tensorize.weight.install import followed, install, owner_of
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from tensorize.base.errors import AnalysisError, ModelError, TensorizeError
 from tensorize.ir.sites import Batch
-from tensorize.passes.rewrite import behaviour
-from tensorize.passes.rewrite.behaviour import Calls
+from tensorize.passes.beside import behaviour
+from tensorize.passes.beside.behaviour import Calls
+from tensorize.passes.beside.dense_reads import DenseReads, Memory
+from tensorize.passes.beside.rebuilt import rebuilt
 from tensorize.passes.rewrite.copies import copy_sharing
-from tensorize.passes.rewrite.dense_reads import DenseReads, Memory
-from tensorize.passes.rewrite.rebuilt import rebuilt
 from tensorize.passes.stages import Rewritten
 from tensorize.weight.cores import Cores
 from tensorize.weight.install import factored, restore

@@ -1,0 +1,1 @@
+"""A model run beside itself with factors in it: does it do the same?"""
