@@ -135,6 +135,25 @@ def _pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
     return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n)) & site.takes_trains
 
 
+def _worth_a_pass(
+    site: Site,
+    plain: np.ndarray,
+    pivoted: np.ndarray,
+    batch_sizes: Sequence[int],
+    machine: Machine,
+) -> np.ndarray:
+    """The ranks at which the pass over the input that ``pivoted`` takes is not what alone makes it
+    slower than dense, as the plain form of the same rank is not."""
+    dense = dense_times(site, batch_sizes, machine)
+
+    def slow(ranks: np.ndarray, form: bool) -> np.ndarray:
+        every = EveryRank(site.matrix, ranks, form)
+        return ranks[(spec_times(site, every, batch_sizes, machine) > dense).any(-1)]
+
+    fast = np.setdiff1d(plain, slow(plain, False))
+    return np.setdiff1d(pivoted, np.intersect1d(slow(pivoted, True), fast))
+
+
 def _rounding_lost(curve: Spectrum) -> float:
     """What a curve loses by the rounding of factors of which an identity is not stored."""
     eps = torch.finfo(getattr(torch, curve.site.dtype)).eps
@@ -224,19 +243,17 @@ def curve_points(
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
     others = tuple(spec for spec, _ in structured)
     rows, lost, labels = [], [], []
-    dense = dense_times(site, batch_sizes, machine)
-    fast = np.zeros(len(ranks), bool)
-    for pivoted, pays in ((False, ranks * (m + n) < m * n), (True, _pivots(site, ranks) & pivots)):
-        every = EveryRank((m, n), ranks, pivoted)
-        flops = spec_flops(site, every, batch_sizes) + 0 * ranks
+    load = batch_sizes, machine
+    forms = {False: ranks[ranks * (m + n) < m * n]}
+    if pivots:
+        forms[True] = _worth_a_pass(site, forms[False], ranks[_pivots(site, ranks)], *load)
+    for pivoted, those in forms.items():
+        every = EveryRank((m, n), those, pivoted)
+        flops = spec_flops(site, every, batch_sizes) + 0 * those
         sizes = every.parameters * count, _bytes(every, itemsize) * count, flops
-        times = spec_times(site, every, batch_sizes, machine)
-        slow = (times > dense).any(-1)
-        pays = pays & ~(slow & fast)  # the one form costs what makes the other worth its numbers
-        fast = ~slow
-        rows.append(np.hstack([np.stack(sizes, axis=1), times])[pays])
-        lost.append((curve.distortion.numpy()[ranks] + pivoted * _rounding_lost(curve))[pays])
-        labels.append((ranks + pivoted * _PIVOTED)[pays])
+        rows.append(np.hstack([np.stack(sizes, axis=1), spec_times(site, every, *load)]))
+        lost.append(curve.distortion.numpy()[those] + pivoted * _rounding_lost(curve))
+        labels.append(those + pivoted * _PIVOTED)
     if others:
         rows.append(
             np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])

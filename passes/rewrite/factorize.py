@@ -173,8 +173,10 @@ def replace_weight(
     cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
     form = format_of(choice.spec)
     if any(use.contract == "lookup" for use in site.uses):
-        cores = tuple(core.clone() for core in cores)
-        keep_empty_rows(site, choice.spec.plain, cores, (weight == 0).all(1))
+        empty = (weight == 0).all(1)
+        if empty.any():  # the analysis keeps its factors
+            cores = tuple(core.clone() for core in cores)
+            keep_empty_rows(site, choice.spec.plain, cores, empty)
     stored = [_own(core, weight) for core in form.stored(choice.spec, cores, weight.dtype)]
     held = put_cores(model, site, choice, stored)
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.

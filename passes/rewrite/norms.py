@@ -37,14 +37,17 @@ class EstimateNorms:
 
     def run(self, done: Rewritten) -> Rewritten:
         norms = norms_of(done.model)
+        kept = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
         buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        kept = [buffer.clone() for buffer in buffers]
         with untouched(done.model, buffers), untouched(self.dense):
             before = after = self._distance(done.model)
             if estimate(done.model, norms, self.learnt):
+                for norm, values in kept.items():
+                    _keep_count(norm, values)
                 after = self._distance(done.model)
             if not after < before:
-                _put(buffers, kept)
+                for norm, values in kept.items():
+                    _put(norm, values)
         told = f"{len(norms)} batch norms: {before:.4g} to {after:.4g} on held-out batches"
         if not after < before:
             return replace(done, summary=f"{told}, so they keep their statistics")
@@ -75,9 +78,8 @@ def estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Sequence[Ba
     """Give norms the mean statistics of batches, inside of ``untouched``; whether it can be done.
 
     Each batch is normalized by its own statistics, as in training: what arrives at a later norm is
-    then what will arrive there. Norms that are not called keep theirs.
+    then what will arrive there.
     """
-    kept = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
 
     def check(norm: nn.Module, args: tuple[Any, ...]) -> None:
         x: Tensor = args[0]
@@ -97,16 +99,19 @@ def estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Sequence[Ba
         for norm, handle in zip(norms, handles, strict=True):
             norm.training = False
             handle.remove()
-    for norm, values in zip(norms, kept, strict=True):
-        assert norm.num_batches_tracked is not None
-        if norm.num_batches_tracked == 0:
-            _put(list(norm.buffers()), values)
-        else:
-            norm.num_batches_tracked.copy_(values[-1])
     return True
 
 
+def _keep_count(norm: _BatchNorm, values: Sequence[Tensor]) -> None:
+    """The count of batches of before; all of it, where the norm was not called."""
+    assert norm.num_batches_tracked is not None
+    if norm.num_batches_tracked == 0:
+        _put(norm, values)
+    else:
+        norm.num_batches_tracked.copy_(values[-1])
+
+
 @torch.no_grad()
-def _put(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
+def _put(norm: _BatchNorm, values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(norm.buffers(), values, strict=True):
         buffer.copy_(value)
