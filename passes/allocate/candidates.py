@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +10,12 @@ import numpy as np
 import torch
 
 from tensorize.formats.dense import is_dense
-from tensorize.formats.format import entry_bytes
 from tensorize.formats.low_rank import EveryRank
 from tensorize.formats.registry import named
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan, Totals
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import INDEX_BYTES, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -165,16 +163,10 @@ def _costs(
 ) -> list[float]:
     return [
         spec.parameters,
-        _bytes(site, spec, itemsize),
+        spec.bytes(itemsize, len(site.names)),
         spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]
-
-
-def _bytes(site: Site, spec: Spec, itemsize: int) -> Any:
-    # Every module that holds a tied weight has an order of its own.
-    indices = len(site.names) * sum(math.prod(shape) for shape in spec.index_shapes)
-    return spec.parameters * entry_bytes(spec, itemsize) + INDEX_BYTES * indices
 
 
 def _dense_costs(
@@ -251,7 +243,7 @@ def curve_points(
     for pivoted, those in forms.items():
         every = EveryRank((m, n), those, pivoted)
         flops = spec_flops(site, every, batch_sizes) + 0 * those
-        sizes = every.parameters * count, _bytes(site, every, itemsize) * count, flops
+        sizes = every.parameters * count, every.bytes(itemsize, len(site.names)) * count, flops
         rows.append(np.hstack([np.stack(sizes, axis=1), spec_times(site, every, *load)]))
         lost.append(curve.distortion.numpy()[those] + pivoted * _rounding_lost(curve))
         labels.append(those + pivoted * _PIVOTED)

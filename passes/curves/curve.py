@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tensorize.formats.format import TensorTrain
 from tensorize.formats.registry import format_of
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
+from tensorize.passes.curves.rounding import Rounding
 
 Weights = Callable[[str], Tensor]
 """The dense weights, by name."""
@@ -44,7 +45,8 @@ class Spectrum:
     structures tried of other formats, ``train_points`` what their roundings lose. ``in_nats`` is
     False for a weight that the calibration data say nothing about. ``shared`` is the curve with a
     first factor in common with other weights. ``measured`` are pairs of a distortion and the rise
-    of the loss that it was found to cost, of a weight measured by itself.
+    of the loss that it was found to cost, of a weight measured by itself. ``roundings`` say what
+    fewer bits add, for every precision that was asked for.
     """
 
     site: Site
@@ -56,6 +58,7 @@ class Spectrum:
     in_nats: bool = True
     shared: SharedFactor | None = None
     measured: tuple[tuple[float, float], ...] = ()
+    roundings: tuple[Rounding, ...] = ()
 
     def rise(self, distortion: np.ndarray) -> np.ndarray:
         """What distortions add to the loss: as much, or as was measured for this weight.
@@ -85,6 +88,8 @@ class Spectrum:
 
     def distortion_of(self, spec: Spec) -> float:
         """What a spec of this weight loses; exact ranks lose nothing."""
+        if spec.precision is not None:
+            return self._rounded(spec)
         form = format_of(spec)
         if form.spectral:
             return float(self.distortion[min(spec.ranks[0], len(self.distortion) - 1)])
@@ -95,6 +100,12 @@ class Spectrum:
         weight = form.reconstruct(exact.spec, exact.cores)
         cores = form.factors(spec, weight, self.metrics, exact)
         return form.error(spec, cores, weight, self.metrics)
+
+    def _rounded(self, spec: Any) -> float:
+        found = next(r for r in self.roundings if r.precision == spec.precision)
+        if is_dense(spec.format):
+            return found.dense
+        return self.distortion_of(spec.inner) + float(found.low_rank[spec.ranks[0]])
 
     def _exact(self, spec: Spec) -> TensorTrain[Spec]:
         """The structure that a spec is a rounding of."""
@@ -109,7 +120,7 @@ class Spectrum:
         )
 
     def factors(self, spec: Spec, weight: Tensor, *, shared: bool = False) -> tuple[Tensor, ...]:
-        """The cores of ``spec`` for the dense weight, in the shapes that the spec stores.
+        """The cores of ``spec.plain`` for the dense weight, as they are computed.
 
         ``shared``: with the first factor that it has in common with others.
         """
@@ -118,6 +129,9 @@ class Spectrum:
             (rank,) = spec.ranks
             reader = self.shared.reader[:, :rank]
             return weight.to(reader.dtype) @ reader, self.shared.factor[:rank]
+        spec = spec.plain
+        if is_dense(spec.format):
+            return (weight,)
         form = format_of(spec)
         exact = None if form.spectral else self._exact(spec)
         return form.factors(spec, weight, self.metrics, exact)

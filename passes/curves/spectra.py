@@ -30,6 +30,7 @@ from tensorize.passes.curves.curve import Spectrum, Store, Weights, as_matrix, w
 from tensorize.passes.curves.formats import UNASKED, FormatsOption, asked_formats
 from tensorize.passes.curves.joint import with_shared_factors
 from tensorize.passes.curves.metric import site_metrics
+from tensorize.passes.curves.rounding import roundings
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.stages import Found, Learned, Observed
 
@@ -43,6 +44,7 @@ class ComputeSpectra:
     """
 
     formats: FormatsOption = None
+    precisions: tuple[str, ...] = ()
     weights: Weights | None = None
     store: Store | None = None
     name: str = "spectra"
@@ -79,7 +81,8 @@ class ComputeSpectra:
                 moments.terms.clear()
             weight = as_matrix(site, weights(site.name))
             curve = spectrum(site, weight, metrics, asked[site.name])
-            return replace(curve, in_nats=reached and observed.metric == "loss")
+            rounded = roundings(at_work(weight), metrics, self.precisions)
+            return replace(curve, roundings=rounded, in_nats=reached and observed.metric == "loss")
 
         spectra, whole = dict(known), len(observed.free)
         observed.progress("spectra", len(spectra), whole)

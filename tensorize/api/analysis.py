@@ -12,6 +12,7 @@ from tensorize.ir.plan import POLISH, REFIT, Plan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
+from tensorize.passes.curves.precisions import PrecisionOption, integers
 from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.pipeline import run_passes
 from tensorize.passes.stages import Analysed, Planned
@@ -20,6 +21,8 @@ from tensorize.reports.data import CurvePoint
 
 NO_REFIT = "no refit"
 """How the note begins that says why there was none."""
+
+AS_ANALYSED = "as analysed"
 
 CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 
@@ -37,6 +40,7 @@ class Analysis:
     cache: str | None = None
     calibration: tuple[Batch, ...] = ()
     loss_fn: LossFunction | None = None
+    precision: PrecisionOption = None
 
     @property
     def metric(self) -> str:
@@ -53,6 +57,7 @@ class Analysis:
         *,
         refine: str | None = "auto",
         formats: FormatsOption = None,
+        precision: PrecisionOption = AS_ANALYSED,
         ranks: RanksOption = None,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         rank_multiple: int | None = None,
@@ -64,6 +69,8 @@ class Analysis:
             refine: what ``apply`` does to the factors: None, ``"refit"`` or ``"polish"``; "auto" is
                 a refit where there are calibration data and no limit on single errors.
             formats: which formats may be used, among those that were analysed.
+            precision: which precisions, likewise; by default those that were analysed. With any, a
+                budget that is a share is one of the bytes.
             ranks: pattern → rank or ``"full"``; overrides the allocation.
             batch_sizes: input rows at which FLOPs are counted; the worst counts.
             rank_multiple: low ranks are multiples of this (or smaller than it), as matrix units
@@ -74,7 +81,10 @@ class Analysis:
             AnalysisError: ``refine`` needs data or predictions that this analysis has not, or
                 ``formats`` or ``ranks`` do not fit its weights.
         """
-        return planned(self, Options.of(locals()))
+        given = locals()
+        if precision == AS_ANALYSED:
+            given["precision"] = self.precision
+        return planned(self, Options.of(given))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
@@ -83,6 +93,7 @@ class Analysis:
             chosen = formats_by_site(self.program.free, options.formats)
             for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
+        self._require(options.precision)
         refine, why_not = self._refinement(options.refine, options.budget)
         return Allocate(
             options.budget,
@@ -90,11 +101,22 @@ class Analysis:
             formats=chosen,
             batch_sizes=options.batch_sizes,
             refine=refine,
+            precision=options.precision,
             notes=() if why_not is None else (f"{NO_REFIT}: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
             pivots=options.backend != "triton",  # whose kernels read whole factors only
         )
+
+    def _require(self, precision: PrecisionOption) -> None:
+        """Raises AnalysisError for a precision that was not analysed."""
+        known = integers(self.precision)
+        for name in integers(precision):
+            if name not in known:
+                raise AnalysisError(
+                    f"the precision {name!r} was not analysed (only {', '.join(known) or 'none'})",
+                    way_out=f"analyse with precision={(*known, name)!r}",
+                )
 
     def _refinement(
         self, refine: str | None, budget: Budget | None
@@ -143,7 +165,8 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                allocate = self._allocation(Options.of({"budget": budget}))
+                asked = {"budget": budget, "precision": self.precision}
+                allocate = self._allocation(Options.of(asked))
                 predicted = allocate.run(self.program).plan.predicted
             except BudgetError:
                 if budgets is not None:

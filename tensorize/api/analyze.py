@@ -33,6 +33,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.beside.rehearse import Rehearse
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
+from tensorize.passes.curves.precisions import PrecisionOption, integers
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
@@ -64,6 +65,7 @@ def analyze(
     include: Select = None,
     exclude: Select = None,
     formats: FormatsOption = None,
+    precision: PrecisionOption = None,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
@@ -169,7 +171,7 @@ def place_of(found: Found, identity: str, options: Options) -> str | None:
     """
     if options.cache_dir is None:
         return None
-    asked = options.formats, options.loss_fn, options.refine
+    asked = options.formats, integers(options.precision), options.loss_fn, options.refine
     key = disk.key(found, identity, *asked, __version__)
     return disk.location(options.cache_dir, key)
 
@@ -187,7 +189,7 @@ def _learned(found: Found, identity: str, options: Options) -> Analysis:
         analysed = replace(kept, machine=found.machine, history=found.history)
     else:
         analysed, base = _run(found, options, base, held)
-    return Analysis(analysed, identity, base, found.calibration, options.loss_fn)
+    return Analysis(analysed, identity, base, found.calibration, options.loss_fn, options.precision)
 
 
 def _run(
@@ -215,10 +217,10 @@ def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> t
     learnt, held_out = split(found.calibration)
     loss = None
     if found.metric == "loss":
-        loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
-    rows = CountRows(found.calibration, options.loss_fn)
+        loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn, options.precision)
+    rows = CountRows(found.calibration, options.loss_fn, options.precision)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
-    statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats)
+    statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats, integers(options.precision))
     largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:

@@ -37,6 +37,7 @@ def compile(
     include: Select = None,
     exclude: Select = None,
     formats: FormatsOption = None,
+    precision: PrecisionOption = None,
     ranks: RanksOption = None,
     backend: str = "auto",
     autotune: bool = False,
@@ -68,6 +69,9 @@ def compile(
             for weights of one input), ``"tt"`` and ``"block"`` may be used: a name, several, or
             pattern → names. By default the first three, and trains of weights that a cheap probe
             finds to be sums of a few Kronecker products.
+        precision: bits of the weights: None (their own), ``"auto"``, or those that may be used, as
+            ``"int8"``, ``"int4"``, ``"int3"``, ``"int2"`` and the weights' own dtype. Bits and
+            ranks are then one choice, and a budget that is a share is one of the model's bytes.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"aten"``: contractions run as torch operations. ``"triton"``: as kernels wherever
             a family covers them, on a GPU or, with ``TRITON_INTERPRET=1``, on the CPU. ``"auto"``:

@@ -24,6 +24,7 @@ from tensorize.ir.budget import Budget, parse_bytes
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.passes.allocate.allocate import BATCH_SIZES, RanksOption, check_ranks
 from tensorize.passes.curves.formats import FormatsOption, check_formats
+from tensorize.passes.curves.precisions import PrecisionOption, check_precision
 from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.observe.select import Select, check_select
 
@@ -99,6 +100,12 @@ class Options:
         check_formats,
         help="dense, low_rank, shared, tt or block, or PATTERN=FORMAT,...; repeatable.",
     )
+    precision: PrecisionOption = _option(
+        None,
+        check_precision,
+        help="Bits of the weights: auto, or int8, int4, int3, int2; repeatable. A budget that is a "
+        "share is then one of the bytes.",
+    )
     ranks: RanksOption = _option(None, check_ranks)
     batch_sizes: Sequence[int] = BATCH_SIZES
     rank_multiple: int | None = None
@@ -127,11 +134,14 @@ class Options:
     progress: Progress | bool | None = None
 
     def __post_init__(self) -> None:
+        share = self.budget
         for each in fields(self):
             check, given = each.metadata.get("check"), getattr(self, each.name)
             left_open = given is None and each.default is None
             if check is not None and not left_open:
                 object.__setattr__(self, each.name, check(given))
+        if isinstance(share, float) and self.precision is not None:
+            object.__setattr__(self, "budget", Budget(bytes=share))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:

@@ -51,12 +51,19 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
 
 
 def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
-    """Parameters and bytes of a model, each once, and of indices; FLOPs and times are predicted."""
+    """Parameters and bytes of a model, each once, and of indices; FLOPs and times are predicted.
+
+    Where codes stand for numbers, these are what counts as parameters.
+    """
     parameters = {id(p): p for p in model.parameters()}
-    indices = {id(w.cores[0]): i for _, w in factored(model) for i in w.indices}
+    weights = [weight for _, weight in factored(model)]
+    quantized = {id(w.cores[0]): w for w in weights if w.spec.precision is not None}
+    scales = {id(core) for weight in quantized.values() for core in weight.cores}
+    held = {**parameters, **{id(index): index for weight in weights for index in weight.indices}}
     return Totals(
-        sum(p.numel() for p in parameters.values()),
-        sum(t.numel() * t.element_size() for t in (*parameters.values(), *indices.values())),
+        sum(p.numel() for key, p in parameters.items() if key not in scales)
+        + sum(weight.spec.parameters for weight in quantized.values()),
+        sum(tensor.nbytes for tensor in held.values()),
         predicted.flops,
         predicted.latency,
     )

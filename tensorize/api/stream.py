@@ -125,7 +125,8 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
         assert base is not None
         curves = Curves(Path(base), Held.shapes)
         announce(cost_line(found))
-        spectra = ComputeSpectra(options.formats, lambda name: source.read(name).to(where), curves)
+        spectra = ComputeSpectra(
+            options.formats, integers(options.precision), lambda name: source.read(name).to(where), curves)
         observed = found.to(Observed, statistics={})
         analysed = run_passes(observed, (spectra,), Learned).to(Analysed, predictor=None)
         analysis = Analysis(replace(analysed, progress=no_progress), identity)

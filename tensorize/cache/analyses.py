@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def key(
     found: Found,
     fingerprint: str,
     formats: FormatsOption,
+    precisions: Sequence[str],
     loss_fn: Any,
     refine: str | None,
     version: str,
@@ -53,7 +54,7 @@ def key(
         raise Opaque("it is of a loss_fn")
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
     sites = [astuple(site) for site in found.sites]
-    text = (FORMAT, fingerprint, found.metric, found.seed, plain, sites, refine, version)
+    text = (FORMAT, fingerprint, found.metric, found.seed, plain, precisions, sites, refine, version)
     data = (found.model, *found.calibration) if found.calibration else ()
     defaults = torch.__version__, torch.get_default_dtype()
     return content(repr(text), *map(str, defaults), *data)[:32]

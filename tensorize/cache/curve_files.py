@@ -22,13 +22,14 @@ from tensorize.formats.format import TensorTrain
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import SharedFactor, Spectrum
+from tensorize.passes.curves.rounding import Rounding
 from tensorize.store.fingerprint import identity
 
 log = logging.getLogger("tensorize")
 
 
 # Of what is kept: entries of another format have other keys.
-FORMAT = 5
+FORMAT = 6
 _ENDING = ".safetensors"
 # Names of groups, so that they are not those of weights.
 SHARED_CURVES = "shared: "
@@ -195,6 +196,7 @@ def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any
         names = {s: None if root is None else f"metric{k}.{s}" for s, root in sides.items()}
         tensors |= {f"metric{k}.{s}": root for s, root in sides.items() if root is not None}
         metrics.append({"scale": metric.scale, **names})
+    tensors |= {f"{each.precision}.distortion": each.low_rank for each in curve.roundings}
     for k, train in enumerate(curve.trains):
         tensors |= {f"train{k}.{j}": core for j, core in enumerate(train.cores)}
     return {
@@ -203,6 +205,7 @@ def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any
         "trains": plain([train.spec for train in curve.trains]),
         "train_points": plain(curve.train_points),
         "in_nats": curve.in_nats,
+        "roundings": [[each.precision, each.dense] for each in curve.roundings],
     }
 
 
@@ -227,4 +230,8 @@ def _curve_from_dict(
         trains=tuple(trains),
         train_points=tuple((Spec.from_dict(s), lost) for s, lost in data["train_points"]),
         in_nats=data["in_nats"],
+        roundings=tuple(
+            Rounding(name, dense, tensors[f"{name}.distortion"])
+            for name, dense in data["roundings"]
+        ),
     )

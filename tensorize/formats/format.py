@@ -96,7 +96,7 @@ class Format(Generic[S]):
 
     def stored(self, spec: S, cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What is kept, in a dtype, of the cores that were computed, those of ``spec.plain``: with
-        the indices of ``spec.index_shapes`` after them."""
+        ``spec.indices`` after them."""
         return tuple(core.to(dtype) for core in cores)
 
     def computed(self, spec: S, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -250,8 +250,3 @@ class Chain(Format[TTSpec]):
         axes = [spec.cores[k].index(name) for name in spec.rows]
         digits = torch.unravel_index(rows, [spec.size[name] for name in spec.rows])
         cores[k].movedim(axes, list(range(len(axes))))[digits] = 0
-
-
-def entry_bytes(spec: Spec, itemsize: int) -> int:
-    """Bytes of an entry of the cores of a weight whose own entries have ``itemsize``."""
-    return itemsize if spec.storage is None else getattr(torch, spec.storage).itemsize

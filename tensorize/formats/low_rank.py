@@ -20,7 +20,7 @@ from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
+from tensorize.ir.spec import LOW_RANK, Index, Spec, TTSpec
 
 _PAYS = 0.95
 """The share of a matrix's entries from which on dense is taken to be worth the rest."""
@@ -43,8 +43,8 @@ class EveryRank(Spec):
         return (self.every,)
 
     @property
-    def index_shapes(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
-        return (self.shape[1:],) if self.pivoted else ()
+    def indices(self) -> tuple[Index, ...]:  # type: ignore[override]
+        return (Index("order", self.shape[1:], "int32"),) if self.pivoted else ()
 
     @property
     def parameters(self) -> Any:

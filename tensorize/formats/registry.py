@@ -8,6 +8,7 @@ from tensorize.formats.block import Block
 from tensorize.formats.dense import Dense
 from tensorize.formats.format import OTHER_COLORS, Format
 from tensorize.formats.low_rank import LowRank
+from tensorize.formats.quantized import quantized
 from tensorize.formats.shared import Shared
 from tensorize.formats.train import Train
 from tensorize.ir.spec import READERS, Spec
@@ -19,7 +20,8 @@ _TABLE: dict[str, Format[Any]] = {
 
 def format_of(spec: Spec) -> Format[Any]:
     """The format of a factorized weight."""
-    return _TABLE[spec.format]
+    form = _TABLE[spec.format]
+    return form if spec.precision is None else quantized(form)
 
 
 def named(name: str) -> Format[Any]:

@@ -12,16 +12,31 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
+from tensorize.ir.precision import INTEGERS, Precision
+
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
 """What ``formats`` calls low rank where weights of one input have their first factor in common."""
 NONLINEARITIES = ("silu", "gelu", "relu", "tanh")
 """What there can be between two factors: functions of ``torch.nn.functional``."""
 
-INDEX_BYTES = 4
-"""Of each of the integers that say which columns the cores are of."""
 MOST_ELEMENTS = 2**56
 """Of a tensor whose shape a file tells: sizes of their bytes are still numbers of 63 bits."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Integers that come after the cores: what they are called, their shape, and their dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
 class Spec:
@@ -30,8 +45,9 @@ class Spec:
     ``shape`` is that of the weight, (m, n) or (experts, m, n), ``core_shapes`` what the tensors
     have; ``ranks`` are the sizes that can be chosen smaller. ``batch`` is empty but for a stack of
     experts, of which ``single`` is one. ``storage`` is the dtype that the entries are kept in, by
-    its name (None: the weight's own). ``index_shapes`` are those of integer tensors that come after
-    the cores, and say which columns these are of; they are no parameters.
+    its name (None: the weight's own). ``indices`` are tensors of integers that come after the
+    cores, which are no parameters: the columns that these are of, or codes. ``precision`` is what
+    the entries are rounded to, by its name (None: they are not).
     """
 
     format: str
@@ -40,14 +56,23 @@ class Spec:
     ranks: tuple[int, ...]
     batch: tuple[str, ...] = ()
     storage: str | None = None
-    index_shapes: tuple[tuple[int, ...], ...] = ()
+    indices: tuple[Index, ...] = ()
     pivoted = False
+    precision: str | None = None
     single: Any
 
     @property
     def plain(self) -> Any:
-        """The same without an identity that is not stored: what the cores are computed as."""
+        """What the cores are computed as: with an identity that is not stored, and not rounded."""
         return self
+
+    def bytes(self, itemsize: int, holders: int = 1) -> Any:
+        """What is held for a weight whose own entries have ``itemsize``, by so many modules.
+
+        Tied modules have the cores in common, and indices of their own.
+        """
+        own = itemsize if self.storage is None else getattr(torch, self.storage).itemsize
+        return self.parameters * own + holders * sum(index.bytes for index in self.indices)
 
     @property
     def parameters(self) -> int:
@@ -65,6 +90,8 @@ class Spec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
         """The spec that ``to_dict`` wrote, of whatever format."""
+        if data.get("precision") is not None:
+            return QuantizedSpec.from_dict(data)
         return READERS.get(data.get("format", ""), TTSpec.from_dict)(data)
 
 
@@ -113,7 +140,7 @@ class TTSpec(Spec):
         shape: tuple[int, ...] = field(init=False, compare=False)
         format: str = field(init=False, compare=False)
         core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
-        index_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
+        indices: tuple[Index, ...] = field(init=False, compare=False)
         row_modes: tuple[int, ...] = field(init=False, compare=False)
         column_modes: tuple[int, ...] = field(init=False, compare=False)
         ranks: tuple[int, ...] = field(init=False, compare=False)
@@ -197,7 +224,7 @@ class TTSpec(Spec):
             ("shape", (*lead, m, n)),
             ("format", LOW_RANK if split else BLOCK if shared else TT),
             ("core_shapes", shapes),
-            ("index_shapes", ((*lead, n),) if pivoted else ()),
+            ("indices", (Index("order", (*lead, n), "int32"),) if pivoted else ()),
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
@@ -369,3 +396,117 @@ class TTSpec(Spec):
         if self.is_block:
             return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"
+
+
+@dataclass(frozen=True)
+class DenseSpec(Spec):
+    """A weight as it is: one core. It is the inside of what is quantized; else there is no spec."""
+
+    shape: tuple[int, ...]
+    format = DENSE
+    ranks = ()
+
+    @property
+    def core_shapes(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+        return (self.shape,)
+
+    @property
+    def batch(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("e",) if len(self.shape) > 2 else ()
+
+    @property
+    def single(self) -> DenseSpec:  # type: ignore[override]
+        return DenseSpec(self.shape[-2:])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": DENSE, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DenseSpec:
+        return cls(tuple(data["shape"]))
+
+    def __repr__(self) -> str:
+        return f"DenseSpec({self.shape})"
+
+
+READERS[DENSE] = DenseSpec.from_dict
+
+
+@dataclass(frozen=True)
+class QuantizedSpec(Spec):
+    """A weight whose entries are integers of a few bits: ``inner`` says what these stand for.
+
+    Every core of ``inner`` is a matrix, or a stack of them. What trains are the scales (M, groups),
+    which are the cores here; after them come, for every core, the packed codes and the zero points,
+    where there are any.
+
+    Raises:
+        ValueError: there is no such precision, or the inside is quantized itself.
+    """
+
+    inner: Spec
+    precision: str
+
+    if TYPE_CHECKING:
+        format: str = field(init=False, compare=False)
+        shape: tuple[int, ...] = field(init=False, compare=False)
+        core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
+        indices: tuple[Index, ...] = field(init=False, compare=False)
+        ranks: tuple[int, ...] = field(init=False, compare=False)
+        batch: tuple[str, ...] = field(init=False, compare=False)
+        single: QuantizedSpec = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.precision not in INTEGERS or self.inner.precision is not None:
+            raise ValueError(f"no {self.precision!r} of {self.inner}")
+        kind, shapes = self.kind, self.inner.core_shapes
+        indices: list[Index] = list(self.inner.indices)
+        for k, (*lead, columns) in enumerate(shapes):
+            packed = (*lead, kind.packed(columns))
+            indices.append(Index(f"codes_{k}", packed, kind.dtype))
+            if kind.offset:
+                groups = (*lead, kind.packed(kind.groups(columns)))
+                indices.append(Index(f"zeros_{k}", groups, "uint8"))
+        scales = tuple((*lead, kind.groups(columns)) for *lead, columns in shapes)
+        for name, value in (
+            *((each, getattr(self.inner, each)) for each in ("format", "shape", "ranks", "batch")),
+            ("core_shapes", scales),
+            ("indices", tuple(indices)),
+        ):
+            object.__setattr__(self, name, value)
+        one = self.inner.single
+        single = QuantizedSpec(one, self.precision) if self.batch else self
+        object.__setattr__(self, "single", single)
+
+    @property
+    def kind(self) -> Precision:
+        """What the precision is."""
+        return INTEGERS[self.precision]
+
+    @property
+    def plain(self) -> Any:
+        return self.inner.plain
+
+    @property
+    def parameters(self) -> int:
+        """The numbers that the codes stand for."""
+        return self.inner.parameters
+
+    def bytes(self, itemsize: int, holders: int = 1) -> int:
+        scales = sum(math.prod(shape) for shape in self.core_shapes)
+        return scales * itemsize + holders * sum(index.bytes for index in self.indices)
+
+    def with_ranks(self, ranks: Sequence[int]) -> QuantizedSpec:
+        return QuantizedSpec(self.inner.with_ranks(ranks), self.precision)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.inner.to_dict(), "precision": self.precision}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizedSpec:
+        """Raises ValueError for what is no precision of this release."""
+        inside = {key: value for key, value in data.items() if key != "precision"}
+        return cls(Spec.from_dict(inside), data["precision"])
+
+    def __repr__(self) -> str:
+        return f"QuantizedSpec({self.inner}, {self.precision!r})"

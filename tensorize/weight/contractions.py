@@ -136,7 +136,8 @@ def _saved(run: Contraction, asked: Asked, rows: int) -> int:
     features = spec.shape[-1] if asked.contract == "columns" else spec.shape[-2]
     shapes = ((*spec.shape[:-2], rows, features), *spec.core_shapes)
     x, *cores = (torch.empty(shape, device="meta", requires_grad=True) for shape in shapes)
-    cores += [torch.empty(s, dtype=torch.int32, device="meta") for s in spec.index_shapes]
+    for index in spec.indices:
+        cores.append(torch.empty(index.shape, dtype=getattr(torch, index.dtype), device="meta"))
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -34,7 +35,7 @@ def refuse_to_be_scripted(module: nn.Module) -> nn.Module:
 class Cores(nn.Module):
     """The cores of one weight, as parameters ``core_0``, ``core_1``, … in the stored shapes.
 
-    Indices that its spec has come after the cores; they are a buffer ``order``.
+    Indices that its spec has are buffers, by their names.
 
     ``frame`` says how the owner sees the matrix (a convolution in its own shape); ``breakpoints``
     are the batches at which another order of contraction begins, in this and in all weights of the
@@ -59,7 +60,7 @@ class Cores(nn.Module):
         if isinstance(cores[0], fx.Proxy):  # a graph calls this module, and hands on what it gives
             tracer: Any = cores[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (), {})
-        indices = (self.order,) if self.spec.index_shapes else ()
+        indices = tuple(getattr(self, index.name) for index in self.spec.indices)
         return FactoredWeight(self.spec, cores, self.frame, self.contractions, indices=indices)
 
     __prepare_scriptable__ = refuse_to_be_scripted
@@ -69,7 +70,7 @@ class Cores(nn.Module):
         self.spec, count = spec, len(spec.core_shapes)
         for k, core in enumerate(cores[:count]):
             self.register_parameter(f"core_{k}", core)  # type: ignore[arg-type]
-        keep_order(self, cores[count:])
+        keep_indices(self, spec, cores[count:])
         self._choose_orders()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cores:
@@ -99,14 +100,18 @@ class Cores(nn.Module):
         return repr(self.spec)
 
 
-def keep_order(module: nn.Module, indices: Sequence[Tensor]) -> None:
-    """Let a module hold the one index that there is, or none, as its buffer ``order``.
+_INDEX = re.compile(r"order|(codes|zeros)_\d+")
 
-    A copy: tools know of parameters that several modules hold, and not of buffers.
+
+def keep_indices(module: nn.Module, spec: Spec, indices: Sequence[Tensor]) -> None:
+    """Let a module hold the indices of a spec as its buffers, and no others.
+
+    Copies: tools know of parameters that several modules hold, and not of buffers.
     """
-    module._buffers.pop("order", None)
-    for order in indices:
-        module.register_buffer("order", order.clone())
+    for name in [name for name in module._buffers if _INDEX.fullmatch(name)]:
+        del module._buffers[name]
+    for index, values in zip(spec.indices, indices, strict=True):
+        module.register_buffer(index.name, values.clone())
 
 
 class FactoredLinear(nn.Module):

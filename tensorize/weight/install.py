@@ -34,7 +34,7 @@ from tensorize.weight.cores import (
     FactoredLinear,
     cores_name,
     factored_class,
-    keep_order,
+    keep_indices,
     lazy_parameters,
     weight_of,
 )
@@ -85,7 +85,7 @@ def install(
         model: the model to change in place.
         names: every qualified name of the parameter (several where it is tied).
         spec, cores: the factorization; the cores in the shapes of ``spec.core_shapes``, and then
-            the indices of ``spec.index_shapes``.
+            the indices of ``spec.indices``.
         nonlinearity: the name of a function of ``torch.nn.functional`` between the two factors,
             where ``takes_nonlinearity`` says that there can be one.
     """
@@ -104,7 +104,7 @@ def install(
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
         frame = Frame() if shape == spec.shape else Frame(shape=shape)
-        if holder is None or spec.index_shapes:  # tools know no buffer of several names
+        if holder is None or spec.indices:  # tools know no buffer of several names
             holder = Cores(spec, cores, frame)
         alone = plain and type(owner) is nn.Linear
         _become_factored(owner, parameter, holder, FactoredLinear if alone else None)
@@ -171,7 +171,7 @@ def _become_low_rank_linear(
         stored_transposed=transposed,
         nonlinearity=nonlinearity,
     )
-    keep_order(owner, indices)
+    keep_indices(owner, spec, indices)
 
 
 def turned(spec: Spec, cores: Sequence[Tensor]) -> tuple[TTSpec, list[Tensor]]:
@@ -196,9 +196,10 @@ def blank(
     spec: Spec, device: torch.device, dtype: torch.dtype, requires_grad: bool = False
 ) -> list[Tensor]:
     """Cores and indices of a spec without values, of one number of memory each."""
-    point, index = (torch.zeros((), dtype=kind, device=device) for kind in (dtype, torch.int32))
+    point = torch.zeros((), dtype=dtype, device=device)
     cores = [nn.Parameter(point.expand(shape), requires_grad) for shape in spec.core_shapes]
-    return [*cores, *(index.expand(shape) for shape in spec.index_shapes)]
+    kinds = [torch.zeros((), dtype=getattr(torch, i.dtype), device=device) for i in spec.indices]
+    return [*cores, *(k.expand(i.shape) for k, i in zip(kinds, spec.indices, strict=True))]
 
 
 def _linear(weight: Any) -> nn.Linear:

@@ -19,7 +19,7 @@ from tensorize.ir.spec import Spec
 from tensorize.weight import contractions as weight_contractions
 from tensorize.weight import products
 from tensorize.weight.contractions import Contractions
-from tensorize.weight.cores import check_tie, keep_order, refuse_to_be_scripted
+from tensorize.weight.cores import check_tie, keep_indices, refuse_to_be_scripted
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.precision import in_float32, widened
 
@@ -127,7 +127,7 @@ class LowRankLinear(nn.Module):
         """Take other factors, and the order of the columns that may come after them."""
         self.spec = spec
         self.second.weight, self.first.weight = cores[:2]  # type: ignore[assignment]
-        keep_order(self, cores[2:])
+        keep_indices(self, spec, cores[2:])
         self.first.in_features = self.first.weight.shape[1]
         self.first.out_features = self.second.in_features = spec.ranks[0]
         if self.memory_limit is not None:

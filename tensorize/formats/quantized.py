@@ -1,0 +1,188 @@
+"""A format whose numbers are integers of a few bits: any other, from codes and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorize.algebra import packing
+from tensorize.algebra.metric import Metric, average, root_times, times_root
+from tensorize.algebra.pivot import whole
+from tensorize.algebra.quantise import codes_for, grid
+from tensorize.base.tensors import at_work
+from tensorize.formats.format import Format
+from tensorize.ir.machine import Machine, bytes_of
+from tensorize.ir.precision import Precision
+from tensorize.ir.spec import QuantizedSpec
+
+_PASSES = 6
+"""How often every entry is read and written to make a number of its code."""
+
+_TINY = 1e-6
+"""What a matrix of products lacks to be surely positive, in its mean."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix (…, M, N) as it is held: scales (…, M, groups), packed codes, packed zero points."""
+
+    kind: Precision
+    columns: int
+    scale: Tensor
+    codes: Tensor
+    zeros: Tensor | None
+
+    def values(self) -> Tensor:
+        """The numbers, in the dtype of the scales; scales get gradients."""
+        return packing.values(self.kind, self.columns, self.scale, self.codes, self.zeros)
+
+    def at(self, rows: Tensor) -> Coded:
+        """Some rows of the matrix."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return Coded(self.kind, self.columns, self.scale[rows], self.codes[rows], zeros)
+
+
+class Quantized(Format[QuantizedSpec]):
+    """Another format's cores, rounded. Its own say what is done with the numbers."""
+
+    def __init__(self, inner: Format[Any]) -> None:
+        self.inner = inner
+        self.name, self.title, self.colors = inner.name, inner.title, inner.colors
+
+    def coded(self, spec: QuantizedSpec, held: Sequence[Tensor]) -> list[Coded]:
+        """Every core, of what is held: scales, the inner spec's indices, codes and zero points."""
+        count = len(spec.core_shapes)
+        rest = iter(held[count + len(spec.inner.indices) :])
+        shapes = zip(held, spec.inner.core_shapes, strict=False)
+        return [
+            Coded(spec.kind, shape[-1], scale, next(rest), next(rest) if spec.kind.offset else None)
+            for scale, shape in shapes
+        ]
+
+    def inside(self, spec: QuantizedSpec, held: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Cores and indices of the inner spec, as numbers."""
+        count = len(spec.core_shapes)
+        indices = held[count : count + len(spec.inner.indices)]
+        return *(core.values() for core in self.coded(spec, held)), *indices
+
+    def reconstruct(self, spec: QuantizedSpec, cores: Sequence[Tensor]) -> Tensor:
+        return self.inner.reconstruct(spec.inner, self.inside(spec, cores))
+
+    def computed(self, spec: QuantizedSpec, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.inner.computed(spec.inner, self.inside(spec, cores))
+
+    def multiply(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        return self.inner.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+
+    def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
+        # A row needs no more of the first core than its own; and no more of a dense table.
+        first, *others = self.coded(spec, cores)
+        count = len(spec.core_shapes)
+        held = first.at(rows.reshape(-1)).values(), *(core.values() for core in others)
+        indices = cores[count : count + len(spec.inner.indices)]
+        every = torch.arange(rows.numel(), device=rows.device).reshape(rows.shape)
+        return self.inner.lookup(spec.inner, (*held, *indices), every)
+
+    def flops(self, spec: QuantizedSpec, contract: str) -> Any:
+        return self.inner.flops(spec.inner, contract)
+
+    def time(
+        self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
+    ) -> Any:
+        took = self.inner.time(spec.inner, contract, rows, machine, dtype)
+        made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
+        return took + 1e6 * _PASSES * 2 * made * bytes_of(dtype) / machine.bandwidth
+
+    # ------------------------------------------------------------------------------ the rounding
+
+    def rounded(  # type: ignore[override]
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], metrics: Sequence[Metric],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """What is held of the cores of ``spec.inner``, in the order of the spec.
+
+        Of a pair the second factor is rounded first, and the first is the best for what the second
+        has become.
+
+        Args:
+            cores: those of the inner spec, with its indices.
+            metrics: those of the weight.
+            dtype: of the scales.
+        """
+        if spec.batch:
+            experts = zip(*(core.unbind(0) for core in cores), strict=True)
+            each = [self.rounded(spec.single, one, metrics, dtype) for one in experts]
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+        metric, count = average(metrics), len(spec.core_shapes)
+        numbers, indices = [at_work(core) for core in cores[:count]], tuple(cores[count:])
+        if count == 1:
+            found = [_coded(numbers[0], spec.kind, metric, dtype)]
+        else:
+            found = _pair(spec, numbers, indices, metric, dtype)
+        held = [part for core in found for part in (core.codes, core.zeros) if part is not None]
+        return *(core.scale for core in found), *indices, *held
+
+
+@cache
+def quantized(inner: Format[Any]) -> Quantized:
+    """The format of codes for another format's numbers."""
+    return Quantized(inner)
+
+
+def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) -> Coded:
+    """A matrix (M, N) rounded to codes that lose little in a metric, with scales of a dtype."""
+    found = grid(matrix, kind, metric, dtype)
+    codes = packing.packed(codes_for(matrix, found, metric), kind.bits)
+    zeros = packing.packed(found.zero.to(torch.uint8), kind.bits) if kind.offset else None
+    return Coded(kind, matrix.shape[1], found.scale.to(dtype), codes, zeros)
+
+
+def _pair(
+    spec: QuantizedSpec,
+    numbers: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    metric: Metric,
+    dtype: torch.dtype,
+) -> list[Coded]:
+    """Two factors: the second is rounded, the first is the best for it, and is rounded then.
+
+    An error of V counts as U sees it, ΔW = U ΔV, and one of U as V̂ does.
+    """
+    left, right = numbers
+    (rank,) = spec.ranks
+    across = metric.right
+    if spec.inner.pivoted and across is not None:  # V' has the other columns only
+        (order,) = indices
+        others = across[order[rank:].long()]
+        across = others if others.dim() == 1 else _root_of(others)
+    down = _root_of(root_times(metric.left, left).mT)
+    second = _coded(right, spec.kind, Metric(metric.scale, down, across), dtype)
+    made = _whole(spec, (left, second.values().to(left.dtype)), indices)
+    seen = times_root(made, metric.right)
+    exact = left @ times_root(_whole(spec, (left, right), indices), metric.right)
+    gram = seen @ seen.mT
+    gram.diagonal().add_(_TINY * gram.diagonal().mean())
+    left = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
+    first = _coded(left, spec.kind, Metric(metric.scale, metric.left, _root_of(seen)), dtype)
+    return [first, second]
+
+
+def _whole(spec: QuantizedSpec, cores: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """V (R, N), with an identity that is not stored."""
+    (order,) = indices or (None,)
+    return cores[1] if order is None else whole(cores[1], order)
+
+
+def _root_of(factor: Tensor) -> Tensor:
+    """The Cholesky factor of F Fᵀ."""
+    gram = (factor @ factor.mT).double()
+    gram.diagonal().add_(_TINY * gram.diagonal().mean())
+    return torch.linalg.cholesky(gram).to(factor.dtype)

@@ -1,0 +1,56 @@
+"""How many bits an entry of a weight is kept in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Integers of ``bits`` bits.
+
+    So many columns as ``group`` (None: a whole row) share a scale; with ``offset`` a zero point,
+    too, of as many bits.
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    offset: bool
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero, where there is no zero point."""
+        return 0 if self.bits == 8 else 2 ** (self.bits - 1)
+
+    @property
+    def dtype(self) -> str:
+        """Of the bytes that codes are packed in."""
+        return "int8" if self.bits == 8 else "uint8"
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The least code and the largest; without a zero point as many are on both sides."""
+        if self.bits == 8:
+            return -127, 127
+        return 0, 2**self.bits - 1
+
+    def packed(self, count: int) -> int:
+        """Bytes of so many codes: of three bits, two planes of two and of one."""
+        planes = {3: (2, 1)}.get(self.bits, (self.bits,))
+        return sum(-(-count * bits // 8) for bits in planes)
+
+    def groups(self, columns: int) -> int:
+        """Groups of a row of so many columns."""
+        return 1 if self.group is None else -(-columns // self.group)
+
+
+INTEGERS = {
+    each.name: each
+    for each in (
+        Precision("int8", 8, None, offset=False),
+        Precision("int4", 4, 64, offset=True),
+        Precision("int3", 3, 64, offset=True),
+        Precision("int2", 2, 64, offset=True),
+    )
+}
