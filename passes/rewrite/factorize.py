@@ -13,12 +13,13 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from tensorize.algebra.metric import Metric
 from tensorize.base.errors import AnalysisError
 from tensorize.base.tensors import is_index
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import Spec
+from tensorize.ir.spec import QuantizedSpec, Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.rewrite.copies import copy_sharing
@@ -127,11 +128,28 @@ def planned_cores(
     def factors(choice: RankPlan) -> Cores:
         assert choice.spec is not None
         curve = dense.spectra[choice.name]
-        matrix = as_matrix(curve.site, parameters[choice.name].detach())
-        return curve.factors(choice.spec, matrix, shared=choice.shared is not None)
+        return _cores(curve, choice, as_matrix(curve.site, parameters[choice.name].detach()))
 
     made = side_by_side(factors, todo, lambda choice: is_small(dense.spectra[choice.name].site))
     return found | {choice.name: cores for choice, cores in zip(todo, made, strict=True)}
+
+
+def _cores(curve: Spectrum, choice: RankPlan, weight: Tensor) -> Cores:
+    """The factors of a weight; of one whose entries are codes, what is held of them."""
+    assert choice.spec is not None
+    cores = curve.factors(choice.spec, weight, shared=choice.shared is not None)
+    if choice.spec.precision is None:
+        return cores
+    return quantized(choice.spec, cores, curve.metrics, weight.dtype)
+
+
+def quantized(
+    spec: Spec, cores: Cores, metrics: Sequence[Metric], dtype: torch.dtype
+) -> Cores:
+    """What is held of computed cores as codes that lose little in the metrics of their weight."""
+    assert isinstance(spec, QuantizedSpec)
+    inside = format_of(spec.inner).stored(spec.inner, cores, cores[0].dtype)
+    return format_of(spec).rounded(spec, inside, metrics, dtype)
 
 
 def best_components(dense: Dense, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:
@@ -170,9 +188,9 @@ def replace_weight(
             way_out="apply a plan to the model that it was made for",
         )
     weight = as_matrix(site, dense.detach())
-    cores = cores or curve.factors(choice.spec, weight, shared=choice.shared is not None)
+    cores = cores or _cores(curve, choice, weight)
     form = format_of(choice.spec)
-    if any(use.contract == "lookup" for use in site.uses):
+    if choice.spec.precision is None and any(use.contract == "lookup" for use in site.uses):
         empty = (weight == 0).all(1)
         if empty.any():  # the analysis keeps its factors
             cores = tuple(core.clone() for core in cores)

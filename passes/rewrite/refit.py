@@ -17,14 +17,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric
+from tensorize.base.tensors import is_index
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
+from tensorize.formats.dense import is_dense
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
@@ -35,7 +38,7 @@ from tensorize.passes.curves.metric import shrink, shrinkage
 from tensorize.passes.observe.counted import Counted, rows_of
 from tensorize.passes.observe.moments import plus, products
 from tensorize.passes.observe.rows import input_rows
-from tensorize.passes.rewrite.factorize import Cores, planned_cores
+from tensorize.passes.rewrite.factorize import Cores, planned_cores, quantized
 from tensorize.passes.rewrite.runs import WeightRun, run_order
 from tensorize.passes.stages import Dense, Opened
 from tensorize.weight import contractions as ops
@@ -58,7 +61,8 @@ class Refit:
 @torch.no_grad()
 def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> dict[str, Cores]:
     """The cores of a plan, those of plain low-rank weights solved again."""
-    specs = {choice.name: choice.spec.plain for choice in sites if choice.spec is not None}
+    chosen = {choice.name: choice for choice in sites if choice.spec is not None}
+    specs = {name: _run_as(choice) for name, choice in chosen.items()}
     parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
     contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in dense.sites}
@@ -73,8 +77,11 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
             use_planned(name)
         shape = tuple(parameters[name].shape)
         whole = frame if shape == specs[name].shape else replace(frame, shape=shape)
-        held = tuple(core.to(parameters[name].dtype) for core in cores[name])
-        return FactoredWeight(specs[name], held, whole, contractions[name]).run(matmul)
+        spec, dtype = specs[name], parameters[name].dtype
+        held = tuple(core if is_index(core) else core.to(dtype) for core in cores[name])
+        count = len(spec.core_shapes)
+        how = whole, contractions[name], None, held[count:]
+        return FactoredWeight(spec, held[:count], *how).run(matmul)
 
     runs: list[tuple[WeightRun, WeightRun]] = []
     try:
@@ -97,7 +104,8 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
                 if moments.seen:
                     group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
-                    solved = moments.solve(weights, list(group.values()), specs[name].ranks[0])
+                    wanted = [chosen[n].spec for n in group]
+                    solved = moments.solve(weights, list(group.values()), wanted)
                     cores.update(zip(group, solved, strict=True))
     finally:
         for pair in runs:
@@ -127,8 +135,17 @@ def _solvable(site: Site, spec: Spec, curve: Spectrum) -> bool:
 
     One that some of the data use in another way has several metrics, and no single best map.
     """
-    plain = format_of(spec).spectral and not site.experts and not site.last_resort
-    return plain and spec.ranks[0] < min(site.matrix) and len(curve.metrics) == 1
+    if site.experts or site.last_resort or len(curve.metrics) > 1:
+        return False
+    if spec.precision is not None:
+        return True
+    return format_of(spec).spectral and spec.ranks[0] < min(site.matrix)
+
+
+def _run_as(choice: RankPlan) -> Spec:
+    """What a weight runs as before it is put in place: codes as they will be, else plain cores."""
+    assert choice.spec is not None
+    return choice.spec if choice.spec.precision is not None else choice.spec.plain
 
 
 class _Moments:
@@ -179,9 +196,12 @@ class _Moments:
         return self._own is not None and 0 < float(self._own.diagonal().sum()) < math.inf
 
     def solve(
-        self, weights: Sequence[Tensor], curves: Sequence[Spectrum], rank: int
+        self, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
     ) -> list[Cores]:
-        """The best factors of the maps that take x̃ to W x; several have one first factor."""
+        """The best factors of the maps that take x̃ to W x; several have one first factor.
+
+        Where a spec says so they are rounded, and then the weights after it see that.
+        """
         rows = self._contract == "rows"
         factor, cross = self._damped
         matrices = [(weight.t() if rows else weight).double() for weight in weights]
@@ -197,11 +217,16 @@ class _Moments:
             outputs = metric.right if rows else metric.left
             metrics.append(Metric(metric.scale, outputs, factor.float()))
         if len(targets) > 1:
-            shared, reader = joint_factors(targets, metrics, rank)
+            shared, reader = joint_factors(targets, metrics, specs[0].ranks[0])
             shared = shared.to(targets[0].dtype)
             return [((t.double() @ reader).to(t.dtype), shared) for t in targets]
-        left, right = best_factors(targets[0], metrics[0], rank)
-        return [(right.t(), left.t()) if rows else (left, right)]
+        (target,), (metric,), (spec,) = targets, metrics, specs
+        if rows:
+            target, metric = target.t(), metric.transposed()
+        cores = (target,) if is_dense(spec.format) else best_factors(target, metric, *spec.ranks)
+        if spec.precision is not None:
+            return [quantized(spec, cores, (metric,), weights[0].dtype)]
+        return [cores]
 
     @cached_property
     def _damped(self) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from tensorize.capture.forward import in_usual_modes
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
+from tensorize.passes.curves.precisions import PrecisionOption
 from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.observe.select import Select
 from tensorize.running.in_use import use_kernels

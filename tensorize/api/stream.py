@@ -26,6 +26,7 @@ from tensorize.hub import shards
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
+from tensorize.passes.curves.precisions import PrecisionOption, integers
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites

@@ -14,14 +14,18 @@ from tensorize.algebra import packing
 from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.pivot import whole
 from tensorize.algebra.quantise import codes_for, grid
-from tensorize.base.tensors import at_work
+from tensorize.base.tensors import at_work, is_index
 from tensorize.formats.format import Format
-from tensorize.ir.machine import Machine, bytes_of
+from tensorize.formats.low_rank import ordered
+from tensorize.ir.machine import Machine, bytes_of, lookup_time
 from tensorize.ir.precision import Precision
 from tensorize.ir.spec import QuantizedSpec
 
 _PASSES = 6
 """How often every entry is read and written to make a number of its code."""
+
+_SEEN = 3
+"""How often an input is read and written to make integers of it."""
 
 _TINY = 1e-6
 """What a matrix of products lacks to be surely positive, in its mean."""
@@ -40,6 +44,14 @@ class Coded:
     def values(self) -> Tensor:
         """The numbers, in the dtype of the scales; scales get gradients."""
         return packing.values(self.kind, self.columns, self.scale, self.codes, self.zeros)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x (B, N) times Wᵀ in integers: rows of x have a scale of their own; bits are eight."""
+        largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        steps = largest.float() / self.kind.codes[1]
+        rounded = (x / steps.to(x.dtype)).round_().to(torch.int8)
+        product = torch._int_mm(rounded, self.codes.t())
+        return (product * steps * self.scale.float().mT).to(x.dtype)
 
     def at(self, rows: Tensor) -> Coded:
         """Some rows of the matrix."""
@@ -76,11 +88,33 @@ class Quantized(Format[QuantizedSpec]):
     def computed(self, spec: QuantizedSpec, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return self.inner.computed(spec.inner, self.inside(spec, cores))
 
+    def stored(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        return tuple(core if is_index(core) else core.to(dtype) for core in cores)
+
     def multiply(
         self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str,
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        if contract == "columns" and _in_integers(spec, cores, x):
+            return self._in_integers(spec, cores, x, bias)
         return self.inner.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+
+    def _in_integers(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        y, (first, *others) = x.reshape(-1, x.shape[-1]), self.coded(spec, cores)
+        for right in others:
+            order = cores[len(spec.core_shapes)] if spec.inner.pivoted else None
+            if order is None:
+                y = right.linear(y)
+            else:
+                kept, rest = ordered(y, order, spec.ranks[0])
+                y = kept + right.linear(rest)
+        y = first.linear(y)
+        y = y if bias is None else y + bias
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
         # A row needs no more of the first core than its own; and no more of a dense table.
@@ -97,6 +131,10 @@ class Quantized(Format[QuantizedSpec]):
     def time(
         self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
     ) -> Any:
+        if contract == "columns" and _by_integers(spec):
+            wide = spec.shape[-1] + sum(spec.ranks)
+            seen = _SEEN * lookup_time(machine, rows, wide, dtype)
+            return seen + self.inner.time(spec.inner, contract, rows, machine, "int8")
         took = self.inner.time(spec.inner, contract, rows, machine, dtype)
         made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
         return took + 1e6 * _PASSES * 2 * made * bytes_of(dtype) / machine.bandwidth
@@ -129,6 +167,17 @@ class Quantized(Format[QuantizedSpec]):
             found = _pair(spec, numbers, indices, metric, dtype)
         held = [part for core in found for part in (core.codes, core.zeros) if part is not None]
         return *(core.scale for core in found), *indices, *held
+
+
+def _by_integers(spec: Any) -> bool:
+    """Whether products of integers can give what a spec is for, where nobody trains."""
+    return spec.kind.bits == 8 and not spec.batch
+
+
+def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
+    """Whether this product is one of integers: on a CPU, where no gradient is asked for."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
+    return _by_integers(spec) and x.device.type == "cpu" and not recorded
 
 
 @cache

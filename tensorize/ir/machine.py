@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-_BYTES = {"float64": 8, "float32": 4}
+_BYTES = {"float64": 8, "float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,11 @@ class Machine:
 GENERIC = Machine(
     "one core of a usual processor",
     (1, 16, 256),
-    (("float32", (1.5e10, 3e10, 6e10)), ("bfloat16", (2e10, 6e10, 2e11))),
+    (
+        ("float32", (1.5e10, 3e10, 6e10)),
+        ("bfloat16", (2e10, 6e10, 2e11)),
+        ("int8", (3e10, 7e10, 2.5e11)),
+    ),
     bandwidth=2e10,
     launch=3e-6,
 )
@@ -73,8 +77,8 @@ def matmul_time(
 
 def _rate(machine: Machine, rows: Any, dtype: str) -> Any:
     rates = dict(machine.rates)
-    # float16 is as fast as bfloat16, float64 half as fast as float32.
-    known = rates["bfloat16" if bytes_of(dtype) == 2 else "float32"]
+    # float16 is as fast as bfloat16, and int8 where it was not measured; float64 half as float32.
+    known = rates.get(dtype) or rates["bfloat16" if bytes_of(dtype) <= 2 else "float32"]
     found = np.exp(np.interp(np.log(rows), np.log(machine.rows), np.log(known)))
     return found / 2 if dtype == "float64" else found
 
