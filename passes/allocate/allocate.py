@@ -174,7 +174,8 @@ class Allocate:
         }
         if self.even:
             return together(result)
-        return _grouped(result, analysed, names, scale, self.rank_multiple, self.batch_sizes)
+        given = names, scale, self.rank_multiple, self.batch_sizes, self.pivots
+        return _grouped(result, analysed, *given)
 
     # ------------------------------------------------------------------------------ the plan
 
@@ -283,6 +284,7 @@ def _grouped(
     scale: Mapping[str, float],
     rank_multiple: int,
     batch_sizes: Sequence[int],
+    pivots: bool,
 ) -> list[Points]:
     """Weights of one input as one choice, where they may share a first factor and gain by it."""
     result = {p.site.name: p for p in points}
@@ -294,7 +296,8 @@ def _grouped(
     for members in groups.values():
         curves = [analysed.spectra[p.site.name] for p in members]
         load = [scale[p.site.name] for p in members], rank_multiple, batch_sizes, analysed.machine
-        if len(members) > 1 and (group := group_points(members, curves, *load)):
+        group = group_points(members, curves, *load, pivots=pivots) if len(members) > 1 else None
+        if group is not None:
             for p in members:
                 del result[p.site.name]
             result[group.site.name] = group

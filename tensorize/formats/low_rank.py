@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import pivoted, plain, rounded, whole
+from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
@@ -76,8 +76,7 @@ class LowRank(Chain):
     ) -> Tensor:
         left, right = cores[:2]
         if contract == "columns":
-            narrow = product(x, right, cores[2]) if spec.pivoted else F.linear(x, right)
-            return F.linear(narrow, left, bias)
+            return F.linear(product(x, *cores[1:]), left, bias)
         narrow = F.linear(x, left.t())
         if not spec.pivoted:
             return F.linear(narrow, right.t(), bias)
@@ -88,11 +87,18 @@ class LowRank(Chain):
         return reconstruct(spec.plain, self.computed(spec, cores))
 
     def stored(
-        self, spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype
+        self,
+        spec: TTSpec,
+        cores: Sequence[Tensor],
+        dtype: torch.dtype,
+        first: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
+        left, right = cores
+        if first:
+            left = fitted(left, right, *first) if spec.pivoted else left
+            return left.to(dtype), *first
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
-        left, right = cores
         found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order
 
@@ -157,13 +163,26 @@ class LowRank(Chain):
         if contract == "lookup":
             took = lookup_time(machine, rows, rank, dtype)
             return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
-        first, second = (inner, m) if contract == "columns" else (m, inner)
-        took = matmul_time(machine, rows, first, rank, dtype)
-        return took + matmul_time(machine, rows, rank, second, dtype) + ordered
+        if contract == "columns":
+            took = first_time(spec, rows, machine, dtype)
+            return took + matmul_time(machine, rows, rank, m, dtype)
+        took = matmul_time(machine, rows, m, rank, dtype)
+        return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
 
 
-def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
-    """x (…, N) times [I | V']ᵀ, whose columns are in an order: x_kept + x_rest V'ᵀ, (…, R)."""
+def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
+    """Microseconds of the product with the input, which weights of one first factor have once."""
+    n, (rank,) = spec.shape[-1], spec.ranks
+    if not spec.pivoted:
+        return matmul_time(machine, rows, n, rank, dtype)
+    took = matmul_time(machine, rows, n - rank, rank, dtype)
+    return took + lookup_time(machine, rows, n, dtype)
+
+
+def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:
+    """x (…, N) times Vᵀ, (…, R); V whose columns have an order is [I | V']: x_kept + x_rest V'ᵀ."""
+    if order is None:
+        return F.linear(x, rest)
     if x.layout is not torch.strided:  # of such an x nothing can be taken apart
         return F.linear(x, whole(rest, order))
     kept, others = ordered(x.reshape(-1, x.shape[-1]), order, rest.shape[0])
