@@ -132,7 +132,7 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
 def _pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
     """At which ranks it pays not to store an identity in the second factor."""
     m, n = site.matrix
-    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n)) & site.takes_trains
+    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
 
 
 def _worth_a_pass(

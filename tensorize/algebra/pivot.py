@@ -81,9 +81,15 @@ def rounded(found: Pivoted, dtype: torch.dtype) -> Pivoted:
 
 
 def plain(left: Tensor, rest: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """U (M, R) and V (R, N) with the identity in its place; differentiably."""
-    identity = torch.eye(rest.shape[0], dtype=rest.dtype, device=rest.device)
-    return left, torch.cat([identity, rest], dim=1).index_select(1, order.argsort())
+    """U (…, M, R) and V (…, R, N) with the identity in its place; differentiably.
+
+    Of a stack, every matrix has an order of its own: (…, N).
+    """
+    identity = torch.eye(rest.shape[-2], dtype=rest.dtype, device=rest.device)
+    whole = torch.cat([identity.expand(*rest.shape[:-1], -1), rest], dim=-1)
+    if order.dim() == 1:
+        return left, whole.index_select(1, order.argsort())
+    return left, torch.take_along_dim(whole, order.argsort(-1).unsqueeze(-2), dim=-1)
 
 
 def _permutation(pivots: Tensor, n: int) -> Tensor:

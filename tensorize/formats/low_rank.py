@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,10 @@ class EveryRank(Spec):
         return (self.shape[1:],) if self.pivoted else ()
 
     @property
+    def plain(self) -> EveryRank:
+        return replace(self, pivoted=False)
+
+    @property
     def parameters(self) -> Any:
         m, n = self.shape
         return self.every * (m + n - (self.every if self.pivoted else 0))
@@ -51,8 +55,8 @@ class EveryRank(Spec):
 class LowRank(Chain):
     """Two factors, U (…, M, r) and V (…, r, N).
 
-    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (r, N - r), and
-    the order of the columns (``algebra.pivot``).
+    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (…, r, N - r),
+    and the order of the columns (…, N), one for each matrix (``algebra.pivot``).
     """
 
     name = LOW_RANK
@@ -82,6 +86,9 @@ class LowRank(Chain):
     ) -> tuple[Tensor, ...]:
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
+        if spec.batch:
+            each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
         left, right = cores
         found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order

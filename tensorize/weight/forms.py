@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.ir.spec import Spec, TTSpec
-from tensorize.weight.install import factored, owner_of, resize
+from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
+from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
 
@@ -19,14 +19,12 @@ def to_pivoted(model: nn.Module) -> dict[str, Spec]:
     """Let plain low-rank weights store no identity, in place; their new specs by first name."""
     found = {}
     for names, weight in list(_weights(model)):
-        m, n = weight.spec.shape[-2:]
-        (rank,) = weight.spec.ranks if weight.format.pair else (0,)
-        owners = [owner_of(model, name)[0] for name in names]
-        plain = weight.format.pair and not (weight.spec.pivoted or weight.spec.batch)
-        matrix = weight.nonlinearity is None and weight.frame.shape is None
-        # A bag looks up with one factor before it widens; nobody reads columns from it.
-        if plain and matrix and rank < min(m, n) and not _bags(owners):
-            spec = TTSpec.low_rank(m, n, rank, storage=weight.spec.storage, pivoted=True)
+        if weight.spec.format != LOW_RANK or weight.spec.pivoted or weight.nonlinearity is not None:
+            continue
+        (*experts, m, n), (rank,) = weight.spec.shape, weight.spec.ranks
+        if rank < min(m, n):
+            how = {"experts": sum(experts), "storage": weight.spec.storage, "pivoted": True}
+            spec = TTSpec.low_rank(m, n, rank, **how)
             cores = weight.format.stored(spec, weight.cores, weight.dtype)
             found[names[0]] = _put(model, names[0], weight, spec, cores)
     return found
@@ -63,7 +61,3 @@ def _weights(model: nn.Module) -> Iterator[tuple[list[str], FactoredWeight]]:
     for key, names in alike.items():
         if all(uses[core] == 1 for core in key):
             yield names, weights[key]
-
-
-def _bags(owners: Sequence[nn.Module]) -> bool:
-    return any(isinstance(owner, nn.EmbeddingBag) for owner in owners)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Convolution
+from tensorize.formats.low_rank import widen
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec
 from tensorize.weight.contractions import Contractions
@@ -73,19 +74,36 @@ def lookup(
 
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
     """Each expert's rows of x (S, N) against its own low-rank weight; offsets: their ends (E,)."""
-    left, right = cores
-    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros,
+    left, right, *order = cores
+    rank, others = right.shape[-2:]
+    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so odd sizes are padded with zeros,
     # and the first of more components are copied.
     left, right = left.contiguous(), right.contiguous()
-    missing = -left.shape[-1] % (16 // left.element_size())
-    if missing:
-        left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
-    if contract == "columns":
-        left, right = right.mT, left.mT
+    missing, beyond = (-size % (16 // left.element_size()) for size in (rank, others))
+    if missing or beyond:
+        left, right = F.pad(left, (0, missing)), F.pad(right, (0, beyond, 0, missing))
     # Compiled graphs know ``grouped_mm`` in bfloat16 only: for others it is one opaque operation.
     opaque = torch.compiler.is_compiling() and x.dtype != torch.bfloat16
     multiply = _grouped_mm if opaque else _torch_grouped_mm
-    return multiply(multiply(x, left, offsets), right, offsets)
+    if not order:
+        first, second = (right.mT, left.mT) if contract == "columns" else (left, right)
+        return multiply(multiply(x, first, offsets), second, offsets)
+    columns = _of_rows(order[0], offsets, x.shape[0])
+    if contract == "columns":
+        x = x.gather(-1, columns)
+        kept, rest = F.pad(x[:, :rank], (0, missing)), F.pad(x[:, rank:], (0, beyond))
+        return multiply(kept + multiply(rest, right.mT, offsets), left.mT, offsets)
+    narrow = multiply(x, left, offsets)
+    rest = multiply(narrow, right, offsets)
+    together = torch.cat([narrow[:, :rank], rest[:, :others]], dim=-1)
+    return torch.empty_like(together).scatter(-1, columns, together)
+
+
+def _of_rows(order: Tensor, offsets: Tensor, count: int) -> Tensor:
+    """Every row's order: that of the expert it belongs to; behind the last one's it is any."""
+    rows = torch.arange(count, dtype=offsets.dtype, device=offsets.device)
+    experts = torch.bucketize(rows, offsets, right=True).clamp(max=order.shape[0] - 1)
+    return order[experts].long()
 
 
 def _torch_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -142,17 +160,26 @@ def stacked_matmul(
     cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None = None
 ) -> Tensor:
     """A stack of low-rank weights against x (..., E, B, N): as ``torch.matmul`` broadcasts."""
-    left, right = cores
-    if contract == "columns":
-        left, right = right.mT, left.mT
-    y = torch.matmul(torch.matmul(x, left), right)
+    left, right, *order = cores
+    if not order:
+        first, second = (right.mT, left.mT) if contract == "columns" else (left, right)
+        y = torch.matmul(torch.matmul(x, first), second)
+    elif contract == "columns":
+        x = torch.take_along_dim(x, order[0].long().unsqueeze(-2), dim=-1)
+        kept, rest = x.tensor_split([right.shape[-2]], dim=-1)
+        y = torch.matmul(kept + torch.matmul(rest, right.mT), left.mT)
+    else:
+        narrow = torch.matmul(x, left)
+        together = torch.cat([narrow, torch.matmul(narrow, right)], dim=-1)
+        y = torch.take_along_dim(together, order[0].argsort(-1).unsqueeze(-2), dim=-1)
     return y if bias is None else y + bias
 
 
 def bag_lookup(cores: Sequence[Tensor], rows: Tensor, bag: Mapping[str, Any]) -> Tensor:
     """Sums or means of rows of a low-rank table: of the narrow rows first, then widened once."""
-    left, right = cores
-    return F.linear(F.embedding_bag(rows, left, **bag), right.t())
+    left, right, *order = cores
+    narrow = F.embedding_bag(rows, left, **bag)
+    return widen(narrow, right, *order) if order else F.linear(narrow, right.t())
 
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
