@@ -49,10 +49,10 @@ def spec_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Mach
                 tree = plan.piece(rows).tree
                 total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
             continue
-        run = spec.plain if use.convolves else spec
+        whole = spec.pivoted and use.convolves  # made at every call, by a pass over the factor
         for k, rows in enumerate(batch_sizes):
+            run = spec.plain if whole else spec
             total[..., k] += form.time(run, use.contract, rows, machine, site.dtype)
-        if run is not spec:  # its second factor is made whole at every call
-            whole = lookup_time(machine, spec.ranks[0], site.matrix[1], site.dtype)
-            total += np.expand_dims(whole, -1)
+            if whole:
+                total[..., k] += lookup_time(machine, *spec.ranks, site.matrix[1], site.dtype)
     return total

@@ -133,10 +133,18 @@ def compressed(name: str) -> nn.Module:
     return tensorize.compile(model, None, **how)
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Of the cores of every weight, by name, those of V for all of its columns."""
-    model(x).square().sum().backward()
-    return {name: [core.grad for core in weight.cores] for name, weight in factored(model)}
+def check_gradients(small: nn.Module, plain: nn.Module) -> None:
+    """Those of what is stored are those of the same factors with the identity in its place."""
+    others = dict(factored(plain))
+    for name, weight in factored(small):
+        (order,), (rank,) = weight.indices, weight.spec.ranks
+        left, whole = (core.grad for core in others[name].cores)
+        assert left is not None
+        assert whole is not None
+        rest = torch.take_along_dim(whole, order.long().unsqueeze(-2), dim=-1)[..., rank:]
+        for core, wanted in zip(weight.cores, (left, rest), strict=True):
+            assert core.grad is not None
+            assert relative(core.grad, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -167,13 +175,9 @@ def test_it_is_the_same_model_with_fewer_numbers(
 def test_gradients_are_those_of_plain_factors_of_the_same_basis(name: str) -> None:
     small, x = tensorize.weight.pivoted(compressed(name)), input_of(name)
     plain = tensorize.weight.plain(copy.deepcopy(small))
-    found, wanted = gradients(small, x), gradients(plain, x)
-    for site, weight in factored(small):
-        (order,), (rank,) = weight.indices, weight.spec.ranks
-        left, whole = wanted[site]
-        rest = torch.take_along_dim(whole, order.long().unsqueeze(-2), dim=-1)[..., rank:]
-        assert relative(found[site][0], left) < 1e-4
-        assert relative(found[site][1], rest) < 1e-4
+    for model in (small, plain):
+        model(x).square().sum().backward()
+    check_gradients(small, plain)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -202,3 +206,54 @@ def test_what_has_a_function_between_its_factors_is_no_matrix_and_stays_plain() 
     assert before
     tensorize.weight.pivoted(small)
     assert {name: weight.spec for name, weight in factored(small)} == before
+
+
+SIZES = {
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8},
+}
+EXPERTS: dict[str, Callable[[], Any]] = {
+    "Mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=4)),
+    "Qwen": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=24)
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES, num_local_experts=4)),
+}
+FORWARDS = ("eager", "grouped_mm", "batched_mm")
+TOKENS = torch.arange(14).reshape(2, 7)
+
+
+def experts_of(name: str) -> Any:
+    """A model of transformers whose experts store no identity."""
+    torch.manual_seed(0)
+    low = tensorize.compile(
+        EXPERTS[name]().eval(), None, ranks={"*experts*": 5}, example_inputs=(TOKENS,)
+    )
+    return tensorize.weight.pivoted(low)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_transformers_run_in_every_way_they_can(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = experts_of(name)
+    dense: Any = tensorize.densify(small)
+    weights = [weight.spec for _, weight in factored(small)]
+    assert [(spec.pivoted, spec.shape[0]) for spec in weights] == [(True, 4)] * 2
+    wanted = dense(TOKENS).logits.detach()
+    monkeypatch.setattr(Chain, "reconstruct", None)
+    for forward in FORWARDS:
+        small.set_experts_implementation(forward)
+        assert relative(small(TOKENS).logits.detach(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_transformers_are_trained_the_same_in_every_way(name: str) -> None:
+    small = experts_of(name)
+    plain = tensorize.weight.plain(copy.deepcopy(small))
+    plain(TOKENS).logits.square().sum().backward()
+    for forward in FORWARDS:
+        small.set_experts_implementation(forward)
+        small.zero_grad()
+        small(TOKENS).logits.square().sum().backward()
+        check_gradients(small, plain)
