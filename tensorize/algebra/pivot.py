@@ -85,11 +85,17 @@ def plain(left: Tensor, rest: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
     Of a stack, every matrix has an order of its own: (…, N).
     """
+    return left, whole(rest, order)
+
+
+def whole(rest: Tensor, order: Tensor) -> Tensor:
+    """V (…, R, N) of V' (…, R, N - R); differentiably."""
     identity = torch.eye(rest.shape[-2], dtype=rest.dtype, device=rest.device)
-    whole = torch.cat([identity.expand(*rest.shape[:-1], -1), rest], dim=-1)
-    if order.dim() == 1:
-        return left, whole.index_select(1, order.argsort())
-    return left, torch.take_along_dim(whole, order.argsort(-1).unsqueeze(-2), dim=-1)
+    together = torch.cat([identity.expand(*rest.shape[:-1], -1), rest], dim=-1)
+    places = order.argsort(-1)
+    if order.dim() == 1:  # in a tenth of the time
+        return together.index_select(1, places)
+    return together.gather(-1, places.unsqueeze(-2).expand_as(together))
 
 
 def _permutation(pivots: Tensor, n: int) -> Tensor:
