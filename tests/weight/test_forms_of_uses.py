@@ -126,22 +126,27 @@ def input_of(name: str) -> Tensor:
     return torch.randint(0, 30, shape) if shape == IDS else torch.randn(shape)
 
 
-def compressed(name: str) -> nn.Module:
+def plain(name: str) -> nn.Module:
+    """A model that stores both factors of its weights whole."""
     model, rank = model_of(name), CASES[name][2]
     ranks = {name: rank for name, p in model.named_parameters() if p.dim() > 1}
     how = {"ranks": ranks, "metric": "frobenius", "example_inputs": (input_of(name),)}
-    return tensorize.compile(model, None, **how)
+    return tensorize.weight.plain(tensorize.compile(model, None, **how))
 
 
-def check_gradients(small: nn.Module, plain: nn.Module) -> None:
+def pivoted(name: str) -> nn.Module:
+    return tensorize.weight.pivoted(plain(name))
+
+
+def check_gradients(small: nn.Module, whole: nn.Module) -> None:
     """Those of what is stored are those of the same factors with the identity in its place."""
-    others = dict(factored(plain))
+    others = dict(factored(whole))
     for name, weight in factored(small):
         (order,), (rank,) = weight.indices, weight.spec.ranks
-        left, whole = (core.grad for core in others[name].cores)
+        left, right = (core.grad for core in others[name].cores)
         assert left is not None
-        assert whole is not None
-        rest = torch.take_along_dim(whole, order.long().unsqueeze(-2), dim=-1)[..., rank:]
+        assert right is not None
+        rest = torch.take_along_dim(right, order.long().unsqueeze(-2), dim=-1)[..., rank:]
         for core, wanted in zip(weight.cores, (left, rest), strict=True):
             assert core.grad is not None
             assert relative(core.grad, wanted) < 1e-4
@@ -151,8 +156,8 @@ def check_gradients(small: nn.Module, plain: nn.Module) -> None:
 def test_it_is_the_same_model_with_fewer_numbers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small, x = compressed(name), input_of(name)
-    plain, before = small(x).detach(), parameters(small)
+    small, x = plain(name), input_of(name)
+    known, before = small(x).detach(), parameters(small)
     tensorize.weight.pivoted(small)
     found = dict(factored(small))
     sites = tensorize.report(small).sites
@@ -168,21 +173,21 @@ def test_it_is_the_same_model_with_fewer_numbers(
         if CASES[name][3]:
             monkeypatch.setattr(Chain, "reconstruct", None)
         assert relative(small(x), wanted) < 1e-5
-        assert relative(small(x), plain) < 1e-5
+        assert relative(small(x), known) < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_plain_factors_of_the_same_basis(name: str) -> None:
-    small, x = tensorize.weight.pivoted(compressed(name)), input_of(name)
-    plain = tensorize.weight.plain(copy.deepcopy(small))
-    for model in (small, plain):
+    small, x = pivoted(name), input_of(name)
+    whole = tensorize.weight.plain(copy.deepcopy(small))
+    for model in (small, whole):
         model(x).square().sum().backward()
-    check_gradients(small, plain)
+    check_gradients(small, whole)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    small, x = tensorize.weight.pivoted(compressed(name)), input_of(name)
+    small, x = pivoted(name), input_of(name)
     tensorize.save(small, tmp_path)
     again = tensorize.load(tmp_path, model=model_of(name))
     assert {n: w.spec for n, w in factored(again)} == {n: w.spec for n, w in factored(small)}
@@ -191,7 +196,7 @@ def test_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["groups", "mean of a bag", "stack, turned", "grouped"])
 def test_graphs_of_it_are_whole(name: str) -> None:
-    small, x = tensorize.weight.pivoted(compressed(name)), input_of(name)
+    small, x = pivoted(name), input_of(name)
     torch._dynamo.reset()
     graph = torch.compile(small, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -250,10 +255,10 @@ def test_experts_of_transformers_run_in_every_way_they_can(
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_of_transformers_are_trained_the_same_in_every_way(name: str) -> None:
     small = experts_of(name)
-    plain = tensorize.weight.plain(copy.deepcopy(small))
-    plain(TOKENS).logits.square().sum().backward()
+    whole: Any = tensorize.weight.plain(copy.deepcopy(small))
+    whole(TOKENS).logits.square().sum().backward()
     for forward in FORWARDS:
         small.set_experts_implementation(forward)
         small.zero_grad()
         small(TOKENS).logits.square().sum().backward()
-        check_gradients(small, plain)
+        check_gradients(small, whole)
