@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ class EveryRank(Spec):
         return (self.shape[1:],) if self.pivoted else ()
 
     @property
+    def plain(self) -> EveryRank:
+        return replace(self, pivoted=False)
+
+    @property
     def parameters(self) -> Any:
         m, n = self.shape
         return self.every * (m + n - (self.every if self.pivoted else 0))
@@ -61,8 +65,8 @@ def largest_that_pays(m: int, n: int) -> int:
 class LowRank(Chain):
     """Two factors, U (…, M, r) and V (…, r, N).
 
-    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (r, N - r), and
-    the order of the columns (``algebra.pivot``).
+    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (…, r, N - r),
+    and the order of the columns (…, N), one for each matrix (``algebra.pivot``).
     """
 
     name = LOW_RANK
@@ -99,6 +103,9 @@ class LowRank(Chain):
             return left.to(dtype), *first
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
+        if spec.batch:
+            each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
         found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order
 
