@@ -17,6 +17,7 @@ from tensorize.algebra.pivot import pivoted, plain, rounded
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
+from tensorize.formats.order import in_order, inverse
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
@@ -154,18 +155,17 @@ class LowRank(Chain):
 
 def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, N) times [I | V']ᵀ, whose columns are in an order: x_kept + x_rest V'ᵀ, (…, R)."""
-    kept, others = ordered(x.reshape(-1, x.shape[-1]), order, rest.shape[0])
-    # The kept ones are what the product is added to: no sum and no concatenation is run.
-    return torch.addmm(kept, others, rest.t()).reshape(*x.shape[:-1], rest.shape[0])
+    kept, others = ordered(x, order, rest.shape[0])
+    return F.linear(others, rest).add_(kept)
 
 
 def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The columns of x (…, N) that V is the identity in, and the others: (…, R), (…, N - R)."""
-    x = x.index_select(-1, order)
-    return x[..., :rank], x[..., rank:]
+    kept, others = in_order(x, order).split_with_sizes((rank, order.shape[0] - rank), -1)
+    return kept, others
 
 
 def widen(narrow: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, R) times [I | V'], its columns put in their place: (…, N)."""
     together = torch.cat([narrow, F.linear(narrow, rest.t())], dim=-1)
-    return together.index_select(-1, order.argsort())
+    return in_order(together, inverse(order))

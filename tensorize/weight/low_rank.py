@@ -52,7 +52,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):  # the graph has the two layers, as any other two
-            return self.second(self._between(self.first(x)))
+            return self._by_layers(x)
         if torch.compiler.is_compiling():  # a graph names weights by the attributes that lead there
             first, second = self.first, self.second
             right, left, bias = first.weight, second.weight, second.bias
@@ -65,11 +65,7 @@ class LowRankLinear(nn.Module):
         if not (_is_bare(first) and _is_bare(second)) or _has_any_global_hook():
             known = right if right is not None else first.weight
             # A layer that took the place of one of them (a quantized one) casts by itself.
-            x = widened(x, known) if isinstance(known, Tensor) else x
-            if not pivoted:
-                return second(self._between(first(x)))
-            kept, others = ordered(x, self.order, self.spec.ranks[0])
-            return second(self._between(kept + first(others)))
+            return self._by_layers(widened(x, known) if isinstance(known, Tensor) else x)
         # What the two layers' own calls come to.
         x = widened(x, right)
         own = self.contractions
@@ -87,6 +83,12 @@ class LowRankLinear(nn.Module):
         else:
             narrow = self.input_product(first, x)
         return F.linear(self._between(narrow), left, bias)
+
+    def _by_layers(self, x: Tensor) -> Tensor:
+        if not self.spec.pivoted:
+            return self.second(self._between(self.first(x)))
+        kept, others = ordered(x, self.order, self.spec.ranks[0])
+        return self.second(self._between(kept + self.first(others)))
 
     __prepare_scriptable__ = refuse_to_be_scripted
 
