@@ -45,11 +45,11 @@ def inverse(order: Tensor) -> Tensor:
 def _has_own_way(x: Tensor) -> bool:
     """Whether it is an ordinary tensor of a CPU: transforms of functions see through torch's
     operations only, and who loads a graph that is kept may have no others."""
-    if type(x) is not Tensor or not x.is_cpu:
+    if type(x) is not Tensor or x.device.type != "cpu":
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
-    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return not torch._C._are_functorch_transforms_active()
 
 
 @torch.library.impl(library, "in_order", "CPU")
@@ -73,4 +73,6 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return in_order(gradient, inverse(order)), None
 
 
-torch.library.register_autograd("tensorize::in_order", _gradient, setup_context=_keep_order, lib=library)
+torch.library.register_autograd(
+    "tensorize::in_order", _gradient, setup_context=_keep_order, lib=library
+)
