@@ -165,14 +165,15 @@ def _costs(
 ) -> list[float]:
     return [
         spec.parameters,
-        _bytes(spec, itemsize),
+        _bytes(site, spec, itemsize),
         spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]
 
 
-def _bytes(spec: Spec, itemsize: int) -> Any:
-    indices = sum(math.prod(shape) for shape in spec.index_shapes)
+def _bytes(site: Site, spec: Spec, itemsize: int) -> Any:
+    # Every module that holds a tied weight has an order of its own.
+    indices = len(site.names) * sum(math.prod(shape) for shape in spec.index_shapes)
     return spec.parameters * entry_bytes(spec, itemsize) + INDEX_BYTES * indices
 
 
@@ -250,7 +251,7 @@ def curve_points(
     for pivoted, those in forms.items():
         every = EveryRank((m, n), those, pivoted)
         flops = spec_flops(site, every, batch_sizes) + 0 * those
-        sizes = every.parameters * count, _bytes(every, itemsize) * count, flops
+        sizes = every.parameters * count, _bytes(site, every, itemsize) * count, flops
         rows.append(np.hstack([np.stack(sizes, axis=1), spec_times(site, every, *load)]))
         lost.append(curve.distortion.numpy()[those] + pivoted * _rounding_lost(curve))
         labels.append(those + pivoted * _PIVOTED)

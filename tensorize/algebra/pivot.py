@@ -82,8 +82,13 @@ def rounded(found: Pivoted, dtype: torch.dtype) -> Pivoted:
 
 def plain(left: Tensor, rest: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """U (M, R) and V (R, N) with the identity in its place; differentiably."""
+    return left, whole(rest, order)
+
+
+def whole(rest: Tensor, order: Tensor) -> Tensor:
+    """V (R, N) of V' (R, N - R); differentiably."""
     identity = torch.eye(rest.shape[0], dtype=rest.dtype, device=rest.device)
-    return left, torch.cat([identity, rest], dim=1).index_select(1, order.argsort())
+    return torch.cat([identity, rest], dim=1).index_select(1, order.argsort())
 
 
 def _permutation(pivots: Tensor, n: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import pivoted, plain, rounded
+from tensorize.algebra.pivot import pivoted, plain, rounded, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
-from tensorize.formats.order import in_order, inverse
+from tensorize.formats.order import in_order, in_order_time, inverse
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
+
+_PAYS = 0.95
+"""The share of a matrix's entries from which on dense is taken to be worth the rest."""
 
 # A tied weight with more entries keeps the factors of its averaged metric.
 _LARGEST_ALS = 4_000_000
@@ -47,6 +51,12 @@ class EveryRank(Spec):
     def parameters(self) -> Any:
         m, n = self.shape
         return self.every * (m + n - (self.every if self.pivoted else 0))
+
+
+def largest_that_pays(m: int, n: int) -> int:
+    """The largest rank of a matrix (m, n) that has clearly fewer numbers: r (m + n - r)."""
+    sides = m + n
+    return max(1, int((sides - math.sqrt(sides**2 - 4 * _PAYS * m * n)) / 2))
 
 
 class LowRank(Chain):
@@ -141,7 +151,7 @@ class LowRank(Chain):
         (m, n), (rank,) = spec.shape[-2:], spec.ranks
         inner, ordered = n, 0.0
         if spec.pivoted:  # one pass more over the side that has an order
-            inner, ordered = n - rank, lookup_time(machine, rows, n, dtype)
+            inner, ordered = n - rank, in_order_time(machine, rows, n, dtype)
         if contract == "whole":  # rebuilt, then used as a dense one
             took = matmul_time(machine, m, rank, inner, dtype)
             return took + ordered + matmul_time(machine, rows, n, m, dtype)
@@ -155,6 +165,8 @@ class LowRank(Chain):
 
 def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, N) times [I | V']ᵀ, whose columns are in an order: x_kept + x_rest V'ᵀ, (…, R)."""
+    if x.layout is not torch.strided:  # of such an x nothing can be taken apart
+        return F.linear(x, whole(rest, order))
     kept, others = ordered(x, order, rest.shape[0])
     return F.linear(others, rest).add_(kept)
 

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from tensorize.ir.machine import Machine, lookup_time
 
 # One operation that inductor leaves as it is: fused, what comes before is no longer vectorized.
 library = torch.library.Library("tensorize", "FRAGMENT")
@@ -34,6 +37,16 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.tensorize.in_order.default(x, order)
     return _in_order(x, order)  # the dispatcher takes as long as one row does
+
+
+_BY_INDEX = 4e-10
+"""Seconds that it takes at least to read an element by its index: more than its bytes do."""
+
+
+def in_order_time(machine: Machine, rows: Any, width: Any, dtype: str) -> Any:
+    """Microseconds of ``in_order``."""
+    by_index = 1e6 * (machine.launch + _BY_INDEX * rows * width)
+    return np.maximum(lookup_time(machine, rows, width, dtype), by_index)
 
 
 def inverse(order: Tensor) -> Tensor:
