@@ -228,11 +228,12 @@ def curve_points(
     scale: float = 1.0,
     *,
     pivots: bool = False,
+    always: bool = False,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
     ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
-    store what a change of basis can remove.
+    store what a change of basis can remove, and ``always``: where it need not it does not.
     """
     site = curve.site
     m, n = site.matrix
@@ -246,7 +247,10 @@ def curve_points(
     load = batch_sizes, machine
     forms = {False: ranks[ranks * (m + n) < m * n]}
     if pivots:
-        forms[True] = _worth_a_pass(site, forms[False], ranks[_pivots(site, ranks)], *load)
+        able = ranks[_pivots(site, ranks)]
+        forms[True] = able if always else _worth_a_pass(site, forms[False], able, *load)
+    if pivots and always:
+        forms[False] = np.setdiff1d(forms[False], forms[True])
     for pivoted, those in forms.items():
         every = EveryRank((m, n), those, pivoted)
         flops = spec_flops(site, every, batch_sizes) + 0 * those
@@ -307,6 +311,8 @@ def forced_point(
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
         pivoted = pivots and bool(_pivots(site, np.array(size)))
         spec = TTSpec.low_rank(m, n, size, experts=site.experts, pivoted=pivoted)
+        asked = (each for each, _ in curve.train_points if each.ranks == spec.ranks)
+        spec = next((each for each in asked if named(each.format).spectral), spec)
     else:
         exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]

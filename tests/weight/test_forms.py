@@ -176,13 +176,3 @@ def test_what_others_share_or_look_into_stays_plain() -> None:
     assert before
     tensorize.weight.pivoted(small)
     assert specs(small) == before
-
-
-def test_ranks_that_move_need_all_of_a_factor() -> None:
-    small = compressed()
-    optimizer = torch.optim.AdamW(small.parameters())
-    how = {"budget": 0.5, "start": 1, "end": 5, "every": 1}
-    with pytest.raises(tensorize.TensorizeError, match=r"tensorize.weight.plain\(model\)"):
-        tensorize.training.RankSchedule(small, optimizer, **how)
-    tensorize.weight.plain(small)
-    tensorize.training.RankSchedule(small, torch.optim.AdamW(small.parameters()), **how)
