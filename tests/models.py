@@ -179,3 +179,9 @@ def relative(got: Tensor, want: Tensor) -> float:
 def parameters(model: nn.Module) -> int:
     """Every parameter once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Those of every parameter, and of the orders of their columns."""
+    orders = [b for name, b in model.named_buffers() if name.split(".")[-1] == "order"]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *orders))

@@ -52,8 +52,8 @@ class Allocate:
 
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
     that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
-    ``notes`` are for the plan; ``pivots``: low rank does not store what a change of basis can
-    remove.
+    ``notes`` are for the plan; ``pivots``: where the machine can run it, low rank need not store
+    what a change of basis can remove.
     """
 
     budget: Budget | None
@@ -65,7 +65,7 @@ class Allocate:
     fingerprint: str = ""
     even: bool = False
     notes: tuple[str, ...] = ()
-    pivots: bool = False
+    pivots: bool = True
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -135,6 +135,7 @@ class Allocate:
         }
         overrides = _overrides(analysed.sites, self.ranks, unable)
         load, scale = (self.batch_sizes, analysed.machine), scales(analysed)
+        pivots = self.pivots and analysed.machine.reads_orders
         result = []
         for site in analysed.sites:
             curve = analysed.spectra.get(site.name)
@@ -153,7 +154,7 @@ class Allocate:
             if forced is not None:
                 result.append(
                     forced_point(
-                        *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=self.pivots
+                        *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=pivots
                     )
                 )
             elif site.last_resort and not last_resort:
@@ -165,7 +166,7 @@ class Allocate:
                 result.append(dense_point(site, itemsize, why, *load))
             else:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
-                result.append(curve_points(*given, scale[site.name], pivots=self.pivots))
+                result.append(curve_points(*given, scale[site.name], pivots=pivots))
         names = {
             site.name
             for site in analysed.sites

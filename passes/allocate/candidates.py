@@ -120,7 +120,7 @@ def _costs(
 ) -> list[float]:
     return [
         spec.parameters,
-        spec_bytes(spec, itemsize),
+        spec_bytes(spec, itemsize, holders=len(site.names)),
         spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]

@@ -60,7 +60,7 @@ class Forms:
         """Parameters, bytes, FLOPs and times at each of the ranks: (ranks, costs)."""
         stack, count = self.stack, max(self.sites[0].experts, 1)
         every = EveryRank(stack.matrix, ranks, pivoted)
-        size = spec_bytes(every, self.itemsize, holders=len(self.sites))
+        size = spec_bytes(every, self.itemsize, holders=sum(len(site.names) for site in self.sites))
         flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
         sizes = np.stack([every.parameters * count, size * count, flops], axis=1)
         return np.hstack([sizes, self._times(ranks, pivoted)])

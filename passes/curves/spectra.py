@@ -23,6 +23,7 @@ from tensorize.algebra.svd import tail_sums
 from tensorize.base.tensors import at_work
 from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
+from tensorize.formats.low_rank import largest_that_pays
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, Store, Weights, as_matrix, weights_of
@@ -118,7 +119,7 @@ def spectrum(
     Where nobody chose ``formats`` (None), those that the weight suggests are among them.
     """
     m, n = site.matrix
-    pay = max(1, (m * n - 1) // (m + n))
+    pay = largest_that_pays(m, n)
     if len(metrics) == 1:
         values = singular_squares(at_work(weight), pay, metrics[0]).double()
         tails = tail_sums(values.reshape(-1, values.shape[-1]).sum(0)) * metrics[0].scale

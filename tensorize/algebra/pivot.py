@@ -100,7 +100,12 @@ def _identity(rest: Tensor) -> Tensor:
 
 def plain(left: Tensor, rest: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """U (M, R) and V (R, N) with the identity in its place; differentiably."""
-    return left, torch.cat([_identity(rest), rest], dim=1).index_select(1, order.argsort())
+    return left, whole(rest, order)
+
+
+def whole(rest: Tensor, order: Tensor) -> Tensor:
+    """V (R, N) of V' (R, N - R); differentiably."""
+    return torch.cat([_identity(rest), rest], dim=1).index_select(1, order.argsort())
 
 
 def _permutation(pivots: Tensor, n: int) -> Tensor:

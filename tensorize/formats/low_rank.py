@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import fitted, pivoted, plain, rounded
+from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
@@ -183,6 +183,8 @@ def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:
     """x (…, N) times Vᵀ, (…, R); V whose columns have an order is [I | V']: x_kept + x_rest V'ᵀ."""
     if order is None:
         return F.linear(x, rest)
+    if x.layout is not torch.strided:  # of such an x nothing can be taken apart
+        return F.linear(x, whole(rest, order))
     kept, others = ordered(x.reshape(-1, x.shape[-1]), order, rest.shape[0])
     # The kept ones are what the product is added to: no sum and no concatenation is run.
     return torch.addmm(kept, others, rest.t()).reshape(*x.shape[:-1], rest.shape[0])

@@ -29,6 +29,11 @@ class Machine:
     launch: float
     rank_multiple: int = 1
 
+    @property
+    def reads_orders(self) -> bool:
+        """Whether what runs on it can read columns in an order: the kernels for a GPU cannot."""
+        return self.rank_multiple == 1
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} us a call"]
         for dtype, rates in self.rates:

@@ -104,7 +104,7 @@ def initialize(
     if limits is None and ranks is None and not _names_specs(formats):
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
     how = {"batch_sizes": batch_sizes, "rank_multiple": rank_multiple}
-    allocate = Allocate(limits, **how, even=True)
+    allocate = Allocate(limits, **how, even=True, pivots=False)  # what is made is trained whole
     given, model = model, check_model(model, on_meta=True, inplace=inplace)
     check_dense(model, "initialize")
     with shown(progress) as tell:

@@ -53,7 +53,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, fx.Proxy):  # the graph has the two layers, as any other two
-            return self.second(self._between(self.first(x)))
+            return self._by_layers(self.first, self.second, x)
         if torch.compiler.is_compiling():  # a graph names weights by the attributes that lead there
             first, second = self.first, self.second
             right, left, bias = first.weight, second.weight, second.bias
@@ -67,10 +67,7 @@ class LowRankLinear(nn.Module):
             known = right if right is not None else first.weight
             # A layer that took the place of one of them (a quantized one) casts by itself.
             x = widened(x, known) if isinstance(known, Tensor) else x
-            if not pivoted:
-                return second(self._between(first(x)))
-            kept, others = ordered(x, self.order, self.spec.ranks[0])
-            return second(self._between(kept + first(others)))
+            return self._by_layers(first, second, x)
         # What the two layers' own calls come to.
         x = widened(x, right)
         own = self.contractions
@@ -87,6 +84,16 @@ class LowRankLinear(nn.Module):
         else:
             narrow = self.input_product(x, *factor)
         return F.linear(self._between(narrow), left, bias)
+
+    def _by_layers(self, first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+        """What the two layers' own calls make of x."""
+        if not self.spec.pivoted:
+            return second(self._between(first(x)))
+        kept, others = ordered(x, self.order, self.spec.ranks[0])
+        narrow = first(others)
+        if hasattr(first.weight, "device_mesh") and narrow.shape != kept.shape:
+            kept = _of_this_rank(kept, first.weight)
+        return second(self._between(kept + narrow))
 
     __prepare_scriptable__ = refuse_to_be_scripted
 
@@ -149,6 +156,15 @@ class LowRankLinear(nn.Module):
             self.second.bias = value
         else:
             super().__setattr__(name, value)
+
+
+def _of_this_rank(kept: Tensor, weight: Any) -> Tensor:
+    """The columns of what all ranks hold that go with a rank's own rows of a weight."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # a second and a half
+
+    shards = [Shard(kept.dim() - 1) if each.is_shard(0) else each for each in weight.placements]
+    whole = DTensor.from_local(kept, weight.device_mesh, [Replicate()] * len(shards))
+    return whole.redistribute(placements=shards).to_local()
 
 
 def _is_bare(layer: nn.Module) -> bool:

@@ -57,7 +57,7 @@ def divergence(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> flo
 @functools.cache
 def pair(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
     dense = decoder(name)
-    return dense, tensorize.compile(dense, 0.6, calibration=texts(3, seed=5))
+    return dense, tensorize.compile(dense, 0.5, calibration=texts(3, seed=5))
 
 
 def models(name: str = "gpt") -> tuple[nn.Module, nn.Module]:

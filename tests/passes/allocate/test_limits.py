@@ -18,7 +18,7 @@ from tensorize.ir.spec import DENSE, TTSpec
 from tensorize.passes.allocate.flops import spec_flops
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.weight.contractions import common_breakpoints, contractions
-from tests.models import MLP, parameters
+from tests.models import MLP, held_bytes, parameters
 from tests.passes.allocate.programs import M, N, curve, falling, linear, model_of, plan, program
 
 # ----------------------------------------------------------------------- programs with given curves
@@ -235,8 +235,7 @@ def test_on_a_real_model_the_figures_are_what_apply_gives() -> None:
         found = analysis.plan(budget)
         small = tensorize.apply(model, found)
         assert parameters(small) == found.predicted.parameters
-        size = sum(p.numel() * p.element_size() for p in small.parameters())
-        assert size == found.predicted.bytes
+        assert held_bytes(small) == found.predicted.bytes
         if isinstance(budget, float):
             assert found.predicted.loss is not None
             assert found.predicted.loss < before
