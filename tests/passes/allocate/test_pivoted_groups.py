@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 import tensorize
-from tensorize.api import analysis as api_analysis
 from tensorize.base.errors import AnalysisError
 from tensorize.ir.budget import Budget
 from tensorize.ir.machine import GENERIC, Machine
@@ -131,16 +129,10 @@ def test_what_rounding_costs_counts_in_half_precision(curves: list[Spectrum]) ->
 # ---------------------------------------------------------------------------------------- models
 
 
-@pytest.fixture
-def with_pivots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_analysis, "Allocate", partial(Allocate, pivots=True))
-
-
 def shared(model: nn.Module) -> list[Any]:
     return [site for site in tensorize.report(model).plan.sites if site.shared is not None]
 
 
-@pytest.mark.usefixtures("with_pivots")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("refine", [None, "refit", "polish"])
 def test_the_model_holds_what_was_planned(refine: str | None, dtype: torch.dtype) -> None:
@@ -162,7 +154,6 @@ def test_the_model_holds_what_was_planned(refine: str | None, dtype: torch.dtype
     assert error < 32 * torch.finfo(dtype).eps
 
 
-@pytest.mark.usefixtures("with_pivots")
 def test_its_factors_are_as_near_as_plain_ones_of_that_rank() -> None:
     """A budget from which on a first factor in common has a larger rank than k has rows."""
     model = grouped()
@@ -178,7 +169,6 @@ def test_its_factors_are_as_near_as_plain_ones_of_that_rank() -> None:
     assert float((stack - found).norm()) == pytest.approx(float(least), rel=1e-4)
 
 
-@pytest.mark.usefixtures("with_pivots")
 def test_a_plan_of_it_is_kept_as_json_and_checked() -> None:
     model = grouped()
     plan = tensorize.analyze(model, example_inputs=(X,), formats="shared").plan(0.7)
@@ -192,6 +182,15 @@ def test_a_plan_of_it_is_kept_as_json_and_checked() -> None:
     assert one["spec"].pop("pivoted")
     with pytest.raises(AnalysisError, match="no first factor that it can share"):
         tensorize.apply(model, tensorize.Plan.from_json(json.dumps(data)))
+
+
+def test_where_kernels_read_no_order_it_is_no_point() -> None:
+    found = tensorize.analyze(grouped(), example_inputs=(X,), formats="shared").program
+    for multiple, there in ((1, True), (8, False)):
+        made = replace(found, machine=replace(found.machine, rank_multiple=multiple))
+        sites = Allocate(Budget.of(0.5)).run(made).plan.sites
+        assert any(site.shared is not None for site in sites)
+        assert any(site.spec is not None and site.spec.pivoted for site in sites) == there
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
