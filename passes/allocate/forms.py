@@ -82,7 +82,7 @@ class Forms:
 def takes_pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
     """At which ranks it pays not to store an identity in the second factor."""
     m, n = site.matrix
-    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n)) & site.takes_trains
+    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
 
 
 def rounding_lost(curve: Spectrum, pivoted: bool) -> float:

@@ -50,6 +50,10 @@ def spec_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Mach
                 tree = plan.piece(rows).tree
                 total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
             continue
+        whole = spec.pivoted and use.convolves  # made at every call, by a pass over the factor
         for k, rows in enumerate(batch_sizes):
-            total[..., k] += form.time(spec, use.contract, rows, machine, site.dtype)
+            run = spec.plain if whole else spec
+            total[..., k] += form.time(run, use.contract, rows, machine, site.dtype)
+            if whole:
+                total[..., k] += lookup_time(machine, *spec.ranks, site.matrix[1], site.dtype)
     return total

@@ -95,17 +95,24 @@ def _best(left: Tensor, kept: Tensor, others: Tensor, rest: Tensor) -> Tensor:
 
 
 def _identity(rest: Tensor) -> Tensor:
-    return torch.eye(len(rest), dtype=rest.dtype, device=rest.device)
+    return torch.eye(rest.shape[-2], dtype=rest.dtype, device=rest.device)
 
 
 def plain(left: Tensor, rest: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """U (M, R) and V (R, N) with the identity in its place; differentiably."""
+    """U (…, M, R) and V (…, R, N) with the identity in its place; differentiably.
+
+    Of a stack, every matrix has an order of its own: (…, N).
+    """
     return left, whole(rest, order)
 
 
 def whole(rest: Tensor, order: Tensor) -> Tensor:
-    """V (R, N) of V' (R, N - R); differentiably."""
-    return torch.cat([_identity(rest), rest], dim=1).index_select(1, order.argsort())
+    """V (…, R, N) of V' (…, R, N - R); differentiably."""
+    together = torch.cat([_identity(rest).expand(*rest.shape[:-1], -1), rest], dim=-1)
+    places = order.argsort(-1)
+    if order.dim() == 1:  # in a tenth of the time
+        return together.index_select(1, places)
+    return together.gather(-1, places.unsqueeze(-2).expand_as(together))
 
 
 def _permutation(pivots: Tensor, n: int) -> Tensor:

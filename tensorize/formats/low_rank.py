@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
+from tensorize.formats.order import in_order, in_order_time, inverse
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
@@ -47,6 +48,10 @@ class EveryRank(Spec):
         return (self.shape[1:],) if self.pivoted else ()
 
     @property
+    def plain(self) -> EveryRank:
+        return replace(self, pivoted=False)
+
+    @property
     def parameters(self) -> Any:
         m, n = self.shape
         return self.every * (m + n - (self.every if self.pivoted else 0))
@@ -61,8 +66,8 @@ def largest_that_pays(m: int, n: int) -> int:
 class LowRank(Chain):
     """Two factors, U (…, M, r) and V (…, r, N).
 
-    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (r, N - r), and
-    the order of the columns (``algebra.pivot``).
+    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (…, r, N - r),
+    and the order of the columns (…, N), one for each matrix (``algebra.pivot``).
     """
 
     name = LOW_RANK
@@ -99,6 +104,9 @@ class LowRank(Chain):
             return left.to(dtype), *first
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
+        if spec.batch:
+            each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
         found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order
 
@@ -156,7 +164,7 @@ class LowRank(Chain):
         (m, n), (rank,) = spec.shape[-2:], spec.ranks
         inner, ordered = n, 0.0
         if spec.pivoted:  # one pass more over the side that has an order
-            inner, ordered = n - rank, lookup_time(machine, rows, n, dtype)
+            inner, ordered = n - rank, in_order_time(machine, rows, n, dtype)
         if contract == "whole":  # rebuilt, then used as a dense one
             took = matmul_time(machine, m, rank, inner, dtype)
             return took + ordered + matmul_time(machine, rows, n, m, dtype)
@@ -185,18 +193,17 @@ def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:
         return F.linear(x, rest)
     if x.layout is not torch.strided:  # of such an x nothing can be taken apart
         return F.linear(x, whole(rest, order))
-    kept, others = ordered(x.reshape(-1, x.shape[-1]), order, rest.shape[0])
-    # The kept ones are what the product is added to: no sum and no concatenation is run.
-    return torch.addmm(kept, others, rest.t()).reshape(*x.shape[:-1], rest.shape[0])
+    kept, others = ordered(x, order, rest.shape[0])
+    return F.linear(others, rest).add_(kept)
 
 
 def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The columns of x (…, N) that V is the identity in, and the others: (…, R), (…, N - R)."""
-    x = x.index_select(-1, order)
-    return x[..., :rank], x[..., rank:]
+    kept, others = in_order(x, order).split_with_sizes((rank, order.shape[0] - rank), -1)
+    return kept, others
 
 
 def widen(narrow: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, R) times [I | V'], its columns put in their place: (…, N)."""
     together = torch.cat([narrow, F.linear(narrow, rest.t())], dim=-1)
-    return together.index_select(-1, order.argsort())
+    return in_order(together, inverse(order))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.ir.spec import Spec, TTSpec
-from tensorize.weight.install import factored, owner_of, resize
+from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
+from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
 Named = tuple[list[str], FactoredWeight]
@@ -22,11 +22,12 @@ def to_pivoted(model: nn.Module) -> dict[str, Spec]:
     """Let plain low-rank weights store no identity, in place; their new specs by first name."""
     found = {}
     for group in list(_groups(model)):
-        if all(_may_pivot(model, *member) for member in group) and not _is_full(group):
+        if all(_may_pivot(weight) for _, weight in group) and not _is_full(group):
             made: tuple[Tensor, ...] = ()
             for names, weight in group:
-                sides = *weight.spec.shape, *weight.spec.ranks
-                spec = TTSpec.low_rank(*sides, storage=weight.spec.storage, pivoted=True)
+                (*experts, m, n), (rank,) = weight.spec.shape, weight.spec.ranks
+                how = {"experts": sum(experts), "storage": weight.spec.storage, "pivoted": True}
+                spec = TTSpec.low_rank(m, n, rank, **how)
                 cores = weight.format.stored(spec, weight.cores, weight.dtype, made)
                 made = _put(model, names[0], weight, spec, cores, made)
                 found[names[0]] = spec
@@ -46,20 +47,17 @@ def to_plain(model: nn.Module) -> dict[str, Spec]:
     return found
 
 
-def _may_pivot(model: nn.Module, names: Sequence[str], weight: FactoredWeight) -> bool:
-    """Whether a weight is a plain low-rank matrix."""
-    plain = weight.format.pair and not (weight.spec.pivoted or weight.spec.batch)
-    matrix = weight.nonlinearity is None and weight.frame.shape is None
-    # A bag looks up with one factor before it widens; nobody reads columns from it.
-    bags = any(isinstance(owner_of(model, name)[0], nn.EmbeddingBag) for name in names)
-    return plain and matrix and not bags
+def _may_pivot(weight: FactoredWeight) -> bool:
+    """Whether a weight is of low rank, with all of its factors and nothing between them."""
+    plain = weight.spec.format == LOW_RANK and not weight.spec.pivoted
+    return plain and weight.nonlinearity is None
 
 
 def _is_full(group: Sequence[Named]) -> bool:
     """Whether the rank of low-rank weights on each other is the largest that there is."""
-    rows = sum(weight.spec.shape[0] for _, weight in group)
+    rows = sum(weight.spec.shape[-2] for _, weight in group)
     spec = group[0][1].spec
-    return spec.ranks[0] >= min(rows, spec.shape[1])
+    return spec.ranks[0] >= min(rows, spec.shape[-1])
 
 
 def _put(

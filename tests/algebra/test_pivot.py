@@ -90,6 +90,18 @@ def test_what_is_rounded_is_made_up_for() -> None:
     assert off(solved.left, solved.rest) < 0.95 * off(found.left.bfloat16(), found.rest.bfloat16())
 
 
+def test_every_matrix_of_a_stack_has_columns_of_its_own() -> None:
+    factors = [_factors(6, 9, 4, 10.0, seed) for seed in range(3)]
+    found = [pivoted(*pair) for pair in factors]
+    parts = ((one.left, one.rest, one.order) for one in found)
+    u, v = plain(*(torch.stack(part) for part in zip(*parts, strict=True)))
+    exact = torch.stack([left @ right for left, right in factors])
+    assert (u @ v - exact).norm() <= 1e-12 * exact.norm()
+    assert not torch.equal(found[0].order, found[1].order)
+    for k, one in enumerate(found):
+        assert torch.equal(v[k], plain(one.left, one.rest, one.order)[1])
+
+
 def test_gradients_reach_both_factors() -> None:
     found = pivoted(*_factors(4, 6, 2, 3.0, 0))
     u, rest = found.left.requires_grad_(), found.rest.requires_grad_()

@@ -147,21 +147,6 @@ def test_full_rank_is_plain_and_exact() -> None:
         assert relative(small(IDS), model(IDS)) < 1e-4
 
 
-def test_what_a_convolution_looks_into_stays_plain() -> None:
-    torch.manual_seed(0)
-    small = tensorize.compile(
-        nn.Sequential(nn.Conv1d(16, 32, 3), nn.Conv1d(32, 16, 3)),
-        0.5,
-        metric="frobenius",
-        example_inputs=(torch.randn(2, 16, 12),),
-        formats="low_rank",
-    )
-    before = specs(small)
-    assert before
-    tensorize.weight.pivoted(small)
-    assert specs(small) == before
-
-
 def test_ranks_that_move_need_all_of_a_factor() -> None:
     small = compressed()
     optimizer = torch.optim.AdamW(small.parameters())
