@@ -21,6 +21,7 @@ _PURE_FUNCTIONS = {
     torch.addmm,
     torch.cat,
     torch.matmul,
+    torch.ops.tensorize.in_order.default,
     operator.getitem,
     operator.add,
     operator.mul,
