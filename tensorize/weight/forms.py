@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
@@ -49,7 +49,7 @@ def to_plain(model: nn.Module) -> dict[str, Spec]:
 
 def _may_pivot(weight: FactoredWeight) -> bool:
     """Whether a weight is of low rank, with all of its factors and nothing between them."""
-    plain = weight.spec.format == LOW_RANK and not weight.spec.pivoted
+    plain = weight.format.pair and not weight.spec.pivoted
     return plain and weight.nonlinearity is None
 
 
