@@ -176,7 +176,7 @@ class Allocate:
         }
         if self.even:
             return together(result)
-        given = names, scale, self.rank_multiple, self.batch_sizes, self.pivots
+        given = names, scale, self.rank_multiple, self.batch_sizes, pivots
         return _grouped(result, analysed, *given)
 
     # ------------------------------------------------------------------------------ the plan

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tensorize
-from tensorize.api import analysis as api_analysis
 from tensorize.base.tensorfile import ALIGNMENT, Layout, Writer
 from tensorize.hub import shards
-from tensorize.passes.allocate.allocate import Allocate
+from tensorize.ir.machine import Machine
 from tests.api.checkpoints import assert_same, compiled, llama, saved
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
@@ -107,7 +105,8 @@ def test_first_factors_in_common(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pivots: bool
 ) -> None:
     """Weights of one input in different shards, with one row space."""
-    monkeypatch.setattr(api_analysis, "Allocate", partial(Allocate, pivots=pivots))
+    if not pivots:
+        monkeypatch.setattr(Machine, "reads_orders", False)
     model = llama(tie_word_embeddings=True)
     for layer in model.model.layers:
         rows = torch.randn(12, 48)

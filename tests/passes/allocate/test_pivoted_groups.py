@@ -184,6 +184,15 @@ def test_a_plan_of_it_is_kept_as_json_and_checked() -> None:
         tensorize.apply(model, tensorize.Plan.from_json(json.dumps(data)))
 
 
+def test_where_kernels_read_no_order_it_is_no_point() -> None:
+    found = tensorize.analyze(grouped(), example_inputs=(X,), formats="shared").program
+    for multiple, there in ((1, True), (8, False)):
+        made = replace(found, machine=replace(found.machine, rank_multiple=multiple))
+        sites = Allocate(Budget.of(0.5)).run(made).plan.sites
+        assert any(site.shared is not None for site in sites)
+        assert any(site.spec is not None and site.spec.pivoted for site in sites) == there
+
+
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
 def test_budgets_buy_more(budget: float) -> None:
     found = tensorize.analyze(grouped(), example_inputs=(X,), formats=("shared", "dense")).program
