@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from tensorize.base.errors import AnalysisError, ModelError, TensorizeError
+from tensorize.formats.quantized import inputs_in_full
 from tensorize.ir.sites import Batch
 from tensorize.passes.beside import behaviour
 from tensorize.passes.beside.behaviour import Calls
@@ -38,6 +39,7 @@ class CompareRuns:
     memory: tuple[Memory, ...] = ()
     name: str = "compare"
 
+    @inputs_in_full()
     def run(self, done: Rewritten) -> Rewritten:
         names = [name for name, weight in factored(done.model) if not weight.is_meta]
         if self.batch is None or not names:

@@ -88,7 +88,8 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
         with untouched(dense.model):
             # What a run writes is seen here: runs that wait for each other are not watched.
             used = run_order(dense.model, batches[0], parameters)
-            order = [n for n in used if _solvable(by_name[n], specs[n], dense.spectra[n])]
+            chosen = {choice.name: choice for choice in sites}
+            order = [n for n in used if _solvable(by_name[n], chosen[n], dense.spectra[n])]
             together = _together(sites, order)
             order = [name for name in order if name in together]
             for batch in batches:
@@ -130,16 +131,19 @@ def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list
     return {min(names, key=used.__getitem__): names for names in solvable}
 
 
-def _solvable(site: Site, spec: Spec, curve: Spectrum) -> bool:
-    """Whether it is a plain low-rank weight that is not exact already.
+def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
+    """Whether it is a low-rank weight that is not exact already.
 
     One that some of the data use in another way has several metrics, and no single best map.
     """
+    assert choice.spec is not None
     if site.experts or site.last_resort or len(curve.metrics) > 1:
         return False
-    if spec.precision is not None:
+    if choice.spec.precision is not None:
         return True
-    return format_of(spec).spectral and spec.ranks[0] < min(site.matrix)
+    # With a first factor in common, a rank as large as the weight's own is not exact.
+    exact = choice.shared is None and choice.ranks[0] >= min(site.matrix)
+    return format_of(choice.spec).spectral and not exact
 
 
 def _run_as(choice: RankPlan) -> Spec:

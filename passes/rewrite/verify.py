@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tensorize.base.errors import AnalysisError
 from tensorize.formats import interpret
+from tensorize.formats.quantized import inputs_in_full
 from tensorize.passes.stages import Rewritten
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
+from tensorize.weight.whole_model import numbers
 
 _ROWS = 4
 
@@ -31,7 +33,7 @@ class VerifyResult:
 
     def run(self, done: Rewritten) -> Rewritten:
         plan = done.plan
-        counted = sum({id(p): p.numel() for p in done.model.parameters()}.values())
+        counted = numbers(done.model)
         planned = plan.predicted.parameters
         if counted != planned:
             raise AnalysisError(
@@ -74,7 +76,7 @@ def check_weight(name: str, weight: FactoredWeight) -> float:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, weight.shape[-1], generator=generator, dtype=torch.float32)
     x = x.to(weight.device, weight.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), inputs_in_full():
         got = F.linear(x, weight)  # type: ignore[arg-type]
         contract = "rows" if weight.frame.transposed else "columns"
         want = interpret.apply(spec, cores, x, contract)

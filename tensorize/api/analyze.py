@@ -217,10 +217,11 @@ def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> t
     learnt, held_out = split(found.calibration)
     loss = None
     if found.metric == "loss":
-        loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn, options.precision)
-    rows = CountRows(found.calibration, options.loss_fn, options.precision)
+        loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
+    rows = CountRows(found.calibration, options.loss_fn)
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
-    statistics, spectra = CollectStatistics(learnt, loss), ComputeSpectra(options.formats, integers(options.precision))
+    statistics = CollectStatistics(learnt, loss)
+    spectra = ComputeSpectra(options.formats, integers(options.precision))
     largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements)
     if curves is None:

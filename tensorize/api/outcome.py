@@ -21,6 +21,7 @@ from tensorize.reports.report import Report
 from tensorize.version import __version__
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
+from tensorize.weight.whole_model import numbers
 
 Timed = Callable[[FactoredWeight, Site, int], tuple[float, float]]
 """Microseconds of what uses a factorized weight, and of that with the dense one, for so many
@@ -51,18 +52,11 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
 
 
 def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
-    """Parameters and bytes of a model, each once, and of indices; FLOPs and times are predicted.
-
-    Where codes stand for numbers, these are what counts as parameters.
-    """
-    parameters = {id(p): p for p in model.parameters()}
-    weights = [weight for _, weight in factored(model)]
-    quantized = {id(w.cores[0]): w for w in weights if w.spec.precision is not None}
-    scales = {id(core) for weight in quantized.values() for core in weight.cores}
-    held = {**parameters, **{id(index): index for weight in weights for index in weight.indices}}
+    """Parameters and bytes of a model, each once, and of indices; FLOPs and times are predicted."""
+    indices = (index for _, weight in factored(model) for index in weight.indices)
+    held = {id(tensor): tensor for tensor in (*model.parameters(), *indices)}
     return Totals(
-        sum(p.numel() for key, p in parameters.items() if key not in scales)
-        + sum(weight.spec.parameters for weight in quantized.values()),
+        numbers(model),
         sum(tensor.nbytes for tensor in held.values()),
         predicted.flops,
         predicted.latency,

@@ -26,7 +26,7 @@ from tensorize.hub import shards
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
-from tensorize.passes.curves.precisions import PrecisionOption, integers
+from tensorize.passes.curves.precisions import integers
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
@@ -127,7 +127,11 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
         curves = Curves(Path(base), Held.shapes)
         announce(cost_line(found))
         spectra = ComputeSpectra(
-            options.formats, integers(options.precision), lambda name: source.read(name).to(where), curves)
+            options.formats,
+            integers(options.precision),
+            lambda name: source.read(name).to(where),
+            curves,
+        )
         observed = found.to(Observed, statistics={})
         analysed = run_passes(observed, (spectra,), Learned).to(Analysed, predictor=None)
         analysis = Analysis(replace(analysed, progress=no_progress), identity)

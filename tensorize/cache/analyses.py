@@ -54,7 +54,17 @@ def key(
         raise Opaque("it is of a loss_fn")
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
     sites = [astuple(site) for site in found.sites]
-    text = (FORMAT, fingerprint, found.metric, found.seed, plain, precisions, sites, refine, version)
+    text = (
+        FORMAT,
+        fingerprint,
+        found.metric,
+        found.seed,
+        plain,
+        precisions,
+        sites,
+        refine,
+        version,
+    )
     data = (found.model, *found.calibration) if found.calibration else ()
     defaults = torch.__version__, torch.get_default_dtype()
     return content(repr(text), *map(str, defaults), *data)[:32]

@@ -30,9 +30,7 @@ class Dense(Format[DenseSpec]):
         m, n = spec.shape[-2:]
         return 0 if contract == "lookup" else 2 * m * n
 
-    def time(
-        self, spec: DenseSpec, contract: str, rows: int, machine: Machine, dtype: str
-    ) -> Any:
+    def time(self, spec: DenseSpec, contract: str, rows: int, machine: Machine, dtype: str) -> Any:
         m, n = spec.shape[-2:]
         if contract == "lookup":
             return lookup_time(machine, rows, n, dtype)

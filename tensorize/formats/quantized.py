@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -89,8 +91,13 @@ class Quantized(Format[QuantizedSpec]):
         return self.inner.computed(spec.inner, self.inside(spec, cores))
 
     def stored(
-        self, spec: QuantizedSpec, cores: Sequence[Tensor], dtype: torch.dtype
+        self,
+        spec: QuantizedSpec,
+        cores: Sequence[Tensor],
+        dtype: torch.dtype,
+        first: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
+        assert not first, "codes of a first factor in common are not known yet"
         return tuple(core if is_index(core) else core.to(dtype) for core in cores)
 
     def multiply(
@@ -174,10 +181,25 @@ def _by_integers(spec: Any) -> bool:
     return spec.kind.bits == 8 and not spec.batch
 
 
+_full = threading.local()
+
+
+@contextlib.contextmanager
+def inputs_in_full() -> Iterator[None]:
+    """In here no input is rounded: what a model computes is what its weights say."""
+    before = getattr(_full, "inputs", False)
+    _full.inputs = True
+    try:
+        yield
+    finally:
+        _full.inputs = before
+
+
 def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
     """Whether this product is one of integers: on a CPU, where no gradient is asked for."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
-    return _by_integers(spec) and x.device.type == "cpu" and not recorded
+    allowed = not (recorded or getattr(_full, "inputs", False))
+    return allowed and _by_integers(spec) and x.device.type == "cpu"
 
 
 @cache

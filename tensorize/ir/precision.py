@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,18 @@ class Precision:
             return -127, 127
         return 0, 2**self.bits - 1
 
-    def packed(self, count: int) -> int:
+    def packed(self, count: Any) -> Any:
         """Bytes of so many codes: of three bits, two planes of two and of one."""
         planes = {3: (2, 1)}.get(self.bits, (self.bits,))
         return sum(-(-count * bits // 8) for bits in planes)
 
-    def groups(self, columns: int) -> int:
+    def bytes(self, rows: Any, columns: Any, itemsize: int, holders: int = 1) -> Any:
+        """Of a matrix with scales of so many bytes; every holder has codes of its own."""
+        groups = self.groups(columns)
+        codes = self.packed(columns) + (self.packed(groups) if self.offset else 0)
+        return rows * (itemsize * groups + holders * codes)
+
+    def groups(self, columns: Any) -> Any:
         """Groups of a row of so many columns."""
         return 1 if self.group is None else -(-columns // self.group)
 

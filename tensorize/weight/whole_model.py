@@ -13,7 +13,16 @@ from torch import nn
 from tensorize.weight import ties
 from tensorize.weight.contractions import Contractions, common_breakpoints
 from tensorize.weight.cores import Cores
+from tensorize.weight.install import factored
 from tensorize.weight.low_rank import LowRankLinear, SharedProduct, drop_products
+
+
+def numbers(model: nn.Module) -> int:
+    """The parameters of a model, each once: where codes stand for numbers, those numbers."""
+    weights = {id(w.cores[0]): w for _, w in factored(model) if w.spec.precision is not None}
+    scales = {id(core) for weight in weights.values() for core in weight.cores}
+    own = sum(p.numel() for p in model.parameters() if id(p) not in scales)
+    return own + sum(weight.spec.parameters for weight in weights.values())
 
 
 def use_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> int:
@@ -76,10 +85,10 @@ def _share_products(model: nn.Module) -> None:
     for layers in groups.values():
         if len({id(layer.second.weight) for layer in layers.values()}) > 1:
             owner = _innermost(model, list(layers))
-            product = None if owner is None else SharedProduct(len(layers))
+            first, leading = next(iter(layers.items()))
+            product = None if owner is None else SharedProduct(len(layers), leading._buffers)
             if product is not None and owner is not None:
                 product.follow(owner)
-            first = next(iter(layers))
             for path, layer in layers.items():
                 layer.input_product = product
                 if path != first:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tensorize.algebra.metric import Metric
 from tensorize.formats import registry
-from tensorize.formats.format import Format, TensorTrain, entry_bytes
+from tensorize.formats.format import Format, TensorTrain
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import READERS, Spec, TTSpec
@@ -158,7 +158,7 @@ def test_a_spec_says_how_its_entries_are_stored(make: object) -> None:
     assert plain != stored == Spec.from_dict(stored.to_dict())
     assert stored.with_ranks((1,)).storage == stored.single.storage == "int8"
     assert eval(repr(stored), {"TTSpec": TTSpec}) == stored
-    assert (entry_bytes(plain, 4), entry_bytes(stored, 4)) == (4, 1)
+    assert plain.bytes(4) == 4 * stored.bytes(4)
 
 
 # -------------------------------------------------------------------------------------- the house

@@ -1,0 +1,138 @@
+"""Low rank in its two forms at every rank: with all of both factors, and without an identity.
+
+Of one weight, or of several with one first factor: these are one matrix that has the rows of all,
+whose product with the input is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tensorize.formats.low_rank import EveryRank
+from tensorize.ir.machine import Machine
+from tensorize.ir.precision import INTEGERS
+from tensorize.ir.sites import Site
+from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.passes.allocate.flops import spec_flops
+from tensorize.passes.allocate.times import dense_times, first_times, spec_times
+from tensorize.passes.curves.curve import Spectrum
+
+_PIVOTED, PRECISION = 1 << 32, 1 << 40
+_PIVOTS_FROM = 0.02
+"""The share of its parameters from which on it pays not to store an identity of low rank."""
+
+_RANKS = 96
+"""Ranks of a weight that are tried at each number of bits."""
+
+_NAMES = tuple(INTEGERS)
+
+_ROUNDING = 1.2
+"""The relative change of a weight by rounding such factors, in eps of their dtype; measured are .3
+to 1.2 on random matrices, .1 to .3 for factors that store all. In half precision it counts."""
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What low rank costs of weights with one first factor, of one alone, in each of its forms."""
+
+    sites: tuple[Site, ...]
+    itemsize: int
+    batch_sizes: Sequence[int]
+    machine: Machine
+
+    @property
+    def stack(self) -> Site:
+        """The weights on each other, as one."""
+        first = self.sites[0]
+        if len(self.sites) == 1:
+            return first
+        return replace(first, shape=(sum(s.matrix[0] for s in self.sites), first.matrix[1]))
+
+    def worthwhile(
+        self, ranks: np.ndarray, *, pivots: bool, always: bool = False
+    ) -> dict[bool, np.ndarray]:
+        """The ranks that are points, by form; True is the one without an identity.
+
+        ``always``: wherever it can be, it is that one alone.
+        """
+        m, n = self.stack.matrix
+        found = {False: ranks[ranks * (m + n) < m * n]}
+        if pivots:
+            taken = ranks[takes_pivots(self.stack, ranks)]
+            if always:
+                return {False: np.setdiff1d(found[False], taken), True: taken}
+            fast = np.setdiff1d(found[False], self._slow(found[False], False))
+            # Not those at which the pass over the input is what alone makes it slower than dense.
+            found[True] = np.setdiff1d(taken, np.intersect1d(self._slow(taken, True), fast))
+        return found
+
+    def in_bits(self, ranks: np.ndarray, *, pivots: bool) -> dict[bool, np.ndarray]:
+        """The ranks that are points at fewer bits, by form: none is far from the next."""
+        few = ranks[np.unique(np.linspace(0, len(ranks) - 1, _RANKS).round().astype(int))]
+        found = {False: few}
+        if pivots:
+            found[True] = few[takes_pivots(self.stack, few)]
+        return found
+
+    def costs(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
+        """Parameters, bytes, FLOPs and times at each of the ranks: (ranks, costs)."""
+        stack, count = self.stack, max(self.sites[0].experts, 1)
+        every = EveryRank(stack.matrix, ranks, pivoted, precision)
+        size = every.bytes(self.itemsize, sum(len(site.names) for site in self.sites))
+        flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
+        sizes = np.stack([every.parameters * count, size * count, flops], axis=1)
+        return np.hstack([sizes, self._times(ranks, pivoted, precision)])
+
+    def _times(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
+        load = self.batch_sizes, self.machine
+        each = [(site, EveryRank(site.matrix, ranks, pivoted, precision)) for site in self.sites]
+        total = np.sum([spec_times(site, every, *load) for site, every in each], axis=0)
+        saved = [first_times(site, every, *load) for site, every in each[1:]]
+        return total - np.sum(saved, axis=0) if saved else total
+
+    def _slow(self, ranks: np.ndarray, pivoted: bool) -> np.ndarray:
+        """The ranks at which this form takes more time than the dense weights."""
+        load = self.batch_sizes, self.machine
+        dense = np.sum([dense_times(site, *load) for site in self.sites], axis=0)
+        return ranks[(self._times(ranks, pivoted) > dense).any(-1)]
+
+
+def takes_pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
+    """At which ranks it pays not to store an identity in the second factor."""
+    m, n = site.matrix
+    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
+
+
+def rounding_lost(curve: Spectrum, pivoted: bool) -> float:
+    """What a curve loses by the rounding of factors of which an identity is not stored."""
+    eps = torch.finfo(getattr(torch, curve.site.dtype)).eps
+    return pivoted * float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
+
+
+def labels(ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
+    """A positive number for each rank in one of the forms, which ``labelled`` reads.
+
+    Of rank 0 it is the dense weight in a precision.
+    """
+    kind = 0 if precision is None else 1 + _NAMES.index(precision)
+    return ranks + pivoted * _PIVOTED + kind * PRECISION
+
+
+def labelled(label: int) -> tuple[int, bool, str | None]:
+    """Rank, form and precision."""
+    kind, rest = divmod(label, PRECISION)
+    pivoted, rank = divmod(rest, _PIVOTED)
+    return rank, bool(pivoted), _NAMES[kind - 1] if kind else None
+
+
+def spec_of(site: Site, rank: int, pivoted: bool, precision: str | None) -> Spec:
+    """The spec of a point: of rank 0 that of the matrix itself."""
+    experts = (site.experts,) if site.experts else ()
+    inner: Spec = DenseSpec((*experts, *site.matrix))
+    if rank:
+        inner = TTSpec.low_rank(*site.matrix, rank, experts=site.experts, pivoted=pivoted)
+    return inner if precision is None else QuantizedSpec(inner, precision)
