@@ -53,7 +53,7 @@ class Allocate:
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
     that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
     ``notes`` are for the plan; ``pivots``: where the machine can run it, low rank need not store
-    what a change of basis can remove.
+    what a change of basis can remove, and ``always``: where it need not it does not.
     """
 
     budget: Budget | None
@@ -66,6 +66,7 @@ class Allocate:
     even: bool = False
     notes: tuple[str, ...] = ()
     pivots: bool = True
+    always: bool = False
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -166,7 +167,8 @@ class Allocate:
                 result.append(dense_point(site, itemsize, why, *load))
             else:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
-                result.append(curve_points(*given, scale[site.name], pivots=pivots))
+                how = {"pivots": pivots, "always": self.always}
+                result.append(curve_points(*given, scale[site.name], **how))
         names = {
             site.name
             for site in analysed.sites

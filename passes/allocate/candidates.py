@@ -178,11 +178,12 @@ def curve_points(
     scale: float = 1.0,
     *,
     pivots: bool = False,
+    always: bool = False,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
     ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
-    store what a change of basis can remove.
+    store what a change of basis can remove, and ``always``: where it need not it does not.
     """
     site = curve.site
     spectral = any(named(name).spectral for name in allowed)
@@ -192,7 +193,7 @@ def curve_points(
     others = tuple(spec for spec, _ in structured)
     rows, lost, kinds = [], [], []
     forms = Forms((site,), itemsize, batch_sizes, machine)
-    for pivoted, those in forms.worthwhile(ranks, pivots=pivots).items():
+    for pivoted, those in forms.worthwhile(ranks, pivots=pivots, always=always).items():
         rows.append(forms.costs(those, pivoted))
         lost.append(curve.distortion.numpy()[those] + rounding_lost(curve, pivoted))
         kinds.append(labels(those, pivoted))
@@ -249,6 +250,8 @@ def forced_point(
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
         pivoted = pivots and bool(takes_pivots(site, np.array(size)))
         spec = TTSpec.low_rank(m, n, size, experts=site.experts, pivoted=pivoted)
+        asked = (each for each, _ in curve.train_points if each.ranks == spec.ranks)
+        spec = next((each for each in asked if named(each.format).spectral), spec)
     else:
         exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]

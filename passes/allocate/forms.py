@@ -45,12 +45,19 @@ class Forms:
             return first
         return replace(first, shape=(sum(s.matrix[0] for s in self.sites), first.matrix[1]))
 
-    def worthwhile(self, ranks: np.ndarray, *, pivots: bool) -> dict[bool, np.ndarray]:
-        """The ranks that are points, by form; True is the one without an identity."""
+    def worthwhile(
+        self, ranks: np.ndarray, *, pivots: bool, always: bool = False
+    ) -> dict[bool, np.ndarray]:
+        """The ranks that are points, by form; True is the one without an identity.
+
+        ``always``: wherever it can be, it is that one alone.
+        """
         m, n = self.stack.matrix
         found = {False: ranks[ranks * (m + n) < m * n]}
         if pivots:
             taken = ranks[takes_pivots(self.stack, ranks)]
+            if always:
+                return {False: np.setdiff1d(found[False], taken), True: taken}
             fast = np.setdiff1d(found[False], self._slow(found[False], False))
             # Not those at which the pass over the input is what alone makes it slower than dense.
             found[True] = np.setdiff1d(taken, np.intersect1d(self._slow(taken, True), fast))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from tensorize.base.dynamo import value_of
-from tensorize.formats.order import IN_ORDER
+from tensorize.formats.order import OPERATION
 from tensorize.passes.lowering.graph import Lowered, argument, memory_of, written
 
 # Only what is known to change nothing: a graph of torch functions also holds writes into tensors,
@@ -22,7 +22,7 @@ _PURE_FUNCTIONS = {
     torch.addmm,
     torch.cat,
     torch.matmul,
-    IN_ORDER,
+    OPERATION,
     operator.getitem,
     operator.add,
     operator.mul,

@@ -194,12 +194,17 @@ def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:
     if x.layout is not torch.strided:  # of such an x nothing can be taken apart
         return F.linear(x, whole(rest, order))
     kept, others = ordered(x, order, rest.shape[0])
-    return F.linear(others, rest).add_(kept)
+    y = F.linear(others, rest)
+    # A graph sees that layers of one first factor compute the same, unless somebody writes to it.
+    return y + kept if torch.compiler.is_compiling() else y.add_(kept)
 
 
 def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The columns of x (…, N) that V is the identity in, and the others: (…, R), (…, N - R)."""
-    kept, others = in_order(x, order).split_with_sizes((rank, order.shape[0] - rank), -1)
+    found = in_order(x, order)
+    if torch.compiler.is_compiling():  # of slices a graph sees that they are the same
+        return found[..., :rank], found[..., rank:]
+    kept, others = found.split_with_sizes((rank, order.shape[0] - rank), -1)
     return kept, others
 
 

@@ -145,13 +145,3 @@ def test_full_rank_is_plain_and_exact() -> None:
     assert not weight.spec.pivoted
     with torch.no_grad():
         assert relative(small(IDS), model(IDS)) < 1e-4
-
-
-def test_ranks_that_move_need_all_of_a_factor() -> None:
-    small = compressed()
-    optimizer = torch.optim.AdamW(small.parameters())
-    how = {"budget": 0.5, "start": 1, "end": 5, "every": 1}
-    with pytest.raises(tensorize.TensorizeError, match=r"tensorize.weight.plain\(model\)"):
-        tensorize.training.RankSchedule(small, optimizer, **how)
-    tensorize.weight.plain(small)
-    tensorize.training.RankSchedule(small, torch.optim.AdamW(small.parameters()), **how)
