@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
@@ -19,7 +19,7 @@ def to_pivoted(model: nn.Module) -> dict[str, Spec]:
     """Let plain low-rank weights store no identity, in place; their new specs by first name."""
     found = {}
     for names, weight in list(_weights(model)):
-        if weight.spec.format != LOW_RANK or weight.spec.pivoted or weight.nonlinearity is not None:
+        if not weight.format.pair or weight.spec.pivoted or weight.nonlinearity is not None:
             continue
         (*experts, m, n), (rank,) = weight.spec.shape, weight.spec.ranks
         if rank < min(m, n):
