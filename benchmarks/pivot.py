@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import keep
+from benchmarks.record import keep, kept
 from benchmarks.timing import interleaved
 from examples import gpt, llama
 from tensorize.algebra.factors import best_factors
@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    results: dict[str, Any] = {}
+    results = kept("pivot")
     if options.only != "time":
         results["rounding"] = {
             f"{name}, {share} of full rank": rounding(weight, share)

@@ -20,10 +20,11 @@ from torch import Tensor, fx
 
 from tensorize.api.options import Options
 from tensorize.base.dynamo import compile_by_inductor, inductor_finds_a_compiler
-from tensorize.passes.lowering.cleanup import RemoveDead
+from tensorize.passes.lowering.cleanup import RemoveDead, RemoveRepeats
 from tensorize.passes.lowering.cpu_products import ChooseProducts
 from tensorize.passes.lowering.graph import LoweringPass, lower
 from tensorize.passes.lowering.group import GroupProjections
+from tensorize.passes.lowering.orders import ComputeInOrder
 from tensorize.passes.lowering.packed import value, with_packed
 from tensorize.reports.attach import note_fused
 from tensorize.running.fuse_graph import fuse, has_gradients
@@ -50,16 +51,19 @@ def lower_graph(
         for core in cores:
             note_fused(core, work.fused)
     gradients = has_gradients(example_inputs)
-    passes: list[LoweringPass] = []
+    passes: list[LoweringPass] = [] if gradients else [RemoveRepeats()]
     if not gradients and inner == "eager":  # packed copies of the weights would get none
         passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
+    if device == "cpu" and not gradients:
+        passes.append(ComputeInOrder())
     if device == "cpu":
         passes.append(ChooseProducts(gradients))
     lowered = lower(lowered, [*passes, RemoveDead()])
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     if inner == "eager":
         return with_packed(lowered.graph.forward, lowered, names)
-    packed = [value(p.pack, [parameters[name] for name in p.names]) for p in lowered.packed]
+    given = dict(zip(names, example_inputs, strict=True))
+    packed = [value(p.pack, [given[name] for name in p.names]) for p in lowered.packed]
     compiled = compile_by_inductor(lowered.graph, example_inputs, packed)
     return with_packed(compiled, lowered, names)
 

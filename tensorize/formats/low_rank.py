@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import pivoted, plain, rounded, whole
+from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
+from tensorize.formats.order import in_order, in_order_time, inverse
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Spec, TTSpec
@@ -80,8 +81,7 @@ class LowRank(Chain):
     ) -> Tensor:
         left, right = cores[:2]
         if contract == "columns":
-            narrow = product(x, right, cores[2]) if spec.pivoted else F.linear(x, right)
-            return F.linear(narrow, left, bias)
+            return F.linear(product(x, *cores[1:]), left, bias)
         narrow = F.linear(x, left.t())
         if not spec.pivoted:
             return F.linear(narrow, right.t(), bias)
@@ -92,14 +92,21 @@ class LowRank(Chain):
         return reconstruct(spec.plain, self.computed(spec, cores))
 
     def stored(
-        self, spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype
+        self,
+        spec: TTSpec,
+        cores: Sequence[Tensor],
+        dtype: torch.dtype,
+        first: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
+        left, right = cores
+        if first:
+            left = fitted(left, right, *first) if spec.pivoted else left
+            return left.to(dtype), *first
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
         if spec.batch:
             each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
             return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-        left, right = cores
         found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order
 
@@ -157,34 +164,51 @@ class LowRank(Chain):
         (m, n), (rank,) = spec.shape[-2:], spec.ranks
         inner, ordered = n, 0.0
         if spec.pivoted:  # one pass more over the side that has an order
-            inner, ordered = n - rank, lookup_time(machine, rows, n, dtype)
+            inner, ordered = n - rank, in_order_time(machine, rows, n, dtype)
         if contract == "whole":  # rebuilt, then used as a dense one
             took = matmul_time(machine, m, rank, inner, dtype)
             return took + ordered + matmul_time(machine, rows, n, m, dtype)
         if contract == "lookup":
             took = lookup_time(machine, rows, rank, dtype)
             return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
-        first, second = (inner, m) if contract == "columns" else (m, inner)
-        took = matmul_time(machine, rows, first, rank, dtype)
-        return took + matmul_time(machine, rows, rank, second, dtype) + ordered
+        if contract == "columns":
+            took = first_time(spec, rows, machine, dtype)
+            return took + matmul_time(machine, rows, rank, m, dtype)
+        took = matmul_time(machine, rows, m, rank, dtype)
+        return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
 
 
-def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
-    """x (…, N) times [I | V']ᵀ, whose columns are in an order: x_kept + x_rest V'ᵀ, (…, R)."""
+def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
+    """Microseconds of the product with the input, which weights of one first factor have once."""
+    n, (rank,) = spec.shape[-1], spec.ranks
+    if not spec.pivoted:
+        return matmul_time(machine, rows, n, rank, dtype)
+    took = matmul_time(machine, rows, n - rank, rank, dtype)
+    return took + lookup_time(machine, rows, n, dtype)
+
+
+def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:
+    """x (…, N) times Vᵀ, (…, R); V whose columns have an order is [I | V']: x_kept + x_rest V'ᵀ."""
+    if order is None:
+        return F.linear(x, rest)
     if x.layout is not torch.strided:  # of such an x nothing can be taken apart
         return F.linear(x, whole(rest, order))
-    kept, others = ordered(x.reshape(-1, x.shape[-1]), order, rest.shape[0])
-    # The kept ones are what the product is added to: no sum and no concatenation is run.
-    return torch.addmm(kept, others, rest.t()).reshape(*x.shape[:-1], rest.shape[0])
+    kept, others = ordered(x, order, rest.shape[0])
+    y = F.linear(others, rest)
+    # A graph sees that layers of one first factor compute the same, unless somebody writes to it.
+    return y + kept if torch.compiler.is_compiling() else y.add_(kept)
 
 
 def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The columns of x (…, N) that V is the identity in, and the others: (…, R), (…, N - R)."""
-    x = x.index_select(-1, order)
-    return x[..., :rank], x[..., rank:]
+    found = in_order(x, order)
+    if torch.compiler.is_compiling():  # of slices a graph sees that they are the same
+        return found[..., :rank], found[..., rank:]
+    kept, others = found.split_with_sizes((rank, order.shape[0] - rank), -1)
+    return kept, others
 
 
 def widen(narrow: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, R) times [I | V'], its columns put in their place: (…, N)."""
     together = torch.cat([narrow, F.linear(narrow, rest.t())], dim=-1)
-    return together.index_select(-1, order.argsort())
+    return in_order(together, inverse(order))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.algebra.pivot import BOUND, pivoted, plain, rounded
+from tensorize.algebra.pivot import BOUND, fitted, pivoted, plain, rounded
 
 
 def _factors(m: int, n: int, rank: int, condition: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -119,3 +119,22 @@ def test_it_says_what_it_cannot_do() -> None:
         pivoted(left, right, 1.0)
     with pytest.raises(ValueError, match="6 rows and only 2 columns"):
         pivoted(right.T @ left.T, right.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_fitted_to_another_ones_factor_is_a_part_of_their_stack(dtype: torch.dtype) -> None:
+    """U' of several weights with one V: made at once, or of the first one's V' for each other."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(s, generator=generator) for s in ((30, 12), (12, 20)))
+    stack = rounded(pivoted(left, right), dtype)
+    first = rounded(pivoted(left[:10], right), dtype)
+    assert torch.equal(first.rest, stack.rest)
+    assert torch.equal(first.order, stack.order)
+    own = fitted(left[10:], right, first.rest, first.order)
+    eps = torch.finfo(dtype).eps
+    assert (own - stack.left[10:].double()).norm() < 4 * eps * own.norm()
+    wanted = (left[10:].double() @ right.double())[:, first.order.long()]
+    identity = torch.eye(12, dtype=torch.float64)
+    second = torch.cat([identity, first.rest.double()], dim=1)
+    least = torch.linalg.lstsq(second.mT, wanted.mT).solution.mT
+    torch.testing.assert_close(own, least)

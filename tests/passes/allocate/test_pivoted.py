@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.api import analysis as api_analysis
 from tensorize.ir.budget import Budget
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Site, Use
-from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.allocate.candidates import curve_points
 from tensorize.weight.install import factored
 from tests.models import CASES, parameters, relative
@@ -31,7 +28,7 @@ def lost(found: Plan) -> float:
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_the_same_budget_buys_more(budget: float) -> None:
     made = model_of()
-    plain, found = plan(made, budget), plan(made, budget, pivots=True)
+    plain, found = plan(made, budget, pivots=False), plan(made, budget)
     assert lost(found) < lost(plain)
     assert found.predicted.parameters <= budget * found.dense.parameters
     kept = 500
@@ -94,10 +91,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("refine", [None, "refit", "polish"])
-def test_compile_makes_it_and_it_is_what_was_planned(
-    monkeypatch: pytest.MonkeyPatch, refine: str | None
-) -> None:
-    monkeypatch.setattr(api_analysis, "Allocate", partial(Allocate, pivots=True))
+def test_compile_makes_it_and_it_is_what_was_planned(refine: str | None) -> None:
     torch.manual_seed(0)
     model, data = Net().eval(), list(torch.randint(0, 80, (8, 4, 12)))
     small = tensorize.compile(model, 0.7, calibration=data, refine=refine)
@@ -144,7 +138,7 @@ def test_a_plan_of_convolutions_with_a_limit_on_flops_alone_stores_all() -> None
     use, shape = USES["convolution"]
     curves = [falling(Site(f"w{k}", shape, "float32", (use,)), 8.0 + 8 * k) for k in range(3)]
     for limit, pivoted in ((Budget(flops=0.5), False), (Budget(params=0.5), True)):
-        found = plan(program(curves), limit, pivots=True).sites
+        found = plan(program(curves), limit).sites
         assert {site.spec.pivoted for site in found if site.spec is not None} == {pivoted}
 
 
@@ -173,9 +167,8 @@ def tokens() -> tuple[Any, list[Any]]:
 
 @pytest.mark.parametrize(("made", "refine"), [(images, None), (images, "refit"), (tokens, None)])
 def test_compile_makes_what_was_planned_for_every_use(
-    monkeypatch: pytest.MonkeyPatch, made: Callable[[], tuple[Any, list[Any]]], refine: str | None
+    made: Callable[[], tuple[Any, list[Any]]], refine: str | None
 ) -> None:
-    monkeypatch.setattr(api_analysis, "Allocate", partial(Allocate, pivots=True))
     torch.manual_seed(0)
     model, data = made()
     how = {"calibration": data, "formats": "low_rank", "refine": refine}
