@@ -168,7 +168,10 @@ def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     if x.layout is not torch.strided:  # of such an x nothing can be taken apart
         return F.linear(x, whole(rest, order))
     kept, others = ordered(x, order, rest.shape[0])
-    return F.linear(others, rest).add_(kept)
+    narrow = F.linear(others, rest)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return kept + narrow  # others may come for the product, and look for what is written to
+    return narrow.add_(kept)
 
 
 def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:

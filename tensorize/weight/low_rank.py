@@ -91,7 +91,7 @@ class LowRankLinear(nn.Module):
             return second(self._between(first(x)))
         kept, others = ordered(x, self.order, self.spec.ranks[0])
         narrow = first(others)
-        if hasattr(first.weight, "device_mesh") and narrow.shape != kept.shape:
+        if hasattr(type(first.weight), "device_mesh") and narrow.shape != kept.shape:
             kept = _of_this_rank(kept, first.weight)
         return second(self._between(kept + narrow))
 
