@@ -53,7 +53,7 @@ class Allocate:
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
     that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
     ``notes`` are for the plan; ``pivots``: where the machine can run it, low rank need not store
-    what a change of basis can remove.
+    what a change of basis can remove, and ``always``: where it need not it does not.
     """
 
     budget: Budget | None
@@ -66,6 +66,7 @@ class Allocate:
     even: bool = False
     notes: tuple[str, ...] = ()
     pivots: bool = True
+    always: bool = False
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -166,7 +167,8 @@ class Allocate:
                 result.append(dense_point(site, itemsize, why, *load))
             else:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
-                result.append(curve_points(*given, scale[site.name], pivots=pivots))
+                how = {"pivots": pivots, "always": self.always}
+                result.append(curve_points(*given, scale[site.name], **how))
         names = {
             site.name
             for site in analysed.sites
@@ -174,7 +176,8 @@ class Allocate:
         }
         if self.even:
             return together(result)
-        return _grouped(result, analysed, names, scale, self.rank_multiple, self.batch_sizes)
+        given = names, scale, self.rank_multiple, self.batch_sizes, pivots
+        return _grouped(result, analysed, *given)
 
     # ------------------------------------------------------------------------------ the plan
 
@@ -283,6 +286,7 @@ def _grouped(
     scale: Mapping[str, float],
     rank_multiple: int,
     batch_sizes: Sequence[int],
+    pivots: bool,
 ) -> list[Points]:
     """Weights of one input as one choice, where they may share a first factor and gain by it."""
     result = {p.site.name: p for p in points}
@@ -294,7 +298,8 @@ def _grouped(
     for members in groups.values():
         curves = [analysed.spectra[p.site.name] for p in members]
         load = [scale[p.site.name] for p in members], rank_multiple, batch_sizes, analysed.machine
-        if len(members) > 1 and (group := group_points(members, curves, *load)):
+        group = group_points(members, curves, *load, pivots=pivots) if len(members) > 1 else None
+        if group is not None:
             for p in members:
                 del result[p.site.name]
             result[group.site.name] = group

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
 
 from tensorize.formats.dense import is_dense
-from tensorize.formats.format import entry_bytes
-from tensorize.formats.low_rank import EveryRank
 from tensorize.formats.registry import named
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan, Totals
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import INDEX_BYTES, Spec, TTSpec
-from tensorize.passes.allocate.flops import dense_flops, spec_flops
+from tensorize.ir.spec import Spec, TTSpec
+from tensorize.passes.allocate.flops import dense_flops, spec_bytes, spec_flops
+from tensorize.passes.allocate.forms import Forms, labelled, labels, rounding_lost, takes_pivots
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.stages import Analysed
@@ -33,23 +29,13 @@ COSTS = ("params", "bytes", "flops")
 _RELATIVE = 0.15
 
 
-_PIVOTED = 1 << 32
-_PIVOTS_FROM = 0.02
-"""The share of its parameters from which on it pays not to store an identity of low rank."""
-
-_ROUNDING = 1.2
-"""The relative change of a weight by rounding such factors, in eps of their dtype; measured are .3
-to 1.2 on random matrices, .1 to .3 for factors that store all. In half precision it counts."""
-
-
 @dataclass(frozen=True)
 class Points:
     """The points of one weight, by growing parameters.
 
     ``costs`` is (P, costs), ``distortion`` what a point adds to the predicted loss, ``objective``
     what the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a
-    point is: 0 dense, r > 0 low rank of rank r, or that and ``_PIVOTED`` where it does not store an
-    identity, -k the k-th of ``others``.
+    point is: 0 dense, above 0 low rank in one of its ``forms``, -k the k-th of ``others``.
     """
 
     site: Site
@@ -65,8 +51,8 @@ class Points:
         """The factorization at point k; None is the dense weight."""
         label = int(self.labels[k])
         if label > 0:
-            pivoted, rank = divmod(label, _PIVOTED)
-            how = {"experts": self.site.experts, "pivoted": bool(pivoted)}
+            rank, pivoted = labelled(label)
+            how = {"experts": self.site.experts, "pivoted": pivoted}
             return TTSpec.low_rank(*self.site.matrix, rank, **how)
         return None if label == 0 else self.others[-label - 1]
 
@@ -129,52 +115,15 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
     return np.array(known + [0.0] * len(batch_sizes))
 
 
-def _pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
-    """At which ranks it pays not to store an identity in the second factor."""
-    m, n = site.matrix
-    return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n)) & site.takes_trains
-
-
-def _worth_a_pass(
-    site: Site,
-    plain: np.ndarray,
-    pivoted: np.ndarray,
-    batch_sizes: Sequence[int],
-    machine: Machine,
-) -> np.ndarray:
-    """The ranks at which the pass over the input that ``pivoted`` takes is not what alone makes it
-    slower than dense, as the plain form of the same rank is not."""
-    dense = dense_times(site, batch_sizes, machine)
-
-    def slow(ranks: np.ndarray, form: bool) -> np.ndarray:
-        every = EveryRank(site.matrix, ranks, form)
-        return ranks[(spec_times(site, every, batch_sizes, machine) > dense).any(-1)]
-
-    fast = np.setdiff1d(plain, slow(plain, False))
-    return np.setdiff1d(pivoted, np.intersect1d(slow(pivoted, True), fast))
-
-
-def _rounding_lost(curve: Spectrum) -> float:
-    """What a curve loses by the rounding of factors of which an identity is not stored."""
-    eps = torch.finfo(getattr(torch, curve.site.dtype)).eps
-    return float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
-
-
 def _costs(
     site: Site, spec: Spec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     return [
         spec.parameters,
-        _bytes(site, spec, itemsize),
+        spec_bytes(spec, itemsize, holders=len(site.names)),
         spec_flops(site, spec, batch_sizes, machine),
         *spec_times(site, spec, batch_sizes, machine),
     ]
-
-
-def _bytes(site: Site, spec: Spec, itemsize: int) -> Any:
-    # Every module that holds a tied weight has an order of its own.
-    indices = len(site.names) * sum(math.prod(shape) for shape in spec.index_shapes)
-    return spec.parameters * entry_bytes(spec, itemsize) + INDEX_BYTES * indices
 
 
 def _dense_costs(
@@ -229,45 +178,38 @@ def curve_points(
     scale: float = 1.0,
     *,
     pivots: bool = False,
+    always: bool = False,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
     ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
-    store what a change of basis can remove.
+    store what a change of basis can remove, and ``always``: where it need not it does not.
     """
     site = curve.site
-    m, n = site.matrix
-    count = max(site.experts, 1)
     spectral = any(named(name).spectral for name in allowed)
     ranks = np.arange(1, len(curve.distortion)) if spectral else np.arange(0)
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     structured = [(spec, loss) for spec, loss in curve.train_points if spec.format in allowed]
     others = tuple(spec for spec, _ in structured)
-    rows, lost, labels = [], [], []
-    load = batch_sizes, machine
-    forms = {False: ranks[ranks * (m + n) < m * n]}
-    if pivots:
-        forms[True] = _worth_a_pass(site, forms[False], ranks[_pivots(site, ranks)], *load)
-    for pivoted, those in forms.items():
-        every = EveryRank((m, n), those, pivoted)
-        flops = spec_flops(site, every, batch_sizes) + 0 * those
-        sizes = every.parameters * count, _bytes(site, every, itemsize) * count, flops
-        rows.append(np.hstack([np.stack(sizes, axis=1), spec_times(site, every, *load)]))
-        lost.append(curve.distortion.numpy()[those] + pivoted * _rounding_lost(curve))
-        labels.append(those + pivoted * _PIVOTED)
+    rows, lost, kinds = [], [], []
+    forms = Forms((site,), itemsize, batch_sizes, machine)
+    for pivoted, those in forms.worthwhile(ranks, pivots=pivots, always=always).items():
+        rows.append(forms.costs(those, pivoted))
+        lost.append(curve.distortion.numpy()[those] + rounding_lost(curve, pivoted))
+        kinds.append(labels(those, pivoted))
     if others:
         rows.append(
             np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
         )
         lost.append(np.array([loss for _, loss in structured]))
-        labels.append(-1 - np.arange(len(others)))
+        kinds.append(-1 - np.arange(len(others)))
     reason = None
     if not any(map(len, rows)):
         reason = f"no rank of {', '.join(f for f in allowed if not is_dense(f))} saves parameters"
     if any(map(is_dense, allowed)) or reason:
         rows.append(np.array([_dense_costs(site, itemsize, batch_sizes, machine)]))
         lost.append(np.zeros(1))
-        labels.append(np.zeros(1, int))
+        kinds.append(np.zeros(1, int))
     costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
     order = np.lexsort((distortion, costs[:, 0]))
     costs, distortion = costs[order], distortion[order]
@@ -278,7 +220,7 @@ def curve_points(
         rises if curve.in_nats else np.zeros_like(rises),
         rises * scale,
         curve.errors(distortion),
-        np.concatenate(labels)[order],
+        np.concatenate(kinds)[order],
         others,
         fixed=reason,
     )
@@ -306,8 +248,10 @@ def forced_point(
     spec: Spec
     if any(named(name).spectral for name in allowed):
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
-        pivoted = pivots and bool(_pivots(site, np.array(size)))
+        pivoted = pivots and bool(takes_pivots(site, np.array(size)))
         spec = TTSpec.low_rank(m, n, size, experts=site.experts, pivoted=pivoted)
+        asked = (each for each, _ in curve.train_points if each.ranks == spec.ranks)
+        spec = next((each for each in asked if named(each.format).spectral), spec)
     else:
         exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]

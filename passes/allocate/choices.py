@@ -44,10 +44,17 @@ def _misfit(choice: RankPlan, curve: Spectrum) -> str | None:
     if spec.shape != (*lead, *site.matrix):
         return f"it is of {(*lead, *site.matrix)}"
     form = format_of(spec)
-    most = (min(site.matrix),) if form.spectral else form.largest_ranks(spec)
+    most = form.largest_ranks(spec)
+    if form.spectral:  # a first factor in common may have a larger rank than each weight alone
+        common = curve.shared if choice.shared is not None else None
+        most = (min(site.matrix) if common is None else len(common.distortion) - 1,)
     if any(rank > largest for rank, largest in zip(spec.ranks, most, strict=True)):
         return f"from ranks of {most} on it is exact"
     return None
+
+
+def _pivoted(choice: RankPlan) -> bool:
+    return choice.spec is not None and choice.spec.pivoted
 
 
 def _partner(
@@ -60,6 +67,7 @@ def _partner(
     curves = [analysed.spectra.get(name) for name in (choice.shared, choice.name)]
     groups = {None if c is None or c.shared is None else c.site.input_group for c in curves}
     one = first is not None and first.shared == first.name and first.ranks == choice.ranks
+    one = one and _pivoted(first) == _pivoted(choice)
     order = list(named)
     one = one and order.index(choice.shared) <= order.index(choice.name)
     spectral = choice.spec is not None and format_of(choice.spec).spectral

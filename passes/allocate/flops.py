@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from tensorize.formats.format import entry_bytes
 from tensorize.formats.registry import format_of
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import Spec, TTSpec
+from tensorize.ir.spec import INDEX_BYTES, Spec, TTSpec
 from tensorize.passes.orders.by_time import timed_plan
 
 
@@ -22,6 +24,12 @@ def dense_flops(site: Site) -> int:
     """FLOPs of one input row of every use of the dense weight; a lookup costs none."""
     m, n = site.matrix if len(site.shape) >= 2 else (1, site.parameters)
     return sum(2 * m * n for use in site.uses if use.contract != "lookup")
+
+
+def spec_bytes(spec: Spec, itemsize: int, *, holders: int = 1) -> Any:
+    """Bytes of the cores, and of the indices that each of those who hold them has a copy of."""
+    indices = sum(math.prod(shape) for shape in spec.index_shapes)
+    return spec.parameters * entry_bytes(spec, itemsize) + INDEX_BYTES * holders * indices
 
 
 def spec_flops(
@@ -37,5 +45,5 @@ def spec_flops(
             plans = [timed_plan(spec, use.contract, machine, dtype=kind) for kind in kinds]
             total += max(-(-p.flops(batch) // batch) for p in plans for batch in batch_sizes)
         else:
-            total = total + form.flops(spec, use.contract)
+            total = total + form.flops(spec.plain if use.convolves else spec, use.contract)
     return total

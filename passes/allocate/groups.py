@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tensorize.ir.machine import GENERIC, Machine, matmul_time
+from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.candidates import Points
 from tensorize.passes.allocate.flops import element_size
+from tensorize.passes.allocate.forms import Forms, labelled, labels, rounding_lost
 from tensorize.passes.allocate.optimise import lower_hull
 from tensorize.passes.curves.curve import Spectrum
 
@@ -21,8 +22,8 @@ from tensorize.passes.curves.curve import Spectrum
 class GroupPoints(Points):
     """The points of weights of one input, together: each by itself, or with one first factor.
 
-    ``labels``: k ≥ 0 is row k of ``picks``, the members' own points; -r a first factor of rank r
-    in common. ``site`` is the first member's.
+    ``labels``: k ≥ 0 is row k of ``picks``, the members' own points; below 0 a first factor in
+    common, of a rank in one of its ``forms``. ``site`` is the first member's.
     """
 
     members: tuple[Points, ...] = ()
@@ -34,21 +35,22 @@ class GroupPoints(Points):
         return tuple(curve.site for curve in self.curves)
 
     def plans(self, k: int) -> tuple[RankPlan, ...]:
-        rank = -int(self.labels[k])
-        if rank <= 0:
-            own = zip(self.members, self.picks[-rank].tolist(), strict=True)
+        label = int(self.labels[k])
+        if label >= 0:
+            own = zip(self.members, self.picks[label].tolist(), strict=True)
             return tuple(plan for member, pick in own for plan in member.plans(pick))
+        rank, pivoted = labelled(-label)
         plans = []
         names = ", ".join(curve.site.name for curve in self.curves)
         for curve in self.curves:
             assert curve.shared is not None
-            lost = float(curve.shared.distortion[rank])
+            lost = float(curve.shared.distortion[rank]) + rounding_lost(curve, pivoted)
             plans.append(
                 RankPlan(
                     name=curve.site.name,
                     kind=curve.site.kind,
                     shape=curve.site.shape,
-                    spec=TTSpec.low_rank(*curve.site.matrix, rank),
+                    spec=TTSpec.low_rank(*curve.site.matrix, rank, pivoted=pivoted),
                     predicted_error=curve.error(lost),
                     predicted_loss=float(curve.rise(np.array(lost))) if curve.in_nats else 0.0,
                     reason=f"rank chosen by the budget, one first factor for {names}",
@@ -65,8 +67,12 @@ def group_points(
     rank_multiple: int = 1,
     batch_sizes: Sequence[int] = (),
     machine: Machine = GENERIC,
+    *,
+    pivots: bool = False,
 ) -> GroupPoints | None:
     """One choice for weights of one input; None where a first factor in common gains nothing.
+
+    ``pivots``: that factor need not store what a change of basis can remove.
 
     Of the members' own points those on their lower convex hulls are kept, in the order in which a
     growing budget would take them.
@@ -80,37 +86,36 @@ def group_points(
     costs, objective = total([p.costs for p in members]), total([p.objective for p in members])
     lost = total([p.distortion for p in members])
     errors = np.max([members[i].errors[picks[:, i]] for i in columns], axis=0)
-    shared = [curve.shared for curve in curves]
-    rows, n = sum(curve.site.matrix[0] for curve in curves), curves[0].site.matrix[1]
-    ranks = np.arange(1, min(len(s.distortion) for s in shared if s is not None))
+    shared = [curve.shared.distortion.numpy() for curve in curves if curve.shared is not None]
+    ranks = np.arange(1, min(map(len, shared)))
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
-    tails = [s.distortion.numpy()[ranks] for s in shared if s is not None]
-    itemsize = element_size(curves[0].site)
-    together = ranks * (rows + n)
-    rises = [curve.rise(tail) for tail, curve in zip(tails, curves, strict=True)]
-    weighed = np.sum([r * each for r, each in zip(rises, scale, strict=True)], axis=0)
+    sites = tuple(curve.site for curve in curves)
+    forms = Forms(sites, element_size(sites[0]), batch_sizes, machine)
     order = np.argsort(costs[:, 0], kind="stable")
-    better = weighed < np.interp(together, costs[order, 0], objective[order], left=np.inf)
-    if not better.any():
+    rows: list[tuple[np.ndarray, ...]] = [(costs, lost, objective, errors, np.arange(len(picks)))]
+    for pivoted, those in forms.worthwhile(ranks, pivots=pivots).items():
+        own = forms.costs(those, pivoted)
+        pairs = zip(shared, curves, strict=True)
+        tails = [tail[those] + rounding_lost(curve, pivoted) for tail, curve in pairs]
+        rises = [curve.rise(tail) for tail, curve in zip(tails, curves, strict=True)]
+        weighed = np.sum([r * each for r, each in zip(rises, scale, strict=True)], axis=0)
+        nats = np.sum([r * curve.in_nats for r, curve in zip(rises, curves, strict=True)], axis=0)
+        off = [curve.errors(tail) for tail, curve in zip(tails, curves, strict=True)]
+        better = weighed < np.interp(own[:, 0], costs[order, 0], objective[order], left=np.inf)
+        found = own, nats, weighed, np.max(off, axis=0), -labels(those, pivoted)
+        rows.append(tuple(each[better] for each in found))
+    if not any(len(objective) for _, _, objective, *_ in rows[1:]):
         return None
-    ranks, together, weighed = ranks[better], together[better], weighed[better]
-    tails = [tail[better] for tail in tails]
-    in_nats = [rise[better] * curve.in_nats for rise, curve in zip(rises, curves, strict=True)]
-    off = [curve.errors(tail) for tail, curve in zip(tails, curves, strict=True)]
-    # The product with the input is computed once.
-    dtype = curves[0].site.dtype
-    times = [matmul_time(machine, batch, n, ranks, dtype) for batch in batch_sizes]
-    for curve in curves:
-        for k, batch in enumerate(batch_sizes):
-            times[k] = times[k] + matmul_time(machine, batch, ranks, curve.site.matrix[0], dtype)
-    own = np.stack([together, together * itemsize, 2 * together, *times], axis=1)
+    costs, lost, objective, errors, kinds = (
+        np.concatenate(each) for each in zip(*rows, strict=True)
+    )
     return GroupPoints(
-        site=curves[0].site,
-        costs=np.concatenate([costs, own]),
-        distortion=np.concatenate([lost, np.sum(in_nats, axis=0)]),
-        objective=np.concatenate([objective, weighed]),
-        errors=np.concatenate([errors, np.max(off, axis=0)]),
-        labels=np.concatenate([np.arange(len(picks)), -ranks]),
+        site=sites[0],
+        costs=costs,
+        distortion=lost,
+        objective=objective,
+        errors=errors,
+        labels=kinds,
         members=tuple(members),
         curves=tuple(curves),
         picks=picks,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tensorize.formats.low_rank import first_time
 from tensorize.formats.registry import format_of
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
@@ -31,9 +32,9 @@ def dense_times(site: Site, batch_sizes: Sequence[int], machine: Machine) -> np.
 
 
 def first_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Machine) -> np.ndarray:
-    """Microseconds of the first of a low-rank linear's two products."""
-    (rank,), (_, n) = spec.ranks, site.matrix
-    return np.array([matmul_time(machine, rows, n, rank, site.dtype) for rows in batch_sizes])
+    """Microseconds of the first of a low-rank linear's two products (the last axis: batches)."""
+    times = [first_time(spec, rows, machine, site.dtype) for rows in batch_sizes]
+    return np.stack(times, axis=-1)
 
 
 def spec_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Machine) -> np.ndarray:
@@ -49,6 +50,10 @@ def spec_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Mach
                 tree = plan.piece(rows).tree
                 total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
             continue
+        whole = spec.pivoted and use.convolves  # made at every call, by a pass over the factor
         for k, rows in enumerate(batch_sizes):
-            total[..., k] += form.time(spec, use.contract, rows, machine, site.dtype)
+            run = spec.plain if whole else spec
+            total[..., k] += form.time(run, use.contract, rows, machine, site.dtype)
+            if whole:
+                total[..., k] += lookup_time(machine, *spec.ranks, site.matrix[1], site.dtype)
     return total

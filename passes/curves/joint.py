@@ -16,6 +16,7 @@ from tensorize.algebra.factors import gram_eigenvectors, left_times
 from tensorize.algebra.metric import Metric, solve_root
 from tensorize.base.progress import Progress, no_progress
 from tensorize.base.tensors import at_work
+from tensorize.formats.low_rank import largest_that_pays
 from tensorize.passes.curves.curve import SharedFactor, Spectrum, Store, Weights
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
@@ -101,7 +102,7 @@ def _common_factors(members: Sequence[Spectrum], weights: Weights) -> dict[str, 
     metrics = [curve.metrics[0] for curve in members]
     matrices = [weights(curve.site.name) for curve in members]
     rows, columns = sum(len(w) for w in matrices), matrices[0].shape[1]
-    pay = min(rows, columns, (rows * columns - 1) // (rows + columns))
+    pay = largest_that_pays(rows, columns)
     basis, grams = _joint_basis(matrices, metrics, pay)
     shared, reader = _joint_pair(matrices, metrics[0].right, basis)
     work = at_work(matrices[0]).dtype

@@ -51,22 +51,22 @@ class AssumeSpectra:
     """Curves by shape alone.
 
     ``formats``: as in ``compile``, and a ``TTSpec`` for "this factorization"; by default low rank
-    or dense.
+    or dense. ``pivoted``: low rank loses what its parameters say where it stores no identity.
     """
 
     formats: TrainingFormats = None
+    pivoted: bool = False
     name: str = "shapes"
 
     def run(self, found: Found) -> Learned:
         free = found.free
         allowed, exact = split_formats(free, self.formats)
         padded = {site.name for site in free if _is_padded(found.model, site)}
-        spectra = {
-            site.name: _curve(
-                site, allowed[site.name], exact.get(site.name), apart=site.name in padded
-            )
-            for site in free
-        }
+        spectra = {}
+        for site in free:
+            apart, pivoted = site.name in padded, self.pivoted and site.takes_trains
+            how = allowed[site.name], exact.get(site.name)
+            spectra[site.name] = _curve(site, *how, apart=apart, pivoted=pivoted)
         return found.to(Learned, spectra=spectra, summary=f"{len(spectra)} curves by shape")
 
 
@@ -114,6 +114,12 @@ def _fitting(site: Site, spec: Spec) -> Spec:
             site=site.name,
             way_out=f"formats={LOW_RANK!r} for it",
         )
+    if spec.pivoted and not site.takes_trains:
+        raise AnalysisError(
+            f"its uses ({', '.join(use.kind for use in site.uses)}) take all of both factors only",
+            site=site.name,
+            way_out=f"formats={spec.plain}",
+        )
     return spec
 
 
@@ -128,10 +134,12 @@ def _is_padded(model: nn.Module, site: Site) -> bool:
     return getattr(owner, "padding_idx", None) is not None
 
 
-def _curve(site: Site, allowed: tuple[str, ...], exact: Spec | None, *, apart: bool) -> Assumed:
+def _curve(
+    site: Site, allowed: tuple[str, ...], exact: Spec | None, *, apart: bool, pivoted: bool
+) -> Assumed:
     m, n = site.matrix
     count = max(site.experts, 1)
-    ranks = [r * (m + n) * count for r in range(min(m, n) + 1)]
+    ranks = [r * (m + n - pivoted * r) * count for r in range(min(m, n) + 1)]
     lost = torch.tensor([_lost(site, size) for size in ranks], dtype=torch.float64)
     lost[-1] = 0.0
     curve = Assumed(site, allowed, (), lost)

@@ -1,4 +1,4 @@
-"""Remove what nothing depends on, and what changes nothing."""
+"""Remove what nothing depends on, what changes nothing, and what was computed already."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from tensorize.base.dynamo import value_of
+from tensorize.formats.order import OPERATION
 from tensorize.passes.lowering.graph import Lowered, argument, memory_of, written
 
 # Only what is known to change nothing: a graph of torch functions also holds writes into tensors,
@@ -18,8 +19,10 @@ from tensorize.passes.lowering.graph import Lowered, argument, memory_of, writte
 _PURE_FUNCTIONS = {
     F.linear,
     F.embedding,
+    torch.addmm,
     torch.cat,
     torch.matmul,
+    OPERATION,
     operator.getitem,
     operator.add,
     operator.mul,
@@ -27,6 +30,7 @@ _PURE_FUNCTIONS = {
 _PURE_METHODS = {
     "contiguous",
     "detach",
+    "index_select",
     "permute",
     "reshape",
     "size",
@@ -56,6 +60,37 @@ def _is_pure(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _PURE_METHODS
     return node.op == "get_attr"
+
+
+@dataclass(frozen=True)
+class RemoveRepeats:
+    """The same graph with everything pure computed once.
+
+    Layers with one first factor ask each for its product with their input. Where gradients are
+    asked for torch does the same to the graph that it makes of this one.
+    """
+
+    name: str = "repeats"
+
+    def run(self, program: Lowered) -> Lowered:
+        graph = program.graph.graph
+        # Who is given two results may write to one of them.
+        apart = written(graph) | {memory_of(node) for node in graph.output_node().all_input_nodes}
+        first: dict[object, fx.Node] = {}
+        count = 0
+        for node in list(graph.nodes):
+            value = value_of(node)
+            memories = {memory_of(each) for each in (node, *node.all_input_nodes)}
+            if value is None or node.op == "get_attr" or not _is_pure(node) or memories & apart:
+                continue
+            # The dtype hangs on modes that are entered in between; slices have no hash.
+            key = node.target, repr(node.args), repr(node.kwargs), value.dtype
+            same = first.setdefault(key, node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+                count += 1
+        return replace(program, summary=f"{count} nodes removed that repeated another")
 
 
 @dataclass(frozen=True)

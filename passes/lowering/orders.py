@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tensorize.base.dynamo import value_of
+from tensorize.formats.order import OPERATION
 from tensorize.passes.lowering.graph import Lowered, Packed, memory_of, written
 from tensorize.passes.lowering.group import arguments_of, is_linear
 from tensorize.passes.lowering.norms import PLUS, TIMES
@@ -44,7 +45,7 @@ class ComputeInOrder:
         graph, count = program.graph.graph, 0
         changed = written(graph)
         for node in list(graph.nodes):
-            if node.target is not torch.ops.tensorize.in_order.default:
+            if node.target is not OPERATION:
                 continue
             linears = _linears_behind(node, program, changed)
             for linear in linears:

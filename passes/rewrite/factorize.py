@@ -177,8 +177,9 @@ def replace_weight(
         if empty.any():  # the analysis keeps its factors
             cores = tuple(core.clone() for core in cores)
             keep_empty_rows(site, choice.spec.plain, cores, empty)
-    stored = [_own(core, weight) for core in form.stored(choice.spec, cores, weight.dtype)]
-    held = put_cores(model, site, choice, stored)
+    first = _first_in_common(model, choice)
+    made = form.stored(choice.spec, cores, weight.dtype, first)
+    held = put_cores(model, site, choice, [_own(core, weight) for core in made])
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
     rebuilt = form.reconstruct(choice.spec, [_cast(core.detach(), exact) for core in held])
@@ -214,8 +215,7 @@ def put_cores(
     assert choice.spec is not None
     trained = model.get_parameter(site.name).requires_grad
     held = [core if is_index(core) else nn.Parameter(core, trained) for core in cores]
-    if choice.shared not in (None, site.name):
-        held[1] = first_factor(model, choice.shared)
+    held[1:] = _first_in_common(model, choice) or held[1:]
     for core in held:
         if not (core.is_meta or torch.isfinite(core).all()):
             raise AnalysisError(
@@ -226,6 +226,13 @@ def put_cores(
     with _uninterrupted():
         install(model, site.names, choice.spec, held)
     return held
+
+
+def _first_in_common(model: nn.Module, choice: RankPlan) -> tuple[Tensor, ...]:
+    """What the first of weights with one first factor holds of it; nothing for itself."""
+    if choice.shared is None or choice.shared == choice.name:
+        return ()
+    return first_factor(model, choice.shared)
 
 
 def _own(core: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ rates that make it so): every core gets the same norm. With a non-linearity betw
 factors the first gives it inputs of unit variance for inputs of unit variance, and the second
 makes up for what it leaves of that.
 
+**Without an identity**, W = U' [I | V'] has the entries of U' in the columns that are kept, and
+sums of R products in the others: with σ of U' = s and σ of V' = 1/√R both have the variance s²,
+and there is no other split. Which columns are kept is drawn at random: none is preferred.
+
 **Spectral**: the best approximation of the fresh dense weight, scaled to its norm (Khodak et al.
 2021).
 """
@@ -101,8 +105,9 @@ class InitializeCores:
             empty = torch.zeros(len(weight), dtype=torch.bool)
             empty[padding] = True
             keep_empty_rows(site, choice.spec, cores, empty)
-        held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores]
-        install(model, site.names, choice.spec, held, bent)
+        count = len(choice.spec.core_shapes)
+        held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores[:count]]
+        install(model, site.names, choice.spec, [*held, *cores[count:]], bent)
         return bent is not None
 
 
@@ -122,8 +127,11 @@ def summed_sizes(spec: TTSpec) -> int:
 def core_scales(spec: TTSpec, scale: float) -> list[float]:
     """The σ_k of cores of one norm whose weight has entries of root mean square ``scale``.
 
-    With N_k entries, σ_k² = t / N_k and R Π σ_k² = s²: t^d = s² Π N_k / R.
+    With N_k entries, σ_k² = t / N_k and R Π σ_k² = s²: t^d = s² Π N_k / R. Where an identity is not
+    stored, there is one split only.
     """
+    if spec.pivoted:
+        return [scale, 1 / math.sqrt(spec.ranks[0])]
     sizes = [math.prod(shape) for shape in spec.single.core_shapes]
     logs = 2 * math.log(scale) + sum(map(math.log, sizes)) - math.log(summed_sizes(spec))
     norm = math.exp(logs / len(sizes))
@@ -133,7 +141,7 @@ def core_scales(spec: TTSpec, scale: float) -> list[float]:
 def scaled_cores(
     spec: TTSpec, scale: float, like: Tensor, nonlinearity: str | None = None
 ) -> list[Tensor]:
-    """Random cores whose weight has entries of root mean square ``scale``.
+    """Random cores, and indices, whose weight has entries of root mean square ``scale``.
 
     A weight that starts at zero has a first core of zeros, so that the others' gradients are zero
     at the first step only.
@@ -148,10 +156,19 @@ def scaled_cores(
     else:
         scales = core_scales(spec, scale)
     kind = {"dtype": like.dtype, "device": like.device}
-    return [
+    cores = [
         torch.randn(shape, **kind).mul_(sigma)
         for shape, sigma in zip(spec.core_shapes, scales, strict=True)
     ]
+    orders = (_drawn_order(shape, spec.ranks[0], like.device) for shape in spec.index_shapes)
+    return [*cores, *orders]
+
+
+def _drawn_order(shape: tuple[int, ...], rank: int, device: torch.device) -> Tensor:
+    """So many columns at random, then the others; both in ascending order."""
+    drawn = torch.rand(shape, device=device).argsort(-1)
+    parts = drawn[..., :rank].sort(-1).values, drawn[..., rank:].sort(-1).values
+    return torch.cat(parts, -1).to(torch.int32)
 
 
 def _second_moment(function: Callable[[Tensor], Tensor]) -> float:
@@ -161,12 +178,13 @@ def _second_moment(function: Callable[[Tensor], Tensor]) -> float:
 
 
 def spectral_cores(spec: Spec, weight: Tensor) -> list[Tensor]:
-    """The best cores of a fresh weight, scaled so that theirs has its norm."""
+    """The best cores of a fresh weight, scaled so that theirs has its norm; indices after them."""
     form = format_of(spec)
-    cores = form.nearest(spec, weight)
-    kept = _kept(cores) if spec.batch else root_mean_square(form.reconstruct(spec, cores))
+    cores = form.nearest(spec.plain, weight)
+    kept = _kept(cores) if spec.batch else root_mean_square(form.reconstruct(spec.plain, cores))
     grown = (root_mean_square(weight) / max(kept, 1e-30)) ** (1 / len(cores))
-    return [(core * grown).to(weight.dtype).contiguous() for core in cores]
+    made = form.stored(spec, [core * grown for core in cores], weight.dtype)
+    return [core.contiguous() for core in made]
 
 
 def _kept(cores: list[Tensor]) -> float:

@@ -28,7 +28,6 @@ from tensorize.capture.matmul import Frame, Matmul
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
-from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.joint import joint_factors
 from tensorize.passes.curves.metric import shrink, shrinkage
@@ -81,7 +80,8 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
         with untouched(dense.model):
             # What a run writes is seen here: runs that wait for each other are not watched.
             used = run_order(dense.model, batches[0], parameters)
-            order = [n for n in used if _solvable(by_name[n], specs[n], dense.spectra[n])]
+            chosen = {choice.name: choice for choice in sites}
+            order = [n for n in used if _solvable(by_name[n], chosen[n], dense.spectra[n])]
             together = _together(sites, order)
             order = [name for name in order if name in together]
             for batch in batches:
@@ -122,13 +122,16 @@ def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list
     return {min(names, key=used.__getitem__): names for names in solvable}
 
 
-def _solvable(site: Site, spec: Spec, curve: Spectrum) -> bool:
-    """Whether it is a plain low-rank weight that is not exact already.
+def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
+    """Whether it is a low-rank weight that is not exact already.
 
     One that some of the data use in another way has several metrics, and no single best map.
     """
-    plain = format_of(spec).spectral and not site.experts and not site.last_resort
-    return plain and spec.ranks[0] < min(site.matrix) and len(curve.metrics) == 1
+    assert choice.spec is not None
+    plain = format_of(choice.spec).spectral and not site.experts and not site.last_resort
+    # With a first factor in common, a rank as large as the weight's own is not exact.
+    exact = choice.shared is None and choice.ranks[0] >= min(site.matrix)
+    return plain and not exact and len(curve.metrics) == 1
 
 
 class _Moments:

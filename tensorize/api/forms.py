@@ -24,8 +24,9 @@ def pivoted(model: nn.Module) -> nn.Module:
     (U B) (B⁻¹ V) for every B. With r columns of V as B, V is the identity in these columns, and
     r (m + n - r) numbers are left, for the same W to rounding, and as many fewer FLOPs
     (``algebra.pivot``). Ranks are chosen for the plain form, so a model gets smaller by this.
-    Weights with a first factor in common, stacks of experts, convolutions, bags and what has a
-    function between its factors stay as they are.
+    Weights with a first factor in common keep one, without the identity, and each expert of a stack
+    has columns of its own. A convolution stores fewer numbers, and makes its second factor whole at
+    every call. What has a function between its factors stays as it is.
 
         model = tensorize.load("old", model)
         tensorize.weight.pivoted(model)

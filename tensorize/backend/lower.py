@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from tensorize.api.options import Options
 from tensorize.base.dynamo import compile_by_inductor, inductor_finds_a_compiler
-from tensorize.passes.lowering.cleanup import RemoveDead
+from tensorize.passes.lowering.cleanup import RemoveDead, RemoveRepeats
 from tensorize.passes.lowering.cpu_products import ChooseProducts
 from tensorize.passes.lowering.graph import LoweringPass, lower
 from tensorize.passes.lowering.group import GroupProjections
@@ -51,7 +51,7 @@ def lower_graph(
         for core in cores:
             note_fused(core, work.fused)
     gradients = has_gradients(example_inputs)
-    passes: list[LoweringPass] = []
+    passes: list[LoweringPass] = [] if gradients else [RemoveRepeats()]
     if not gradients and inner == "eager":  # packed copies of the weights would get none
         passes.append(GroupProjections(_GROUPED_ROWS.get(device, 1)))
     if device == "cpu" and not gradients:

@@ -94,9 +94,19 @@ class Format(Generic[S]):
         """
         raise NotImplementedError(f"{self.name}: no cores")
 
-    def stored(self, spec: S, cores: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def stored(
+        self,
+        spec: S,
+        cores: Sequence[Tensor],
+        dtype: torch.dtype,
+        first: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
         """What is kept, in a dtype, of the cores that were computed, those of ``spec.plain``: with
-        the indices of ``spec.index_shapes`` after them."""
+        the indices of ``spec.index_shapes`` after them.
+
+        ``first``: what another weight keeps of a first factor that this one has in common with it.
+        """
+        assert not first, f"{self.name}: no first factor in common"
         return tuple(core.to(dtype) for core in cores)
 
     def computed(self, spec: S, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:

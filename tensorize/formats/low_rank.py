@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import pivoted, plain, rounded, whole
+from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
@@ -48,6 +48,10 @@ class EveryRank(Spec):
         return (self.shape[1:],) if self.pivoted else ()
 
     @property
+    def plain(self) -> EveryRank:
+        return replace(self, pivoted=False)
+
+    @property
     def parameters(self) -> Any:
         m, n = self.shape
         return self.every * (m + n - (self.every if self.pivoted else 0))
@@ -62,8 +66,8 @@ def largest_that_pays(m: int, n: int) -> int:
 class LowRank(Chain):
     """Two factors, U (…, M, r) and V (…, r, N).
 
-    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (r, N - r), and
-    the order of the columns (``algebra.pivot``).
+    Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (…, r, N - r),
+    and the order of the columns (…, N), one for each matrix (``algebra.pivot``).
     """
 
     name = LOW_RANK
@@ -77,8 +81,7 @@ class LowRank(Chain):
     ) -> Tensor:
         left, right = cores[:2]
         if contract == "columns":
-            narrow = product(x, right, cores[2]) if spec.pivoted else F.linear(x, right)
-            return F.linear(narrow, left, bias)
+            return F.linear(product(x, *cores[1:]), left, bias)
         narrow = F.linear(x, left.t())
         if not spec.pivoted:
             return F.linear(narrow, right.t(), bias)
@@ -89,11 +92,21 @@ class LowRank(Chain):
         return reconstruct(spec.plain, self.computed(spec, cores))
 
     def stored(
-        self, spec: TTSpec, cores: Sequence[Tensor], dtype: torch.dtype
+        self,
+        spec: TTSpec,
+        cores: Sequence[Tensor],
+        dtype: torch.dtype,
+        first: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
+        left, right = cores
+        if first:
+            left = fitted(left, right, *first) if spec.pivoted else left
+            return left.to(dtype), *first
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
-        left, right = cores
+        if spec.batch:
+            each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
+            return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
         found = rounded(pivoted(left, right), dtype)
         return found.left, found.rest, found.order
 
@@ -158,25 +171,40 @@ class LowRank(Chain):
         if contract == "lookup":
             took = lookup_time(machine, rows, rank, dtype)
             return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
-        first, second = (inner, m) if contract == "columns" else (m, inner)
-        took = matmul_time(machine, rows, first, rank, dtype)
-        return took + matmul_time(machine, rows, rank, second, dtype) + ordered
+        if contract == "columns":
+            took = first_time(spec, rows, machine, dtype)
+            return took + matmul_time(machine, rows, rank, m, dtype)
+        took = matmul_time(machine, rows, m, rank, dtype)
+        return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
 
 
-def product(x: Tensor, rest: Tensor, order: Tensor) -> Tensor:
-    """x (…, N) times [I | V']ᵀ, whose columns are in an order: x_kept + x_rest V'ᵀ, (…, R)."""
+def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
+    """Microseconds of the product with the input, which weights of one first factor have once."""
+    n, (rank,) = spec.shape[-1], spec.ranks
+    if not spec.pivoted:
+        return matmul_time(machine, rows, n, rank, dtype)
+    took = matmul_time(machine, rows, n - rank, rank, dtype)
+    return took + lookup_time(machine, rows, n, dtype)
+
+
+def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:
+    """x (…, N) times Vᵀ, (…, R); V whose columns have an order is [I | V']: x_kept + x_rest V'ᵀ."""
+    if order is None:
+        return F.linear(x, rest)
     if x.layout is not torch.strided:  # of such an x nothing can be taken apart
         return F.linear(x, whole(rest, order))
     kept, others = ordered(x, order, rest.shape[0])
-    narrow = F.linear(others, rest)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return kept + narrow  # others may come for the product, and look for what is written to
-    return narrow.add_(kept)
+    y = F.linear(others, rest)
+    # A graph sees that layers of one first factor compute the same, unless somebody writes to it.
+    return y + kept if torch.compiler.is_compiling() else y.add_(kept)
 
 
 def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The columns of x (…, N) that V is the identity in, and the others: (…, R), (…, N - R)."""
-    kept, others = in_order(x, order).split_with_sizes((rank, order.shape[0] - rank), -1)
+    found = in_order(x, order)
+    if torch.compiler.is_compiling():  # of slices a graph sees that they are the same
+        return found[..., :rank], found[..., rank:]
+    kept, others = found.split_with_sizes((rank, order.shape[0] - rank), -1)
     return kept, others
 
 

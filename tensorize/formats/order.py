@@ -28,6 +28,7 @@ from tensorize.ir.machine import Machine, lookup_time
 # One operation that inductor leaves as it is: fused, what comes before is no longer vectorized.
 library = torch.library.Library("tensorize", "FRAGMENT")
 library.define("in_order(Tensor x, Tensor order) -> Tensor")
+OPERATION = torch.ops.tensorize.in_order.default
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
     if not _has_own_way(x):
         return x.index_select(-1, order)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        return torch.ops.tensorize.in_order.default(x, order)
+        return OPERATION(x, order)
     return _in_order(x, order)  # the dispatcher takes as long as one row does
 
 

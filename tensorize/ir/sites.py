@@ -30,6 +30,11 @@ class Use:
     groups: int = 1
     partial: bool = False
 
+    @property
+    def convolves(self) -> bool:
+        """Whether its input are patches of an image, which are never laid out as rows."""
+        return self.kind.startswith("conv")
+
 
 @dataclass(frozen=True)
 class Site:

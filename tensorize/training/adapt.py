@@ -2,13 +2,15 @@
 
 Every so many steps the spectra of all cores are looked at, and the parameters that the schedule
 allows are given to the ranks that hold the most: weights whose spectra end early shrink, others
-grow. A cut keeps the best approximation of that rank, a grown weight the very same product; what an
-optimizer keeps of the gradients goes along (``bonds``). The budget falls along a cubic (Zhu & Gupta
-2017), as in AdaLoRA (Zhang et al. 2023).
+grow. A cut keeps the best approximation of that rank, a grown weight the very same product; what
+an optimizer keeps of the gradients goes along (``changes``). The budget falls along a cubic (Zhu &
+Gupta 2017), as in AdaLoRA (Zhang et al. 2023). Low rank that stores no identity stays so: its
+spectra are those of the plain cores, and its parameters r (m + n - r).
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +35,8 @@ from tensorize.reports.attach import CHANGED, attach, report, samples_of
 from tensorize.running.in_use import use_kernels
 from tensorize.store.contents import dtype_name, record_of
 from tensorize.store.transformers_config import note_factors
-from tensorize.training.bonds import Bond, bonds, components, extended, with_ranks
+from tensorize.training.bonds import Bond, bonds, components, extended
+from tensorize.training.changes import change
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
@@ -75,13 +78,15 @@ class RankSchedule:
     Args:
         model: from ``initialize``, ``compile`` or ``load``.
         optimizer: whose states go along: those of the shapes of the parameters, as Adam's and
-            momentum; others are dropped and begin anew.
+            momentum; others are dropped and begin anew. Momenta change as gradients do; squares
+            of gradients as if entries were independent, and what is not stored of them
+            (``weight.pivoted``) is guessed from its neighbours (``training/changes.py``).
         budget: the share of the dense model's parameters to reach, or a ``Budget`` of params.
         start, end: the steps between which the budget falls (or rises) from what the model has now.
         every: steps between two changes; after ``end`` ranks move at a constant budget.
         until: the last step at which ranks move; None: ``end``.
         rank_multiple: ranks above it are its multiples.
-        seed: of the directions that weights grow by.
+        seed: of the directions, or the columns, that weights grow by.
 
     Raises:
         BudgetError: the budget is malformed, or smaller than what the model has at rank one.
@@ -125,12 +130,6 @@ class RankSchedule:
             raise TensorizeError(
                 "the model has no factorized weight of its own",
                 way_out="model = tensorize.initialize(model, 0.25) first",
-            )
-        if held := next((name for name, w in found if w.spec.pivoted), None):
-            raise TensorizeError(
-                "its ranks cannot change while it does not store all of a factor",
-                site=held,
-                way_out="tensorize.weight.plain(model), before the optimizer is made",
             )
         least = self.first - sum(w.spec.parameters - _smallest(w.spec) for _, w in found)
         if self.target < least:
@@ -187,7 +186,8 @@ class RankSchedule:
             if spec != known[name].spec:
                 like = known[name].cores[0]
                 cores = [like.new_zeros(shape) for shape in spec.core_shapes]
-                self._put(name, known[name].cores, spec, cores)
+                orders = [i.new_zeros(i.shape) for i in known[name].indices]
+                self._put(name, known[name].cores, spec, [*cores, *orders])
         self.steps, self.first = state["steps"], state["first"]
         self.trace = [Adaptation(*values) for values in state["trace"]]
         _note(self.model, self.trace)
@@ -209,7 +209,7 @@ class RankSchedule:
         weights = self._weights()
         spectra = {
             name: (bonds if factors.nonlinearity is None else components)(
-                factors.spec, factors.cores
+                factors.spec.plain, factors.plain_cores
             )
             for name, factors in weights
         }
@@ -239,7 +239,12 @@ class RankSchedule:
         if factors.format.spectral:
             most = min(m, n, max(spec.ranks[0] + self.rank_multiple, int(_GROWTH * spec.ranks[0])))
             lost = tail_sums(extended(found[0].squares, most)).cpu()
-            curve = Spectrum(site, (spec.format,), (), lost, in_nats=False)
+            if spec.pivoted:
+                every = self._every_rank(spec, lost)
+                how = {"train_points": every, "in_nats": False}
+                curve = Spectrum(site, (spec.format,), (), lost[:1], **how)
+            else:
+                curve = Spectrum(site, (spec.format,), (), lost, in_nats=False)
         else:
             lost = [
                 tail_sums(extended(b.squares, int(_GROWTH * len(b.squares)) + 1)) for b in found
@@ -257,13 +262,21 @@ class RankSchedule:
             )  # fmt: skip
         return curve_points(curve, (spec.format,), factors.dtype.itemsize, (), self.rank_multiple)
 
+    def _every_rank(self, spec: TTSpec, lost: Tensor) -> tuple[tuple[TTSpec, float], ...]:
+        """Low rank that stores no identity at each of the ranks that save parameters."""
+        multiple = self.rank_multiple
+        ranks = (r for r in range(1, len(lost)) if r % multiple == 0 or r < multiple)
+        every = ((spec.with_ranks((r,)), float(lost[r])) for r in ranks)
+        return tuple(p for p in every if p[0].parameters < math.prod(spec.shape))
+
     def _resize(
         self, name: str, factors: FactoredWeight, found: Sequence[Bond], spec: TTSpec
     ) -> None:
-        old, parameters = factors.spec, factors.cores
-        cores = with_ranks(old, [core.detach() for core in parameters], found, spec.ranks)
-        self._grow(old, spec, cores, name)
-        fresh = self._put(name, parameters, spec, cores)
+        parameters = factors.cores
+        text = f"{self.seed} {self.steps} {name}"
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        how = change(factors, found, spec, generator)
+        fresh = self._put(name, parameters, spec, how.cores)
         states = [self.optimizer.state.get(core, {}) for core in fresh]
         for key in sorted({key for state in states for key in state}):
             kept = [state.get(key) for state in states]
@@ -272,7 +285,7 @@ class RankSchedule:
                 for v, core in zip(kept, parameters, strict=True)
             )
             if alike:
-                moved = self._moved(key, old, kept, found, spec)  # type: ignore[arg-type]
+                moved = how.states(kept, squared=key in _SQUARES)  # type: ignore[arg-type]
                 for state, value in zip(states, moved, strict=True):
                     state[key] = value
             elif any(isinstance(v, Tensor) and v.dim() > 0 for v in kept):
@@ -285,40 +298,16 @@ class RankSchedule:
     ) -> list[nn.Parameter]:
         """Put new cores in the places of old ones, in the model and in the optimizer."""
         old = [core for core in before if isinstance(core, nn.Parameter)]
-        fresh = [nn.Parameter(c, p.requires_grad) for c, p in zip(cores, old, strict=True)]
+        indices = cores[len(old) :]
+        fresh = [nn.Parameter(c, p.requires_grad) for c, p in zip(cores, old, strict=False)]
         place = {id(p): new for p, new in zip(old, fresh, strict=True)}
         for group in self.optimizer.param_groups:
             group["params"] = [place.get(id(p), p) for p in group["params"]]
         for parameter, new in zip(old, fresh, strict=True):
             if parameter in self.optimizer.state:
                 self.optimizer.state[new] = self.optimizer.state.pop(parameter)
-        resize(self.model, name, spec, fresh)
+        resize(self.model, name, spec, [*fresh, *indices])
         return fresh
-
-    def _moved(
-        self, key: str, old: TTSpec, kept: Sequence[Tensor], found: Sequence[Bond], spec: TTSpec
-    ) -> list[Tensor]:
-        squared = key in _SQUARES
-        moved = with_ranks(old, kept, found, spec.ranks, gradients=True, squared=squared)
-        if squared:
-            # A new direction begins with the mean of the others: with zero its first step is large.
-            for k, (value, before) in enumerate(zip(moved, kept, strict=True)):
-                if value.numel() > before.numel():
-                    moved[k] = torch.where(value == 0, before.mean(), value)
-        return moved
-
-    def _grow(self, old: TTSpec, spec: TTSpec, cores: list[Tensor], name: str) -> None:
-        """Random values in the right core of each bond that grew; zeros stay in the left one."""
-        text = f"{self.seed} {self.steps} {name}"
-        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
-        for k, (before, after) in enumerate(zip(old.ranks, spec.ranks, strict=True)):
-            if after <= before:
-                continue
-            core = cores[k + 1]
-            new = core.narrow(spec.cores[k + 1].index(f"r{k + 1}"), before, after - before)
-            size = core.double().square().sum().div(core.numel() * before / after).sqrt()
-            values = torch.randn(new.shape, generator=generator, dtype=torch.float64)
-            new.copy_((values * size.cpu()).to(new))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from tensorize.api.analyze import check_dense
 from tensorize.api.outcome import report_of
 from tensorize.api.wiring import figures
-from tensorize.base.errors import BudgetError, CaptureError, check_one_of
+from tensorize.base.errors import AnalysisError, BudgetError, CaptureError, check_one_of
 from tensorize.base.progress import Progress, shown
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
@@ -48,6 +48,7 @@ def initialize(
     ranks: RanksOption = None,
     method: str = SCALED,
     nonlinearity: str | None = None,
+    pivoted: bool = False,
     rank_multiple: int = 8,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     initializer: Initializer | None = None,
@@ -81,6 +82,9 @@ def initialize(
         nonlinearity: ``"silu"``, ``"gelu"``, ``"relu"`` or ``"tanh"`` between the two factors of
             every plain linear (CoLA, Liu et al. 2025). Such a layer stands for no matrix:
             ``densify`` refuses it.
+        pivoted: weights of low rank store no number that a change of basis can remove
+            (``weight.pivoted``): the same budget buys larger ranks. Tiny ranks, stacks of experts,
+            convolutions and bags store all.
         rank_multiple: ranks above it are its multiples, as matrix units want.
         batch_sizes: input rows at which FLOPs and times are counted; the worst counts.
         initializer: a function of a module that makes the values of its own parameters.
@@ -104,16 +108,17 @@ def initialize(
     if limits is None and ranks is None and not _names_specs(formats):
         raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.25")
     how = {"batch_sizes": batch_sizes, "rank_multiple": rank_multiple}
-    allocate = Allocate(limits, **how, even=True, pivots=False)  # what is made is trained whole
+    allocate = Allocate(limits, **how, even=True, pivots=pivoted, always=pivoted)
     given, model = model, check_model(model, on_meta=True, inplace=inplace)
     check_dense(model, "initialize")
     with shown(progress) as tell:
         found = _found(model, example_inputs, include, exclude, seed, tell)
-        learned = run_passes(found, (AssumeSpectra(formats),), Learned)
+        learned = run_passes(found, (AssumeSpectra(formats, pivoted),), Learned)
         asked = {**(ranks or {}), **exact_ranks(learned.spectra)}
         allocate = replace(allocate, ranks=asked or None)
         planned = run_passes(learned.to(Analysed, predictor=None), (allocate,), Planned)
         planned = replace(planned, plan=_of_shapes(planned.plan))
+        _check_nonlinearity(planned.plan, nonlinearity)
         replaced = {site.name for site in planned.plan.sites if site.spec is not None}
         target = model if inplace else copy_sharing(model, replaced)
         cores = InitializeCores(target, method, nonlinearity, initializer, str(device))
@@ -123,6 +128,16 @@ def initialize(
     attach(target, report_of(done, notes=notes))
     transformers_config.note_factors(target)
     return target
+
+
+def _check_nonlinearity(plan: Plan, nonlinearity: str | None) -> None:
+    odd = (site for site in plan.sites if site.spec is not None and site.spec.pivoted)
+    if nonlinearity is not None and (first := next(odd, None)) is not None:
+        raise AnalysisError(
+            f"with a {nonlinearity} between its factors no change of basis can remove anything",
+            site=first.name,
+            way_out="nonlinearity=None, or pivoted=False",
+        )
 
 
 def _names_specs(formats: TrainingFormats) -> bool:

@@ -14,6 +14,13 @@ The relative step lr_k / σ_k then does not depend on how the scale of W is spli
 A step of SGD is the gradient itself, which core k receives through the others and passes on through
 them again: lr_k = lr / (d Π_{j≠k} σ_j² (√a_j + √b_j)²). Decoupled weight decay shrinks W by
 Σ_k lr_k wd_k a step, so wd_k = wd · lr / (d lr_k).
+
+Low rank that stores no identity, W = U' [I | V'] with U' (M, R) and V' (R, N - R), moves by
+U' ΔV' and by ΔU' [I | V']. U' is carried on by a factor of the norm √(1 + σ² (√R + √(N - R))²),
+σ that of V', in place of σ (√R + √N). A step of V' reaches N - R columns only, √(R (N - R)) large,
+and is to move these as the dense step does, by √(M (N - R)): N - R cancels, and the rate is that of
+V in the plain form, for the same U. Decay of U' shrinks all of W, decay of V' only the columns that
+are not kept, so U' gets all of it and V' none.
 """
 
 from __future__ import annotations
@@ -67,8 +74,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         if (found := speeds.get(id(parameter))) is not None:
-            speed, cores = found
-            key = "cores", lr * speed, weight_decay / (cores * speed)
+            speed, share = found
+            key = "cores", lr * speed, weight_decay * share / speed
         elif parameter.dim() >= 2:
             key = "dense", lr, weight_decay
         else:
@@ -84,17 +91,19 @@ def parameter_groups(
     ]
 
 
-def core_speeds(model: nn.Module, rule: str = "adam") -> dict[int, tuple[float, int]]:
-    """By the id of every core: its learning rate over the dense one, and how many cores there are.
+def core_speeds(model: nn.Module, rule: str = "adam") -> dict[int, tuple[float, float]]:
+    """By the id of every core: its learning rate over the dense one, and its share of the decay.
 
-    Rounded to two digits, so that weights of one shape are in one group.
+    Rates are rounded to two digits, so that weights of one shape are in one group.
     """
-    speeds: dict[int, tuple[float, int]] = {}
+    speeds: dict[int, tuple[float, float]] = {}
     for _, weight in factored(model):
         if not weight.format.indexed:
             continue
-        for core, speed in zip(weight.cores, _speeds(weight, rule), strict=True):
-            speeds.setdefault(id(core), (float(f"{speed:.2g}"), len(weight.cores)))
+        count = len(weight.cores)
+        shares = (1.0, 0.0) if weight.spec.pivoted else (1 / count,) * count
+        for core, speed, share in zip(weight.cores, _speeds(weight, rule), shares, strict=True):
+            speeds.setdefault(id(core), (float(f"{speed:.2g}"), share))
     return speeds
 
 
@@ -108,6 +117,9 @@ def _speeds(weight: FactoredWeight, rule: str) -> list[float]:
     norms = [
         scale * (math.sqrt(a) + math.sqrt(b)) for scale, (a, b) in zip(scales, sides, strict=True)
     ]
+    if spec.pivoted:
+        rank, others = spec.core_shapes[1]
+        norms[1] = math.hypot(1, scales[1] * (math.sqrt(rank) + math.sqrt(others)))
     dense, count = math.prod(spec.shape), len(norms)
     speeds = []
     for k, (a, b) in enumerate(sides):

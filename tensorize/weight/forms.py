@@ -10,25 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.ir.spec import Spec, TTSpec
-from tensorize.weight.install import factored, owner_of, resize
+from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
+
+Named = tuple[list[str], FactoredWeight]
+"""A weight under all of its names."""
 
 
 @torch.no_grad()
 def to_pivoted(model: nn.Module) -> dict[str, Spec]:
     """Let plain low-rank weights store no identity, in place; their new specs by first name."""
     found = {}
-    for names, weight in list(_weights(model)):
-        m, n = weight.spec.shape[-2:]
-        (rank,) = weight.spec.ranks if weight.format.pair else (0,)
-        owners = [owner_of(model, name)[0] for name in names]
-        plain = weight.format.pair and not (weight.spec.pivoted or weight.spec.batch)
-        matrix = weight.nonlinearity is None and weight.frame.shape is None
-        # A bag looks up with one factor before it widens; nobody reads columns from it.
-        if plain and matrix and rank < min(m, n) and not _bags(owners):
-            spec = TTSpec.low_rank(m, n, rank, storage=weight.spec.storage, pivoted=True)
-            cores = weight.format.stored(spec, weight.cores, weight.dtype)
-            found[names[0]] = _put(model, names[0], weight, spec, cores)
+    for group in list(_groups(model)):
+        if all(_may_pivot(weight) for _, weight in group) and not _is_full(group):
+            made: tuple[Tensor, ...] = ()
+            for names, weight in group:
+                (*experts, m, n), (rank,) = weight.spec.shape, weight.spec.ranks
+                how = {"experts": sum(experts), "storage": weight.spec.storage, "pivoted": True}
+                spec = TTSpec.low_rank(m, n, rank, **how)
+                cores = weight.format.stored(spec, weight.cores, weight.dtype, made)
+                made = _put(model, names[0], weight, spec, cores, made)
+                found[names[0]] = spec
     return found
 
 
@@ -36,23 +38,47 @@ def to_pivoted(model: nn.Module) -> dict[str, Spec]:
 def to_plain(model: nn.Module) -> dict[str, Spec]:
     """Let every low-rank weight store both factors whole, in place; new specs by first name."""
     found = {}
-    for names, weight in list(_weights(model)):
-        if weight.spec.pivoted:
-            found[names[0]] = _put(model, names[0], weight, weight.spec.plain, weight.plain_cores)
+    for group in list(_groups(model)):
+        if all(weight.spec.pivoted for _, weight in group):
+            made: tuple[Tensor, ...] = ()
+            for names, weight in group:
+                found[names[0]] = spec = weight.spec.plain
+                made = _put(model, names[0], weight, spec, weight.plain_cores, made)
     return found
 
 
+def _may_pivot(weight: FactoredWeight) -> bool:
+    """Whether a weight is of low rank, with all of its factors and nothing between them."""
+    plain = weight.format.pair and not weight.spec.pivoted
+    return plain and weight.nonlinearity is None
+
+
+def _is_full(group: Sequence[Named]) -> bool:
+    """Whether the rank of low-rank weights on each other is the largest that there is."""
+    rows = sum(weight.spec.shape[-2] for _, weight in group)
+    spec = group[0][1].spec
+    return spec.ranks[0] >= min(rows, spec.shape[-1])
+
+
 def _put(
-    model: nn.Module, name: str, weight: FactoredWeight, spec: Spec, cores: Sequence[Tensor]
-) -> Spec:
-    trained = weight.requires_grad
-    held: list[Any] = [nn.Parameter(c.contiguous(), trained) for c in cores[: len(weight.cores)]]
-    resize(model, name, spec, [*held, *cores[len(weight.cores) :]])
-    return spec
+    model: nn.Module,
+    name: str,
+    weight: FactoredWeight,
+    spec: Spec,
+    cores: Sequence[Tensor],
+    first: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Give a weight other cores, ``first`` those of a first factor that another one has already;
+    what it then holds of that factor."""
+    count, trained = len(weight.cores), weight.requires_grad
+    held: list[Any] = [nn.Parameter(core.contiguous(), trained) for core in cores[:count]]
+    held = [held[0], *(first or (*held[1:], *cores[count:]))]
+    resize(model, name, spec, held)
+    return tuple(held[1:])
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[list[str], FactoredWeight]]:
-    """Every weight whose cores are its own alone, under all of its names."""
+def _groups(model: nn.Module) -> Iterator[list[Named]]:
+    """Weights with one first factor together, all others alone, whose cores serve nothing else."""
     alike: dict[tuple[int, ...], list[str]] = defaultdict(list)
     weights = {}
     for name, weight in factored(model):
@@ -60,10 +86,10 @@ def _weights(model: nn.Module) -> Iterator[tuple[list[str], FactoredWeight]]:
         alike[key].append(name)
         weights[key] = weight
     uses = Counter(core for key in alike for core in key)
-    for key, names in alike.items():
-        if all(uses[core] == 1 for core in key):
-            yield names, weights[key]
-
-
-def _bags(owners: Sequence[nn.Module]) -> bool:
-    return any(isinstance(owner, nn.EmbeddingBag) for owner in owners)
+    groups: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for key in alike:
+        groups[key[-1]].append(key)
+    for first, keys in groups.items():
+        own = all(uses[core] == 1 for key in keys for core in key[:-1])
+        if own and uses[first] == len(keys):
+            yield [(alike[key], weights[key]) for key in keys]

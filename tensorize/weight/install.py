@@ -141,12 +141,11 @@ def resize(model: nn.Module, name: str, spec: Spec, cores: Sequence[Tensor]) -> 
         module.resize(spec, cores)
 
 
-def first_factor(model: nn.Module, name: str) -> nn.Parameter:
-    """The core of a factorized linear that meets the input."""
+def first_factor(model: nn.Module, name: str) -> tuple[Tensor, ...]:
+    """The core of a factorized linear that meets the input, and the order of its columns."""
     owner, leaf = owner_of(model, name)
     weight = owner.weight if isinstance(owner, LowRankLinear) else weight_of(owner, leaf)
-    core: Any = weight.cores[1]
-    return core
+    return weight.cores[1], *weight.indices
 
 
 def _become_low_rank_linear(

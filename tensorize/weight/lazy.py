@@ -132,7 +132,7 @@ class FactoredWeight:
         self.require_matrix()
         spec, cores = self.looked_at()
         if self._is_several:  # stacks are low rank
-            weight = torch.matmul(*cores)
+            weight = torch.matmul(*self.format.computed(spec, cores))
         else:
             weight = format_of(spec).reconstruct(spec, cores)
         if self.frame.shape is not None:
@@ -272,10 +272,11 @@ class FactoredWeight:
 
     def _can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
-        pair, frame = self.format.pair and not self.spec.pivoted, self.frame
+        pair, frame = self.format.pair, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
             return False
-        if not pair and matmul.x.layout != torch.strided:
+        folds = not pair or self.spec.pivoted
+        if folds and matmul.x.layout != torch.strided:
             return False  # a contraction folds its input, which a sparse one cannot be
         if matmul.convolution is not None:
             groups = self.spec.shape[0] if self.spec.batch else 1
@@ -297,7 +298,7 @@ class FactoredWeight:
         x, contract = matmul.x, matmul.contract
         if matmul.convolution is not None:
             shape, call = self.shape, matmul.convolution
-            return products.convolution(self.cores, x, shape, call, matmul.bias)
+            return products.convolution(self.plain_cores, x, shape, call, matmul.bias)
         cores = self._shown()
         if matmul.offsets is not None:
             return products.grouped_matmul(cores, x, matmul.offsets, contract)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Sequence
@@ -77,12 +78,11 @@ class LowRankLinear(nn.Module):
         if self.nonlinearity is None and (own or (alone and in_float32(x, right.shape[0]))):
             cores = (left, right, self.order) if pivoted else (left, right)
             return products.matmul(self.spec, own or {}, cores, x, "columns", bias)
-        if pivoted:
-            narrow = product(x, right, self.order)
-        elif self.input_product is None or alone or torch.compiler.is_compiling():
-            narrow = F.linear(x, right)
+        factor = (right, self._order_in_common()) if pivoted else (right,)
+        if self.input_product is None or alone or torch.compiler.is_compiling():
+            narrow = product(x, *factor)
         else:
-            narrow = self.input_product(first, x)
+            narrow = self.input_product(x, *factor)
         return F.linear(self._between(narrow), left, bias)
 
     def _by_layers(self, first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class LowRankLinear(nn.Module):
             return second(self._between(first(x)))
         kept, others = ordered(x, self.order, self.spec.ranks[0])
         narrow = first(others)
-        if hasattr(type(first.weight), "device_mesh") and narrow.shape != kept.shape:
+        if not isinstance(x, fx.Proxy) and narrow.shape != kept.shape:
             kept = _of_this_rank(kept, first.weight)
         return second(self._between(kept + narrow))
 
@@ -111,6 +111,12 @@ class LowRankLinear(nn.Module):
         """
         compiled = torch.compiler.is_compiling() and not torch.is_grad_enabled()
         return self.input_product is not None and not compiled
+
+    def _order_in_common(self) -> Tensor:
+        """The order of its columns: a graph sees by one tensor that layers compute the same."""
+        if self.input_product is None or not torch.compiler.is_compiling():
+            return self.order
+        return self.input_product.buffers.get("order", self.order)
 
     def _between(self, product: Tensor) -> Tensor:
         return product if self.nonlinearity is None else getattr(F, self.nonlinearity)(product)
@@ -178,10 +184,13 @@ class SharedProduct:
     anything is not as it was then: another tensor, one that was written to, other modes, a first
     layer that became something else. Between two calls whatever may be written, by whatever means;
     and a graph in common would make two backward passes one.
+
+    ``buffers`` are the first layer's: where V is the identity in some columns, their order is among
+    them, of which the other layers have copies.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, layers: int, buffers: dict[str, Any] | None = None) -> None:
+        self.layers, self.buffers = layers, {} if buffers is None else buffers
         self._now = _Now()
 
     def follow(self, owner: nn.Module) -> None:
@@ -207,8 +216,7 @@ class SharedProduct:
         unknown = x.is_inference() or weight.is_inference()
         return not (unknown or torch._C._are_functorch_transforms_active())
 
-    def __call__(self, first: nn.Module, x: Tensor) -> Tensor:
-        weight: Any = first.weight
+    def __call__(self, x: Tensor, weight: Tensor, *order: Tensor) -> Tensor:
         state = (
             *(id(weight), weight._version, weight.data_ptr()),
             *(x._version, x.data_ptr()),
@@ -220,16 +228,17 @@ class SharedProduct:
             if now.left == 0:
                 now.last = None  # nothing is kept alive once all have it
             return last[2]
-        product = first(x)
-        now.last, now.left = (weakref.ref(x), state, product), self.layers - 1
-        return product
+        narrow = product(x, weight, *order)
+        now.last, now.left = (weakref.ref(x), state, narrow), self.layers - 1
+        return narrow
 
     def __deepcopy__(self, memo: dict) -> SharedProduct:
-        copy = memo[id(self)] = SharedProduct(self.layers)
-        return copy
+        # The copy of the first layer gets the very same dictionary.
+        copied = memo[id(self)] = SharedProduct(self.layers, copy.deepcopy(self.buffers, memo))
+        return copied
 
     def __reduce__(self) -> tuple:
-        return SharedProduct, (self.layers,)
+        return SharedProduct, (self.layers, self.buffers)
 
 
 class _Now(threading.local):

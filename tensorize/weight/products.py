@@ -6,7 +6,7 @@ know: ``api`` registers the backends when tensorize is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Convolution
+from tensorize.formats.low_rank import widen
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec
 from tensorize.weight.contractions import Contractions
@@ -73,23 +74,53 @@ def lookup(
 
 def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract: str) -> Tensor:
     """Each expert's rows of x (S, N) against its own low-rank weight; offsets: their ends (E,)."""
-    left, right = cores
-    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so an odd rank is padded with zeros,
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        return _grouped(x, weight, offsets)
+
+    left, right, *order = cores
+    if not order:
+        return _through(left, right, x, contract, multiply)
+    # A row's columns are in the order of its expert; behind the last one's rows it is any.
+    rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+    experts = torch.bucketize(rows, offsets, right=True).clamp(max=left.shape[0] - 1)
+    return _in_order(left, right, order[0][experts].long(), x, contract, multiply)
+
+
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of x (S, K) between two offsets times their expert's weight (E, K, N)."""
+    # ``grouped_mm`` wants strides of a multiple of 16 bytes, so odd sizes are padded with zeros,
     # and the first of more components are copied.
-    left, right = left.contiguous(), right.contiguous()
-    missing = -left.shape[-1] % (16 // left.element_size())
-    if missing:
-        left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
-    if contract == "columns":
-        left, right = right.mT, left.mT
+    inner, outer = (-size % (16 // x.element_size()) for size in weight.shape[1:])
+    if inner or outer:
+        x, weight = F.pad(x, (0, inner)), F.pad(weight, (0, outer, 0, inner))
+    elif not weight.mT.is_contiguous():
+        weight = weight.contiguous()
     # Compiled graphs know ``grouped_mm`` in bfloat16 only: for others it is one opaque operation.
     opaque = torch.compiler.is_compiling() and x.dtype != torch.bfloat16
-    multiply = _grouped_mm if opaque else _torch_grouped_mm
-    return multiply(multiply(x, left, offsets), right, offsets)
+    y = _grouped_mm(x, weight, offsets) if opaque else F.grouped_mm(x, weight, offs=offsets)
+    return y[:, : y.shape[1] - outer]
 
 
-def _torch_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight, offs=offsets)
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+def _through(left: Tensor, right: Tensor, x: Tensor, contract: str, multiply: Multiply) -> Tensor:
+    """x times both factors of each matrix of a stack."""
+    first, second = (right.mT, left.mT) if contract == "columns" else (left, right)
+    return multiply(multiply(x, first), second)
+
+
+def _in_order(
+    left: Tensor, rest: Tensor, columns: Tensor, x: Tensor, contract: str, multiply: Multiply
+) -> Tensor:
+    """The same without an identity in the second factor; ``columns``: the order of each row's."""
+    if contract == "columns":
+        kept, others = x.gather(-1, columns).tensor_split([rest.shape[-2]], dim=-1)
+        return multiply(kept + multiply(others, rest.mT), left.mT)
+    narrow = multiply(x, left)
+    together = torch.cat([narrow, multiply(narrow, rest)], dim=-1)
+    return torch.empty_like(together).scatter(-1, columns.expand_as(together), together)
 
 
 @torch.library.register_fake("tensorize::onednn_linear", lib=library)
@@ -142,17 +173,23 @@ def stacked_matmul(
     cores: Sequence[Tensor], x: Tensor, contract: str, bias: Tensor | None = None
 ) -> Tensor:
     """A stack of low-rank weights against x (..., E, B, N): as ``torch.matmul`` broadcasts."""
-    left, right = cores
-    if contract == "columns":
-        left, right = right.mT, left.mT
-    y = torch.matmul(torch.matmul(x, left), right)
+    left, right, *order = cores
+    if not order:
+        y = _through(left, right, x, contract, torch.matmul)
+    else:
+        columns = order[0].long().unsqueeze(-2)
+        if contract == "columns":  # one x for all of the matrices has as many orders
+            shape = torch.broadcast_shapes(x.shape, columns.shape)
+            x, columns = x.expand(shape), columns.expand(shape)
+        y = _in_order(left, right, columns, x, contract, torch.matmul)
     return y if bias is None else y + bias
 
 
 def bag_lookup(cores: Sequence[Tensor], rows: Tensor, bag: Mapping[str, Any]) -> Tensor:
     """Sums or means of rows of a low-rank table: of the narrow rows first, then widened once."""
-    left, right = cores
-    return F.linear(F.embedding_bag(rows, left, **bag), right.t())
+    left, right, *order = cores
+    narrow = F.embedding_bag(rows, left, **bag)
+    return widen(narrow, right, *order) if order else F.linear(narrow, right.t())
 
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

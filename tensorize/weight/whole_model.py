@@ -76,10 +76,10 @@ def _share_products(model: nn.Module) -> None:
     for layers in groups.values():
         if len({id(layer.second.weight) for layer in layers.values()}) > 1:
             owner = _innermost(model, list(layers))
-            product = None if owner is None else SharedProduct(len(layers))
+            first, leading = next(iter(layers.items()))
+            product = None if owner is None else SharedProduct(len(layers), leading._buffers)
             if product is not None and owner is not None:
                 product.follow(owner)
-            first = next(iter(layers))
             for path, layer in layers.items():
                 layer.input_product = product
                 if path != first:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.algebra.pivot import BOUND, pivoted, plain, rounded
+from tensorize.algebra.pivot import BOUND, fitted, pivoted, plain, rounded
 
 
 def _factors(m: int, n: int, rank: int, condition: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +90,18 @@ def test_what_is_rounded_is_made_up_for() -> None:
     assert off(solved.left, solved.rest) < 0.95 * off(found.left.bfloat16(), found.rest.bfloat16())
 
 
+def test_every_matrix_of_a_stack_has_columns_of_its_own() -> None:
+    factors = [_factors(6, 9, 4, 10.0, seed) for seed in range(3)]
+    found = [pivoted(*pair) for pair in factors]
+    parts = ((one.left, one.rest, one.order) for one in found)
+    u, v = plain(*(torch.stack(part) for part in zip(*parts, strict=True)))
+    exact = torch.stack([left @ right for left, right in factors])
+    assert (u @ v - exact).norm() <= 1e-12 * exact.norm()
+    assert not torch.equal(found[0].order, found[1].order)
+    for k, one in enumerate(found):
+        assert torch.equal(v[k], plain(one.left, one.rest, one.order)[1])
+
+
 def test_gradients_reach_both_factors() -> None:
     found = pivoted(*_factors(4, 6, 2, 3.0, 0))
     u, rest = found.left.requires_grad_(), found.rest.requires_grad_()
@@ -107,3 +119,22 @@ def test_it_says_what_it_cannot_do() -> None:
         pivoted(left, right, 1.0)
     with pytest.raises(ValueError, match="6 rows and only 2 columns"):
         pivoted(right.T @ left.T, right.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_fitted_to_another_ones_factor_is_a_part_of_their_stack(dtype: torch.dtype) -> None:
+    """U' of several weights with one V: made at once, or of the first one's V' for each other."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(s, generator=generator) for s in ((30, 12), (12, 20)))
+    stack = rounded(pivoted(left, right), dtype)
+    first = rounded(pivoted(left[:10], right), dtype)
+    assert torch.equal(first.rest, stack.rest)
+    assert torch.equal(first.order, stack.order)
+    own = fitted(left[10:], right, first.rest, first.order)
+    eps = torch.finfo(dtype).eps
+    assert (own - stack.left[10:].double()).norm() < 4 * eps * own.norm()
+    wanted = (left[10:].double() @ right.double())[:, first.order.long()]
+    identity = torch.eye(12, dtype=torch.float64)
+    second = torch.cat([identity, first.rest.double()], dim=1)
+    least = torch.linalg.lstsq(second.mT, wanted.mT).solution.mT
+    torch.testing.assert_close(own, least)

@@ -80,8 +80,9 @@ def dense() -> Any:
     return copy.deepcopy(_made()[0])
 
 
-def small() -> Any:
-    return copy.deepcopy(_made()[1])
+def small(pivoted: bool = False) -> Any:
+    model = copy.deepcopy(_made()[1])
+    return tensorize.weight.pivoted(model) if pivoted else model
 
 
 def scores(model: Callable[..., Tensor], ids: Tensor = IDS) -> Tensor:

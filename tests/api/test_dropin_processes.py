@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +19,15 @@ from tests.api.mixed_model import WIDTH, WORDS, close, gradients, loss, scores, 
 from tests.models import relative
 
 
-def ddp(ids: Tensor, mine: Tensor) -> None:
-    wrapped = nn.parallel.DistributedDataParallel(small())
+def ddp(ids: Tensor, mine: Tensor, pivoted: bool) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(small(pivoted))
     loss(wrapped, mine).backward()
     got = {name: p.grad for name, p in wrapped.module.named_parameters()}
-    close(got, gradients(small(), ids))  # type: ignore[arg-type]
+    close(got, gradients(small(pivoted), ids))  # type: ignore[arg-type]
 
 
-def fsdp2(ids: Tensor, mine: Tensor) -> None:
-    result, alone = small(), small()
+def fsdp2(ids: Tensor, mine: Tensor, pivoted: bool) -> None:
+    result, alone = small(pivoted), small(pivoted)
     for part in (result.words, result.attention, result.chain, result.head.first, result.head):
         fully_shard(part)
     fully_shard(result)
@@ -64,8 +65,10 @@ def _process(rank: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
         ids = words(4)
-        for check in (ddp, fsdp2, tensor_parallel):
-            check(ids, ids[2 * rank : 2 * rank + 2])
+        mine = ids[2 * rank : 2 * rank + 2]
+        both = (partial(check, pivoted=form) for check in (ddp, fsdp2) for form in (False, True))
+        for check in (*both, tensor_parallel):
+            check(ids, mine)
             gc.collect()  # what holds a process group goes before it does
             dist.barrier()
     finally:

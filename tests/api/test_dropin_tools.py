@@ -36,9 +36,10 @@ def adapters(model: nn.Module) -> set[str]:
     ],
     ids=["by the dense names", "the factors", "all-linear"],
 )
-def test_peft_adds_lora(target: Any, expected: set[str]) -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_peft_adds_lora(target: Any, expected: set[str], pivoted: bool) -> None:
     peft = pytest.importorskip("peft")
-    result = small()
+    result = small(pivoted)
     before = scores(result)
     tuned = peft.get_peft_model(result, peft.LoraConfig(r=2, target_modules=target))
     assert adapters(tuned) == expected
@@ -52,12 +53,13 @@ def test_peft_adds_lora(target: Any, expected: set[str]) -> None:
     assert loss(tuned).item() < first
 
 
-def test_peft_merges_into_factors_and_says_why_not_into_a_whole_weight() -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_peft_merges_into_factors_and_says_why_not_into_a_whole_weight(pivoted: bool) -> None:
     peft = pytest.importorskip("peft")
 
     def tuned(target: list[str]) -> Any:
         config = peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False)
-        return peft.get_peft_model(small(), config)
+        return peft.get_peft_model(small(pivoted), config)
 
     factors = tuned(["first", "second"])
     want = scores(factors)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import tensorize
 from tensorize.base.tensorfile import ALIGNMENT, Layout, Writer
 from tensorize.hub import shards
+from tensorize.ir.machine import Machine
 from tests.api.checkpoints import assert_same, compiled, llama, saved
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
@@ -99,8 +100,13 @@ def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     assert_same(tmp_path / "streamed", compiled(dense, tmp_path / "compiled"))
 
 
-def test_first_factors_in_common(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pivots", [False, True])
+def test_first_factors_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pivots: bool
+) -> None:
     """Weights of one input in different shards, with one row space."""
+    if not pivots:
+        monkeypatch.setattr(Machine, "reads_orders", False)
     model = llama(tie_word_embeddings=True)
     for layer in model.model.layers:
         rows = torch.randn(12, 48)
@@ -109,7 +115,9 @@ def test_first_factors_in_common(tmp_path: Path) -> None:
             weight.data = torch.randn(112, 12) @ rows / 100 + 0.001 * torch.randn(112, 48)
     dense = saved(model, tmp_path / "dense", "22kB")
     report = tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.6)
-    assert sum(site.shared is not None for site in report.plan.sites) == 4
+    common = [site.spec for site in report.plan.sites if site.shared is not None]
+    assert len(common) == 4
+    assert all(spec is not None and spec.pivoted == pivots for spec in common)
     index = json.loads((dense / shards.INDEX).read_text())["weight_map"]
     names = [f"model.layers.0.mlp.{name}.weight" for name in ("gate_proj", "up_proj")]
     assert len({index[name] for name in names}) == 2

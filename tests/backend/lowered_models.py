@@ -26,14 +26,17 @@ class Attention(nn.Module):
 
 
 def compressed(width: int = 32, rank: int = 4) -> nn.Module:
-    return tensorize.compile(Attention(width), None, ranks={"*": rank}, example_inputs=(X,)).eval()
+    small = tensorize.compile(Attention(width), None, ranks={"*": rank}, example_inputs=(X,))
+    return tensorize.weight.plain(small).eval()  # two linears a weight, and nothing between
 
 
 X = torch.randn(1, 1, 32)
 EAGER = {"inner": "eager"}
 
 
-def lowered_and_run(model: nn.Module, x: Tensor, *passes: Any) -> tuple[Lowered, Any]:
+def lowered_and_run(
+    model: nn.Module, x: Tensor | tuple[Tensor, ...], *passes: Any
+) -> tuple[Lowered, Any]:
     """What passes make of the graph that dynamo hands a backend, and what it computes then."""
     seen: list[Lowered] = []
 
@@ -45,11 +48,12 @@ def lowered_and_run(model: nn.Module, x: Tensor, *passes: Any) -> tuple[Lowered,
         return with_packed(seen[0].graph.forward, seen[0], [node.name for node in nodes])
 
     with torch.no_grad():
-        result = torch.compile(model, backend=through_passes)(x)
+        given = x if isinstance(x, tuple) else (x,)
+        result = torch.compile(model, backend=through_passes)(*given)
     return seen[0], result
 
 
-def traced(model: nn.Module, x: Tensor) -> Lowered:
+def traced(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> Lowered:
     """The graph that dynamo hands a backend, and the parameters behind its placeholders."""
     return lowered_and_run(model, x)[0]
 

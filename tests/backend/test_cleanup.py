@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tensorize.passes.lowering.cleanup import RemoveDead, RemoveIdentities
+from tensorize.passes.lowering.cleanup import RemoveDead, RemoveIdentities, RemoveRepeats
 from tensorize.passes.lowering.graph import Lowered, lower, memory_of, written
-from tests.backend.lowered_models import X, calls, traced
+from tests.backend.lowered_models import X, calls, lowered_and_run, traced
 
 
 def test_cleanup_removes_dead_views_and_keeps_writes() -> None:
@@ -45,6 +45,42 @@ def test_an_identity_that_is_written_to_stays() -> None:
 
     program = traced(forward, torch.randn(3, 4))  # type: ignore[arg-type]
     assert "dropout" in calls(lower(program, (RemoveIdentities(),)).graph)
+
+
+def test_repeats_are_computed_once() -> None:
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        one, two = F.linear(x.reshape(-1, 4), w), F.linear(x.reshape(-1, 4), w)
+        return (one * two)[:, 1:] + (one * two)[:, 1:] + F.linear(x.reshape(-1, 4), w + 1)[:, 1:]
+
+    x, w = torch.randn(3, 4), torch.randn(4, 4)
+    lowered, result = lowered_and_run(forward, (x, w), RemoveRepeats())  # type: ignore[arg-type]
+    kept = ["reshape", "linear", "mul", "getitem", "add", "add", "linear", "getitem", "add"]
+    assert calls(lowered.graph) == kept
+    assert torch.equal(result, forward(x, w))
+
+
+def test_what_is_written_to_or_returned_is_no_repeat() -> None:
+    def written_to(x: Tensor, w: Tensor) -> Tensor:
+        before = F.linear(x, w)
+        x.mul_(2)
+        return before - F.linear(x, w)
+
+    def returned(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x, w), F.linear(x, w)
+
+    def random(x: Tensor, w: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, True) + F.dropout(x, 0.5, True) * w
+
+    def in_modes(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = F.linear(x, w)
+        return half.float() - F.linear(x, w)
+
+    for forward in (written_to, returned, random, in_modes):
+        x, w = torch.randn(4, 4), torch.randn(4, 4)
+        program = traced(forward, (x, w))  # type: ignore[arg-type]
+        before = calls(program.graph)
+        assert calls(lower(program, (RemoveRepeats(),)).graph) == before
 
 
 def test_what_is_written_to_is_known_through_views() -> None:

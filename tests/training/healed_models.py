@@ -60,10 +60,11 @@ def pair(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
     return dense, tensorize.compile(dense, 0.5, calibration=texts(3, seed=5))
 
 
-def models(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
-    """A dense decoder, and a copy of its compressed form."""
+def models(name: str = "gpt", *, pivoted: bool = False) -> tuple[nn.Module, nn.Module]:
+    """A dense decoder, and a copy of its compressed form, that stores no identity if asked to."""
     dense, small = pair(name)
-    return dense, copy.deepcopy(small)
+    small = copy.deepcopy(small)
+    return dense, tensorize.weight.pivoted(small) if pivoted else small
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

@@ -58,11 +58,11 @@ def llama() -> hf.LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
-@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
-def test_the_prediction_is_what_a_step_really_holds(precision: str, compressed: bool) -> None:
+@pytest.mark.parametrize("form", ["dense", "plain", "pivoted"])
+def test_the_prediction_is_what_a_step_really_holds(precision: str, form: str) -> None:
     model: nn.Module = gpt()
-    if compressed:
-        model = tensorize.initialize(model, 0.4)
+    if form != "dense":
+        model = tensorize.initialize(model, 0.4, pivoted=form == "pivoted")
     if precision == "bfloat16":
         model = model.to(torch.bfloat16)
     ids = torch.randint(512, (3, 50))
@@ -158,10 +158,11 @@ def live_after_forward(model: nn.Module, ids: Tensor) -> int:
     return live.bytes
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("build", [gpt, llama], ids=["gpt", "llama"])
-def test_checkpointing_gives_the_same_gradients_for_less_memory(build: Any) -> None:
+def test_checkpointing_gives_the_same_gradients_for_less_memory(build: Any, pivoted: bool) -> None:
     dense = build()
-    small: Any = tensorize.initialize(dense, 0.4).train()
+    small: Any = tensorize.initialize(dense, 0.4, pivoted=pivoted).train()
     ids = torch.randint(256, (4, 64))
     before = list(gradients(small, ids))
     plain, whole = live_after_forward(small, ids), live_after_forward(dense.train(), ids)
@@ -178,8 +179,9 @@ def test_checkpointing_gives_the_same_gradients_for_less_memory(build: Any) -> N
     assert live_after_forward(small, ids) == plain
 
 
-def test_first_factors_are_not_computed_again() -> None:
-    small = tensorize.initialize(gpt(), 0.4).train()
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_first_factors_are_not_computed_again(pivoted: bool) -> None:
+    small = tensorize.initialize(gpt(), 0.4, pivoted=pivoted).train()
     checkpoint_low_rank(small)
     counts: dict[tuple[int, ...], int] = {}
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -31,6 +31,11 @@ CHAINS = (
 BLOCKED = (TTSpec.block((5, 6), (4, 6), 4), TTSpec.low_rank(12, 10, 6, experts=3))
 
 
+FORMS: tuple[dict[str, Any], ...] = (
+    {}, {"pivoted": True}, {"formats": "block"}, {"formats": "tt"},
+)  # fmt: skip
+
+
 def cores_of(spec: TTSpec, seed: int = 0) -> list[Tensor]:
     torch.manual_seed(seed)
     return [torch.randn(shape, dtype=torch.float64) for shape in spec.core_shapes]
@@ -127,10 +132,10 @@ def test_a_spectrum_goes_on_as_a_power_law() -> None:
 # ---------------------------------------------------------------------------------- schedules
 
 
-def model_and_optimizer(formats: Any = None, budget: float = 0.5) -> tuple[nn.Module, Any]:
+def model_and_optimizer(budget: float = 0.5, **form: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     dense = GPT(GPTConfig(layers=2, width=64, heads=4, vocabulary=128, context=32))
-    small = tensorize.initialize(dense, budget, formats=formats, exclude="*embedding*")
+    small = tensorize.initialize(dense, budget, exclude="*embedding*", **form)
     return small, torch.optim.AdamW(parameter_groups(small, 3e-3, 0.1))
 
 
@@ -160,9 +165,9 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("formats", [None, "block", "tt"], ids=["low_rank", "block", "tt"])
-def test_ranks_fall_to_the_budget_and_training_goes_on(formats: Any) -> None:
-    model, optimizer = model_and_optimizer(formats)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_ranks_fall_to_the_budget_and_training_goes_on(form: dict[str, Any]) -> None:
+    model, optimizer = model_and_optimizer(**form)
     schedule = RankSchedule(model, optimizer, 0.3, start=10, end=50, every=10, rank_multiple=4)
     losses = train(model, optimizer, batches(70), schedule)
     dense = tensorize.report(model).totals.before.parameters
@@ -174,6 +179,7 @@ def test_ranks_fall_to_the_budget_and_training_goes_on(formats: Any) -> None:
     assert sum(losses[-10:]) < sum(losses[:10])
     report = tensorize.report(model)
     specs = {name: w.spec for name, w in factored(model)}
+    assert {spec.pivoted for spec in specs.values()} == {form.get("pivoted", False)}
     assert all(s.ranks == specs[s.name].ranks for s in report.factorized)
     assert report.totals.after.parameters == count(model)
     assert any(note.startswith("ranks followed a budget") for note in report.notes)
@@ -182,10 +188,10 @@ def test_ranks_fall_to_the_budget_and_training_goes_on(formats: Any) -> None:
             assert value.dim() == 0 or value.shape == parameter.shape
 
 
-@pytest.mark.parametrize("formats", [None, "block", "tt"], ids=["low_rank", "block", "tt"])
-def test_ranks_grow_without_a_change_of_the_outputs(formats: Any) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_ranks_grow_without_a_change_of_the_outputs(form: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    small = tensorize.initialize(nn.Sequential(nn.Linear(64, 64)), 0.3, formats=formats)
+    small = tensorize.initialize(nn.Sequential(nn.Linear(64, 64)), 0.3, **form)
     optimizer = torch.optim.AdamW(small.parameters())
     x = torch.randn(4, 64)
     small(x).sum().backward()
@@ -202,25 +208,33 @@ def test_ranks_grow_without_a_change_of_the_outputs(formats: Any) -> None:
     assert not torch.allclose(small(x), before)
 
 
-def test_weights_give_ranks_to_those_that_need_them() -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_weights_give_ranks_to_those_that_need_them(pivoted: bool) -> None:
     """One weight's spectrum ends at once, the other's does not: at the same budget both move."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     small: Any = tensorize.initialize(model, None, ranks={"*": 16})
     with torch.no_grad():
         small[0].second.weight[:, 4:] *= 1e-3
+    if pivoted:
+        tensorize.weight.pivoted(small)
     optimizer = torch.optim.SGD(small.parameters(), lr=0.0)
-    schedule = RankSchedule(small, optimizer, 0.5, start=0, end=1, every=1, rank_multiple=1)
+    budget = tensorize.Budget(params=count(small))
+    schedule = RankSchedule(small, optimizer, budget, start=0, end=1, every=1, rank_multiple=1)
     schedule.step()
-    assert small[0].first.out_features < 16 < small[1].first.out_features
-    assert count(small) <= 0.5 * 2 * 64 * 64
+    lower, higher = (layer.first.out_features for layer in small)
+    assert lower < 16 < higher
+    assert count(small) <= schedule.target
+    kept = [rank * (128 - pivoted * rank) for rank in (lower, higher)]
+    assert count(small) == sum(kept)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits() -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_stopped_run_goes_on_to_the_same_bits(pivoted: bool) -> None:
     data = batches(40)
 
     def made() -> tuple[nn.Module, Any, RankSchedule]:
-        model, optimizer = model_and_optimizer()
+        model, optimizer = model_and_optimizer(pivoted=pivoted)
         options = {"start": 5, "end": 30, "every": 5, "rank_multiple": 4}
         return model, optimizer, RankSchedule(model, optimizer, 0.35, **options)
 
@@ -294,9 +308,9 @@ class Tied(nn.Module):
         return self.head(self.layer(self.words(ids)).tanh())
 
 
-@pytest.mark.parametrize("formats", [None, "tt"])
-def test_a_tied_weight_stays_tied(formats: Any) -> None:
-    model = tensorize.initialize(Tied(), 0.7, formats=formats)
+@pytest.mark.parametrize("form", [{}, {"pivoted": True}, {"formats": "tt"}], ids=str)
+def test_a_tied_weight_stays_tied(form: dict[str, Any]) -> None:
+    model = tensorize.initialize(Tied(), 0.7, **form)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = RankSchedule(model, optimizer, 0.35, start=0, end=2, every=1, rank_multiple=1)
     ids = torch.randint(64, (8, 5))
@@ -306,6 +320,8 @@ def test_a_tied_weight_stays_tied(formats: Any) -> None:
         schedule.step()
     held = dict(factored(model))
     assert [id(c) for c in held["words.weight"].cores] == [id(c) for c in held["head.weight"].cores]
+    assert held["head.weight"].spec.pivoted == form.get("pivoted", False)
+    torch.testing.assert_close(held["words.weight"].dense(), held["head.weight"].dense())
     assert count(model) <= schedule.target
     learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert learnt == {id(p) for p in model.parameters()}
@@ -344,11 +360,12 @@ def test_kernels_of_the_ranks_before_are_not_used() -> None:
     assert torch.isfinite(model(batches(1)[0]).logits).all()
 
 
-def test_a_model_of_transformers_is_saved_with_its_new_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_model_of_transformers_is_saved_with_its_new_ranks(tmp_path: Path, pivoted: bool) -> None:
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=16, vocab_size=64)
-    model = tensorize.initialize(hf.GPT2LMHeadModel(config), 0.7)
+    model = tensorize.initialize(hf.GPT2LMHeadModel(config), 0.7, pivoted=pivoted)
     optimizer = torch.optim.AdamW(model.parameters())
     RankSchedule(model, optimizer, 0.4, start=0, end=1, every=1, rank_multiple=1).step()
     model.save_pretrained(tmp_path)
@@ -356,7 +373,11 @@ def test_a_model_of_transformers_is_saved_with_its_new_ranks(tmp_path: Path) -> 
     ids = torch.arange(8)[None]
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
     report = tensorize.report(model)
-    assert report.totals.after.bytes == sum(4 * p.numel() for p in model.parameters())
+    # Of a tied weight that of one: the others are copies.
+    named = ((n, v) for n, v in model.named_buffers() if not n.startswith("lm_head"))
+    orders = [value for name, value in named if name.endswith("order")]
+    assert bool(orders) == pivoted
+    assert report.totals.after.bytes == sum(4 * t.numel() for t in (*model.parameters(), *orders))
     for choice in report.plan.sites:
         assert choice.spec is None or choice.spec.shape == choice.shape
     assert any("are of the ranks before" in note for note in report.notes)

@@ -10,6 +10,7 @@ from torch import nn
 
 import tensorize
 from tensorize.training.rounding import round_stochastically, stochastically_rounded
+from tensorize.weight.install import factored
 
 
 def test_the_expectation_is_the_value() -> None:
@@ -64,6 +65,32 @@ def test_states_are_float32_and_parameters_stay_what_they_were() -> None:
     states = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
     assert {v.dtype for v in states} == {torch.float32}
     handle.remove()
+
+
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_factors_in_bfloat16_learn_as_those_in_float32(pivoted: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 8))
+    small = tensorize.initialize(dense, 0.6, pivoted=pivoted)
+    x = torch.randn(256, 48)
+    target = x[:, :8].roll(1, 0) + x[:, 8:16]
+    reached = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(small).to(dtype)
+        optimizer = torch.optim.AdamW(tensorize.training.parameter_groups(model, 3e-3))
+        if dtype == torch.bfloat16:
+            round_stochastically(optimizer)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (model(x.to(dtype)).float() - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.9 * losses[0]
+        reached.append(losses[-1])
+    assert reached[1] == pytest.approx(reached[0], rel=0.05)
+    assert any(weight.spec.pivoted for _, weight in factored(small)) == pivoted
 
 
 def test_a_stopped_run_rounds_the_same_way() -> None:

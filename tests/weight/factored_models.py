@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorize.algebra.reconstruct import reconstruct
@@ -104,3 +105,30 @@ def factorize(
             dense[name].copy_(reconstruct(spec, cores).reshape(parameter.shape))
         install(model, aliases, spec, cores)
     return oracle
+
+
+class Grouped(nn.Module):
+    """Grouped queries and a gated layer, whose weights of one input read nearly the same of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"q": 48, "k": 16, "v": 16, "gate": 64, "up": 64}
+        for name, rows in sizes.items():
+            setattr(self, name, nn.Linear(48, rows, bias=name == "k"))
+        self.out, self.down = nn.Linear(48, 48), nn.Linear(64, 48)
+        with torch.no_grad():
+            for names in (("q", "k", "v"), ("gate", "up")):
+                space = torch.randn(24, 48)
+                for name in names:
+                    weight = self.get_submodule(name).weight
+                    weight.copy_(torch.randn(len(weight), 24) @ space / 40 + 0.1 * weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (self.k(x) * self.v(x)).repeat(*[1] * (x.dim() - 1), 3)
+        x = x + self.out(torch.tanh(self.q(x)) + heads)
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def grouped(seed: int = 0) -> Grouped:
+    torch.manual_seed(seed)
+    return Grouped().eval()

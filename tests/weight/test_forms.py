@@ -133,8 +133,9 @@ def test_graphs_of_it_are_whole() -> None:
 
 def test_symbolic_traces_of_its_layers_hold() -> None:
     small, x = compressed(), torch.randn(3, 24)
-    graph = fx.symbolic_trace(nn.Sequential(small.up, nn.ReLU(), small.down))  # type: ignore[arg-type]
-    assert relative(graph(x), small.down(torch.relu(small.up(x)))) < 1e-5  # type: ignore[operator]
+    layers = nn.Sequential(small.up, nn.ReLU(), small.down)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert relative(fx.symbolic_trace(layers)(x), layers(x)) < 1e-5
 
 
 def test_its_order_counts_in_the_bytes() -> None:
@@ -151,44 +152,3 @@ def test_full_rank_is_plain_and_exact() -> None:
     assert not weight.spec.pivoted
     with torch.no_grad():
         assert relative(small(IDS), model(IDS)) < 1e-4
-
-
-def test_what_others_share_or_look_into_stays_plain() -> None:
-    torch.manual_seed(0)
-    layers = nn.ModuleDict({"q": nn.Linear(64, 64), "k": nn.Linear(64, 64)})
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers, self.conv = layers, nn.Conv1d(16, 32, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            both = self.layers["q"](x) * self.layers["k"](x)
-            return self.conv(both.unsqueeze(1).expand(-1, 16, -1))
-
-    with torch.no_grad():
-        base = torch.randn(8, 64)
-        for layer in layers.values():
-            layer.weight.copy_(torch.randn(64, 8) @ base)
-    small = tensorize.compile(
-        Both(),
-        0.5,
-        metric="frobenius",
-        example_inputs=(torch.randn(2, 64),),
-        formats={"layers*": "shared", "conv*": "low_rank"},
-    )
-    assert small.layers["q"].input_product is not None  # type: ignore[index,union-attr]
-    before = specs(small)
-    assert before
-    tensorize.weight.pivoted(small)
-    assert specs(small) == before
-
-
-def test_ranks_that_move_need_all_of_a_factor() -> None:
-    small = compressed()
-    optimizer = torch.optim.AdamW(small.parameters())
-    how = {"budget": 0.5, "start": 1, "end": 5, "every": 1}
-    with pytest.raises(tensorize.TensorizeError, match=r"tensorize.weight.plain\(model\)"):
-        tensorize.training.RankSchedule(small, optimizer, **how)
-    tensorize.weight.plain(small)
-    tensorize.training.RankSchedule(small, torch.optim.AdamW(small.parameters()), **how)

@@ -87,7 +87,7 @@ def test_limits_that_exclude_each_other_name_one_that_is_feasible() -> None:
 def test_an_error_that_no_point_reaches_names_the_smallest_of_all_sites() -> None:
     made = program([falling(linear("w"), 4.0), falling(linear("v"), 30.0)])
     options = {"formats": {"w": (LOW_RANK,), "v": (LOW_RANK,)}}
-    error = refused(made, Budget(error=0.05), **options)
+    error = refused(made, Budget(error=1e-4), **options)
     assert error.site == "v"
     value = float(number(r"the smallest is ([\d.e+-]+)", error))
     found = plan(made, Budget(error=value), **options)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tensorize
-from tensorize.api import analysis as api_analysis
+from tensorize.ir.budget import Budget
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.plan import Plan
-from tensorize.passes.allocate.allocate import Allocate
+from tensorize.ir.sites import Site, Use
 from tensorize.passes.allocate.candidates import curve_points
 from tensorize.weight.install import factored
-from tests.models import parameters, relative
-from tests.passes.allocate.programs import M, N, falling, linear, model_of, plan
+from tests.models import CASES, parameters, relative
+from tests.passes.allocate.programs import M, N, falling, linear, model_of, plan, program
 
 
 def lost(found: Plan) -> float:
@@ -27,7 +28,7 @@ def lost(found: Plan) -> float:
 @pytest.mark.parametrize("budget", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_the_same_budget_buys_more(budget: float) -> None:
     made = model_of()
-    plain, found = plan(made, budget), plan(made, budget, pivots=True)
+    plain, found = plan(made, budget, pivots=False), plan(made, budget)
     assert lost(found) < lost(plain)
     assert found.predicted.parameters <= budget * found.dense.parameters
     kept = 500
@@ -90,10 +91,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("refine", [None, "refit", "polish"])
-def test_compile_makes_it_and_it_is_what_was_planned(
-    monkeypatch: pytest.MonkeyPatch, refine: str | None
-) -> None:
-    monkeypatch.setattr(api_analysis, "Allocate", partial(Allocate, pivots=True))
+def test_compile_makes_it_and_it_is_what_was_planned(refine: str | None) -> None:
     torch.manual_seed(0)
     model, data = Net().eval(), list(torch.randint(0, 80, (8, 4, 12)))
     small = tensorize.compile(model, 0.7, calibration=data, refine=refine)
@@ -103,3 +101,87 @@ def test_compile_makes_it_and_it_is_what_was_planned(
     assert found.totals.after.bytes == found.plan.predicted.bytes
     with torch.no_grad():
         assert relative(small(data[0]), tensorize.densify(small)(data[0])) < 1e-5
+
+
+USES = {
+    "convolution": (Use("conv2d", "columns", split=1), (64, 16, 3, 3)),
+    "convolution of groups": (Use("conv2d", "columns", split=1, groups=4), (256, 16, 3, 3)),
+    "bag": (Use("embedding_bag", "lookup"), (96, 64)),
+    "experts": (Use("grouped_mm", "columns"), (4, 96, 64)),
+    "parts": (Use("linear", "columns", partial=True), (96, 64)),
+    "rebuilt": (Use("weight norm", "whole"), (96, 64)),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_every_use_has_both_forms(name: str) -> None:
+    use, shape = USES[name]
+    site = Site(
+        "w", shape, "float32", (use,), last_resort="as it is" if name == "rebuilt" else None
+    )
+    found = curve_points(falling(site, 8.0), ("low_rank",), 4, (1, 64), pivots=True)
+    at = {spec: found.costs[k] for k in range(len(found.labels)) if (spec := found.spec(k))}
+    pairs = [(spec, at[spec.plain]) for spec in at if spec.pivoted and spec.plain in at]
+    count, (_, n) = max(site.experts, 1), site.matrix
+    assert pairs
+    for spec, (numbers, size, flops, *_) in pairs:
+        removed = count * spec.ranks[0] ** 2
+        assert at[spec][0] == spec.parameters == numbers - removed
+        assert at[spec][1] == size - 4 * removed + 4 * count * n
+        assert (at[spec][2] < flops) == ("convolution" not in name)
+        if "convolution" in name:  # its factor is made whole at every call
+            assert at[spec][2] == flops
+            assert (at[spec][3:] > at[spec.plain][3:]).all()
+
+
+def test_a_plan_of_convolutions_with_a_limit_on_flops_alone_stores_all() -> None:
+    use, shape = USES["convolution"]
+    curves = [falling(Site(f"w{k}", shape, "float32", (use,)), 8.0 + 8 * k) for k in range(3)]
+    for limit, pivoted in ((Budget(flops=0.5), False), (Budget(params=0.5), True)):
+        found = plan(program(curves), limit).sites
+        assert {site.spec.pivoted for site in found if site.spec is not None} == {pivoted}
+
+
+class Images(nn.Module):
+    """Convolutions of every kind, then a bag of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.point = nn.Conv2d(8, 32, 3), nn.Conv2d(32, 48, 1)
+        self.groups, self.up = nn.Conv2d(48, 48, 3, groups=2), nn.ConvTranspose2d(48, 48, 2)
+        self.bag = nn.EmbeddingBag(400, 48)
+
+    def forward(self, image: Tensor, ids: Tensor) -> Tensor:
+        x = self.point(torch.relu(self.stem(image)))
+        return self.up(torch.relu(self.groups(x))).mean((2, 3)) * self.bag(ids)
+
+
+def images() -> tuple[Any, list[Any]]:
+    data = [(torch.randn(8, 8, 9, 9), torch.randint(0, 400, (8, 10))) for _ in range(8)]
+    return Images().eval(), data
+
+
+def tokens() -> tuple[Any, list[Any]]:
+    return CASES["mixtral"].model(), [CASES["mixtral"].batch() for _ in range(4)]
+
+
+@pytest.mark.parametrize(("made", "refine"), [(images, None), (images, "refit"), (tokens, None)])
+def test_compile_makes_what_was_planned_for_every_use(
+    made: Callable[[], tuple[Any, list[Any]]], refine: str | None
+) -> None:
+    torch.manual_seed(0)
+    model, data = made()
+    how = {"calibration": data, "formats": "low_rank", "refine": refine}
+    small = tensorize.compile(model, 0.7, **how)
+    found = tensorize.report(small)
+    kinds = {site.kind for site in found.plan.sites if site.spec and site.spec.pivoted}
+    wanted = ["grouped_mm"] if made is tokens else ["conv2d", "conv_transpose2d", "embedding_bag"]
+    assert kinds >= {*wanted}
+    assert parameters(small) == found.plan.predicted.parameters
+    assert found.totals.after.bytes == found.plan.predicted.bytes
+    dense = tensorize.densify(small)
+    with torch.no_grad():
+        if made is tokens:
+            assert relative(small(**data[0]).logits, dense(**data[0]).logits) < 1e-5
+        else:
+            assert relative(small(*data[0]), dense(*data[0])) < 1e-5

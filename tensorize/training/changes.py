@@ -1,0 +1,184 @@
+"""A weight's cores at other ranks, and with them what an optimizer keeps of their gradients.
+
+Cores that store all of themselves are cut and grow as ``bonds`` says. Low rank that stores no
+identity is W = U' [I | V'] = U' V:
+
+**Cut.** V becomes S V, of which other columns may be the identity then: with the basis B in these
+columns U'' = U' (T B), and V'' are the other columns of B⁻¹ S V. For the gradient G of W, that by
+U' is G Vᵀ, and by all of V it would be U'ᵀ G: it changes as V does, by (T B)ᵀ, and that by U' by
+(B⁻¹ S)ᵀ. Of U'ᵀ G the columns that are kept are not known as such, but as U'ᵀ (G Vᵀ) = (U'ᵀ G) Vᵀ
+they are U'ᵀ g_U - g_V V'ᵀ: gradients, and so momenta, are carried exactly. Squares change by the
+squares of the same matrices, as if entries were independent of each other; of the columns that were
+kept they are taken to be the mean of the others' in their row, which is a guess.
+
+**Growth.** Some of the other columns are kept as well: U' V' in these is written out beside U', and
+V' has rows of zeros for them. That is the very same product, and every new entry learns at once.
+What was kept of gradients stays, where the entries stay; of new ones nothing is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tensorize.ir.spec import TTSpec
+from tensorize.training.bonds import Bond, with_ranks
+from tensorize.weight.lazy import FactoredWeight
+
+
+class Change(Protocol):
+    """Cores at other ranks, indices after them."""
+
+    @property
+    def cores(self) -> Sequence[Tensor]:
+        """What is stored now."""
+        ...
+
+    def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
+        """What is kept of the gradients of the cores before, as of those of the cores now."""
+        ...
+
+
+def change(
+    weight: FactoredWeight, found: Sequence[Bond], spec: TTSpec, generator: torch.Generator
+) -> Change:
+    """What becomes of a weight at the ranks of ``spec``.
+
+    Args:
+        found: the bonds of its plain cores.
+        generator: draws the directions, or the columns, that it grows by.
+    """
+    if not weight.spec.pivoted:
+        return _Whole(weight, found, spec, generator)
+    if spec.ranks[0] < weight.spec.ranks[0]:
+        return _Cut(weight, found[0], spec)
+    return _Growth(weight, spec, generator)
+
+
+class _Whole:
+    """Cores of which all is stored."""
+
+    def __init__(
+        self,
+        weight: FactoredWeight,
+        found: Sequence[Bond],
+        spec: TTSpec,
+        generator: torch.Generator,
+    ) -> None:
+        self._spec, self._found, self._ranks = weight.spec, found, spec.ranks
+        before = [core.detach() for core in weight.cores]
+        self.cores = with_ranks(weight.spec, before, found, spec.ranks)
+        self._grow(spec, generator)
+
+    def _grow(self, spec: TTSpec, generator: torch.Generator) -> None:
+        """Random values in the right core of each bond that grew; zeros stay in the left one."""
+        for k, (before, after) in enumerate(zip(self._spec.ranks, spec.ranks, strict=True)):
+            if after <= before:
+                continue
+            core = self.cores[k + 1]
+            new = core.narrow(spec.cores[k + 1].index(f"r{k + 1}"), before, after - before)
+            size = core.double().square().sum().div(core.numel() * before / after).sqrt()
+            values = torch.randn(new.shape, generator=generator, dtype=torch.float64)
+            new.copy_((values * size.cpu()).to(new))
+
+    def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
+        how = self._spec, kept, self._found, self._ranks
+        moved = with_ranks(*how, gradients=True, squared=squared)
+        if squared:
+            # A new direction begins with the mean of the others: with zero its first step is large.
+            for k, (value, before) in enumerate(zip(moved, kept, strict=True)):
+                if value.numel() > before.numel():
+                    moved[k] = torch.where(value == 0, before.mean(), value)
+        return moved
+
+
+@dataclass(frozen=True)
+class _Pivots:
+    """U', V' and the order in float64, and how many columns are kept."""
+
+    left: Tensor
+    rest: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, weight: FactoredWeight) -> _Pivots:
+        left, rest = (core.detach().double() for core in weight.cores)
+        return cls(left, rest, weight.indices[0])
+
+    @property
+    def rank(self) -> int:
+        return self.rest.shape[0]
+
+
+class _Cut:
+    """A smaller rank of low rank that stores no identity."""
+
+    def __init__(self, weight: FactoredWeight, bond: Bond, spec: TTSpec) -> None:
+        (rank,) = spec.ranks
+        plain = [core.detach().double() for core in weight.plain_cores]
+        left, right = with_ranks(weight.spec.plain, plain, [bond], spec.ranks)
+        made = weight.format.stored(spec, (left, right), weight.dtype)
+        self.cores = tuple(core.contiguous() for core in made)
+        self._before, self._kept, self._others = _Pivots.of(weight), *_parts(self.cores[2], rank)
+        basis = right.index_select(1, self._kept)
+        self._forth = bond.left[:, :rank] @ basis
+        self._back = torch.linalg.solve(basis, bond.right[:rank])
+
+    def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
+        left, rest = (value.double() for value in kept)
+        forth, back = self._forth, self._back
+        if squared:
+            forth, back = forth.square(), back.square()
+        whole = self._by_all_columns(left, rest, squared).index_select(1, self._others)
+        moved = left @ back.mT, forth.mT @ whole
+        return [new.to(old.dtype).contiguous() for new, old in zip(moved, kept, strict=True)]
+
+    def _by_all_columns(self, left: Tensor, rest: Tensor, squared: bool) -> Tensor:
+        """What there would be of gradients by V, (R, N), of what there is by U' and V'."""
+        before = self._before
+        if not squared:
+            hidden = before.left.mT @ left - rest @ before.rest.mT
+        elif rest.shape[1]:
+            hidden = rest.mean(1, keepdim=True).expand(-1, before.rank)
+        else:  # every column is kept, and U' is W
+            hidden = before.left.square().mT @ left
+        return torch.cat([hidden, rest], 1).index_select(1, before.order.argsort())
+
+
+class _Growth:
+    """A larger rank of low rank that stores no identity."""
+
+    def __init__(self, weight: FactoredWeight, spec: TTSpec, generator: torch.Generator) -> None:
+        before = _Pivots.of(weight)
+        kept, others = _parts(before.order, before.rank)
+        self._more = spec.ranks[0] - before.rank
+        drawn = torch.randperm(len(others), generator=generator).to(others.device)
+        new, self._stays = (part.sort().values for part in _parts(drawn, self._more))
+        columns = torch.cat([kept, others[new]])
+        self._place = columns.argsort()  # those that are kept ascend
+        written = before.left @ before.rest[:, new]
+        cores = self._placed(torch.cat([before.left, written], 1), before.rest, 0.0)
+        order = torch.cat([columns[self._place], others[self._stays]])
+        self.cores = (*(core.to(weight.dtype) for core in cores), order)
+
+    def _placed(self, left: Tensor, rest: Tensor, value: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The columns of U' in their place; of V' those that stay, and a value in new rows."""
+        rows = rest.new_zeros(self._more, len(self._stays)) + value
+        stays = torch.cat([rest[:, self._stays], rows])
+        return left[:, self._place].contiguous(), stays[self._place].contiguous()
+
+    def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
+        left, rest = kept
+        # As where all is stored: squares begin with the mean of the others.
+        means = [value.mean() if squared else 0.0 for value in kept]
+        columns = left.new_zeros(len(left), self._more) + means[0]
+        return list(self._placed(torch.cat([left, columns], 1), rest, means[1]))
+
+
+def _parts(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first so many, and the others."""
+    return order[:count], order[count:]

@@ -1,0 +1,138 @@
+"""Low rank that stores no identity, at other ranks, and what an optimizer keeps of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensorize import TTSpec
+from tensorize.capture.matmul import Frame
+from tensorize.formats.registry import format_of
+from tensorize.training.bonds import bonds
+from tensorize.training.changes import Change, change
+from tensorize.weight.lazy import FactoredWeight
+from tests.models import relative
+
+SHAPES = ((30, 24, 8), (12, 40, 11), (40, 12, 9), (16, 16, 2), (7, 9, 7), (20, 6, 6))
+SOME_KEPT = [shape for shape in SHAPES if shape[2] < min(shape[:2]) - 2]
+
+
+def weight_of(m: int, n: int, rank: int, dtype: torch.dtype = torch.float64) -> FactoredWeight:
+    torch.manual_seed(m + n + rank)
+    plain = torch.randn(m, rank, dtype=torch.float64), torch.randn(rank, n, dtype=torch.float64)
+    spec = TTSpec.low_rank(m, n, rank, pivoted=True)
+    left, rest, order = format_of(spec).stored(spec, plain, dtype)
+    return FactoredWeight(spec, (left, rest), Frame(), indices=(order,))
+
+
+def changed(weight: FactoredWeight, rank: int) -> tuple[Change, FactoredWeight]:
+    spec = weight.spec.with_ranks((rank,))
+    found = bonds(weight.spec.plain, weight.plain_cores)
+    how = change(weight, found, spec, torch.Generator().manual_seed(0))
+    left, rest, order = how.cores
+    return how, FactoredWeight(spec, (left, rest), Frame(), indices=(order,))
+
+
+def gradients(weight: FactoredWeight, of_dense: Tensor) -> list[Tensor]:
+    """By the cores, where that by the dense weight is known."""
+    cores = tuple(core.detach().requires_grad_() for core in weight.cores)
+    return list(torch.autograd.grad(weight.with_cores(cores).dense(), cores, of_dense))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_cut_is_the_best_approximation_and_stores_no_identity(shape: tuple[int, ...]) -> None:
+    m, n, rank = shape
+    weight = weight_of(m, n, rank)
+    _, small = changed(weight, rank - 1)
+    u, s, v = torch.linalg.svd(weight.dense(), full_matrices=False)
+    best = (u * s)[:, : rank - 1] @ v[: rank - 1]
+    torch.testing.assert_close(small.dense(), best)
+    assert sum(core.numel() for core in small.cores) == (rank - 1) * (m + n - rank + 1)
+    assert [tuple(core.shape) for core in small.cores] == list(small.spec.core_shapes)
+    assert all(core.is_contiguous() for core in small.cores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SOME_KEPT, ids=str)
+def test_growth_is_the_very_same_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    m, n, rank = shape
+    weight = weight_of(m, n, rank, dtype)
+    _, large = changed(weight, rank + 2)
+    assert [tuple(core.shape) for core in large.cores] == list(large.spec.core_shapes)
+    kept, others = large.indices[0].split([rank + 2, n - rank - 2])
+    old = torch.isin(kept, weight.indices[0][:rank])
+    stays = torch.isin(weight.indices[0][rank:], others)
+    assert torch.equal(large.cores[0][:, old], weight.cores[0])
+    assert torch.equal(large.cores[1][old], weight.cores[1][:, stays])
+    assert not large.cores[1][~old].any()
+    torch.testing.assert_close(large.dense(), weight.dense())
+    of_dense = torch.randn(m, n, dtype=dtype)
+    assert all(bool(g.all()) for g in gradients(large, of_dense))  # every entry can learn
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_momenta_are_those_of_the_same_gradient(shape: tuple[int, ...], lost: int) -> None:
+    m, n, rank = shape
+    weight = weight_of(m, n, rank)
+    how, small = changed(weight, max(1, rank - 1 - lost))
+    of_dense = torch.randn(m, n, dtype=torch.float64)
+    moved = how.states(gradients(weight, of_dense), squared=False)
+    for a, b in zip(moved, gradients(small, of_dense), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", SOME_KEPT, ids=str)
+def test_growth_keeps_what_is_known(shape: tuple[int, ...]) -> None:
+    m, n, rank = shape
+    weight = weight_of(m, n, rank)
+    how, large = changed(weight, rank + 2)
+    of_dense = torch.randn(m, n, dtype=torch.float64)
+    before, wanted = gradients(weight, of_dense), gradients(large, of_dense)
+    before_kept, kept = weight.indices[0][:rank], large.indices[0][: rank + 2]
+    old = torch.isin(kept, before_kept)
+    for squared in (False, True):
+        values = [g.square() if squared else g for g in before]
+        left, rest = how.states(values, squared=squared)
+        assert torch.equal(left[:, old], values[0])
+        exact = wanted[1].square() if squared else wanted[1]
+        torch.testing.assert_close(rest[old], exact[old])
+        for new, value in zip((left[:, ~old], rest[~old]), values, strict=True):
+            start = value.mean() if squared else torch.zeros((), dtype=torch.float64)
+            torch.testing.assert_close(new, start.expand(new.shape))
+
+
+@pytest.mark.parametrize("rank", [20, 30, 40])
+def test_squares_keep_their_scale_through_a_cut(rank: int) -> None:
+    """Of gradients whose rows and columns differ in size, as those of layers do."""
+    m, n, before = 64, 48, 44
+    weight = weight_of(m, n, before)
+    how, small = changed(weight, rank)
+    sizes = torch.rand(m, 1).add(0.3) * torch.rand(1, n).add(0.3)
+    drawn = [(torch.randn(m, n) * sizes).double() for _ in range(50)]
+
+    def squares(of: FactoredWeight) -> list[Tensor]:
+        found = [gradients(of, each) for each in drawn]
+        return [torch.stack([g[k] for g in found]).square().mean(0) for k in range(2)]
+
+    moved = how.states(squares(weight), squared=True)
+    for a, b in zip(moved, squares(small), strict=True):
+        assert (a > 0).all()
+        assert 0.4 < float(a.mean() / b.mean()) < 2.5
+        assert (a / b).log().std().exp() < 3
+
+
+def test_a_cut_of_a_weight_of_which_all_columns_are_kept() -> None:
+    how, small = changed(weight_of(9, 6, 6), 3)
+    moved = how.states([torch.rand(9, 6).double(), torch.rand(6, 0).double()], squared=True)
+    assert [value.shape for value in moved] == [core.shape for core in small.cores]
+    assert all(bool((value > 0).all()) for value in moved)
+
+
+def test_the_same_seed_grows_by_the_same_columns() -> None:
+    weight = weight_of(*SHAPES[0])
+    first, again = (changed(weight, 12)[0].cores for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert relative(changed(weight, 12)[1].dense(), weight.dense()) < 1e-12
