@@ -55,7 +55,7 @@ class Allocate:
     ``ranks`` overrides the allocation (pattern → rank or "full"); with ``budget=None`` the sites
     that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
     ``notes`` are for the plan; ``pivots``: where the machine can run it, low rank need not store
-    what a change of basis can remove, and ``always``: where it need not it does not.
+    what a change of basis can remove; ``always``: wherever it need not it does not.
     """
 
     budget: Budget | None
@@ -139,7 +139,7 @@ class Allocate:
         }
         overrides = _overrides(analysed.sites, self.ranks, unable)
         load, scale = (self.batch_sizes, analysed.machine), scales(analysed)
-        pivots = self.pivots and analysed.machine.reads_orders
+        pivots = self.always or (self.pivots and analysed.machine.reads_orders)
         bits = integers(self.precision)
         result = []
         for site in analysed.sites:

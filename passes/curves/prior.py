@@ -64,9 +64,9 @@ class AssumeSpectra:
         padded = {site.name for site in free if _is_padded(found.model, site)}
         spectra = {}
         for site in free:
-            apart, pivoted = site.name in padded, self.pivoted and site.takes_trains
             how = allowed[site.name], exact.get(site.name)
-            spectra[site.name] = _curve(site, *how, apart=apart, pivoted=pivoted)
+            apart = site.name in padded
+            spectra[site.name] = _curve(site, *how, apart=apart, pivoted=self.pivoted)
         return found.to(Learned, spectra=spectra, summary=f"{len(spectra)} curves by shape")
 
 
@@ -113,12 +113,6 @@ def _fitting(site: Site, spec: Spec) -> Spec:
             f"its uses ({', '.join(use.kind for use in site.uses)}) take low rank only",
             site=site.name,
             way_out=f"formats={LOW_RANK!r} for it",
-        )
-    if spec.pivoted and not site.takes_trains:
-        raise AnalysisError(
-            f"its uses ({', '.join(use.kind for use in site.uses)}) take all of both factors only",
-            site=site.name,
-            way_out=f"formats={spec.plain}",
         )
     return spec
 

@@ -98,7 +98,7 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Pivots:
-    """U', V' and the order in float64, and how many columns are kept."""
+    """U' (…, M, R) and V' (…, R, N - R) in float64, and the order of the columns (…, N)."""
 
     left: Tensor
     rest: Tensor
@@ -111,7 +111,7 @@ class _Pivots:
 
     @property
     def rank(self) -> int:
-        return self.rest.shape[0]
+        return self.rest.shape[-2]
 
 
 class _Cut:
@@ -123,30 +123,31 @@ class _Cut:
         left, right = with_ranks(weight.spec.plain, plain, [bond], spec.ranks)
         made = weight.format.stored(spec, (left, right), weight.dtype)
         self.cores = tuple(core.contiguous() for core in made)
-        self._before, self._kept, self._others = _Pivots.of(weight), *_parts(self.cores[2], rank)
-        basis = right.index_select(1, self._kept)
-        self._forth = bond.left[:, :rank] @ basis
-        self._back = torch.linalg.solve(basis, bond.right[:rank])
+        kept, self._others = _parts(made[2], rank)
+        basis = _columns(right, kept)
+        self._before = _Pivots.of(weight)
+        self._forth = bond.left[..., :rank] @ basis
+        self._back = torch.linalg.solve(basis, bond.right[..., :rank, :])
 
     def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
         left, rest = (value.double() for value in kept)
         forth, back = self._forth, self._back
         if squared:
             forth, back = forth.square(), back.square()
-        whole = self._by_all_columns(left, rest, squared).index_select(1, self._others)
+        whole = _columns(self._by_all_columns(left, rest, squared), self._others)
         moved = left @ back.mT, forth.mT @ whole
         return [new.to(old.dtype).contiguous() for new, old in zip(moved, kept, strict=True)]
 
     def _by_all_columns(self, left: Tensor, rest: Tensor, squared: bool) -> Tensor:
-        """What there would be of gradients by V, (R, N), of what there is by U' and V'."""
+        """What there would be of gradients by V, (…, R, N), of what there is by U' and V'."""
         before = self._before
         if not squared:
             hidden = before.left.mT @ left - rest @ before.rest.mT
-        elif rest.shape[1]:
-            hidden = rest.mean(1, keepdim=True).expand(-1, before.rank)
+        elif rest.shape[-1]:
+            hidden = rest.mean(-1, keepdim=True).expand(*rest.shape[:-1], before.rank)
         else:  # every column is kept, and U' is W
             hidden = before.left.square().mT @ left
-        return torch.cat([hidden, rest], 1).index_select(1, before.order.argsort())
+        return _columns(torch.cat([hidden, rest], -1), before.order.argsort(-1))
 
 
 class _Growth:
@@ -156,29 +157,35 @@ class _Growth:
         before = _Pivots.of(weight)
         kept, others = _parts(before.order, before.rank)
         self._more = spec.ranks[0] - before.rank
-        drawn = torch.randperm(len(others), generator=generator).to(others.device)
-        new, self._stays = (part.sort().values for part in _parts(drawn, self._more))
-        columns = torch.cat([kept, others[new]])
-        self._place = columns.argsort()  # those that are kept ascend
-        written = before.left @ before.rest[:, new]
-        cores = self._placed(torch.cat([before.left, written], 1), before.rest, 0.0)
-        order = torch.cat([columns[self._place], others[self._stays]])
-        self.cores = (*(core.to(weight.dtype) for core in cores), order)
+        drawn = torch.rand(others.shape, generator=generator).argsort(-1).to(others.device)
+        new, self._stays = (part.sort(-1).values for part in _parts(drawn, self._more))
+        columns = torch.cat([kept, others.gather(-1, new)], -1)
+        self._place = columns.argsort(-1)  # those that are kept ascend
+        written = before.left @ _columns(before.rest, new)
+        cores = self._placed(torch.cat([before.left, written], -1), before.rest, 0.0)
+        order = [columns.gather(-1, self._place), others.gather(-1, self._stays)]
+        self.cores = (*(core.to(weight.dtype) for core in cores), torch.cat(order, -1))
 
     def _placed(self, left: Tensor, rest: Tensor, value: float | Tensor) -> tuple[Tensor, Tensor]:
         """The columns of U' in their place; of V' those that stay, and a value in new rows."""
-        rows = rest.new_zeros(self._more, len(self._stays)) + value
-        stays = torch.cat([rest[:, self._stays], rows])
-        return left[:, self._place].contiguous(), stays[self._place].contiguous()
+        stays = _columns(rest, self._stays)
+        rows = stays.new_zeros(*stays.shape[:-2], self._more, stays.shape[-1]) + value
+        placed = torch.cat([stays, rows], -2).mT
+        return _columns(left, self._place), _columns(placed, self._place).mT.contiguous()
 
     def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
         left, rest = kept
         # As where all is stored: squares begin with the mean of the others.
         means = [value.mean() if squared else 0.0 for value in kept]
-        columns = left.new_zeros(len(left), self._more) + means[0]
-        return list(self._placed(torch.cat([left, columns], 1), rest, means[1]))
+        columns = left.new_zeros(*left.shape[:-1], self._more) + means[0]
+        return list(self._placed(torch.cat([left, columns], -1), rest, means[1]))
 
 
 def _parts(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first so many, and the others."""
-    return order[:count], order[count:]
+    return order[..., :count], order[..., count:]
+
+
+def _columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns (…, K) of a matrix (…, R, N): (…, R, K)."""
+    return torch.take_along_dim(matrix, order.long().unsqueeze(-2), -1)

@@ -83,8 +83,7 @@ def initialize(
             every plain linear (CoLA, Liu et al. 2025). Such a layer stands for no matrix:
             ``densify`` refuses it.
         pivoted: weights of low rank store no number that a change of basis can remove
-            (``weight.pivoted``): the same budget buys larger ranks. Tiny ranks, stacks of experts,
-            convolutions and bags store all.
+            (``weight.pivoted``), but at tiny ranks: the same budget buys larger ones.
         rank_multiple: ranks above it are its multiples, as matrix units want.
         batch_sizes: input rows at which FLOPs and times are counted; the worst counts.
         initializer: a function of a module that makes the values of its own parameters.

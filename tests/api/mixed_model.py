@@ -80,9 +80,12 @@ def dense() -> Any:
     return copy.deepcopy(_made()[0])
 
 
-def small(pivoted: bool = False) -> Any:
+def small(pivoted: bool | None = None) -> Any:
+    """As it was compiled, or with low rank in one form."""
     model = copy.deepcopy(_made()[1])
-    return tensorize.weight.pivoted(model) if pivoted else model
+    if pivoted is None:
+        return model
+    return tensorize.weight.pivoted(model) if pivoted else tensorize.weight.plain(model)
 
 
 def scores(model: Callable[..., Tensor], ids: Tensor = IDS) -> Tensor:

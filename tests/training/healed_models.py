@@ -63,8 +63,8 @@ def pair(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
 def models(name: str = "gpt", *, pivoted: bool = False) -> tuple[nn.Module, nn.Module]:
     """A dense decoder, and a copy of its compressed form, that stores no identity if asked to."""
     dense, small = pair(name)
-    small = copy.deepcopy(small)
-    return dense, tensorize.weight.pivoted(small) if pivoted else small
+    stored = tensorize.weight.pivoted if pivoted else tensorize.weight.plain
+    return dense, stored(copy.deepcopy(small))
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

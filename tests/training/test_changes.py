@@ -34,6 +34,14 @@ def changed(weight: FactoredWeight, rank: int) -> tuple[Change, FactoredWeight]:
     return how, FactoredWeight(spec, (left, rest), Frame(), indices=(order,))
 
 
+def stack_of(experts: int, m: int, n: int, rank: int) -> FactoredWeight:
+    torch.manual_seed(0)
+    plain = torch.randn(experts, m, rank).double(), torch.randn(experts, rank, n).double()
+    spec = TTSpec.low_rank(m, n, rank, experts=experts, pivoted=True)
+    left, rest, order = format_of(spec).stored(spec, plain, torch.float64)
+    return FactoredWeight(spec, (left, rest), Frame(), indices=(order,))
+
+
 def gradients(weight: FactoredWeight, of_dense: Tensor) -> list[Tensor]:
     """By the cores, where that by the dense weight is known."""
     cores = tuple(core.detach().requires_grad_() for core in weight.cores)
@@ -122,6 +130,30 @@ def test_squares_keep_their_scale_through_a_cut(rank: int) -> None:
         assert (a > 0).all()
         assert 0.4 < float(a.mean() / b.mean()) < 2.5
         assert (a / b).log().std().exp() < 3
+
+
+def one_of(weight: FactoredWeight, k: int) -> FactoredWeight:
+    cores = weight.cores[0][k], weight.cores[1][k]
+    return FactoredWeight(weight.spec.single, cores, Frame(), indices=(weight.indices[0][k],))
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_each_expert_of_a_stack_changes_by_itself(rank: int) -> None:
+    weight = stack_of(3, 12, 10, 5)
+    how, other = changed(weight, rank)
+    assert [tuple(core.shape) for core in other.cores] == list(other.spec.core_shapes)
+    of_dense = torch.randn(3, 12, 10, dtype=torch.float64)
+    before = [gradients(one_of(weight, k), of_dense[k]) for k in range(3)]
+    kept = [torch.stack(parts) for parts in zip(*before, strict=True)]
+    moved = how.states(kept, squared=False)
+    for k in range(3):
+        exact = one_of(weight, k).dense()
+        if rank == 3:
+            u, s, v = torch.linalg.svd(exact, full_matrices=False)
+            exact = (u * s)[:, :3] @ v[:3]
+            for a, b in zip(moved, gradients(one_of(other, k), of_dense[k]), strict=True):
+                torch.testing.assert_close(a[k], b)
+        torch.testing.assert_close(one_of(other, k).dense(), exact)
 
 
 def test_a_cut_of_a_weight_of_which_all_columns_are_kept() -> None:

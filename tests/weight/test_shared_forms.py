@@ -168,8 +168,7 @@ def test_in_a_graph_it_is_computed_once() -> None:
             if pivoted:
                 assert whole.count("in_order.default") == len(layers)
                 assert found.count("in_order.default") == products
-            else:
-                assert found.count("linear") == whole.count("linear") - len(layers) + products
+            assert found.count("linear") == whole.count("linear") - len(layers) + products
 
 
 @torch.no_grad()
