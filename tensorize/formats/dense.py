@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +19,6 @@ class Dense(Format[DenseSpec]):
     title = "dense"
     colors = "#b45309", "#fdf0dc"
     unasked = True
-
-    def read(self, data: Mapping[str, Any]) -> DenseSpec:
-        return DenseSpec.from_dict(data)
 
     def reconstruct(self, spec: DenseSpec, cores: Sequence[Tensor]) -> Tensor:
         return cores[0]

@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1} | {
+    "uint8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+"""Bytes of an entry of the dtypes that cores and indices are kept in."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Integers of ``bits`` bits.

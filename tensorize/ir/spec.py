@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
-from tensorize.ir.precision import INTEGERS, Precision
+from tensorize.ir.precision import INTEGERS, ITEMSIZE, Precision
 
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
@@ -36,7 +34,7 @@ class Index:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 class Spec:
@@ -71,7 +69,7 @@ class Spec:
 
         Tied modules have the cores in common, and indices of their own.
         """
-        own = itemsize if self.storage is None else getattr(torch, self.storage).itemsize
+        own = itemsize if self.storage is None else ITEMSIZE[self.storage]
         return self.parameters * own + holders * sum(index.bytes for index in self.indices)
 
     @property
@@ -92,6 +90,8 @@ class Spec:
         """The spec that ``to_dict`` wrote, of whatever format."""
         if data.get("precision") is not None:
             return QuantizedSpec.from_dict(data)
+        if data.get("format") == DENSE:
+            return DenseSpec.from_dict(data)
         return READERS.get(data.get("format", ""), TTSpec.from_dict)(data)
 
 
@@ -427,9 +427,6 @@ class DenseSpec(Spec):
 
     def __repr__(self) -> str:
         return f"DenseSpec({self.shape})"
-
-
-READERS[DENSE] = DenseSpec.from_dict
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,8 @@ def blank(
 
 
 def _linear(weight: Any) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = weight
     return linear
 

@@ -140,7 +140,8 @@ def test_symbolic_traces_of_its_layers_hold() -> None:
 
 def test_its_order_counts_in_the_bytes() -> None:
     found = tensorize.report(compressed())
-    orders = 4 * (24 + 24 + 40 + 24)  # int32, of the columns of table, up, down and turned
+    # int32, of the columns of table and head, which are tied, up, down and turned.
+    orders = 4 * (24 + 24 + 24 + 40 + 24)
     assert found.totals.after.bytes == 4 * found.totals.after.parameters + orders
     assert found.plan.predicted.bytes == found.totals.after.bytes
 
