@@ -112,6 +112,8 @@ def codes_for(weight: Tensor, found: Grid, metric: Metric) -> Tensor:
     inputs, outputs = _unit(metric.right, target), _unit(metric.left, target)
     if inputs is None and outputs is None:
         return found.nearest(target)
+    if inputs is None:
+        inputs = torch.eye(target.shape[1], device=target.device)
     if outputs is None or found.precision.bits < 3:
         return _by_columns(target, found, inputs)
     return _by_entries(target, found, inputs, outputs)

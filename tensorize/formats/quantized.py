@@ -52,7 +52,7 @@ class Coded:
         largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         steps = largest.float() / self.kind.codes[1]
         rounded = (x / steps.to(x.dtype)).round_().to(torch.int8)
-        product = torch._int_mm(rounded, self.codes.t())
+        product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
         return (product * steps * self.scale.float().mT).to(x.dtype)
 
     def at(self, rows: Tensor) -> Coded:
@@ -64,9 +64,9 @@ class Coded:
 class Quantized(Format[QuantizedSpec]):
     """Another format's cores, rounded. Its own say what is done with the numbers."""
 
-    def __init__(self, inner: Format[Any]) -> None:
-        self.inner = inner
-        self.name, self.title, self.colors = inner.name, inner.title, inner.colors
+    def __init__(self, numbers: Format[Any]) -> None:
+        self.numbers = numbers
+        self.name, self.title, self.colors = numbers.name, numbers.title, numbers.colors
 
     def coded(self, spec: QuantizedSpec, held: Sequence[Tensor]) -> list[Coded]:
         """Every core, of what is held: scales, the inner spec's indices, codes and zero points."""
@@ -85,10 +85,10 @@ class Quantized(Format[QuantizedSpec]):
         return *(core.values() for core in self.coded(spec, held)), *indices
 
     def reconstruct(self, spec: QuantizedSpec, cores: Sequence[Tensor]) -> Tensor:
-        return self.inner.reconstruct(spec.inner, self.inside(spec, cores))
+        return self.numbers.reconstruct(spec.inner, self.inside(spec, cores))
 
     def computed(self, spec: QuantizedSpec, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.inner.computed(spec.inner, self.inside(spec, cores))
+        return self.numbers.computed(spec.inner, self.inside(spec, cores))
 
     def stored(
         self,
@@ -106,7 +106,7 @@ class Quantized(Format[QuantizedSpec]):
     ) -> Tensor:  # fmt: skip
         if contract == "columns" and _in_integers(spec, cores, x):
             return self._in_integers(spec, cores, x, bias)
-        return self.inner.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+        return self.numbers.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
 
     def _in_integers(
         self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, bias: Tensor | None
@@ -130,10 +130,10 @@ class Quantized(Format[QuantizedSpec]):
         held = first.at(rows.reshape(-1)).values(), *(core.values() for core in others)
         indices = cores[count : count + len(spec.inner.indices)]
         every = torch.arange(rows.numel(), device=rows.device).reshape(rows.shape)
-        return self.inner.lookup(spec.inner, (*held, *indices), every)
+        return self.numbers.lookup(spec.inner, (*held, *indices), every)
 
     def flops(self, spec: QuantizedSpec, contract: str) -> Any:
-        return self.inner.flops(spec.inner, contract)
+        return self.numbers.flops(spec.inner, contract)
 
     def time(
         self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
@@ -141,8 +141,8 @@ class Quantized(Format[QuantizedSpec]):
         if contract == "columns" and _by_integers(spec):
             wide = spec.shape[-1] + sum(spec.ranks)
             seen = _SEEN * lookup_time(machine, rows, wide, dtype)
-            return seen + self.inner.time(spec.inner, contract, rows, machine, "int8")
-        took = self.inner.time(spec.inner, contract, rows, machine, dtype)
+            return seen + self.numbers.time(spec.inner, contract, rows, machine, "int8")
+        took = self.numbers.time(spec.inner, contract, rows, machine, dtype)
         made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
         return took + 1e6 * _PASSES * 2 * made * bytes_of(dtype) / machine.bandwidth
 
@@ -203,9 +203,9 @@ def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> boo
 
 
 @cache
-def quantized(inner: Format[Any]) -> Quantized:
+def quantized(numbers: Format[Any]) -> Quantized:
     """The format of codes for another format's numbers."""
-    return Quantized(inner)
+    return Quantized(numbers)
 
 
 def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) -> Coded:

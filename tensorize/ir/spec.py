@@ -442,7 +442,7 @@ class QuantizedSpec(Spec):
     """
 
     inner: Spec
-    precision: str
+    precision: str  # pyright: ignore[reportIncompatibleVariableOverride]
 
     if TYPE_CHECKING:
         format: str = field(init=False, compare=False)

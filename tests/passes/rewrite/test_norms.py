@@ -67,10 +67,12 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.clone() for name, b in model.named_buffers() if "running" in name}
 
 
-def test_they_are_estimated_again_and_it_is_said() -> None:
+def test_they_are_estimated_again_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Low rank with all of its factors, which loses enough that statistics are worth it.
+    monkeypatch.setattr(Machine, "reads_orders", False)
     model, data = trained()
     before = statistics(model)
-    small = tensorize.compile(model, 0.15, calibration=data, refine="refit")
+    small = tensorize.compile(model, 0.2, calibration=data, refine="refit")
     assert any("batch norms" in note for note in tensorize.report(small).notes)
     assert all(torch.equal(b, before[name]) for name, b in statistics(model).items())
     found = statistics(small)
