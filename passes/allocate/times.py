@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tensorize.formats.low_rank import first_time
+from tensorize.formats.order import in_order_time
 from tensorize.formats.registry import format_of
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
 from tensorize.ir.sites import Site
@@ -55,5 +56,5 @@ def spec_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Mach
             run = spec.plain if whole else spec
             total[..., k] += form.time(run, use.contract, rows, machine, site.dtype)
             if whole:
-                total[..., k] += lookup_time(machine, *spec.ranks, site.matrix[1], site.dtype)
+                total[..., k] += in_order_time(machine, *spec.ranks, site.matrix[1], site.dtype)
     return total

@@ -184,7 +184,7 @@ def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
     if not spec.pivoted:
         return matmul_time(machine, rows, n, rank, dtype)
     took = matmul_time(machine, rows, n - rank, rank, dtype)
-    return took + lookup_time(machine, rows, n, dtype)
+    return took + in_order_time(machine, rows, n, dtype)
 
 
 def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:

@@ -61,9 +61,9 @@ def _has_own_way(x: Tensor) -> bool:
     operations only, and who loads a graph that is kept may have no others."""
     if type(x) is not Tensor or x.device.type != "cpu":
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 @torch.library.impl(library, "in_order", "CPU")

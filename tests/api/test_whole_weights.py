@@ -79,7 +79,7 @@ def test_a_whole_weight_is_rebuilt_in_one_graph(name: str) -> None:
 
 
 def test_a_whole_weight_stays_dense_where_others_can_be_cut() -> None:
-    small = tensorize.compile(Recurrent().eval(), 0.98, example_inputs=(torch.randn(5, 2, 16),))
+    small = tensorize.compile(Recurrent().eval(), 0.99, example_inputs=(torch.randn(5, 2, 16),))
     formats = {site.name: site.format for site in tensorize.report(small).sites}
     assert formats.pop("head.weight") == "low_rank"
     assert set(formats.values()) == {"dense"}

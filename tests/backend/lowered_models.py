@@ -26,7 +26,8 @@ class Attention(nn.Module):
 
 
 def compressed(width: int = 32, rank: int = 4) -> nn.Module:
-    return tensorize.compile(Attention(width), None, ranks={"*": rank}, example_inputs=(X,)).eval()
+    small = tensorize.compile(Attention(width), None, ranks={"*": rank}, example_inputs=(X,))
+    return tensorize.weight.plain(small).eval()  # two linears a weight, and nothing between
 
 
 X = torch.randn(1, 1, 32)

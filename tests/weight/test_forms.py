@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import tensorize
 from tensorize.weight.install import factored
@@ -129,6 +129,13 @@ def test_graphs_of_it_are_whole() -> None:
     )
     exported = torch.export.export(small, (IDS,))
     assert relative(exported.module()(IDS).detach(), wanted) < 1e-6
+
+
+def test_symbolic_traces_of_its_layers_hold() -> None:
+    small, x = compressed(), torch.randn(3, 24)
+    layers = nn.Sequential(small.up, nn.ReLU(), small.down)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert relative(fx.symbolic_trace(layers)(x), layers(x)) < 1e-5
 
 
 def test_its_order_counts_in_the_bytes() -> None:

@@ -1,0 +1,92 @@
+"""Orders that hidden units are computed in: where nothing else reads them, and the same results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tensorize
+from tensorize.passes.lowering.orders import ComputeInOrder
+from tests.backend.lowered_models import EAGER, calls, lowered_and_run
+from tests.models import relative
+
+ORDER = "in_order.default"
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(32, 64), nn.Linear(32, 64, bias=False)
+        self.down = nn.Linear(64, 32)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * self.up(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.hidden(x))
+
+
+class ReadElsewhere(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x)
+        return self.down(hidden) + hidden.sum(-1, keepdim=True)
+
+
+class Mixed(Gated):
+    """Its hidden units are not those of linears, unit by unit."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return super().hidden(x).softmax(-1)
+
+
+class Broadcast(Gated):
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * self.down.weight.cores[0].sum()
+
+
+class Written(Gated):
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.silu(self.gate(x), inplace=True)
+
+
+X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+
+
+def small(kind: type[Gated], dtype: torch.dtype = torch.bfloat16, *, dense: bool = False) -> Gated:
+    torch.manual_seed(0)
+    ranks = {"down*": 12} if dense else {"*": 12}
+    model = tensorize.compile(kind().eval(), None, ranks=ranks, metric="frobenius")
+    return tensorize.weight.pivoted(model).to(dtype)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_linears_compute_in_the_order_that_reads_them(dense: bool) -> None:
+    model = small(Gated, dense=dense)
+    with torch.no_grad():
+        want = model(X.bfloat16())
+    program, found = lowered_and_run(model, X.bfloat16(), ComputeInOrder())
+    assert calls(program.graph).count(ORDER) == (0 if dense else 2)  # gate and up have their own
+    assert len(program.packed) == 3  # two weights and a bias
+    assert relative(found.float(), want.float()) < 2 * torch.finfo(torch.bfloat16).eps
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="tensorize", options=EAGER if dense else {})
+        assert relative(compiled(X.bfloat16()).float(), want.float()) < 0.02
+        model.gate.bias.add_(1)  # copies follow what they are copies of
+        assert relative(compiled(X.bfloat16()).float(), model(X.bfloat16()).float()) < 0.02
+
+
+@pytest.mark.parametrize("kind", [ReadElsewhere, Mixed, Broadcast, Written])
+def test_an_order_stays_where_anything_else_is_in_the_way(kind: type[Gated]) -> None:
+    model = small(kind)
+    with torch.no_grad():
+        want = model(X.bfloat16())
+    program, found = lowered_and_run(model, X.bfloat16(), ComputeInOrder())
+    assert not program.packed
+    assert relative(found.float(), want.float()) < 0.02
+
+
+def test_an_order_stays_in_float32() -> None:
+    program, _ = lowered_and_run(small(Gated, torch.float32), X, ComputeInOrder())
+    assert calls(program.graph).count(ORDER) == 3
