@@ -60,11 +60,13 @@ def pair(name: str = "gpt") -> tuple[nn.Module, nn.Module]:
     return dense, tensorize.compile(dense, 0.5, calibration=texts(3, seed=5))
 
 
-def models(name: str = "gpt", *, pivoted: bool = False) -> tuple[nn.Module, nn.Module]:
-    """A dense decoder, and a copy of its compressed form, that stores no identity if asked to."""
+def models(name: str = "gpt", *, pivoted: bool | None = None) -> tuple[nn.Module, nn.Module]:
+    """A dense decoder, and a copy of its compressed form: as compiled, or low rank in one form."""
     dense, small = pair(name)
-    stored = tensorize.weight.pivoted if pivoted else tensorize.weight.plain
-    return dense, stored(copy.deepcopy(small))
+    small = copy.deepcopy(small)
+    if pivoted is None:
+        return dense, small
+    return dense, tensorize.weight.pivoted(small) if pivoted else tensorize.weight.plain(small)
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
