@@ -11,7 +11,7 @@ from tensorize.api.outcome import totals_of
 from tensorize.base.tensors import unwrapped
 from tensorize.capture.inputs import check_model
 from tensorize.ir.spec import Spec
-from tensorize.reports.attach import attach, known_report
+from tensorize.reports.attach import attach, known_report, samples_of
 from tensorize.reports.data import ReportTotals
 from tensorize.store import transformers_config
 from tensorize.weight.forms import to_pivoted, to_plain
@@ -86,6 +86,7 @@ def _note(model: nn.Module, specs: Mapping[str, Spec]) -> None:
             found,
             plan=replace(found.plan, sites=tuple(choices), predicted=predicted),
             sites=tuple(sites),
+            weights=samples_of(model),
             totals=ReportTotals(found.totals.before, after),
         ),
     )

@@ -129,7 +129,7 @@ class LowRank(Chain):
             each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
             return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
         found = rounded(pivoted(left, right), dtype)
-        return found.left, found.rest, found.order
+        return found.left, found.rest.contiguous(), found.order
 
     def width(self, cores: Sequence[Tensor]) -> int:
         return cores[1].shape[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import tensorize
+from tensorize.ir.machine import Machine
 
 
 class Net(nn.Module):
