@@ -49,9 +49,10 @@ class Coded:
 
     def linear(self, x: Tensor) -> Tensor:
         """x (B, N) times Wᵀ in integers: rows of x have a scale of their own; bits are eight."""
-        largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        steps = largest.float() / self.kind.codes[1]
-        rounded = (x / steps.to(x.dtype)).round_().to(torch.int8)
+        wide = x.float()  # in half precision the largest would be rounded to a code too many
+        largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        steps = largest / self.kind.codes[1]
+        rounded = (wide / steps).round_().to(torch.int8)
         product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
         return (product * steps * self.scale.float().mT).to(x.dtype)
 

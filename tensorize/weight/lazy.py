@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,8 +132,8 @@ class FactoredWeight:
         """
         self.require_matrix()
         spec, cores = self.looked_at()
-        if self._is_several:  # stacks are low rank
-            weight = torch.matmul(*self.format.computed(spec, cores))
+        if self._is_several:  # stacks are low rank, or dense in codes
+            weight = functools.reduce(torch.matmul, self.format.computed(spec, cores))
         else:
             weight = format_of(spec).reconstruct(spec, cores)
         if self.frame.shape is not None:
