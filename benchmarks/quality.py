@@ -23,8 +23,8 @@ squares, and as TT-SVD leaves them.
 ``minilm-512``, with eight times the sentences, as well.
 
 Results are kept by model, after every draw of text: a run of some models leaves those of the
-others as they were, and ``--resume`` adds the draws that are missing. ``--ours`` runs ours alone, and leaves what
-was measured of the other methods on the same text as it is.
+others as they were, and ``--resume`` adds the draws that are missing. ``--ours`` runs ours alone,
+and leaves what was measured of the other methods on the same text as it is.
 """
 
 from __future__ import annotations
