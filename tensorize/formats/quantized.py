@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -133,6 +132,14 @@ class Quantized(Format[QuantizedSpec]):
         every = torch.arange(rows.numel(), device=rows.device).reshape(rows.shape)
         return self.numbers.lookup(spec.inner, (*held, *indices), every)
 
+    def rows_apart(self, spec: QuantizedSpec) -> int | None:
+        return self.numbers.rows_apart(spec.inner)
+
+    def clear_rows(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> None:
+        k = self.rows_apart(spec)
+        assert k is not None
+        cores[k][rows] = 0  # the scales: whatever their codes are, rows stand for zero
+
     def flops(self, spec: QuantizedSpec, contract: str) -> Any:
         return self.numbers.flops(spec.inner, contract)
 
@@ -197,16 +204,14 @@ def inputs_in_full() -> Iterator[None]:
 
 
 def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether this product is one of integers: on a CPU, where no gradient is asked for."""
+    """Whether this product is one of integers: on a CPU, where no gradient is asked for.
+
+    A trace serves both with gradients and without, so it holds the numbers.
+    """
     recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
+    recorded = recorded or torch.jit.is_tracing()
     allowed = not (recorded or getattr(_full, "inputs", False))
     return allowed and _by_integers(spec) and x.device.type == "cpu"
-
-
-@cache
-def quantized(numbers: Format[Any]) -> Quantized:
-    """The format of codes for another format's numbers."""
-    return Quantized(numbers)
 
 
 def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) -> Coded:

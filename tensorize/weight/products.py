@@ -65,7 +65,7 @@ def lookup(
         result = kernel.lookup(rows, cores)
     else:
         result = format_of(spec).lookup(spec, cores, rows)
-    if padding_idx is None or not result.requires_grad:
+    if padding_idx is None or not (result.requires_grad or torch.jit.is_tracing()):
         return result
     # As nn.Embedding: what arrives at the padding row changes nothing.
     padding = rows == padding_idx % spec.shape[-2]
