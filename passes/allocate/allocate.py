@@ -177,7 +177,8 @@ class Allocate:
         names = {
             site.name
             for site in analysed.sites
-            if self.formats is None or joins(self.formats.get(site.name, ()))
+            if (self.formats is None or joins(self.formats.get(site.name, ())))
+            and takes_own(self.precision, site.dtype)
         }
         if self.even:
             return together(result)

@@ -52,7 +52,10 @@ class Coded:
         largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         steps = largest / self.kind.codes[1]
         rounded = (wide / steps).round_().to(torch.int8)
-        product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
+        if self.columns > 1:
+            product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
+        else:  # of which torch 2.13 makes wrong numbers
+            product = rounded.int() * self.codes.t()
         return (product * steps * self.scale.float().mT).to(x.dtype)
 
     def at(self, rows: Tensor) -> Coded:
@@ -120,7 +123,7 @@ class Quantized(Format[QuantizedSpec]):
                 kept, rest = ordered(y, order, spec.ranks[0])
                 y = kept + right.linear(rest)
         y = first.linear(y)
-        y = y if bias is None else y + bias
+        y = y if bias is None else y + bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class FactoredWeight:
         if func in _OF_GRADIENTS:
             return weight._refuse_hook()
         matmul = uses.read(func, args, kwargs, weight)
-        if matmul is not None and weight._can_run(matmul):
+        if matmul is not None and weight.can_run(matmul):
             return weight.run(weight.frame.turn(matmul))
         frame = views.view(func, args, kwargs, weight.frame, weight)
         if isinstance(frame, tuple):
@@ -271,7 +271,21 @@ class FactoredWeight:
         how = frame, self.contractions, self.nonlinearity, self.indices
         return FactoredWeight(self.spec, cores, *how)
 
-    def _can_run(self, matmul: Matmul) -> bool:
+    def as_pair(self) -> FactoredWeight:
+        """The same weight as numbers, in two factors: one may be an identity. It can run any call
+        that low rank can."""
+        factors = self.plain_cores
+        if len(factors) == 1:
+            (matrix,) = factors
+            *lead, m, n = matrix.shape
+            one = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
+            one = one.expand(*lead, *one.shape)
+            factors = (one, matrix) if m < n else (matrix, one)
+        *experts, m, n = self.spec.shape
+        spec = TTSpec.low_rank(m, n, factors[0].shape[-1], experts=sum(experts))
+        return FactoredWeight(spec, factors, self.frame)
+
+    def can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
         pair, frame = self.format.pair, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:
