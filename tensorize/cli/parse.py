@@ -37,7 +37,9 @@ def parse_budget(text: str) -> Budget | float:
     """
     known = [f.name for f in fields(Budget)]
     if "=" not in text:
-        return _number(text, "--budget")
+        share = _number(text, "--budget")
+        Budget.of(share)
+        return share
     limits: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))

@@ -243,8 +243,9 @@ class FactoredWeight:
         if func in _OF_GRADIENTS:
             return weight._refuse_hook()
         matmul = uses.read(func, args, kwargs, weight)
-        if matmul is not None and weight.can_run(matmul):
-            return weight.run(weight.frame.turn(matmul))
+        runs = None if matmul is None else weight._running(matmul)
+        if runs is not None:
+            return runs.run(weight.frame.turn(matmul))
         frame = views.view(func, args, kwargs, weight.frame, weight)
         if isinstance(frame, tuple):
             return tuple(weight.seen(part) for part in frame)
@@ -270,6 +271,15 @@ class FactoredWeight:
         cores = tuple(core.detach() for core in self.cores) if detach else self.cores
         how = frame, self.contractions, self.nonlinearity, self.indices
         return FactoredWeight(self.spec, cores, *how)
+
+    def _running(self, matmul: Matmul) -> FactoredWeight | None:
+        """What can answer a call: the weight, or its factors as numbers; None: nothing can."""
+        if self.can_run(matmul):
+            return self
+        if self.spec.precision is None or not self.spec.ranks or self.frame.expert is not None:
+            return None
+        pair = self.as_pair()
+        return pair if pair.can_run(matmul) else None
 
     def as_pair(self) -> FactoredWeight:
         """The same weight as numbers, in two factors: one may be an identity. It can run any call
