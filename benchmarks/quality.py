@@ -466,7 +466,8 @@ def main() -> None:
             key = next(key for key in TITLES if key in runs[0]["ours, trains"][str(BUDGETS[0])])
             print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
         return
-    peers.tltorch()  # says now that it is missing
+    if not options.ours:
+        peers.tltorch()  # says now that it is missing
     for name in options.models:
         before = kept("quality").get(name, {}).get("draws", {})
         if not options.resume:
