@@ -212,8 +212,8 @@ def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> boo
     A trace serves both with gradients and without, so it holds the numbers.
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
-    recorded = recorded or torch.jit.is_tracing()
-    allowed = not (recorded or getattr(_full, "inputs", False))
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    allowed = not (recorded or traced or getattr(_full, "inputs", False))
     return allowed and _by_integers(spec) and x.device.type == "cpu"
 
 

@@ -243,8 +243,7 @@ class FactoredWeight:
         if func in _OF_GRADIENTS:
             return weight._refuse_hook()
         matmul = uses.read(func, args, kwargs, weight)
-        runs = None if matmul is None else weight._running(matmul)
-        if runs is not None:
+        if matmul is not None and (runs := weight._running(matmul)) is not None:
             return runs.run(weight.frame.turn(matmul))
         frame = views.view(func, args, kwargs, weight.frame, weight)
         if isinstance(frame, tuple):

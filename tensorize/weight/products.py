@@ -67,7 +67,8 @@ def lookup(
         result = kernel.lookup(rows, cores)
     else:
         result = format_of(spec).lookup(spec, cores, rows)
-    if padding_idx is None or not (result.requires_grad or torch.jit.is_tracing()):
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if padding_idx is None or not (result.requires_grad or traced):
         return result
     # As nn.Embedding: what arrives at the padding row changes nothing.
     padding = rows == padding_idx % spec.shape[-2]

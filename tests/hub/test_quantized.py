@@ -48,7 +48,7 @@ def test_it_is_saved_and_built_again(name: str, precision: Any, tmp_path: Path) 
     assert all(not value.is_floating_point() for value in codes.values())
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks
 def test_an_adapter_stands_beside_it() -> None:
     case = MODELS["tied llama"]
     model: Any = case.model()
