@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from tensorize.passes.allocate.forms import (
     rounding_lost,
     spec_of,
     takes_pivots,
+    worth_of,
 )
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -192,12 +193,14 @@ def curve_points(
     always: bool = False,
     own: bool = True,
     precisions: Sequence[str] = (),
+    worth: Mapping[str, float] | None = None,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
     ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
     store what a change of basis can remove, and ``always``: where it need not it does not.
-    ``own``: entries may keep the weight's own dtype; ``precisions``: those that they may have.
+    ``own``: entries may keep the weight's own dtype; ``precisions``: those that they may have;
+    ``worth``: by what the distortion of a family of forms counts.
     """
     site = curve.site
     spectral = any(named(name).spectral for name in allowed)
@@ -240,15 +243,15 @@ def curve_points(
         kinds.append(np.zeros(1, int))
     costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
     order = np.lexsort((distortion, costs[:, 0]))
-    costs, distortion = costs[order], distortion[order]
-    rises = curve.rise(distortion)
+    costs, distortion, found = costs[order], distortion[order], np.concatenate(kinds)[order]
+    rises = curve.rise(distortion) * worth_of(found, worth or {})
     return Points(
         site,
         costs,
         rises if curve.in_nats else np.zeros_like(rises),
         rises * scale,
         curve.errors(distortion),
-        np.concatenate(kinds)[order],
+        found,
         others,
         fixed=reason,
     )

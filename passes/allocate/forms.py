@@ -6,7 +6,7 @@ whose product with the input is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,9 @@ from tensorize.passes.curves.curve import Spectrum
 _PIVOTED, PRECISION = 1 << 32, 1 << 40
 _PIVOTS_FROM = 0.02
 """The share of its parameters from which on it pays not to store an identity of low rank."""
+
+BITS, BOTH = "bits", "ranks with bits"
+"""Families of forms with fewer bits: of the matrix itself, of its factors. The others are ranks."""
 
 _RANKS = 96
 """Ranks of a weight that are tried at each number of bits."""
@@ -72,6 +75,8 @@ class Forms:
 
     def in_bits(self, ranks: np.ndarray, *, pivots: bool) -> dict[bool, np.ndarray]:
         """The ranks that are points at fewer bits, by form: none is far from the next."""
+        if not len(ranks):
+            return {}
         few = ranks[np.unique(np.linspace(0, len(ranks) - 1, _RANKS).round().astype(int))]
         found = {False: few}
         if pivots:
@@ -127,6 +132,13 @@ def labelled(label: int) -> tuple[int, bool, str | None]:
     kind, rest = divmod(label, PRECISION)
     pivoted, rank = divmod(rest, _PIVOTED)
     return rank, bool(pivoted), _NAMES[kind - 1] if kind else None
+
+
+def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:
+    """By what the distortion at each label counts, by what that of its family does."""
+    bits, matrix = labels >= PRECISION, labels % PRECISION == 0
+    known = [worth.get(family, 1.0) for family in (BITS, BOTH)]
+    return np.select([bits & matrix, bits], known, 1.0)
 
 
 def spec_of(site: Site, rank: int, pivoted: bool, precision: str | None) -> Spec:

@@ -28,7 +28,7 @@ from tensorize.passes.observe.outputs import (
     row_total,
     samples_of,
 )
-from tensorize.passes.predict.predictor import NORMAL_90, student_90
+from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.stages import Analysed, Learned, Planned
 
 _KEPT_BYTES = 1 << 30
@@ -130,13 +130,17 @@ def _spread(rises: Sequence[Tensor], rise: float) -> float:
 def approximations(
     learned: Learned, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Tensor]:
-    """Dense weights as the cores would leave them, by parameter name; tied names included."""
+    """Dense weights as the cores would leave them, by parameter name; tied names included.
+
+    Cores are plain ones, but for weights of fewer bits: of these what is held.
+    """
     parameters: dict[str, nn.Parameter] = dict(learned.model.named_parameters())
     weights: dict[str, Tensor] = {}
     for choice in sites:
         if choice.spec is not None:
             dense = parameters[choice.name]
-            weight = format_of(choice.spec).reconstruct(choice.spec.plain, cores[choice.name])
+            spec = choice.spec if choice.spec.precision is not None else choice.spec.plain
+            weight = format_of(spec).reconstruct(spec, cores[choice.name])
             weight = weight.to(dense.dtype)
             weights[choice.name] = weight.detach().reshape(dense.shape)
     return weights
@@ -148,6 +152,22 @@ def trial_plan(learned: Learned, share: float) -> Planned | None:
         planned = Allocate(Budget(params=share)).run(untried(learned))
     except BudgetError:
         return None  # the weights that cannot be factorized take more than this share
+    return planned if sum(site.predicted_loss for site in planned.plan.sites) > 0 else None
+
+
+def losing(
+    learned: Learned, lost: float, worth: Mapping[str, float], **options: Any
+) -> Planned | None:
+    """What takes the fewest bytes of what loses so much by the curves; None where nothing does.
+
+    ``options`` are those of ``Allocate``.
+    """
+    as_summed = Predictor((), "", held_out=False, worth=worth)
+    try:
+        analysed = learned.to(Analysed, predictor=as_summed)
+        planned = Allocate(Budget(loss=lost), **options).run(analysed)
+    except BudgetError:
+        return None  # whatever may be chosen loses more
     return planned if sum(site.predicted_loss for site in planned.plan.sites) > 0 else None
 
 
