@@ -17,6 +17,7 @@ from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.forms import (
     PRECISION,
     Forms,
+    inputs_lost,
     labelled,
     labels,
     rounding_lost,
@@ -226,13 +227,13 @@ def curve_points(
         name, none = rounding.precision, np.zeros(1, int)
         for pivoted, those in forms.in_bits(ranks, pivots=pivots).items():
             rows.append(forms.costs(those, pivoted, name))
-            added = rounding.low_rank.numpy()[those]
+            added = rounding.low_rank.numpy()[those] + inputs_lost(curve, those, name, machine)
             lost.append(curve.distortion.numpy()[those] + added)
             kinds.append(labels(those, pivoted, name))
         if dense:
             spec = spec_of(site, 0, False, name)
             rows.append(np.array([_costs(site, spec, itemsize, batch_sizes, machine)]))
-            lost.append(np.array([rounding.dense]))
+            lost.append(rounding.dense + inputs_lost(curve, none, name, machine))
             kinds.append(labels(none, False, name))
     reason = None
     if not any(map(len, rows)):

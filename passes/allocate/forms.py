@@ -6,6 +6,7 @@ whose product with the input is computed once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,6 +117,20 @@ def rounding_lost(curve: Spectrum, pivoted: bool) -> float:
     """What a curve loses by the rounding of factors of which an identity is not stored."""
     eps = torch.finfo(getattr(torch, curve.site.dtype)).eps
     return pivoted * float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
+
+
+def inputs_lost(curve: Spectrum, ranks: np.ndarray, precision: str, machine: Machine) -> np.ndarray:
+    """What is lost by inputs that are rounded, too, as products of integers want: at each rank.
+
+    Of rank 0 it is the matrix itself. A row has one step, and so the more noise the further its
+    largest entry is out: of n entries of a normal distribution by sqrt(2 log n) deviations.
+    """
+    site, kind = curve.site, INTEGERS[precision]
+    columns = any(use.contract == "columns" for use in site.uses)
+    if kind.bits != 8 or site.experts or not columns or not machine.multiplies_integers:
+        return np.zeros(len(ranks))
+    logs = math.log(site.matrix[1]) + np.log(np.maximum(ranks, 1))
+    return float(curve.distortion[0]) * 2 * logs / (12 * kind.codes[1] ** 2)
 
 
 def labels(ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from tensorize.api.options import Options
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import POLISH, REFIT, Plan
+from tensorize.ir.plan import POLISH, REFIT, Plan, Prediction
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
@@ -151,7 +151,9 @@ class Analysis:
     def curve(self, budgets: Sequence[float] | None = None) -> Curve:
         """Predicted quality, parameters, bytes and FLOPs for several budgets.
 
-        With ``budgets=None`` a ladder from 0.05 to 0.9 of which the feasible part is shown.
+        With ``budgets=None`` a ladder from 0.05 to 0.9 of which the feasible part is shown. Where
+        precisions were analysed they are shares of the bytes, and what ranks alone give stands
+        beside.
 
         Raises:
             BudgetError: one of the given budgets is not feasible.
@@ -165,15 +167,28 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                asked = {"budget": budget, "precision": self.precision}
-                allocate = self._allocation(Options.of(asked))
-                predicted = allocate.run(self.program).plan.predicted
+                predicted = self._predicted(budget, self.precision)
             except BudgetError:
                 if budgets is not None:
                     raise
                 continue
-            points.append(CurvePoint(**vars(predicted), budget=budget))
+            point = CurvePoint(**vars(predicted), budget=budget)
+            points.append(replace(point, ranks_alone=self._ranks_alone(budget)))
         return Curve(tuple(points), self.metric)
+
+    def _predicted(self, budget: float | Budget, precision: PrecisionOption) -> Prediction:
+        options = Options.of({"budget": budget, "precision": precision})
+        return self._allocation(options).run(self.program).plan.predicted
+
+    def _ranks_alone(self, share: float) -> float | None:
+        """The quality of ranks alone at a share of the bytes, where there are bits to compare."""
+        if not integers(self.precision):
+            return None
+        try:
+            predicted = self._predicted(Budget(bytes=share), None)
+        except BudgetError:
+            return None
+        return CurvePoint(**vars(predicted), budget=share).quality
 
     def __str__(self) -> str:
         return (
