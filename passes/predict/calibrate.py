@@ -23,6 +23,7 @@ from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.predict.families import (
     REFIT_LOSSES,
     mixed,
+    precisions_of,
     single_families,
     worth_of_families,
 )
@@ -105,7 +106,9 @@ class CalibratePrediction:
         return learned.to(Analysed, **known, notes=(*learned.notes, *notes))
 
     def _with_families(self, ranks: Predictor, learned: Learned, reference: Reference) -> Predictor:
-        """The same where there are precisions: what their families are worth, and their trials."""
+        """Where there are precisions, with what their families are worth, and their trials."""
+        if not precisions_of(learned):
+            return ranks
         tried = {
             family: self._measured(learned, [(each, None) for each in plans], {}, reference)
             for family, plans in single_families(learned).items()

@@ -31,12 +31,18 @@ REFIT_LOSSES = (0.01, 0.1)
 _FAMILIES_SPREAD, _TRIALS_SPREAD = 0.5, 0.3
 
 
+def precisions_of(learned: Learned) -> tuple[str, ...]:
+    """The integers that were analysed."""
+    known = {each.precision for curve in learned.spectra.values() for each in curve.roundings}
+    return tuple(name for name in INTEGERS if name in known)
+
+
 def single_families(learned: Learned) -> dict[str, list[Planned]]:
     """Plans in which every weight is rounded: as it is, or in its factors."""
-    names = _precisions(learned)
+    names = precisions_of(learned)
     found: dict[str, list[Planned]] = {}
     for family, form in ((BITS, DENSE), (BOTH, LOW_RANK)):
-        if names and all(form in curve.formats for curve in learned.spectra.values()):
+        if all(form in curve.formats for curve in learned.spectra.values()):
             how = {"formats": dict.fromkeys(learned.spectra, (form,)), "precision": names}
             plans = {lost: losing(learned, lost, {}, **how) for lost in FAMILY_LOSSES}
             found[family] = list(_different(plans).values())
@@ -44,12 +50,10 @@ def single_families(learned: Learned) -> dict[str, list[Planned]]:
 
 
 def mixed(learned: Learned, worth: Mapping[str, float]) -> dict[float, Planned]:
-    """Plans of all that is allowed, by what they lose; none where there are no precisions.
+    """Plans of all that is allowed, by what they lose.
 
     ``worth``: what distortions of each family count.
     """
-    if not _precisions(learned):
-        return {}
     plans = {lost: losing(learned, lost, worth, precision=AUTO) for lost in MIXED_LOSSES}
     return _different(plans)
 
@@ -67,12 +71,6 @@ def worth_of_families(ranks: Predictor, trials: Mapping[str, Sequence[Trial]]) -
         total = sum(weight * log for weight, log in zip(weights, logs, strict=True))
         found[family] = math.exp(total / (sum(weights) + _FAMILIES_SPREAD**-2))
     return found
-
-
-def _precisions(learned: Learned) -> tuple[str, ...]:
-    """The integers that were analysed."""
-    known = {each.precision for curve in learned.spectra.values() for each in curve.roundings}
-    return tuple(name for name in INTEGERS if name in known)
 
 
 def _different(plans: Mapping[float, Planned | None]) -> dict[float, Planned]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorize.api.options import Options
+from tensorize.base import printer
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import POLISH, REFIT, Plan, Prediction
@@ -173,22 +174,26 @@ class Analysis:
                     raise
                 continue
             point = CurvePoint(**vars(predicted), budget=budget)
-            points.append(replace(point, ranks_alone=self._ranks_alone(budget)))
+            alone = self.ranks_alone(Budget(bytes=budget))
+            points.append(replace(point, ranks_alone=alone))
         return Curve(tuple(points), self.metric)
 
     def _predicted(self, budget: float | Budget, precision: PrecisionOption) -> Prediction:
         options = Options.of({"budget": budget, "precision": precision})
         return self._allocation(options).run(self.program).plan.predicted
 
-    def _ranks_alone(self, share: float) -> float | None:
-        """The quality of ranks alone at a share of the bytes, where there are bits to compare."""
+    def ranks_alone(self, budget: Budget) -> float | None:
+        """The predicted quality of ranks alone within a budget, where bits were analysed as well.
+
+        None where there is none.
+        """
         if not integers(self.precision):
             return None
         try:
-            predicted = self._predicted(Budget(bytes=share), None)
+            predicted = self._predicted(budget, None)
         except BudgetError:
             return None
-        return CurvePoint(**vars(predicted), budget=share).quality
+        return predicted.output_error if predicted.loss is None else predicted.loss
 
     def __str__(self) -> str:
         return (
@@ -208,6 +213,12 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     """``Analysis.plan`` with its options as one record."""
     plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
     plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
+    budget = options.budget
+    if integers(options.precision) and budget is not None and budget.bytes is not None:
+        alone = analysis.ranks_alone(budget)
+        if alone is not None:
+            said = f"at as many bytes ranks alone are predicted to lose {printer.number(alone)}"
+            plan = replace(plan, notes=(*plan.notes, said))
     return AnalysedPlan(**vars(plan), analysis=analysis)
 
 
