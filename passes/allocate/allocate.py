@@ -123,6 +123,7 @@ class Allocate:
             dense_totals(analysed, sizes),
             self.refine,
             self.even,
+            COSTS.index("bytes" if integers(self.precision) else "params"),
         )
 
     # ---------------------------------------------------------------------------- the points
@@ -173,12 +174,13 @@ class Allocate:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
                 how: dict[str, Any] = {"pivots": pivots, "always": self.always}
                 how |= {"own": takes_own(self.precision, site.dtype), "precisions": bits}
+                how |= {"worth": analysed.predictor and analysed.predictor.worth}
                 result.append(curve_points(*given, scale[site.name], **how))
         names = {
             site.name
             for site in analysed.sites
-            if (self.formats is None or joins(self.formats.get(site.name, ())))
-            and takes_own(self.precision, site.dtype)
+            if takes_own(self.precision, site.dtype)
+            and (self.formats is None or joins(self.formats.get(site.name, ())))
         }
         if self.even:
             return together(result)

@@ -104,9 +104,13 @@ class ReportTotals:
 
 @dataclass(frozen=True)
 class CurvePoint(Prediction):
-    """What one budget, a share of the parameters, is predicted to give."""
+    """What one budget is predicted to give: a share of the parameters, or of the bytes with bits.
+
+    ``ranks_alone``: where bits were analysed, the quality of ranks without them at as many bytes.
+    """
 
     budget: float = field(kw_only=True)
+    ranks_alone: float | None = field(default=None, kw_only=True)
 
     @property
     def quality(self) -> float:
