@@ -9,11 +9,11 @@ GPTQ+LR  the same, and a low-rank correction in bfloat16: the SVD of what the co
          by the inputs' second moment (LQER, Zhang et al. 2024; EoRA, Liu et al. 2024)
 =======  =========================================================================================
 
-Groups of 64 columns have a scale in bfloat16 and a zero point of as many bits as the codes; they
-count, and so does all that stays in 16 bits. *Ends* are the tables and the head: they stay in 16
-bits, as these tools leave them; or are rounded to 8 after all else; or everything has the same
-bits: tables are then rounded before all else, so that the layers see it, and a head of its own is
-one more layer. Norms and biases always stay.
+Groups of 64 or 128 columns have a scale in bfloat16 and a zero point of as many bits as the codes;
+they count, and so does all that stays in 16 bits. *Ends* are the tables and the head: they stay in
+16 bits, as these tools leave them; or are rounded to 8 or 4 after all else; or everything has the
+same bits: tables are then rounded before all else, so that the layers see it, and a head of its own
+is one more layer. Norms and biases always stay.
 
 Weights hold the numbers that the codes stand for: what is compared is what they lose.
 """
@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,39 @@ from torch import Tensor, nn
 
 from tensorize.capture.inputs import batch_of
 
-BITS = (8, 4, 3, 2)
-CORRECTED, RANKS = (4, 3, 2), (8, 32)
-GROUP, DAMPING, BLOCK = 64, 0.01, 128
+DAMPING = 0.01
 HEAD = "lm_head"
+ENDS = (8, 4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Bits of the codes, columns of a group, and the rank of the corrections."""
+
+    bits: int
+    group: int = 64
+    rank: int = 0
+
+    def __str__(self) -> str:
+        corrected = f", rank {self.rank}" if self.rank else ""
+        return f"{self.bits} bits in groups of {self.group}{corrected}"
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Of a weight: codes, scales and zero points, and the factors of a correction."""
+        groups = -(-columns // self.group)
+        codes = -(-columns * self.bits // 8) + 2 * groups + -(-groups * self.bits // 8)
+        return rows * codes + 2 * self.rank * (rows + columns)
+
+
+PLAIN = (
+    *(Setting(bits) for bits in (8, 4, 3, 2)),
+    *(Setting(bits, group=128) for bits in (4, 3, 2)),
+)
+METHODS = {
+    "RTN": PLAIN,
+    "GPTQ": PLAIN,
+    "GPTQ+LR": tuple(Setting(bits, rank=rank) for bits in (4, 3, 2) for rank in (8, 32)),
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +72,6 @@ class Rounded:
 
     model: nn.Module
     bytes: int
-
-
-METHODS = {
-    "RTN": [(bits, 0) for bits in BITS],
-    "GPTQ": [(bits, 0) for bits in BITS],
-    "GPTQ+LR": [(bits, rank) for bits in CORRECTED for rank in RANKS],
-}
-"""Bits and ranks of the corrections, by method."""
 
 
 def configurations(
@@ -65,22 +87,22 @@ def configurations(
     layers, ends = parts(model)
     tables = [name for name in ends if name != HEAD]
     data = None if method == "RTN" else calibration
-    for bits, rank in METHODS[method]:
-        shown = f"{bits} bits" + (f", rank {rank}" if rank else "")
-        small = layers_rounded(model, layers, data, bits, rank)
-        widths = dict.fromkeys(layers, bits)
-        yield f"{shown}, ends in 16 bits", Rounded(small, size(model, widths, layers, rank))
-        round_all(small, ends, 8)
-        widths |= dict.fromkeys(ends, 8)
-        yield f"{shown}, ends in 8 bits", Rounded(small, size(model, widths, layers, rank))
-        if bits == 8:
-            continue
+    for setting in METHODS[method]:
+        small = layers_rounded(model, layers, data, setting)
+        kinds = dict.fromkeys(layers, setting)
+        yield f"{setting}, ends in 16 bits", Rounded(small, size(model, kinds))
+        for end in (Setting(bits, setting.group) for bits in ENDS):
+            whole = copy.deepcopy(small)
+            round_all(whole, ends, end)
+            sizes = size(model, {**kinds, **dict.fromkeys(ends, end)})
+            yield f"{setting}, ends in {end.bits} bits", Rounded(whole, sizes)
         whole = copy.deepcopy(model)
-        round_all(whole, tables, bits)
+        plain = replace(setting, rank=0)
+        round_all(whole, tables, plain)
         every = [name for name in (*layers, *ends) if name not in tables]
-        whole = layers_rounded(whole, every, data, bits, rank)
-        widths = dict.fromkeys((*layers, *ends), bits)
-        yield f"{shown}, everything", Rounded(whole, size(model, widths, every, rank))
+        kinds = {**dict.fromkeys(every, setting), **dict.fromkeys(tables, plain)}
+        whole = layers_rounded(whole, every, data, setting)
+        yield f"{setting}, everything", Rounded(whole, size(model, kinds))
 
 
 def parts(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -92,22 +114,17 @@ def parts(model: nn.Module) -> tuple[list[str], list[str]]:
     return [name for name in linears if name != HEAD], [*tables, *heads]
 
 
-def size(model: nn.Module, widths: Mapping[str, int], corrected: Sequence[str], rank: int) -> int:
-    """Bytes of a model in bfloat16.
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight (M, N) of a layer or a table."""
+    return model.get_parameter(f"{name}.weight")
 
-    Args:
-        widths: bits of the weights that are rounded, by module.
-        corrected: the modules with a low-rank correction.
-        rank: of the corrections.
-    """
+
+def size(model: nn.Module, kinds: Mapping[str, Setting]) -> int:
+    """Bytes of a model in bfloat16, some modules' weights as these settings keep them."""
     total = sum(2 * parameter.numel() for parameter in model.parameters())
-    for name, bits in widths.items():
-        rows, columns = model.get_submodule(name).weight.shape
-        groups = -(-columns // GROUP)
-        codes = -(-columns * bits // 8) + 2 * groups + -(-groups * bits // 8)
-        total += rows * (codes - 2 * columns)
-        if name in corrected:
-            total += 2 * rank * (rows + columns)
+    for name, setting in kinds.items():
+        rows, columns = weight_of(model, name).shape
+        total += setting.bytes(rows, columns) - 2 * rows * columns
     return total
 
 
@@ -127,12 +144,13 @@ def nearest(weight: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
     return ((weight / step).round().add(zero).clamp(0, 2**bits - 1) - zero) * step
 
 
-def to_nearest(weight: Tensor, bits: int) -> Tensor:
+def to_nearest(weight: Tensor, kind: Setting) -> Tensor:
     """Every entry of a weight (M, N) by itself."""
-    return torch.cat([nearest(g, *steps(g, bits), bits) for g in weight.split(GROUP, 1)], 1)
+    bits = kind.bits
+    return torch.cat([nearest(g, *steps(g, bits), bits) for g in weight.split(kind.group, 1)], 1)
 
 
-def with_feedback(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
+def with_feedback(weight: Tensor, moment: Tensor, kind: Setting) -> Tensor:
     """GPTQ: column by column, what one loses is taken up by those after it.
 
     Args:
@@ -142,17 +160,16 @@ def with_feedback(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
     work, done = weight.clone(), torch.empty_like(weight)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     upper = torch.linalg.cholesky(inverse, upper=True).to(work.dtype)
-    for start in range(0, work.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, work.shape[1]))
-        lost = torch.zeros_like(work[:, block])
-        for k in range(block.start, block.stop):
-            if k % GROUP == 0:
-                step, zero = steps(work[:, k : k + GROUP], bits)
-            done[:, k] = nearest(work[:, k : k + 1], step, zero, bits)[:, 0]
+    for start in range(0, work.shape[1], kind.group):
+        group = slice(start, min(start + kind.group, work.shape[1]))
+        step, zero = steps(work[:, group], kind.bits)
+        lost = torch.zeros_like(work[:, group])
+        for k in range(group.start, group.stop):
+            done[:, k] = nearest(work[:, k : k + 1], step, zero, kind.bits)[:, 0]
             off = (work[:, k] - done[:, k]) / upper[k, k]
-            work[:, k : block.stop] -= off[:, None] * upper[k, k : block.stop]
+            work[:, k : group.stop] -= off[:, None] * upper[k, k : group.stop]
             lost[:, k - start] = off
-        work[:, block.stop :] -= lost @ upper[block, block.stop :]
+        work[:, group.stop :] -= lost @ upper[group, group.stop :]
     return done
 
 
@@ -168,11 +185,11 @@ def correction(lost: Tensor, moment: Tensor, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def round_all(model: nn.Module, names: Sequence[str], bits: int) -> None:
+def round_all(model: nn.Module, names: Sequence[str], kind: Setting) -> None:
     """Every entry of these modules' weights to the nearest code, in place."""
     for name in names:
-        weight = model.get_submodule(name).weight
-        weight.copy_(to_nearest(weight, bits))
+        weight = weight_of(model, name)
+        weight.copy_(to_nearest(weight, kind))
 
 
 @torch.no_grad()
@@ -180,24 +197,23 @@ def layers_rounded(
     model: nn.Module,
     names: Sequence[str],
     calibration: Sequence[Any] | None,
-    bits: int,
-    rank: int,
+    kind: Setting,
 ) -> nn.Module:
     """A copy with rounded layers: with feedback where there are data, else to the nearest."""
     small = copy.deepcopy(model)
     if calibration is None:
-        round_all(small, names, bits)
+        round_all(small, names, kind)
         return small
     groups = by_input(small, names, calibration[0])
     seen = {name for group in groups for name in group}
-    round_all(small, [name for name in names if name not in seen], bits)  # no output needs them
+    round_all(small, [name for name in names if name not in seen], kind)  # no output needs them
     for group in groups:
         moment = second_moment(small, group[0], calibration)
         for name in group:
-            weight = small.get_submodule(name).weight
-            found = with_feedback(weight, moment, bits)
-            if rank:
-                found += correction(weight - found, moment, rank)
+            weight = weight_of(small, name)
+            found = with_feedback(weight, moment, kind)
+            if kind.rank:
+                found += correction(weight - found, moment, kind.rank)
             weight.copy_(found)
     return small
 
@@ -210,17 +226,14 @@ def by_input(model: nn.Module, names: Sequence[str], batch: Any) -> list[list[st
     """Layers that read the same input, together, in the order of the forward pass."""
     seen: list[tuple[Tensor, list[str]]] = []
 
-    def note(name: str, x: Tensor) -> None:
-        if seen and seen[-1][0] is x:
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if seen and seen[-1][0] is inputs[0]:
             seen[-1][1].append(name)
         else:
-            seen.append((x, [name]))
+            seen.append((inputs[0], [name]))
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: note(name, inputs[0])
-        )
-        for name in names
+        model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in names
     ]
     given = batch_of(batch)
     model(*given.args, **given.kwargs)
@@ -231,15 +244,15 @@ def by_input(model: nn.Module, names: Sequence[str], batch: Any) -> list[list[st
 
 def second_moment(model: nn.Module, name: str, calibration: Sequence[Any]) -> Tensor:
     """X Xᵀ of a layer's inputs over the calibration data, damped, in float64."""
-    layer = model.get_submodule(name)
-    total = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+    columns = weight_of(model, name).shape[1]
+    total = torch.zeros(columns, columns, dtype=torch.float64)
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].reshape(-1, layer.in_features)
+        x = inputs[0].reshape(-1, columns)
         total.add_((x.mT @ x).double())
         raise _Enough
 
-    hook = layer.register_forward_pre_hook(add)
+    hook = model.get_submodule(name).register_forward_pre_hook(add)
     for batch in map(batch_of, calibration):
         try:
             model(*batch.args, **batch.kwargs)

@@ -4,8 +4,9 @@
 
 The models, texts and measures are those of ``benchmarks/quality.py``, the models in bfloat16, whose
 bytes budgets are shares of. What is measured is the distance to the dense model in float32 with the
-same numbers: in full, in float32 with what a smaller model has stored, no input rounded; and as it
-runs, in bfloat16, where products of ours with int8 weights are products of integers.
+same numbers: in full, in float32 with what a smaller model has stored; and as it runs, in bfloat16,
+where products of ours with int8 weights are products of integers. Ours are compiled in full: a
+refit then makes up for what weights lost, not for what rounded inputs do.
 
 ``benchmarks/bit_peers.py`` says what the other methods are. At every budget theirs is the best of
 all their configurations that fit, a choice that ours has not: each of ours is the plan of that
@@ -72,13 +73,14 @@ class Draw:
 
     @cached_property
     def analysis(self) -> tensorize.Analysis:
-        return tensorize.analyze(
-            self.model,
-            calibration=self.subject.calibration.batches,
-            precision="auto",
-            seed=self.seed,
-            progress=False,
-        )
+        with inputs_in_full():
+            return tensorize.analyze(
+                self.model,
+                calibration=self.subject.calibration.batches,
+                precision="auto",
+                seed=self.seed,
+                progress=False,
+            )
 
     @cached_property
     def bytes(self) -> int:
@@ -106,7 +108,8 @@ class Draw:
 
     def _figures(self, plan: tensorize.Plan) -> dict[str, float]:
         began = time.perf_counter()
-        small = tensorize.apply(self.model, plan, progress=False)
+        with inputs_in_full():
+            small = tensorize.apply(self.model, plan, progress=False)
         took = {"seconds": time.perf_counter() - began, "share": stored_bytes(small) / self.bytes}
         runs = {f"{key} {AS_IT_RUNS}": value for key, value in self.unseen(small).items()}
         with inputs_in_full():
@@ -198,7 +201,9 @@ def show(name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Bits and ranks beside other methods, at equal bytes."
+    )
     parser.add_argument("--models", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
