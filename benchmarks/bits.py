@@ -5,8 +5,7 @@
 The models, texts and measures are those of ``benchmarks/quality.py``, the models in bfloat16, whose
 bytes budgets are shares of. What is measured is the distance to the dense model in float32 with the
 same numbers: in full, in float32 with what a smaller model has stored; and as it runs, in bfloat16,
-where products of ours with int8 weights are products of integers. Ours are compiled in full: a
-refit then makes up for what weights lost, not for what rounded inputs do.
+where products of ours with int8 weights are products of integers (a refit sees those, too).
 
 ``benchmarks/bit_peers.py`` says what the other methods are. At every budget theirs is the best of
 all their configurations that fit, a choice that ours has not: each of ours is the plan of that
@@ -73,14 +72,13 @@ class Draw:
 
     @cached_property
     def analysis(self) -> tensorize.Analysis:
-        with inputs_in_full():
-            return tensorize.analyze(
-                self.model,
-                calibration=self.subject.calibration.batches,
-                precision="auto",
-                seed=self.seed,
-                progress=False,
-            )
+        return tensorize.analyze(
+            self.model,
+            calibration=self.subject.calibration.batches,
+            precision="auto",
+            seed=self.seed,
+            progress=False,
+        )
 
     @cached_property
     def bytes(self) -> int:
@@ -108,8 +106,7 @@ class Draw:
 
     def _figures(self, plan: tensorize.Plan) -> dict[str, float]:
         began = time.perf_counter()
-        with inputs_in_full():
-            small = tensorize.apply(self.model, plan, progress=False)
+        small = tensorize.apply(self.model, plan, progress=False)
         took = {"seconds": time.perf_counter() - began, "share": stored_bytes(small) / self.bytes}
         runs = {f"{key} {AS_IT_RUNS}": value for key, value in self.unseen(small).items()}
         with inputs_in_full():
@@ -193,10 +190,10 @@ def show(name: str) -> None:
     runs = [{method: run[method] for method in METHODS if method in run} for run in draws.values()]
     figures = next(iter(next(iter(runs[0].values())).values()))
     key = next(key for key in TITLES if key in figures)
-    print(f"\n{TITLES[key]}; seeds {', '.join(draws)}\n")
-    print(markdown([name, *(f"{budget:.1%} of the bytes" for budget in BUDGETS)], rows(runs, key)))
+    print(f"\n{TITLES[key]}, by share of the bytes in bfloat16; seeds {', '.join(draws)}\n")
+    print(markdown([name, *(f"{100 * budget:g}%" for budget in BUDGETS)], rows(runs, key)))
     for method in (method for method in runs[0] if not method.startswith("ours")):
-        chosen = (f"{budget:.1%}: {best(runs[0][method], budget, key)}" for budget in BUDGETS)
+        chosen = (f"{100 * budget:g}%: {best(runs[0][method], budget, key)}" for budget in BUDGETS)
         print(f"\n{method}: {'; '.join(chosen)}")
 
 
