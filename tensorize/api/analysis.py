@@ -83,9 +83,10 @@ class Analysis:
                 ``formats`` or ``ranks`` do not fit its weights.
         """
         given = locals()
-        if precision == AS_ANALYSED:
-            given["precision"] = self.precision
-        return planned(self, Options.of(given))
+        if precision != AS_ANALYSED:
+            return planned(self, Options.of(given))
+        Options.of({**given, "precision": None})  # what is wrong is said before any work
+        return planned(self, Options.of({**given, "precision": self.precision}))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()

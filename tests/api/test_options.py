@@ -82,6 +82,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("exclude", [3], tensorize.AnalysisError, "shell patterns or by a predicate"),
     ("formats", "cp", tensorize.AnalysisError, "formats='cp' is no format"),
     ("formats", {"*": ["tt", 3]}, tensorize.AnalysisError, "formats=3 is no format"),
+    ("precision", "int5", tensorize.AnalysisError, "precision='int5' is no precision"),
     ("ranks", 8, tensorize.AnalysisError, "maps patterns to ranks"),
     ("ranks", {"*": 0}, tensorize.AnalysisError, "positive integer or 'full'"),
     ("backend", "tpu", tensorize.TensorizeError, "backend='tpu' is not one of 'auto'"),
