@@ -9,6 +9,8 @@ SVD            plain SVD, the same share of every weight
 relative SVD   plain SVD, one multiplier over relative errors ‖ΔW‖²/‖W‖²
 ASVD           columns scaled by the inputs' mean size to the power ½ (Yuan et al. 2023), uniform
 SVD-LLM        whitened by the inputs' second moment (Wang et al. 2024), uniform
+PIFA           the same without the numbers of an identity (Zhao et al. 2025), which buys larger
+               ranks; not their reconstruction ("M") from the compressed model's inputs
 K-FAC SVD      two-sided, rows taken as independent; the rise of the loss measured for every weight
                alone at some ranks, and the ranks of all chosen by an integer program over those
                measurements (as LEMS does)
@@ -37,6 +39,8 @@ from tensorize import Analysis, Plan
 from tensorize.algebra.metric import Metric
 from tensorize.algebra.modes import balanced_modes
 from tensorize.algebra.reconstruct import reconstruct
+from tensorize.api.analysis import AnalysedPlan
+from tensorize.api.options import Options
 from tensorize.capture.inputs import batch_of
 from tensorize.formats.registry import format_of
 from tensorize.passes.allocate.candidates import COSTS, Points
@@ -46,7 +50,8 @@ from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.observe.loss import PreservedLoss, split
 from tensorize.passes.observe.statistics import CollectStatistics
-from tensorize.passes.stages import Found
+from tensorize.passes.pipeline import run_passes
+from tensorize.passes.stages import Found, Planned
 
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Shares of a weight's parameters at which the K-FAC SVD measures it alone."""
@@ -86,11 +91,12 @@ class Peers:
         model = self.model
         plans: dict[str, Callable[[float], Plan]] = {
             "SVD": lambda b: uniform_plan(self.plain, model, b),
-            "relative SVD": lambda b: compared(self.plain, 1.0).plan(
-                b, refine=None, formats=("dense", "low_rank")
+            "relative SVD": lambda b: whole_factors(
+                compared(self.plain, 1.0), budget=b, formats=("dense", "low_rank")
             ),
             "ASVD": lambda b: uniform_plan(scaled, model, b),
             "SVD-LLM": lambda b: uniform_plan(self.whitened, model, b),
+            "PIFA": lambda b: uniform_plan(self.whitened, model, b, pivots=True),
             "K-FAC SVD": lambda b: integer_plan(independent, model, sensed, b),
         }
         found = {name: applied(model, plan_for) for name, plan_for in plans.items()}
@@ -121,15 +127,32 @@ def uniform_share(sites: Sequence[tensorize.Site], model: nn.Module, budget: flo
     return (budget * whole - fixed) / (whole - fixed)
 
 
-def uniform_plan(analysis: Analysis, model: nn.Module, budget: float) -> Plan:
+def whole_factors(analysis: Analysis, **options: Any) -> Plan:
+    """A plan of factors that are stored whole, as other methods have them."""
+    asked = Options.of({"budget": None, "refine": None, **options})
+    allocate = replace(analysis._allocation(asked), pivots=False)
+    plan = run_passes(analysis.program, (allocate,), Planned).plan
+    return AnalysedPlan(**vars(plan), analysis=analysis)
+
+
+def uniform_plan(
+    analysis: Analysis, model: nn.Module, budget: float, *, pivots: bool = False
+) -> Plan:
     """The same share of parameters for every weight, at most ``budget`` in all.
 
-    A weight whose share is more than any rank can save stays dense.
+    A weight whose share is more than any rank can save stays dense. ``pivots``: no identity is
+    stored.
     """
     sites = free_sites(analysis)
     share = uniform_share(sites, model, budget)
+    if pivots:
+        sizes = [(site.name, *site.matrix) for site in sites]
+        exact = {
+            name: (m + n - math.sqrt((m + n) ** 2 - 4 * share * m * n)) / 2 for name, m, n in sizes
+        }
+        return analysis.plan(None, ranks={n: max(1, int(r)) for n, r in exact.items()}, refine=None)
     ranks: dict[str, int | str] = {site.name: level_rank(site, share) for site in sites}
-    return analysis.plan(None, ranks=ranks, refine=None)
+    return whole_factors(analysis, ranks=ranks)
 
 
 def tltorch() -> Any:
@@ -292,4 +315,4 @@ def integer_plan(
         for point, k in zip(points, choice, strict=True)
         if point.labels[k] > 0
     }
-    return analysis.plan(None, ranks=ranks, refine=None)
+    return whole_factors(analysis, ranks=ranks)

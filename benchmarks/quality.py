@@ -23,7 +23,8 @@ squares, and as TT-SVD leaves them.
 ``minilm-512``, with eight times the sentences, as well.
 
 Results are kept by model, after every draw of text: a run of some models leaves those of the
-others as they were, and ``--resume`` adds the draws that are missing.
+others as they were, and ``--resume`` adds the draws that are missing. ``--ours`` runs ours alone,
+and leaves what was measured of the other methods on the same text as it is.
 """
 
 from __future__ import annotations
@@ -233,8 +234,11 @@ MODELS = {**COMPARED, f"minilm-{MANY_SENTENCES}": partial(encoder, count=MANY_SE
 # ------------------------------------------------------------------------------------ measuring
 
 
-def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
-    """All methods on one model and one draw of text, and the rank correlation of our curves."""
+def compare(name: str, seed: int, others: Run | None = None) -> tuple[Run, dict[str, float]]:
+    """All methods on one model and one draw of text, and the rank correlation of our curves.
+
+    ``others``: what is known of the methods that are not ours, which are then not run again.
+    """
     subject = MODELS[name](seed)
     model, calibration = subject.model, subject.calibration.batches
     began = time.perf_counter()
@@ -243,17 +247,18 @@ def compare(name: str, seed: int) -> tuple[Run, dict[str, float]]:
     )
     found: Run = {"dense": {"all": {**subject.dense}}}
     found["dense"]["all"]["seconds_of_analysis"] = time.perf_counter() - began
-    others = peers.Peers(
-        model,
-        tensorize.analyze(
-            model, example_inputs=batch_of(calibration[0]), metric="frobenius", progress=False
-        ),
-        tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
-        ours,
-        calibration,
-        subject.calibration.alone(subject.sensed),
-    )
-    methods = others.methods()
+    methods: dict[str, peers.Method] = {}
+    if others is None:
+        frobenius = {"example_inputs": batch_of(calibration[0]), "metric": "frobenius"}
+        methods = peers.Peers(
+            model,
+            tensorize.analyze(model, progress=False, **frobenius),
+            tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
+            ours,
+            calibration,
+            subject.calibration.alone(subject.sensed),
+        ).methods()
+    found |= {k: v for k, v in (others or {}).items() if not k.startswith(("ours", "dense"))}
     for method, refine in OURS.items():
         methods[method] = peers.applied(model, partial(ours.plan, refine=refine))
     for method, options in WITHOUT.items():
@@ -442,6 +447,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ours", action="store_true", help="others as they were measured before")
     parser.add_argument("--resume", action="store_true", help="keep the draws that are there")
     parser.add_argument("--trains", action="store_true", help="tensor trains of ours alone")
     parser.add_argument("--predictions", action="store_true", help="predictions of ours alone")
@@ -460,15 +466,18 @@ def main() -> None:
             key = next(key for key in TITLES if key in runs[0]["ours, trains"][str(BUDGETS[0])])
             print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
         return
-    peers.tltorch()  # says now that it is missing
+    if not options.ours:
+        peers.tltorch()  # says now that it is missing
     for name in options.models:
+        before = kept("quality").get(name, {}).get("draws", {})
         if not options.resume:
             keep("quality", {k: v for k, v in kept("quality").items() if k != name})
         for seed in options.seeds:
             draws = kept("quality").get(name, {}).get("draws", {})
             if str(seed) in draws:
                 continue
-            run, correlation = compare(name, seed)
+            known = before.get(str(seed), {}).get("run") if options.ours else None
+            run, correlation = compare(name, seed, known)
             draw = {"made_with": circumstances(), "run": run, "rank_correlation": correlation}
             # Read again: another process may have kept other draws meanwhile.
             results = kept("quality")

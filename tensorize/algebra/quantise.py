@@ -114,7 +114,7 @@ def codes_for(weight: Tensor, found: Grid, metric: Metric) -> Tensor:
         return found.nearest(target)
     if inputs is None:
         inputs = torch.eye(target.shape[1], device=target.device)
-    if outputs is None or found.precision.bits < 3:
+    if outputs is None:
         return _by_columns(target, found, inputs)
     return _by_entries(target, found, inputs, outputs)
 

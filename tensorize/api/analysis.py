@@ -13,7 +13,7 @@ from tensorize.ir.plan import POLISH, REFIT, Plan, Prediction
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
-from tensorize.passes.curves.precisions import PrecisionOption, integers
+from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
 from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.pipeline import run_passes
 from tensorize.passes.stages import Analysed, Planned
@@ -110,7 +110,8 @@ class Analysis:
         )
 
     def _require(self, precision: PrecisionOption) -> None:
-        """Raises AnalysisError for a precision that was not analysed."""
+        """Raises AnalysisError for a precision that was not analysed, or that no weight has."""
+        check_own(precision, {site.dtype for site in self.program.free})
         known = integers(self.precision)
         for name in integers(precision):
             if name not in known:
