@@ -158,6 +158,12 @@ class Allocate:
                 continue
             allowed = self._allowed(curve)
             if forced is not None:
+                if not takes_own(self.precision, site.dtype):
+                    raise AnalysisError(
+                        f"ranks= gives weights of their own dtype, and precision= has no {site.dtype}",
+                        site=site.name,
+                        way_out='ranks= without precision=, or precision="auto"',
+                    )
                 result.append(
                     forced_point(
                         *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=pivots

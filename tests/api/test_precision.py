@@ -44,6 +44,16 @@ def test_one_that_was_not_analysed() -> None:
     assert all(site.precision is None for site in kept.sites)
 
 
+def test_ranks_are_of_the_own_dtype() -> None:
+    analysis = tensorize.analyze(
+        MLP.model(), example_inputs=MLP.batch(), metric="frobenius", precision="auto"
+    )
+    with pytest.raises(AnalysisError, match=r"ranks=(.|\n)*without precision="):
+        analysis.plan(None, ranks={"*": 4}, precision="int8")
+    found = analysis.plan(None, ranks={"*": 4})
+    assert all(site.precision is None for site in found.sites)
+
+
 @pytest.mark.parametrize("precision", ["int8", ("int4", "int2")])
 def test_no_weight_keeps_its_own_where_that_is_not_among_them(precision: Any) -> None:
     sites = tensorize.report(compiled(precision)).sites
