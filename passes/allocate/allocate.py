@@ -160,7 +160,8 @@ class Allocate:
             if forced is not None:
                 if not takes_own(self.precision, site.dtype):
                     raise AnalysisError(
-                        f"ranks= gives weights of their own dtype, and precision= has no {site.dtype}",
+                        f"ranks= gives weights of their own dtype, and precision= has no "
+                        f"{site.dtype}",
                         site=site.name,
                         way_out='ranks= without precision=, or precision="auto"',
                     )
