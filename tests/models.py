@@ -182,6 +182,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Those of every parameter, and of the orders of their columns."""
-    orders = [b for name, b in model.named_buffers() if name.split(".")[-1] == "order"]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *orders))
+    """Those of every parameter, and of the orders, codes and zero points beside them."""
+    known = ("order", "codes_", "zeros_")
+    beside = [b for name, b in model.named_buffers() if name.split(".")[-1].startswith(known)]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *beside))

@@ -123,6 +123,7 @@ class Allocate:
             dense_totals(analysed, sizes),
             self.refine,
             self.even,
+            COSTS.index("bytes" if integers(self.precision) else "params"),
         )
 
     # ---------------------------------------------------------------------------- the points
@@ -157,6 +158,12 @@ class Allocate:
                 continue
             allowed = self._allowed(curve)
             if forced is not None:
+                if not takes_own(self.precision, site.dtype):
+                    raise AnalysisError(
+                        f"ranks= gives weights of their own dtype, and precision= has no {site.dtype}",
+                        site=site.name,
+                        way_out='ranks= without precision=, or precision="auto"',
+                    )
                 result.append(
                     forced_point(
                         *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=pivots
@@ -173,11 +180,13 @@ class Allocate:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
                 how: dict[str, Any] = {"pivots": pivots, "always": self.always}
                 how |= {"own": takes_own(self.precision, site.dtype), "precisions": bits}
+                how |= {"worth": analysed.predictor and analysed.predictor.worth}
                 result.append(curve_points(*given, scale[site.name], **how))
         names = {
             site.name
             for site in analysed.sites
-            if self.formats is None or joins(self.formats.get(site.name, ()))
+            if takes_own(self.precision, site.dtype)
+            and (self.formats is None or joins(self.formats.get(site.name, ())))
         }
         if self.even:
             return together(result)

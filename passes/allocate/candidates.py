@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +17,13 @@ from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.forms import (
     PRECISION,
     Forms,
+    inputs_lost,
     labelled,
     labels,
     rounding_lost,
     spec_of,
     takes_pivots,
+    worth_of,
 )
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -192,12 +194,14 @@ def curve_points(
     always: bool = False,
     own: bool = True,
     precisions: Sequence[str] = (),
+    worth: Mapping[str, float] | None = None,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
     ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
     store what a change of basis can remove, and ``always``: where it need not it does not.
-    ``own``: entries may keep the weight's own dtype; ``precisions``: those that they may have.
+    ``own``: entries may keep the weight's own dtype; ``precisions``: those that they may have;
+    ``worth``: by what the distortion of a family of forms counts.
     """
     site = curve.site
     spectral = any(named(name).spectral for name in allowed)
@@ -223,13 +227,13 @@ def curve_points(
         name, none = rounding.precision, np.zeros(1, int)
         for pivoted, those in forms.in_bits(ranks, pivots=pivots).items():
             rows.append(forms.costs(those, pivoted, name))
-            added = rounding.low_rank.numpy()[those]
+            added = rounding.low_rank.numpy()[those] + inputs_lost(curve, those, name, machine)
             lost.append(curve.distortion.numpy()[those] + added)
             kinds.append(labels(those, pivoted, name))
         if dense:
             spec = spec_of(site, 0, False, name)
             rows.append(np.array([_costs(site, spec, itemsize, batch_sizes, machine)]))
-            lost.append(np.array([rounding.dense]))
+            lost.append(rounding.dense + inputs_lost(curve, none, name, machine))
             kinds.append(labels(none, False, name))
     reason = None
     if not any(map(len, rows)):
@@ -240,15 +244,15 @@ def curve_points(
         kinds.append(np.zeros(1, int))
     costs, distortion = np.concatenate(rows).astype(float), np.concatenate(lost)
     order = np.lexsort((distortion, costs[:, 0]))
-    costs, distortion = costs[order], distortion[order]
-    rises = curve.rise(distortion)
+    costs, distortion, found = costs[order], distortion[order], np.concatenate(kinds)[order]
+    rises = curve.rise(distortion) * worth_of(found, worth or {})
     return Points(
         site,
         costs,
         rises if curve.in_nats else np.zeros_like(rises),
         rises * scale,
         curve.errors(distortion),
-        np.concatenate(kinds)[order],
+        found,
         others,
         fixed=reason,
     )

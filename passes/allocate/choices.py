@@ -43,8 +43,8 @@ def _misfit(choice: RankPlan, curve: Spectrum) -> str | None:
     lead = (site.experts,) if site.experts else ()
     if spec.shape != (*lead, *site.matrix):
         return f"it is of {(*lead, *site.matrix)}"
-    form = format_of(spec)
-    most = form.largest_ranks(spec)
+    form = format_of(spec.plain)
+    most = form.largest_ranks(spec.plain)
     if form.spectral:  # a first factor in common may have a larger rank than each weight alone
         common = curve.shared if choice.shared is not None else None
         most = (min(site.matrix) if common is None else len(common.distortion) - 1,)

@@ -93,21 +93,22 @@ class Tiers:
             lambda one: one.least_objective(caps),
         )
 
-    def least_parameters(self, lost: float) -> Chosen | None:
-        """The fewest parameters that lose no more than this; None where all lose more."""
-        limited = np.isfinite(lost)
+    def smallest(self, lost: float) -> Chosen | None:
+        """The least of the first limited cost that loses no more; None where all lose more."""
+        limited, size = np.isfinite(lost), self.limited[0]
 
         def given_up(one: Choices, rows: np.ndarray, faster: Choices, rebuilds: bool) -> np.ndarray:
             most = one.objective[rows] if limited else np.full(len(rows), np.inf)
-            return faster.cover(most, {0: (np.inf if rebuilds else WORTH) * one.costs[rows, 0]})
+            worth = np.inf if rebuilds else WORTH
+            return faster.cover(most, {size: worth * one.costs[rows, size]})
 
         return self._first(
             lambda one: np.flatnonzero(one.lost <= lost),
-            lambda one: (one.costs[:, 0], one.lost, one.objective),
+            lambda one: (one.costs[:, size], one.lost, one.objective),
             given_up,
             lambda one, k: one.after(k - 1),
-            lambda one: one.costs[:, 0],
-            lambda one: one.least_cost(lost),
+            lambda one: one.costs[:, size],
+            lambda one: one.least_cost(lost, size),
         )
 
     def _first(

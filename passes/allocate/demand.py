@@ -30,6 +30,7 @@ class Demand:
 
     ``fast``: how many of the tiers are there for speed alone, and of no use to a limit on times;
     ``rebuilt``: whether the last one may rebuild weights of last resort.
+    ``size`` is the cost (a column) that is least where a budget limits none.
     ``names`` are those of the costs, the last of them by how much weights are slower than dense;
     ``negligible`` is what does not count of these. ``overhead`` is what everything else costs.
     """
@@ -44,6 +45,7 @@ class Demand:
     dense: Totals
     refine: str | None
     even: bool = False
+    size: int = 0
     _known: dict[object, Tiers] = field(default_factory=dict)
 
     def choose(self, budget: Budget) -> Chosen | None:
@@ -52,7 +54,7 @@ class Demand:
             return None
         tiers = self.choices(budget)
         if not self.limits(budget):
-            return tiers.least_parameters(self._most_lost(budget))
+            return tiers.smallest(self._most_lost(budget))
         chosen = tiers.least_lost(self.caps(budget))
         if chosen is None or chosen.lost > self._most_lost(budget):
             return None
@@ -71,7 +73,7 @@ class Demand:
 
     def choices(self, budget: Budget) -> Tiers:
         """The choices among which a budget finds its own."""
-        limited = tuple(np.flatnonzero(np.isfinite(self.caps(budget))).tolist()) or (0,)
+        limited = tuple(np.flatnonzero(np.isfinite(self.caps(budget))).tolist()) or (self.size,)
         key = limited, budget.error, budget.latency is None
         if key not in self._known:
             tiers = self.tiers_within(budget.error, fast=budget.latency is None)

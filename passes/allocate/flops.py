@@ -37,5 +37,6 @@ def spec_flops(
             plans = [timed_plan(spec, use.contract, machine, dtype=kind) for kind in kinds]
             total += max(-(-p.flops(batch) // batch) for p in plans for batch in batch_sizes)
         else:
-            total = total + form.flops(spec.plain if use.convolves else spec, use.contract)
+            run = spec.plain if use.convolves else spec
+            total = total + format_of(run).flops(run, use.contract)
     return total

@@ -6,7 +6,8 @@ whose product with the input is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,9 @@ from tensorize.passes.curves.curve import Spectrum
 _PIVOTED, PRECISION = 1 << 32, 1 << 40
 _PIVOTS_FROM = 0.02
 """The share of its parameters from which on it pays not to store an identity of low rank."""
+
+BITS, BOTH = "bits", "ranks with bits"
+"""Families of forms with fewer bits: of the matrix itself, of its factors. The others are ranks."""
 
 _RANKS = 96
 """Ranks of a weight that are tried at each number of bits."""
@@ -72,6 +76,8 @@ class Forms:
 
     def in_bits(self, ranks: np.ndarray, *, pivots: bool) -> dict[bool, np.ndarray]:
         """The ranks that are points at fewer bits, by form: none is far from the next."""
+        if not len(ranks):
+            return {}
         few = ranks[np.unique(np.linspace(0, len(ranks) - 1, _RANKS).round().astype(int))]
         found = {False: few}
         if pivots:
@@ -113,6 +119,20 @@ def rounding_lost(curve: Spectrum, pivoted: bool) -> float:
     return pivoted * float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
 
 
+def inputs_lost(curve: Spectrum, ranks: np.ndarray, precision: str, machine: Machine) -> np.ndarray:
+    """What is lost by inputs that are rounded, too, as products of integers want: at each rank.
+
+    Of rank 0 it is the matrix itself. A row has one step, and so the more noise the further its
+    largest entry is out: of n entries of a normal distribution by sqrt(2 log n) deviations.
+    """
+    site, kind = curve.site, INTEGERS[precision]
+    columns = any(use.contract == "columns" for use in site.uses)
+    if kind.bits != 8 or site.experts or not columns or not machine.multiplies_integers:
+        return np.zeros(len(ranks))
+    logs = math.log(site.matrix[1]) + np.log(np.maximum(ranks, 1))
+    return float(curve.distortion[0]) * 2 * logs / (12 * kind.codes[1] ** 2)
+
+
 def labels(ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
     """A positive number for each rank in one of the forms, which ``labelled`` reads.
 
@@ -127,6 +147,13 @@ def labelled(label: int) -> tuple[int, bool, str | None]:
     kind, rest = divmod(label, PRECISION)
     pivoted, rank = divmod(rest, _PIVOTED)
     return rank, bool(pivoted), _NAMES[kind - 1] if kind else None
+
+
+def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:
+    """By what the distortion at each label counts, by what that of its family does."""
+    bits, matrix = labels >= PRECISION, labels % PRECISION == 0
+    known = [worth.get(family, 1.0) for family in (BITS, BOTH)]
+    return np.select([bits & matrix, bits], known, 1.0)
 
 
 def spec_of(site: Site, rank: int, pivoted: bool, precision: str | None) -> Spec:

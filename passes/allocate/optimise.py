@@ -50,9 +50,9 @@ class Choices:
         """No choice at all has a smaller objective within the caps."""
         return float(self.objective[self.within(caps)].min(initial=np.inf))
 
-    def least_cost(self, objective: float) -> float:
-        """No choice at all has less of the first cost and an objective within this."""
-        return float(self.costs[self.objective <= objective, 0].min(initial=np.inf))
+    def least_cost(self, objective: float, column: int) -> float:
+        """No choice at all has less of a cost and an objective within this."""
+        return float(self.costs[self.objective <= objective, column].min(initial=np.inf))
 
     def after(self, k: int) -> Choices | None:
         """The choices between k and the next; None where there are none."""
@@ -94,10 +94,10 @@ class Path(Choices):
         at = float(self.prices[priced] @ caps[priced])
         return float(np.interp(at, self.costs @ self.prices, self.objective))
 
-    def least_cost(self, objective: float) -> float:
-        if self.prices[0] <= 0 or self.prices[1:].any():
+    def least_cost(self, objective: float, column: int) -> float:
+        if np.flatnonzero(self.prices).tolist() != [column]:
             return 0.0
-        return float(np.interp(-objective, -self.objective, self.costs[:, 0]))
+        return float(np.interp(-objective, -self.objective, self.costs[:, column]))
 
     def after(self, k: int) -> Choices | None:
         last = len(self.lost) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tensorize.base.errors import AnalysisError
@@ -31,6 +31,18 @@ def check_precision(option: Any) -> PrecisionOption:
             way_out=f'precision="auto", or one or more of {", ".join(known)}',
         )
     return tuple(names)
+
+
+def check_own(option: PrecisionOption, dtypes: Collection[str]) -> None:
+    """Raises AnalysisError for a dtype that weights of these dtypes cannot have."""
+    for name in option if isinstance(option, tuple) else ():
+        if name in OWN and dtypes and name not in dtypes:
+            own = ", ".join(sorted(dtypes))
+            raise AnalysisError(
+                f"precision={name!r} is no dtype of the weights, which are in {own}: they keep "
+                "that one, or become integers",
+                way_out=f"model.to(torch.{name}) first, or precision={min(dtypes)!r}",
+            )
 
 
 def integers(option: PrecisionOption) -> tuple[str, ...]:

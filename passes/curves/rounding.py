@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,7 @@ class Rounding:
     """What one precision adds to the distortion of a weight.
 
     ``dense`` of the matrix itself; ``low_rank[r]`` of its factors of rank r. Each of their
-    components adds what its column of U and its row of V lose, as the other factor sees it. Where
-    inputs are rounded too, what that costs is added: once for the matrix, twice for two factors.
+    components adds what its column of U and its row of V lose, as the other factor sees it.
     """
 
     precision: str
@@ -42,30 +40,12 @@ def roundings(
     factors = [best_factors(matrix, metric, largest_that_pays(m, n)) for matrix in matrices]
     found = []
     for kind in (INTEGERS[name] for name in precisions):
-        inputs = sum(_inputs_lost(matrix, kind, metric) for matrix in matrices)
         dense = sum(expected(grid(matrix, kind, metric).steps, metric) for matrix in matrices)
         each = torch.stack([_components(*pair, kind, metric) for pair in factors]).sum(0)
-        sums = torch.cat([each.new_zeros(1), each.cumsum(0) + 2 * inputs])
+        sums = torch.cat([each.new_zeros(1), each.cumsum(0)])
         rest = sums[-1].expand(min(m, n) + 1 - len(sums))
-        found.append(Rounding(kind.name, dense + inputs, torch.cat([sums, rest]).cpu()))
+        found.append(Rounding(kind.name, dense, torch.cat([sums, rest]).cpu()))
     return tuple(found)
-
-
-def _inputs_lost(matrix: Tensor, kind: Precision, metric: Metric) -> float:
-    """What a matrix loses where every row of its inputs is rounded to as many bits as it has.
-
-    The errors of entries are independent, of variance step² / 12. The step follows from the largest
-    entry of a row: of Gaussian ones 2 ln N times their mean square, or that of a channel which is
-    larger than others.
-    """
-    if kind.bits < 8 or metric.right is None:
-        return 0.0
-    root = metric.right.double()
-    squares = root.square() if root.dim() == 1 else root.square().sum(1)
-    usual = 2 * math.log(len(squares) + 1) * float(squares.mean())
-    variance = max(usual, float(squares.max())) / (12 * kind.codes[1] ** 2)
-    seen = float(root_times(metric.left, matrix.double()).square().sum())
-    return metric.scale * variance * seen
 
 
 def _components(left: Tensor, right: Tensor, kind: Precision, metric: Metric) -> Tensor:

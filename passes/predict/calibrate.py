@@ -20,6 +20,13 @@ from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
+from tensorize.passes.predict.families import (
+    REFIT_LOSSES,
+    mixed,
+    precisions_of,
+    single_families,
+    worth_of_families,
+)
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan, untried
 from tensorize.passes.rewrite.factorize import Cores, best_components, in_copy, planned_cores
@@ -78,23 +85,56 @@ class CalibratePrediction:
                 shares = TRIAL_SHARES
             wanted += [(share, refine) for share in shares]
         known = best_components(learned, first)
-        trials: list[Trial] = []
-        for done, (share, refine) in enumerate(wanted):
-            learned.progress("prediction", done, len(wanted))
-            planned = plans[share]
-            if planned is not None and first[planned.plan.sites] == share:
-                trials.append(self._measure(learned, planned, refine, known, reference))
-        learned.progress("prediction", len(wanted), len(wanted))
-        ordered = tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
+        chosen = [
+            (planned, refine)
+            for share, refine in wanted
+            if (planned := plans[share]) is not None and first[planned.plan.sites] == share
+        ]
+        trials = self._measured(learned, chosen, known, reference)
         without = None if self.held_out else reference.measure(_nothing(learned)).rise
-        predictor = Predictor(
-            ordered, self.loss.unit, bool(self.held_out), self.refinements, without
+        ranks = Predictor(
+            _ordered(trials), self.loss.unit, bool(self.held_out), self.refinements, without
         )
-        ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in ordered if t.refine is None)
+        predictor = self._with_families(ranks, learned, reference)
+        plain = [trial for trial in predictor.trials if trial.refine is None]
+        ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in plain)
         notes = _of_few(learned, reference, bool(self.held_out))
         summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
+        for family, worth in predictor.worth.items():
+            summary += f"; {family} count {worth:.2f}"
         known = {"predictor": predictor, "summary": summary}
         return learned.to(Analysed, **known, notes=(*learned.notes, *notes))
+
+    def _with_families(self, ranks: Predictor, learned: Learned, reference: Reference) -> Predictor:
+        """Where there are precisions, with what their families are worth, and their trials."""
+        if not precisions_of(learned):
+            return ranks
+        tried = {
+            family: self._measured(learned, [(each, None) for each in plans], {}, reference)
+            for family, plans in single_families(learned).items()
+        }
+        worth = worth_of_families(ranks, {k: _ordered(trials) for k, trials in tried.items()})
+        plans = mixed(learned, worth)
+        wanted: list[tuple[Planned, str | None]] = [(plan, None) for plan in plans.values()]
+        if REFIT in self.refinements:
+            wanted += [(plan, REFIT) for lost, plan in plans.items() if lost in REFIT_LOSSES]
+        trials = (*ranks.trials, *self._measured(learned, wanted, {}, reference))
+        return replace(ranks, trials=_ordered(trials), worth=worth)
+
+    def _measured(
+        self,
+        learned: Learned,
+        wanted: Sequence[tuple[Planned, str | None]],
+        known: Mapping[str, Cores],
+        reference: Reference,
+    ) -> list[Trial]:
+        """Plans with what is done to their factors, each tried."""
+        trials: list[Trial] = []
+        for done, (planned, refine) in enumerate(wanted):
+            learned.progress("prediction", done, len(wanted))
+            trials.append(self._measure(learned, planned, refine, known, reference))
+        learned.progress("prediction", len(wanted), len(wanted))
+        return trials
 
     def _measure(
         self,
@@ -160,6 +200,11 @@ def _without(learned: Learned, why: str) -> Analysed:
 def trial_share(least: float, share: float) -> float:
     """A share of a trial; where no model is so small, that of what can be saved at all."""
     return share if share > least else least + (1 - least) * share
+
+
+def _ordered(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Those that tell something, by growing damage."""
+    return tuple(sorted(_positive(trials), key=lambda trial: trial.raw))
 
 
 def _positive(trials: Sequence[Trial]) -> Iterator[Trial]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -63,6 +64,8 @@ class Predictor:
     """What can be predicted beside factors as they come from the decompositions."""
     without: float | None = None
     """Where nothing was held out: the rise with none of the weights that may be compressed."""
+    worth: Mapping[str, float] = field(default_factory=dict)
+    """What a distortion of each family of forms counts in sums, beside that of ranks: as much."""
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]

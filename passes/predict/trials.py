@@ -11,13 +11,16 @@ from torch import Tensor, is_tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
+from tensorize.base.tensors import is_index
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
+from tensorize.capture.matmul import Frame
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch
+from tensorize.ir.spec import Spec
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import (
@@ -28,8 +31,10 @@ from tensorize.passes.observe.outputs import (
     row_total,
     samples_of,
 )
-from tensorize.passes.predict.predictor import NORMAL_90, student_90
+from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.stages import Analysed, Learned, Planned
+from tensorize.weight.contractions import contractions
+from tensorize.weight.lazy import FactoredWeight
 
 _KEPT_BYTES = 1 << 30
 # Of the rises of single rows: their standard deviation, relative to their mean.
@@ -69,7 +74,7 @@ class Reference:
         result = call(self.model, batch)
         return result if self.loss.loss_fn is not None else essential(result)
 
-    def measure(self, weights: Mapping[str, Tensor]) -> Measurement:
+    def measure(self, weights: Mapping[str, Any]) -> Measurement:
         """What the model loses with some weights replaced, by name, in this thread alone."""
         model, rises = self.model, list[Tensor]()
         parameters = dict(model.named_parameters())
@@ -129,17 +134,30 @@ def _spread(rises: Sequence[Tensor], rise: float) -> float:
 
 def approximations(
     learned: Learned, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
-) -> dict[str, Tensor]:
-    """Dense weights as the cores would leave them, by parameter name; tied names included."""
+) -> dict[str, Any]:
+    """Dense weights as the cores would leave them, by parameter name; tied names included.
+
+    Cores are plain ones, but for weights of fewer bits: of these what is held, and they run as they
+    will, which may round their inputs.
+    """
     parameters: dict[str, nn.Parameter] = dict(learned.model.named_parameters())
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     for choice in sites:
-        if choice.spec is not None:
-            dense = parameters[choice.name]
-            weight = format_of(choice.spec).reconstruct(choice.spec.plain, cores[choice.name])
-            weight = weight.to(dense.dtype)
+        if choice.spec is not None and choice.spec.precision is not None:
+            weights[choice.name] = _held(choice.spec, cores[choice.name], parameters[choice.name])
+        elif choice.spec is not None:
+            dense, spec = parameters[choice.name], choice.spec.plain
+            weight = format_of(spec).reconstruct(spec, cores[choice.name]).to(dense.dtype)
             weights[choice.name] = weight.detach().reshape(dense.shape)
     return weights
+
+
+def _held(spec: Spec, cores: Sequence[Tensor], dense: Tensor) -> FactoredWeight:
+    """What stands for a dense weight once it is compressed."""
+    shape, count = tuple(dense.shape), len(spec.core_shapes)
+    held = tuple(core if is_index(core) else core.to(dense.dtype) for core in cores)
+    frame = Frame() if shape == spec.shape else Frame(shape=shape)
+    return FactoredWeight(spec, held[:count], frame, contractions(spec), indices=held[count:])
 
 
 def trial_plan(learned: Learned, share: float) -> Planned | None:
@@ -148,6 +166,22 @@ def trial_plan(learned: Learned, share: float) -> Planned | None:
         planned = Allocate(Budget(params=share)).run(untried(learned))
     except BudgetError:
         return None  # the weights that cannot be factorized take more than this share
+    return planned if sum(site.predicted_loss for site in planned.plan.sites) > 0 else None
+
+
+def losing(
+    learned: Learned, lost: float, worth: Mapping[str, float], **options: Any
+) -> Planned | None:
+    """What takes the fewest bytes of what loses so much by the curves; None where nothing does.
+
+    ``options`` are those of ``Allocate``.
+    """
+    as_summed = Predictor((), "", held_out=False, worth=worth)
+    try:
+        analysed = learned.to(Analysed, predictor=as_summed)
+        planned = Allocate(Budget(loss=lost), **options).run(analysed)
+    except BudgetError:
+        return None  # whatever may be chosen loses more
     return planned if sum(site.predicted_loss for site in planned.plan.sites) > 0 else None
 
 

@@ -188,11 +188,12 @@ def replace_weight(
     weight = as_matrix(site, dense.detach())
     cores = cores or _cores(curve, choice, weight)
     form = format_of(choice.spec)
-    if choice.spec.precision is None and any(use.contract == "lookup" for use in site.uses):
+    if any(use.contract == "lookup" for use in site.uses):
         empty = (weight == 0).all(1)
         if empty.any():  # the analysis keeps its factors
             cores = tuple(core.clone() for core in cores)
-            keep_empty_rows(site, choice.spec.plain, cores, empty)
+            made = choice.spec.plain if choice.spec.precision is None else choice.spec
+            keep_empty_rows(site, made, cores, empty)
     first = _first_in_common(model, choice)
     made = form.stored(choice.spec, cores, weight.dtype, first)
     held = put_cores(model, site, choice, [_own(core, weight) for core in made])

@@ -81,7 +81,10 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
         held = tuple(core if is_index(core) else core.to(dtype) for core in cores[name])
         count = len(spec.core_shapes)
         how = whole, contractions[name], None, held[count:]
-        return FactoredWeight(spec, held[:count], *how).run(matmul)
+        weight = FactoredWeight(spec, held[:count], *how)
+        if spec.precision is not None and not weight.can_run(matmul):
+            weight = weight.as_pair()
+        return weight.run(matmul)
 
     runs: list[tuple[WeightRun, WeightRun]] = []
     try:

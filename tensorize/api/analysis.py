@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorize.api.options import Options
+from tensorize.base import printer
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import POLISH, REFIT, Plan
+from tensorize.ir.plan import POLISH, REFIT, Plan, Prediction
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
-from tensorize.passes.curves.precisions import PrecisionOption, integers
+from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
 from tensorize.passes.observe.loss import LossFunction
 from tensorize.passes.pipeline import run_passes
 from tensorize.passes.stages import Analysed, Planned
@@ -82,9 +83,10 @@ class Analysis:
                 ``formats`` or ``ranks`` do not fit its weights.
         """
         given = locals()
-        if precision == AS_ANALYSED:
-            given["precision"] = self.precision
-        return planned(self, Options.of(given))
+        if precision != AS_ANALYSED:
+            return planned(self, Options.of(given))
+        Options.of({**given, "precision": None})  # what is wrong is said before any work
+        return planned(self, Options.of({**given, "precision": self.precision}))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
@@ -109,7 +111,8 @@ class Analysis:
         )
 
     def _require(self, precision: PrecisionOption) -> None:
-        """Raises AnalysisError for a precision that was not analysed."""
+        """Raises AnalysisError for a precision that was not analysed, or that no weight has."""
+        check_own(precision, {site.dtype for site in self.program.free})
         known = integers(self.precision)
         for name in integers(precision):
             if name not in known:
@@ -151,7 +154,9 @@ class Analysis:
     def curve(self, budgets: Sequence[float] | None = None) -> Curve:
         """Predicted quality, parameters, bytes and FLOPs for several budgets.
 
-        With ``budgets=None`` a ladder from 0.05 to 0.9 of which the feasible part is shown.
+        With ``budgets=None`` a ladder from 0.05 to 0.9 of which the feasible part is shown. Where
+        precisions were analysed they are shares of the bytes, and what ranks alone give stands
+        beside.
 
         Raises:
             BudgetError: one of the given budgets is not feasible.
@@ -165,15 +170,32 @@ class Analysis:
         points: list[CurvePoint] = []
         for budget in CURVE_BUDGETS if budgets is None else budgets:
             try:
-                asked = {"budget": budget, "precision": self.precision}
-                allocate = self._allocation(Options.of(asked))
-                predicted = allocate.run(self.program).plan.predicted
+                predicted = self._predicted(budget, self.precision)
             except BudgetError:
                 if budgets is not None:
                     raise
                 continue
-            points.append(CurvePoint(**vars(predicted), budget=budget))
+            point = CurvePoint(**vars(predicted), budget=budget)
+            alone = self.ranks_alone(Budget(bytes=budget))
+            points.append(replace(point, ranks_alone=alone))
         return Curve(tuple(points), self.metric)
+
+    def _predicted(self, budget: float | Budget, precision: PrecisionOption) -> Prediction:
+        options = Options.of({"budget": budget, "precision": precision})
+        return self._allocation(options).run(self.program).plan.predicted
+
+    def ranks_alone(self, budget: Budget) -> float | None:
+        """The predicted quality of ranks alone within a budget, where bits were analysed as well.
+
+        None where there is none.
+        """
+        if not integers(self.precision):
+            return None
+        try:
+            predicted = self._predicted(budget, None)
+        except BudgetError:
+            return None
+        return predicted.output_error if predicted.loss is None else predicted.loss
 
     def __str__(self) -> str:
         return (
@@ -193,6 +215,12 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     """``Analysis.plan`` with its options as one record."""
     plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
     plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
+    budget = options.budget
+    if integers(options.precision) and budget is not None and budget.bytes is not None:
+        alone = analysis.ranks_alone(budget)
+        if alone is not None:
+            said = f"at as many bytes ranks alone are predicted to lose {printer.number(alone)}"
+            plan = replace(plan, notes=(*plan.notes, said))
     return AnalysedPlan(**vars(plan), analysis=analysis)
 
 

@@ -33,7 +33,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.beside.rehearse import Rehearse
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
-from tensorize.passes.curves.precisions import PrecisionOption, integers
+from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
@@ -125,6 +125,7 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
     found = run_passes(given, passes, Found)
     # A pattern that names no weight is said before the expensive stage.
     formats_by_site(found.free, options.formats)
+    check_own(options.precision, {site.dtype for site in found.free})
     return found
 
 

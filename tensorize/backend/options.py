@@ -8,15 +8,15 @@ from typing import Any
 from tensorize.api.options import Options
 from tensorize.base.errors import TensorizeError
 
-TAKEN = ("budget", "formats", "inner", "ranks", "seed")
+TAKEN = ("budget", "formats", "inner", "precision", "ranks", "seed")
 
 
 def read_options(given: Mapping[str, Any] | None) -> Options:
     """The record of what ``options=`` holds.
 
-    ``budget``, ``formats``, ``ranks`` and ``seed`` are those of ``tensorize.compile`` and serve
-    the preview of a dense model. ``inner`` runs what is left: ``"auto"``, ``"eager"`` or
-    ``"inductor"``.
+    ``budget``, ``formats``, ``precision``, ``ranks`` and ``seed`` are those of
+    ``tensorize.compile`` and serve the preview of a dense model. ``inner`` runs what is left:
+    ``"auto"``, ``"eager"`` or ``"inductor"``.
 
     Raises:
         TensorizeError: an option is unknown, or has a value that it cannot have.

@@ -127,13 +127,14 @@ def shape_text(shape: Sequence[int | str]) -> str:
     return "×".join(str(size) for size in shape)
 
 
-def format_text(format: str, ranks: Sequence[int] = ()) -> str:
-    """A format with its ranks, if any: ``"dense"``, ``"low rank 64"``, ``"TT 8·12·8"``.
+def format_text(format: str, ranks: Sequence[int] = (), precision: str | None = None) -> str:
+    """A format with its ranks and its bits, if any: ``"dense"``, ``"TT 8·12·8"``, ``"low rank 64
+    int8"``.
 
     A name of two letters stands for two words.
     """
     label = format.upper() if len(format) == 2 else format.replace("_", " ")
-    return f"{label} {'·'.join(map(str, ranks))}" if ranks else label
+    return " ".join(filter(None, (label, "·".join(map(str, ranks)), precision)))
 
 
 # ---------------------------------------------------------------------------------------- tables

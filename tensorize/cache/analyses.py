@@ -135,6 +135,7 @@ def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
             "held_out": predictor.held_out,
             "refinements": predictor.refinements,
             "without": predictor.without,
+            "worth": predictor.worth,
             "trials": [astuple(trial) for trial in predictor.trials],
         },
     }

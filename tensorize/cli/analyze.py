@@ -41,6 +41,7 @@ def analyze_command(
     include: option.Include = None,
     exclude: option.Exclude = None,
     formats: option.Formats = None,
+    precision: option.Precision = None,
     seed: option.Seed = Options.seed,
     cache_dir: option.Cache = None,
     max_memory: option.MaxMemory = None,

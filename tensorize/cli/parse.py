@@ -26,8 +26,10 @@ def read_options(given: Mapping[str, Any]) -> Options:
     return Options.of({**given, **read, "calibration": None})
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str) -> Budget | float:
     """``0.3``, or ``params=0.3,error=0.05,bytes=2e6``: a cost up to 1 is a share, else absolute.
+
+    A share alone is one of whatever the other options say.
 
     Raises:
         typer.BadParameter: the text is no budget.
@@ -35,7 +37,9 @@ def parse_budget(text: str) -> Budget:
     """
     known = [f.name for f in fields(Budget)]
     if "=" not in text:
-        return Budget.of(_number(text, "--budget"))
+        share = _number(text, "--budget")
+        Budget.of(share)
+        return share
     limits: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
@@ -91,6 +95,12 @@ def parse_formats(texts: Sequence[str] | None) -> list[str] | dict[str, list[str
     return chosen
 
 
+def parse_precision(texts: Sequence[str] | None) -> str | list[str] | None:
+    """Names of precisions, or one."""
+    names = [name.strip() for text in texts or () for name in text.split(",")]
+    return names[0] if len(names) == 1 else names or None
+
+
 def _parse_size(text: str | None) -> int | None:
     try:
         return parse_bytes(text)
@@ -104,6 +114,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "include": lambda patterns: patterns or None,
     "exclude": lambda patterns: patterns or None,
     "formats": parse_formats,
+    "precision": parse_precision,
     "max_memory": _parse_size,
 }
 """How texts become options; what is not named is one as it is."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from tensorize.base.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.cli.sources import Dtype, Loaded, load_source, read_batches
+from tensorize.weight.whole_model import numbers
 
 DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
@@ -62,7 +63,7 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 
 def count_text(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()):,}"
+    return f"{numbers(model):,}"
 
 
 @contextlib.contextmanager

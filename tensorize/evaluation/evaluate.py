@@ -40,6 +40,7 @@ from tensorize.passes.observe.hidden import shifts_labels
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import call, outputs_of
 from tensorize.reports.attach import known_report
+from tensorize.weight.whole_model import numbers
 
 QUANTIZATIONS = ("int8", "int4")
 
@@ -120,7 +121,7 @@ def evaluate(
         figures = [
             Figures(
                 name=name,
-                parameters=sum(p.numel() for p in each.parameters()),
+                parameters=numbers(each),
                 bytes=size_in_bytes(each),
                 quality=qualities[name],
                 latency=latencies[k],
@@ -174,7 +175,7 @@ def _name_of(budget: Any) -> str:
 
 
 def _kept(model: nn.Module, dense: nn.Module) -> float:
-    counts = [sum(p.numel() for p in m.parameters()) for m in (model, dense)]
+    counts = [numbers(each) for each in (model, dense)]
     return counts[0] / max(counts[1], 1)
 
 
@@ -369,7 +370,9 @@ def _weights(model: nn.Module) -> tuple[WeightFigures, ...]:
     report = known_report(model)
     if report is None:
         return ()
-    return tuple(WeightFigures(s.name, s.format, s.ranks, s.share) for s in report.sites)
+    return tuple(
+        WeightFigures(s.name, s.format, s.ranks, s.share, s.precision) for s in report.sites
+    )
 
 
 def _spectra(dense: nn.Module, figures: Sequence[Figures], tell: Progress) -> tuple[Spectrum, ...]:

@@ -9,12 +9,13 @@ from tensorize.evaluation.quality import Quality
 
 @dataclass(frozen=True)
 class WeightFigures:
-    """What became of one weight: its format, its ranks, and the share of its parameters kept."""
+    """What became of one weight: format, ranks, bits, and the share of its parameters kept."""
 
     name: str
     format: str
     ranks: tuple[int, ...]
     share: float
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

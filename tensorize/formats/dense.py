@@ -23,6 +23,9 @@ class Dense(Format[DenseSpec]):
     def reconstruct(self, spec: DenseSpec, cores: Sequence[Tensor]) -> Tensor:
         return cores[0]
 
+    def rows_apart(self, spec: DenseSpec) -> int:
+        return 0
+
     def flops(self, spec: DenseSpec, contract: str) -> int:
         m, n = spec.shape[-2:]
         return 0 if contract == "lookup" else 2 * m * n

@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -49,10 +48,14 @@ class Coded:
 
     def linear(self, x: Tensor) -> Tensor:
         """x (B, N) times Wᵀ in integers: rows of x have a scale of their own; bits are eight."""
-        largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        steps = largest.float() / self.kind.codes[1]
-        rounded = (x / steps.to(x.dtype)).round_().to(torch.int8)
-        product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
+        wide = x.float()  # in half precision the largest would be rounded to a code too many
+        largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        steps = largest / self.kind.codes[1]
+        rounded = (wide / steps).round_().to(torch.int8)
+        if self.columns > 1:
+            product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
+        else:  # of which torch 2.13 makes wrong numbers
+            product = rounded.int() * self.codes.t()
         return (product * steps * self.scale.float().mT).to(x.dtype)
 
     def at(self, rows: Tensor) -> Coded:
@@ -120,7 +123,7 @@ class Quantized(Format[QuantizedSpec]):
                 kept, rest = ordered(y, order, spec.ranks[0])
                 y = kept + right.linear(rest)
         y = first.linear(y)
-        y = y if bias is None else y + bias
+        y = y if bias is None else y + bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -131,6 +134,14 @@ class Quantized(Format[QuantizedSpec]):
         indices = cores[count : count + len(spec.inner.indices)]
         every = torch.arange(rows.numel(), device=rows.device).reshape(rows.shape)
         return self.numbers.lookup(spec.inner, (*held, *indices), every)
+
+    def rows_apart(self, spec: QuantizedSpec) -> int | None:
+        return self.numbers.rows_apart(spec.inner)
+
+    def clear_rows(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> None:
+        k = self.rows_apart(spec)
+        assert k is not None
+        cores[k][rows] = 0  # the scales: whatever their codes are, rows stand for zero
 
     def flops(self, spec: QuantizedSpec, contract: str) -> Any:
         return self.numbers.flops(spec.inner, contract)
@@ -196,16 +207,14 @@ def inputs_in_full() -> Iterator[None]:
 
 
 def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether this product is one of integers: on a CPU, where no gradient is asked for."""
+    """Whether this product is one of integers: on a CPU, where no gradient is asked for.
+
+    A trace serves both with gradients and without, so it holds the numbers.
+    """
     recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
-    allowed = not (recorded or getattr(_full, "inputs", False))
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    allowed = not (recorded or traced or getattr(_full, "inputs", False))
     return allowed and _by_integers(spec) and x.device.type == "cpu"
-
-
-@cache
-def quantized(numbers: Format[Any]) -> Quantized:
-    """The format of codes for another format's numbers."""
-    return Quantized(numbers)
 
 
 def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) -> Coded:

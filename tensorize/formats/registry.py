@@ -8,7 +8,7 @@ from tensorize.formats.block import Block
 from tensorize.formats.dense import Dense
 from tensorize.formats.format import OTHER_COLORS, Format
 from tensorize.formats.low_rank import LowRank
-from tensorize.formats.quantized import quantized
+from tensorize.formats.quantized import Quantized
 from tensorize.formats.shared import Shared
 from tensorize.formats.train import Train
 from tensorize.ir.spec import READERS, Spec
@@ -16,12 +16,12 @@ from tensorize.ir.spec import READERS, Spec
 _TABLE: dict[str, Format[Any]] = {
     form.name: form for form in (Dense(), LowRank(), Shared(), Train(), Block())
 }
+_IN_CODES = {name: Quantized(form) for name, form in _TABLE.items()}
 
 
 def format_of(spec: Spec) -> Format[Any]:
     """The format of a factorized weight."""
-    form = _TABLE[spec.format]
-    return form if spec.precision is None else quantized(form)
+    return (_TABLE if spec.precision is None else _IN_CODES)[spec.format]
 
 
 def named(name: str) -> Format[Any]:
@@ -56,10 +56,10 @@ def register(form: Format[Any]) -> None:
     """
     if form.name in _TABLE:
         raise ValueError(f"there is a format {form.name!r} already")
-    _TABLE[form.name] = form
+    _TABLE[form.name], _IN_CODES[form.name] = form, Quantized(form)
     READERS[form.name] = form.read
 
 
 def withdraw(name: str) -> None:
     """Take a format that was added out again."""
-    del _TABLE[name], READERS[name]
+    del _TABLE[name], _IN_CODES[name], READERS[name]

@@ -26,7 +26,7 @@ class Budget:
         loss: largest predicted rise of the loss to preserve (needs calibration data).
 
     With a limit on costs the predicted distortion is minimised; with ``error`` or ``loss`` alone,
-    the number of parameters is.
+    the number of parameters is, or with a choice of precisions that of bytes.
 
     Raises:
         BudgetError: an entry is not a positive finite number, or none is given.

@@ -34,6 +34,11 @@ class Machine:
         """Whether what runs on it can read columns in an order: the kernels for a GPU cannot."""
         return self.rank_multiple == 1
 
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether weights of eight bits are multiplied as integers: on a CPU."""
+        return self.rank_multiple == 1
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} us a call"]
         for dtype, rates in self.rates:

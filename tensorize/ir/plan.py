@@ -46,6 +46,11 @@ class RankPlan:
         return () if self.spec is None else self.spec.ranks
 
     @property
+    def precision(self) -> str | None:
+        """What its entries are rounded to, by its name; None where they are not."""
+        return None if self.spec is None else self.spec.precision
+
+    @property
     def parameters_before(self) -> int:
         return math.prod(self.shape)
 
@@ -152,7 +157,7 @@ class Plan:
                 site.name,
                 site.kind,
                 printer.shape_text(site.shape),
-                printer.format_text(site.format, site.ranks),
+                printer.format_text(site.format, site.ranks, site.precision),
                 printer.count(site.parameters_after),
                 printer.number(site.predicted_error),
                 site.reason,

@@ -55,7 +55,13 @@ class Curve(Sequence[CurvePoint]):
         known = any(point.loss is not None for point in self.points)
         return "predicted rise of the loss" if known else "predicted error"
 
+    @property
+    def has_bits(self) -> bool:
+        """Whether plans of ranks alone stand beside its points: budgets are then bytes."""
+        return any(point.ranks_alone is not None for point in self.points)
+
     def __str__(self) -> str:
+        has_bits = self.has_bits
         rows = [
             (
                 printer.percent(point.budget),
@@ -65,12 +71,14 @@ class Curve(Sequence[CurvePoint]):
                 printer.number(point.output_error),
                 printer.number(point.loss),
                 printer.interval(point.loss_interval),
+                *([printer.number(point.ranks_alone)] if has_bits else []),
                 ", ".join(printer.seconds(1e-6 * each) for each in point.latency),
             )
             for point in self.points
         ]
         headers = (
             *("budget", "parameters", "bytes", "FLOPs a row", "error", "loss", "90 % interval"),
+            *(["ranks alone"] if has_bits else []),
             "times",
         )
         align: list[printer.Align] = ["right"] * len(headers)
@@ -100,13 +108,16 @@ class Curve(Sequence[CurvePoint]):
             low = [max(value, floor) for value in low]
             axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0, label="90 % interval")
         axes.plot(budgets, [point.quality for point in shown], color=color, marker="o")
+        beside = [(100 * p.budget, p.ranks_alone) for p in shown if p.ranks_alone]
+        if beside:
+            axes.plot(*zip(*beside, strict=True), color=color, ls="--", label="ranks alone")
         if shown:
             axes.set_yscale("log")
-        axes.set_xlabel("parameters kept (%)")
+        axes.set_xlabel(f"{'bytes' if beside else 'parameters'} kept (%)")
         axes.set_ylabel(self.quality_name)
         axes.set_title(f"metric: {self.metric}")
         axes.grid(alpha=0.25)
-        if band:
+        if band or beside:
             axes.legend(frameon=False)
         figure.savefig(target)
 

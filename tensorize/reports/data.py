@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from tensorize.formats.dense import is_dense
 from tensorize.ir.plan import Prediction, RankPlan, Totals
 
 
@@ -35,7 +36,8 @@ class SiteReport:
     ``format`` is ``"dense"``, ``"low_rank"``, ``"tt"`` or ``"block"``. ``predicted_error`` is the
     relative error of the weight in the plan's metric, ``actual_error`` the same measured on the
     cores (0.0 when dense), ``predicted_loss`` the site's share of the predicted rise of the loss.
-    ``runs_by`` is empty where a weight runs by torch operations whatever the rows.
+    ``runs_by`` is empty where a weight runs by torch operations whatever the rows. ``precision`` is
+    what its entries are rounded to (None: they are not).
     """
 
     name: str
@@ -51,6 +53,7 @@ class SiteReport:
     predicted_loss: float
     reason: str
     runs_by: tuple[RunsBy, ...] = ()
+    precision: str | None = None
 
     @classmethod
     def of(
@@ -60,6 +63,11 @@ class SiteReport:
         names = {f.name for f in fields(cls)} - {"aliases", "actual_error", "runs_by"}
         planned = {name: getattr(choice, name) for name in names}
         return cls(aliases=aliases, actual_error=actual_error, **planned)
+
+    @property
+    def left(self) -> bool:
+        """Whether it is the dense weight still."""
+        return is_dense(self.format) and self.precision is None
 
     @property
     def share(self) -> float:
@@ -96,9 +104,13 @@ class ReportTotals:
 
 @dataclass(frozen=True)
 class CurvePoint(Prediction):
-    """What one budget, a share of the parameters, is predicted to give."""
+    """What one budget is predicted to give: a share of the parameters, or of the bytes with bits.
+
+    ``ranks_alone``: where bits were analysed, the quality of ranks without them at as many bytes.
+    """
 
     budget: float = field(kw_only=True)
+    ranks_alone: float | None = field(default=None, kw_only=True)
 
     @property
     def quality(self) -> float:

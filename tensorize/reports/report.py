@@ -15,7 +15,6 @@ from typing import Any
 
 from tensorize.base import files, printer
 from tensorize.base.records import by_field, decode, encode, record
-from tensorize.formats.dense import is_dense
 from tensorize.ir.plan import Plan
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, RunsBy, SiteReport, Stage
@@ -56,7 +55,7 @@ class Report:
     @property
     def factorized(self) -> tuple[SiteReport, ...]:
         """The sites that did not stay dense."""
-        return tuple(site for site in self.sites if not is_dense(site.format))
+        return tuple(site for site in self.sites if not site.left)
 
     @property
     def running(self) -> list[str]:

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from tensorize.base import printer
-from tensorize.formats.dense import is_dense
 from tensorize.reports.data import ReportTotals, SiteReport, share_of
 
 NAME_WIDTH = 24  # a name of this length stands in a table of sites in full
@@ -22,14 +21,14 @@ def site_table(sites: Sequence[SiteReport], reasons: Sequence[str]) -> str:
         tail = ""
     rows: list[tuple[str, ...]] = []
     for site in sites:
-        dense = is_dense(site.format)
+        dense = site.left
         before, after = map(printer.count, (site.parameters_before, site.parameters_after))
         rows.append(
             (
                 site.name.removesuffix(tail),
                 site.kind,
                 printer.shape_text(site.shape),
-                printer.format_text(site.format, site.ranks),
+                printer.format_text(site.format, site.ranks, site.precision),
                 before if dense else f"{before} -> {after}",
                 "–" if dense else printer.number(site.predicted_error, 2),
                 "–" if dense else printer.number(site.actual_error, 2),

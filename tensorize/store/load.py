@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.tensorfile import sha256_of
+from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 from tensorize.store.checks import check_keys
@@ -197,7 +198,17 @@ def _matched_slots(model: nn.Module, manifest: Manifest) -> list[Slot]:
                 f"{slot.key} is a {slot.kind} of shape {shape} in the model, and a {entry.kind} "
                 f"of shape {entry.shape} in the artefact",
             )
+        wanted = _dtype_of_index(slot)
+        if wanted not in (None, entry.dtype):
+            _misfit(manifest, f"{slot.key} holds {entry.dtype}, and codes of {wanted} belong there")
     return slots
+
+
+def _dtype_of_index(slot: Slot) -> str | None:
+    """What the integers beside cores are kept in; None for anything else."""
+    spec = getattr(slot.module, "spec", None)
+    indices = spec.indices if isinstance(spec, Spec) else ()
+    return next((index.dtype for index in indices if index.name == slot.leaf), None)
 
 
 def _some(names: Sequence[str]) -> str:

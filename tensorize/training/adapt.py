@@ -39,6 +39,7 @@ from tensorize.training.bonds import Bond, bonds, components, extended
 from tensorize.training.changes import change
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
+from tensorize.weight.whole_model import numbers
 
 _GROWTH = 1.25
 """By how much a rank may grow at a time: its spectrum beyond what it has is a guess."""
@@ -71,7 +72,8 @@ class RankSchedule:
 
     Cores of other ranks are new parameters; they take the old ones' places in the model and in the
     optimizer's groups, so schedules of learning rates need not know. Wrappers that hold parameters
-    themselves (DDP) are to be made anew. Weights that share a factor with others keep their ranks.
+    themselves (DDP) are to be made anew. Weights that share a factor with others keep their ranks,
+    and so do those whose entries are integers of a few bits.
     A run that stops is resumed by ``load_state_dict`` of the schedule first (it gives the cores
     their shapes), then of the model and the optimizer.
 
@@ -125,8 +127,13 @@ class RankSchedule:
                 way_out="budget=0.25, or tensorize.Budget(params=...)",
             )
         self.target = int(limits["params"])
-        self.first = _parameters(model)
+        self.first = numbers(model)
         if not (found := self._weights()):
+            if any(weight.spec.precision is not None for _, weight in factored(model)):
+                raise TensorizeError(
+                    "entries of its weights are integers of a few bits, whose ranks stay",
+                    way_out="change ranks first, and then compile with precision=",
+                )
             raise TensorizeError(
                 "the model has no factorized weight of its own",
                 way_out="model = tensorize.initialize(model, 0.25) first",
@@ -205,7 +212,7 @@ class RankSchedule:
         return [pair for cores, pair in found.items() if all(uses[core] == 1 for core in cores)]
 
     def _adapt(self, allowed: int) -> Adaptation:
-        before = _parameters(self.model)
+        before = numbers(self.model)
         weights = self._weights()
         spectra = {
             name: (bonds if factors.nonlinearity is None else components)(
@@ -229,7 +236,7 @@ class RankSchedule:
                 self._resize(name, factors, spectra[name], spec)
                 less = spec.parameters < factors.spec.parameters
                 shrunk, grown = shrunk + less, grown + (not less)
-        return Adaptation(self.steps, before, _parameters(self.model), shrunk, grown)
+        return Adaptation(self.steps, before, numbers(self.model), shrunk, grown)
 
     def _points(self, name: str, factors: FactoredWeight, found: Sequence[Bond]) -> Points:
         """What the weight loses at each rank that it may have, by its own spectrum."""
@@ -308,10 +315,6 @@ class RankSchedule:
                 self.optimizer.state[new] = self.optimizer.state.pop(parameter)
         resize(self.model, name, spec, [*fresh, *indices])
         return fresh
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _smallest(spec: TTSpec) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,8 +132,8 @@ class FactoredWeight:
         """
         self.require_matrix()
         spec, cores = self.looked_at()
-        if self._is_several:  # stacks are low rank
-            weight = torch.matmul(*self.format.computed(spec, cores))
+        if self._is_several:  # stacks are low rank, or dense in codes
+            weight = functools.reduce(torch.matmul, self.format.computed(spec, cores))
         else:
             weight = format_of(spec).reconstruct(spec, cores)
         if self.frame.shape is not None:
@@ -242,8 +243,8 @@ class FactoredWeight:
         if func in _OF_GRADIENTS:
             return weight._refuse_hook()
         matmul = uses.read(func, args, kwargs, weight)
-        if matmul is not None and weight._can_run(matmul):
-            return weight.run(weight.frame.turn(matmul))
+        if matmul is not None and (runs := weight._running(matmul)) is not None:
+            return runs.run(weight.frame.turn(matmul))
         frame = views.view(func, args, kwargs, weight.frame, weight)
         if isinstance(frame, tuple):
             return tuple(weight.seen(part) for part in frame)
@@ -270,7 +271,30 @@ class FactoredWeight:
         how = frame, self.contractions, self.nonlinearity, self.indices
         return FactoredWeight(self.spec, cores, *how)
 
-    def _can_run(self, matmul: Matmul) -> bool:
+    def _running(self, matmul: Matmul) -> FactoredWeight | None:
+        """What can answer a call: the weight, or its factors as numbers; None: nothing can."""
+        if self.can_run(matmul):
+            return self
+        if self.spec.precision is None or not self.spec.ranks or self.frame.expert is not None:
+            return None
+        pair = self.as_pair()
+        return pair if pair.can_run(matmul) else None
+
+    def as_pair(self) -> FactoredWeight:
+        """The same weight as numbers, in two factors: one may be an identity. It can run any call
+        that low rank can."""
+        factors = self.plain_cores
+        if len(factors) == 1:
+            (matrix,) = factors
+            *lead, m, n = matrix.shape
+            one = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
+            one = one.expand(*lead, *one.shape)
+            factors = (one, matrix) if m < n else (matrix, one)
+        *experts, m, n = self.spec.shape
+        spec = TTSpec.low_rank(m, n, factors[0].shape[-1], experts=sum(experts))
+        return FactoredWeight(spec, factors, self.frame)
+
+    def can_run(self, matmul: Matmul) -> bool:
         """Whether the cores can answer the call; else the dense weight does."""
         pair, frame = self.format.pair, self.frame
         if isinstance(matmul.x, FactoredWeight) or self.nonlinearity is not None:

@@ -20,7 +20,7 @@ from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec
 from tensorize.weight.contractions import Contractions
 from tensorize.weight.onednn import library
-from tensorize.weight.precision import in_float32, widened
+from tensorize.weight.precision import autocast, in_float32, widened
 
 
 def matmul(
@@ -47,6 +47,8 @@ def matmul(
         return matmul(spec, contractions, wide, x.float(), contract, bias).to(x.dtype)
     if run is not None:
         return run(x, cores, bias)
+    if spec.precision is not None:  # products of integers know of no autocast
+        x, cores = autocast(x, cores)
     return form.multiply(spec, cores, x, contract, bias)
 
 
@@ -65,7 +67,8 @@ def lookup(
         result = kernel.lookup(rows, cores)
     else:
         result = format_of(spec).lookup(spec, cores, rows)
-    if padding_idx is None or not result.requires_grad:
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if padding_idx is None or not (result.requires_grad or traced):
         return result
     # As nn.Embedding: what arrives at the padding row changes nothing.
     padding = rows == padding_idx % spec.shape[-2]

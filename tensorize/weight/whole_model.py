@@ -13,16 +13,16 @@ from torch import nn
 from tensorize.weight import ties
 from tensorize.weight.contractions import Contractions, common_breakpoints
 from tensorize.weight.cores import Cores
-from tensorize.weight.install import factored
 from tensorize.weight.low_rank import LowRankLinear, SharedProduct, drop_products
 
 
 def numbers(model: nn.Module) -> int:
     """The parameters of a model, each once: where codes stand for numbers, those numbers."""
-    weights = {id(w.cores[0]): w for _, w in factored(model) if w.spec.precision is not None}
-    scales = {id(core) for weight in weights.values() for core in weight.cores}
+    holders = [module for module in model.modules() if isinstance(module, Cores)]
+    coded = {id(h.core_0): h for h in holders if h.spec.precision is not None}
+    scales = {id(scale) for holder in coded.values() for scale in holder.parameters()}
     own = sum(p.numel() for p in model.parameters() if id(p) not in scales)
-    return own + sum(weight.spec.parameters for weight in weights.values())
+    return own + sum(holder.spec.parameters for holder in coded.values())
 
 
 def use_kernels(model: nn.Module, build: Callable[[Any], Contractions]) -> int:

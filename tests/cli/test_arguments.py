@@ -9,15 +9,15 @@ import typer
 
 from tensorize.base.errors import BudgetError
 from tensorize.cli import sources
-from tensorize.cli.parse import parse_budget, parse_formats
+from tensorize.cli.parse import parse_budget, parse_formats, parse_precision
 from tensorize.cli.telling import USAGE
 from tensorize.ir.budget import Budget
 from tests.cli.commands import invoke
 
 
 def test_budget_texts() -> None:
-    assert parse_budget("0.3") == Budget(params=0.3)
-    assert parse_budget("1") == Budget(params=1.0)
+    assert parse_budget("0.3") == 0.3  # of the parameters, or of the bytes: as options say
+    assert parse_budget("1") == 1.0
     assert parse_budget("params=0.3, error=0.05,bytes=2e6") == Budget(
         params=0.3, error=0.05, bytes=2_000_000
     )
@@ -64,3 +64,9 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert result.exit_code == USAGE, result.output
     assert "Traceback" not in result.output
     assert not Path("o").exists()
+
+
+def test_precisions_as_text() -> None:
+    assert parse_precision(None) is None
+    assert parse_precision(["auto"]) == "auto"
+    assert parse_precision(["int8, int4", "float32"]) == ["int8", "int4", "float32"]

@@ -62,6 +62,20 @@ def test_options_reach_the_library() -> None:
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "given", [["auto"], ["int8", "--precision", "int4"], ["int8,int4"]], ids=str
+)
+def test_bits_reach_the_library(given: list[str]) -> None:
+    result = invoke(
+        *("compile", "clinet:make", "--budget", "0.3", "--out", "small", "--json"),
+        *("--precision", *given),
+    )
+    assert result.exit_code == 0, result.output
+    report = tensorize.Report.from_dict(json.loads(result.stdout)["report"])
+    assert any(site.precision for site in report.sites)
+    assert report.totals.share.bytes <= 0.3
+
+
 def test_a_cache_is_kept() -> None:
     for _ in range(2):
         result = invoke(

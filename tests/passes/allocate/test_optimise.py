@@ -194,7 +194,7 @@ def test_the_fewest_parameters_for_a_loss(seed: int) -> None:
     points = instance(seed)
     least, most = (sum(f(p.distortion) for p in points) for f in (np.min, np.max))
     ceiling = least + np.random.default_rng(seed).random() ** 3 * (most - least)
-    found = Tiers.of([points], [0]).least_parameters(ceiling)
+    found = Tiers.of([points], [0]).smallest(ceiling)
     assert found is not None
     choice = found.choice
     assert found.lost <= ceiling
@@ -206,6 +206,6 @@ def test_the_fewest_parameters_for_a_loss(seed: int) -> None:
 
 def test_no_weights_are_no_problem() -> None:
     assert solved([], FREE) == []
-    found = Tiers.of([[]], [0]).least_parameters(1.0)
+    found = Tiers.of([[]], [0]).smallest(1.0)
     assert found is not None
     assert found.choice == []

@@ -44,20 +44,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("rows", [4, 16, 64])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_lost_on_new_data_lies_in_the_interval(name: str, rows: int) -> None:
-    """Of one batch. Intervals are to hold nine of ten; of these four plans one may be out."""
+def test_what_is_lost_on_new_data_lies_in_the_interval(name: str) -> None:
+    """Of one batch. Intervals are to hold nine of ten; plans of one draw are out together."""
     build, width = MODELS[name]
-    torch.manual_seed(rows)
-    model, given, new = build(), torch.randn(rows, width), torch.randn(2000, width)
-    analysis = tensorize.analyze(model, calibration=[given], progress=False)
-    assert analysis.program.predictor.held_out
     inside = 0
-    for point in analysis.curve([0.2, 0.4, 0.6, 0.8]).points:
-        found = lost(tensorize.apply(model, analysis.plan(point.budget)), model, new)
-        inside += point.loss_interval[0] <= found <= point.loss_interval[1]
-    assert inside >= 3
+    for rows in (4, 16, 64):
+        torch.manual_seed(rows)
+        model, given, new = build(), torch.randn(rows, width), torch.randn(2000, width)
+        analysis = tensorize.analyze(model, calibration=[given], progress=False)
+        assert analysis.program.predictor.held_out
+        for point in analysis.curve([0.2, 0.4, 0.6, 0.8]).points:
+            found = lost(tensorize.apply(model, analysis.plan(point.budget)), model, new)
+            inside += point.loss_interval[0] <= found <= point.loss_interval[1]
+    assert inside >= 10
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
