@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,18 +191,20 @@ def _by_integers(spec: Any) -> bool:
     return spec.kind.bits == 8 and not spec.batch
 
 
-_full = threading.local()
+class _Full:
+    """How many ask for inputs in full now, in whatever thread: a refit runs its batches in some."""
+
+    asked = 0
 
 
 @contextlib.contextmanager
 def inputs_in_full() -> Iterator[None]:
     """In here no input is rounded: what a model computes is what its weights say."""
-    before = getattr(_full, "inputs", False)
-    _full.inputs = True
+    _Full.asked += 1
     try:
         yield
     finally:
-        _full.inputs = before
+        _Full.asked -= 1
 
 
 def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
@@ -213,7 +214,7 @@ def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> boo
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    allowed = not (recorded or traced or getattr(_full, "inputs", False))
+    allowed = not (recorded or traced or _Full.asked > 0)
     return allowed and _by_integers(spec) and x.device.type == "cpu"
 
 
