@@ -110,7 +110,10 @@ class LowRank(Chain):
         return y if bias is None else y + bias
 
     def reconstruct(self, spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
-        return reconstruct(spec.plain, self.computed(spec, cores))
+        if spec.pivoted:
+            left, right = plain(*cores)
+            return left @ right
+        return reconstruct(spec, cores)
 
     def stored(
         self,

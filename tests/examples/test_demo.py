@@ -105,7 +105,7 @@ def test_the_demo_prints_what_it_found(run: tuple[Path, dict[str, Any], str]) ->
     assert all(len(line) <= 100 or str(output) in line for line in printed.splitlines())
     assert row["parameters_share"] <= 0.6
     assert row["parameters_share"] > 0.55
-    assert row["bytes"] == 4 * row["parameters"]
+    assert 4 * row["parameters"] <= row["bytes"] < 4.04 * row["parameters"]  # orders of columns
     low, high = row["predicted_interval"]
     assert low < row["predicted"] < high
     assert 0 < row["measured"] < 1

@@ -16,6 +16,7 @@ from tensorize import TTSpec
 from tensorize.codegen.device import autotune, launch, reference
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
+from tensorize.ir.machine import Machine
 from tensorize.ir.work import Epilogue, Norm, Work, work_of
 from tensorize.running.in_use import use_kernels
 from tests.kernels import here, holds_under_the_interpreter
@@ -33,6 +34,7 @@ def measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """This machine's cache of choices, empty, as if it were a GPU's."""
     monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(autotune, "known", lambda device: True)
+    monkeypatch.setattr(Machine, "reads_orders", False)
     autotune.forget()
     yield
     autotune.forget()
