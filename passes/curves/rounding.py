@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.quantise import expected, expected_by_column, grid
+from tensorize.algebra.quantise import expected, expected_by_column, grid, pivots
 from tensorize.formats.low_rank import largest_that_pays
 from tensorize.ir.precision import INTEGERS, Precision
 
@@ -38,23 +38,28 @@ def roundings(
     matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
     m, n = matrices.shape[1:]
     factors = [best_factors(matrix, metric, largest_that_pays(m, n)) for matrix in matrices]
+    down, across = pivots(metric, matrices[0])
     found = []
     for kind in (INTEGERS[name] for name in precisions):
-        dense = sum(expected(grid(matrix, kind, metric).steps, metric) for matrix in matrices)
-        each = torch.stack([_components(*pair, kind, metric) for pair in factors]).sum(0)
+        steps = (grid(matrix, kind, metric).steps for matrix in matrices)
+        dense = sum(expected(each, metric.scale, down, across) for each in steps)
+        parts = [_components(*pair, kind, metric, down, across) for pair in factors]
+        each = metric.scale * torch.stack(parts).sum(0)
         sums = torch.cat([each.new_zeros(1), each.cumsum(0)])
         rest = sums[-1].expand(min(m, n) + 1 - len(sums))
         found.append(Rounding(kind.name, dense, torch.cat([sums, rest]).cpu()))
     return tuple(found)
 
 
-def _components(left: Tensor, right: Tensor, kind: Precision, metric: Metric) -> Tensor:
+def _components(
+    left: Tensor, right: Tensor, kind: Precision, metric: Metric, down: Tensor, across: Tensor
+) -> Tensor:
     """What every component of U V adds: (R,)."""
     through = root_times(metric.left, left).double().square().sum(0)  # how U sees a row of V
     behind = times_root(right, metric.right).double().square().sum(1)
-    # Of V the components are rows: columns of its transpose, in the transposed metric.
+    # Of V the components are rows: columns of its transpose.
     inputs = Metric(metric.scale, None, metric.right)
     outputs = Metric(metric.scale, metric.left, None)
-    rows = expected_by_column(grid(right, kind, inputs).steps.mT, inputs.transposed())
-    columns = expected_by_column(grid(left, kind, outputs).steps, outputs)
+    rows = expected_by_column(grid(right, kind, inputs).steps.mT, across)
+    columns = expected_by_column(grid(left, kind, outputs).steps, down)
     return rows * through + columns * behind

@@ -11,16 +11,13 @@ from torch import Tensor, is_tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
-from tensorize.base.tensors import is_index
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
-from tensorize.capture.matmul import Frame
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch
-from tensorize.ir.spec import Spec
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import (
@@ -32,9 +29,8 @@ from tensorize.passes.observe.outputs import (
     samples_of,
 )
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
+from tensorize.passes.rewrite.factorize import stand_in
 from tensorize.passes.stages import Analysed, Learned, Planned
-from tensorize.weight.contractions import contractions
-from tensorize.weight.lazy import FactoredWeight
 
 _KEPT_BYTES = 1 << 30
 # Of the rises of single rows: their standard deviation, relative to their mean.
@@ -144,20 +140,13 @@ def approximations(
     weights: dict[str, Any] = {}
     for choice in sites:
         if choice.spec is not None and choice.spec.precision is not None:
-            weights[choice.name] = _held(choice.spec, cores[choice.name], parameters[choice.name])
+            dense = parameters[choice.name]
+            weights[choice.name] = stand_in(choice.spec, cores[choice.name], dense)
         elif choice.spec is not None:
             dense, spec = parameters[choice.name], choice.spec.plain
             weight = format_of(spec).reconstruct(spec, cores[choice.name]).to(dense.dtype)
             weights[choice.name] = weight.detach().reshape(dense.shape)
     return weights
-
-
-def _held(spec: Spec, cores: Sequence[Tensor], dense: Tensor) -> FactoredWeight:
-    """What stands for a dense weight once it is compressed."""
-    shape, count = tuple(dense.shape), len(spec.core_shapes)
-    held = tuple(core if is_index(core) else core.to(dense.dtype) for core in cores)
-    frame = Frame() if shape == spec.shape else Frame(shape=shape)
-    return FactoredWeight(spec, held[:count], frame, contractions(spec), indices=held[count:])
 
 
 def trial_plan(learned: Learned, share: float) -> Planned | None:

@@ -7,7 +7,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensorize.algebra.metric import Metric
 from tensorize.base.errors import AnalysisError
 from tensorize.base.tensors import is_index
+from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
@@ -24,7 +25,9 @@ from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
+from tensorize.weight.contractions import contractions
 from tensorize.weight.install import first_factor, followed, install, owner_of
+from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.whole_model import settle
 
 _SMALL = 4_000_000
@@ -150,6 +153,16 @@ def quantized(spec: Spec, cores: Cores, metrics: Sequence[Metric], dtype: torch.
     return format_of(spec).rounded(spec, inside, metrics, dtype)
 
 
+def stand_in(
+    spec: Spec, cores: Sequence[Tensor], dense: Tensor, frame: Frame | None = None
+) -> FactoredWeight:
+    """What stands for a dense weight, looked at in a way, once it is compressed."""
+    shape, count, frame = tuple(dense.shape), len(spec.core_shapes), frame or Frame()
+    whole = frame if shape == spec.shape else replace(frame, shape=shape)
+    held = tuple(_cast(core, dense.dtype) for core in cores)
+    return FactoredWeight(spec, held[:count], whole, contractions(spec), indices=held[count:])
+
+
 def best_components(dense: Dense, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:
     """The factors at the largest rank that a weight has in any of several plans.
 
@@ -192,8 +205,8 @@ def replace_weight(
         empty = (weight == 0).all(1)
         if empty.any():  # the analysis keeps its factors
             cores = tuple(core.clone() for core in cores)
-            made = choice.spec.plain if choice.spec.precision is None else choice.spec
-            keep_empty_rows(site, made, cores, empty)
+            assert choice.made_as is not None
+            keep_empty_rows(site, choice.made_as, cores, empty)
     first = _first_in_common(model, choice)
     made = form.stored(choice.spec, cores, weight.dtype, first)
     held = put_cores(model, site, choice, [_own(core, weight) for core in made])

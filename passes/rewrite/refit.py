@@ -24,25 +24,21 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric
-from tensorize.base.tensors import is_index
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.formats.dense import is_dense
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
-from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.joint import joint_factors
 from tensorize.passes.curves.metric import shrink, shrinkage
 from tensorize.passes.observe.counted import Counted, rows_of
 from tensorize.passes.observe.moments import plus, products
 from tensorize.passes.observe.rows import input_rows
-from tensorize.passes.rewrite.factorize import Cores, planned_cores, quantized
+from tensorize.passes.rewrite.factorize import Cores, planned_cores, quantized, stand_in
 from tensorize.passes.rewrite.runs import WeightRun, run_order
 from tensorize.passes.stages import Dense, Opened
-from tensorize.weight import contractions as ops
-from tensorize.weight.lazy import FactoredWeight
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,8 @@ class Refit:
 def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> dict[str, Cores]:
     """The cores of a plan, those of plain low-rank weights solved again."""
     chosen = {choice.name: choice for choice in sites if choice.spec is not None}
-    specs = {name: _run_as(choice) for name, choice in chosen.items()}
+    specs: dict[str, Any] = {name: choice.made_as for name, choice in chosen.items()}
     parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
-    contractions = {name: ops.contractions(spec) for name, spec in specs.items()}
     by_name = {site.name: site for site in dense.sites}
     cores: dict[str, Cores] = {}
 
@@ -75,14 +70,8 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
     def compressed(name: str, frame: Frame, matmul: Matmul) -> Tensor:
         if name not in cores:  # it is solved after this batch came by it, or never
             use_planned(name)
-        shape = tuple(parameters[name].shape)
-        whole = frame if shape == specs[name].shape else replace(frame, shape=shape)
-        spec, dtype = specs[name], parameters[name].dtype
-        held = tuple(core if is_index(core) else core.to(dtype) for core in cores[name])
-        count = len(spec.core_shapes)
-        how = whole, contractions[name], None, held[count:]
-        weight = FactoredWeight(spec, held[:count], *how)
-        if spec.precision is not None and not weight.can_run(matmul):
+        weight = stand_in(specs[name], cores[name], parameters[name], frame)
+        if specs[name].precision is not None and not weight.can_run(matmul):
             weight = weight.as_pair()
         return weight.run(matmul)
 
@@ -91,7 +80,6 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
         with untouched(dense.model):
             # What a run writes is seen here: runs that wait for each other are not watched.
             used = run_order(dense.model, batches[0], parameters)
-            chosen = {choice.name: choice for choice in sites}
             order = [n for n in used if _solvable(by_name[n], chosen[n], dense.spectra[n])]
             together = _together(sites, order)
             order = [name for name in order if name in together]
@@ -147,12 +135,6 @@ def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
     # With a first factor in common, a rank as large as the weight's own is not exact.
     exact = choice.shared is None and choice.ranks[0] >= min(site.matrix)
     return format_of(choice.spec).spectral and not exact
-
-
-def _run_as(choice: RankPlan) -> Spec:
-    """What a weight runs as before it is put in place: codes as they will be, else plain cores."""
-    assert choice.spec is not None
-    return choice.spec if choice.spec.precision is not None else choice.spec.plain
 
 
 class _Moments:

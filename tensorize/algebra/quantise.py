@@ -119,25 +119,30 @@ def codes_for(weight: Tensor, found: Grid, metric: Metric) -> Tensor:
     return _by_entries(target, found, inputs, outputs)
 
 
-def expected(steps: Tensor, metric: Metric) -> float:
-    """What codes that were chosen so lose, without choosing them: Σ step² D_R D_K / 12."""
-    across = _pivots(metric.right, steps.shape[1], steps)
-    return float(expected_by_column(steps, metric) @ across)
+def expected(steps: Tensor, scale: float, down: Tensor, across: Tensor) -> float:
+    """What codes that were chosen so lose in a metric, without choosing them: Σ step² D_R D_K / 12.
+
+    ``scale`` is the metric's, ``down`` and ``across`` are its ``pivots``.
+    """
+    return scale * float(expected_by_column(steps, down) @ across)
 
 
-def expected_by_column(steps: Tensor, metric: Metric) -> Tensor:
+def expected_by_column(steps: Tensor, down: Tensor) -> Tensor:
     """What each column loses where its weight is one: Σ_i step_ij² D_R,i / 12, (N,)."""
-    down = _pivots(metric.left, len(steps), steps)
-    return metric.scale / 12 * (down @ steps.double().square())
+    return down @ steps.double().square() / 12
+
+
+def pivots(metric: Metric, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """D_R (M,) and D_K (N,) for a matrix (M, N): the same for every number of bits."""
+    m, n = matrix.shape
+    return _pivots(metric.left, m, matrix), _pivots(metric.right, n, matrix)
 
 
 # ------------------------------------------------------------------------------- one after another
 
 
-def _by_columns(target: Tensor, found: Grid, inputs: Tensor | None) -> Tensor:
+def _by_columns(target: Tensor, found: Grid, inputs: Tensor) -> Tensor:
     """Whole columns from the last to the first: η = ΔW A."""
-    if inputs is None:
-        return found.nearest(target)
     m, n = target.shape
     codes, lost = target.new_empty(m, n, dtype=found.dtype), torch.zeros_like(target)
     rounding = _Rounding.of(found)

@@ -23,7 +23,7 @@ def pivoted(model: nn.Module) -> nn.Module:
     W = U V of (m, n) and rank r is r (m + n) numbers, of which r² say nothing of W: U V =
     (U B) (B⁻¹ V) for every B. With r columns of V as B, V is the identity in these columns, and
     r (m + n - r) numbers are left, for the same W to rounding, and as many fewer FLOPs
-    (``algebra.pivot``). Ranks are chosen for the plain form, so a model gets smaller by this.
+    (``algebra.pivot``). Plans choose this form where it pays; an older model gets smaller by it.
     Weights with a first factor in common keep one, without the identity, and each expert of a stack
     has columns of its own. A convolution stores fewer numbers, and makes its second factor whole at
     every call. What has a function between its factors stays as it is.

@@ -42,6 +42,13 @@ class RankPlan:
         return DENSE if self.spec is None else self.spec.format
 
     @property
+    def made_as(self) -> Spec | None:
+        """What its cores are of before they are put in place: codes as held, else plain ones."""
+        if self.spec is None or self.spec.precision is not None:
+            return self.spec
+        return self.spec.plain
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         return () if self.spec is None else self.spec.ranks
 

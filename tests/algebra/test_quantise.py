@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tensorize.algebra import packing
 from tensorize.algebra.metric import Metric
-from tensorize.algebra.quantise import codes_for, expected, grid
+from tensorize.algebra.quantise import codes_for, expected, grid, pivots
 from tensorize.ir.precision import INTEGERS, Precision
 
 KINDS = pytest.mark.parametrize("kind", INTEGERS.values(), ids=INTEGERS)
@@ -85,7 +85,7 @@ def test_each_side_of_the_metric_that_takes_up_errors_lowers_what_is_lost(kind: 
 def test_what_is_lost_is_known_without_rounding(kind: Precision, shape: tuple[int, int]) -> None:
     torch.manual_seed(2)
     weight, given = torch.randn(shape), metric(*shape)
-    said = expected(grid(weight, kind, given).steps, given)
+    said = expected(grid(weight, kind, given).steps, given.scale, *pivots(given, weight))
     # Damping lowers what is pushed into small directions, and raises what is said of them.
     assert 0.4 * said < lost(weight, kind, given) < 1.6 * said
 
