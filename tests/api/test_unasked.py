@@ -195,7 +195,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "moments, after it": (statistics, "_normalise"),
     "metrics": (metric, "shrinkage"),
     "spectra": (spectra, "singular_squares"),
-    "refits, in the model": (refit, "FactoredWeight"),
+    "refits, in the model": (refit, "stand_in"),
     "refits": (refit, "best_factors"),
     "prediction": (CalibratePrediction, "_measure"),
 }
@@ -241,7 +241,7 @@ def test_a_model_that_catches_everything_does_not_hide_it(monkeypatch: pytest.Mo
             except Exception:
                 return x
 
-    broken(monkeypatch, refit, "FactoredWeight", Defect("ours"))
+    broken(monkeypatch, refit, "stand_in", Defect("ours"))
     with pytest.raises(Defect):
         compiled(Careless())
 
