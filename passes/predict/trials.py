@@ -11,6 +11,7 @@ from torch import Tensor, is_tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
+from tensorize.base.memory import give_back, in_rows
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.observer import StandIns
@@ -83,9 +84,12 @@ class Reference:
                     after = once(model, batch)
                 rises.append(self.loss.rises(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):
-                    centred = a.rows.double() - a.rows.double().mean(0)
-                    error += float((a.rows - b.rows).double().square().sum())
-                    size += float(centred.square().sum())
+                    mean = a.rows.mean(0, dtype=torch.float64)
+                    for one, other in in_rows(a.rows, b.rows):
+                        error += float((one - other).double().square().sum())
+                        size += float((one.double() - mean).square().sum())
+                del after
+                give_back()
         total, rows = torch.cat(rises).sum(0).tolist()
         rise = total / max(rows, 1)
         spread = _spread(rises, rise) if rise > 0 else 0.0
