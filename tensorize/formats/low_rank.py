@@ -20,7 +20,7 @@ from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
 from tensorize.formats.order import in_order, in_order_time, inverse
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
-from tensorize.ir.precision import INTEGERS, Precision
+from tensorize.ir.precision import INTEGERS, ONE_DIGIT, Precision
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Index, Spec, TTSpec
 
@@ -39,6 +39,7 @@ class EveryRank(Spec):
     every: np.ndarray
     pivoted: bool = False
     precision: str | None = None  # type: ignore[assignment]
+    inputs: str = ONE_DIGIT
     format = LOW_RANK
 
     @property

@@ -15,17 +15,16 @@ from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.pivot import whole
 from tensorize.algebra.quantise import codes_for, grid
 from tensorize.base.tensors import at_work, is_index
+from tensorize.formats import packs
 from tensorize.formats.format import Format
+from tensorize.formats.integers import Pack, product_time
 from tensorize.formats.low_rank import ordered
-from tensorize.ir.machine import Machine, bytes_of, lookup_time
-from tensorize.ir.precision import Precision
+from tensorize.ir.machine import Machine, bytes_of
+from tensorize.ir.precision import FLOAT, Precision
 from tensorize.ir.spec import QuantizedSpec
 
 _PASSES = 6
 """How often every entry is read and written to make a number of its code."""
-
-_SEEN = 3
-"""How often an input is read and written to make integers of it."""
 
 _TINY = 1e-6
 """What a matrix of products lacks to be surely positive, in its mean."""
@@ -45,17 +44,11 @@ class Coded:
         """The numbers, in the dtype of the scales; scales get gradients."""
         return packing.values(self.kind, self.columns, self.scale, self.codes, self.zeros)
 
-    def linear(self, x: Tensor) -> Tensor:
-        """x (B, N) times Wᵀ in integers: rows of x have a scale of their own; bits are eight."""
-        wide = x.float()  # in half precision the largest would be rounded to a code too many
-        largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        steps = largest / self.kind.codes[1]
-        rounded = (wide / steps).round_().to(torch.int8)
-        if self.columns > 1:
-            product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
-        else:  # of which torch 2.13 makes wrong numbers
-            product = rounded.int() * self.codes.t()
-        return (product * steps * self.scale.float().mT).to(x.dtype)
+    def pack(self) -> Pack:
+        """For products of integers."""
+        if self.kind.bits == 8:
+            return Pack(self.scale, self.codes)
+        return Pack.of(self.values().detach())
 
     def at(self, rows: Tensor) -> Coded:
         """Some rows of the matrix."""
@@ -106,23 +99,43 @@ class Quantized(Format[QuantizedSpec]):
         self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str,
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if contract == "columns" and _in_integers(spec, cores, x):
-            return self._in_integers(spec, cores, x, bias)
-        return self.numbers.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+        if not self.in_integers(spec, cores, x, contract):
+            return self.numbers.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+        if spec.kind.bits < 8 and torch.compiler.is_compiling():
+            y = packs.OPERATION(x, list(cores), spec.text)
+        else:
+            y = self.by_packs(spec, cores, x)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    def _in_integers(
-        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        y, (first, *others) = x.reshape(-1, x.shape[-1]), self.coded(spec, cores)
+    def in_integers(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str
+    ) -> bool:
+        """Whether a product is one of integers: on a CPU, where no gradient is asked for.
+
+        A trace serves both with gradients and without, so it holds the numbers; so does a graph
+        that is exported, where it would have to hold packs.
+        """
+        if contract != "columns" or not _by_integers(spec) or x.device.type != "cpu":
+            return False
+        recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
+        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        exported = spec.kind.bits < 8 and torch.compiler.is_exporting()
+        return not (recorded or traced or exported or _Full.asked > 0)
+
+    def by_packs(self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> Tensor:
+        def made() -> list[Pack]:
+            return [core.pack() for core in self.coded(spec, cores)]
+
+        found = made() if spec.kind.bits == 8 else packs.packs_of(cores, made)
+        y, (first, *others) = x.reshape(-1, x.shape[-1]), found
         for right in others:
             order = cores[len(spec.core_shapes)] if spec.inner.pivoted else None
             if order is None:
-                y = right.linear(y)
+                y = right.linear(y, spec.inputs)
             else:
                 kept, rest = ordered(y, order, spec.ranks[0])
-                y = kept + right.linear(rest)
-        y = first.linear(y)
-        y = y if bias is None else y + bias.to(y.dtype)
+                y = kept + right.linear(rest, spec.inputs)
+        y = first.linear(y, spec.inputs)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -148,10 +161,11 @@ class Quantized(Format[QuantizedSpec]):
     def time(
         self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
     ) -> Any:
-        if contract == "columns" and _by_integers(spec):
-            wide = spec.shape[-1] + sum(spec.ranks)
-            seen = _SEEN * lookup_time(machine, rows, wide, dtype)
-            return seen + self.numbers.time(spec.inner, contract, rows, machine, "int8")
+        if contract == "columns" and _by_integers(spec) and machine.multiplies_integers:
+            return product_time(
+                *(machine, rows, spec.shape[-1] + sum(spec.ranks), dtype, spec.inputs),
+                lambda rows: self.numbers.time(spec.inner, contract, rows, machine, "int8"),
+            )
         took = self.numbers.time(spec.inner, contract, rows, machine, dtype)
         made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
         return took + 1e6 * _PASSES * 2 * made * bytes_of(dtype) / machine.bandwidth
@@ -187,8 +201,8 @@ class Quantized(Format[QuantizedSpec]):
 
 
 def _by_integers(spec: Any) -> bool:
-    """Whether products of integers can give what a spec is for, where nobody trains."""
-    return spec.kind.bits == 8 and not spec.batch
+    """Whether products of integers are to give what a spec is for, where nobody trains."""
+    return spec.inputs != FLOAT and not spec.batch
 
 
 class _Full:
@@ -205,17 +219,6 @@ def inputs_in_full() -> Iterator[None]:
         yield
     finally:
         _Full.asked -= 1
-
-
-def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether this product is one of integers: on a CPU, where no gradient is asked for.
-
-    A trace serves both with gradients and without, so it holds the numbers.
-    """
-    recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
-    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    allowed = not (recorded or traced or _Full.asked > 0)
-    return allowed and _by_integers(spec) and x.device.type == "cpu"
 
 
 def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) -> Coded:

@@ -6,13 +6,14 @@ E experts (a leading batch of matrices).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tensorize.ir.precision import INTEGERS, ITEMSIZE, Precision
+from tensorize.ir.precision import INPUTS, INTEGERS, ITEMSIZE, ONE_DIGIT, Precision
 
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
@@ -435,7 +436,8 @@ class QuantizedSpec(Spec):
 
     Every core of ``inner`` is a matrix, or a stack of them. What trains are the scales (M, groups),
     which are the cores here; after them come, for every core, the packed codes and the zero points,
-    where there are any.
+    where there are any. ``inputs`` says what its inputs are rounded to, of ``INPUTS``: where it is
+    not "float", a CPU multiplies integers, for which it keeps fewer than eight bits as eight.
 
     Raises:
         ValueError: there is no such precision, or the inside is quantized itself.
@@ -443,6 +445,7 @@ class QuantizedSpec(Spec):
 
     inner: Spec
     precision: str  # pyright: ignore[reportIncompatibleVariableOverride]
+    inputs: str = ONE_DIGIT
 
     if TYPE_CHECKING:
         format: str = field(init=False, compare=False)
@@ -452,10 +455,13 @@ class QuantizedSpec(Spec):
         ranks: tuple[int, ...] = field(init=False, compare=False)
         batch: tuple[str, ...] = field(init=False, compare=False)
         single: QuantizedSpec = field(init=False, compare=False)
+        text: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.precision not in INTEGERS or self.inner.precision is not None:
             raise ValueError(f"no {self.precision!r} of {self.inner}")
+        if self.inputs not in INPUTS:
+            raise ValueError(f"{self.inner} has inputs in {self.inputs!r}")
         kind, shapes = self.kind, self.inner.core_shapes
         indices: list[Index] = list(self.inner.indices)
         for k, (*lead, columns) in enumerate(shapes):
@@ -469,10 +475,11 @@ class QuantizedSpec(Spec):
             *((each, getattr(self.inner, each)) for each in ("format", "shape", "ranks", "batch")),
             ("core_shapes", scales),
             ("indices", tuple(indices)),
+            ("text", json.dumps(self.to_dict())),  # by which graphs hold it
         ):
             object.__setattr__(self, name, value)
         one = self.inner.single
-        single = QuantizedSpec(one, self.precision) if self.batch else self
+        single = QuantizedSpec(one, self.precision, self.inputs) if self.batch else self
         object.__setattr__(self, "single", single)
 
     @property
@@ -494,16 +501,18 @@ class QuantizedSpec(Spec):
         return scales * itemsize + holders * sum(index.bytes for index in self.indices)
 
     def with_ranks(self, ranks: Sequence[int]) -> QuantizedSpec:
-        return QuantizedSpec(self.inner.with_ranks(ranks), self.precision)
+        return QuantizedSpec(self.inner.with_ranks(ranks), self.precision, self.inputs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.inner.to_dict(), "precision": self.precision}
+        inputs = {} if self.inputs == ONE_DIGIT else {"inputs": self.inputs}
+        return {**self.inner.to_dict(), "precision": self.precision, **inputs}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizedSpec:
         """Raises ValueError for what is no precision of this release."""
-        inside = {key: value for key, value in data.items() if key != "precision"}
-        return cls(Spec.from_dict(inside), data["precision"])
+        inside = {k: value for k, value in data.items() if k not in ("precision", "inputs")}
+        return cls(Spec.from_dict(inside), data["precision"], data.get("inputs", ONE_DIGIT))
 
     def __repr__(self) -> str:
-        return f"QuantizedSpec({self.inner}, {self.precision!r})"
+        inputs = "" if self.inputs == ONE_DIGIT else f", inputs={self.inputs!r}"
+        return f"QuantizedSpec({self.inner}, {self.precision!r}{inputs})"

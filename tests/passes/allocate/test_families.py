@@ -96,7 +96,7 @@ def test_only_weights_that_are_read_as_integers_round_their_inputs() -> None:
             if isinstance(spec, QuantizedSpec):
                 lost[name, spec.precision] = float(points.distortion[k])
     assert lost["table", "int8"] == lost["gpu", "int8"] < lost["linear", "int8"]
-    assert lost["table", "int4"] == lost["gpu", "int4"] == lost["linear", "int4"]
+    assert lost["table", "int4"] == lost["gpu", "int4"] < lost["linear", "int4"]
 
 
 @pytest.mark.parametrize("limit", [Budget(loss=0.05), Budget(loss=0.5), Budget(error=0.1)])

@@ -1,0 +1,70 @@
+"""Packs that are kept: weights of few bits as codes of eight, made where they first run.
+
+A pack is what a CPU multiplies by. It is no part of a model's state: it is kept as long as the
+codes that it was made of, which stay beside it, and made again when these or their scales change.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tensorize.formats.integers import Pack
+from tensorize.ir.spec import Spec
+
+# A graph holds this one operation, which looks at the codes whenever it runs.
+library = torch.library.Library("tensorize", "FRAGMENT")
+library.define("coded_linear(Tensor x, Tensor[] held, str spec) -> Tensor")
+OPERATION = torch.ops.tensorize.coded_linear.default
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Packs, and the tensors that they were made of: which, where, and how often written to."""
+
+    packs: list[Pack]
+    made_of: list[tuple[weakref.ref[Tensor], int, int]]
+
+    def is_of(self, held: Sequence[Tensor]) -> bool:
+        pairs = zip(self.made_of, held, strict=True)
+        return all(ref() is tensor and state == _state(tensor) for (ref, *state), tensor in pairs)
+
+
+_kept = WeakTensorKeyDictionary()
+
+
+def packs_of(held: Sequence[Tensor], make: Callable[[], list[Pack]]) -> list[Pack]:
+    """The packs of what is held of a weight, which are made where there are none of just that."""
+    found: _Kept | None = _kept.get(held[-1])
+    if found is None or not found.is_of(held):
+        made_of = [(weakref.ref(tensor), *_state(tensor)) for tensor in held]
+        found = _kept[held[-1]] = _Kept(make(), made_of)
+    return found.packs
+
+
+def packed_bytes(held: Sequence[Tensor]) -> int:
+    """What is kept of a weight now, beside what is held."""
+    found: _Kept | None = _kept.get(held[-1])
+    return 0 if found is None else sum(pack.bytes for pack in found.packs)
+
+
+def _state(tensor: Tensor) -> list[int]:
+    return [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+
+
+@lru_cache(maxsize=4096)
+def from_text(text: str) -> Spec:
+    """The spec of a ``QuantizedSpec.text``."""
+    return Spec.from_dict(json.loads(text))
+
+
+@torch.library.register_fake("tensorize::coded_linear", lib=library)
+def _(x: Tensor, held: list[Tensor], spec: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], from_text(spec).shape[0])
