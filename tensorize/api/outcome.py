@@ -42,7 +42,11 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
     return Report(
         plan=plan,
         sites=sites,
-        totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
+        totals=ReportTotals(
+            plan.dense,
+            totals_of(done.model, plan.predicted),
+            packed_bytes(done.model),
+        ),
         curve=curve,
         history=done.history,
         notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
@@ -61,6 +65,12 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
         predicted.flops,
         predicted.latency,
     )
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What a CPU holds beside a model, once all of its weights have run; of tied ones once."""
+    specs = {id(weight.cores[0]): weight.spec for _, weight in factored(model)}
+    return sum(spec.packed_bytes for spec in specs.values())
 
 
 def _environment() -> tuple[tuple[str, str], ...]:

@@ -65,11 +65,6 @@ class Pack:
         return (product * steps * self.scale.float().mT).to(x.dtype)
 
 
-def pack_bytes(rows: Any, columns: Any) -> Any:
-    """Of a matrix of a few bits; one of eight needs none."""
-    return rows * (columns + 4)
-
-
 def product_time(
     machine: Machine, rows: int, width: Any, dtype: str, inputs: str, products: Any
 ) -> Any:

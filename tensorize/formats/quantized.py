@@ -120,7 +120,10 @@ class Quantized(Format[QuantizedSpec]):
         recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
         traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         exported = spec.kind.bits < 8 and torch.compiler.is_exporting()
-        return not (recorded or traced or exported or _Full.asked > 0)
+        if recorded or traced or exported or _Full.asked > 0:
+            return False
+        # Transforms of functions know no products of integers.
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
     def by_packs(self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> Tensor:
         def made() -> list[Pack]:

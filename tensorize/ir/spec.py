@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tensorize.ir.precision import INPUTS, INTEGERS, ITEMSIZE, ONE_DIGIT, Precision
+from tensorize.ir.precision import FLOAT, INPUTS, INTEGERS, ITEMSIZE, ONE_DIGIT, Precision
 
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
@@ -72,6 +72,11 @@ class Spec:
         """
         own = itemsize if self.storage is None else ITEMSIZE[self.storage]
         return self.parameters * own + holders * sum(index.bytes for index in self.indices)
+
+    @property
+    def packed_bytes(self) -> int:
+        """What a CPU holds beside that, once the weight has run."""
+        return 0
 
     @property
     def parameters(self) -> int:
@@ -499,6 +504,13 @@ class QuantizedSpec(Spec):
     def bytes(self, itemsize: int, holders: int = 1) -> int:
         scales = sum(math.prod(shape) for shape in self.core_shapes)
         return scales * itemsize + holders * sum(index.bytes for index in self.indices)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Codes of eight bits and a scale a row, where products of integers need them."""
+        if self.kind.bits == 8 or self.inputs == FLOAT or self.batch:
+            return 0
+        return sum(rows * (columns + 4) for rows, columns in self.inner.core_shapes)
 
     def with_ranks(self, ranks: Sequence[int]) -> QuantizedSpec:
         return QuantizedSpec(self.inner.with_ranks(ranks), self.precision, self.inputs)
