@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorize.api.options import Options
@@ -201,6 +201,21 @@ class Analysis:
             return None
         return predicted.output_error if predicted.loss is None else predicted.loss
 
+    def others(self, budget: Budget, precision: PrecisionOption) -> Iterator[str]:
+        """What other choices of precisions would lose within a budget, among those analysed."""
+        if not integers(self.precision):
+            return
+        asked = integers(precision), precision is None
+        for each, called in ((None, "ranks alone are"), (self.precision, "all precisions are")):
+            if (integers(each), each is None) == asked:
+                continue
+            try:
+                predicted = self._predicted(budget, each)
+            except BudgetError:
+                continue
+            lost = predicted.output_error if predicted.loss is None else predicted.loss
+            yield f"at as many bytes {called} predicted to lose {printer.number(lost)}"
+
     def __str__(self) -> str:
         return (
             f"analysis in the {self.metric} metric: {len(self.program.free)} of "
@@ -220,12 +235,8 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
     plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
     budget = options.budget
-    limited = budget is not None and budget.of_bytes.bytes is not None
-    if integers(options.precision) and budget is not None and limited:
-        alone = analysis.ranks_alone(budget)
-        if alone is not None:
-            said = f"at as many bytes ranks alone are predicted to lose {printer.number(alone)}"
-            plan = replace(plan, notes=(*plan.notes, said))
+    if budget is not None and budget.of_bytes.bytes is not None:
+        plan = replace(plan, notes=(*plan.notes, *analysis.others(budget, options.precision)))
     return AnalysedPlan(**vars(plan), analysis=analysis)
 
 
