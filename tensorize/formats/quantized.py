@@ -17,7 +17,7 @@ from tensorize.algebra.quantise import codes_for, grid
 from tensorize.base.tensors import at_work, is_index
 from tensorize.formats import packs
 from tensorize.formats.format import Format
-from tensorize.formats.integers import Pack, product_time
+from tensorize.formats.integers import Pack, digits_of, rounding_time
 from tensorize.formats.low_rank import ordered
 from tensorize.ir.machine import Machine, bytes_of
 from tensorize.ir.precision import FLOAT, Precision
@@ -47,7 +47,7 @@ class Coded:
     def pack(self) -> Pack:
         """For products of integers."""
         if self.kind.bits == 8:
-            return Pack(self.scale, self.codes)
+            return Pack.held(self.scale, self.codes)
         return Pack.of(self.values().detach())
 
     def at(self, rows: Tensor) -> Coded:
@@ -165,10 +165,9 @@ class Quantized(Format[QuantizedSpec]):
         self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
     ) -> Any:
         if contract == "columns" and _by_integers(spec) and machine.multiplies_integers:
-            return product_time(
-                *(machine, rows, spec.shape[-1] + sum(spec.ranks), dtype, spec.inputs),
-                lambda rows: self.numbers.time(spec.inner, contract, rows, machine, "int8"),
-            )
+            digits = digits_of(spec.inputs)
+            around = rounding_time(machine, rows, (spec.shape[-1], *spec.ranks), dtype, digits)
+            return around + self.numbers.time(spec.inner, contract, digits * rows, machine, "int8")
         took = self.numbers.time(spec.inner, contract, rows, machine, dtype)
         made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
         return took + 1e6 * _PASSES * 2 * made * bytes_of(dtype) / machine.bandwidth

@@ -135,7 +135,7 @@ def test_transforms_of_functions_see_the_numbers() -> None:
 def test_two_digits_are_nearer_than_one(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     pack = Pack.of(torch.randn(40, 24))
-    x, matrix = torch.randn(16, 24).to(dtype), pack.codes * pack.scale
+    x, matrix = torch.randn(16, 24).to(dtype), (pack.codes * pack.scale).mT
     wanted = x.float() @ matrix.T
     eps = torch.finfo(dtype).eps
     one, two = (relative(pack.linear(x, k).float(), wanted) for k in (ONE_DIGIT, TWO_DIGITS))
