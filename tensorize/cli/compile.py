@@ -98,7 +98,6 @@ def compile_command(
                     "--calibration": calibration is not None,
                     "--refine": refine not in ("auto", "none"),
                     "--max-memory": max_memory is not None,
-                    "--precision": precision is not None,
                     "--dtype": dtype is not Dtype.auto,
                     "--backend": backend != Options.backend,
                     "--autotune": autotune,
