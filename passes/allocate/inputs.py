@@ -49,18 +49,21 @@ class Inputs:
 
     def _alone(self, site: Site, precision: str, machine: Machine) -> str | None:
         """What there is no choice of; None where there is one."""
-        few = INTEGERS[precision].bits < 8
-        if self.asked == FLOAT or (few and not self.packs) or not _meets_rows(site):
+        contracts = meets_rows(site)
+        needs_packs = INTEGERS[precision].bits < 8 or "rows" in contracts
+        if self.asked == FLOAT or (needs_packs and not self.packs) or not contracts:
             return FLOAT
         if not machine.multiplies_integers:
-            return FLOAT if few else ONE_DIGIT
+            return FLOAT if needs_packs else ONE_DIGIT
         return self.asked
 
 
-def _meets_rows(site: Site) -> bool:
-    """Whether rows of inputs meet the weight in a product of two matrices."""
-    rows = any(use.contract == "columns" and not use.convolves for use in site.uses)
-    return rows and not site.experts
+def meets_rows(site: Site) -> set[str]:
+    """The sides of a weight that rows of inputs meet in a product of two matrices."""
+    if site.experts:
+        return set()
+    plain = (use for use in site.uses if not use.convolves and not use.partial)
+    return {use.contract for use in plain} & {"columns", "rows"}
 
 
 def inputs_lost(
@@ -74,7 +77,8 @@ def inputs_lost(
     """
     if inputs == FLOAT or not machine.multiplies_integers:
         return np.zeros(len(ranks))
-    logs = math.log(curve.site.matrix[1]) + np.log(np.maximum(ranks, 1))
+    m, n = curve.site.matrix
+    logs = math.log(n if "columns" in meets_rows(curve.site) else m) + np.log(np.maximum(ranks, 1))
     steps = _STEPS[inputs] ** -2.0
     if INTEGERS[precision].bits < 8:
         steps += _STEPS[ONE_DIGIT] ** -2.0

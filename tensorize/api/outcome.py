@@ -12,6 +12,7 @@ from torch import nn
 from tensorize.base import printer
 from tensorize.ir.plan import Prediction, Totals
 from tensorize.ir.sites import Site
+from tensorize.passes.allocate.inputs import meets_rows
 from tensorize.passes.allocate.slower import slow_choices
 from tensorize.passes.stages import Rewritten
 from tensorize.reports.attach import samples_of
@@ -45,7 +46,7 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
         totals=ReportTotals(
             plan.dense,
             totals_of(done.model, plan.predicted),
-            packed_bytes(done.model),
+            packed_bytes(done),
         ),
         curve=curve,
         history=done.history,
@@ -67,10 +68,11 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
     )
 
 
-def packed_bytes(model: nn.Module) -> int:
-    """What a CPU holds beside a model, once all of its weights have run; of tied ones once."""
-    specs = {id(weight.cores[0]): weight.spec for _, weight in factored(model)}
-    return sum(spec.packed_bytes for spec in specs.values())
+def packed_bytes(done: Rewritten) -> int:
+    """What a CPU holds beside a model, once all of its weights have run."""
+    specs = {choice.name: choice.spec for choice in done.plan.sites}
+    each = ((specs[site.name], meets_rows(site)) for site in done.sites)
+    return sum(spec.packed_bytes(contracts) for spec, contracts in each if spec is not None)
 
 
 def _environment() -> tuple[tuple[str, str], ...]:

@@ -235,5 +235,9 @@ def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def widen(narrow: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, R) times [I | V'], its columns put in their place: (…, N)."""
-    together = torch.cat([narrow, F.linear(narrow, rest.t())], dim=-1)
-    return in_order(together, inverse(order))
+    return together(narrow, F.linear(narrow, rest.t()), order)
+
+
+def together(kept: Tensor, others: Tensor, order: Tensor) -> Tensor:
+    """Columns that V is the identity in (…, R), and the others (…, N - R), in their place."""
+    return in_order(torch.cat([kept, others], dim=-1), inverse(order))

@@ -6,6 +6,7 @@ codes that it was made of, which stay beside it, and made again when these or th
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from tensorize.ir.spec import Spec
 
 # A graph holds this one operation, which looks at the codes whenever it runs.
 library = torch.library.Library("tensorize", "FRAGMENT")
-library.define("coded_linear(Tensor x, Tensor[] held, str spec) -> Tensor")
+library.define("coded_linear(Tensor x, Tensor[] held, str contract, str spec) -> Tensor")
 OPERATION = torch.ops.tensorize.coded_linear.default
 
 
@@ -29,7 +30,7 @@ OPERATION = torch.ops.tensorize.coded_linear.default
 class _Kept:
     """Packs, and the tensors that they were made of: which, where, and how often written to."""
 
-    packs: list[Pack]
+    packs: dict[str, list[Pack]]
     made_of: list[tuple[weakref.ref[Tensor], int, int]]
 
     def is_of(self, held: Sequence[Tensor]) -> bool:
@@ -40,19 +41,23 @@ class _Kept:
 _kept = WeakTensorKeyDictionary()
 
 
-def packs_of(held: Sequence[Tensor], make: Callable[[], list[Pack]]) -> list[Pack]:
-    """The packs of what is held of a weight, which are made where there are none of just that."""
+def packs_of(held: Sequence[Tensor], contract: str, make: Callable[[], list[Pack]]) -> list[Pack]:
+    """The packs of what is held of a weight, for a side of it, which are made where there are none
+    of just that."""
     found: _Kept | None = _kept.get(held[-1])
     if found is None or not found.is_of(held):
         made_of = [(weakref.ref(tensor), *_state(tensor)) for tensor in held]
-        found = _kept[held[-1]] = _Kept(make(), made_of)
-    return found.packs
+        found = _kept[held[-1]] = _Kept({}, made_of)
+    if contract not in found.packs:
+        found.packs[contract] = make()
+    return found.packs[contract]
 
 
 def packed_bytes(held: Sequence[Tensor]) -> int:
     """What is kept of a weight now, beside what is held."""
     found: _Kept | None = _kept.get(held[-1])
-    return 0 if found is None else sum(pack.bytes for pack in found.packs)
+    every = itertools.chain.from_iterable(found.packs.values()) if found is not None else ()
+    return sum(pack.bytes for pack in every)
 
 
 def _state(tensor: Tensor) -> list[int]:
@@ -66,5 +71,5 @@ def from_text(text: str) -> Spec:
 
 
 @torch.library.register_fake("tensorize::coded_linear", lib=library)
-def _(x: Tensor, held: list[Tensor], spec: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], from_text(spec).shape[0])
+def _(x: Tensor, held: list[Tensor], contract: str, spec: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], from_text(spec).shape[0 if contract == "columns" else 1])

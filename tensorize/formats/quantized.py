@@ -18,7 +18,7 @@ from tensorize.base.tensors import at_work, is_index
 from tensorize.formats import packs
 from tensorize.formats.format import Format
 from tensorize.formats.integers import Pack, digits_of, rounding_time
-from tensorize.formats.low_rank import ordered
+from tensorize.formats.low_rank import ordered, together
 from tensorize.ir.machine import Machine, bytes_of
 from tensorize.ir.precision import FLOAT, Precision
 from tensorize.ir.spec import QuantizedSpec
@@ -44,11 +44,12 @@ class Coded:
         """The numbers, in the dtype of the scales; scales get gradients."""
         return packing.values(self.kind, self.columns, self.scale, self.codes, self.zeros)
 
-    def pack(self) -> Pack:
-        """For products of integers."""
-        if self.kind.bits == 8:
+    def pack(self, *, columns: bool) -> Pack:
+        """For products of integers with what meets its columns, or its rows."""
+        if self.kind.bits == 8 and columns:
             return Pack.held(self.scale, self.codes)
-        return Pack.of(self.values().detach())
+        numbers = self.values().detach()
+        return Pack.of(numbers if columns else numbers.mT)
 
     def at(self, rows: Tensor) -> Coded:
         """Some rows of the matrix."""
@@ -101,10 +102,10 @@ class Quantized(Format[QuantizedSpec]):
     ) -> Tensor:  # fmt: skip
         if not self.in_integers(spec, cores, x, contract):
             return self.numbers.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
-        if spec.kind.bits < 8 and torch.compiler.is_compiling():
-            y = packs.OPERATION(x, list(cores), spec.text)
+        if _needs_packs(spec, contract) and torch.compiler.is_compiling():
+            y = packs.OPERATION(x, list(cores), contract, spec.text)
         else:
-            y = self.by_packs(spec, cores, x)
+            y = self.by_packs(spec, cores, x, contract)
         return y if bias is None else y + bias.to(y.dtype)
 
     def in_integers(
@@ -115,30 +116,36 @@ class Quantized(Format[QuantizedSpec]):
         A trace serves both with gradients and without, so it holds the numbers; so does a graph
         that is exported, where it would have to hold packs.
         """
-        if contract != "columns" or not _by_integers(spec) or x.device.type != "cpu":
+        if contract == "lookup" or not _by_integers(spec) or x.device.type != "cpu":
             return False
         recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
         traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        exported = spec.kind.bits < 8 and torch.compiler.is_exporting()
+        exported = _needs_packs(spec, contract) and torch.compiler.is_exporting()
         if recorded or traced or exported or _Full.asked > 0:
             return False
         # Transforms of functions know no products of integers.
         return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
 
-    def by_packs(self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> Tensor:
-        def made() -> list[Pack]:
-            return [core.pack() for core in self.coded(spec, cores)]
+    def by_packs(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str
+    ) -> Tensor:
+        """x Wᵀ or x W, where ``in_integers``: products of integers with one core after another."""
+        columns = contract == "columns"
 
-        found = made() if spec.kind.bits == 8 else packs.packs_of(cores, made)
-        y, (first, *others) = x.reshape(-1, x.shape[-1]), found
-        for right in others:
-            order = cores[len(spec.core_shapes)] if spec.inner.pivoted else None
-            if order is None:
-                y = right.linear(y, spec.inputs)
-            else:
-                kept, rest = ordered(y, order, spec.ranks[0])
-                y = kept + right.linear(rest, spec.inputs)
-        y = first.linear(y, spec.inputs)
+        def made() -> list[Pack]:
+            return [core.pack(columns=columns) for core in self.coded(spec, cores)]
+
+        kept = _needs_packs(spec, contract)
+        left, *others = packs.packs_of(cores, contract, made) if kept else made()
+        order = cores[len(spec.core_shapes)] if spec.inner.pivoted else None
+        y = x.reshape(-1, x.shape[-1])
+        for right in others if columns else ():
+            same, rest = (0, y) if order is None else ordered(y, order, spec.ranks[0])
+            y = same + right.linear(rest, spec.inputs)
+        y = left.linear(y, spec.inputs)
+        for right in () if columns else others:
+            rest = right.linear(y, spec.inputs)
+            y = rest if order is None else together(y, rest, order)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -164,9 +171,10 @@ class Quantized(Format[QuantizedSpec]):
     def time(
         self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
     ) -> Any:
-        if contract == "columns" and _by_integers(spec) and machine.multiplies_integers:
+        if contract != "lookup" and _by_integers(spec) and machine.multiplies_integers:
             digits = digits_of(spec.inputs)
-            around = rounding_time(machine, rows, (spec.shape[-1], *spec.ranks), dtype, digits)
+            side = spec.shape[-1 if contract == "columns" else -2]
+            around = rounding_time(machine, rows, (side, *spec.ranks), dtype, digits)
             return around + self.numbers.time(spec.inner, contract, digits * rows, machine, "int8")
         took = self.numbers.time(spec.inner, contract, rows, machine, dtype)
         made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
@@ -200,6 +208,12 @@ class Quantized(Format[QuantizedSpec]):
             found = _pair(spec, numbers, indices, metric, dtype)
         held = [part for core in found for part in (core.codes, core.zeros) if part is not None]
         return *(core.scale for core in found), *indices, *held
+
+
+def _needs_packs(spec: QuantizedSpec, contract: str) -> bool:
+    """Whether products of integers need other codes than those that are held: scales are of rows
+    of the weight, and eight bits are one code."""
+    return spec.kind.bits < 8 or contract == "rows"
 
 
 def _by_integers(spec: Any) -> bool:

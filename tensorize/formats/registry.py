@@ -24,9 +24,9 @@ _IN_CODES = {name: Quantized(form) for name, form in _TABLE.items()}
 
 
 @torch.library.impl(packs.OPERATION.name(), "cpu", lib=packs.library)
-def _(x: Tensor, held: list[Tensor], spec: str) -> Tensor:
+def _(x: Tensor, held: list[Tensor], contract: str, spec: str) -> Tensor:
     found: Any = packs.from_text(spec)
-    return _IN_CODES[found.format].by_packs(found, held, x)
+    return _IN_CODES[found.format].by_packs(found, held, x, contract)
 
 
 def format_of(spec: Spec) -> Format[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
@@ -73,9 +73,8 @@ class Spec:
         own = itemsize if self.storage is None else ITEMSIZE[self.storage]
         return self.parameters * own + holders * sum(index.bytes for index in self.indices)
 
-    @property
-    def packed_bytes(self) -> int:
-        """What a CPU holds beside that, once the weight has run."""
+    def packed_bytes(self, contracts: Collection[str]) -> int:
+        """What a CPU holds beside that, once the weight has run in all of its uses."""
         return 0
 
     @property
@@ -505,12 +504,15 @@ class QuantizedSpec(Spec):
         scales = sum(math.prod(shape) for shape in self.core_shapes)
         return scales * itemsize + holders * sum(index.bytes for index in self.indices)
 
-    @property
-    def packed_bytes(self) -> int:
-        """Codes of eight bits and a scale a row, where products of integers need them."""
-        if self.kind.bits == 8 or self.inputs == FLOAT or self.batch:
+    def packed_bytes(self, contracts: Collection[str]) -> int:
+        """Codes of eight bits and a scale a row, where products of integers need them: those of
+        eight bits are what meets the columns already."""
+        if self.inputs == FLOAT or self.batch:
             return 0
-        return sum(rows * (columns + 4) for rows, columns in self.inner.core_shapes)
+        sides = [] if self.kind.bits == 8 or "columns" not in contracts else [0]
+        sides += [1] if "rows" in contracts else []
+        shapes = self.inner.core_shapes
+        return sum(math.prod(shape) + 4 * shape[side] for side in sides for shape in shapes)
 
     def with_ranks(self, ranks: Sequence[int]) -> QuantizedSpec:
         return QuantizedSpec(self.inner.with_ranks(ranks), self.precision, self.inputs)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import tensorize
 from tensorize.formats import packs
@@ -18,7 +20,7 @@ from tensorize.ir.precision import FLOAT, INPUTS, ONE_DIGIT, TWO_DIGITS
 from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec
 from tensorize.weight.install import factored
 from tests.models import relative
-from tests.weight.quantized_models import IDS, Form, compressed, small_net
+from tests.weight.quantized_models import IDS, Form, compressed, put, small_net
 
 FEW = [("int4", 0, False), ("int3", 0, False), ("int2", 0, False), ("int4", 7, True)]
 EACH = pytest.mark.parametrize("form", FEW, ids=str)
@@ -40,8 +42,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Pack]:
     found: list[Pack] = []
     of = Coded.pack
 
-    def seen(core: Coded) -> Pack:
-        found.append(of(core))
+    def seen(core: Coded, *, columns: bool) -> Pack:
+        found.append(of(core, columns=columns))
         return found[-1]
 
     monkeypatch.setattr(Coded, "pack", seen)
@@ -73,13 +75,32 @@ def test_they_are_made_once_and_only_where_a_product_needs_them(
 def test_a_report_says_what_they_take(form: Form) -> None:
     small = compressed(form)
     said = tensorize.report(small).totals.packed
-    assert said == sum(w.spec.packed_bytes for name, w in factored(small) if name != "head.weight")
+    weights = {name: weight for name, weight in factored(small) if name != "head.weight"}
+    assert said == sum(weight.spec.packed_bytes({"columns"}) for weight in weights.values())
     with torch.no_grad():
         small(IDS)
     assert packed(small) == said
     text = str(tensorize.report(small))
     assert "bytes with packs" in text
     assert "bytes with packs" not in str(tensorize.report(compressed(("int8", 0, False))))
+
+
+@pytest.mark.parametrize("form", [*FEW, ("int8", 0, False), ("int8", 7, True)], ids=str)
+def test_rows_of_a_weight_meet_packs_of_their_own(form: Form) -> None:
+    model = nn.Sequential(Conv1D(40, 24)).eval()
+    put(model, "0.weight", form)
+    ((_, weight),) = factored(model)
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        wanted = tensorize.densify(copy.deepcopy(model))(x)
+        assert relative(model(x), wanted) < 0.02
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+        both = (*weight.cores, *weight.indices)
+        size = packs.packed_bytes(both)
+        assert size == weight.spec.packed_bytes({"rows"}) > 0
+        F.linear(torch.randn(5, 40), model[0].weight)  # the other side
+        assert packs.packed_bytes(both) == weight.spec.packed_bytes({"rows", "columns"})
+    torch._dynamo.reset()
 
 
 def test_they_follow_what_they_were_made_of(made: list[Pack]) -> None:
@@ -151,6 +172,9 @@ def test_a_spec_says_what_inputs_are_rounded_to(precision: str) -> None:
         spec = QuantizedSpec(DenseSpec((40, 24)), precision, inputs)
         assert Spec.from_dict(spec.to_dict()) == packs.from_text(spec.text) == spec
         assert repr(spec) in repr([spec])
-        assert (spec.packed_bytes > 0) == (precision == "int4" and inputs != FLOAT)
+        packed = inputs != FLOAT
+        assert (spec.packed_bytes({"columns"}) > 0) == (packed and precision == "int4")
+        assert (spec.packed_bytes({"rows"}) > 0) == packed
+        assert spec.packed_bytes({"lookup"}) == 0
     with pytest.raises(ValueError, match="int7"):
         QuantizedSpec(DenseSpec((40, 24)), precision, "int7")

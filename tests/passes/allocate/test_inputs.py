@@ -62,11 +62,15 @@ def test_without_packs_fewer_than_eight_bits_are_numbers() -> None:
     chosen, _ = points(Inputs(packs=False))
     for (precision, _), (kind, _) in chosen.items():
         assert (kind == FLOAT) == (INTEGERS[precision].bits < 8)
+    rows = replace(LARGE, uses=(Use("matmul", "rows"),))
+    assert {kind for kind, _ in points(Inputs(packs=False), rows)[0].values()} == {FLOAT}
+    assert FLOAT not in {kind for kind, _ in points(Inputs(), rows)[0].values()}
 
 
 def test_what_no_rows_meet_and_what_a_gpu_runs_rounds_no_inputs() -> None:
-    conv = replace(LARGE, uses=(Use("conv2d", "columns"),))
-    assert {kind for kind, _ in points(Inputs(), conv)[0].values()} == {FLOAT}
+    for use in (Use("conv2d", "columns"), Use("linear", "columns", partial=True)):
+        other = replace(LARGE, uses=(use,))
+        assert {kind for kind, _ in points(Inputs(), other)[0].values()} == {FLOAT}
     gpu = points(Inputs(), machine=replace(GENERIC, rank_multiple=8))[0]
     assert gpu["int4", 0][0] == FLOAT
 
@@ -77,7 +81,7 @@ def test_bytes_are_what_memory_holds_and_stored_is_what_a_file_does() -> None:
         found = planned(analysed, budget, formats=dict.fromkeys(analysed.spectra, ("dense",)))
         specs = [choice.spec for choice in found.sites if choice.spec is not None]
         assert found.predicted.bytes <= 0.15 * found.dense.bytes
-        assert any(spec.packed_bytes > 0 for spec in specs) == packed
+        assert any(spec.packed_bytes({"columns"}) > 0 for spec in specs) == packed
         slow = slow_choices(analysed.sites, found.sites, found.batch_sizes, analysed.machine)
         assert bool(slow) != packed
         assert all(("slower than dense at" in c.reason) == (c.name in slow) for c in found.sites)
