@@ -27,9 +27,10 @@ from benchmarks.timing import interleaved
 from tensorize.algebra.metric import Metric
 from tensorize.codegen.machine import rates
 from tensorize.formats.registry import format_of
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.machine import matmul_time
 from tensorize.ir.precision import FLOAT, INPUTS
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.rewrite.factorize import quantized
 from tensorize.weight.install import install
 

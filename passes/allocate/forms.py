@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from tensorize.formats.low_rank import EveryRank
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.machine import Machine
 from tensorize.ir.precision import INPUTS, INTEGERS, ONE_DIGIT
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.allocate.flops import spec_flops
 from tensorize.passes.allocate.times import dense_times, first_times, spec_times
 from tensorize.passes.curves.curve import Spectrum

@@ -19,9 +19,9 @@ from tensorize.formats import packs
 from tensorize.formats.format import Format
 from tensorize.formats.integers import Pack, digits_of, rounding_time
 from tensorize.formats.low_rank import ordered, together
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.ir.machine import Machine, bytes_of
 from tensorize.ir.precision import FLOAT, Precision
-from tensorize.ir.spec import QuantizedSpec
 
 _PASSES = 6
 """How often every entry is read and written to make a number of its code."""
@@ -262,17 +262,16 @@ def _pair(
     if spec.inner.pivoted and across is not None:  # V' has the other columns only
         (order,) = indices
         others = across[order[rank:].long()]
-        across = others if others.dim() == 1 else _root_of(others)
-    down = _root_of(root_times(metric.left, left).mT)
+        across = others if others.dim() == 1 else _root_of(others).to(left.dtype)
+    down = _root_of(root_times(metric.left, left).mT).to(left.dtype)
     second = _coded(right, spec.kind, Metric(metric.scale, down, across), dtype)
     made = _whole(spec, (left, second.values().to(left.dtype)), indices)
     seen = times_root(made, metric.right)
     exact = left @ times_root(_whole(spec, (left, right), indices), metric.right)
-    gram = seen @ seen.mT
-    gram.diagonal().add_(_TINY * gram.diagonal().mean())
-    left = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
-    first = _coded(left, spec.kind, Metric(metric.scale, metric.left, _root_of(seen)), dtype)
-    return [first, second]
+    root = _root_of(seen)
+    best = torch.cholesky_solve((seen @ exact.mT).double(), root).mT.to(left.dtype)
+    across = root.to(left.dtype)
+    return [_coded(best, spec.kind, Metric(metric.scale, metric.left, across), dtype), second]
 
 
 def _whole(spec: QuantizedSpec, cores: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -282,7 +281,7 @@ def _whole(spec: QuantizedSpec, cores: Sequence[Tensor], indices: Sequence[Tenso
 
 
 def _root_of(factor: Tensor) -> Tensor:
-    """The Cholesky factor of F Fᵀ."""
+    """The Cholesky factor of F Fᵀ, in float64."""
     gram = (factor @ factor.mT).double()
     gram.diagonal().add_(_TINY * gram.diagonal().mean())
-    return torch.linalg.cholesky(gram).to(factor.dtype)
+    return torch.linalg.cholesky(gram)

@@ -23,7 +23,6 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.files import draft_of, into_place
 from tensorize.base.tensors import unwrapped
 from tensorize.ir.precision import INTEGERS
-from tensorize.ir.spec import DENSE
 from tensorize.store import transformers_config
 from tensorize.weight.become import dense_class
 from tensorize.weight.install import factored, held_names, owner_of
@@ -100,7 +99,7 @@ def _check(model: nn.Module, name: str, weight: FactoredWeight) -> None:
     why = None
     if dense_class(owner) is not nn.Linear:
         why = f"is that of a {dense_class(owner).__name__}, and only linears are read"
-    elif spec.format != DENSE:
+    elif spec.ranks:
         why = f"is held as {spec.format}"
     elif spec.precision not in _READ:
         why = f"has entries of {spec.precision}"

@@ -35,7 +35,7 @@ from typing import Any
 from torch import nn
 
 from tensorize.base.errors import TensorizeError, check_one_of
-from tensorize.ir.spec import DENSE, TTSpec
+from tensorize.ir.spec import TTSpec
 from tensorize.passes.rewrite.fresh_cores import core_scales, root_mean_square
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
@@ -104,12 +104,11 @@ def core_speeds(model: nn.Module, rule: str = "adam") -> dict[int, tuple[float, 
         numbers, steps = weight, [1.0] * len(weight.cores)
         if weight.spec.precision is not None:
             numbers, steps = _in_numbers(weight, rule)
-        dense = numbers.spec.format == DENSE
-        if not (dense or numbers.format.indexed):
-            continue
         count = len(weight.cores)
+        if count > 1 and not numbers.format.indexed:
+            continue
         shares = (1.0, 0.0) if numbers.spec.pivoted else (1 / count,) * count
-        found = [1.0] if dense else _speeds(numbers, rule)
+        found = [1.0] if count == 1 else _speeds(numbers, rule)
         for core, speed, step, share in zip(weight.cores, found, steps, shares, strict=True):
             speeds.setdefault(id(core), (float(f"{speed * step:.2g}"), share))
     return speeds

@@ -16,8 +16,9 @@ import tensorize
 from tensorize.formats import packs
 from tensorize.formats.integers import Pack
 from tensorize.formats.quantized import Coded, inputs_in_full
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.precision import FLOAT, INPUTS, ONE_DIGIT, TWO_DIGITS
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec
+from tensorize.ir.spec import Spec
 from tensorize.weight.install import factored
 from tests.models import relative
 from tests.weight.quantized_models import IDS, Form, compressed, put, small_net

@@ -11,10 +11,10 @@ import torch
 from tensorize.base.errors import BudgetError
 from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Use
-from tensorize.ir.spec import QuantizedSpec
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.allocate.candidates import curve_points
 from tensorize.passes.allocate.forms import BITS, BOTH

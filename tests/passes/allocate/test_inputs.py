@@ -8,10 +8,10 @@ import pytest
 
 from tensorize.base.errors import BudgetError
 from tensorize.ir.budget import Budget
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.precision import FLOAT, INPUTS, INTEGERS, ONE_DIGIT, TWO_DIGITS
 from tensorize.ir.sites import Use
-from tensorize.ir.spec import QuantizedSpec
 from tensorize.passes.allocate.candidates import curve_points
 from tensorize.passes.allocate.inputs import Inputs
 from tensorize.passes.allocate.slower import slow_choices
