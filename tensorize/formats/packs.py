@@ -31,11 +31,11 @@ class _Kept:
     """Packs, and the tensors that they were made of: which, where, and how often written to."""
 
     packs: dict[str, list[Pack]]
-    made_of: list[tuple[weakref.ref[Tensor], int, int]]
+    made_of: list[tuple[weakref.ref[Tensor], tuple[int, int]]]
 
     def is_of(self, held: Sequence[Tensor]) -> bool:
         pairs = zip(self.made_of, held, strict=True)
-        return all(ref() is tensor and state == _state(tensor) for (ref, *state), tensor in pairs)
+        return all(ref() is tensor and state == _state(tensor) for (ref, state), tensor in pairs)
 
 
 _kept = WeakTensorKeyDictionary()
@@ -46,7 +46,7 @@ def packs_of(held: Sequence[Tensor], contract: str, make: Callable[[], list[Pack
     of just that."""
     found: _Kept | None = _kept.get(held[-1])
     if found is None or not found.is_of(held):
-        made_of = [(weakref.ref(tensor), *_state(tensor)) for tensor in held]
+        made_of = [(weakref.ref(tensor), _state(tensor)) for tensor in held]
         found = _kept[held[-1]] = _Kept({}, made_of)
     if contract not in found.packs:
         found.packs[contract] = make()
@@ -60,8 +60,8 @@ def packed_bytes(held: Sequence[Tensor]) -> int:
     return sum(pack.bytes for pack in every)
 
 
-def _state(tensor: Tensor) -> list[int]:
-    return [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=4096)

@@ -122,7 +122,8 @@ def _in_numbers(weight: FactoredWeight, rule: str) -> tuple[FactoredWeight, list
     times the gradient.
     """
     spec, count = weight.spec, len(weight.cores)
-    held = weight.format.inside(spec, (*weight.cores, *weight.indices))
+    form: Any = weight.format
+    held = form.inside(spec, (*weight.cores, *weight.indices))
     numbers = FactoredWeight(spec.inner, held[:count], weight.frame, indices=held[count:])
     sizes = [root_mean_square(core.detach()) for core in (*weight.cores, *held[:count])]
     codes = [max(n, 1e-30) / max(s, 1e-30) for s, n in zip(sizes, sizes[count:], strict=False)]

@@ -75,7 +75,8 @@ class Cores(nn.Module):
         if spec.precision is None or torch.is_autocast_enabled("cpu"):
             return None
         cores: list[Any] = [parameters.get(name) for name in self._names[0]]
-        form, held = format_of(spec), cores + [buffers.get(name) for name in self._names[1]]
+        form: Any = format_of(spec)
+        held = cores + [buffers.get(name) for name in self._names[1]]
         plain = type(cores[0]) is nn.Parameter and cores[0].dtype is x.dtype
         if not plain or not form.in_integers(spec, held, x, "columns"):
             return None
