@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorize.api.options import Options
@@ -42,6 +42,7 @@ class Analysis:
     calibration: tuple[Batch, ...] = ()
     loss_fn: LossFunction | None = None
     precision: PrecisionOption = None
+    activations: str | None = None
 
     @property
     def metric(self) -> str:
@@ -59,6 +60,7 @@ class Analysis:
         refine: str | None = "auto",
         formats: FormatsOption = None,
         precision: PrecisionOption = AS_ANALYSED,
+        activations: str | None = AS_ANALYSED,
         ranks: RanksOption = None,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         rank_multiple: int | None = None,
@@ -72,6 +74,7 @@ class Analysis:
             formats: which formats may be used, among those that were analysed.
             precision: which precisions, likewise; by default those that were analysed. With any, a
                 budget that is a share is one of the bytes.
+            activations: what a CPU rounds inputs of quantized weights to; by default as analysed.
             ranks: pattern → rank or ``"full"``; overrides the allocation.
             batch_sizes: input rows at which FLOPs are counted; the worst counts.
             rank_multiple: low ranks are multiples of this (or smaller than it), as matrix units
@@ -83,10 +86,9 @@ class Analysis:
                 ``formats`` or ``ranks`` do not fit its weights.
         """
         given = locals()
-        if precision != AS_ANALYSED:
-            return planned(self, Options.of(given))
-        Options.of({**given, "precision": None})  # what is wrong is said before any work
-        return planned(self, Options.of({**given, "precision": self.precision}))
+        open_ = [name for name in ("precision", "activations") if given[name] == AS_ANALYSED]
+        Options.of({**given, **dict.fromkeys(open_)})  # what is wrong is said before any work
+        return planned(self, Options.of({**given, **{name: getattr(self, name) for name in open_}}))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
@@ -104,6 +106,7 @@ class Analysis:
             batch_sizes=options.batch_sizes,
             refine=refine,
             precision=options.precision,
+            activations=options.activations,
             notes=() if why_not is None else (f"{NO_REFIT}: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
@@ -176,12 +179,13 @@ class Analysis:
                     raise
                 continue
             point = CurvePoint(**vars(predicted), budget=budget)
-            alone = self.ranks_alone(Budget(bytes=budget))
+            alone = self.ranks_alone(Budget(stored=budget))
             points.append(replace(point, ranks_alone=alone))
         return Curve(tuple(points), self.metric)
 
     def _predicted(self, budget: float | Budget, precision: PrecisionOption) -> Prediction:
-        options = Options.of({"budget": budget, "precision": precision})
+        asked = {"precision": precision, "activations": self.activations}
+        options = Options.of({"budget": budget, **asked})
         return self._allocation(options).run(self.program).plan.predicted
 
     def ranks_alone(self, budget: Budget) -> float | None:
@@ -196,6 +200,21 @@ class Analysis:
         except BudgetError:
             return None
         return predicted.output_error if predicted.loss is None else predicted.loss
+
+    def others(self, budget: Budget, precision: PrecisionOption) -> Iterator[str]:
+        """What other choices of precisions would lose within a budget, among those analysed."""
+        if not integers(self.precision):
+            return
+        asked = integers(precision), precision is None
+        for each, called in ((None, "ranks alone are"), (self.precision, "all precisions are")):
+            if (integers(each), each is None) == asked:
+                continue
+            try:
+                predicted = self._predicted(budget, each)
+            except BudgetError:
+                continue
+            lost = predicted.output_error if predicted.loss is None else predicted.loss
+            yield f"at as many bytes {called} predicted to lose {printer.number(lost)}"
 
     def __str__(self) -> str:
         return (
@@ -216,11 +235,8 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
     plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
     budget = options.budget
-    if integers(options.precision) and budget is not None and budget.bytes is not None:
-        alone = analysis.ranks_alone(budget)
-        if alone is not None:
-            said = f"at as many bytes ranks alone are predicted to lose {printer.number(alone)}"
-            plan = replace(plan, notes=(*plan.notes, said))
+    if budget is not None and budget.of_bytes.bytes is not None:
+        plan = replace(plan, notes=(*plan.notes, *analysis.others(budget, options.precision)))
     return AnalysedPlan(**vars(plan), analysis=analysis)
 
 

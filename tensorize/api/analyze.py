@@ -66,6 +66,7 @@ def analyze(
     exclude: Select = None,
     formats: FormatsOption = None,
     precision: PrecisionOption = None,
+    activations: str | None = None,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
@@ -190,7 +191,8 @@ def _learned(found: Found, identity: str, options: Options) -> Analysis:
         analysed = replace(kept, machine=found.machine, history=found.history)
     else:
         analysed, base = _run(found, options, base, held)
-    return Analysis(analysed, identity, base, found.calibration, options.loss_fn, options.precision)
+    asked = options.precision, options.activations
+    return Analysis(analysed, identity, base, found.calibration, options.loss_fn, *asked)
 
 
 def _run(

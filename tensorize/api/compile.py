@@ -39,6 +39,7 @@ def compile(
     exclude: Select = None,
     formats: FormatsOption = None,
     precision: PrecisionOption = None,
+    activations: str | None = None,
     ranks: RanksOption = None,
     backend: str = "auto",
     autotune: bool = False,
@@ -72,7 +73,14 @@ def compile(
             finds to be sums of a few Kronecker products.
         precision: bits of the weights: None (their own), ``"auto"``, or those that may be used, as
             ``"int8"``, ``"int4"``, ``"int3"``, ``"int2"`` and the weights' own dtype. Bits and
-            ranks are then one choice, and a budget that is a share is one of the model's bytes.
+            ranks are then one choice, and a budget that is a share is one of the model's bytes, as
+            they are stored.
+        activations: what a CPU rounds the inputs of quantized weights to, so that products are ones
+            of integers: ``"int8"``, ``"int16"`` (two digits of eight bits), or ``"float"``: they
+            are left, and weights are made numbers at every call, which is slow. None: eight bits,
+            and twice eight where the inputs would else cost more than the weights and that is no
+            slower than dense. No others than ``"float"`` with ``Budget(bytes=)`` for weights of
+            fewer than eight bits, which products of integers need as eight bits in memory.
         ranks: pattern → rank or ``"full"``; overrides the allocation.
         backend: ``"aten"``: contractions run as torch operations. ``"triton"``: as kernels wherever
             a family covers them, on a GPU or, with ``TRITON_INTERPRET=1``, on the CPU. ``"auto"``:

@@ -59,8 +59,8 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
     batch = needed(model, example_inputs, "graphs need inputs to trace the model with")
     sites = {name: site for site in found.sites for name in (site.name, *site.aliases)}
     before = export_graph(densify(model), batch)
-    mark_sites(before, {name: (name, DENSE, ()) for name in sites})
-    marks = {name: (name, site.format, site.ranks) for name, site in sites.items()}
+    mark_sites(before, {name: (name, DENSE, (), None) for name in sites})
+    marks = {name: (name, site.format, site.ranks, site.precision) for name, site in sites.items()}
     for name, _ in install.factored(model):
         marks |= dict.fromkeys(core_names(model, name), marks[name])
     after = export_graph(model, batch)

@@ -32,6 +32,7 @@ Metric = Literal["frobenius", "input", "loss"]
 Refine = Literal["auto", None, "refit", "polish"]
 Backend = Literal["auto", "aten", "triton", "inductor"]
 Inner = Literal["auto", "eager", "inductor"]
+Activations = Literal["float", "int8", "int16"]
 
 
 def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str = "") -> Any:
@@ -106,6 +107,12 @@ class Options:
         help="Bits of the weights: auto, or int8, int4, int3, int2; repeatable. A budget that is a "
         "share is then one of the bytes.",
     )
+    activations: Activations = _option(
+        None,
+        lambda given: check_one_of("activations", given, get_args(Activations), AnalysisError),
+        help="What inputs of quantized weights are rounded to on a CPU: int8, int16, or float "
+        "(nothing, and weights are made numbers at every call). Default: what is good and fast.",
+    )
     ranks: RanksOption = _option(None, check_ranks)
     batch_sizes: Sequence[int] = BATCH_SIZES
     rank_multiple: int | None = None
@@ -141,7 +148,7 @@ class Options:
             if check is not None and not left_open:
                 object.__setattr__(self, each.name, check(given))
         if isinstance(share, float) and self.precision is not None:
-            object.__setattr__(self, "budget", Budget(bytes=share))
+            object.__setattr__(self, "budget", Budget(stored=share))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:

@@ -12,6 +12,7 @@ from torch import nn
 from tensorize.base import printer
 from tensorize.ir.plan import Prediction, Totals
 from tensorize.ir.sites import Site
+from tensorize.passes.allocate.inputs import meets_rows
 from tensorize.passes.allocate.slower import slow_choices
 from tensorize.passes.stages import Rewritten
 from tensorize.reports.attach import samples_of
@@ -42,7 +43,11 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
     return Report(
         plan=plan,
         sites=sites,
-        totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
+        totals=ReportTotals(
+            plan.dense,
+            totals_of(done.model, plan.predicted),
+            packed_bytes(done),
+        ),
         curve=curve,
         history=done.history,
         notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
@@ -61,6 +66,13 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
         predicted.flops,
         predicted.latency,
     )
+
+
+def packed_bytes(done: Rewritten) -> int:
+    """What a CPU holds beside a model, once all of its weights have run."""
+    specs = {choice.name: choice.spec for choice in done.plan.sites}
+    each = ((specs[site.name], meets_rows(site)) for site in done.sites)
+    return sum(spec.packed_bytes(contracts) for spec, contracts in each if spec is not None)
 
 
 def _environment() -> tuple[tuple[str, str], ...]:

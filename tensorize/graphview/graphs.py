@@ -24,10 +24,11 @@ class Graphs:
     ``"tensorize_names"``: ``dict[str, str]``
         name of a placeholder node → qualified name of the parameter or buffer that it stands for.
         Needed where parameters are lifted to placeholders, as torch.export does.
-    ``"tensorize_sites"``: ``dict[str, tuple[str, str, tuple[int, ...]]]``
-        name of a node → (site, format, ranks) for every node that computes with a site's weight or
-        cores: qualified name of the dense parameter, ``"dense"``, ``"low_rank"``, ``"tt"`` or
-        ``"block"``, and the inner ranks (empty when dense). Of several connected nodes that belong
+    ``"tensorize_sites"``: ``dict[str, tuple[str, str, tuple[int, ...], str | None]]``
+        name of a node → (site, format, ranks, precision) for every node that computes with a site's
+        weight or cores: qualified name of the dense parameter, ``"dense"``, ``"low_rank"``,
+        ``"tt"`` or ``"block"``, the inner ranks (empty when dense), and what entries are rounded to
+        (None, or nothing in its place, where they are not). Of several connected nodes that belong
         to one site all should be named; views between them need not be.
     """
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
 from tensorize.base.errors import BudgetError
 from tensorize.ir.plan import Totals
 
-_COSTS = ("params", "bytes", "flops", "latency")
+_COSTS = ("params", "bytes", "stored", "flops", "latency")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Budget:
             absolute value. FLOPs are per input row, matmuls against parameters only, the worst over
             the ``batch_sizes`` of the plan; latency is the predicted time of those matmuls in
             microseconds, and holds at each of the ``batch_sizes``.
+        stored: as ``bytes``, which are what the result holds in memory; but what is packed to run
+            fast does not count, as it is in no file: weights of fewer than eight bits are then held
+            by a CPU as eight, too, once they have run.
         error: largest relative error of any site's weight, in the metric of the analysis.
         loss: largest predicted rise of the loss to preserve (needs calibration data).
 
@@ -38,6 +41,7 @@ class Budget:
     latency: float | int | None = None
     error: float | None = None
     loss: float | None = None
+    stored: float | int | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -49,6 +53,11 @@ class Budget:
             )
         for name, value in given.items():
             _check(name, value)
+        if self.bytes is not None and self.stored is not None:
+            raise BudgetError(
+                "bytes= and stored= limit the same",
+                way_out="bytes= for what is held in memory, stored= for what a file takes",
+            )
 
     @classmethod
     def of(cls, value: float | Budget) -> Budget:
@@ -62,6 +71,11 @@ class Budget:
                 "an absolute number",
             )
         return cls(params=value)
+
+    @property
+    def of_bytes(self) -> Budget:
+        """The same limits by the names of what plans cost."""
+        return self if self.stored is None else replace(self, bytes=self.stored, stored=None)
 
     def limits(self, dense: Totals) -> dict[str, float]:
         """The absolute limit of every cost that is limited, given the dense model's own.

@@ -48,7 +48,7 @@ def test_a_signature_has_options_of_the_record_in_its_order_with_its_defaults(ve
     assert list(taken) == [name for name in RECORD if name in taken]
     if verb == "plan":
         assert taken.pop("budget") is inspect.Parameter.empty
-        assert taken.pop("precision") == AS_ANALYSED
+        assert taken.pop("precision") == taken.pop("activations") == AS_ANALYSED
     assert taken == {name: RECORD[name].default for name in taken}
 
 
@@ -83,6 +83,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("formats", "cp", tensorize.AnalysisError, "formats='cp' is no format"),
     ("formats", {"*": ["tt", 3]}, tensorize.AnalysisError, "formats=3 is no format"),
     ("precision", "int5", tensorize.AnalysisError, "precision='int5' is no precision"),
+    ("activations", "int7", tensorize.AnalysisError, "'int7' is not one of 'float', 'int8'"),
     ("ranks", 8, tensorize.AnalysisError, "maps patterns to ranks"),
     ("ranks", {"*": 0}, tensorize.AnalysisError, "positive integer or 'full'"),
     ("backend", "tpu", tensorize.TensorizeError, "backend='tpu' is not one of 'auto'"),
