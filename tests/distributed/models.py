@@ -41,13 +41,17 @@ def llama(kind: str = "Llama", *, keys: int = 4, tied: bool = False, layers: int
     return _jittered(llama_of(kind, **sizes, tie_word_embeddings=tied))
 
 
+def gpt2_of(**sizes: Any) -> Any:
+    usual: dict[str, Any] = {
+        **{"vocab_size": WORDS, "n_positions": 32, "n_embd": WIDTH, "n_layer": LAYERS},
+        **{"n_head": HEADS, "bos_token_id": 0, "eos_token_id": 0},
+    }
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**{**usual, **sizes}))
+
+
 def gpt2(*, tied: bool = True) -> Any:
     torch.manual_seed(0)
-    config = hf.GPT2Config(
-        vocab_size=WORDS, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return _jittered(hf.GPT2LMHeadModel(config))
+    return _jittered(gpt2_of(tie_word_embeddings=tied))
 
 
 def low_rank(model: nn.Module, *dense: str, **options: Any) -> nn.Module:
