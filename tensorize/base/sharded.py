@@ -75,6 +75,7 @@ def by_first_rank(write: Callable[[], None], failure: type[Exception]) -> None:
             write()
         except failure as error:
             found = [error]
-    dist.broadcast_object_list(found)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
     if found[0] is not None:
         raise found[0]
