@@ -2,5 +2,6 @@
 
 from tensorize.distributed.checkpoints import Saving, load, save
 from tensorize.distributed.parallelize import parallelize
+from tensorize.distributed.pipeline import schedule
 
-__all__ = ["Saving", "load", "parallelize", "save"]
+__all__ = ["Saving", "load", "parallelize", "save", "schedule"]
