@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import tensorize
-from tensorize import CheckpointError
+from tensorize import CheckpointError, TensorizeError
 from tensorize.distributed import parallelize
 from tests.distributed import models, processes
 from tests.distributed.models import CASES, whole, words
@@ -88,12 +88,51 @@ def all_processes_hear_of_a_failure(folder: Path) -> None:
         tensorize.save(parallelize(CASES["plain"](), over(dp=2)), folder / "a file")
 
 
+def memory_is_of_one_rank(folder: Path) -> None:
+    alone = CASES["plain"]()
+    ids = {"input_ids": words(2), "use_cache": False}
+    want = tensorize.training.memory(alone, batch=ids)
+    split = parallelize(CASES["plain"](), over(tp=2))
+    got = tensorize.training.memory(split, batch=ids)
+    assert got.parameters == want.parameters / 2
+    assert want.activations / 2 < got.activations < want.activations
+    sharded = parallelize(CASES["plain"](), over(dp=2))
+    assert tensorize.training.memory(sharded).optimizer == want.optimizer / 2
+    with pytest.raises(TensorizeError, match="before fully_shard"):
+        tensorize.training.memory(sharded, batch=ids)
+
+
+def narrow_parameters_are_rounded_stochastically(folder: Path) -> None:
+    model = parallelize(CASES["plain"]().bfloat16(), over(dp=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # far below half a spacing
+    tensorize.training.round_stochastically(optimizer)
+    before = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
+    for seed in range(4):
+        models.loss_of(model, words(4, seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
+    large = [name for name in before if before[name].dim() == 2]
+    assert not any(torch.equal(after[name], before[name]) for name in large)
+    assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+
+
+def ranks_of_a_sharded_model_stay(folder: Path) -> None:
+    model = parallelize(CASES["plain"](), over(dp=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(TensorizeError, match="before parallelize"):
+        tensorize.training.RankSchedule(model, optimizer, 0.25, start=0, end=1)
+
+
 IN_TWO: list[processes.Check] = [
     meta_is_filled_by_parts,
     ties_stay_when_meta_is_filled,
     rates_are_those_of_one_machine,
     the_folder_of_one_machine_is_written,
     all_processes_hear_of_a_failure,
+    memory_is_of_one_rank,
+    narrow_parameters_are_rounded_stochastically,
+    ranks_of_a_sharded_model_stay,
 ]
 
 
