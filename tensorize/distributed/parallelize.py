@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tensorize.base.errors import CaptureError
+from tensorize.base.sharded import is_sharded
 from tensorize.base.tensors import unwrapped
 from tensorize.distributed.pipeline import stage_of
 from tensorize.distributed.same import check_same
@@ -48,12 +49,17 @@ def parallelize(
         have in the model.
 
     Raises:
-        CaptureError: the mesh has other dimensions, processes hold different numbers, a size is
-            not divided, or no rule is known for the model's class (``tp`` and ``pp``).
+        CaptureError: the mesh has other dimensions, the model is sharded already, processes hold
+            different numbers, a size is not divided, or (``tp`` and ``pp``) no rule is known for
+            the model's class.
         AnalysisError: a weight is factorized in a way that is not split (``tp`` only).
     """
     names = _named(mesh)
     inner = unwrapped(model)
+    if any(is_sharded(parameter) for parameter in inner.parameters()):
+        raise CaptureError(
+            "the model is sharded already", way_out="one mesh with all dimensions, in one call"
+        )
     check_same(inner)
     if "tp" in names:
         split_over(inner, shape_of(inner), mesh["tp"])

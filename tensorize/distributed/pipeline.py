@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
 
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
 from tensorize.distributed.shapes import Shape
+from tensorize.training.blueprint import pass_on_blueprint
 
 SCHEDULES: dict[str, tuple[type[Any], bool]] = {
     "1f1b": (Schedule1F1B, False),
@@ -142,7 +143,9 @@ def stage_of(model: nn.Module, shape: Shape, mesh: DeviceMesh, chunks: int) -> S
             f"its attention has a window of {config.sliding_window}, and stages are given no mask",
             way_out="sliding_window=None in the configuration, or a mesh without pp",
         )
-    return Stage(model, shape, mesh, chunks)
+    stage = Stage(model, shape, mesh, chunks)
+    pass_on_blueprint(model, stage)
+    return stage
 
 
 class Schedule:

@@ -165,7 +165,8 @@ def _(
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, ctx.squares, _ = inputs
+    x, weights, squares, _ = inputs
+    ctx.with_squares = squares is not None
     ctx.save_for_backward(x, *weights)
 
 
@@ -173,7 +174,7 @@ def _gradients(ctx: Any, narrow: Tensor, squares: Tensor) -> Any:
     x, *weights = ctx.saved_tensors
     rows = narrow.flatten(0, -2).t() @ x.flatten(0, -2)
     sizes = [weight.shape[0] for weight in weights]
-    of_squares = None if ctx.squares is None else squares
+    of_squares = squares if ctx.with_squares else None
     return narrow @ _side_by_side(weights), list(rows.split(sizes)), of_squares, None
 
 

@@ -73,6 +73,12 @@ def keep_blueprint(
     target.__dict__[_NAME] = Blueprint(dense, silent, replace(how, model=dense))
 
 
+def pass_on_blueprint(model: nn.Module, part: nn.Module) -> None:
+    """Let a part, whose parameters have the names that they have in a model, be filled as it is."""
+    if _NAME in model.__dict__:
+        part.__dict__[_NAME] = model.__dict__[_NAME]
+
+
 def fill(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """Give a model from ``initialize(device="meta")`` its values; of a sharded one, each its part.
 

@@ -239,6 +239,8 @@ def test_models_of_other_shapes_and_other_meshes_are_refused() -> None:
         parallelize(nn.Sequential(nn.Linear(8, 8)), mesh_of({"tp": 8}))
     with pytest.raises(CaptureError, match="dimensions rows, columns"):
         parallelize(nn.Linear(8, 8), mesh_of({"rows": 4, "columns": 2}))
+    with pytest.raises(CaptureError, match="sharded already"):
+        parallelize(parallelize(nn.Linear(8, 8), mesh_of({"dp": 8})), mesh_of({"dp": 8}))
 
 
 @pytest.mark.usefixtures("_eight_ranks")

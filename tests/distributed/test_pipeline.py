@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import tensorize
 from tensorize import CaptureError, TensorizeError
 from tensorize.distributed import load, parallelize, save, schedule
 from tests.distributed import models, processes
@@ -65,10 +66,23 @@ def a_pipeline_goes_on_without_one(folder: Path) -> None:
     assert float(loss_of(alone, words(8, 2)).detach()) == pytest.approx(losses[2], rel=1e-6)
 
 
+def a_stage_on_meta_is_filled(folder: Path) -> None:
+    def made(**options: Any) -> Any:
+        with torch.device("meta"):
+            return tensorize.initialize(models.llama_of(), 0.5, **options)
+
+    want = made().state_dict()
+    stage = tensorize.training.fill(parallelize(made(device="meta"), over(pp=2)))
+    got = stage.state_dict()
+    assert 0 < len(got) < len(want)
+    assert all(torch.equal(got[name], want[name]) for name in got)
+
+
 IN_TWO: list[processes.Check] = [
     same("1f1b", pp=2),
     same("zero-bubble", 2, pp=2),
     a_pipeline_goes_on_without_one,
+    a_stage_on_meta_is_filled,
 ]
 
 
