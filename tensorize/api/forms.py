@@ -57,7 +57,7 @@ def plain(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: it is no module.
     """
-    check_model(model)
+    check_model(model, on_meta=True)
     _note(unwrapped(model), to_plain(unwrapped(model)))
     return model
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.files import beside_others, draft_of, drafts_of, into_place
+from tensorize.base.sharded import by_first_rank, is_sharded
 from tensorize.base.tensorfile import sha256_of
 from tensorize.base.tensors import unwrapped
 from tensorize.reports.attach import known_report
@@ -28,6 +29,8 @@ from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict, s
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write a factorized model into ``directory``, which is made where it does not exist.
 
+    A model that is sharded over processes is saved by all of them, and the first one writes what
+    it is on one machine.
     Several processes may do so at once: the directory then holds what one of them saved, whole.
     Every tensor is stored once. Two tensors that overlap only in part are stored in full each, and
     are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
@@ -52,9 +55,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if transformers_config.is_huggingface(model):
         transformers_config.check_place(directory)
     contents, stored = contents_of(model)
-    with _drafted(directory) as draft:
-        _write_tensors(stored, draft)
-        _finish(model, contents, report, draft, draft, directory)
+
+    def write() -> None:
+        with _drafted(directory) as draft:
+            _write_tensors(stored, draft)
+            _finish(model, contents, report, draft, draft, directory)
+
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        by_first_rank(write, CheckpointError)
+    else:
+        write()
 
 
 def save_written(

@@ -32,6 +32,7 @@ from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta
 from tensorize.passes.stages import Analysed, Found, Given, Learned, Planned, Rewritten
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
+from tensorize.training.blueprint import keep_blueprint
 
 _METRIC = "shape"
 
@@ -87,7 +88,9 @@ def initialize(
         rank_multiple: ranks above it are its multiples, as matrix units want.
         batch_sizes: input rows at which FLOPs and times are counted; the worst counts.
         initializer: a function of a module that makes the values of its own parameters.
-        device: where values are made that are on meta.
+        device: where values are made that are on meta. ``"meta"`` itself: the result stays there,
+            for ``distributed.parallelize`` and ``training.fill``, which makes the very same values
+            later, each rank its part.
         inplace: rewrite the model itself.
         seed: of all values made here; the random state is left as it was.
 
@@ -121,6 +124,8 @@ def initialize(
         replaced = {site.name for site in planned.plan.sites if site.spec is not None}
         target = model if inplace else copy_sharing(model, replaced)
         cores = InitializeCores(target, method, nonlinearity, initializer, str(device))
+        if is_on_meta(model) and cores.device == "meta":
+            keep_blueprint(target, model, planned, cores)
         done = run_passes(planned, (cores,), Rewritten)
     untrained = "not trained yet: errors are those of no weight"
     notes = (untrained, *notes_on_wrapper(given, model))
