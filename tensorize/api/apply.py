@@ -16,6 +16,7 @@ from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
 from tensorize.api.outcome import report_of, slow_weights
+from tensorize.api.outlook import outlook_of
 from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
@@ -184,7 +185,8 @@ def apply_plan(
 
 
 def report_of_result(done: Rewritten, analysis: Analysis) -> Report:
-    return report_of(done, analysis.curve(), slow_weights(done, _timed))
+    outlook = outlook_of(done.plan, analysis)
+    return report_of(done, analysis.curve(), slow_weights(done, _timed), outlook)
 
 
 @torch.no_grad()

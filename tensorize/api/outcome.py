@@ -18,6 +18,7 @@ from tensorize.reports.attach import samples_of
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
+from tensorize.reports.verdict import NOTHING_KNOWN, Outlook
 from tensorize.version import __version__
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
@@ -31,7 +32,12 @@ _MOST_TIMED = 4
 """Weights that are timed, of those that are slower than dense."""
 
 
-def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
+def report_of(
+    done: Rewritten,
+    curve: Curve | None = None,
+    notes: Sequence[str] = (),
+    outlook: Outlook = NOTHING_KNOWN,
+) -> Report:
     """What was done to a model, with ``notes`` beside those of the way there."""
     plan = done.plan
     aliases = {site.name: site.aliases for site in done.sites}
@@ -48,6 +54,7 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
         notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
         environment=_environment(),
         weights=samples_of(done.model),
+        outlook=outlook,
     )
 
 

@@ -39,6 +39,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.observe.hidden import shifts_labels
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import call, outputs_of
+from tensorize.passes.observe.text import next_tokens, shifted
 from tensorize.reports.attach import known_report
 from tensorize.weight.whole_model import numbers
 
@@ -249,17 +250,10 @@ def _sample(
         targets = labels
         counted = replace(batch, kwargs={**batch.kwargs, "labels": labels})
         if shifts_labels(dense):
-            targets = _next(labels)
+            targets = shifted(labels)
     elif causal and ids is not None:
-        mask = batch.argument("attention_mask")
-        hidden = isinstance(mask, Tensor) and mask.shape == ids.shape
-        targets = _next(ids.masked_fill(mask == 0, -100) if hidden else ids)
+        targets = next_tokens(batch, ids)
     return Sample(batch, counted, targets, ids)
-
-
-def _next(ids: Tensor) -> Tensor:
-    """The token after each position, none after the last."""
-    return torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-100)
 
 
 # ------------------------------------------------------------------------------------ quantization

@@ -17,6 +17,9 @@ from tensorize.ir.spec import DENSE, MOST_ELEMENTS, Spec
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
 
+NATS, OF_VARIANCE, THE_CALLERS = "nats", "relative squared error", "loss_fn"
+"""What a loss to preserve is counted in: KL, shares of the outputs' variance, or the caller's."""
+
 
 @dataclass(frozen=True)
 class RankPlan:
