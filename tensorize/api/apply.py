@@ -15,8 +15,7 @@ from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
-from tensorize.api.outcome import report_of, slow_weights
-from tensorize.api.outlook import outlook_of
+from tensorize.api.outcome import outlook_of, report_of, slow_weights
 from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown

@@ -13,7 +13,7 @@ import torch
 
 import tensorize
 from examples import gpt
-from tensorize.api.outlook import outlook_of
+from tensorize.api.outcome import outlook_of
 from tensorize.ir.plan import NATS, OF_VARIANCE
 from tensorize.reports.report import Report
 from tensorize.reports.verdict import Nearest
