@@ -24,7 +24,7 @@ from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
-from tensorize.capture.batches import calibration_batches
+from tensorize.capture.batches import ToInputs, calibration_batches, left_out
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
 from tensorize.capture.synthetic import affordable, is_self, self_made
@@ -59,6 +59,7 @@ def analyze(
     example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
@@ -132,7 +133,9 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
 def calibration_of(model: nn.Module, options: Options) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if not is_self(options.calibration):
-        return calibration_batches(options.calibration, model, options.tokenizer), ()
+        given = options.calibration, model, options.tokenizer
+        found = calibration_batches(*given, to_inputs=options.to_inputs)
+        return found, left_out(found) if options.to_inputs is None else ()
     inputs, _ = find_inputs(model, options.example_inputs, ())
     batches, what = self_made(model, inputs, options.seed)
     return batches, (f"calibrated on {what}",)

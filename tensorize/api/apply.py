@@ -20,6 +20,7 @@ from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
+from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
@@ -51,6 +52,7 @@ def apply(
     example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     loss_fn: LossFunction | None = None,
     refine: str | None = "auto",
     autotune: bool = False,
@@ -64,8 +66,8 @@ def apply(
 
     Args:
         example_inputs: what forward takes, where a plan from JSON was made with it.
-        calibration, tokenizer: the data that the plan was made with, where it does not carry them
-            itself.
+        calibration, tokenizer, to_inputs: the data that the plan was made with, where it does not
+            carry them itself.
         loss_fn: the loss that it was made for, likewise.
         refine: "auto" does what the plan predicts; anything else overrides it, and then the result
             is not what was predicted.

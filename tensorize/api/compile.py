@@ -18,6 +18,7 @@ from tensorize.api.options import Options
 from tensorize.base import printer
 from tensorize.base.progress import Progress, log, shown
 from tensorize.base.tensors import unwrapped
+from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
@@ -37,6 +38,7 @@ def compile(
     example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
@@ -68,7 +70,10 @@ def compile(
         calibration: an iterable of such inputs, or of strings with ``tokenizer=``: the errors are
             then weighed by what they do to the model's outputs. ``"self"``: the model makes them
             itself, a decoder by writing text. None: it makes some where that takes no more than
-            about a minute, else the weights alone are judged (as by ``metric="frobenius"``).
+            about a minute, else the weights alone are judged (as by ``metric="frobenius"``). Of a
+            loader of (x, y) the model gets what its forward takes, x, and a ``loss_fn`` both.
+        to_inputs: makes such inputs of a batch of the data, where that is not what they are:
+            ``lambda batch: batch["image"]``.
         loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
         metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
         refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved

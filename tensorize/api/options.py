@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tensorize.base.errors import AnalysisError, BudgetError, check_one_of
+from tensorize.base.errors import AnalysisError, BudgetError, CaptureError, check_one_of
 from tensorize.base.progress import Progress
-from tensorize.capture.batches import check_batches
+from tensorize.capture.batches import ToInputs, check_batches
 from tensorize.capture.synthetic import is_self
 from tensorize.ir.budget import AUTO, AUTO_LOSSES, Budget, as_written, parse_bytes
 from tensorize.ir.plan import POLISH, REFIT, THE_CALLERS
@@ -46,6 +46,14 @@ def _budget(given: Any) -> Any:
 
 def _data(given: Any) -> Any:
     return given if is_self(given) else check_batches(given, "calibration")
+
+
+def _function(given: Any) -> Any:
+    if not callable(given):
+        raise CaptureError(
+            f"to_inputs={given!r} is no function", way_out="to_inputs=lambda batch: batch[0]"
+        )
+    return given
 
 
 def _seed(given: Any) -> int:
@@ -79,6 +87,7 @@ class Options:
         "the model makes its own.",
     )
     tokenizer: Any = None
+    to_inputs: ToInputs | None = _option(None, _function)
     loss_fn: LossFunction | None = None
     metric: Metric | None = _option(
         None,

@@ -23,7 +23,7 @@ from tensorize.api.apply import apply
 from tensorize.base import printer
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
 from tensorize.base.progress import Progress, shown
-from tensorize.capture.batches import calibration_batches
+from tensorize.capture.batches import ToInputs, calibration_batches
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import check_model, takes
 from tensorize.capture.kept import watching
@@ -67,6 +67,7 @@ def evaluate(
     batches: Iterable[Any],
     *,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     labels: Iterable[Tensor] | None = None,
     calibration: Iterable[Any] | str | None = None,
     quantize: str | Sequence[str] = (),
@@ -86,6 +87,7 @@ def evaluate(
         dense: the model that they were made from.
         batches: what the models' forward takes, or strings with ``tokenizer=``. Where they hold
             ``labels``, those are what is predicted; else a decoder predicts the next token.
+        to_inputs: makes what forward takes of a batch, where that is not what it is.
         tokenizer: with ``encode`` and ``decode``: decoders then write text, side by side.
         labels: those of the batches, one tensor each, where forward does not take them.
         quantize: ``"int8"``, ``"int4"`` or both: one more row for every model, and for the dense
@@ -99,7 +101,7 @@ def evaluate(
         TensorizeError: torchao is not installed.
     """
     dense = check_model(dense)
-    given = calibration_batches(batches, dense, tokenizer, "batches")
+    given = calibration_batches(batches, dense, tokenizer, "batches", to_inputs)
     samples, kind, causal = _samples(given, dense, labels)
     ways = (quantize,) if isinstance(quantize, str) else tuple(quantize)
     for way in ways:

@@ -76,6 +76,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("budget", 1.5, tensorize.BudgetError, "a float above 1"),
     ("calibration", torch.zeros(3), tensorize.CaptureError, "got one Tensor"),
     ("calibration", "text", tensorize.CaptureError, "got one str"),
+    ("to_inputs", "image", tensorize.CaptureError, "to_inputs='image' is no function"),
     ("metric", "entropy", tensorize.AnalysisError, "metric='entropy' "),
     ("refine", "twice", tensorize.AnalysisError, "refine='twice' is not one of 'auto', None"),
     ("include", 5, tensorize.AnalysisError, "shell patterns or by a predicate"),
