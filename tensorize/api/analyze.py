@@ -101,13 +101,13 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     check_weights(model)
     identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:
-        found = _found(model, options, tell).noted(*notes_on_wrapper(given, model))
+        found = found_in(model, options, tell).noted(*notes_on_wrapper(given, model))
         if options.says_nothing_of_data:
             return _learned_unasked(found, identity, options)
         return _learned(found, identity, options)
 
 
-def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
+def found_in(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)

@@ -311,5 +311,9 @@ def _note(model: nn.Module, done: Healing) -> None:
     found = known_report(model)
     if found is not None:
         note = f"healed: {done}; the errors of sites are those from before"
-        now = samples_of(model)
-        attach(model, replace(found, notes=(*found.notes, note), weights=now))
+        measured = {
+            "measured_loss": done.after,
+            "outlook": replace(found.outlook, unit=done.unit),
+            "weights": samples_of(model),
+        }
+        attach(model, replace(found, notes=(*found.notes, note), **measured))

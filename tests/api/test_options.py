@@ -17,7 +17,7 @@ import tensorize
 from tensorize.api.analysis import AS_ANALYSED
 from tensorize.api.options import Options, Refine
 from tensorize.backend.options import TAKEN, read_options
-from tensorize.cli import app, parse
+from tensorize.cli import COMMANDS, app, parse
 from tensorize.cli.compile import compile_command
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -167,7 +167,7 @@ def test_a_checkpoint_without_budget_or_ranks_is_not_opened() -> None:
 def test_the_command_line_speaks_in_the_words_of_the_record() -> None:
     commands: Any = get_command(app)
     said: dict[str, set[str]] = {}
-    for command in commands.commands.values():
+    for command in (commands.get_command(None, name) for name in COMMANDS):
         for parameter in command.params:
             if parameter.name in RECORD:
                 said.setdefault(parameter.name, set()).add(parameter.help)
