@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tensorize.base import printer
+from tensorize.base import html, printer
 from tensorize.codegen.device import autotune, compiler
 from tensorize.codegen.device.compiler import Compiled
 from tensorize.codegen.triton import source as triton_source
@@ -47,6 +47,9 @@ class Kernel:
 
     def __str__(self) -> str:
         return printer.plain(self.source.text)
+
+    def _repr_html_(self) -> str:
+        return html.text(str(self))
 
     def __repr__(self) -> str:
         return f"Kernel({self.name!r}, {self.dtype})"

@@ -8,7 +8,7 @@ import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tensorize.base import printer
+from tensorize.base import html, printer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.records import BAD_DATA, by_field, checksum, parse, plain, record
 from tensorize.ir.machine import GENERIC
@@ -150,7 +150,8 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self._values)
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
+        """What it says above the weights."""
         after, before = self.predicted, self.dense
         refined = f", refined by a {self.refine}" if self.refine else ""
         lines = [
@@ -162,6 +163,10 @@ class Plan:
         if after.loss is not None:
             span = printer.interval(after.loss_interval)
             lines[-1] += f", loss {printer.number(after.loss)} (90 %: {span})"
+        return lines
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Titles, and a row for every weight."""
         rows = [
             (
                 site.name,
@@ -174,9 +179,15 @@ class Plan:
             )
             for site in self.sites
         ]
-        headers = ("weight", "kind", "shape", "format", "parameters", "error", "why")
+        return ("weight", "kind", "shape", "format", "parameters", "error", "why"), rows
+
+    def _repr_html_(self) -> str:
+        return html.table(*self._table(), "; ".join(self._lines()))
+
+    def __str__(self) -> str:
+        headers, rows = self._table()
         align: list[printer.Align] = ["left", "left", "keep", "keep", "right", "right", "wrap"]
-        lines = [textwrap.fill(line, printer.prose_width()) for line in lines]
+        lines = [textwrap.fill(line, printer.prose_width()) for line in self._lines()]
         text = "\n".join([*lines, "", printer.table(headers, rows, align=align)])
         return printer.plain(text)
 

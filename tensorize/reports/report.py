@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tensorize.base import files, printer
+from tensorize.base import files, html, printer
+from tensorize.base.errors import TensorizeError
+from tensorize.base.html import Picture
 from tensorize.base.records import by_field, decode, encode, record
 from tensorize.ir.plan import Plan
+from tensorize.reports import picture
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, RunsBy, SiteReport, Stage
 from tensorize.reports.text import (
@@ -149,3 +152,21 @@ class Report:
         from tensorize.reports import page  # which draws what is defined here
 
         files.write_text(path, page.render(self))
+
+    def plot(self) -> Picture:
+        """The curve by budget, with this model on it: a picture that notebooks show.
+
+        Raises:
+            TensorizeError: the report has no curve, as of a model that was not compiled.
+        """
+        if self.curve is None:
+            raise TensorizeError(
+                "the report has no curve, which an analysis gives",
+                way_out="tensorize.analyze(model).curve().picture()",
+            )
+        return picture.draw(self.curve, picture.Kept.of(self))
+
+    def _repr_html_(self) -> str:
+        from tensorize.reports import page
+
+        return html.framed(page.render(self))
