@@ -40,8 +40,9 @@ def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str =
 
 
 def _budget(given: Any) -> Any:
-    open_or_auto = given is None or (isinstance(given, str) and given == AUTO)
-    return given if open_or_auto else Budget.of(given)
+    if given is None or (isinstance(given, str) and given == AUTO):
+        return given
+    return Budget.of(given)
 
 
 def _data(given: Any) -> Any:
