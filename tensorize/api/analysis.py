@@ -34,6 +34,13 @@ class Analysis:
 
     Made by ``tensorize.analyze``; it keeps the calibration data alive, which refining the factors
     needs, and not the model.
+
+    Example:
+        >>> analysis = tensorize.analyze(dense, example_inputs=inputs)
+        >>> analysis.metric
+        'frobenius'
+        >>> analysis.plan(0.5).predicted.parameters <= 0.5 * analysis.plan(0.5).dense.parameters
+        True
     """
 
     program: Analysed

@@ -84,6 +84,11 @@ def analyze(
         BudgetError: ``max_memory`` is no number of bytes.
         CheckpointError: ``cache_dir`` cannot be used. Where its disk fills up, the analysis goes on
             without it, with a warning and a note.
+
+    Example:
+        >>> analysis = tensorize.analyze(dense, calibration=batches)
+        >>> [point.budget for point in analysis.curve([0.6, 0.9])]
+        [0.6, 0.9]
     """
     return analyzed(model, Options.of(locals()))
 

@@ -78,6 +78,11 @@ def apply(
             data for its ``refine`` cannot be had.
         BudgetError: the plan keeps a limit on single errors, and ``refine`` moves them.
         CaptureError: ``model`` is none, or the inputs do not fit it.
+
+    Example:
+        >>> plan = tensorize.analyze(dense, example_inputs=inputs).plan(0.5)
+        >>> type(tensorize.apply(dense, plan)) is type(dense)
+        True
     """
     return applied(model, plan, Options.of(locals()))
 

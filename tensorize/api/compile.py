@@ -110,6 +110,13 @@ def compile(
         AnalysisError: weights or options do not allow an analysis.
         CheckpointError: ``cache_dir`` cannot be used.
         TensorizeError: ``backend`` is unknown.
+
+    Example:
+        >>> small = tensorize.compile(dense, budget=0.5, calibration=batches)
+        >>> small(*inputs).shape == dense(*inputs).shape
+        True
+        >>> tensorize.report(small).totals.share.parameters <= 0.5
+        True
     """
     result = compiled(model, Options.of(locals()))
     tell_verdict(report(result).verdict, progress)

@@ -18,6 +18,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: the model was not made by tensorize, or the directory cannot be written.
+
+    Example:
+        >>> tensorize.save(small, folder)
     """
     checkpoint.save(model, directory)
 
@@ -40,6 +43,12 @@ def load(
 
     Raises:
         CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
+
+    Example:
+        >>> tensorize.save(small, folder)
+        >>> again = tensorize.load(folder, model=dense_again)
+        >>> torch.equal(again(*inputs), small(*inputs))
+        True
     """
     found = store_load.load(directory, model, device=device, dtype=dtype)
     return use_kernels(found, report(found).backend)

@@ -135,8 +135,9 @@ def load_dense(
         TensorizeError: the model is not compressed.
 
     Example:
-        >>> tensorize.load_dense(small, dense.state_dict()) is small
-        True
+        >>> other = tensorize.load_dense(copy.deepcopy(small), dense.state_dict())
+        >>> other(*inputs).shape
+        torch.Size([8, 32])
     """
     model = check_model(model)
     found = report(model)

@@ -99,6 +99,11 @@ def evaluate(
     Raises:
         CaptureError: the batches do not fit a model's forward, or the labels the batches.
         TensorizeError: torchao is not installed.
+
+    Example:
+        >>> found = tensorize.evaluate(small, dense, batches, time=False)
+        >>> found.models[0].parameters < found.dense.parameters
+        True
     """
     dense = check_model(dense)
     given = calibration_batches(batches, dense, tokenizer, "batches", to_inputs)

@@ -37,6 +37,12 @@ class Budget:
 
     Raises:
         BudgetError: an entry is not a positive finite number, or none is given.
+
+    Example:
+        >>> str(tensorize.Budget(params=0.5, loss=0.01))
+        'params=0.5, loss=0.01'
+        >>> tensorize.Budget.of("10MB")
+        Budget(params=None, bytes=10000000, flops=None, latency=None, error=None, loss=None)
     """
 
     params: float | int | None = None

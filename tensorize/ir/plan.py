@@ -84,6 +84,12 @@ class Prediction:
     outputs (a norm) where there are. ``flops`` are per input row of a site, the worst over
     ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
     microseconds, for each of those numbers of rows.
+
+    Example:
+        >>> predicted = tensorize.report(small).plan.predicted
+        >>> low, high = predicted.loss_interval
+        >>> low <= predicted.loss <= high
+        True
     """
 
     parameters: int
@@ -117,6 +123,11 @@ class Plan:
     by which a better choice might be better (the duality gap); ``machine`` the one whose figures
     its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
     ``limits_errors`` that its budget limits the error of every weight.
+
+    Example:
+        >>> plan = tensorize.report(small).plan
+        >>> tensorize.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     sites: tuple[RankPlan, ...]

@@ -42,6 +42,11 @@ class Report:
     ``measured_loss`` and ``measured_error`` are the rise of the loss and the error of the outputs
     where they were measured. ``weights`` are samples of the parameters that all of it is of.
     ``outlook`` is what the verdict says beside the plan.
+
+    Example:
+        >>> report = tensorize.report(small)
+        >>> [site.format for site in report.factorized][:1]
+        ['low_rank']
     """
 
     plan: Plan
