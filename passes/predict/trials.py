@@ -17,7 +17,7 @@ from tensorize.capture.forward import once, untouched
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import RankPlan
+from tensorize.ir.plan import NATS, RankPlan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
@@ -29,6 +29,7 @@ from tensorize.passes.observe.outputs import (
     row_total,
     samples_of,
 )
+from tensorize.passes.observe.text import text_loss
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.rewrite.factorize import stand_in
 from tensorize.passes.stages import Analysed, Learned, Planned
@@ -79,7 +80,7 @@ class Reference:
         error, size = 0.0, 0.0
         with untouched(model):
             for k, batch in enumerate(self.batches):
-                before = self._kept[k] if k in self._kept else self._run(batch)
+                before = self._outputs_for(k)
                 with fitting(model, batch), StandIns(instead):
                     after = once(model, batch)
                 rises.append(self.loss.rises(before, after, batch, model))
@@ -94,6 +95,17 @@ class Reference:
         rise = total / max(rows, 1)
         spread = _spread(rises, rise) if rise > 0 else 0.0
         return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
+
+    def _outputs_for(self, k: int) -> Any:
+        """The dense model's outputs for the k-th batch."""
+        return self._kept[k] if k in self._kept else self._run(self.batches[k])
+
+    def text_loss(self) -> float | None:
+        """The dense model's cross-entropy of the batches' text, in nats a token; None: no text."""
+        if self.loss.unit != NATS:
+            return None
+        with untouched(self.model):
+            return text_loss(self.model, self.batches, self._outputs_for)
 
     @property
     def one_row_a_sample(self) -> bool:

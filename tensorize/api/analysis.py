@@ -34,6 +34,13 @@ class Analysis:
 
     Made by ``tensorize.analyze``; it keeps the calibration data alive, which refining the factors
     needs, and not the model.
+
+    Example:
+        >>> analysis = tensorize.analyze(dense, example_inputs=inputs)
+        >>> analysis.metric
+        'frobenius'
+        >>> analysis.plan(0.5).predicted.parameters <= 0.5 * analysis.plan(0.5).dense.parameters
+        True
     """
 
     program: Analysed
@@ -50,12 +57,17 @@ class Analysis:
         return self.program.metric
 
     @property
+    def unit(self) -> str | None:
+        """What its loss is counted in; None where it predicts none."""
+        return None if self.program.predictor is None else self.program.predictor.unit
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return self.program.notes
 
     def plan(
         self,
-        budget: float | Budget | None,
+        budget: float | str | Budget | None,
         *,
         refine: str | None = "auto",
         formats: FormatsOption = None,
@@ -68,7 +80,8 @@ class Analysis:
         """The best formats and ranks within a budget, in milliseconds.
 
         Args:
-            budget: a share of the parameters, a ``Budget``, or None where ``ranks`` says it all.
+            budget: a share of the parameters, a ``Budget``, "auto" and the like, as in ``compile``,
+                or None where ``ranks`` says it all.
             refine: what ``apply`` does to the factors: None, ``"refit"`` or ``"polish"``; "auto" is
                 a refit where there are calibration data and no limit on single errors.
             formats: which formats may be used, among those that were analysed.
@@ -92,15 +105,16 @@ class Analysis:
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
+        budget = options.limits(self.unit)
         chosen, multiple = None, options.rank_multiple
         if options.formats is not None:
             chosen = formats_by_site(self.program.free, options.formats)
             for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
         self._require(options.precision)
-        refine, why_not = self._refinement(options.refine, options.budget)
+        refine, why_not = self._refinement(options.refine, budget)
         return Allocate(
-            options.budget,
+            budget,
             ranks=options.ranks,
             formats=chosen,
             batch_sizes=options.batch_sizes,
@@ -183,8 +197,14 @@ class Analysis:
             points.append(replace(point, ranks_alone=alone))
         return Curve(tuple(points), self.metric)
 
-    def _predicted(self, budget: float | Budget, precision: PrecisionOption) -> Prediction:
-        asked = {"precision": precision, "activations": self.activations}
+    def predicted(self, budget: Budget, refine: str | None) -> Prediction:
+        """What the plan for a budget is predicted to give, where factors are refined so."""
+        return self._predicted(budget, self.precision, refine)
+
+    def _predicted(
+        self, budget: float | Budget, precision: PrecisionOption, refine: str | None = "auto"
+    ) -> Prediction:
+        asked = {"precision": precision, "activations": self.activations, "refine": refine}
         options = Options.of({"budget": budget, **asked})
         return self._allocation(options).run(self.program).plan.predicted
 
@@ -234,7 +254,7 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     """``Analysis.plan`` with its options as one record."""
     plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
     plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
-    budget = options.budget
+    budget = options.limits(analysis.unit)
     if budget is not None and budget.of_bytes.bytes is not None:
         plan = replace(plan, notes=(*plan.notes, *analysis.others(budget, options.precision)))
     return AnalysedPlan(**vars(plan), analysis=analysis)

@@ -26,6 +26,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, format: str = "
     Raises:
         CheckpointError: the model was not made by tensorize, a weight is of no form that the format
             holds, or the directory cannot be written.
+
+    Example:
+        >>> tensorize.save(small, folder)
     """
     check_one_of("format", format, ("tensorize", compressed_tensors.METHOD), CheckpointError)
     write = checkpoint.save if format == "tensorize" else compressed_tensors.save
@@ -50,6 +53,12 @@ def load(
 
     Raises:
         CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
+
+    Example:
+        >>> tensorize.save(small, folder)
+        >>> again = tensorize.load(folder, model=dense_again)
+        >>> torch.equal(again(*inputs), small(*inputs))
+        True
     """
     found = store_load.load(directory, model, device=device, dtype=dtype)
     return use_kernels(found, report(found).backend)

@@ -49,7 +49,7 @@ from tensorize.store import transformers_config
 def compile_checkpoint(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    budget: float | Budget | None = 0.1,
+    budget: float | str | Budget | None = 0.1,
     *,
     metric: str | None = None,
     include: Select = None,
@@ -98,6 +98,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
     write_factors.check_metric(options.metric)
     options = replace(options, refine=None)
     options.check_choice()
+    options.limits(None)
     if directory.is_dir() and out.is_dir() and out.samefile(directory):
         raise CheckpointError(
             f"{out} is the checkpoint's own directory", way_out="choose another directory"

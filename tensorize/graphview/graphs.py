@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tensorize.base import files
+from tensorize.base.html import Picture
 from tensorize.base.printer import plain
 from tensorize.graphview.diff import diff_graphs
 from tensorize.graphview.picture import draw
@@ -55,6 +56,9 @@ class Graphs:
             TensorizeError: the directory of ``path`` does not exist or cannot be written.
         """
         files.write_text(path, draw(self.before, self.after))
+
+    def _repr_html_(self) -> str:
+        return Picture(draw(self.before, self.after))._repr_html_()
 
     def __repr__(self) -> str:
         before, after = len(self.before.graph.nodes), len(self.after.graph.nodes)

@@ -6,11 +6,18 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from typing import Any
 
 from tensorize.base.errors import BudgetError
-from tensorize.ir.plan import Totals
+from tensorize.ir.plan import NATS, OF_VARIANCE, Totals
 
 _COSTS = ("params", "bytes", "stored", "flops", "latency")
+
+AUTO = "auto"
+"""A budget in place of one: the smallest model that is predicted to lose next to nothing."""
+
+AUTO_LOSSES = {NATS: 0.02, OF_VARIANCE: 0.01}
+"""What that is, by what a loss is counted in."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,12 @@ class Budget:
 
     Raises:
         BudgetError: an entry is not a positive finite number, or none is given.
+
+    Example:
+        >>> str(tensorize.Budget(params=0.5, loss=0.01))
+        'params=0.5, loss=0.01'
+        >>> tensorize.Budget.of("10MB")
+        Budget(params=None, bytes=10000000, flops=None, latency=None, error=None, loss=None)
     """
 
     params: float | int | None = None
@@ -60,15 +73,21 @@ class Budget:
             )
 
     @classmethod
-    def of(cls, value: float | Budget) -> Budget:
-        """A float in (0, 1] as the share of parameters kept; a Budget as it is."""
+    def of(cls, value: float | str | Budget) -> Budget:
+        """A float in (0, 1] as the share of parameters kept, text as it says; a Budget as it is."""
+        value = as_written(value)
         if isinstance(value, Budget):
             return value
+        if isinstance(value, list | tuple):
+            raise BudgetError(
+                f"budget={value!r} is several budgets, and a model is compiled to one",
+                way_out="tensorize.analyze(model).curve([0.25, 0.5]) predicts what each would give",
+            )
         if not isinstance(value, float):
             raise BudgetError(
                 f"budget must be a float in (0, 1] or a tensorize.Budget, got {value!r}",
-                way_out="0.1 keeps at most 10 % of the parameters; Budget(params=1_000_000) is "
-                "an absolute number",
+                way_out="0.1 or '10%' keeps at most 10 % of the parameters; '10MB' and "
+                "Budget(params=1_000_000) are absolute",
             )
         return cls(params=value)
 
@@ -122,6 +141,30 @@ def _check(name: str, value: object) -> None:
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
 _UNITS |= {f"{unit}iB": 2 ** (10 * k) for k, unit in enumerate("KMGT", 1)}
+_SIZES = {unit.lower(): size for unit, size in _UNITS.items()}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def as_written(value: Any) -> Any:
+    """A share or a size that is written as text, ``"50%"`` or ``"10MB"``, as a float or a Budget.
+
+    Anything else is given back as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    share = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", value)
+    if share is not None:
+        return float(Fraction(share[1]) / 100)  # "29%" is 0.29, and not the float beside it
+    size = _size(value)
+    return value if size is None else Budget(bytes=size)
+
+
+def _size(text: str) -> int | None:
+    """Bytes written with their unit, which a number alone has not."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not found[2] or found[2].lower() not in _SIZES:
+        return None
+    return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
 def parse_bytes(value: int | str | None) -> int | None:
@@ -132,9 +175,8 @@ def parse_bytes(value: int | str | None) -> int | None:
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
-    size = units.get(found[2].lower()) if found and isinstance(value, str) else None
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    size = _SIZES.get(found[2].lower()) if found else None
     if found is None or size is None or int(float(found[1]) * size) < 1:
         raise BudgetError(
             f"max_memory={value!r} is no size", way_out='a number of bytes, or text such as "4GB"'

@@ -129,6 +129,12 @@ class TTSpec(Spec):
 
     Raises:
         ValueError: lengths do not fit, or an entry is not a positive integer.
+
+    Example:
+        >>> tensorize.TTSpec.low_rank(64, 32, 4).parameters
+        384
+        >>> tensorize.TTSpec((8, 8), (4, 8), (5,)).core_shapes
+        ((8, 4, 5), (5, 8, 8))
     """
 
     cores: tuple[tuple[str, ...], ...]

@@ -98,6 +98,11 @@ def initialize(
         BudgetError: the budget is malformed or not feasible (it names the nearest that is).
         CaptureError: the model or its inputs cannot be used, or nothing makes a module's values.
         AnalysisError: an option does not fit the model's weights.
+
+    Example:
+        >>> fresh = tensorize.initialize(dense, 0.5, example_inputs=inputs)
+        >>> fresh(*inputs).shape
+        torch.Size([8, 32])
     """
     check_one_of("method", method, METHODS)
     check_one_of("nonlinearity", nonlinearity, (None, *NONLINEARITIES))

@@ -17,7 +17,7 @@ import tensorize
 from tensorize.api.analysis import AS_ANALYSED
 from tensorize.api.options import Options, Refine
 from tensorize.backend.options import TAKEN, read_options
-from tensorize.cli import app, parse
+from tensorize.cli import COMMANDS, app, parse
 from tensorize.cli.compile import compile_command
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -76,6 +76,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("budget", 1.5, tensorize.BudgetError, "a float above 1"),
     ("calibration", torch.zeros(3), tensorize.CaptureError, "got one Tensor"),
     ("calibration", "text", tensorize.CaptureError, "got one str"),
+    ("to_inputs", "image", tensorize.CaptureError, "to_inputs='image' is no function"),
     ("metric", "entropy", tensorize.AnalysisError, "metric='entropy' "),
     ("refine", "twice", tensorize.AnalysisError, "refine='twice' is not one of 'auto', None"),
     ("include", 5, tensorize.AnalysisError, "shell patterns or by a predicate"),
@@ -167,7 +168,7 @@ def test_a_checkpoint_without_budget_or_ranks_is_not_opened() -> None:
 def test_the_command_line_speaks_in_the_words_of_the_record() -> None:
     commands: Any = get_command(app)
     said: dict[str, set[str]] = {}
-    for command in commands.commands.values():
+    for command in (commands.get_command(None, name) for name in COMMANDS):
         for parameter in command.params:
             if parameter.name in RECORD:
                 said.setdefault(parameter.name, set()).add(parameter.help)
