@@ -1,4 +1,4 @@
-"""How the weights that an engine merged into one layer are multiplied: which products, in which order.
+"""How weights that an engine merged into one layer are multiplied: which products, in what order.
 
 All that meets the input of a layer is one product: first factors, each once, and dense weights.
 Then each factored weight has a second product, and those of one first factor have it together.

@@ -97,24 +97,13 @@ def weight_of(
         assert isinstance(spec, QuantizedSpec)
         if spec.inner.format == DENSE or stays_two(spec):
             return _in_integers(spec, held, source, dtype)
-    plain = spec.plain
     cores = format_of(spec).computed(spec, held)
     if stays_two(spec):
         last, first = (core.t() for core in reversed(cores)) if transposed else cores
         return Weight(Matrix(last.to(dtype)), Matrix(first.to(dtype)), source)
-    return Weight(Matrix(_whole(plain, cores, dtype, transposed)), None, source)
-
-
-def dense_of(spec: Spec, held: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """The parameter itself, in its own shape."""
-    cores = format_of(spec).computed(spec, held)
-    return _whole(spec.plain, cores, held[0].dtype, False).reshape(tuple(shape))
-
-
-def _whole(plain: Spec, cores: Sequence[Tensor], dtype: torch.dtype, transposed: bool) -> Tensor:
-    wide = [core.float() for core in cores]
-    matrix = format_of(plain).reconstruct(plain, wide)
-    return (matrix.t() if transposed else matrix).to(dtype)
+    plain = spec.plain
+    matrix = format_of(plain).reconstruct(plain, [core.float() for core in cores])
+    return Weight(Matrix((matrix.t() if transposed else matrix).to(dtype)), None, source)
 
 
 def _in_integers(

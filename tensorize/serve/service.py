@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.printer import count
 from tensorize.formats.registry import format_of
+from tensorize.ir.spec import QuantizedSpec
 from tensorize.serve.matrices import stays_two
 from tensorize.store.contents import SiteRecord
-
-ENGINES = ("vllm",)
-"""The engines that saved models are served by."""
+from tensorize.store.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,22 @@ class Service:
     stored: int
     served: int
     refusal: str | None = None
+
+
+def services_of(directory: Path) -> list[Service]:
+    """How every factorized weight of a saved model is served; reads the manifest only.
+
+    Raises:
+        CheckpointError: there is none, or it is of a model that no engine knows.
+    """
+    manifest = read_manifest(directory)
+    if not manifest.model["huggingface"]:
+        raise CheckpointError(
+            f"{directory} holds a {manifest.model['class']}, and engines serve models of "
+            "transformers",
+            way_out="tensorize.load(directory, model) runs it in a program of your own",
+        )
+    return services(manifest.contents.sites)
 
 
 def services(sites: Iterable[SiteRecord]) -> list[Service]:
@@ -47,9 +63,10 @@ def _service(site: SiteRecord) -> Service:
     if spec.batch:
         why = "it is a stack of experts in factors, and the engine's experts are dense"
         return Service(name, title, stored, stored, why)
-    if stays_two(spec):
+    if stays_two(spec) and len(site.shape) == 2:
         how = f"{title}: two products"
-        if spec.pivoted or (spec.precision is not None and spec.inner.pivoted):
+        inner = spec.inner if isinstance(spec, QuantizedSpec) else spec
+        if inner.pivoted:
             how = f"{title} without an identity: two products, with the identity"
         return Service(name, how, stored, spec.plain.parameters)
     whole = math.prod(site.shape)

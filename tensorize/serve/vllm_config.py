@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
@@ -34,8 +34,8 @@ from tensorize.weight.install import turned_spec
 
 log = init_logger("vllm.tensorize")
 
-_CONV1D = ("gpt2",)
-"""Models of transformers whose linear layers keep their weights as (in, out)."""
+_CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+"""Models of transformers that have layers which keep their weights as (in, out), and these."""
 
 _HEADS = ("lm_head", "embed_out", "output")
 """What heads are called."""
@@ -53,7 +53,7 @@ class TensorizeConfig(QuantizationConfig):
     ) -> None:
         super().__init__()
         self.sites, self.aliases, self.weights = tuple(sites), dict(aliases), weights
-        self.transposed = False
+        self.turned: tuple[str, ...] = ()
         self.claimed: list[SiteRecord] = []
         self.waiting: Waiting | None = None
         self._at = {name: site for site in sites for name in site.names}
@@ -94,7 +94,7 @@ class TensorizeConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        self.transposed = getattr(hf_config, "model_type", None) in _CONV1D
+        self.turned = _CONV1D.get(getattr(hf_config, "model_type", ""), ())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         rename = hf_to_vllm_mapper.get_rename_mapper().map_name
@@ -125,11 +125,16 @@ class TensorizeConfig(QuantizationConfig):
         return parts
 
     def _as_held(self, site: SiteRecord) -> SiteRecord:
-        """The site whose spec is that of the tensors: a layer of low rank that kept its weight as
-        (in, out) holds the factors of the transpose."""
-        if self.transposed and format_of(site.spec).pair:
-            return replace(site, spec=turned_spec(site.spec))
-        return site
+        """The site whose spec is that of the tensors."""
+        return replace(site, spec=turned_spec(site.spec)) if self._holds_turned(site) else site
+
+    def _holds_turned(self, site: SiteRecord) -> bool:
+        """Whether a layer that kept its weight as (in, out) holds the factors of the transpose."""
+        return self.is_turned(site) and format_of(site.spec).pair
+
+    def is_turned(self, site: SiteRecord) -> bool:
+        """Whether a layer's weight is stored as (in, out)."""
+        return _layer(site.names[0]) in self.turned
 
     def _table(self, layer: Any, prefix: str) -> SiteRecord | None:
         if prefix:
@@ -139,7 +144,7 @@ class TensorizeConfig(QuantizationConfig):
         found = {
             site.names: site
             for name, site in self._at.items()
-            if site.shape == shape and name.split(".")[-2] not in _HEADS
+            if site.shape == shape and _layer(name) not in _HEADS
         }
         if len(found) > 1:
             raise CheckpointError(
@@ -160,4 +165,18 @@ class TensorizeConfig(QuantizationConfig):
         """The sites that no layer of this process runs, by their names in vLLM."""
         taken = {site.names for site in self.claimed}
         names = {site.names: name for name, site in reversed(self._at.items())}
-        return [(name, self._at[name]) for key, name in names.items() if key not in taken]
+        left = [(name, self._at[name]) for key, name in names.items() if key not in taken]
+        return [(name, self._as_held(site)) for name, site in left]
+
+    def whole(self, site: SiteRecord) -> Tensor:
+        """A weight that was left over, in the form that the dense model has."""
+        assert self.waiting is not None
+        held, _ = self.waiting.take(site)
+        own = format_of(site.spec)
+        matrix = own.reconstruct(site.spec, held)
+        return (matrix.t() if self._holds_turned(site) else matrix).reshape(site.shape)
+
+
+def _layer(name: str) -> str:
+    """What the layer of a weight is called."""
+    return name.rpartition(".")[0].rpartition(".")[2]

@@ -104,7 +104,7 @@ class FactoredLinear(LinearMethodBase):
         if part.site is not None:
             held, source = self.config.waiting.take(part.site)
             spec = part.site.spec
-            turn = self.config.transposed and not format_of(spec).pair
+            turn = self.config.is_turned(part.site) and not format_of(spec).pair
             return weight_of(spec, held, source, self.dtype, transposed=turn)
         if part.name not in self.dense:
             raise CheckpointError(

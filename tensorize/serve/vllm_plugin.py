@@ -17,7 +17,6 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from tensorize.base.errors import CheckpointError, TensorizeError
-from tensorize.serve.matrices import dense_of
 from tensorize.serve.vllm_config import TensorizeConfig, log
 from tensorize.serve.waiting import Waiting, bias_names, keys_of, sorted_out
 from tensorize.store.manifest import MANIFEST, read_manifest
@@ -94,8 +93,7 @@ def _weights(
     )
     for name, site in whole:
         log.info("tensorize: %s is made whole: vLLM's layer for it takes no factors", name)
-        held, _ = config.waiting.take(site)
-        yield site.names[0], dense_of(site.spec, held, site.shape)
+        yield site.names[0], config.whole(site)
 
 
 def _config_of(model: nn.Module) -> TensorizeConfig:

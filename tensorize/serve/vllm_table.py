@@ -78,8 +78,10 @@ class FactoredTable(QuantizeMethodBase):
         head = isinstance(layer, ParallelLMHead)
         layer.table.left = Product(Matrix(left), device) if head else Rows(left)
         layer.table.right = None if weight.first is None else Product(weight.first, device)
-        layer.table.back = None if weight.first is None or head else Product(
-            Matrix(weight.first.entries.t()), device
+        layer.table.back = (
+            None
+            if weight.first is None or head
+            else Product(Matrix(weight.first.entries.t()), device)
         )
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
