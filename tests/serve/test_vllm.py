@@ -1,4 +1,4 @@
-"""vLLM serves what was compressed: the tokens of transformers, or an error that names the weight."""
+"""vLLM serves what was compressed: with the tokens of transformers, or a weight is named."""
 
 from __future__ import annotations
 
