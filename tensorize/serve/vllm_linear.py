@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
@@ -32,17 +33,35 @@ class Part:
 
 
 class Product(nn.Module):
-    """x Wᵀ + b by the matmul that vLLM chooses for the matrix on this machine."""
+    """x Wᵀ + b by the matmul that vLLM chooses for the matrix on this machine.
+
+    Of codes it is one of integers: vLLM rounds each row of x to eight bits, as we do.
+    """
 
     def __init__(self, matrix: Matrix, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(matrix.entries.to(device).contiguous(), requires_grad=False)
         self.bias = None
-        self.method = UnquantizedLinearMethod()
-        self.method.process_weights_after_loading(self)
+        if matrix.scale is None:
+            method = UnquantizedLinearMethod()
+            method.process_weights_after_loading(self)
+            self._multiply = method.apply
+            return
+        scale = matrix.scale.to(device, torch.float32).contiguous()
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.input_scale = self.input_zero_point = self.azp_adj = None
+        self.logical_widths = [len(matrix.entries)]
+        kernel = init_int8_linear_kernel(
+            is_channelwise=True,
+            is_static_input_scheme=False,
+            input_symmetric=True,
+            module_name="tensorize",
+        )
+        kernel.process_weights_after_loading(self)
+        self._multiply = kernel.apply_weights
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.method.apply(self, x, bias)
+        return self._multiply(self, x, bias)
 
 
 class FactoredLinear(LinearMethodBase):
@@ -105,7 +124,9 @@ class FactoredLinear(LinearMethodBase):
             held, source = self.config.waiting.take(part.site)
             spec = part.site.spec
             turn = self.config.is_turned(part.site) and not format_of(spec).pair
-            return weight_of(spec, held, source, self.dtype, transposed=turn)
+            # In float32 a model is asked for what its weights say: inputs are not rounded.
+            fast = self.dtype != torch.float32
+            return weight_of(spec, held, source, self.dtype, transposed=turn, integers=fast)
         if part.name not in self.dense:
             raise CheckpointError(
                 "the checkpoint does not hold it", site=part.name, way_out=SAVE_AGAIN

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from torch import Tensor
 
 import tensorize
 from tensorize.formats.quantized import inputs_in_full
@@ -117,6 +118,16 @@ def expected(directory: Path) -> tuple[list[list[int]], list[list[float]]]:
             pad_token_id=0,
             eos_token_id=[10**6],
         )
-        logits = model(made).logits.log_softmax(-1)
-    of_tokens = logits[:, LENGTH - 1 : -1].gather(-1, made[:, LENGTH:, None])[..., 0]
-    return made[:, LENGTH:].tolist(), of_tokens.tolist()
+        return made[:, LENGTH:].tolist(), _of_tokens(model, made).tolist()
+
+
+@torch.inference_mode()
+def log_probabilities(directory: Path, tokens: list[list[int]], dtype: torch.dtype) -> Tensor:
+    """Those that transformers gives to tokens after the prompts; as it multiplies usually."""
+    model = hf.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    return _of_tokens(model, torch.cat([torch.tensor(prompts()), torch.tensor(tokens)], 1))
+
+
+def _of_tokens(model: Any, ids: Tensor) -> Tensor:
+    logits = model(ids).logits[:, LENGTH - 1 : -1].float().log_softmax(-1)
+    return logits.gather(-1, ids[:, LENGTH:, None])[..., 0]

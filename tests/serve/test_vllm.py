@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tensorize.base.records import checksum
+from tensorize.formats.quantized import inputs_in_full
 from tests.serve import engine, models
 
 pytestmark = [
@@ -61,6 +63,20 @@ def check_same(directory: Path, **options: Any) -> None:
 @pytest.mark.parametrize("name", models.CASES)
 def test_tokens_are_those_of_transformers(name: str, folder: Callable[[str], Path]) -> None:
     check_same(folder(name))
+
+
+@pytest.mark.slow
+def test_products_of_integers_are_as_close_as_those_of_transformers(
+    folder: Callable[[str], Path],
+) -> None:
+    """In half precision int8 weights are multiplied by vLLM's own kernels of integers."""
+    found = served(folder("int8"), dtype="bfloat16")
+    assert "error" not in found, found["error"]
+    with inputs_in_full():
+        exact = models.log_probabilities(folder("int8"), found["tokens"], torch.float32)
+    theirs = models.log_probabilities(folder("int8"), found["tokens"], torch.bfloat16)
+    own = torch.tensor(found["log_probabilities"])
+    assert (own - exact).abs().median() < 1.5 * (theirs - exact).abs().median()
 
 
 # ------------------------------------------------------------------------------ nothing half loaded
@@ -147,7 +163,8 @@ def test_tensor_parallel(name: str, ranks: int, folder: Callable[[str], Path]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "shared"])
 def test_pipeline_parallel(name: str, folder: Callable[[str], Path]) -> None:
-    check_same(folder(name), pipeline_parallel_size=2)
+    # Eager pipelines fail in vLLM 0.32 on a CPU, of dense models too.
+    check_same(folder(name), pipeline_parallel_size=2, enforce_eager=False)
 
 
 @pytest.mark.slow
