@@ -57,7 +57,7 @@ def text() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def batches(text: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": part} for part in text.unfold(0, 64, 64)[:16].split(8)]
+    return [{"input_ids": part} for part in text.unfold(0, 64, 64)[:8].split(4)]
 
 
 def test_the_text_is_the_dense_models_own(
@@ -67,7 +67,7 @@ def test_the_text_is_the_dense_models_own(
     paying = lambda kl, draft, dense: Speculation(acceptance(kl), 3, 2 - kl)  # noqa: E731
     monkeypatch.setattr(drafts, "best_speculation", paying)
     model = llama.load_pretrained()
-    small: Any = tensorize.draft(model, calibration=batches, budgets=(0.3, 0.6), progress=False)
+    small: Any = tensorize.draft(model, calibration=batches, budgets=(0.3, 0.6), refine=None)
     assert "as a draft: " in tensorize.report(small).notes[-1]
     assert small.generation_config.num_assistant_tokens == 3
     assert model.generation_config is not small.generation_config
@@ -80,9 +80,7 @@ def test_the_text_is_the_dense_models_own(
 def test_where_no_draft_pays_it_is_said(batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "_call", lambda model, analysis: 1e6)  # all but matmuls
     with pytest.raises(tensorize.BudgetError, match="no draft is predicted to pay"):
-        tensorize.draft(
-            llama.load_pretrained(), calibration=batches, budgets=(0.5,), progress=False
-        )
+        tensorize.draft(llama.load_pretrained(), calibration=batches, budgets=(0.5,), refine=None)
 
 
 def test_only_decoders_have_drafts() -> None:

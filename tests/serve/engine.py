@@ -61,17 +61,21 @@ def _generate(
     directory: Path, prompts: list[list[int]], tokens: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
     usual = {
         "dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "enforce_eager": True,
         "skip_tokenizer_init": True, "seed": 0,
     }  # fmt: skip
+    adapter = options.pop("adapter", None)
     engine = LLM(model=str(directory), **{**usual, **options})
     how = SamplingParams(
         temperature=0, max_tokens=tokens, logprobs=1, ignore_eos=True, detokenize=False
     )
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = [request.outputs[0] for request in engine.generate(given, how, use_tqdm=False)]
+    lora = None if adapter is None else LoRARequest("adapter", 1, adapter)
+    answers = engine.generate(given, how, use_tqdm=False, lora_request=lora)
+    outputs = [request.outputs[0] for request in answers]
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "log_probabilities": [

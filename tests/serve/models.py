@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,8 @@ class Case:
     sizes: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     pivoted: bool | None = None
-    dense: tuple[str, ...] = ()
 
 
-_LAYERS = "*layers*"
 CASES: dict[str, Case] = {
     "plain": Case(llama, options={"ranks": {"*": 40}, "formats": "low_rank"}, pivoted=False),
     "pivoted": Case(llama, options={"ranks": {"*": 40}, "formats": "low_rank"}, pivoted=True),
@@ -84,10 +82,15 @@ CASES: dict[str, Case] = {
 }
 
 
+def dense(case: Case) -> Any:
+    """The model of a case, as it was."""
+    torch.manual_seed(0)
+    return case.build(**case.sizes).eval()
+
+
 def saved(case: Case, directory: Path) -> Path:
     """The folder of a case, written."""
-    torch.manual_seed(0)
-    model = case.build(**case.sizes).eval()
+    model = dense(case)
     given = {"budget": None, "metric": "frobenius", "refine": None, **case.options}
     ids = torch.randint(0, WORDS, (2, 16))
     small = tensorize.compile(model, example_inputs={"input_ids": ids}, progress=False, **given)
@@ -131,3 +134,16 @@ def log_probabilities(directory: Path, tokens: list[list[int]], dtype: torch.dty
 def _of_tokens(model: Any, ids: Tensor) -> Tensor:
     logits = model(ids).logits[:, LENGTH - 1 : -1].float().log_softmax(-1)
     return logits.gather(-1, ids[:, LENGTH:, None])[..., 0]
+
+
+@torch.inference_mode()
+def with_adapter(directory: Path, tokens: list[list[int]], adapter: Mapping[str, Tensor]) -> Tensor:
+    """Log-probabilities of tokens where B A is added to the dense form of each weight."""
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = tensorize.densify(model)
+    for key, left in adapter.items():
+        if ".lora_B." in key:
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            right = adapter[key.replace("lora_B", "lora_A")]
+            model.get_parameter(f"{name}.weight").add_(left @ right)
+    return _of_tokens(model, torch.cat([torch.tensor(prompts()), torch.tensor(tokens)], 1))

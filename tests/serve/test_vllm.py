@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -177,3 +178,32 @@ def test_compiled(name: str, folder: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("name", ["mixed", "tied", "shared", "int8", "conv1d"])
 def test_models_of_transformers_in_vllm(name: str, folder: Callable[[str], Path]) -> None:
     check_same(folder(name), model_impl="transformers")
+
+
+@pytest.mark.slow
+def test_as_a_draft_of_the_dense_model(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    models.dense(models.CASES["mixed"]).save_pretrained(tmp_path)
+    drafts = {
+        "method": "draft_model", "model": str(folder("mixed")), "num_speculative_tokens": 3,
+    }  # fmt: skip
+    check_same(tmp_path, speculative_config=drafts)
+
+
+@pytest.mark.slow
+def test_an_adapter_on_top(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """LoRA adapters that peft wrote for the dense model's names."""
+    shapes = {"q_proj": (128, 128), "down_proj": (128, 256)}
+    tensors = {}
+    for layer, (name, (rows, columns)) in itertools.product(range(2), shapes.items()):
+        block = "self_attn" if name == "q_proj" else "mlp"
+        path = f"base_model.model.model.layers.{layer}.{block}.{name}"
+        tensors[f"{path}.lora_A.weight"] = torch.randn(8, columns) / 10
+        tensors[f"{path}.lora_B.weight"] = torch.randn(rows, 8) / 10
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": [*shapes]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = served(folder("mixed"), enable_lora=True, max_lora_rank=8, adapter=str(tmp_path))
+    assert "error" not in found, found["error"]
+    own = [list(p) for p in found["log_probabilities"]]
+    oracle = models.with_adapter(folder("mixed"), found["tokens"], tensors)
+    torch.testing.assert_close(torch.tensor(own), oracle, rtol=0, atol=CLOSE)
