@@ -135,9 +135,10 @@ def draft(
         small: Any = use_kernels(apply_plan(model, plan, analysis, options, tell), "auto")
     known = report(small)
     attach(small, replace(known, notes=(*known.notes, str(found))))
-    small.generation_config = copy.deepcopy(model.generation_config)
-    small.generation_config.num_assistant_tokens = found.tokens
-    small.generation_config.num_assistant_tokens_schedule = "constant"
+    generation: Any = copy.deepcopy(model.generation_config)
+    generation.num_assistant_tokens = found.tokens
+    generation.num_assistant_tokens_schedule = "constant"
+    small.generation_config = generation
     return small
 
 

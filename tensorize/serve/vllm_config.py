@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
@@ -102,7 +102,7 @@ class TensorizeConfig(QuantizationConfig):
 
     # ------------------------------------------------------------------------- vLLM's layers
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         prefix = prefix.removeprefix("draft_model.").lstrip(".")  # GPT-2's head is ".lm_head"
         if isinstance(layer, VocabParallelEmbedding):  # heads are such ones too
             site = self._table(layer, prefix)

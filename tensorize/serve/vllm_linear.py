@@ -77,7 +77,7 @@ class FactoredLinear(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -96,7 +96,7 @@ class FactoredLinear(LinearMethodBase):
         place = "qkv".index(shard) if isinstance(shard, str) else shard or 0
         self.dense[self.parts[place].name] = loaded
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         weights = [self._weight(part) for part in self.parts]
         totals, sizes = self._sections(layer), self.sizes
         columns = columns_of_rank(*self.columns, layer.tp_rank)
@@ -146,7 +146,7 @@ class FactoredLinear(LinearMethodBase):
             return list(layer.output_sizes)
         return [layer.output_size]
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(self.pieces) == 1 and self.pieces[0].last is not None:
             return layer.lasts[0](layer.across[0](x), bias)
         across = [product(x) for product in layer.across]

@@ -47,13 +47,13 @@ class FactoredTable(QuantizeMethodBase):
         self.site, self.config, self.tied = site, config, False
 
     def create_weights(
-        self, layer: nn.Module, *sizes: Any, params_dtype: torch.dtype, **extra: Any
+        self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **extra: Any
     ) -> None:
         self.dtype = params_dtype
         layer.weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
         layer.table = nn.Module()
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         method = embed_tokens.quant_method
         if not isinstance(method, FactoredTable) or method.site.names != self.site.names:
             raise CheckpointError(
@@ -84,11 +84,11 @@ class FactoredTable(QuantizeMethodBase):
             else Product(Matrix(weight.first.entries.t()), device)
         )
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         table: Any = layer.table
         return table.left(x if table.right is None else table.right(x), bias)
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         table: Any = layer.table
         narrow = table.left.at(ids)
         return narrow if table.back is None else table.back(narrow)
