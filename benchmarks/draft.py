@@ -24,8 +24,8 @@ from benchmarks.record import keep
 from examples import gpt, llama, stdlib_text
 from tensorize.api.draft import MOST_TOKENS, acceptance, best_speculation
 
-BUDGETS = (0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
-WINDOW, PROMPT, WRITTEN = 256, 96, 96
+BUDGETS = (0.25, 0.5, 0.7, 0.9)
+WINDOW, PROMPT, WRITTEN = 256, 96, 64
 
 
 def windows(kind: str, documents: int, most: int) -> Tensor:
@@ -68,8 +68,8 @@ def written(dense: Any, prompts: Tensor, **options: Any) -> tuple[list[list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = llama.load_pretrained()
