@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "quarter": {"budget": 0.25},
     "quarter int8": {"budget": 0.125, "precision": "int8"},
 }
-RATES = (1.0, 2.0, 4.0)
 REQUESTS, LENGTH, WRITTEN = 12, 64, 24
 PERCENTILES = (50, 90, 99)
 
@@ -163,20 +161,21 @@ class Engine:
             text=True,
             env={**os.environ, **SETTINGS},
         )
-        for line in self._lines():
-            if line.startswith("ready"):
-                break
+        self._read("ready")
 
-    def _lines(self) -> Iterator[str]:
+    def _read(self, start: str) -> str:
+        """The next line that begins so: others are an engine's own."""
         assert self._process.stdout is not None
-        yield from self._process.stdout
+        while line := self._process.stdout.readline():
+            if line.startswith(start):
+                return line
         raise SystemExit("an engine has ended")
 
     def ask(self, **asked: Any) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        return json.loads(next(line for line in self._lines() if line.startswith("{")))
+        return json.loads(self._read("{"))
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -194,6 +193,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, default=Path("build/serve"), help="where they lie")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rates", default="1,2,4", help="requests a second; '': none")
     parser.add_argument("--kinds", default=",".join(KINDS), help="dense first")
     options = parser.parse_args()
     if options.worker:
@@ -218,7 +218,7 @@ def main() -> None:
                 "times_dense": statistics.median(ratios),
             }
         print(name, {w: round(r["times_dense"], 2) for w, r in results[name].items()}, flush=True)
-    for rate in RATES:
+    for rate in map(float, filter(None, options.rates.split(","))):
         for name, engine in engines.items():
             found = engine.ask(rate=rate)
             waits = {what: percentiles(values) for what, values in found.items()}
