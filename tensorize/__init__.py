@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below
     from tensorize.api.analyze import analyze as analyze
     from tensorize.api.apply import apply as apply
     from tensorize.api.compile import compile as compile
+    from tensorize.api.draft import draft as draft
     from tensorize.api.io import load as load
     from tensorize.api.io import save as save
     from tensorize.api.look import densify as densify
@@ -54,6 +55,7 @@ _HELD = {
     "api.analyze": "analyze",
     "api.apply": "apply",
     "api.compile": "compile",
+    "api.draft": "draft",
     "api.io": "load save",
     "api.look": "densify graphs",
     "api.stream": "compile_checkpoint",

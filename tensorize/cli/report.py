@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from torch import nn
@@ -19,6 +20,7 @@ from tensorize.cli import options as option
 from tensorize.cli.options import Json
 from tensorize.cli.sources import Dtype, load_source
 from tensorize.cli.telling import check_target, errors_told, print_json, say
+from tensorize.serve.service import check, services_of, told
 from tensorize.store.manifest import MANIFEST, read_report
 from tensorize.weight.whole_model import numbers
 
@@ -31,11 +33,18 @@ def report_command(
     html: Annotated[
         Path | None, typer.Option(help="Write it as a page.", show_default=False)
     ] = None,
+    serve: Annotated[
+        Literal["vllm"] | None,
+        typer.Option(help="Say how an engine serves each weight instead.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what was done to a saved model; reads the manifest only."""
     with errors_told():
         check_target(html, "--html")
+        if serve is not None:
+            _say_how_it_is_served(directory, as_json)
+            return
         report = read_report(directory)
         if html is not None:
             report.to_html(html)
@@ -100,3 +109,12 @@ def _told(known: dict[str, Any]) -> str:
         *(f"note: {note}" for note in known["notes"]),
     ]
     return printer.plain("\n".join(lines))
+
+
+def _say_how_it_is_served(directory: Path, as_json: bool) -> None:
+    found = services_of(directory)
+    if as_json:
+        print_json({"weights": [asdict(each) for each in found]})
+    else:
+        typer.echo("\n".join(told(found)))
+    check(found)

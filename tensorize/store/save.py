@@ -21,6 +21,7 @@ from tensorize.base.tensors import unwrapped
 from tensorize.reports.attach import known_report
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
+from tensorize.store.card import write_card
 from tensorize.store.contents import Contents, contents_of, dtype_name
 from tensorize.store.load import DRAFT
 from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict, signed
@@ -132,6 +133,7 @@ def _finish(
     configs: dict[str, str] = {}
     if manifest["model"]["huggingface"]:
         configs = transformers_config.save_configs(model, directory, weights.name, draft)
+        write_card(directory, report, manifest["model"], draft)
     draft.write_text(signed(manifest), encoding="utf-8")
     into_place(draft, directory / MANIFEST)
     found = {name: (directory / name).read_text(encoding="utf-8") for name in configs}
