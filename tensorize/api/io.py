@@ -7,19 +7,34 @@ import os
 import torch
 from torch import nn
 
+from tensorize.api.coded import coder_for
+from tensorize.ir.budget import Budget
 from tensorize.reports.attach import report
 from tensorize.running.in_use import use_kernels
 from tensorize.store import load as store_load
 from tensorize.store import save as checkpoint
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    coded: str | Budget | None = None,
+) -> None:
     """Write a compiled model as safetensors and JSON, atomically.
+
+    Args:
+        coded: None: weights are stored as they lie in memory. ``"lossless"``: in fewer bytes, with
+            every bit. ``tensorize.Budget(entry_error=1e-4)``: no entry of any stored tensor is
+            further than this from what it was, and NaN and infinities stay what they are;
+            ``entry_error="1e-3 relative"`` is a share of each tensor's range. ``tensorize.load``
+            and ``from_pretrained`` read all of them.
 
     Raises:
         CheckpointError: the model was not made by tensorize, or the directory cannot be written.
+        BudgetError: ``coded`` is nothing that a file can be.
     """
-    checkpoint.save(model, directory)
+    checkpoint.save(model, directory, coder_for(coded))
 
 
 def load(

@@ -158,6 +158,8 @@ class Options:
         """Raises BudgetError for what no analysis can make a plan of."""
         if self.budget is None and self.ranks is None:
             raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
+        if self.budget is not None:
+            self.budget.check_of_memory()
         self.check_errors_stay(self.budget is not None and self.budget.error is not None)
 
     def check_errors_stay(self, limited: bool) -> None:
