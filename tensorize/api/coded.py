@@ -2,27 +2,136 @@
 
 from __future__ import annotations
 
-from tensorize.base.errors import BudgetError
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorize.api.analysis import Analysis
+from tensorize.base.errors import AnalysisError, BudgetError
+from tensorize.base.tensors import unwrapped
+from tensorize.cache import analyses as disk
+from tensorize.coding.tensors import encode
 from tensorize.ir.budget import Budget
-from tensorize.store.coded import Coder, lossless, within
+from tensorize.ir.plan import Plan
+from tensorize.passes.filling.coder import Filled, Rise, coded, summary, within_bytes
+from tensorize.passes.filling.fill import Filling
+from tensorize.passes.filling.weights import weights_of
+from tensorize.passes.stages import Analysed
+from tensorize.reports.attach import report
+from tensorize.store.coded import CodedGroup, Coder, CodedTensors, lossless, within
+from tensorize.store.contents import slots_of
 
 LOSSLESS = "lossless"
 
+_FRAME = 1024
+"""Bytes of a file that are no codes, about: its header, and what its index says of itself."""
 
-def coder_for(coded: str | Budget | None) -> Coder | None:
+
+def coder_for(
+    model: nn.Module, asked: str | Budget | None, analysis: Analysis | None
+) -> Coder | None:
     """What codes a model's tensors as a caller asks for it; None: nothing does.
 
     Raises:
         BudgetError: it is nothing that a file can be.
+        AnalysisError: nothing says how errors of the model's weights count.
     """
-    if coded is None:
+    if asked is None:
         return None
-    if coded == LOSSLESS:
+    if asked == LOSSLESS:
         return lossless
-    if isinstance(coded, Budget) and coded.entry_error is not None:
-        if str(coded) == str(Budget(entry_error=coded.entry_error)):
-            return within(coded.entry_error)
+    limit = _only_limit(asked)
+    if limit == "entry_error":
+        assert isinstance(asked, Budget)
+        assert asked.entry_error is not None
+        return within(asked.entry_error)
+    assert isinstance(asked, Budget)
+    model = unwrapped(model)
+    plan = report(model).plan
+    program = _program(plan, analysis)
+    return _InMetric(model, program, plan, asked)
+
+
+def _only_limit(asked: Any) -> str:
+    """The one limit of a budget of a file."""
+    given = [
+        f.name for f in fields(Budget) if getattr(asked, f.name, None) is not None
+    ] if isinstance(asked, Budget) else []
+    if len(given) == 1 and given[0] in ("file", "loss", "entry_error"):
+        return given[0]
     raise BudgetError(
-        f"coded={coded!r} is nothing that a file can be",
-        way_out='coded="lossless", or coded=tensorize.Budget(entry_error=1e-4)',
+        f"coded={asked!r} is nothing that a file can be",
+        way_out='coded="lossless", or one limit: coded=tensorize.Budget(file=0.15), '
+        "tensorize.Budget(loss=0.01) or tensorize.Budget(entry_error=1e-4)",
     )
+
+
+def _program(plan: Plan, analysis: Analysis | None) -> Analysed:
+    """What is known of how errors of a model's weights count."""
+    if analysis is not None:
+        if analysis.fingerprint != plan.fingerprint:
+            raise AnalysisError(
+                "the analysis is of another model than the plan that this one was made by",
+                way_out="pass the analysis whose plan was applied",
+            )
+        return analysis.program
+    found = None if plan.cache is None else disk.read(plan.cache)
+    if found is None:
+        raise AnalysisError(
+            "nothing says how errors of this model's weights count: its analysis is not at hand",
+            way_out="pass analysis=tensorize.analyze(dense_model, calibration=...), the one that it "
+            "was made by, or compile with cache_dir=, where it is kept; "
+            "coded=tensorize.Budget(entry_error=...) needs none",
+        )
+    return found
+
+
+class _InMetric:
+    """Codes the weights in their metrics, and all else without loss."""
+
+    def __init__(
+        self, model: nn.Module, program: Analysed, plan: Plan, asked: Budget
+    ) -> None:
+        self._asked, self._plan = asked, plan
+        self._filling = Filling(list(weights_of(model, program.spectra)))
+        keys: dict[int, str] = {}
+        for slot in slots_of(model):
+            keys.setdefault(id(slot.tensor), slot.key)
+        self._keys: Mapping[int, str] = keys
+        predictor = program.predictor
+        planned = sum(site.predicted_loss for site in plan.sites)
+        self._rise = None if predictor is None else Rise(predictor, planned, plan.refine)
+        if asked.loss is not None and self._rise is None:
+            raise AnalysisError(
+                "this analysis cannot predict a loss, as it saw no data",
+                way_out="analyze(model, calibration=...), or coded=tensorize.Budget(file=...)",
+            )
+
+    @torch.no_grad()
+    def __call__(self, stored: Mapping[str, Tensor]) -> CodedTensors:
+        metric = {
+            self._keys[id(tensor)] for each in self._filling.weights for tensor in each.tensors
+        }
+        others = {key: encode(tensor) for key, tensor in stored.items() if key not in metric}
+        made = self._filled(sum(len(data) for _, data in others.values()))
+        groups, found = [], {}
+        for tensors, group, data in made.groups:
+            names = tuple(self._keys[id(tensor)] for tensor in tensors)
+            dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+            groups.append((CodedGroup(names, dtypes, shapes, group), data))
+        known = {"asked": str(self._asked), **summary(made.expected, self._rise)}
+        return CodedTensors(others, groups, known, found)
+
+    def _filled(self, others: int) -> Filled:
+        if self._asked.loss is not None:
+            assert self._rise is not None
+            limit = self._rise.distortion(self._asked.loss)
+            return coded(self._filling, self._filling.within_distortion(limit))
+        whole = self._plan.dense.bytes
+        limit = Budget(bytes=self._asked.file).limits(self._plan.dense)["bytes"]
+        assert whole > 0
+        return within_bytes(self._filling, int(limit) - others - _FRAME)

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import nn
 
+from tensorize.api.analysis import Analysis
 from tensorize.api.coded import coder_for
 from tensorize.ir.budget import Budget
 from tensorize.reports.attach import report
@@ -20,6 +21,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     coded: str | Budget | None = None,
+    analysis: Analysis | None = None,
 ) -> None:
     """Write a compiled model as safetensors and JSON, atomically.
 
@@ -27,14 +29,20 @@ def save(
         coded: None: weights are stored as they lie in memory. ``"lossless"``: in fewer bytes, with
             every bit. ``tensorize.Budget(entry_error=1e-4)``: no entry of any stored tensor is
             further than this from what it was, and NaN and infinities stay what they are;
-            ``entry_error="1e-3 relative"`` is a share of each tensor's range. ``tensorize.load``
-            and ``from_pretrained`` read all of them.
+            ``entry_error="1e-3 relative"`` is a share of each tensor's range.
+            ``tensorize.Budget(file=0.15)``: the file of weights has at most this share of the
+            dense model's bytes (an int: so many bytes), and costs as little of the loss as it can;
+            ``tensorize.Budget(loss=0.01)``: the loss is predicted to rise by at most this beyond
+            what the plan costs. ``tensorize.load`` and ``from_pretrained`` read all of them.
+        analysis: how errors of the weights count, for ``file`` and ``loss``: the one that the
+            model was made by. None: the one that its plan finds in ``cache_dir``.
 
     Raises:
         CheckpointError: the model was not made by tensorize, or the directory cannot be written.
-        BudgetError: ``coded`` is nothing that a file can be.
+        BudgetError: ``coded`` is nothing that a file can be, or no file is so small.
+        AnalysisError: nothing says how errors of the weights count.
     """
-    checkpoint.save(model, directory, coder_for(coded))
+    checkpoint.save(model, directory, coder_for(model, coded, analysis))
 
 
 def load(

@@ -1,8 +1,7 @@
-"""Entries as multiples of a step, those apart that are no multiples: with a bound, or with scales.
+"""Entries as multiples of a step, those apart that are none.
 
-An entry of the matrix stands for code · step · down[i] · across[j], each product rounded once in
-the same order, so that every machine decodes the same bits. What cannot be told so (NaN, infinity,
-an entry whose error would pass the bound) is kept beside, bit for bit.
+What cannot be told so (NaN, infinity, an entry whose error would pass the bound) is kept beside, bit
+for bit. Products of a code and a step are rounded once, so every machine decodes the same bits.
 """
 
 from __future__ import annotations
@@ -44,21 +43,11 @@ def stepped(entries: Tensor, bound: float, step: float) -> Stepped:
     return Stepped(codes.masked_fill_(beside, 0), beside, step)
 
 
-def numbers(
-    codes: Tensor,
-    step: float,
-    dtype: torch.dtype,
-    down: Tensor | None = None,
-    across: Tensor | None = None,
-) -> Tensor:
-    """What codes (N,) or (M, N) stand for."""
+def numbers(codes: Tensor, step: float, dtype: torch.dtype) -> Tensor:
+    """What codes (N,) stand for."""
     low, high = _FLOAT32_STEPS
     usual = dtype.itemsize < 8 and low < step < high
     found = codes.to(torch.float32 if usual else torch.float64).mul_(step)
-    if down is not None:
-        found.mul_(down[:, None])
-    if across is not None:
-        found.mul_(across)
     return found.to(dtype)
 
 

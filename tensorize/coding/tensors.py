@@ -51,38 +51,20 @@ class Block:
 class Coding:
     """How a tensor lies in coded bytes.
 
-    ``bound`` is the largest error that an entry may have (None: a metric of all entries decides),
+    ``bound`` is the largest error that an entry may have
     and ``found`` what one has; both are 0 where every bit is kept. ``scales``: bytes of the factors of rows and of columns, where there
     are any, which come first; ``turned``: of a matrix the transpose is coded.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    bound: float | None
+    bound: float
     found: float
     blocks: tuple[Block, ...]
-    scales: tuple[int, ...] = ()
-    turned: bool = False
 
     @property
     def bytes(self) -> int:
-        return sum(self.scales) + sum(sum(block.parts) for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Codes (M, N) of a matrix, which stand for code · down[i] · across[j], in float32."""
-
-    codes: Tensor
-    down: Tensor
-    across: Tensor
-    turned: bool = False
-    """Whether they are of the transpose."""
-
-    def numbers(self, dtype: torch.dtype) -> Tensor:
-        """What they stand for, in the tensor's own orientation."""
-        found = steps.numbers(self.codes, 1.0, dtype, self.down, self.across)
-        return found.mT if self.turned else found
+        return sum(sum(block.parts) for block in self.blocks)
 
 
 # --------------------------------------------------------------------------------------- encoding
@@ -99,32 +81,6 @@ def encode(tensor: Tensor, bound: float = 0.0) -> tuple[Coding, bytes]:
     if tensor.is_complex():
         found *= math.sqrt(2)
     return _coding(tensor, [block for block, *_ in done], bound, found), _joined(done)
-
-
-def encode_scaled(tensor: Tensor, scaled: Scaled) -> tuple[Coding, bytes]:
-    """The bytes of a matrix, or a tensor that is seen as one, of which the codes are known."""
-    head = [part for side in (scaled.down, scaled.across) for part in planes.encoded(side)]
-    done = list(in_threads(_scaled_block, scaled.codes.split(_rows(scaled.codes.shape[1]))))
-    made = scaled.numbers(tensor.dtype).reshape(tensor.shape)
-    lost = (made.double() - tensor.double()).abs()
-    found = float(lost.max()) if lost.numel() else 0.0
-    coding = _coding(tensor, [block for block, _ in done], None, found)
-    scales = tuple(map(len, head))
-    coding = replace(coding, scales=scales, turned=scaled.turned)
-    return coding, b"".join(head) + _joined(done)
-
-
-def _scaled_block(codes: Tensor) -> tuple[Block, list[bytes]]:
-    flat = codes.reshape(-1)
-    packing, _ = steps.size_of(steps.Histogram.of(flat), 4)
-    whole = steps.Stepped(flat, torch.zeros_like(flat, dtype=torch.bool), 1.0)
-    beside = int((flat.abs() > packing.most).sum())
-    parts = steps.encoded(whole, flat, packing)
-    return Block(flat.numel(), packing.each, 1.0, beside, tuple(map(len, parts))), parts
-
-
-def _rows(columns: int) -> int:
-    return max(1, ENTRIES // max(columns, 1))
 
 
 def _block(entries: Tensor, *, bound: float) -> tuple[Block, list[bytes], float]:
@@ -167,7 +123,7 @@ def _usable(bound: float) -> bool:
     return 0 < bound and math.isfinite(2 * bound)
 
 
-def _coding(tensor: Tensor, blocks: Sequence[Block], bound: float | None, found: float) -> Coding:
+def _coding(tensor: Tensor, blocks: Sequence[Block], bound: float, found: float) -> Coding:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Coding(dtype, tuple(tensor.shape), bound, found, tuple(blocks))
 
@@ -201,15 +157,12 @@ def decode(coding: Coding, data: memoryview) -> Tensor:
         raise ValueError(f"blocks are not of the entries of {coding.shape}")
     if any(min(block.parts, default=0) < 0 or block.entries < 0 for block in coding.blocks):
         raise ValueError("a block has less than no bytes")
-    side = _sides(coding, data)
     result = torch.empty(count, dtype=real)
-    offsets = accumulate((sum(b.parts) for b in coding.blocks), initial=sum(coding.scales))
+    offsets = accumulate((sum(b.parts) for b in coding.blocks), initial=0)
     starts = accumulate((block.entries for block in coding.blocks), initial=0)
     jobs = list(zip(coding.blocks, offsets, starts, strict=False))
-    for _ in in_threads(lambda job: _decode_block(*job, data, result, side), jobs):
+    for _ in in_threads(lambda job: _decode_block(*job, data, result), jobs):
         pass
-    if coding.turned:
-        result = result.reshape(*_turned(coding)).mT.contiguous()
     if dtype.is_complex:
         return torch.view_as_complex(result.reshape(*coding.shape, 2))
     return result.reshape(coding.shape)
@@ -221,7 +174,6 @@ def _decode_block(
     start: int,
     data: memoryview,
     result: Tensor,
-    sides: tuple[Tensor, Tensor] | None,
 ) -> None:
     ends = list(accumulate(block.parts, initial=offset))
     parts = [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
@@ -233,42 +185,9 @@ def _decode_block(
         return
     if block.packing not in PACKINGS:
         raise ValueError(f"no packing is {block.packing}")
-    kept = dtype if sides is None else torch.int32
-    codes, places, beside = steps.decoded(parts, block.packing, block.entries, block.beside, kept)
-    if sides is None:
-        place.copy_(steps.numbers(codes, block.step, dtype))
-        place[places] = beside
-        return
-    down, across = sides
-    if len(places):
-        codes = codes.int()
-        codes[places] = beside
-    width = len(across)
-    rows = slice(start // width, (start + block.entries) // width)
-    found = steps.numbers(codes.reshape(-1, width), block.step, dtype, down[rows], across)
-    place.copy_(found.reshape(-1))
-
-
-def _sides(coding: Coding, data: memoryview) -> tuple[Tensor, Tensor] | None:
-    """The factors of rows and of columns, in float32."""
-    if not coding.scales:
-        return None
-    if len(coding.scales) != 8 or min(coding.scales) < 0:
-        raise ValueError("the factors of rows and columns are not of four planes each")
-    ends = list(accumulate(coding.scales, initial=0))
-    parts = [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    rows, columns = _turned(coding)
-    return (
-        planes.decoded(parts[:4], torch.float32, rows),
-        planes.decoded(parts[4:], torch.float32, columns),
-    )
-
-
-def _turned(coding: Coding) -> tuple[int, int]:
-    """The shape of the matrix whose rows are coded one after another."""
-    columns = coding.shape[-1] if coding.shape else 1
-    rows = math.prod(coding.shape[:-1])
-    return (columns, rows) if coding.turned else (rows, columns)
+    codes, places, beside = steps.decoded(parts, block.packing, block.entries, block.beside, dtype)
+    place.copy_(steps.numbers(codes, block.step, dtype))
+    place[places] = beside
 
 
 def in_threads(work: Callable[[_T], _R], each: Sequence[_T]) -> Iterator[_R]:

@@ -62,7 +62,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], coder: Coder | Non
     contents, stored = contents_of(model)
     made = None if coder is None else coder(stored)
     with _drafted(directory) as draft:
-        _write_tensors(stored if made is None else made.as_bytes(), draft, made)
+        _write_tensors(stored if made is None else made.as_bytes(), draft)
         _finish(model, contents, report, draft, draft, directory, made)
 
 
@@ -141,11 +141,10 @@ def _finish(
         transformers_config.save_configs(model, directory, weights.name, version, draft)
 
 
-def _write_tensors(tensors: dict[str, Tensor], draft: Path, made: CodedTensors | None) -> None:
+def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:
     usual = draft.stat().st_mode
-    metadata = {"format": "pt"} | ({} if made is None else made.metadata())
     try:
-        save_file(tensors, draft, metadata=metadata)
+        save_file(tensors, draft, metadata={"format": "pt"})
         draft.chmod(usual)  # safetensors makes files that only their owner may read
     except KeyError as error:  # what safetensors says of a dtype that it does not know
         dtypes = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}

@@ -1,0 +1,149 @@
+"""What of a model is coded in a metric: its dense weights, and pairs of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tensorize.algebra.metric import Metric, average
+from tensorize.algebra.pair import metric_of_first, metric_of_second, rounded_pair
+from tensorize.algebra.water import Filled, Steps
+from tensorize.base.tensors import at_work
+from tensorize.coding.groups import Coded
+from tensorize.ir.spec import LOW_RANK
+from tensorize.passes.curves.curve import Spectrum, as_matrix
+from tensorize.weight.install import factored
+from tensorize.weight.lazy import FactoredWeight
+
+
+class Weight(Protocol):
+    """Tensors that are coded together."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]: ...
+
+    @property
+    def whole(self) -> float:
+        """What it would cost to lose all of it."""
+        ...
+
+    def expected(self, theta: float) -> tuple[list[Coded], float]:
+        """About what ``coded`` gives, and the distortion that it is expected to cost."""
+        ...
+
+    def coded(self, theta: float) -> list[Coded]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A dense weight; its ``matrices`` are several of a stack of experts."""
+
+    tensor: Tensor
+    matrices: tuple[Tensor, ...]
+    metric: Metric
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.tensor,)
+
+    @property
+    def whole(self) -> float:
+        return sum(self.metric.norm(matrix) for matrix in self.matrices)
+
+    @cached_property
+    def _filled(self) -> list[Filled]:
+        return [Filled(matrix, self.metric) for matrix in self.matrices]
+
+    def expected(self, theta: float) -> tuple[list[Coded], float]:
+        found = [each.expected(theta) for each in self._filled]
+        coded = _stacked([(each.steps, each.codes) for each in found])
+        return [coded], sum(each.lost for each in found)
+
+    def coded(self, theta: float) -> list[Coded]:
+        return [_stacked([each.codes(theta) for each in self._filled])]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two factors U (M, R) and V (R, N) of one weight, or what is stored of V."""
+
+    left: Tensor
+    right: Tensor
+    order: Tensor | None
+    metric: Metric
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return self.left, self.right
+
+    @property
+    def whole(self) -> float:
+        second = self._filled[1]
+        return second.metric.norm(second.matrix)
+
+    @cached_property
+    def _numbers(self) -> tuple[Tensor, Tensor]:
+        return at_work(self.left.detach()), at_work(self.right.detach())
+
+    @cached_property
+    def _filled(self) -> tuple[Filled, Filled]:
+        left, right = self._numbers
+        return (
+            Filled(left, metric_of_first(right, self.order, self.metric)),
+            Filled(right, metric_of_second(left, self.order, self.metric)),
+        )
+
+    def expected(self, theta: float) -> tuple[list[Coded], float]:
+        found = [each.expected(theta) for each in self._filled]
+        return [Coded.of(each.steps, each.codes) for each in found], sum(e.lost for e in found)
+
+    def coded(self, theta: float) -> list[Coded]:
+        made = rounded_pair(
+            *self._numbers,
+            self.order,
+            self.metric,
+            lambda matrix, own: Filled(matrix, own).codes(theta),
+            lambda found: found[0].numbers(found[1]),
+        )
+        return [Coded.of(*each) for each in made]
+
+
+def _stacked(found: Sequence[tuple[Steps, Tensor]]) -> Coded:
+    """Matrices below each other, with the same steps of columns."""
+    down, codes = (torch.cat(parts) for parts in zip(*((s.down, c) for s, c in found), strict=True))
+    return Coded.of(Steps(down, found[0][0].across), codes)
+
+
+def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Weight]:
+    """The weights of a model that have a metric, each once.
+
+    What was rounded to codes already is none of them, nor are trains and blocks.
+    """
+    seen: set[int] = set()
+    for name, factors in factored(model):
+        if name in curves and not seen & {id(core) for core in factors.cores}:
+            seen |= {id(core) for core in factors.cores}
+            yield from _pairs(factors, average(curves[name].metrics))
+    for name, parameter in model.named_parameters():
+        if name in curves and id(parameter) not in seen:
+            seen.add(id(parameter))
+            matrix = at_work(as_matrix(curves[name].site, parameter.detach()))
+            matrices = tuple(matrix) if matrix.dim() == 3 else (matrix,)
+            yield Whole(parameter, matrices, average(curves[name].metrics))
+
+
+def _pairs(factors: FactoredWeight, metric: Metric) -> Iterator[Pair]:
+    spec = factors.spec
+    two = len(factors.cores) == 2 and all(core.dim() == 2 for core in factors.cores)
+    if spec.precision is not None or not two or factors.nonlinearity is not None:
+        return
+    if spec.format != LOW_RANK:
+        return
+    (order,) = factors.indices or (None,)
+    turned = metric.transposed() if factors.frame.transposed else metric
+    yield Pair(*factors.cores, order, turned)

@@ -1,0 +1,72 @@
+"""Two factors rounded one after the other, however that is done.
+
+An error of V counts as U sees it, ΔW = U ΔV, so V is rounded in that metric. U is then the best for
+what V has become, and is rounded as V sees an error of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tensorize.algebra.metric import Metric, root_times, times_root
+from tensorize.algebra.pivot import whole
+
+_TINY = 1e-6
+"""What a matrix of products lacks to be surely positive, in its mean."""
+
+_T = TypeVar("_T")
+
+
+def rounded_pair(
+    left: Tensor,
+    right: Tensor,
+    order: Tensor | None,
+    metric: Metric,
+    rounded: Callable[[Tensor, Metric], _T],
+    values: Callable[[_T], Tensor],
+) -> tuple[_T, _T]:
+    """What ``rounded`` gives of both; ``values`` are the numbers that it stands for.
+
+    ``order``: that of the columns, where V has an identity that is not stored.
+    """
+    second = rounded(right, metric_of_second(left, order, metric))
+    seen = times_root(_whole(values(second).to(left.dtype), order), metric.right)
+    exact = left @ times_root(_whole(right, order), metric.right)
+    gram = seen @ seen.mT
+    gram.diagonal().add_(_TINY * gram.diagonal().mean())
+    best = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
+    return rounded(best, _as_second_sees(seen, metric)), second
+
+
+def metric_of_second(left: Tensor, order: Tensor | None, metric: Metric) -> Metric:
+    """How an error of what is stored of V counts."""
+    across = metric.right
+    if order is not None and across is not None:  # the other columns only
+        others = across[order[left.shape[1] :].long()]
+        across = others if others.dim() == 1 else _root_of(others)
+    return Metric(metric.scale, _root_of(root_times(metric.left, left).mT), across)
+
+
+def metric_of_first(right: Tensor, order: Tensor | None, metric: Metric) -> Metric:
+    """How an error of U counts, with what is stored of V."""
+    return _as_second_sees(times_root(_whole(right, order), metric.right), metric)
+
+
+def _as_second_sees(seen: Tensor, metric: Metric) -> Metric:
+    return Metric(metric.scale, metric.left, _root_of(seen))
+
+
+def _whole(right: Tensor, order: Tensor | None) -> Tensor:
+    """V (R, N), with an identity that is not stored."""
+    return right if order is None else whole(right, order)
+
+
+def _root_of(factor: Tensor) -> Tensor:
+    """The Cholesky factor of F Fᵀ."""
+    gram = (factor @ factor.mT).double()
+    gram.diagonal().add_(_TINY * gram.diagonal().mean())
+    return torch.linalg.cholesky(gram).to(factor.dtype)
