@@ -1,4 +1,4 @@
-"""What of a model is coded in a metric: its dense weights, and pairs of factors."""
+"""What of a model is coded in a metric: its dense weights, and its factors of low rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.algebra.metric import Metric, average
-from tensorize.algebra.pair import metric_of_first, metric_of_second, rounded_pair
+from tensorize.algebra.pair import metric_of_first, metric_of_second, rounded_pairs
 from tensorize.algebra.water import Filled, Steps
 from tensorize.base.tensors import at_work
 from tensorize.coding.groups import Coded
@@ -69,44 +69,48 @@ class Whole:
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """Two factors U (M, R) and V (R, N) of one weight, or what is stored of V."""
+class Pairs:
+    """Factors U (M, R) of weights that have the second one in common, and what is stored of that,
+    V (R, N); one weight by itself has its own."""
 
-    left: Tensor
+    lefts: tuple[Tensor, ...]
     right: Tensor
     order: Tensor | None
-    metric: Metric
+    metrics: tuple[Metric, ...]
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        return self.left, self.right
+        return *self.lefts, self.right
 
     @property
     def whole(self) -> float:
-        second = self._filled[1]
+        second = self._filled[-1]
         return second.metric.norm(second.matrix)
 
     @cached_property
-    def _numbers(self) -> tuple[Tensor, Tensor]:
-        return at_work(self.left.detach()), at_work(self.right.detach())
+    def _numbers(self) -> list[Tensor]:
+        return [at_work(tensor.detach()) for tensor in self.tensors]
 
     @cached_property
-    def _filled(self) -> tuple[Filled, Filled]:
-        left, right = self._numbers
-        return (
-            Filled(left, metric_of_first(right, self.order, self.metric)),
-            Filled(right, metric_of_second(left, self.order, self.metric)),
-        )
+    def _filled(self) -> list[Filled]:
+        *lefts, right = self._numbers
+        firsts = [
+            Filled(left, metric_of_first(right, self.order, metric))
+            for left, metric in zip(lefts, self.metrics, strict=True)
+        ]
+        return [*firsts, Filled(right, metric_of_second(lefts, self.order, self.metrics))]
 
     def expected(self, theta: float) -> tuple[list[Coded], float]:
         found = [each.expected(theta) for each in self._filled]
         return [Coded.of(each.steps, each.codes) for each in found], sum(e.lost for e in found)
 
     def coded(self, theta: float) -> list[Coded]:
-        made = rounded_pair(
-            *self._numbers,
+        *lefts, right = self._numbers
+        made = rounded_pairs(
+            lefts,
+            right,
             self.order,
-            self.metric,
+            self.metrics,
             lambda matrix, own: Filled(matrix, own).codes(theta),
             lambda found: found[0].numbers(found[1]),
         )
@@ -125,10 +129,21 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
     What was rounded to codes already is none of them, nor are trains and blocks.
     """
     seen: set[int] = set()
+    pairs: dict[int, list[tuple[FactoredWeight, Metric]]] = {}
     for name, factors in factored(model):
-        if name in curves and not seen & {id(core) for core in factors.cores}:
-            seen |= {id(core) for core in factors.cores}
-            yield from _pairs(factors, average(curves[name].metrics))
+        first = id(factors.cores[0])
+        seen |= {id(core) for core in factors.cores}
+        if name in curves and _is_pair(factors):
+            metric = average(curves[name].metrics)
+            turned = metric.transposed() if factors.frame.transposed else metric
+            group = pairs.setdefault(id(factors.cores[1]), [])
+            if first not in (id(other.cores[0]) for other, _ in group):
+                group.append((factors, turned))
+    for group in pairs.values():
+        weights, metrics = zip(*group, strict=True)
+        (order,) = weights[0].indices or (None,)
+        lefts = tuple(weight.cores[0] for weight in weights)
+        yield Pairs(lefts, weights[0].cores[1], order, metrics)
     for name, parameter in model.named_parameters():
         if name in curves and id(parameter) not in seen:
             seen.add(id(parameter))
@@ -137,13 +152,7 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
             yield Whole(parameter, matrices, average(curves[name].metrics))
 
 
-def _pairs(factors: FactoredWeight, metric: Metric) -> Iterator[Pair]:
+def _is_pair(factors: FactoredWeight) -> bool:
     spec = factors.spec
-    two = len(factors.cores) == 2 and all(core.dim() == 2 for core in factors.cores)
-    if spec.precision is not None or not two or factors.nonlinearity is not None:
-        return
-    if spec.format != LOW_RANK:
-        return
-    (order,) = factors.indices or (None,)
-    turned = metric.transposed() if factors.frame.transposed else metric
-    yield Pair(*factors.cores, order, turned)
+    plain = spec.precision is None and factors.nonlinearity is None and not spec.batch
+    return plain and spec.format == LOW_RANK

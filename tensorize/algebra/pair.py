@@ -6,13 +6,13 @@ what V has become, and is rounded as V sees an error of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tensorize.algebra.metric import Metric, root_times, times_root
+from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.pivot import whole
 
 _TINY = 1e-6
@@ -33,17 +33,41 @@ def rounded_pair(
 
     ``order``: that of the columns, where V has an identity that is not stored.
     """
-    second = rounded(right, metric_of_second(left, order, metric))
-    seen = times_root(_whole(values(second).to(left.dtype), order), metric.right)
-    exact = left @ times_root(_whole(right, order), metric.right)
-    gram = seen @ seen.mT
-    gram.diagonal().add_(_TINY * gram.diagonal().mean())
-    best = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
-    return rounded(best, _as_second_sees(seen, metric)), second
+    first, second = rounded_pairs((left,), right, order, (metric,), rounded, values)
+    return first, second
 
 
-def metric_of_second(left: Tensor, order: Tensor | None, metric: Metric) -> Metric:
-    """How an error of what is stored of V counts."""
+def rounded_pairs(
+    lefts: Sequence[Tensor],
+    right: Tensor,
+    order: Tensor | None,
+    metrics: Sequence[Metric],
+    rounded: Callable[[Tensor, Metric], _T],
+    values: Callable[[_T], Tensor],
+) -> list[_T]:
+    """The same of several U, and of the V that they have in common, which comes last."""
+    second = rounded(right, metric_of_second(lefts, order, metrics))
+    made = _whole(values(second).to(right.dtype), order)
+    found = []
+    for left, metric in zip(lefts, metrics, strict=True):
+        seen = times_root(made, metric.right)
+        exact = left @ times_root(_whole(right, order), metric.right)
+        gram = seen @ seen.mT
+        gram.diagonal().add_(_TINY * gram.diagonal().mean())
+        best = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
+        found.append(rounded(best, _as_second_sees(seen, metric)))
+    return [*found, second]
+
+
+def metric_of_second(
+    lefts: Sequence[Tensor], order: Tensor | None, metrics: Sequence[Metric]
+) -> Metric:
+    """How an error of what is stored of V counts, with all that read it."""
+    pairs = zip(lefts, metrics, strict=True)
+    return average([_of_second(left, order, metric) for left, metric in pairs])
+
+
+def _of_second(left: Tensor, order: Tensor | None, metric: Metric) -> Metric:
     across = metric.right
     if order is not None and across is not None:  # the other columns only
         others = across[order[left.shape[1] :].long()]

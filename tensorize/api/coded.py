@@ -57,9 +57,11 @@ def coder_for(
 
 def _only_limit(asked: Any) -> str:
     """The one limit of a budget of a file."""
-    given = [
-        f.name for f in fields(Budget) if getattr(asked, f.name, None) is not None
-    ] if isinstance(asked, Budget) else []
+    given = (
+        [f.name for f in fields(Budget) if getattr(asked, f.name, None) is not None]
+        if isinstance(asked, Budget)
+        else []
+    )
     if len(given) == 1 and given[0] in ("file", "loss", "entry_error"):
         return given[0]
     raise BudgetError(
@@ -92,9 +94,7 @@ def _program(plan: Plan, analysis: Analysis | None) -> Analysed:
 class _InMetric:
     """Codes the weights in their metrics, and all else without loss."""
 
-    def __init__(
-        self, model: nn.Module, program: Analysed, plan: Plan, asked: Budget
-    ) -> None:
+    def __init__(self, model: nn.Module, program: Analysed, plan: Plan, asked: Budget) -> None:
         self._asked, self._plan = asked, plan
         self._filling = Filling(list(weights_of(model, program.spectra)))
         keys: dict[int, str] = {}
