@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,10 +10,11 @@ from torch import Tensor
 from tensorize.base.errors import BudgetError
 from tensorize.coding import groups
 from tensorize.coding.groups import Group
-from tensorize.passes.filling.fill import Expected, Filling, worth
+from tensorize.passes.allocate.forms import BITS
+from tensorize.passes.filling.fill import Expected, Filling
 from tensorize.passes.predict.predictor import Predictor
 
-_AIMED = 0.992
+_AIMED = 0.995
 """The share of a limit on bytes that is aimed at: what is written is up to so much more."""
 
 _TRIES = 6
@@ -21,7 +22,7 @@ _TRIES = 6
 
 @dataclass(frozen=True)
 class Filled:
-    """Groups of tensors as they are coded, what was expected of them, and the limit on bytes."""
+    """Groups of tensors as they are coded, and what was expected of them."""
 
     groups: tuple[tuple[tuple[Tensor, ...], Group, bytes], ...]
     expected: Expected
@@ -31,25 +32,27 @@ class Filled:
         return sum(len(data) for *_, data in self.groups)
 
 
-def within_bytes(filling: Filling, limit: int) -> Filled:
-    """Codes of at most so many bytes.
+def within_bytes(
+    filling: Filling, limit: int, beside: Callable[[Filled], int], about: int = 0
+) -> Filled:
+    """Codes of at most so many bytes, with what is ``beside`` them in the file: ``about`` so much.
 
     Raises:
         BudgetError: there are none.
     """
-    aimed = _AIMED * limit
+    longer = 1.0
     for _ in range(_TRIES):
-        expected = filling.within_bytes(aimed) if aimed > 0 else None
+        expected = filling.within_bytes(max(_AIMED * (limit - about) / longer, 1.0))
         if expected is None:
             break
         made = coded(filling, expected)
-        if made.bytes <= limit:
+        about = beside(made)
+        if made.bytes + about <= limit:
             return made
-        aimed *= _AIMED * limit / made.bytes
-    least = filling.least
+        longer = max(longer, made.bytes / expected.bytes)
     raise BudgetError(
-        f"the codes of the weights take {least:,.0f} bytes at least, and {max(limit, 0):,} are left "
-        "for them",
+        f"a file takes about {filling.least + about:,.0f} bytes at least, and {limit:,} are "
+        "allowed",
         way_out="a larger file=, or a plan with fewer parameters",
     )
 
@@ -64,32 +67,25 @@ def coded(filling: Filling, expected: Expected) -> Filled:
     return Filled(tuple(made), expected)
 
 
-@dataclass(frozen=True)
-class Rise:
-    """What codes cost beyond what the plan costs already: from sums of distortions to the loss."""
-
-    predictor: Predictor
-    planned: float
-    refine: str | None
-
-    def of(self, distortion: float) -> tuple[float, tuple[float, float]]:
-        """(expected rise, its 90 % interval)."""
-        raw = worth(self.predictor) * distortion
-        before, _ = self.predictor.predict(self.planned, self.refine)
-        after, (low, high) = self.predictor.predict(self.planned + raw, self.refine)
-        return max(after - before, 0.0), (max(low - before, 0.0), max(high - before, 0.0))
-
-    def distortion(self, loss: float) -> float:
-        """The largest sum of distortions whose expected rise is within a limit."""
-        before, _ = self.predictor.predict(self.planned, self.refine)
-        raw = self.predictor.inverse(before + loss, self.refine) - self.planned
-        return max(raw, 0.0) / worth(self.predictor)
+def rise(predictor: Predictor, distortion: float) -> tuple[float, tuple[float, float]]:
+    """What codes are expected to add to the loss, and its 90 % interval."""
+    return predictor.predict(_worth(predictor) * distortion)
 
 
-def summary(expected: Expected, rise: Rise | None) -> Mapping[str, object]:
+def allowed(predictor: Predictor, loss: float) -> float:
+    """The largest sum of distortions whose expected rise is within a limit."""
+    return predictor.inverse(loss) / _worth(predictor)
+
+
+def _worth(predictor: Predictor) -> float:
+    """What a distortion of codes counts: as one of integers, where those were tried."""
+    return predictor.worth.get(BITS, 1.0)
+
+
+def summary(expected: Expected, predictor: Predictor | None) -> Mapping[str, object]:
     """What the manifest says of codes in a metric."""
     known: dict[str, object] = {"theta": expected.theta, "distortion": expected.distortion}
-    if rise is not None:
-        loss, interval = rise.of(expected.distortion)
+    if predictor is not None:
+        loss, interval = rise(predictor, expected.distortion)
         known |= {"loss": loss, "loss_interval": list(interval)}
     return known

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 
 from tensorize.base.progress import Progress, no_progress
 from tensorize.coding.groups import Coded, sizes_of
-from tensorize.passes.allocate.forms import BITS
 from tensorize.passes.filling.weights import Weight
-from tensorize.passes.predict.predictor import Predictor
 
 GROUPED = 1 << 22
 """Entries up to which matrices share the tables of their streams: they are decoded together."""
@@ -139,8 +137,3 @@ def _secant(points: Sequence[tuple[float, float]], aim: float) -> float | None:
         b, z = others[0]
         slope = (y - z) / (a - b)
     return a + (aim - y) / slope if slope < 0 else None
-
-
-def worth(predictor: Predictor) -> float:
-    """What a distortion of codes counts in the predictor's sums."""
-    return predictor.worth.get(BITS, 1.0)

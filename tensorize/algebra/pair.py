@@ -53,7 +53,7 @@ def rounded_pairs(
         seen = times_root(made, metric.right)
         exact = left @ times_root(_whole(right, order), metric.right)
         gram = seen @ seen.mT
-        gram.diagonal().add_(_TINY * gram.diagonal().mean())
+        gram.diagonal().add_(_share(gram))
         best = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
         found.append(rounded(best, _as_second_sees(seen, metric)))
     return [*found, second]
@@ -92,5 +92,10 @@ def _whole(right: Tensor, order: Tensor | None) -> Tensor:
 def _root_of(factor: Tensor) -> Tensor:
     """The Cholesky factor of F Fᵀ."""
     gram = (factor @ factor.mT).double()
-    gram.diagonal().add_(_TINY * gram.diagonal().mean())
+    gram.diagonal().add_(_share(gram))
     return torch.linalg.cholesky(gram).to(factor.dtype)
+
+
+def _share(gram: Tensor) -> Tensor:
+    """What is added to a matrix of products; one, nearly, where a factor was rounded to nothing."""
+    return (_TINY * gram.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)

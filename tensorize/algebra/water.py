@@ -107,7 +107,7 @@ class Filled:
             aim = aim / each
             codes = aim.round().clamp_(-MOST, MOST)
             lost = (aim - codes).square_().mul_(each.square())
-        down, across = self._pivots
+        down, across = self._weights
         return Expected(
             steps, codes.int(), self.metric.scale * float(down @ lost.double() @ across)
         )
@@ -118,16 +118,31 @@ class Filled:
         return torch.randn(self.matrix.shape, generator=generator)
 
     @cached_property
+    def _inverses(self) -> tuple[Tensor | None, Tensor | None]:
+        """B⁻¹ and A⁻¹."""
+        sides = (self.metric.left, self.metric.right)
+        units = (unit(side, self.matrix.float()) for side in sides)
+        left, right = (None if mixing is None else _inverse(mixing) for mixing in units)
+        return left, right
+
+    @cached_property
     def _spreads(self) -> tuple[Tensor | None, Tensor | None]:
         """Squares of B⁻ᵀ and of A⁻¹: how the variance of a rounding spreads."""
-        left, right = (
-            None if mixing is None else _inverse(mixing).square()
-            for mixing in (
-                unit(self.metric.left, self.matrix.float()),
-                unit(self.metric.right, self.matrix.float()),
-            )
-        )
-        return None if left is None else left.mT, right
+        left, right = self._inverses
+        return None if left is None else left.mT.square(), None if right is None else right.square()
+
+    @cached_property
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """What the roundings η of rows and of columns count in the metric itself, which is not
+        damped: the diagonals of B⁻¹ R B⁻ᵀ and A⁻¹ K A⁻ᵀ."""
+        found = []
+        sides = (self.metric.left, self.metric.right)
+        for inverse, root, pivot in zip(self._inverses, sides, self._pivots, strict=True):
+            if inverse is None or root is None:
+                found.append(pivot)
+            else:
+                found.append((inverse.double() @ root.double()).square().sum(1))
+        return found[0], found[1]
 
 
 def _inverse(mixing: Tensor) -> Tensor:

@@ -13,21 +13,21 @@ from tensorize.api.analysis import Analysis
 from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
-from tensorize.coding.tensors import encode
+from tensorize.coding.tensors import Coding, encode
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
-from tensorize.passes.filling.coder import Filled, Rise, coded, summary, within_bytes
+from tensorize.passes.filling.coder import Filled, allowed, coded, summary, within_bytes
 from tensorize.passes.filling.fill import Filling
 from tensorize.passes.filling.weights import weights_of
 from tensorize.passes.stages import Analysed
 from tensorize.reports.attach import report
-from tensorize.store.coded import CodedGroup, Coder, CodedTensors, lossless, within
-from tensorize.store.contents import slots_of
+from tensorize.store.coded import CodedGroup, CodedTensors, Coder, lossless, within
+from tensorize.store.contents import dtype_name, slots_of
 
 LOSSLESS = "lossless"
 
-_FRAME = 1024
-"""Bytes of a file that are no codes, about: its header, and what its index says of itself."""
+_SAID = 24
+"""Bytes that a file says of every tensor and every stream, about."""
 
 
 def coder_for(
@@ -84,8 +84,8 @@ def _program(plan: Plan, analysis: Analysis | None) -> Analysed:
     if found is None:
         raise AnalysisError(
             "nothing says how errors of this model's weights count: its analysis is not at hand",
-            way_out="pass analysis=tensorize.analyze(dense_model, calibration=...), the one that it "
-            "was made by, or compile with cache_dir=, where it is kept; "
+            way_out="pass analysis=tensorize.analyze(dense_model, calibration=...), the one that "
+            "it was made by, or compile with cache_dir=, where it is kept; "
             "coded=tensorize.Budget(entry_error=...) needs none",
         )
     return found
@@ -101,10 +101,8 @@ class _InMetric:
         for slot in slots_of(model):
             keys.setdefault(id(slot.tensor), slot.key)
         self._keys: Mapping[int, str] = keys
-        predictor = program.predictor
-        planned = sum(site.predicted_loss for site in plan.sites)
-        self._rise = None if predictor is None else Rise(predictor, planned, plan.refine)
-        if asked.loss is not None and self._rise is None:
+        self._predictor = program.predictor
+        if asked.loss is not None and self._predictor is None:
             raise AnalysisError(
                 "this analysis cannot predict a loss, as it saw no data",
                 way_out="analyze(model, calibration=...), or coded=tensorize.Budget(file=...)",
@@ -116,22 +114,26 @@ class _InMetric:
             self._keys[id(tensor)] for each in self._filling.weights for tensor in each.tensors
         }
         others = {key: encode(tensor) for key, tensor in stored.items() if key not in metric}
-        made = self._filled(sum(len(data) for _, data in others.values()))
-        groups, found = [], {}
+        if self._asked.loss is not None:
+            assert self._predictor is not None
+            limit = allowed(self._predictor, self._asked.loss)
+            made = coded(self._filling, self._filling.within_distortion(limit))
+        else:
+            given = Budget(bytes=self._asked.file).limits(self._plan.dense)["bytes"]
+            made = within_bytes(
+                self._filling,
+                int(given),
+                lambda made: self._all(others, made).size - made.bytes,
+                sum(len(data) for _, data in others.values()) + _SAID * (len(stored) + 24),
+            )
+        return self._all(others, made)
+
+    def _all(self, others: Mapping[str, tuple[Coding, bytes]], made: Filled) -> CodedTensors:
+        together = []
         for tensors, group, data in made.groups:
             names = tuple(self._keys[id(tensor)] for tensor in tensors)
-            dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+            dtypes = tuple(dtype_name(tensor.dtype) for tensor in tensors)
             shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-            groups.append((CodedGroup(names, dtypes, shapes, group), data))
-        known = {"asked": str(self._asked), **summary(made.expected, self._rise)}
-        return CodedTensors(others, groups, known, found)
-
-    def _filled(self, others: int) -> Filled:
-        if self._asked.loss is not None:
-            assert self._rise is not None
-            limit = self._rise.distortion(self._asked.loss)
-            return coded(self._filling, self._filling.within_distortion(limit))
-        whole = self._plan.dense.bytes
-        limit = Budget(bytes=self._asked.file).limits(self._plan.dense)["bytes"]
-        assert whole > 0
-        return within_bytes(self._filling, int(limit) - others - _FRAME)
+            together.append((CodedGroup(names, dtypes, shapes, group), data))
+        known = {"asked": str(self._asked), **summary(made.expected, self._predictor)}
+        return CodedTensors(others, together, known)

@@ -1,9 +1,9 @@
 """Codes of several matrices as bytes: those that are likely to be as large are coded together.
 
-How large codes are hangs on the step of their column, which the decoder knows, and on their row, of
-which that is said. With rows and columns in the order of that, the codes that are about as large are
-a few rectangles, and those of all matrices of a group are one stream, which has a table of Huffman's
-of its own. Small matrices share a group, and with it the tables.
+How large codes are hangs on the step of their column, which the decoder knows, and on their row,
+of which that is said. With rows and columns in the order of that, the codes that are about as
+large are a few rectangles, and those of all matrices of a group are one stream, which has a table
+of Huffman's of its own. Small matrices share a group, and with it the tables.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ _NOTHING = -120
 
 _APART = 40
 """Bits of a code that is kept beside its stream, about."""
-
-PER_BLOCK = 24
-"""Bytes of what is said of a block, about."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def _tiles(levels: Tensor, across: Tensor) -> Iterator[tuple[int, slice, slice]]
 def _runs(levels: Tensor) -> list[tuple[int, slice]]:
     found, counts = levels.unique_consecutive(return_counts=True)
     ends = list(accumulate(counts.tolist(), initial=0))
-    return [(x, slice(a, b)) for x, a, b in zip(found.tolist(), ends, ends[1:], strict=False)]
+    return [(x, slice(a, b)) for x, (a, b) in zip(found.tolist(), pairwise(ends), strict=True)]
 
 
 def _halves(exponents: Tensor) -> Tensor:
@@ -93,14 +90,9 @@ def _halves(exponents: Tensor) -> Tensor:
 
 
 def sizes_of(given: Sequence[Coded]) -> float:
-    """The bytes that matrices are expected to take in a group, with what is said of them."""
+    """The bytes that matrices are expected to take in a group."""
     streams = [torch.cat(codes) for codes in _gathered(given).values()]
-    return sum(_size(codes) for codes in (*streams, *_sides(given)))
-
-
-def _size(codes: Tensor) -> float:
-    bits = cheapest(Histogram.of(codes), _APART)[1]
-    return bits / 8 + PER_BLOCK * max(1, -(-len(codes) // ENTRIES))
+    return sum(cheapest(Histogram.of(codes), _APART)[1] / 8 for codes in (*streams, *_sides(given)))
 
 
 # --------------------------------------------------------------------------------------- encoding
@@ -213,7 +205,7 @@ def _decode_block(block: Block, offset: int, data: memoryview) -> Tensor:
     if block.packing not in PACKINGS:
         raise ValueError(f"no packing is {block.packing}")
     ends = list(accumulate(block.parts, initial=offset))
-    parts = [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [data[a:b] for a, b in pairwise(ends)]
     kept = torch.int16
     codes, places, beside = stepped.decoded(parts, block.packing, block.entries, block.beside, kept)
     codes = codes.short()

@@ -1,7 +1,7 @@
 """Entries as multiples of a step, those apart that are none.
 
-What cannot be told so (NaN, infinity, an entry whose error would pass the bound) is kept beside, bit
-for bit. Products of a code and a step are rounded once, so every machine decodes the same bits.
+What cannot be told so (NaN, infinity, an entry whose error would pass the bound) is kept beside,
+bit for bit. Products of a code and a step are rounded once, so every machine decodes the same bits.
 """
 
 from __future__ import annotations

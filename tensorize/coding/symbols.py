@@ -10,6 +10,7 @@ asked for Huffman's codes alone.
 from __future__ import annotations
 
 import heapq
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _WORTH = 0.99
 
 @dataclass(frozen=True)
 class Packing:
-    """``each`` integers of a byte, all within ±``most``; with ``each`` 0 an integer has two bytes."""
+    """``each`` integers of a byte, all within ±``most``; of ``each`` 0 an integer has two bytes."""
 
     each: int
     most: int
@@ -41,6 +42,9 @@ class Packing:
 WIDE = Packing(0, 2**15 - 1 - _MIDDLE)
 PACKINGS = {packing.each: packing for packing in (Packing(4, 1), Packing(2, 7), Packing(1, 127))}
 PACKINGS[WIDE.each] = WIDE
+
+_SEGMENT, _FRAME, _TOLD = 40_000, 22, 0.57
+"""Of coded bytes: about how many have one table, and its own bytes: some, and so many a symbol."""
 
 # No matches are looked for but long ones (of what is all zero): literals are coded by Huffman's
 # method, each 128 KiB with a table of its own.
@@ -193,17 +197,25 @@ def _bits(found: Histogram, packing: Packing, apart: float) -> float:
     beside = apart * beyond
     if packing == WIDE:
         upper = (torch.arange(-packing.most, packing.most + 1) + _MIDDLE) >> 8
-        lower = torch.arange(-packing.most, packing.most + 1) - 256 * upper
-        pairs = ((upper, 256), (lower + _MIDDLE, 256))
-        sums = (
-            torch.zeros(n, dtype=torch.long).index_add_(0, i - i.min(), counts) for i, n in pairs
+        lower = torch.arange(-packing.most, packing.most + 1) - 256 * upper + _MIDDLE
+        return beside + sum(
+            _squeezed_bits(torch.zeros(257).double().index_add_(0, i, counts.double()))
+            for i in (upper - upper.min(), lower)
         )
-        return beside + sum(_huffman(each.double()) for each in sums)
-    each = counts.double()
-    joint = each
+    shares = counts.double() / counts.sum().clamp_min(1)
+    joint = shares
     for _ in range(packing.each - 1):  # as if neighbours were independent
-        joint = torch.outer(joint, each / each.sum().clamp_min(1)).flatten()
-    return beside + _huffman(joint) / packing.each
+        joint = torch.outer(joint, shares).flatten()
+    return beside + _squeezed_bits(joint * -(-found.total // packing.each))
+
+
+def _squeezed_bits(counts: Tensor) -> float:
+    """The bits of bytes of such counts, with the tables that tell the codes."""
+    total, different = float(counts.sum()), int((counts >= 0.5).sum())
+    if different < 2:
+        return 8 * _FRAME
+    tables = math.ceil(total / _SEGMENT) * (_FRAME + _TOLD * different)
+    return _huffman(counts) + 8 * tables
 
 
 def _huffman(counts: Tensor) -> float:

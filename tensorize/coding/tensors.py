@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -51,9 +51,8 @@ class Block:
 class Coding:
     """How a tensor lies in coded bytes.
 
-    ``bound`` is the largest error that an entry may have
-    and ``found`` what one has; both are 0 where every bit is kept. ``scales``: bytes of the factors of rows and of columns, where there
-    are any, which come first; ``turned``: of a matrix the transpose is coded.
+    ``bound`` is the largest error that an entry may have, and ``found`` what one has; both are 0
+    where every bit is kept.
     """
 
     dtype: str
@@ -120,7 +119,7 @@ def range_of(tensor: Tensor) -> float:
 
 
 def _usable(bound: float) -> bool:
-    return 0 < bound and math.isfinite(2 * bound)
+    return bound > 0 and math.isfinite(2 * bound)
 
 
 def _coding(tensor: Tensor, blocks: Sequence[Block], bound: float, found: float) -> Coding:
@@ -176,7 +175,7 @@ def _decode_block(
     result: Tensor,
 ) -> None:
     ends = list(accumulate(block.parts, initial=offset))
-    parts = [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [data[a:b] for a, b in pairwise(ends)]
     place, dtype = result[start : start + block.entries], result.dtype
     if block.packing == _PLANES:
         if len(parts) != dtype.itemsize:

@@ -48,13 +48,14 @@ class CodedGroup:
 
 @dataclass(frozen=True)
 class CodedTensors:
-    """Tensors as they are coded: alone, by name, and in groups, each with its bytes. ``known``: what
-    else the manifest is to say of it, ``found`` the largest error of an entry, by name."""
+    """Tensors as they are coded: alone, by name, and in groups, each with its bytes.
+
+    ``known``: what else the manifest is to say of it.
+    """
 
     tensors: Mapping[str, tuple[Coding, bytes]]
     groups: Sequence[tuple[CodedGroup, bytes]] = ()
     known: Mapping[str, Any] = field(default_factory=dict)
-    found: Mapping[str, float] = field(default_factory=dict)
 
     def as_bytes(self) -> dict[str, Tensor]:
         """What the file holds: the index, and the coded bytes one after the other."""
@@ -74,8 +75,13 @@ class CodedTensors:
             key: {"bound": coding.bound, "found": coding.found}
             for key, (coding, _) in self.tensors.items()
         }
-        together = {key: {"bound": None, "found": found} for key, found in self.found.items()}
+        together = {name: {"bound": None} for group, _ in self.groups for name in group.names}
         return {**self.known, "tensors": alone | together}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return Layout.usual(self.as_bytes(), METADATA).size
 
 
 Coder = Callable[[Mapping[str, Tensor]], CodedTensors]
@@ -100,6 +106,9 @@ def within(error: float | str) -> Coder:
 
     return coder
 
+
+METADATA = {"format": "pt"}
+"""Of a file of weights: what transformers asks for."""
 
 MOST_TEXT = 1 << 29
 """Bytes of an index that are read at most."""
@@ -197,13 +206,13 @@ def opened(path: Path) -> Iterator[TensorFile]:
         OSError, SafetensorError, ValueError: it cannot be read, or is damaged; ``get_tensor``, too.
     """
     with safe_open(path, framework="pt", device="cpu") as file:
-        yield _CodedFile(file) if _INDEX in file.keys() else file
+        yield _CodedFile(file) if _INDEX in {*file.keys()} else file
 
 
 def is_coded(path: Path) -> bool:
     """Whether a file of safetensors holds coded bytes."""
     with safe_open(path, framework="pt", device="cpu") as file:
-        return _INDEX in file.keys()
+        return _INDEX in {*file.keys()}
 
 
 def write_decoded(path: Path, target: Path) -> None:
@@ -214,8 +223,8 @@ def write_decoded(path: Path, target: Path) -> None:
     """
     with opened(path) as file:
         assert isinstance(file, _CodedFile)
-        with Writer(target, Layout.usual(file.blank(), {"format": "pt"})) as writer:
-            for name in file.keys():
+        with Writer(target, Layout.usual(file.blank(), METADATA)) as writer:
+            for name in [*file.keys()]:
                 writer.put(name, file.get_tensor(name))
 
 

@@ -20,7 +20,7 @@ from tensorize.base.tensors import unwrapped
 from tensorize.reports.attach import known_report
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
-from tensorize.store.coded import CodedTensors, Coder
+from tensorize.store.coded import METADATA, CodedTensors, Coder
 from tensorize.store.contents import Contents, contents_of, dtype_name
 from tensorize.store.load import DRAFT
 from tensorize.store.manifest import (
@@ -144,7 +144,7 @@ def _finish(
 def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:
     usual = draft.stat().st_mode
     try:
-        save_file(tensors, draft, metadata={"format": "pt"})
+        save_file(tensors, draft, metadata=METADATA)
         draft.chmod(usual)  # safetensors makes files that only their owner may read
     except KeyError as error:  # what safetensors says of a dtype that it does not know
         dtypes = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}

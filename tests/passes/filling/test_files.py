@@ -1,4 +1,4 @@
-"""Files within a limit: on bytes, which are as predicted, or on the loss; and what stands in the way."""
+"""Files within a limit on bytes, which are as predicted, or on the loss; and what is refused."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def divergence(model: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
-@pytest.mark.parametrize("share", [0.12, 0.06])
+@pytest.mark.parametrize("share", [0.2, 0.12])
 def test_a_file_has_at_most_its_bytes_and_not_far_fewer(
     budget: float, share: float, tmp_path: Path
 ) -> None:
     size, _ = saved(compressed(budget), tmp_path, file=share)
     whole = sum(p.nbytes for p in dense().parameters())
-    assert 0.93 * share * whole < size <= share * whole
+    assert 0.9 * share * whole < size <= share * whole
     size, _ = saved(compressed(budget), tmp_path, file=int(share * whole))
-    assert 0.93 * share * whole < size <= share * whole
+    assert 0.9 * share * whole < size <= share * whole
 
 
 def test_the_model_in_it_is_the_one_that_is_loaded(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_loss_is_kept_and_predicted(budget: float, tmp_path: Path) -> None:
 def test_sizes_are_predicted_without_coding(budget: float, theta: float) -> None:
     filling = Filling(list(weights_of(compressed(budget), analysis().program.spectra)))
     expected = filling.expected(theta)
-    made = within_bytes(filling, round(expected.bytes))
+    made = within_bytes(filling, round(expected.bytes), lambda _: 0)
     assert made.bytes == pytest.approx(made.expected.bytes, rel=0.02)
 
 
@@ -146,11 +146,10 @@ def test_without_an_analysis_the_way_out_is_named(tmp_path: Path) -> None:
 
 
 def test_an_analysis_of_another_model_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(1)
     other = tensorize.analyze(Net(), metric="frobenius", example_inputs=(ids(0),), progress=False)
     with pytest.raises(AnalysisError, match="another model"):
-        tensorize.save(
-            compressed(0.5), tmp_path, coded=tensorize.Budget(file=0.2), analysis=other
-        )
+        tensorize.save(compressed(0.5), tmp_path, coded=tensorize.Budget(file=0.2), analysis=other)
 
 
 def test_what_the_plan_finds_in_the_cache_will_do(tmp_path: Path) -> None:
@@ -164,9 +163,7 @@ def test_what_the_plan_finds_in_the_cache_will_do(tmp_path: Path) -> None:
 
 
 def test_weights_alone_allow_a_limit_on_bytes_and_none_on_the_loss(tmp_path: Path) -> None:
-    known = tensorize.analyze(
-        dense(), metric="frobenius", example_inputs=(ids(0),), progress=False
-    )
+    known = tensorize.analyze(dense(), metric="frobenius", example_inputs=(ids(0),), progress=False)
     small = tensorize.apply(dense(), known.plan(0.5), progress=False)
     tensorize.save(small, tmp_path, coded=tensorize.Budget(file=0.2), analysis=known)
     again = tensorize.load(tmp_path, model=Net())
