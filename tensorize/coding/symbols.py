@@ -137,7 +137,7 @@ def _table(packing: Packing) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often each integer is there, from ``-most`` on, and how often what is beyond ±``most``."""
+    """How often each integer is there, from ``-most`` on, and what is beyond ±``most``."""
 
     counts: Tensor
     beyond: int = 0

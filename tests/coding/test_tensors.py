@@ -20,8 +20,8 @@ OTHERS = (
     torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16,
 )  # fmt: skip
 ODD = (
-    math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1e-45, -1e-40, 6e-8, 1e-38, 65504.0,
-    3.4e38, -3.4e38, 1.79e308, 1.0, 256.0,
+    math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1e-45, -1e-40, 6e-8, 1e-38,
+    65504.0, 3.4e38, -3.4e38, 1.79e308, 1.0, 256.0,
 )  # fmt: skip
 
 
