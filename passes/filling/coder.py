@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensorize.base.errors import BudgetError
 from tensorize.coding import groups
-from tensorize.coding.groups import Group
+from tensorize.coding.groups import Coded, Group
 from tensorize.passes.allocate.forms import BITS
 from tensorize.passes.filling.fill import Expected, Filling
 from tensorize.passes.predict.predictor import Predictor
@@ -22,10 +22,13 @@ _TRIES = 6
 
 @dataclass(frozen=True)
 class Filled:
-    """Groups of tensors as they are coded, and what was expected of them."""
+    """Groups of tensors as they are coded, what was expected of them, and what was found: the sum
+    of distortions, and the largest error of an entry of each tensor, by its id."""
 
     groups: tuple[tuple[tuple[Tensor, ...], Group, bytes], ...]
     expected: Expected
+    distortion: float
+    errors: Mapping[int, float]
 
     @property
     def bytes(self) -> int:
@@ -59,12 +62,25 @@ def within_bytes(
 
 def coded(filling: Filling, expected: Expected) -> Filled:
     """The codes of the weights at some θ."""
-    made = []
+    made, lost = [], 0.0
+    errors: dict[int, float] = {}
     for group in filling.groups():
-        tensors = tuple(tensor for weight in group for tensor in weight.tensors)
-        matrices = [each for weight in group for each in weight.coded(expected.theta)]
-        made.append((tensors, *groups.encode(matrices)))
-    return Filled(tuple(made), expected)
+        tensors: list[Tensor] = []
+        matrices: list[Coded] = []
+        for weight in group:
+            found = weight.coded(expected.theta)
+            lost += weight.lost(found)
+            tensors += weight.tensors
+            matrices += found
+        made.append((tuple(tensors), *groups.encode(matrices)))
+        errors |= {id(t): _error(t, each) for t, each in zip(tensors, matrices, strict=True)}
+    return Filled(tuple(made), expected, lost, errors)
+
+
+def _error(tensor: Tensor, made: Coded) -> float:
+    """The largest error of an entry."""
+    off = made.numbers.reshape(tensor.shape).to(tensor.dtype).double() - tensor.double().cpu()
+    return float(off.abs().max()) if off.numel() else 0.0
 
 
 def rise(predictor: Predictor, distortion: float) -> tuple[float, tuple[float, float]]:
@@ -82,10 +98,16 @@ def _worth(predictor: Predictor) -> float:
     return predictor.worth.get(BITS, 1.0)
 
 
-def summary(expected: Expected, predictor: Predictor | None) -> Mapping[str, object]:
+def summary(made: Filled, predictor: Predictor | None) -> Mapping[str, object]:
     """What the manifest says of codes in a metric."""
-    known: dict[str, object] = {"theta": expected.theta, "distortion": expected.distortion}
+    known: dict[str, object] = {
+        "theta": made.expected.theta,
+        "bytes": made.bytes,
+        "expected_bytes": round(made.expected.bytes),
+        "distortion": made.distortion,
+        "expected_distortion": made.expected.distortion,
+    }
     if predictor is not None:
-        loss, interval = rise(predictor, expected.distortion)
+        loss, interval = rise(predictor, made.distortion)
         known |= {"loss": loss, "loss_interval": list(interval)}
     return known

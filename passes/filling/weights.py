@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tensorize.algebra.metric import Metric, average
 from tensorize.algebra.pair import metric_of_first, metric_of_second, rounded_pairs
+from tensorize.algebra.pivot import whole
 from tensorize.algebra.water import Filled, Steps
 from tensorize.base.tensors import at_work
 from tensorize.coding.groups import Coded
@@ -37,6 +38,10 @@ class Weight(Protocol):
         ...
 
     def coded(self, theta: float) -> list[Coded]: ...
+
+    def lost(self, coded: Sequence[Coded]) -> float:
+        """The distortion that codes cost."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +71,12 @@ class Whole:
 
     def coded(self, theta: float) -> list[Coded]:
         return [_stacked([each.codes(theta) for each in self._filled])]
+
+    def lost(self, coded: Sequence[Coded]) -> float:
+        (found,) = coded
+        rows = len(self.matrices[0])
+        made = found.numbers.split(rows)
+        return sum(self.metric.norm(a - b) for a, b in zip(made, self.matrices, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +126,17 @@ class Pairs:
             lambda found: found[0].numbers(found[1]),
         )
         return [Coded.of(*each) for each in made]
+
+    def lost(self, coded: Sequence[Coded]) -> float:
+        *lefts, right = self._numbers
+        *made, second = (each.numbers for each in coded)
+        total = 0.0
+        for before, after, metric in zip(lefts, made, self.metrics, strict=True):
+            total += metric.norm(after @ self._whole(second) - before @ self._whole(right))
+        return total
+
+    def _whole(self, right: Tensor) -> Tensor:
+        return right if self.order is None else whole(right, self.order)
 
 
 def _stacked(found: Sequence[tuple[Steps, Tensor]]) -> Coded:

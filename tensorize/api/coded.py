@@ -135,5 +135,6 @@ class _InMetric:
             dtypes = tuple(dtype_name(tensor.dtype) for tensor in tensors)
             shapes = tuple(tuple(tensor.shape) for tensor in tensors)
             together.append((CodedGroup(names, dtypes, shapes, group), data))
-        known = {"asked": str(self._asked), **summary(made.expected, self._predictor)}
-        return CodedTensors(others, together, known)
+        known = {"asked": str(self._asked), **summary(made, self._predictor)}
+        errors = {self._keys[tensor]: error for tensor, error in made.errors.items()}
+        return CodedTensors(others, together, known, errors)

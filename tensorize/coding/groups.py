@@ -45,6 +45,11 @@ class Coded:
     codes: Tensor
     levels: Tensor
 
+    @property
+    def numbers(self) -> Tensor:
+        """What the codes stand for, in float32."""
+        return self.steps.numbers(self.codes)
+
     @classmethod
     def of(cls, steps: Steps, codes: Tensor) -> Coded:
         squares = (codes.float() * powers(steps.across)).square_().mean(1)

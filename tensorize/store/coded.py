@@ -50,12 +50,14 @@ class CodedGroup:
 class CodedTensors:
     """Tensors as they are coded: alone, by name, and in groups, each with its bytes.
 
-    ``known``: what else the manifest is to say of it.
+    ``known``: what else the manifest is to say of it. ``errors``: the largest error of an entry of
+    those in groups, by name.
     """
 
     tensors: Mapping[str, tuple[Coding, bytes]]
     groups: Sequence[tuple[CodedGroup, bytes]] = ()
     known: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def as_bytes(self) -> dict[str, Tensor]:
         """What the file holds: the index, and the coded bytes one after the other."""
@@ -75,7 +77,7 @@ class CodedTensors:
             key: {"bound": coding.bound, "found": coding.found}
             for key, (coding, _) in self.tensors.items()
         }
-        together = {name: {"bound": None} for group, _ in self.groups for name in group.names}
+        together = {name: {"bound": None, "found": error} for name, error in self.errors.items()}
         return {**self.known, "tensors": alone | together}
 
     @property

@@ -91,10 +91,12 @@ def test_a_file_has_at_most_its_bytes_and_not_far_fewer(
 
 
 def test_the_model_in_it_is_the_one_that_is_loaded(tmp_path: Path) -> None:
-    saved(compressed(0.5), tmp_path, file=0.2)
+    _, told = saved(compressed(0.5), tmp_path, file=0.2)
     one, other = (tensorize.load(tmp_path, model=Net()) for _ in range(2))
     for key, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])
+        off = float((value.double() - compressed(0.5).state_dict()[key].double()).abs().max())
+        assert told["tensors"][key]["found"] == off
     assert divergence(compressed(0.5), one) < 0.01
     assert torch.equal(one.get_parameter("norm.weight"), dense().get_parameter("norm.weight"))
 
@@ -104,7 +106,8 @@ def test_a_loss_is_kept_and_predicted(budget: float, tmp_path: Path) -> None:
     before, sizes = None, []
     for loss in (1e-3, 1e-2):
         size, told = saved(compressed(budget), tmp_path, loss=loss)
-        assert told["loss"] == pytest.approx(loss, rel=0.02)
+        assert told["loss"] == pytest.approx(loss, rel=0.15)
+        assert told["distortion"] == pytest.approx(told["expected_distortion"], rel=0.15)
         small = tensorize.load(tmp_path, model=Net())
         lost = divergence(compressed(budget), small)
         assert 0.3 * loss < lost < 1.6 * loss
