@@ -31,7 +31,7 @@ from torch import Tensor
 
 import tensorize
 from benchmarks.bits import Draw, stored_bytes
-from benchmarks.quality import COMPARED
+from benchmarks.subjects import COMPARED
 from benchmarks.record import keep, kept
 from tensorize.base.tensors import raw_bytes
 from tensorize.coding.tensors import decode, encode, range_of
