@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
 import tensorize
+import zstandard
 from benchmarks.bits import Draw, stored_bytes
-from benchmarks.subjects import COMPARED
 from benchmarks.record import keep, kept
+from benchmarks.subjects import COMPARED
 from tensorize.base.tensors import raw_bytes
 from tensorize.coding.tensors import decode, encode, range_of
 from tensorize.formats.quantized import inputs_in_full

@@ -18,8 +18,10 @@ from functools import cache
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
+
+import zstandard
+from tensorize.base.tensors import raw_bytes
 
 _MIDDLE = 128
 
@@ -58,11 +60,12 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
 
 def squeezed(data: Tensor, *, packed: bool = False) -> bytes:
     """Bytes (N,), coded; a checksum is among them. ``packed``: few different ones."""
-    found = zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(data.numpy())
+    plain = raw_bytes(data)
+    found = zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(plain)
     if not packed:
         return found
     coder = zlib.compressobj(wbits=zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
-    other = coder.compress(data.numpy()) + coder.flush()
+    other = coder.compress(plain) + coder.flush()
     return other if len(other) < _WORTH * len(found) else found
 
 

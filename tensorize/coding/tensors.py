@@ -94,21 +94,25 @@ def _block(entries: Tensor, *, bound: float) -> tuple[Block, list[bytes], float]
             best = bits, found, packing
         if bool(found.beside.float().mean() < _FEW):
             break
-    coded = None
-    if best is not None:
-        _, found, packing = best
-        coded = steps.encoded(found, entries, packing)
-    if coded is None or sum(map(len, coded)) * 8 > _WORTH * held:
-        exact = planes.encoded(entries)
-        if coded is None or sum(map(len, exact)) <= sum(map(len, coded)):
-            return Block(entries.numel(), _PLANES, 0.0, 0, tuple(map(len, exact))), exact, 0.0
+    if best is None:
+        return _exact(entries)
     _, found, packing = best
+    coded = steps.encoded(found, entries, packing)
+    if sum(map(len, coded)) * 8 > _WORTH * held:
+        exact = _exact(entries)
+        if sum(exact[0].parts) <= sum(map(len, coded)):
+            return exact
     beside = found.beside | (found.codes.abs() > packing.most)
     made = steps.numbers(found.codes, found.step, entries.dtype).double()
     lost = (made - entries.double()).abs_().masked_fill_(beside, 0)
     sizes = tuple(map(len, coded))
     block = Block(entries.numel(), packing.each, found.step, int(beside.sum()), sizes)
     return block, coded, float(lost.max())
+
+
+def _exact(entries: Tensor) -> tuple[Block, list[bytes], float]:
+    parts = planes.encoded(entries)
+    return Block(entries.numel(), _PLANES, 0.0, 0, tuple(map(len, parts))), parts, 0.0
 
 
 def range_of(tensor: Tensor) -> float:

@@ -176,8 +176,10 @@ class Quantized(Format[QuantizedSpec]):
             found = [_coded(numbers[0], spec.kind, metric, dtype)]
         else:
             (order,) = indices or (None,)
+            left, right = numbers
             found = rounded_pair(
-                *numbers,
+                left,
+                right,
                 order,
                 metric,
                 lambda m, own: _coded(m, spec.kind, own, dtype),

@@ -68,7 +68,7 @@ class CodedTensors:
         text = torch.frombuffer(bytearray(json.dumps(index).encode()), dtype=torch.uint8)
         data = b"".join(part for _, part in (*self.tensors.values(), *self.groups))
         size = torch.tensor([len(text)])
-        return {_INDEX: _bytes(zlib.compress(text.numpy(), 9)), _SIZE: size, _DATA: _bytes(data)}
+        return {_INDEX: _bytes(zlib.compress(raw_bytes(text), 9)), _SIZE: size, _DATA: _bytes(data)}
 
     @property
     def about(self) -> dict[str, Any]:
