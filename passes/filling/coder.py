@@ -79,7 +79,10 @@ def coded(filling: Filling, expected: Expected) -> Filled:
 
 def _error(tensor: Tensor, made: Coded) -> float:
     """The largest error of an entry."""
-    off = made.numbers.reshape(tensor.shape).to(tensor.dtype).double() - tensor.double().cpu()
+    off = (
+        made.numbers.reshape(tensor.shape).to(tensor.dtype).double()
+        - tensor.detach().double().cpu()
+    )
     return float(off.abs().max()) if off.numel() else 0.0
 
 
