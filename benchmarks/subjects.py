@@ -121,7 +121,7 @@ def embeddings(
 def loss(model: nn.Module, ids: Tensor) -> float:
     """Cross-entropy of the next token, in nats, over windows (windows, context)."""
     total = 0.0
-    for batch in ids.split(16):
+    for batch in ids.split(BATCH):
         logits = model(batch).logits[:, :-1].float()
         total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
     return total / len(ids)
@@ -129,7 +129,7 @@ def loss(model: nn.Module, ids: Tensor) -> float:
 
 def divergence(model: nn.Module, dense: nn.Module, ids: Tensor) -> float:
     """KL of a model's prediction to the dense model's, in nats a token."""
-    batches = ids.split(16)
+    batches = ids.split(BATCH)
     return predictions(outputs(dense, batches), outputs(model, batches), batches)["kl"]
 
 
@@ -186,10 +186,10 @@ def language_model(seed: int) -> Subject:
     other = stdlib_text.sentences(seed=seed, split="held_out")
 
     def on(texts: list[str]) -> Measure:
-        found = smollm2.windows(tokenizer, texts, CONTEXT)
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-        # A batch of few: logits of 49 k words.
-        return Measure(model, found[order[:WINDOWS]].split(BATCH // 2), predictions)
+        # One document after the other: batches that are held out are then of other documents. Of
+        # few windows each, as logits are of 49 k words.
+        found = smollm2.windows(tokenizer, texts, CONTEXT)[:WINDOWS]
+        return Measure(model, found.split(BATCH // 2), predictions)
 
     calibration, alike, unseen = (on(texts) for texts in (known, alike, other))
     return Subject(
