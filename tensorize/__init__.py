@@ -77,7 +77,7 @@ _HOMES = {name: f"tensorize.{home}" for home, names in _HELD.items() for name in
 
 __all__ = sorted((*_HOMES, "__version__"))  # pyright: ignore[reportUnsupportedDunderAll]
 
-_ROOMS = ("training", "weight")
+_ROOMS = ("distributed", "training", "weight")
 """Folders whose names users call through the front door."""
 
 old_names.stand_in()
