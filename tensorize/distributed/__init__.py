@@ -1,6 +1,23 @@
 """Training on many devices."""
 
-from tensorize.distributed.strategy import CLUSTERS, Cluster, Estimate, Strategy, StrategyPlan, plan
-from tensorize.distributed.strategy import Workload as Workload
+from tensorize.distributed.strategy import (
+    CLUSTERS,
+    Cluster,
+    Estimate,
+    Strategy,
+    StrategyPlan,
+    Timeline,
+    Workload,
+    plan,
+)
 
-__all__ = ["CLUSTERS", "Cluster", "Estimate", "Strategy", "StrategyPlan", "Workload", "plan"]
+__all__ = [
+    "CLUSTERS",
+    "Cluster",
+    "Estimate",
+    "Strategy",
+    "StrategyPlan",
+    "Timeline",
+    "Workload",
+    "plan",
+]

@@ -47,7 +47,7 @@ class Estimate:
 
     ``seconds`` are by cause and add up, ``sent`` are payloads of a step, ``memory`` is of the stage
     that holds most, ``host`` what is on the host. ``bubble`` is the share of the pipeline's time in
-    which the slowest stage waits.
+    which the slowest stage waits. ``stages`` are for the simulator, where asked for.
     """
 
     strategy: Strategy
@@ -57,6 +57,7 @@ class Estimate:
     host: float
     bubble: float
     room: float
+    layers: int = field(repr=False)
     stages: tuple[StageSeconds, ...] = field(default=(), repr=False)
 
     @cached_property
@@ -153,6 +154,7 @@ class Estimator:
             host_bytes(self.workload, strategy),
             waits / whole,
             ROOM * self.cluster.memory,
+            len(self.workload.layers),
             tuple(StageSeconds(*map(float, each)) for each in own) if stages else (),
         )
 

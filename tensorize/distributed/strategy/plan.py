@@ -17,6 +17,7 @@ from tensorize.distributed.strategy.estimate import ROOM, Estimate, Estimator
 from tensorize.distributed.strategy.memory import states_table
 from tensorize.distributed.strategy.reading import workload_of
 from tensorize.distributed.strategy.search import Found, search, styles_of
+from tensorize.distributed.strategy.simulate import Timeline, simulate
 from tensorize.distributed.strategy.strategy import INPUTS, Strategy
 from tensorize.distributed.strategy.workload import Workload
 
@@ -94,6 +95,14 @@ class StrategyPlan:
             if (why := layer.parts(strategy.tp)) is not None:
                 raise TensorizeError(why, way_out=f"tp={self.strategy.tp}")
         return self.estimator(strategy, stages=True)
+
+    def timeline(self, strategy: Strategy | None = None, schedule: str = "1f1b") -> Timeline:
+        """A step of the best strategy, or of another one, run through its schedule.
+
+        Raises:
+            TensorizeError: as ``explain``, or the schedule is unknown.
+        """
+        return simulate(self.best if strategy is None else self.explain(strategy), schedule)
 
     @property
     def tokens(self) -> float:
