@@ -18,6 +18,7 @@ from tensorize.ir.machine import Machine
 from tensorize.ir.precision import INTEGERS
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.passes.allocate.communication import spec_sent
 from tensorize.passes.allocate.flops import spec_flops
 from tensorize.passes.allocate.times import dense_times, first_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -85,12 +86,13 @@ class Forms:
         return found
 
     def costs(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
-        """Parameters, bytes, FLOPs and times at each of the ranks: (ranks, costs)."""
+        """Parameters, bytes, FLOPs, communication and times at each of the ranks: (ranks, costs)."""
         stack, count = self.stack, max(self.sites[0].experts, 1)
         every = EveryRank(stack.matrix, ranks, pivoted, precision)
         size = every.bytes(self.itemsize, sum(len(site.names) for site in self.sites))
         flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
-        sizes = np.stack([every.parameters * count, size * count, flops], axis=1)
+        sent = spec_sent(stack, every) + 0 * ranks
+        sizes = np.stack([every.parameters * count, size * count, flops, sent], axis=1)
         return np.hstack([sizes, self._times(ranks, pivoted, precision)])
 
     def _times(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:

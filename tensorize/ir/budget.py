@@ -10,7 +10,7 @@ from fractions import Fraction
 from tensorize.base.errors import BudgetError
 from tensorize.ir.plan import Totals
 
-_COSTS = ("params", "bytes", "flops", "latency")
+_COSTS = ("params", "bytes", "flops", "latency", "communication")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Budget:
             absolute value. FLOPs are per input row, matmuls against parameters only, the worst over
             the ``batch_sizes`` of the plan; latency is the predicted time of those matmuls in
             microseconds, and holds at each of the ``batch_sizes``.
+        communication: likewise, bytes that a tensor-parallel device sends for one input row in a
+            training step, forward and back, where weights of low rank are split by their
+            bottleneck; a dense weight counts as if it sent its input, or its output, alone. For
+            bytes a step on a mesh there is ``communication_budget`` of a plan of strategies.
         error: largest relative error of any site's weight, in the metric of the analysis.
         loss: largest predicted rise of the loss to preserve (needs calibration data).
 
@@ -36,6 +40,7 @@ class Budget:
     bytes: float | int | None = None
     flops: float | int | None = None
     latency: float | int | None = None
+    communication: float | int | None = None
     error: float | None = None
     loss: float | None = None
 
@@ -69,6 +74,7 @@ class Budget:
         The time at the k-th of the batch sizes is called ``latency[k]``.
         """
         whole = {"params": dense.parameters, "bytes": dense.bytes, "flops": dense.flops}
+        whole["communication"] = dense.communication
         limits: dict[str, float] = {}
         if self.latency is not None:
             for k, time in enumerate(dense.latency):

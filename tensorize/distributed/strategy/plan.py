@@ -20,6 +20,7 @@ from tensorize.distributed.strategy.search import Found, search, styles_of
 from tensorize.distributed.strategy.simulate import Timeline, simulate
 from tensorize.distributed.strategy.strategy import INPUTS, Strategy
 from tensorize.distributed.strategy.workload import Workload
+from tensorize.ir.budget import Budget
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -103,6 +104,22 @@ class StrategyPlan:
             TensorizeError: as ``explain``, or the schedule is unknown.
         """
         return simulate(self.best if strategy is None else self.explain(strategy), schedule)
+
+    def communication_budget(self, size: float) -> Budget:
+        """The budget at which tensor parallelism sends so many bytes a step on the plan's mesh.
+
+        They are the payloads of one pipeline's layers, on a device of each of its stages.
+
+        Raises:
+            TensorizeError: the plan has no tensor parallelism, or a row would have no byte.
+        """
+        rows = self.batch // self.strategy.dp * self.sequence
+        if self.strategy.tp == 1 or size < rows:
+            raise TensorizeError(
+                f"{printer.bytes_(size)} are no limit for {rows} rows on {self.strategy}",
+                way_out="a plan with tp > 1, and more bytes",
+            )
+        return Budget(communication=int(size // rows))
 
     @property
     def tokens(self) -> float:
