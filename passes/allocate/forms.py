@@ -86,7 +86,7 @@ class Forms:
         return found
 
     def costs(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
-        """Parameters, bytes, FLOPs, communication and times at each of the ranks: (ranks, costs)."""
+        """The costs at each of the ranks: (ranks, costs)."""
         stack, count = self.stack, max(self.sites[0].experts, 1)
         every = EveryRank(stack.matrix, ranks, pivoted, precision)
         size = every.bytes(self.itemsize, sum(len(site.names) for site in self.sites))
