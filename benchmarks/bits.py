@@ -31,8 +31,9 @@ from torch import nn
 
 import tensorize
 from benchmarks import bit_peers
-from benchmarks.quality import COMPARED, TITLES, Measure, Run, Subject
+from benchmarks.quality import TITLES, Run
 from benchmarks.record import keep, kept
+from benchmarks.subjects import COMPARED, Measure, Subject
 from tensorize.base.errors import BudgetError
 from tensorize.formats.quantized import inputs_in_full
 

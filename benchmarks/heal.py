@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorize
-from benchmarks.quality import BATCH, CONTEXT, DECODERS, WINDOWS, divergence, loss, text
 from benchmarks.record import keep, kept
+from benchmarks.subjects import BATCH, CONTEXT, DECODERS, WINDOWS, divergence, loss, text
 from tensorize.base.printer import table
 
 STEPS = 300

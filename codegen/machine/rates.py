@@ -101,7 +101,8 @@ def keep(machine: Machine, device: str = "cpu") -> Path:
 
 @torch.no_grad()
 def measure(device: str = "cpu") -> Machine:
-    """Time calls, matmuls of several numbers of rows, and one row against a weight in no cache."""
+    """Time calls, matmuls of several numbers of rows, one row against a weight in no cache, columns
+    in another order."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -120,5 +121,8 @@ def measure(device: str = "cpu") -> Machine:
         rates.append((name, tuple(found)))
     wide = draw(_WIDE, _WIDE)
     bandwidth = 4 * _WIDE**2 / seconds(wide, 1)
+    order = torch.randperm(_WIDTH, generator=generator, device=device).int()
+    x = draw(_WIDTH, _WIDTH)
+    by_index = timer.seconds_of(lambda: x.index_select(-1, order), device) / x.numel()
     multiple = 1 if device == "cpu" else _GPU_MULTIPLE
-    return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch, multiple)
+    return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch, multiple, by_index)

@@ -19,7 +19,7 @@ from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
 from tensorize.formats.order import in_order, in_order_time, inverse
-from tensorize.ir.machine import Machine, lookup_time, matmul_time
+from tensorize.ir.machine import Machine, bytes_of, lookup_time, matmul_time
 from tensorize.ir.precision import INTEGERS, Precision
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Index, Spec, TTSpec
@@ -208,7 +208,12 @@ def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
     if not spec.pivoted:
         return matmul_time(machine, rows, n, rank, dtype)
     took = matmul_time(machine, rows, n - rank, rank, dtype)
-    return took + in_order_time(machine, rows, n, dtype)
+    return took + in_order_time(machine, rows, n, dtype) + _added_time(machine, rows, rank, dtype)
+
+
+def _added_time(machine: Machine, rows: Any, rank: Any, dtype: str) -> Any:
+    """Microseconds of what is added to a product: read, the product being in the cache still."""
+    return 1e6 * (machine.launch + bytes_of(dtype) * rows * rank / machine.bandwidth)
 
 
 def product(x: Tensor, rest: Tensor, order: Tensor | None = None) -> Tensor:

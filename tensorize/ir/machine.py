@@ -19,7 +19,8 @@ class Machine:
     """What matmuls cost on a machine: FLOP/s, bytes/s, and the seconds of a call.
 
     ``rates`` are pairs of a dtype and its FLOP/s at each of ``rows`` input rows. Ranks that are
-    multiples of ``rank_multiple`` suit its matrix units.
+    multiples of ``rank_multiple`` suit its matrix units. ``by_index``: the seconds in which an
+    element is read by its index and written to memory that was not in use, at many rows.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Machine:
     bandwidth: float
     launch: float
     rank_multiple: int = 1
+    by_index: float = 1.5e-9
 
     @property
     def reads_orders(self) -> bool:
@@ -45,6 +47,7 @@ class Machine:
             known = zip(self.rows, rates, strict=True)
             each = ", ".join(f"{rate / 1e9:.4g} at {rows}" for rows, rate in known)
             lines.append(f"{dtype}: GFLOP/s at so many rows: {each}")
+        lines.append(f"an element by its index: {1e9 * self.by_index:.3g} ns")
         return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tensorize
-from benchmarks.quality import text
+from benchmarks.subjects import text
 from examples.llama import load_pretrained as trained_llama
 from tests.models import CASES, MLP, Case, held_bytes, parameters, relative
 

@@ -71,7 +71,7 @@ def test_outputs_without_logits_come_nearer_too(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_a_trained_gpt_at_a_tenth_of_its_size_recovers_half_of_the_rise() -> None:
     """``python -m benchmarks.heal`` takes 300 steps on more text."""
-    from benchmarks.quality import divergence, loss, text
+    from benchmarks.subjects import divergence, loss, text
     from examples.gpt import load_pretrained
 
     dense = load_pretrained()
