@@ -34,7 +34,7 @@ class StrategyPlan:
     """How a model is trained on so many devices: the best strategy, and the others.
 
     ``best`` is its estimate; ``others`` are those that fit by growing time; ``refused`` says which
-    numbers of tensor-parallel devices the model does not allow, and why.
+    numbers of tensor-parallel devices the model does not allow, and which meshes do not fit.
     """
 
     workload: Workload
@@ -157,7 +157,10 @@ class StrategyPlan:
         ]
         if self.refused:
             lines.append("")
-            lines += [f"not {name}: {why}" for name, why in self.refused.items()]
+            told = list(self.refused.items())[:_SHOWN]
+            lines += [f"not {name}: {why}" for name, why in told]
+            if len(self.refused) > _SHOWN:
+                lines.append(f"and {len(self.refused) - _SHOWN} more (plan.refused)")
         return printer.plain("\n".join(lines))
 
     def _table(self) -> str:
@@ -176,13 +179,12 @@ class StrategyPlan:
         return printer.table(titles, rows, width=160, align=align)
 
     def shown(self) -> Iterator[Estimate]:
-        """The best of each mesh and style, by growing time, and what would be best with room."""
-        known: set[tuple[object, ...]] = set()
+        """The best of each mesh and style, by growing time."""
+        known: set[str] = set()
         for each in (self.best, *self.others):
             s = each.strategy
-            mesh = s.pp, s.dp, s.tp, s.style
-            if mesh not in known and len(known) < _SHOWN:
-                known.add(mesh)
+            if s.mesh not in known and len(known) < _SHOWN:
+                known.add(s.mesh)
                 yield each
 
     def why_not(self, other: Estimate) -> str:

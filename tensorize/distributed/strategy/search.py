@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tensorize.base import printer
 from tensorize.distributed.strategy.estimate import ROOM, Estimate, Estimator
 from tensorize.distributed.strategy.strategy import (
     BTP,
@@ -21,7 +23,10 @@ from tensorize.distributed.strategy.workload import Workload
 
 @dataclass(frozen=True)
 class Found:
-    """The estimates of a search by growing time, those that fit; and what did not."""
+    """The estimates of a search by growing time, those that fit; and what did not.
+
+    ``refused`` says of numbers of tensor-parallel devices, and of meshes, why there is none.
+    """
 
     fitting: tuple[Estimate, ...]
     leanest: Estimate | None
@@ -76,22 +81,27 @@ def search(estimator: Estimator, devices: int, batch: int) -> Found:
     fitting: list[Estimate] = []
     leanest: tuple[float, Strategy] | None = None
     too_large: set[Strategy] = set()
+    refused = {
+        f"tp {tp}": why
+        for tp in divisors(devices)
+        if (why := next(filter(None, (each.parts(tp) for each in estimator.over.unlike)), None))
+    }
     for layout in layouts(workload, devices, batch):
+        least, before = math.inf, len(fitting)
         for strategy in variants(workload, layout):
             how = replace(strategy, rows=1, micro=1)
             if how in too_large:
                 continue
             held = sum(estimator.memory(strategy).values())
+            least = min(least, held)
             if leanest is None or held < leanest[0]:
                 leanest = held, strategy
             if held > room:
                 too_large.add(how)
             else:
                 fitting.append(estimator(strategy))
+        if len(fitting) == before:
+            why = f"needs {printer.bytes_(least)} of {printer.bytes_(room)} at the least"
+            refused[layout.mesh] = why
     fitting.sort(key=lambda found: (found.total, found.strategy))
-    refused = {
-        f"tp {tp}": why
-        for tp in divisors(devices)
-        if (why := next(filter(None, (each.parts(tp) for each in estimator.over.unlike)), None))
-    }
     return Found(tuple(fitting), None if leanest is None else estimator(leanest[1]), refused)

@@ -61,9 +61,13 @@ class Strategy:
         """Sequences of a step."""
         return self.dp * self.rows * self.micro
 
+    @property
+    def mesh(self) -> str:
+        """Its devices and how they share weights, for people."""
+        return f"pp {self.pp}, dp {self.dp}, tp {self.tp} {self.style}"
+
     def __str__(self) -> str:
-        parts = [f"pp {self.pp}", f"dp {self.dp}", f"tp {self.tp} {self.style}"]
-        parts += [f"{self.micro} x {self.rows}"]
+        parts = [self.mesh, f"{self.micro} x {self.rows}"]
         parts += [f"again: {self.checkpoint}"] if self.checkpoint != KEEP else []
         parts += ["fsdp"] * self.sharded + ["offload"] * self.offload
         return ", ".join(parts)

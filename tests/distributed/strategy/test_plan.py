@@ -78,6 +78,17 @@ def test_it_says_why_the_others_lose_and_is_kept_as_json() -> None:
     assert len(data["others"]) == len(found.others)
 
 
+def test_meshes_that_do_not_fit_are_told() -> None:
+    large = Workload.decoder(8192, 28672, 40, 64, 32000)
+    found = plan(large, devices=16, machine="a100-40", batch=16, sequence=16384)
+    why = {name: text for name, text in found.refused.items() if name.startswith("pp")}
+    assert why
+    for name, text in why.items():
+        assert name not in {e.strategy.mesh for e in (found.best, *found.others)}
+        assert "of 36.0 GB" in text
+    assert f"not {next(iter(found.refused))}" in str(found)
+
+
 def test_any_strategy_is_explained_and_one_that_does_not_suit_is_refused() -> None:
     found = plan(SMALL, devices=8, machine="a100-40", batch=16, sequence=1024)
     btp = found.explain(Strategy(1, 2, 4, "btp", 8, 1))
