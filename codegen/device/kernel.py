@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tensorize.base import printer
+from tensorize.base import html, printer
 from tensorize.codegen.device import autotune, compiler
 from tensorize.codegen.device.compiler import Compiled
 from tensorize.codegen.triton import source as triton_source
@@ -27,6 +27,11 @@ class Kernel:
 
     ``str()`` is its source: it is formatted, says what it computes, and runs alone. ``dtype`` is
     that of the model's weights.
+
+    Example:
+        >>> kernels = tensorize.kernels(tensorize.weight.plain(copy.deepcopy(small)))
+        >>> all("@triton.jit" in str(kernel) for kernel in kernels.values())
+        True
     """
 
     name: str
@@ -47,6 +52,9 @@ class Kernel:
 
     def __str__(self) -> str:
         return printer.plain(self.source.text)
+
+    def _repr_html_(self) -> str:
+        return html.text(str(self))
 
     def __repr__(self) -> str:
         return f"Kernel({self.name!r}, {self.dtype})"

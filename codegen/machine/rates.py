@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear
 
 from tensorize.base import files, timer
 from tensorize.base.records import plain, record
@@ -106,15 +108,19 @@ def measure(device: str = "cpu") -> Machine:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        found = torch.randn(shape, generator=generator, device=device)
+        return (found if dtype.is_floating_point else 32 * found).to(dtype)
 
     def seconds(weight: torch.Tensor, rows: int) -> float:
         x = draw(rows, weight.shape[1], dtype=weight.dtype)
-        return timer.seconds_of(lambda: torch.nn.functional.linear(x, weight), device)
+        run = partial(linear, x, weight)
+        if not weight.is_floating_point():
+            run = partial(torch._int_mm, x, weight.t())  # pyright: ignore[reportPrivateImportUsage]
+        return timer.seconds_of(run, device)
 
     launch = seconds(draw(8, 8), 1)
     rates = []
-    for name in _DTYPES:
+    for name in (*_DTYPES, *(("int8",) if device == "cpu" else ())):
         weight = draw(_WIDTH, _WIDTH, dtype=getattr(torch, name))
         took = [max(seconds(weight, rows) - launch, 1e-9) for rows in _ROWS]
         found = (2 * n * _WIDTH**2 / t for n, t in zip(_ROWS, took, strict=True))

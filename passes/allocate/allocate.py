@@ -35,6 +35,7 @@ from tensorize.passes.allocate.demand import SLOWER, Demand
 from tensorize.passes.allocate.feasible import refusal
 from tensorize.passes.allocate.flops import element_size
 from tensorize.passes.allocate.groups import group_points
+from tensorize.passes.allocate.inputs import Inputs
 from tensorize.passes.allocate.slower import slow_choices, with_excess, without_slow_points
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.formats import joins
@@ -56,6 +57,8 @@ class Allocate:
     that it does not name stay dense. ``even``: weights that nothing tells apart get the same.
     ``notes`` are for the plan; ``pivots``: where the machine can run it, low rank need not store
     what a change of basis can remove; ``always``: wherever it need not it does not.
+    ``activations``: what inputs of quantized weights are rounded to, of ``INPUTS`` (None: what is
+    good and fast).
     """
 
     budget: Budget | None
@@ -70,6 +73,7 @@ class Allocate:
     pivots: bool = True
     always: bool = False
     precision: PrecisionOption = None
+    activations: str | None = None
     name: str = "allocate"
 
     def __post_init__(self) -> None:
@@ -90,10 +94,10 @@ class Allocate:
             points = self._points(analysed, last_resort=False)
             chosen = Chosen(points, [0] * len(points), 0.0)
         else:
-            demand = self.demand(analysed)
-            found = demand.choose(self.budget)
+            demand, budget = self.demand(analysed), self.budget.of_bytes
+            found = demand.choose(budget)
             if found is None:
-                raise refusal(demand, self.budget)
+                raise refusal(demand, budget)
             chosen = found
         plan = self._plan(analysed, chosen)
         kept = plan.predicted.parameters / plan.dense.parameters
@@ -142,6 +146,9 @@ class Allocate:
         load, scale = (self.batch_sizes, analysed.machine), scales(analysed)
         pivots = self.always or (self.pivots and analysed.machine.reads_orders)
         bits = integers(self.precision)
+        # A pack takes more than all else of a weight: where memory is limited there is none.
+        packs = self.budget is None or self.budget.bytes is None
+        inputs = Inputs(self.activations, packs)
         result = []
         for site in analysed.sites:
             curve = analysed.spectra.get(site.name)
@@ -181,6 +188,7 @@ class Allocate:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
                 how: dict[str, Any] = {"pivots": pivots, "always": self.always}
                 how |= {"own": takes_own(self.precision, site.dtype), "precisions": bits}
+                how |= {"inputs": inputs}
                 how |= {"worth": analysed.predictor and analysed.predictor.worth}
                 result.append(curve_points(*given, scale[site.name], **how))
         names = {

@@ -18,7 +18,6 @@ from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.forms import (
     PRECISION,
     Forms,
-    inputs_lost,
     labelled,
     labels,
     rounding_lost,
@@ -26,6 +25,7 @@ from tensorize.passes.allocate.forms import (
     takes_pivots,
     worth_of,
 )
+from tensorize.passes.allocate.inputs import Inputs, inputs_lost
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.stages import Analysed
@@ -38,6 +38,8 @@ COSTS = ("params", "bytes", "flops", "communication")
 # some trained model, and so does the same share for all; this fails on none of the three tried
 # (`python -m benchmarks.no_data`).
 _RELATIVE = 0.15
+
+_USUAL = Inputs()
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def curve_points(
     always: bool = False,
     own: bool = True,
     precisions: Sequence[str] = (),
+    inputs: Inputs = _USUAL,
     worth: Mapping[str, float] | None = None,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
@@ -205,7 +208,8 @@ def curve_points(
     ``scale`` turns its distortion into what the allocation minimises; ``pivots``: low rank need not
     store what a change of basis can remove, and ``always``: where it need not it does not.
     ``own``: entries may keep the weight's own dtype; ``precisions``: those that they may have;
-    ``worth``: by what the distortion of a family of forms counts.
+    ``inputs``: what inputs may be rounded to; ``worth``: by what the distortion of a family of
+    forms counts.
     """
     site = curve.site
     spectral = any(named(name).spectral for name in allowed)
@@ -229,16 +233,18 @@ def curve_points(
     dense = any(map(is_dense, allowed))
     for rounding in (each for each in curve.roundings if each.precision in precisions):
         name, none = rounding.precision, np.zeros(1, int)
-        for pivoted, those in forms.in_bits(ranks, pivots=pivots).items():
-            rows.append(forms.costs(those, pivoted, name))
-            added = rounding.low_rank.numpy()[those] + inputs_lost(curve, those, name, machine)
-            lost.append(curve.distortion.numpy()[those] + added)
-            kinds.append(labels(those, pivoted, name))
-        if dense:
-            spec = spec_of(site, 0, False, name)
+        for pivoted, every in forms.in_bits(ranks, pivots=pivots).items():
+            for kind, those in inputs.of(forms, curve, every, pivoted, rounding):
+                rows.append(forms.costs(those, pivoted, name, kind))
+                added = inputs_lost(curve, those, name, kind, machine)
+                added = added + rounding.low_rank.numpy()[those]
+                lost.append(curve.distortion.numpy()[those] + added)
+                kinds.append(labels(those, pivoted, name, kind))
+        for kind, those in inputs.of(forms, curve, none, False, rounding) if dense else ():
+            spec = spec_of(site, 0, False, name, kind)
             rows.append(np.array([_costs(site, spec, itemsize, batch_sizes, machine)]))
-            lost.append(rounding.dense + inputs_lost(curve, none, name, machine))
-            kinds.append(labels(none, False, name))
+            lost.append(rounding.dense + inputs_lost(curve, those, name, kind, machine))
+            kinds.append(labels(those, False, name, kind))
     reason = None
     if not any(map(len, rows)):
         reason = f"no rank of {', '.join(f for f in allowed if not is_dense(f))} saves parameters"

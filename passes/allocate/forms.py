@@ -6,7 +6,7 @@ whose product with the input is computed once.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from tensorize.formats.low_rank import EveryRank
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.machine import Machine
-from tensorize.ir.precision import INTEGERS
+from tensorize.ir.precision import INPUTS, INTEGERS, ONE_DIGIT
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.allocate.communication import spec_sent
 from tensorize.passes.allocate.flops import spec_flops
 from tensorize.passes.allocate.times import dense_times, first_times, spec_times
@@ -33,7 +34,7 @@ BITS, BOTH = "bits", "ranks with bits"
 _RANKS = 96
 """Ranks of a weight that are tried at each number of bits."""
 
-_NAMES = tuple(INTEGERS)
+_KINDS = tuple(itertools.product(INPUTS, INTEGERS))
 
 _ROUNDING = 1.2
 """The relative change of a weight by rounding such factors, in eps of their dtype; measured are .3
@@ -70,9 +71,9 @@ class Forms:
             taken = ranks[takes_pivots(self.stack, ranks)]
             if always:
                 return {False: np.setdiff1d(found[False], taken), True: taken}
-            fast = np.setdiff1d(found[False], self._slow(found[False], False))
+            fast = found[False][~self.slow(found[False], False)]
             # Not those at which the pass over the input is what alone makes it slower than dense.
-            found[True] = np.setdiff1d(taken, np.intersect1d(self._slow(taken, True), fast))
+            found[True] = np.setdiff1d(taken, np.intersect1d(taken[self.slow(taken, True)], fast))
         return found
 
     def in_bits(self, ranks: np.ndarray, *, pivots: bool) -> dict[bool, np.ndarray]:
@@ -85,28 +86,50 @@ class Forms:
             found[True] = few[takes_pivots(self.stack, few)]
         return found
 
-    def costs(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
+    def costs(
+        self,
+        ranks: np.ndarray,
+        pivoted: bool,
+        precision: str | None = None,
+        inputs: str = ONE_DIGIT,
+    ) -> np.ndarray:
         """The costs at each of the ranks: (ranks, costs)."""
         stack, count = self.stack, max(self.sites[0].experts, 1)
-        every = EveryRank(stack.matrix, ranks, pivoted, precision)
+        every = EveryRank(stack.matrix, ranks, pivoted, precision, inputs)
         size = every.bytes(self.itemsize, sum(len(site.names) for site in self.sites))
         flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
         sent = spec_sent(stack, every) + 0 * ranks
         sizes = np.stack([every.parameters * count, size * count, flops, sent], axis=1)
-        return np.hstack([sizes, self._times(ranks, pivoted, precision)])
+        return np.hstack([sizes, self._times(ranks, pivoted, precision, inputs)])
 
-    def _times(self, ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
-        load = self.batch_sizes, self.machine
-        each = [(site, EveryRank(site.matrix, ranks, pivoted, precision)) for site in self.sites]
+    def _times(
+        self,
+        ranks: np.ndarray,
+        pivoted: bool,
+        precision: str | None = None,
+        inputs: str = ONE_DIGIT,
+    ) -> np.ndarray:
+        load, how = (self.batch_sizes, self.machine), (ranks, pivoted, precision, inputs)
+        each = [(site, EveryRank(site.matrix, *how)) for site in self.sites]
         total = np.sum([spec_times(site, every, *load) for site, every in each], axis=0)
         saved = [first_times(site, every, *load) for site, every in each[1:]]
         return total - np.sum(saved, axis=0) if saved else total
 
-    def _slow(self, ranks: np.ndarray, pivoted: bool) -> np.ndarray:
-        """The ranks at which this form takes more time than the dense weights."""
+    def slow(
+        self,
+        ranks: np.ndarray,
+        pivoted: bool,
+        precision: str | None = None,
+        inputs: str = ONE_DIGIT,
+    ) -> np.ndarray:
+        """At which ranks this form takes more time than the dense weights."""
         load = self.batch_sizes, self.machine
         dense = np.sum([dense_times(site, *load) for site in self.sites], axis=0)
-        return ranks[(self._times(ranks, pivoted) > dense).any(-1)]
+        if not len(ranks) or ranks[0]:
+            return (self._times(ranks, pivoted, precision, inputs) > dense).any(-1)
+        (site,) = self.sites
+        took = spec_times(site, spec_of(site, 0, pivoted, precision, inputs), *load)
+        return np.array([(took > dense).any()])
 
 
 def takes_pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
@@ -121,34 +144,23 @@ def rounding_lost(curve: Spectrum, pivoted: bool) -> float:
     return pivoted * float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
 
 
-def inputs_lost(curve: Spectrum, ranks: np.ndarray, precision: str, machine: Machine) -> np.ndarray:
-    """What is lost by inputs that are rounded, too, as products of integers want: at each rank.
-
-    Of rank 0 it is the matrix itself. A row has one step, and so the more noise the further its
-    largest entry is out: of n entries of a normal distribution by sqrt(2 log n) deviations.
-    """
-    site, kind = curve.site, INTEGERS[precision]
-    columns = any(use.contract == "columns" for use in site.uses)
-    if kind.bits != 8 or site.experts or not columns or not machine.multiplies_integers:
-        return np.zeros(len(ranks))
-    logs = math.log(site.matrix[1]) + np.log(np.maximum(ranks, 1))
-    return float(curve.distortion[0]) * 2 * logs / (12 * kind.codes[1] ** 2)
-
-
-def labels(ranks: np.ndarray, pivoted: bool, precision: str | None = None) -> np.ndarray:
+def labels(
+    ranks: np.ndarray, pivoted: bool, precision: str | None = None, inputs: str = ONE_DIGIT
+) -> np.ndarray:
     """A positive number for each rank in one of the forms, which ``labelled`` reads.
 
     Of rank 0 it is the dense weight in a precision.
     """
-    kind = 0 if precision is None else 1 + _NAMES.index(precision)
+    kind = 0 if precision is None else 1 + _KINDS.index((inputs, precision))
     return ranks + pivoted * _PIVOTED + kind * PRECISION
 
 
-def labelled(label: int) -> tuple[int, bool, str | None]:
-    """Rank, form and precision."""
+def labelled(label: int) -> tuple[int, bool, str | None, str]:
+    """Rank, form, precision, and what inputs are rounded to."""
     kind, rest = divmod(label, PRECISION)
     pivoted, rank = divmod(rest, _PIVOTED)
-    return rank, bool(pivoted), _NAMES[kind - 1] if kind else None
+    inputs, precision = _KINDS[kind - 1] if kind else (ONE_DIGIT, None)
+    return rank, bool(pivoted), precision, inputs
 
 
 def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:
@@ -158,10 +170,12 @@ def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:
     return np.select([bits & matrix, bits], known, 1.0)
 
 
-def spec_of(site: Site, rank: int, pivoted: bool, precision: str | None) -> Spec:
+def spec_of(
+    site: Site, rank: int, pivoted: bool, precision: str | None, inputs: str = ONE_DIGIT
+) -> Spec:
     """The spec of a point: of rank 0 that of the matrix itself."""
     experts = (site.experts,) if site.experts else ()
     inner: Spec = DenseSpec((*experts, *site.matrix))
     if rank:
         inner = TTSpec.low_rank(*site.matrix, rank, experts=site.experts, pivoted=pivoted)
-    return inner if precision is None else QuantizedSpec(inner, precision)
+    return inner if precision is None else QuantizedSpec(inner, precision, inputs)

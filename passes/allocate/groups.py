@@ -45,7 +45,7 @@ class GroupPoints(Points):
         if label >= 0:
             own = zip(self.members, self.picks[label].tolist(), strict=True)
             return tuple(plan for member, pick in own for plan in member.plans(pick))
-        rank, pivoted, _ = labelled(-label)
+        rank, pivoted, *_ = labelled(-label)
         plans = []
         names = ", ".join(curve.site.name for curve in self.curves)
         for curve in self.curves:

@@ -78,7 +78,6 @@ def without_slow_points(points: Sequence[Points], negligible: np.ndarray) -> lis
     found = []
     for p in points:
         fast = (p.costs[:, -len(negligible) :] <= negligible / max(free, 1)).all(-1)
-        fast |= p.in_bits  # who asks for bits asks for bytes, and is told of the time
         # A weight of which every point is slow (its rank is forced, say) keeps them all.
         useful = p.fixed is None and fast.any() and not fast.all()
         found.append(p.only(np.flatnonzero(fast)) if useful else p)

@@ -20,6 +20,7 @@ from torch import Tensor
 from tensorize.algebra.factors import best_factors, singular_squares
 from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.svd import tail_sums
+from tensorize.base.memory import give_back
 from tensorize.base.tensors import at_work
 from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
@@ -88,6 +89,7 @@ class ComputeSpectra:
         observed.progress("spectra", len(spectra), whole)
         for site, curve in zip(todo, side_by_side(curve_of, todo, is_small), strict=True):
             spectra[site.name] = curve if self.store is None else self.store.keep(curve)
+            give_back()
             observed.progress("spectra", len(spectra), whole)
         return spectra
 

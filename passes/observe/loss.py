@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.base.memory import in_rows
 from tensorize.capture.forward import once, untouched
+from tensorize.ir.plan import NATS, OF_VARIANCE, THE_CALLERS
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
@@ -85,17 +87,18 @@ class PreservedLoss:
         What ``run`` gives for a batch are the outputs; by default, the model's own.
         """
         if loss_fn is not None:
-            return cls(loss_fn, {}, "loss_fn")
+            return cls(loss_fn, {}, THE_CALLERS)
         sums: dict[str, _Sums] = {}
         with untouched(model):
             for batch in batches:
                 for output in outputs_of(run(model, batch), batch, model):
                     _require_finite(output, batch)
                     if output.logits:
-                        return cls(None, {}, "nats")
-                    sums.setdefault(output.name, _Sums()).add(output.rows.double())
+                        return cls(None, {}, NATS)
+                    for (rows,) in in_rows(output.rows):
+                        sums.setdefault(output.name, _Sums()).add(rows.double())
         variances = {name: found.variance for name, found in sums.items()}
-        return cls(None, variances, "relative squared error")
+        return cls(None, variances, OF_VARIANCE)
 
     def probe(
         self, result: Any, batch: Batch, model: nn.Module, generator: torch.Generator
@@ -117,9 +120,7 @@ class PreservedLoss:
             # Every output is a mean over its own rows: bring them to the first one's count.
             share = math.sqrt(outputs[0].rows.shape[0] / max(rows.shape[0], 1))
             if output.logits:
-                chance = rows.detach().softmax(-1).cpu()
-                drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
-                total = total - share * rows.log_softmax(-1).gather(1, drawn).sum()
+                total = total + share * _likelihood(rows, generator)
             else:
                 noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(
                     rows.device
@@ -242,16 +243,29 @@ def _require_finite(output: Output, batch: Batch) -> None:
         )
 
 
+def _likelihood(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """A scalar with the gradient of −log p of labels drawn from the prediction of rows of logits.
+
+    That gradient is the chances, less one at the label. With it at hand nothing as large as the
+    logits is kept for the backward pass but itself.
+    """
+    chances = rows.detach().softmax(-1)
+    drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(rows.device)
+    gradient = chances.scatter_add_(1, drawn, chances.new_full(drawn.shape, -1.0))
+    return torch.dot(rows.flatten(), gradient.flatten())
+
+
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL of the prediction to the dense model's, in nats, its sum over rows of logits."""
-    return _divergence_terms(dense, logits).sum(dtype=torch.float64)
+    """KL of the prediction to the dense model's, in nats, its sum over rows of logits (…, V)."""
+    each = in_rows(dense.flatten(0, -2), logits.flatten(0, -2))
+    return torch.stack([_terms(*part).sum(dtype=torch.float64) for part in each]).sum()
 
 
 def row_divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL of the prediction to the dense model's, in nats, of every row of logits."""
-    return _divergence_terms(dense, logits).sum(-1)
+    """KL of the prediction to the dense model's, in nats, of every row of logits (rows, V)."""
+    return torch.cat([_terms(*part).sum(-1) for part in in_rows(dense, logits)])
 
 
-def _divergence_terms(dense: Tensor, logits: Tensor) -> Tensor:
+def _terms(dense: Tensor, logits: Tensor) -> Tensor:
     p, q = dense.float().log_softmax(-1), logits.float().log_softmax(-1)
     return (p.exp() * (p - q)).masked_fill(p == -math.inf, 0.0)  # chance 0: no loss

@@ -14,6 +14,8 @@ from tensorize.ir.sites import LARGEST_FULL_MOMENT, Site
 
 # Gradients of samples, or products of their rows, are held so many elements at a time.
 _ELEMENTS = 16_000_000
+# The width from which on a symmetric product is made in parts, in less time.
+_SYMMETRIC = 512
 
 
 @dataclass
@@ -167,16 +169,30 @@ def among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
 
 
 def moment_of(rows: Tensor, width: int) -> Tensor:
-    """Σ x xᵀ over the rows, in float64: full (width, width), or its diagonal (width,)."""
+    """Σ x xᵀ over the rows: full (width, width), or its diagonal (width,)."""
     if width > LARGEST_FULL_MOMENT:
         return widened(rows).square().sum(0, dtype=torch.float64).cpu()
     return products(rows).cpu()
 
 
 def products(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Σ x yᵀ over the rows of x and y (x itself where there is none), in float64."""
+    """Σ x yᵀ over the rows of x and y (x itself where there is none), in their precision."""
     x = widened(x)
-    return (x.t() @ (x if y is None else widened(y))).double()
+    return _square(x) if y is None else x.t() @ widened(y)
+
+
+def _square(x: Tensor) -> Tensor:
+    """xᵀ x (N, N), of which what lies on both sides of the diagonal is made once."""
+    width = x.shape[1]
+    if width < _SYMMETRIC:
+        return x.t() @ x
+    half = width // 2
+    result = x.new_empty(width, width)
+    left, right = x[:, :half], x[:, half:]
+    result[:half, :half], result[half:, half:] = _square(left), _square(right)
+    torch.mm(left.t(), right, out=result[:half, half:])
+    result[half:, :half] = result[:half, half:].t()
+    return result
 
 
 def widened(rows: Tensor) -> Tensor:
@@ -185,7 +201,7 @@ def widened(rows: Tensor) -> Tensor:
 
 
 def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum, in the place of ``total``; None is nothing yet."""
+    """The sum in float64, in the place of ``total``; None is nothing yet."""
     if part is None or total is None:
-        return part if total is None else total
+        return total if part is None else part.double()
     return total.add_(part)

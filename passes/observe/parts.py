@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError
 from tensorize.capture.forward import untouched
-from tensorize.capture.inputs import batch_of
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.outputs import call, essential
 
@@ -53,7 +52,8 @@ def in_parts(
 
 
 def _leaves(batch: Batch) -> list[Tensor]:
-    leaves = pytree.tree_leaves(batch.given)
+    given = pytree.tree_leaves(batch.given)
+    leaves = given and [*given, *pytree.tree_leaves((batch.args, dict(batch.kwargs)))]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
 
 
@@ -72,8 +72,9 @@ def _part(batch: Batch, first: int, step: int) -> Batch:
         several = isinstance(value, Tensor) and value.dim() > 0
         return value[first::step].contiguous() if several else value
 
-    part = batch_of(pytree.tree_map(some, batch.given))
-    return replace(part, names=batch.names, number=batch.number)
+    whole = batch.args, dict(batch.kwargs), batch.given
+    args, kwargs, given = pytree.tree_map(some, whole)
+    return replace(batch, args=args, kwargs=kwargs, given=given)
 
 
 def _is_whole(model: nn.Module, whole: Any, parts: list[Batch], samples: int) -> bool:

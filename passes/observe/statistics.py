@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import ModelError
+from tensorize.base.memory import give_back
 from tensorize.capture.forward import untouched
 from tensorize.capture.inner_gradients import is_transformed
 from tensorize.capture.matmul import Frame, Matmul
@@ -114,6 +115,7 @@ class CollectStatistics:
                     total *= probes
             else:
                 _add_inputs(found.model, batch, wanted, sites, moments, found.counted)
+            give_back()
         found.progress("statistics", total, total)
         for term in (term for moment in moments.values() for term in moment.terms.values()):
             term.output_rows, term.probes = output_rows, probes

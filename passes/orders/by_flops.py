@@ -76,6 +76,10 @@ def plan_contraction(
         ValueError: ``contract`` is neither side, or there are too many cores.
         BudgetError: no tree stays within ``memory_limit`` at batch 1. The message names the
             smallest possible peak.
+
+    Example:
+        >>> tensorize.plan_contraction(tensorize.TTSpec((8, 8), (4, 8), (5,))).flops(16) > 0
+        True
     """
     if contract not in ("columns", "rows"):
         raise ValueError(f"contract is 'columns' or 'rows', got {contract!r}")

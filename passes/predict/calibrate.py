@@ -93,7 +93,12 @@ class CalibratePrediction:
         trials = self._measured(learned, chosen, known, reference)
         without = None if self.held_out else reference.measure(_nothing(learned)).rise
         ranks = Predictor(
-            _ordered(trials), self.loss.unit, bool(self.held_out), self.refinements, without
+            _ordered(trials),
+            self.loss.unit,
+            bool(self.held_out),
+            self.refinements,
+            without,
+            text_loss=reference.text_loss(),
         )
         predictor = self._with_families(ranks, learned, reference)
         plain = [trial for trial in predictor.trials if trial.refine is None]

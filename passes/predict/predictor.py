@@ -66,6 +66,8 @@ class Predictor:
     """Where nothing was held out: the rise with none of the weights that may be compressed."""
     worth: Mapping[str, float] = field(default_factory=dict)
     """What a distortion of each family of forms counts in sums, beside that of ranks: as much."""
+    text_loss: float | None = None
+    """Of a decoder: the dense model's cross-entropy of the text of the trials, in nats a token."""
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]

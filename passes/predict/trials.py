@@ -11,12 +11,13 @@ from torch import Tensor, is_tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import BudgetError, CaptureError
+from tensorize.base.memory import give_back, in_rows
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import RankPlan
+from tensorize.ir.plan import NATS, RankPlan
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.observe.loss import PreservedLoss
@@ -28,6 +29,7 @@ from tensorize.passes.observe.outputs import (
     row_total,
     samples_of,
 )
+from tensorize.passes.observe.text import text_loss
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.rewrite.factorize import stand_in
 from tensorize.passes.stages import Analysed, Learned, Planned
@@ -78,18 +80,32 @@ class Reference:
         error, size = 0.0, 0.0
         with untouched(model):
             for k, batch in enumerate(self.batches):
-                before = self._kept[k] if k in self._kept else self._run(batch)
+                before = self._outputs_for(k)
                 with fitting(model, batch), StandIns(instead):
                     after = once(model, batch)
                 rises.append(self.loss.rises(before, after, batch, model))
                 for a, b in self._outputs(before, after, batch):
-                    centred = a.rows.double() - a.rows.double().mean(0)
-                    error += float((a.rows - b.rows).double().square().sum())
-                    size += float(centred.square().sum())
+                    mean = a.rows.mean(0, dtype=torch.float64)
+                    for one, other in in_rows(a.rows, b.rows):
+                        error += float((one - other).double().square().sum())
+                        size += float((one.double() - mean).square().sum())
+                del after
+                give_back()
         total, rows = torch.cat(rises).sum(0).tolist()
         rise = total / max(rows, 1)
         spread = _spread(rises, rise) if rise > 0 else 0.0
         return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
+
+    def _outputs_for(self, k: int) -> Any:
+        """The dense model's outputs for the k-th batch."""
+        return self._kept[k] if k in self._kept else self._run(self.batches[k])
+
+    def text_loss(self) -> float | None:
+        """The dense model's cross-entropy of the batches' text, in nats a token; None: no text."""
+        if self.loss.unit != NATS:
+            return None
+        with untouched(self.model):
+            return text_loss(self.model, self.batches, self._outputs_for)
 
     @property
     def one_row_a_sample(self) -> bool:

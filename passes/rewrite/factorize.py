@@ -18,9 +18,10 @@ from tensorize.base.errors import AnalysisError
 from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import QuantizedSpec, Spec
+from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.rewrite.copies import copy_sharing

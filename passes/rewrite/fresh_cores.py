@@ -34,7 +34,7 @@ from tensorize.passes.curves.curve import as_matrix
 from tensorize.passes.rewrite.factorize import keep_empty_rows
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
 from tensorize.passes.stages import Planned, Rewritten
-from tensorize.weight.install import followed, install, owner_of, takes_nonlinearity
+from tensorize.weight.install import blank, followed, install, owner_of, takes_nonlinearity
 from tensorize.weight.whole_model import settle
 
 SCALED, SPECTRAL = "scaled", "spectral"
@@ -46,7 +46,10 @@ _PART = 1 << 22
 class InitializeCores:
     """Gives ``model`` (changed in place) values, with cores where the plan says so.
 
-    ``device``: where values are made that are on meta; ``initializer`` makes them where given.
+    ``device``: where values are made that are on meta, or meta itself: then there are none yet.
+    ``initializer`` makes them where given. ``whole``: weights that store no identity by the plan
+    store both factors. ``final`` is told the dense names of parameters whose values, or whose
+    cores', stay as they are from then on.
     """
 
     model: nn.Module
@@ -54,6 +57,8 @@ class InitializeCores:
     nonlinearity: str | None = None
     initializer: Initializer | None = None
     device: str = "cpu"
+    whole: bool = False
+    final: Callable[[set[str]], None] | None = None
     name: str = "initialize"
 
     def run(self, planned: Planned) -> Rewritten:
@@ -65,12 +70,16 @@ class InitializeCores:
         with torch.random.fork_rng(), followed(model):
             torch.manual_seed(planned.seed)
             for final in self._final_values(model):
+                done = final - {name for names in missing.values() for name in names}
                 for name in list(missing):
                     missing[name] -= final
                     if not missing[name]:
                         del missing[name]
+                        done |= set(sites[name].names)
                         bent += self._replace(model, sites[name], chosen[name])
                         planned.progress("initialize", len(chosen) - len(missing), len(chosen))
+                if self.final is not None:
+                    self.final(done)
         settle(model)
         summary = f"{len(chosen)} weights have {self.method} cores"
         done = planned.to(Rewritten, model=model, errors={}, summary=summary)
@@ -81,7 +90,7 @@ class InitializeCores:
         )
 
     def _final_values(self, model: nn.Module) -> Iterable[set[str]]:
-        if is_on_meta(model):
+        if is_on_meta(model) and self.device != "meta":
             return made_fresh(model, torch.device(self.device), self.initializer)
         return [{name for name, _ in model.named_parameters(remove_duplicate=False)}]
 
@@ -95,20 +104,31 @@ class InitializeCores:
         bent = None
         if self.nonlinearity and takes_nonlinearity(model, site.names, choice.spec):
             bent = self.nonlinearity
+        spec = choice.spec
+        cores = self._cores(site, spec, weight, getattr(owner, "padding_idx", None), bent)
+        if self.whole and spec.pivoted:
+            cores, spec = list(format_of(spec).computed(spec, cores)), spec.plain
+        count = len(spec.core_shapes)
+        held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores[:count]]
+        install(model, site.names, spec, [*held, *cores[count:]], bent)
+        return bent is not None
+
+    def _cores(
+        self, site: Site, spec: Spec, weight: Tensor, padding: int | None, bent: str | None
+    ) -> list[Tensor]:
+        """Cores in place of a fresh weight, and indices after them."""
+        if weight.is_meta:
+            return blank(spec, weight.device, weight.dtype)
         size = root_mean_square(weight)
         if self.method == SPECTRAL and size > 0:
-            cores = spectral_cores(choice.spec, weight)
+            cores = spectral_cores(spec, weight)
         else:  # a weight that begins as zero has no directions
-            cores = scaled_cores(choice.spec, size, weight, bent)
-        padding = getattr(owner, "padding_idx", None)
+            cores = scaled_cores(spec, size, weight, bent)  # type: ignore[arg-type]
         if padding is not None:  # the dense table's row is zero
             empty = torch.zeros(len(weight), dtype=torch.bool)
             empty[padding] = True
-            keep_empty_rows(site, choice.spec, cores, empty)
-        count = len(choice.spec.core_shapes)
-        held = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in cores[:count]]
-        install(model, site.names, choice.spec, [*held, *cores[count:]], bent)
-        return bent is not None
+            keep_empty_rows(site, spec, cores, empty)
+        return cores
 
 
 def root_mean_square(weight: Tensor) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric
+from tensorize.base.memory import give_back
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.formats.dense import is_dense
@@ -99,6 +100,7 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
                     wanted = [chosen[n].spec for n in group]
                     solved = moments.solve(weights, list(group.values()), wanted)
                     cores.update(zip(group, solved, strict=True))
+                give_back()
     finally:
         for pair in runs:
             for one in pair:

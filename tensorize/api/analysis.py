@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorize.api.options import Options
@@ -34,6 +34,13 @@ class Analysis:
 
     Made by ``tensorize.analyze``; it keeps the calibration data alive, which refining the factors
     needs, and not the model.
+
+    Example:
+        >>> analysis = tensorize.analyze(dense, example_inputs=inputs)
+        >>> analysis.metric
+        'frobenius'
+        >>> analysis.plan(0.5).predicted.parameters <= 0.5 * analysis.plan(0.5).dense.parameters
+        True
     """
 
     program: Analysed
@@ -42,6 +49,7 @@ class Analysis:
     calibration: tuple[Batch, ...] = ()
     loss_fn: LossFunction | None = None
     precision: PrecisionOption = None
+    activations: str | None = None
 
     @property
     def metric(self) -> str:
@@ -49,16 +57,22 @@ class Analysis:
         return self.program.metric
 
     @property
+    def unit(self) -> str | None:
+        """What its loss is counted in; None where it predicts none."""
+        return None if self.program.predictor is None else self.program.predictor.unit
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return self.program.notes
 
     def plan(
         self,
-        budget: float | Budget | None,
+        budget: float | str | Budget | None,
         *,
         refine: str | None = "auto",
         formats: FormatsOption = None,
         precision: PrecisionOption = AS_ANALYSED,
+        activations: str | None = AS_ANALYSED,
         ranks: RanksOption = None,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         rank_multiple: int | None = None,
@@ -66,12 +80,14 @@ class Analysis:
         """The best formats and ranks within a budget, in milliseconds.
 
         Args:
-            budget: a share of the parameters, a ``Budget``, or None where ``ranks`` says it all.
+            budget: a share of the parameters, a ``Budget``, "auto" and the like, as in ``compile``,
+                or None where ``ranks`` says it all.
             refine: what ``apply`` does to the factors: None, ``"refit"`` or ``"polish"``; "auto" is
                 a refit where there are calibration data and no limit on single errors.
             formats: which formats may be used, among those that were analysed.
             precision: which precisions, likewise; by default those that were analysed. With any, a
                 budget that is a share is one of the bytes.
+            activations: what a CPU rounds inputs of quantized weights to; by default as analysed.
             ranks: pattern → rank or ``"full"``; overrides the allocation.
             batch_sizes: input rows at which FLOPs are counted; the worst counts.
             rank_multiple: low ranks are multiples of this (or smaller than it), as matrix units
@@ -83,27 +99,28 @@ class Analysis:
                 ``formats`` or ``ranks`` do not fit its weights.
         """
         given = locals()
-        if precision != AS_ANALYSED:
-            return planned(self, Options.of(given))
-        Options.of({**given, "precision": None})  # what is wrong is said before any work
-        return planned(self, Options.of({**given, "precision": self.precision}))
+        open_ = [name for name in ("precision", "activations") if given[name] == AS_ANALYSED]
+        Options.of({**given, **dict.fromkeys(open_)})  # what is wrong is said before any work
+        return planned(self, Options.of({**given, **{name: getattr(self, name) for name in open_}}))
 
     def _allocation(self, options: Options) -> Allocate:
         options.check_choice()
+        budget = options.limits(self.unit)
         chosen, multiple = None, options.rank_multiple
         if options.formats is not None:
             chosen = formats_by_site(self.program.free, options.formats)
             for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
         self._require(options.precision)
-        refine, why_not = self._refinement(options.refine, options.budget)
+        refine, why_not = self._refinement(options.refine, budget)
         return Allocate(
-            options.budget,
+            budget,
             ranks=options.ranks,
             formats=chosen,
             batch_sizes=options.batch_sizes,
             refine=refine,
             precision=options.precision,
+            activations=options.activations,
             notes=() if why_not is None else (f"{NO_REFIT}: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
@@ -176,12 +193,19 @@ class Analysis:
                     raise
                 continue
             point = CurvePoint(**vars(predicted), budget=budget)
-            alone = self.ranks_alone(Budget(bytes=budget))
+            alone = self.ranks_alone(Budget(stored=budget))
             points.append(replace(point, ranks_alone=alone))
         return Curve(tuple(points), self.metric)
 
-    def _predicted(self, budget: float | Budget, precision: PrecisionOption) -> Prediction:
-        options = Options.of({"budget": budget, "precision": precision})
+    def predicted(self, budget: Budget, refine: str | None) -> Prediction:
+        """What the plan for a budget is predicted to give, where factors are refined so."""
+        return self._predicted(budget, self.precision, refine)
+
+    def _predicted(
+        self, budget: float | Budget, precision: PrecisionOption, refine: str | None = "auto"
+    ) -> Prediction:
+        asked = {"precision": precision, "activations": self.activations, "refine": refine}
+        options = Options.of({"budget": budget, **asked})
         return self._allocation(options).run(self.program).plan.predicted
 
     def ranks_alone(self, budget: Budget) -> float | None:
@@ -196,6 +220,21 @@ class Analysis:
         except BudgetError:
             return None
         return predicted.output_error if predicted.loss is None else predicted.loss
+
+    def others(self, budget: Budget, precision: PrecisionOption) -> Iterator[str]:
+        """What other choices of precisions would lose within a budget, among those analysed."""
+        if not integers(self.precision):
+            return
+        asked = integers(precision), precision is None
+        for each, called in ((None, "ranks alone are"), (self.precision, "all precisions are")):
+            if (integers(each), each is None) == asked:
+                continue
+            try:
+                predicted = self._predicted(budget, each)
+            except BudgetError:
+                continue
+            lost = predicted.output_error if predicted.loss is None else predicted.loss
+            yield f"at as many bytes {called} predicted to lose {printer.number(lost)}"
 
     def __str__(self) -> str:
         return (
@@ -215,12 +254,9 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     """``Analysis.plan`` with its options as one record."""
     plan = run_passes(analysis.program, (analysis._allocation(options),), Planned).plan
     plan = replace(plan, cache=analysis.cache, own_loss=analysis.loss_fn is not None)
-    budget = options.budget
-    if integers(options.precision) and budget is not None and budget.bytes is not None:
-        alone = analysis.ranks_alone(budget)
-        if alone is not None:
-            said = f"at as many bytes ranks alone are predicted to lose {printer.number(alone)}"
-            plan = replace(plan, notes=(*plan.notes, said))
+    budget = options.limits(analysis.unit)
+    if budget is not None and budget.of_bytes.bytes is not None:
+        plan = replace(plan, notes=(*plan.notes, *analysis.others(budget, options.precision)))
     return AnalysedPlan(**vars(plan), analysis=analysis)
 
 

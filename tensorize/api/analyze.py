@@ -24,7 +24,7 @@ from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
-from tensorize.capture.batches import calibration_batches
+from tensorize.capture.batches import ToInputs, calibration_batches, left_out
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
 from tensorize.capture.synthetic import affordable, is_self, self_made
@@ -59,6 +59,7 @@ def analyze(
     example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     loss_fn: LossFunction | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
@@ -66,6 +67,7 @@ def analyze(
     exclude: Select = None,
     formats: FormatsOption = None,
     precision: PrecisionOption = None,
+    activations: str | None = None,
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
@@ -83,6 +85,11 @@ def analyze(
         BudgetError: ``max_memory`` is no number of bytes.
         CheckpointError: ``cache_dir`` cannot be used. Where its disk fills up, the analysis goes on
             without it, with a warning and a note.
+
+    Example:
+        >>> analysis = tensorize.analyze(dense, calibration=batches)
+        >>> [point.budget for point in analysis.curve([0.6, 0.9])]
+        [0.6, 0.9]
     """
     return analyzed(model, Options.of(locals()))
 
@@ -100,13 +107,13 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
     check_weights(model)
     identity = fingerprint(model.named_parameters())
     with shown(options.progress) as tell:
-        found = _found(model, options, tell).noted(*notes_on_wrapper(given, model))
+        found = found_in(model, options, tell).noted(*notes_on_wrapper(given, model))
         if options.says_nothing_of_data:
             return _learned_unasked(found, identity, options)
         return _learned(found, identity, options)
 
 
-def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
+def found_in(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
@@ -132,7 +139,9 @@ def _found(model: nn.Module, options: Options, tell: Progress) -> Found:
 def calibration_of(model: nn.Module, options: Options) -> tuple[tuple[Batch, ...], tuple[str, ...]]:
     """The calibration batches, and a note where the model made them itself."""
     if not is_self(options.calibration):
-        return calibration_batches(options.calibration, model, options.tokenizer), ()
+        given = options.calibration, model, options.tokenizer
+        found = calibration_batches(*given, to_inputs=options.to_inputs)
+        return found, left_out(found) if options.to_inputs is None else ()
     inputs, _ = find_inputs(model, options.example_inputs, ())
     batches, what = self_made(model, inputs, options.seed)
     return batches, (f"calibrated on {what}",)
@@ -190,7 +199,8 @@ def _learned(found: Found, identity: str, options: Options) -> Analysis:
         analysed = replace(kept, machine=found.machine, history=found.history)
     else:
         analysed, base = _run(found, options, base, held)
-    return Analysis(analysed, identity, base, found.calibration, options.loss_fn, options.precision)
+    asked = options.precision, options.activations
+    return Analysis(analysed, identity, base, found.calibration, options.loss_fn, *asked)
 
 
 def _run(

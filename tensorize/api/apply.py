@@ -15,11 +15,12 @@ from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
-from tensorize.api.outcome import report_of, slow_weights
+from tensorize.api.outcome import outlook_of, report_of, slow_weights
 from tensorize.base import timer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress, shown
 from tensorize.cache import analyses as disk
+from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.ir.plan import Plan
@@ -51,6 +52,7 @@ def apply(
     example_inputs: Any = None,
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     loss_fn: LossFunction | None = None,
     refine: str | None = "auto",
     autotune: bool = False,
@@ -64,8 +66,8 @@ def apply(
 
     Args:
         example_inputs: what forward takes, where a plan from JSON was made with it.
-        calibration, tokenizer: the data that the plan was made with, where it does not carry them
-            itself.
+        calibration, tokenizer, to_inputs: the data that the plan was made with, where it does not
+            carry them itself.
         loss_fn: the loss that it was made for, likewise.
         refine: "auto" does what the plan predicts; anything else overrides it, and then the result
             is not what was predicted.
@@ -76,6 +78,11 @@ def apply(
             data for its ``refine`` cannot be had.
         BudgetError: the plan keeps a limit on single errors, and ``refine`` moves them.
         CaptureError: ``model`` is none, or the inputs do not fit it.
+
+    Example:
+        >>> plan = tensorize.analyze(dense, example_inputs=inputs).plan(0.5)
+        >>> type(tensorize.apply(dense, plan)) is type(dense)
+        True
     """
     return applied(model, plan, Options.of(locals()))
 
@@ -184,7 +191,8 @@ def apply_plan(
 
 
 def report_of_result(done: Rewritten, analysis: Analysis) -> Report:
-    return report_of(done, analysis.curve(), slow_weights(done, _timed))
+    outlook = outlook_of(done.plan, analysis)
+    return report_of(done, analysis.curve(), slow_weights(done, _timed), outlook)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from tensorize.base.tensors import unwrapped
 from tensorize.capture.inputs import check_model
 from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach, known_report, samples_of
-from tensorize.reports.data import ReportTotals
 from tensorize.store import transformers_config
 from tensorize.weight.forms import to_pivoted, to_plain
 
@@ -58,7 +57,7 @@ def plain(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: it is no module.
     """
-    check_model(model)
+    check_model(model, on_meta=True)
     _note(unwrapped(model), to_plain(unwrapped(model)))
     return model
 
@@ -87,6 +86,6 @@ def _note(model: nn.Module, specs: Mapping[str, Spec]) -> None:
             plan=replace(found.plan, sites=tuple(choices), predicted=predicted),
             sites=tuple(sites),
             weights=samples_of(model),
-            totals=ReportTotals(found.totals.before, after),
+            totals=replace(found.totals, after=after),
         ),
     )

@@ -26,6 +26,10 @@ def densify(model: nn.Module) -> nn.Module:
 
     Raises:
         TensorizeError: a weight stands for no matrix (there is a function between its factors).
+
+    Example:
+        >>> type(tensorize.densify(small)[0])
+        <class 'torch.nn.modules.linear.Linear'>
     """
     model = check_model(model)
     for name, factored in install.factored(model):
@@ -54,13 +58,18 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
         TensorizeError: the model was not made by tensorize.
         CaptureError: no inputs are known, the model does not run on ``example_inputs``, or
             ``torch.export`` cannot trace it.
+
+    Example:
+        >>> graphs = tensorize.graphs(small, inputs)
+        >>> "low rank" in graphs.diff()
+        True
     """
     found, model = report(model), unwrapped(model)
     batch = needed(model, example_inputs, "graphs need inputs to trace the model with")
     sites = {name: site for site in found.sites for name in (site.name, *site.aliases)}
     before = export_graph(densify(model), batch)
-    mark_sites(before, {name: (name, DENSE, ()) for name in sites})
-    marks = {name: (name, site.format, site.ranks) for name, site in sites.items()}
+    mark_sites(before, {name: (name, DENSE, (), None) for name in sites})
+    marks = {name: (name, site.format, site.ranks, site.precision) for name, site in sites.items()}
     for name, _ in install.factored(model):
         marks |= dict.fromkeys(core_names(model, name), marks[name])
     after = export_graph(model, batch)

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tensorize.base.errors import AnalysisError, BudgetError, check_one_of
+from tensorize.base.errors import AnalysisError, BudgetError, CaptureError, check_one_of
 from tensorize.base.progress import Progress
-from tensorize.capture.batches import check_batches
+from tensorize.capture.batches import ToInputs, check_batches
 from tensorize.capture.synthetic import is_self
-from tensorize.ir.budget import Budget, parse_bytes
-from tensorize.ir.plan import POLISH, REFIT
+from tensorize.ir.budget import AUTO, AUTO_LOSSES, Budget, as_written, parse_bytes
+from tensorize.ir.plan import POLISH, REFIT, THE_CALLERS
 from tensorize.passes.allocate.allocate import BATCH_SIZES, RanksOption, check_ranks
 from tensorize.passes.curves.formats import FormatsOption, check_formats
 from tensorize.passes.curves.precisions import PrecisionOption, check_precision
@@ -32,6 +32,7 @@ Metric = Literal["frobenius", "input", "loss"]
 Refine = Literal["auto", None, "refit", "polish"]
 Backend = Literal["auto", "aten", "triton", "inductor"]
 Inner = Literal["auto", "eager", "inductor"]
+Activations = Literal["float", "int8", "int16"]
 
 
 def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str = "") -> Any:
@@ -39,12 +40,22 @@ def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str =
     return field(default=default, metadata={"check": check, "help": help})
 
 
-def _budget(given: Any) -> Budget | None:
-    return None if given is None else Budget.of(given)
+def _budget(given: Any) -> Any:
+    if given is None or (isinstance(given, str) and given == AUTO):
+        return given
+    return Budget.of(given)
 
 
 def _data(given: Any) -> Any:
     return given if is_self(given) else check_batches(given, "calibration")
+
+
+def _function(given: Any) -> Any:
+    if not callable(given):
+        raise CaptureError(
+            f"to_inputs={given!r} is no function", way_out="to_inputs=lambda batch: batch[0]"
+        )
+    return given
 
 
 def _seed(given: Any) -> int:
@@ -62,11 +73,12 @@ class Options:
         TensorizeError: a value that an option cannot have; of the kind that ``compile`` names.
     """
 
-    budget: Budget | None = _option(
+    budget: Budget | Literal["auto"] | None = _option(
         0.1,
         _budget,
-        help="Share of the parameters to keep, or params=0.3,error=0.05,bytes=2e6,flops=...,"
-        "latency=...,loss=... (up to 1: a share; above: an absolute number).",
+        help="Share of the parameters to keep as 0.3 or 30%, a size as 10MB, auto (the smallest "
+        "model that is predicted to lose next to nothing), or params=0.3,error=0.05,bytes=2e6,"
+        "flops=...,latency=...,loss=... (up to 1: a share; above: an absolute number).",
     )
     example_inputs: Any = None
     calibration: Iterable[Any] | str | None = _option(
@@ -77,6 +89,7 @@ class Options:
         "the model makes its own.",
     )
     tokenizer: Any = None
+    to_inputs: ToInputs | None = _option(None, _function)
     loss_fn: LossFunction | None = None
     metric: Metric | None = _option(
         None,
@@ -106,6 +119,12 @@ class Options:
         help="Bits of the weights: auto, or int8, int4, int3, int2; repeatable. A budget that is a "
         "share is then one of the bytes.",
     )
+    activations: Activations = _option(
+        None,
+        lambda given: check_one_of("activations", given, get_args(Activations), AnalysisError),
+        help="What inputs of quantized weights are rounded to on a CPU: int8, int16, or float "
+        "(nothing, and weights are made numbers at every call). Default: what is good and fast.",
+    )
     ranks: RanksOption = _option(None, check_ranks)
     batch_sizes: Sequence[int] = BATCH_SIZES
     rank_multiple: int | None = None
@@ -134,14 +153,14 @@ class Options:
     progress: Progress | bool | None = None
 
     def __post_init__(self) -> None:
-        share = self.budget
+        share = as_written(self.budget)
         for each in fields(self):
             check, given = each.metadata.get("check"), getattr(self, each.name)
             left_open = given is None and each.default is None
             if check is not None and not left_open:
                 object.__setattr__(self, each.name, check(given))
         if isinstance(share, float) and self.precision is not None:
-            object.__setattr__(self, "budget", Budget(bytes=share))
+            object.__setattr__(self, "budget", Budget(stored=share))
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -158,7 +177,32 @@ class Options:
         """Raises BudgetError for what no analysis can make a plan of."""
         if self.budget is None and self.ranks is None:
             raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
-        self.check_errors_stay(self.budget is not None and self.budget.error is not None)
+        self.check_errors_stay(isinstance(self.budget, Budget) and self.budget.error is not None)
+        if self.metric in ("frobenius", "input"):
+            self.limits(None)
+        if self.loss_fn is not None:
+            self.limits(THE_CALLERS)
+
+    def limits(self, unit: str | None) -> Budget | None:
+        """The budget, "auto" by what the loss is counted in (None: none is predicted).
+
+        Raises:
+            BudgetError: it is "auto", and there is no loss of a known unit to predict.
+        """
+        if not isinstance(self.budget, str):
+            return self.budget
+        if unit is None:
+            raise BudgetError(
+                f"budget={AUTO!r} limits the predicted rise of the loss, and weights alone predict "
+                "none",
+                way_out='calibration= (data, or "self"), or a share such as budget=0.5',
+            )
+        if unit not in AUTO_LOSSES:
+            raise BudgetError(
+                f"budget={AUTO!r} cannot know what is much in a loss_fn",
+                way_out="budget=tensorize.Budget(loss=…), the largest rise that you accept",
+            )
+        return Budget(loss=AUTO_LOSSES[unit])
 
     def check_errors_stay(self, limited: bool) -> None:
         """Raises BudgetError where single errors are limited, and a refinement would move them."""

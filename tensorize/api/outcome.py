@@ -1,23 +1,38 @@
-"""What was done to a model, as its report: every weight, the totals, and what turned out slow."""
+"""What was done to a model, as its report: every weight, the totals, and what turned out slow.
+
+Where the model is ruined it says what other budgets of the same analysis give.
+"""
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tensorize.api.analysis import Analysis
 from tensorize.base import printer
-from tensorize.ir.plan import Prediction, Totals
+from tensorize.base.errors import BudgetError
+from tensorize.ir.budget import Budget
+from tensorize.ir.plan import Plan, Prediction, Totals
+from tensorize.ir.precision import INTEGERS
 from tensorize.ir.sites import Site
+from tensorize.passes.allocate.candidates import other_costs
+from tensorize.passes.allocate.flops import element_size
+from tensorize.passes.allocate.forms import spec_of
+from tensorize.passes.allocate.inputs import meets_rows
 from tensorize.passes.allocate.slower import slow_choices
-from tensorize.passes.stages import Rewritten
+from tensorize.passes.curves.precisions import integers
+from tensorize.passes.stages import Analysed, Rewritten
 from tensorize.reports.attach import samples_of
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
+from tensorize.reports.verdict import NOTHING_KNOWN, RUINED, WANTED_LOSSES, Bits, Nearest, Outlook
 from tensorize.version import __version__
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
@@ -31,7 +46,12 @@ _MOST_TIMED = 4
 """Weights that are timed, of those that are slower than dense."""
 
 
-def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] = ()) -> Report:
+def report_of(
+    done: Rewritten,
+    curve: Curve | None = None,
+    notes: Sequence[str] = (),
+    outlook: Outlook = NOTHING_KNOWN,
+) -> Report:
     """What was done to a model, with ``notes`` beside those of the way there."""
     plan = done.plan
     aliases = {site.name: site.aliases for site in done.sites}
@@ -42,12 +62,17 @@ def report_of(done: Rewritten, curve: Curve | None = None, notes: Sequence[str] 
     return Report(
         plan=plan,
         sites=sites,
-        totals=ReportTotals(plan.dense, totals_of(done.model, plan.predicted)),
+        totals=ReportTotals(
+            plan.dense,
+            totals_of(done.model, plan.predicted),
+            packed_bytes(done),
+        ),
         curve=curve,
         history=done.history,
         notes=tuple(dict.fromkeys((*done.notes, *plan.notes, *notes))),
         environment=_environment(),
         weights=samples_of(done.model),
+        outlook=outlook,
     )
 
 
@@ -61,6 +86,13 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
         predicted.flops,
         predicted.latency,
     )
+
+
+def packed_bytes(done: Rewritten) -> int:
+    """What a CPU holds beside a model, once all of its weights have run."""
+    specs = {choice.name: choice.spec for choice in done.plan.sites}
+    each = ((specs[site.name], meets_rows(site)) for site in done.sites)
+    return sum(spec.packed_bytes(contracts) for spec, contracts in each if spec is not None)
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
@@ -99,3 +131,57 @@ def slow_weights(done: Rewritten, timed: Timed) -> tuple[str, ...]:
 def _both(how: str, factorized: float, dense: float) -> str:
     ours, own = (printer.plain(printer.seconds(1e-6 * time)) for time in (factorized, dense))
     return f"{ours} {how}, {own} dense"
+
+
+def outlook_of(plan: Plan, analysis: Analysis) -> Outlook:
+    """What the report of a plan says beside it. Nothing new is learned of the model for it."""
+    predictor, bits = analysis.program.predictor, bool(integers(analysis.precision))
+    if predictor is None:
+        return NOTHING_KNOWN
+    known = Outlook(predictor.unit, predictor.text_loss, in_bytes=bits)
+    lost, limit = plan.predicted.loss, RUINED.get(predictor.unit)
+    if lost is None or limit is None or lost <= limit:
+        return known
+    most = plan.predicted.bytes / max(plan.dense.bytes, 1)
+    not_tried = None if bits else _bits(analysis.program, most)
+    return replace(known, nearest=tuple(_nearest(plan, analysis, bits)), bits=not_tried)
+
+
+def _nearest(plan: Plan, analysis: Analysis, bits: bool) -> Iterator[Nearest]:
+    for loss in WANTED_LOSSES:
+        try:
+            found = analysis.predicted(Budget(loss=loss), plan.refine)
+        except BudgetError:  # what may be compressed loses more at any rank
+            continue
+        size, whole = found.parameters, plan.dense.parameters
+        if bits:
+            size, whole = found.bytes, plan.dense.bytes
+        # Up, in digits that are short to write: as much is kept at least.
+        share = math.ceil(1e3 * size / whole) / 1e3
+        if share < 1:
+            yield Nearest(loss, share)
+
+
+def _bits(analysed: Analysed, most: float) -> Bits | None:
+    """The most bits of all weights within a share of the bytes; the fewest where none fit."""
+    sizes = dict(_sizes(analysed))
+    fitting = {name: share for name, share in sizes.items() if share <= most}
+    if not sizes:
+        return None
+    name = max(fitting, key=fitting.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
+    return Bits(name, sizes[name])
+
+
+def _sizes(analysed: Analysed) -> Iterator[tuple[str, float]]:
+    free = {site.name for site in analysed.free}
+    if not free:
+        return
+    whole = sum(size for _, size in analysed.sizes.values())
+    rest = float(other_costs(analysed)[1])
+    rest += sum(s.parameters * element_size(s) for s in analysed.sites if s.name not in free)
+    for name in INTEGERS:
+        taken = (
+            spec_of(site, 0, False, name).bytes(element_size(site), len(site.names))
+            for site in analysed.free
+        )
+        yield name, (rest + sum(taken)) / whole

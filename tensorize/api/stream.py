@@ -26,7 +26,7 @@ from tensorize.hub import shards
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
-from tensorize.passes.curves.precisions import integers
+from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
@@ -49,12 +49,14 @@ from tensorize.store import transformers_config
 def compile_checkpoint(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    budget: float | Budget | None = 0.1,
+    budget: float | str | Budget | None = 0.1,
     *,
     metric: str | None = None,
     include: Select = None,
     exclude: Select = None,
     formats: FormatsOption = None,
+    precision: PrecisionOption = None,
+    activations: str | None = None,
     ranks: RanksOption = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -70,7 +72,8 @@ def compile_checkpoint(
     Args:
         directory: ``config.json`` and safetensors, in shards or in one file.
         out: where the result goes; until it is complete, a folder in it keeps what is finished.
-        budget, include, exclude, formats, ranks, seed, progress: as in ``compile``.
+        budget, include, exclude, formats, precision, activations, ranks, seed, progress: as in
+            ``compile``.
         metric: ``"frobenius"``, the only one that needs nothing but one weight at a time.
         device: where decompositions run; None: a GPU where there is one, else the CPU.
         cache_dir: keep what is learned here, for other budgets, and not in ``out``.
@@ -95,6 +98,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
     write_factors.check_metric(options.metric)
     options = replace(options, refine=None)
     options.check_choice()
+    options.limits(None)
     if directory.is_dir() and out.is_dir() and out.samefile(directory):
         raise CheckpointError(
             f"{out} is the checkpoint's own directory", way_out="choose another directory"
@@ -120,6 +124,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
         identity = source.fingerprint(partial(tell, "reading"))
         find = FindSites(options.include, options.exclude)
         found = run_passes(replace(given, progress=tell), (find,), Found)
+        check_own(options.precision, {site.dtype for site in found.free})
         found = replace(found, model=source.model)
         kept = options if options.cache_dir is not None else replace(options, cache_dir=folder)
         base = place_of(found, identity, kept)
@@ -134,7 +139,8 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
         )
         observed = found.to(Observed, statistics={})
         analysed = run_passes(observed, (spectra,), Learned).to(Analysed, predictor=None)
-        analysis = Analysis(replace(analysed, progress=no_progress), identity)
+        asked = {"precision": options.precision, "activations": options.activations}
+        analysis = Analysis(replace(analysed, progress=no_progress), identity, **asked)
         plan = planned(analysis, replace(options, formats=None)).alone
         opened = analysed.to(Planned, plan=plan).to(Opened, model=source.model)
         factors = write_factors.Factors(source, curves, folder)

@@ -15,6 +15,13 @@ class TensorizeError(Exception):
         cause: what is wrong, in one sentence.
         site: the qualified name of the parameter or module it concerns, if there is one.
         way_out: what the caller can do about it.
+
+    Example:
+        >>> try:
+        ...     tensorize.report(dense)
+        ... except tensorize.TensorizeError as error:
+        ...     print(error.way_out)
+        model = tensorize.compile(model, budget=0.1)
     """
 
     def __init__(self, cause: str, *, site: str | None = None, way_out: str | None = None) -> None:
@@ -25,15 +32,39 @@ class TensorizeError(Exception):
 
 
 class BudgetError(TensorizeError):
-    """The budget is malformed, or no choice of formats and ranks satisfies it."""
+    """The budget is malformed, or no choice of formats and ranks satisfies it.
+
+    Example:
+        >>> try:
+        ...     tensorize.compile(dense, budget=[0.1, 0.5])
+        ... except tensorize.BudgetError as error:
+        ...     print(error.cause)
+        budget=[0.1, 0.5] is several budgets, and a model is compiled to one
+    """
 
 
 class CaptureError(TensorizeError):
-    """The model, its inputs or its calibration data cannot be used."""
+    """The model, its inputs or its calibration data cannot be used.
+
+    Example:
+        >>> try:
+        ...     tensorize.compile(dense, calibration=[torch.zeros(4, 3)])
+        ... except tensorize.CaptureError as error:
+        ...     print(error.cause.splitlines()[0][:40])
+        calibration: batch 0 does not fit the mo
+    """
 
 
 class AnalysisError(TensorizeError):
-    """Weights, statistics or plan do not allow the analysis or its application."""
+    """Weights, statistics or plan do not allow the analysis or its application.
+
+    Example:
+        >>> try:
+        ...     tensorize.compile(small)
+        ... except tensorize.AnalysisError as error:
+        ...     print(error.cause)
+        the weight is compressed already
+    """
 
 
 class ModelError(CaptureError, AnalysisError):
@@ -45,7 +76,15 @@ class MemoryLimitError(AnalysisError, MemoryError):
 
 
 class CheckpointError(TensorizeError):
-    """A saved artefact is missing, damaged, foreign or of a newer format."""
+    """A saved artefact is missing, damaged, foreign or of a newer format.
+
+    Example:
+        >>> try:
+        ...     tensorize.load(folder / "nowhere")
+        ... except tensorize.CheckpointError as error:
+        ...     print(type(error.way_out).__name__)
+        str
+    """
 
 
 def check_one_of(

@@ -11,9 +11,32 @@ Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total)."""
 
 log = logging.getLogger("tensorize")
+_VERBOSE = "tensorize's own, of the command line"
+
+_said = {"quiet": False}
+"""How much this process says of itself."""
 
 # Seconds over which the speed is taken: a step may take minutes, and a stage hours.
 _WHOLE_STAGE = 1e9
+
+
+def say_much(*, quiet: bool, verbose: bool) -> None:
+    """How much is said on the way, of the command line: nothing, or all that is logged as well."""
+    _said["quiet"] = quiet
+    level = logging.INFO if verbose else logging.NOTSET
+    log.setLevel(logging.ERROR if quiet else level)
+    for handler in [each for each in log.handlers if each.name == _VERBOSE]:
+        log.removeHandler(handler)
+    if verbose:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.name = _VERBOSE
+        handler.setFormatter(logging.Formatter("tensorize: %(message)s"))
+        log.addHandler(handler)
+
+
+def is_quiet() -> bool:
+    """Whether nothing is said on the way."""
+    return _said["quiet"]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -30,7 +53,7 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress]:
     if callable(progress):
         yield progress
         return
-    wanted = sys.stderr.isatty() if progress is None else progress
+    wanted = sys.stderr.isatty() and not is_quiet() if progress is None else progress
     if not wanted:
         yield no_progress
         return
@@ -72,5 +95,5 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress]:
 def announce(line: str) -> None:
     """One line before long work: on a terminal to see it, in the log everywhere."""
     log.info(line)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not is_quiet():
         print(f"tensorize: {line}", file=sys.stderr)

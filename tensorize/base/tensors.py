@@ -28,8 +28,10 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from plain_parts(getattr(tensor, name))
+    parts = (getattr(tensor, name) for name in names)
+    for part in parts:
+        if isinstance(part, Tensor):  # a shard has its mesh there as well
+            yield from plain_parts(part)
 
 
 def lies_in_memory(tensor: Tensor) -> bool:

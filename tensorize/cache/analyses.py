@@ -136,6 +136,7 @@ def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
             "refinements": predictor.refinements,
             "without": predictor.without,
             "worth": predictor.worth,
+            "text_loss": predictor.text_loss,
             "trials": [astuple(trial) for trial in predictor.trials],
         },
     }

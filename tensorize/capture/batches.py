@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError
-from tensorize.capture.inputs import accepted_names, batch_of, positional
+from tensorize.capture.inputs import accepted_names, batch_of, most_positional, positional
 from tensorize.ir.sites import Batch
+
+ToInputs = Callable[[Any], Any]
+"""Makes what forward takes (a tensor, a tuple, a dict) of a batch of the caller's."""
 
 _TEXT_BATCH = 16
 _TEXT_TOKENS = 512
@@ -22,28 +25,52 @@ def calibration_batches(
     model: nn.Module,
     tokenizer: Any = None,
     name: str = "calibration",
+    to_inputs: ToInputs | None = None,
 ) -> tuple[Batch, ...]:
     """The caller's data as a tuple of batches, strings tokenized in batches of 16.
 
-    ``name`` is the argument that holds them.
+    What a batch holds behind the arguments that forward takes (targets, of a loader of pairs) is
+    not passed to the model; a ``loss_fn`` gets all of it.
+
+    Args:
+        name: the argument that holds them.
+        to_inputs: makes what forward takes of a batch.
     """
     if calibration is None:
         return ()
     items = list(check_batches(calibration, name))
     if not items:
         raise CaptureError(f"{name} is empty", way_out="pass at least one batch, or None")
-    if all(isinstance(item, str) for item in items):
+    if to_inputs is None and all(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise CaptureError(
                 f"{name} holds strings, and there is no tokenizer",
                 way_out="pass tokenizer=, or batches of what the model's forward takes",
             )
         items = tokenized(items, model, tokenizer)
-    names = positional(model)
-    batches = (batch_of(item) for item in items)
-    return tuple(
-        replace(batch, names=names, number=k, source=name) for k, batch in enumerate(batches)
-    )
+    names, most = positional(model), most_positional(model)
+    found = []
+    for k, item in enumerate(items):
+        batch = batch_of(item if to_inputs is None else to_inputs(item))
+        if to_inputs is not None:
+            batch = replace(batch, given=item)
+        elif most:
+            batch = replace(batch, args=batch.args[:most])
+        found.append(replace(batch, names=names, number=k, source=name))
+    return tuple(found)
+
+
+def left_out(batches: Sequence[Batch]) -> tuple[str, ...]:
+    """A note, where parts of the caller's batches are not passed to the model."""
+    for batch in batches:
+        taken, given = len(batch.args), batch.given
+        if isinstance(given, tuple | list) and not batch.kwargs and 0 < taken < len(given):
+            what = f"the first {taken}" if taken > 1 else "the first"
+            return (
+                f"forward takes {', '.join(batch.names)}: of the {len(given)} parts of a batch "
+                f"{what} went in, the others (targets) did not",
+            )
+    return ()
 
 
 def check_batches(batches: Any, name: str) -> Iterable[Any]:

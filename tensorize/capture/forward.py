@@ -29,7 +29,8 @@ _R = TypeVar("_R")
 def in_usual_modes(verb: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """A function that runs outside of inference mode, and refuses to under autocast.
 
-    What inference mode makes, no gradient can pass; autocast would round the decompositions.
+    What inference mode makes, no gradient can pass; autocast would round the decompositions. Where
+    a block builds models on meta, what is planned in it has values all the same.
 
     Args:
         verb: what the caller called.
@@ -47,9 +48,11 @@ def in_usual_modes(verb: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                     "beside the model, and keep copies of weights that change",
                     way_out="call it outside of it; a model may use autocast inside its forward",
                 )
-            if not torch.is_inference_mode_enabled():
-                return function(*args, **kwargs)
-            with torch.inference_mode(False):
+            with contextlib.ExitStack() as modes:
+                if torch.is_inference_mode_enabled():
+                    modes.enter_context(torch.inference_mode(False))
+                if torch.get_default_device().type == "meta":
+                    modes.enter_context(torch.device("cpu"))
                 return function(*args, **kwargs)
 
         return called

@@ -128,6 +128,17 @@ def positional(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in taken)
 
 
+def most_positional(model: nn.Module) -> int | None:
+    """How many arguments forward takes by position; None where that has no end."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return len(positional(model))
+
+
 def takes(model: nn.Module, name: str) -> bool:
     """Whether forward may be given an argument by this name."""
     parameters = inspect.signature(model.forward).parameters.values()

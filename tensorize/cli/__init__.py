@@ -1,32 +1,162 @@
 """The command line.
 
-``tensorize compile | analyze | report | eval | bench | calibrate``.
+``tensorize compile | analyze | info | report | eval | bench | heal | densify | kernels | graphs |
+calibrate | doctor``.
 
-Results go to standard output (``--json``: one JSON object and nothing else), everything said on the
-way to standard error. Exit codes: 0 done, 2 wrong usage, 3 a model, its inputs or its calibration
-data cannot be used, 4 the budget is not feasible, 5 an artefact cannot be read or written, 130
-interrupted, 1 a defect. ``TENSORIZE_DEBUG=1`` shows the traceback of an error.
+Results go to standard output (``--json``: one JSON object and nothing else), everything said on
+the way to standard error (``--quiet``: nothing, ``--verbose``: more). Exit codes: 0 done, 2 wrong
+usage, 3 a model, its inputs or its calibration data cannot be used, 4 the budget is not feasible,
+5 an artefact cannot be read or written, 130 interrupted, 1 a defect. ``TENSORIZE_DEBUG=1`` shows
+the traceback of an error.
+
+A command's file is imported when the command is asked for, so that help need not wait for torch.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import tensorize
-from tensorize.cli.analyze import analyze_command
-from tensorize.cli.calibrate import calibrate_command
-from tensorize.cli.compile import compile_command
-from tensorize.cli.evaluate import bench_command, eval_command
-from tensorize.cli.report import report_command
-from tensorize.cli.telling import INTERRUPTED
+from tensorize.base import progress
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its file, the first sentence of its help, and an example.
+
+    The function in the file is called after it: ``compile_command``.
+    """
+
+    name: str
+    file: str
+    help: str
+    example: str
+
+
+COMMANDS = {
+    each.name: each
+    for each in (
+        Command(
+            "compile",
+            "compile",
+            "Compress a model and save it: weights, report, and the tokenizer where there is one.",
+            "tensorize compile ./my-llama --budget 0.3 --calibration text.txt "
+            "--out ./my-llama-small",
+        ),
+        Command(
+            "analyze",
+            "analyze",
+            "Predict quality, size and cost for several budgets, without compressing anything.",
+            "tensorize analyze ./my-llama --calibration text.txt --budgets 0.1,0.25,0.5",
+        ),
+        Command(
+            "info",
+            "report",
+            "Say what a model is: a dense one by its weights, a saved one by its verdict.",
+            "tensorize info ./my-llama; tensorize info ./my-llama-small",
+        ),
+        Command(
+            "report",
+            "report",
+            "Show what was done to a saved model; reads the manifest only.",
+            "tensorize report ./my-llama-small --html report.html",
+        ),
+        Command(
+            "eval",
+            "evaluate",
+            "Measure compressed models beside the dense one: quality, agreement, size and speed.",
+            "tensorize eval ./small ./smaller --dense ./my-llama --data text.txt "
+            "--html evaluation.html",
+        ),
+        Command(
+            "bench",
+            "evaluate",
+            "Time compressed models beside the dense one, in turn on this machine.",
+            "tensorize bench ./small --dense ./my-llama --length 256 --compiled",
+        ),
+        Command(
+            "heal",
+            "heal",
+            "Train the factors of a saved model on to the dense one's outputs, and save it.",
+            "tensorize heal ./small --dense ./my-llama --data text.txt --steps 300 --out ./healed",
+        ),
+        Command(
+            "densify",
+            "look",
+            "Write a saved model with dense weights again, which any tool reads.",
+            "tensorize densify ./small --out ./dense-again",
+        ),
+        Command(
+            "kernels",
+            "look",
+            "List the Triton kernels of a saved model, or write them.",
+            "tensorize kernels ./small --out ./kernels --target cuda:90",
+        ),
+        Command(
+            "graphs",
+            "look",
+            "Show what the rewrite changed in a saved model's graph.",
+            "tensorize graphs ./small --svg graph.svg",
+        ),
+        Command(
+            "calibrate",
+            "calibrate",
+            "Measure what matmuls cost on this machine; plans are then made for it.",
+            "tensorize calibrate; tensorize calibrate --model ./my-llama-small",
+        ),
+        Command(
+            "doctor",
+            "doctor",
+            "Look at this machine: what is installed, what is known of it, what will be fast.",
+            "tensorize doctor",
+        ),
+    )
+}
+
+_ANYWHERE = {"--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
+
+
+class _Commands(TyperGroup):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = COMMANDS.get(cmd_name)
+        if found is None:
+            return None
+        module = import_module(f"tensorize.cli.{found.file}")
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        named = alone.command(found.name, epilog=f"Example: {found.example}")
+        named(getattr(module, f"{found.name}_command"))
+        return get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(each.name, each.help) for each in COMMANDS.values()])
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """How much is said may stand behind the command as well."""
+        first = [_ANYWHERE[arg] for arg in args if arg in _ANYWHERE]
+        return super().parse_args(ctx, first + [arg for arg in args if arg not in _ANYWHERE])
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="tensorize",
     help="Compress a PyTorch model into low-rank and tensor-train form.",
+    epilog="tensorize COMMAND --help says what a command takes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,35 +167,19 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing on the way, but errors.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what each stage did, and the log.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(tensorize.__version__)
         raise typer.Exit()
-
-
-app.command(
-    "compile",
-    epilog="Example: tensorize compile ./my-llama --budget 0.3 --calibration text.txt "
-    "--out ./my-llama-small",
-)(compile_command)
-app.command(
-    "analyze",
-    epilog="Example: tensorize analyze ./my-llama --calibration text.txt --budgets 0.1,0.25,0.5",
-)(analyze_command)
-app.command(
-    "calibrate", epilog="Example: tensorize calibrate; tensorize calibrate --model ./my-llama-small"
-)(calibrate_command)
-app.command("report", epilog="Example: tensorize report ./my-llama-small --html report.html")(
-    report_command
-)
-app.command(
-    "eval",
-    epilog="Example: tensorize eval ./small ./smaller --dense ./my-llama --data text.txt "
-    "--html evaluation.html",
-)(eval_command)
-app.command(
-    "bench", epilog="Example: tensorize bench ./small --dense ./my-llama --length 256 --compiled"
-)(bench_command)
+    if quiet and verbose:
+        raise typer.BadParameter("is the opposite of --verbose", param_hint="--quiet")
+    progress.say_much(quiet=quiet, verbose=verbose)
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ def analyze_command(
     exclude: option.Exclude = None,
     formats: option.Formats = None,
     precision: option.Precision = None,
+    activations: option.Activations = None,
     seed: option.Seed = Options.seed,
     cache_dir: option.Cache = None,
     max_memory: option.MaxMemory = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,16 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
 
 import tensorize
 from tensorize.api.compile import compiled
 from tensorize.api.options import Options
 from tensorize.api.stream import streamed
 from tensorize.base import printer
-from tensorize.base.errors import CheckpointError, TensorizeError
 from tensorize.cli import options as option
 from tensorize.cli.parse import read_options
+from tensorize.cli.saving import check_emit, check_out, save_tokenizer, write_kernels
 from tensorize.cli.sources import Dtype, tokenizer_of
 from tensorize.cli.telling import (
     check_target,
@@ -32,10 +30,7 @@ from tensorize.cli.telling import (
     print_json,
     say,
 )
-from tensorize.codegen.device import kernel
-from tensorize.codegen.device.compiler import TARGETS, check_compiler
 from tensorize.reports.report import Report
-from tensorize.store.transformers_config import check_place
 
 
 def compile_command(
@@ -49,6 +44,7 @@ def compile_command(
     exclude: option.Exclude = None,
     formats: option.Formats = None,
     precision: option.Precision = None,
+    activations: option.Activations = None,
     seed: option.Seed = Options.seed,
     cache_dir: option.Cache = None,
     max_memory: option.MaxMemory = None,
@@ -89,15 +85,14 @@ def compile_command(
     with errors_told():
         options = read_options(locals())
         check_target(html, "--html")
-        _check_out(out, source)
-        _check_emit(emit, target)
+        check_out(out, source)
+        check_emit(emit, target)
         if stream:
             _check_streams(
                 {
                     "--calibration": calibration is not None,
                     "--refine": refine not in ("auto", "none"),
                     "--max-memory": max_memory is not None,
-                    "--precision": precision is not None,
                     "--dtype": dtype is not Dtype.auto,
                     "--backend": backend != Options.backend,
                     "--autotune": autotune,
@@ -118,10 +113,10 @@ def compile_command(
             report = tensorize.report(model)
             tensorize.save(model, out)
             if loaded.tokenizer is not None:
-                _save_tokenizer(loaded.tokenizer, out)
+                save_tokenizer(loaded.tokenizer, out)
             if html is not None:
                 report.to_html(html)
-            kernels = None if emit is None else _emit(model, emit, target or [], out)
+            kernels = None if emit is None else write_kernels(model, emit, target or [], out)
         argument = "" if loaded.factory is None else f", model={loaded.factory}"
         _tell_saved(out, report, html, as_json, argument, kernels, emit)
 
@@ -140,7 +135,7 @@ def _stream(source: str, out: Path, options: Options) -> Report:
     start = time.perf_counter()
     report = streamed(Path(source), out, options)
     if (tokenizer := tokenizer_of(source)) is not None:
-        _save_tokenizer(tokenizer, out)
+        save_tokenizer(tokenizer, out)
     seconds, count = time.perf_counter() - start, report.totals.before.parameters
     for stage in report.history:
         say(f"{stage.name}: {printer.seconds(stage.seconds)}: {stage.summary}")
@@ -160,58 +155,6 @@ def _peak_memory() -> str:
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return f"; peak resident memory {printer.bytes_(unit * size)}"
-
-
-def _check_emit(emit: Path | None, targets: list[str] | None) -> None:
-    if targets and emit is None:
-        raise typer.BadParameter("says what --emit compiles; give both", param_hint="--target")
-    for target in targets or ():
-        if target not in TARGETS:
-            raise typer.BadParameter(
-                f"{target!r} is not one of {', '.join(TARGETS)}", param_hint="--target"
-            )
-    if emit is not None and emit.exists() and not emit.is_dir():
-        raise typer.BadParameter(f"{emit} is not a directory", param_hint="--emit")
-    if targets:
-        check_compiler()
-
-
-def _emit(
-    model: nn.Module, directory: Path, targets: list[str], out: Path
-) -> dict[str, dict[str, dict[str, int]]]:
-    found = tensorize.kernels(model)
-    say(f"writing {len(found)} kernels for {', '.join(targets) or 'reading'}")
-    try:
-        return kernel.write(found, directory, targets)
-    except (OSError, TensorizeError) as error:
-        raise CheckpointError(
-            f"the model is saved in {out}, its kernels are not: {error}",
-            way_out="load it from there, and write tensorize.kernels(model) to another place",
-        ) from error
-
-
-def _check_out(out: Path, source: str) -> None:
-    if os.path.isdir(source) and out.exists() and os.path.samefile(out, source):
-        raise typer.BadParameter("is the model's own directory; choose another", param_hint="--out")
-    check_place(out)
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise CheckpointError(
-            f"{out} cannot be written: {place} is not a directory that you may write to",
-            way_out="choose another directory with --out",
-        )
-
-
-def _save_tokenizer(tokenizer: Any, out: Path) -> None:
-    try:
-        tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise CheckpointError(
-            f"the model is saved in {out}, its tokenizer is not: {error}",
-            way_out="copy the tokenizer's files there",
-        ) from error
 
 
 # ------------------------------------------------------------------------------ output, errors

@@ -10,7 +10,7 @@ import typer
 
 from tensorize.api.options import Options
 from tensorize.base.errors import BudgetError
-from tensorize.ir.budget import Budget, parse_bytes
+from tensorize.ir.budget import AUTO, Budget, as_written, parse_bytes
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
@@ -26,8 +26,10 @@ def read_options(given: Mapping[str, Any]) -> Options:
     return Options.of({**given, **read, "calibration": None})
 
 
-def parse_budget(text: str) -> Budget | float:
-    """``0.3``, or ``params=0.3,error=0.05,bytes=2e6``: a cost up to 1 is a share, else absolute.
+def parse_budget(text: str) -> Budget | float | str:
+    """``0.3``, ``30%``, ``10MB``, ``auto``, or ``params=0.3,error=0.05,bytes=2e6``.
+
+    After a name, a cost up to 1 is a share, else absolute.
 
     A share alone is one of whatever the other options say.
 
@@ -37,6 +39,9 @@ def parse_budget(text: str) -> Budget | float:
     """
     known = [f.name for f in fields(Budget)]
     if "=" not in text:
+        written = as_written(text)
+        if text.strip() == AUTO or not isinstance(written, str):
+            return text.strip()
         share = _number(text, "--budget")
         Budget.of(share)
         return share

@@ -1,15 +1,28 @@
-"""``tensorize report``."""
+"""``tensorize report`` and ``info``: what was done to a model, and what one is."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from torch import nn
 
+from tensorize.api.analyze import found_in
+from tensorize.api.options import Options
+from tensorize.base import printer
+from tensorize.base.progress import no_progress
+from tensorize.cli import options as option
 from tensorize.cli.options import Json
-from tensorize.cli.telling import check_target, errors_told, print_json
-from tensorize.store.manifest import read_report
+from tensorize.cli.sources import Dtype, load_source
+from tensorize.cli.telling import check_target, errors_told, print_json, say
+from tensorize.serve.service import check, services_of, told
+from tensorize.store.manifest import MANIFEST, read_report
+from tensorize.weight.whole_model import numbers
 
 
 def report_command(
@@ -20,11 +33,18 @@ def report_command(
     html: Annotated[
         Path | None, typer.Option(help="Write it as a page.", show_default=False)
     ] = None,
+    serve: Annotated[
+        Literal["vllm"] | None,
+        typer.Option(help="Say how an engine serves each weight instead.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what was done to a saved model; reads the manifest only."""
     with errors_told():
         check_target(html, "--html")
+        if serve is not None:
+            _say_how_it_is_served(directory, as_json)
+            return
         report = read_report(directory)
         if html is not None:
             report.to_html(html)
@@ -34,3 +54,67 @@ def report_command(
         typer.echo(str(report))
         if html is not None:
             typer.echo(f"\nreport as a page: {html}")
+
+
+def info_command(
+    source: option.Source,
+    dtype: option.DtypeOption = Dtype.auto,
+    as_json: option.Json = False,
+) -> None:
+    """Say what a model is: a dense one by its weights, a saved one by its verdict."""
+    with errors_told():
+        if (Path(source) / MANIFEST).is_file():
+            report = read_report(source)
+            if as_json:
+                lines = report.verdict.lines
+                print_json({"compressed": True, "ruined": report.verdict.ruined, "verdict": lines})
+            else:
+                typer.echo(repr(report))
+            return
+        with contextlib.redirect_stdout(sys.stderr):
+            say(f"loading {source}")
+            loaded = load_source(source, dtype)
+            known = _about(loaded.model, loaded.example_inputs)
+        if as_json:
+            print_json({"compressed": False, **known})
+        else:
+            typer.echo(_told(known))
+
+
+def _about(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    found = found_in(model, Options(example_inputs=inputs), no_progress)
+    held = {id(p): p for p in model.parameters()}.values()
+    kept = Counter(site.blocked for site in found.sites if site.blocked is not None)
+    return {
+        "class": type(model).__name__,
+        "parameters": numbers(model),
+        "bytes": sum(p.nbytes for p in held),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in held}),
+        "weights": len(found.sites),
+        "can_be_compressed": len(found.free),
+        "parameters_that_can": sum(site.parameters for site in found.free),
+        "stay_dense": dict(kept),
+        "notes": list(found.notes),
+    }
+
+
+def _told(known: dict[str, Any]) -> str:
+    share = known["parameters_that_can"] / max(known["parameters"], 1)
+    lines = [
+        f"{known['class']}: {printer.count(known['parameters'])} parameters, "
+        f"{printer.bytes_(known['bytes'])} in {', '.join(known['dtypes'])}",
+        f"{known['can_be_compressed']} of {printer.plural(known['weights'], 'weight')} can be "
+        f"compressed: {printer.percent(share)} of the parameters",
+        *(f"  {count} stay dense: {why}" for why, count in known["stay_dense"].items()),
+        *(f"note: {note}" for note in known["notes"]),
+    ]
+    return printer.plain("\n".join(lines))
+
+
+def _say_how_it_is_served(directory: Path, as_json: bool) -> None:
+    found = services_of(directory)
+    if as_json:
+        print_json({"weights": [asdict(each) for each in found]})
+    else:
+        typer.echo("\n".join(told(found)))
+    check(found)

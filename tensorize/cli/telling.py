@@ -13,11 +13,13 @@ from typing import Any
 import typer
 from torch import nn
 
+from tensorize.base import progress
 from tensorize.base.errors import BudgetError, CheckpointError, TensorizeError
+from tensorize.cli import INTERRUPTED
 from tensorize.cli.sources import Dtype, Loaded, load_source, read_batches
 from tensorize.weight.whole_model import numbers
 
-DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT, INTERRUPTED = 1, 2, 3, 4, 5, 130
+DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT = 1, 2, 3, 4, 5
 
 
 def load_result(
@@ -55,7 +57,9 @@ def check_target(path: Path | None, option: str) -> None:
 
 
 def say(line: str) -> None:
-    typer.echo(f"tensorize: {line}", err=True)
+    """Something on the way, for people who want to hear it."""
+    if not progress.is_quiet():
+        typer.echo(f"tensorize: {line}", err=True)
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -1,5 +1,8 @@
-"""Training on many devices."""
+"""Training across machines: models in parts and checkpoints for any mesh, by PyTorch's engine."""
 
+from tensorize.distributed.checkpoints import Saving, load, save
+from tensorize.distributed.parallelize import parallelize
+from tensorize.distributed.pipeline import schedule
 from tensorize.distributed.strategy import (
     CLUSTERS,
     Cluster,
@@ -15,9 +18,14 @@ __all__ = [
     "CLUSTERS",
     "Cluster",
     "Estimate",
+    "Saving",
     "Strategy",
     "StrategyPlan",
     "Timeline",
     "Workload",
+    "load",
+    "parallelize",
     "plan",
+    "save",
+    "schedule",
 ]

@@ -23,7 +23,7 @@ from tensorize.api.apply import apply
 from tensorize.base import printer
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
 from tensorize.base.progress import Progress, shown
-from tensorize.capture.batches import calibration_batches
+from tensorize.capture.batches import ToInputs, calibration_batches
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import check_model, takes
 from tensorize.capture.kept import watching
@@ -39,6 +39,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.observe.hidden import shifts_labels
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import call, outputs_of
+from tensorize.passes.observe.text import next_tokens, shifted
 from tensorize.reports.attach import known_report
 from tensorize.weight.whole_model import numbers
 
@@ -66,6 +67,7 @@ def evaluate(
     batches: Iterable[Any],
     *,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     labels: Iterable[Tensor] | None = None,
     calibration: Iterable[Any] | str | None = None,
     quantize: str | Sequence[str] = (),
@@ -85,6 +87,7 @@ def evaluate(
         dense: the model that they were made from.
         batches: what the models' forward takes, or strings with ``tokenizer=``. Where they hold
             ``labels``, those are what is predicted; else a decoder predicts the next token.
+        to_inputs: makes what forward takes of a batch, where that is not what it is.
         tokenizer: with ``encode`` and ``decode``: decoders then write text, side by side.
         labels: those of the batches, one tensor each, where forward does not take them.
         quantize: ``"int8"``, ``"int4"`` or both: one more row for every model, and for the dense
@@ -96,9 +99,14 @@ def evaluate(
     Raises:
         CaptureError: the batches do not fit a model's forward, or the labels the batches.
         TensorizeError: torchao is not installed.
+
+    Example:
+        >>> found = tensorize.evaluate(small, dense, batches, time=False)
+        >>> found.models[0].parameters < found.dense.parameters
+        True
     """
     dense = check_model(dense)
-    given = calibration_batches(batches, dense, tokenizer, "batches")
+    given = calibration_batches(batches, dense, tokenizer, "batches", to_inputs)
     samples, kind, causal = _samples(given, dense, labels)
     ways = (quantize,) if isinstance(quantize, str) else tuple(quantize)
     for way in ways:
@@ -249,17 +257,10 @@ def _sample(
         targets = labels
         counted = replace(batch, kwargs={**batch.kwargs, "labels": labels})
         if shifts_labels(dense):
-            targets = _next(labels)
+            targets = shifted(labels)
     elif causal and ids is not None:
-        mask = batch.argument("attention_mask")
-        hidden = isinstance(mask, Tensor) and mask.shape == ids.shape
-        targets = _next(ids.masked_fill(mask == 0, -100) if hidden else ids)
+        targets = next_tokens(batch, ids)
     return Sample(batch, counted, targets, ids)
-
-
-def _next(ids: Tensor) -> Tensor:
-    """The token after each position, none after the last."""
-    return torch.nn.functional.pad(ids[..., 1:], (0, 1), value=-100)
 
 
 # ------------------------------------------------------------------------------------ quantization

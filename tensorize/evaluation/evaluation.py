@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tensorize.base import files, printer
+from tensorize.base import files, html, printer
 from tensorize.base.records import by_field, encode, plain
 from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, TEXT
 from tensorize.evaluation.results import Figures, Spectrum
@@ -20,6 +20,11 @@ class Evaluation:
 
     ``kind`` is "text" (a vocabulary at every position), "classes" or "outputs"; ``unit`` that of
     ``Quality.distance``; ``rows`` are the tokens or samples that counted.
+
+    Example:
+        >>> found = tensorize.evaluate(small, dense, batches, time=False)
+        >>> found.kind, found.unit
+        ('outputs', 'relative squared error')
     """
 
     kind: str
@@ -115,6 +120,11 @@ class Evaluation:
         from tensorize.evaluation import page as evaluation_page  # which draws what is defined here
 
         files.write_text(path, evaluation_page.render(self, peers or {}))
+
+    def _repr_html_(self) -> str:
+        from tensorize.evaluation import page as evaluation_page
+
+        return html.framed(evaluation_page.render(self, {}))
 
 
 # ---------------------------------------------------------------------------------------- columns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base import printer, timer
+from tensorize.base.energy import joules_of
 from tensorize.base.records import by_field, plain
 from tensorize.base.tensors import device_of
 from tensorize.capture.forward import once, untouched
@@ -22,12 +23,16 @@ from tensorize.ir.sites import Batch
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a call of one model with so many samples, and the dense one's over that."""
+    """Seconds of a call of one model with so many samples, and the dense one's over that.
+
+    ``joules``: what the machine used for a call; None where it has no counter that can be read.
+    """
 
     model: str
     samples: int
     seconds: float
     speedup: float
+    joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,13 @@ class Speeds:
 
     def __str__(self) -> str:
         rows = [
-            (t.model, t.samples, printer.seconds(t.seconds), f"{t.speedup:.2f}") for t in self.timed
+            (
+                *(t.model, t.samples, printer.seconds(t.seconds), f"{t.speedup:.2f}"),
+                printer.number(t.joules),
+            )
+            for t in self.timed
         ]
-        return printer.table(("model", "samples", "a call", "over dense"), rows)
+        return printer.table(("model", "samples", "a call", "over dense", "joules a call"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe data."""
@@ -80,18 +89,25 @@ def speeds(
             stack.enter_context(untouched(model))
             once(model, batch)  # timed runs are not watched: what they write is seen by this
         for count in samples:
-            seconds = times(list(calls.values()), _repeated(first_sample(batch), count))
+            repeated = _repeated(first_sample(batch), count)
+            seconds = times(list(calls.values()), repeated)
+            energy = [
+                joules_of(each, device_of(dense)) for each in _calls([*calls.values()], repeated)
+            ]
             found += [
-                Timed(name, count, took, seconds[0] / took)
-                for name, took in zip(calls, seconds, strict=True)
+                Timed(name, count, took, seconds[0] / took, used)
+                for name, took, used in zip(calls, seconds, energy, strict=True)
             ]
     return Speeds(tuple(found))
 
 
 def times(models: Sequence[nn.Module], batch: Batch) -> list[float]:
     """Seconds of a call of each model, in turn."""
-    calls = [partial(model, *batch.args, **batch.kwargs) for model in models]
-    return timer.seconds_in_turn(calls, device_of(models[0]))
+    return timer.seconds_in_turn(_calls(models, batch), device_of(models[0]))
+
+
+def _calls(models: Sequence[nn.Module], batch: Batch) -> list[Callable[[], object]]:
+    return [partial(model, *batch.args, **batch.kwargs) for model in models]
 
 
 def first_sample(batch: Batch) -> Batch:

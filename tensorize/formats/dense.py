@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from tensorize.formats.format import Format
+from tensorize.ir.coded import DenseSpec
 from tensorize.ir.machine import Machine, lookup_time, matmul_time
-from tensorize.ir.spec import DENSE, DenseSpec
+from tensorize.ir.spec import DENSE
 
 
 class Dense(Format[DenseSpec]):

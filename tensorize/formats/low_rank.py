@@ -20,7 +20,7 @@ from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
 from tensorize.formats.order import in_order, in_order_time, inverse
 from tensorize.ir.machine import Machine, bytes_of, lookup_time, matmul_time
-from tensorize.ir.precision import INTEGERS, Precision
+from tensorize.ir.precision import INTEGERS, ONE_DIGIT, Precision
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import LOW_RANK, Index, Spec, TTSpec
 
@@ -39,6 +39,7 @@ class EveryRank(Spec):
     every: np.ndarray
     pivoted: bool = False
     precision: str | None = None  # type: ignore[assignment]
+    inputs: str = ONE_DIGIT
     format = LOW_RANK
 
     @property
@@ -239,5 +240,9 @@ def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def widen(narrow: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     """x (…, R) times [I | V'], its columns put in their place: (…, N)."""
-    together = torch.cat([narrow, F.linear(narrow, rest.t())], dim=-1)
-    return in_order(together, inverse(order))
+    return together(narrow, F.linear(narrow, rest.t()), order)
+
+
+def together(kept: Tensor, others: Tensor, order: Tensor) -> Tensor:
+    """Columns that V is the identity in (…, R), and the others (…, N - R), in their place."""
+    return in_order(torch.cat([kept, others], dim=-1), inverse(order))

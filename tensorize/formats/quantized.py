@@ -15,17 +15,16 @@ from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.pivot import whole
 from tensorize.algebra.quantise import codes_for, grid
 from tensorize.base.tensors import at_work, is_index
+from tensorize.formats import packs
 from tensorize.formats.format import Format
-from tensorize.formats.low_rank import ordered
-from tensorize.ir.machine import Machine, bytes_of, lookup_time
-from tensorize.ir.precision import Precision
-from tensorize.ir.spec import QuantizedSpec
+from tensorize.formats.integers import Pack, digits_of, rounding_time
+from tensorize.formats.low_rank import ordered, together
+from tensorize.ir.coded import QuantizedSpec
+from tensorize.ir.machine import Machine, bytes_of
+from tensorize.ir.precision import FLOAT, Precision
 
 _PASSES = 6
 """How often every entry is read and written to make a number of its code."""
-
-_SEEN = 3
-"""How often an input is read and written to make integers of it."""
 
 _TINY = 1e-6
 """What a matrix of products lacks to be surely positive, in its mean."""
@@ -45,17 +44,12 @@ class Coded:
         """The numbers, in the dtype of the scales; scales get gradients."""
         return packing.values(self.kind, self.columns, self.scale, self.codes, self.zeros)
 
-    def linear(self, x: Tensor) -> Tensor:
-        """x (B, N) times Wᵀ in integers: rows of x have a scale of their own; bits are eight."""
-        wide = x.float()  # in half precision the largest would be rounded to a code too many
-        largest = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        steps = largest / self.kind.codes[1]
-        rounded = (wide / steps).round_().to(torch.int8)
-        if self.columns > 1:
-            product = torch._int_mm(rounded, self.codes.t())  # pyright: ignore[reportPrivateImportUsage]
-        else:  # of which torch 2.13 makes wrong numbers
-            product = rounded.int() * self.codes.t()
-        return (product * steps * self.scale.float().mT).to(x.dtype)
+    def pack(self, *, columns: bool) -> Pack:
+        """For products of integers with what meets its columns, or its rows."""
+        if self.kind.bits == 8 and columns:
+            return Pack.held(self.scale, self.codes)
+        numbers = self.values().detach()
+        return Pack.of(numbers if columns else numbers.mT)
 
     def at(self, rows: Tensor) -> Coded:
         """Some rows of the matrix."""
@@ -106,23 +100,52 @@ class Quantized(Format[QuantizedSpec]):
         self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str,
         bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if contract == "columns" and _in_integers(spec, cores, x):
-            return self._in_integers(spec, cores, x, bias)
-        return self.numbers.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+        if not self.in_integers(spec, cores, x, contract):
+            return self.numbers.multiply(spec.inner, self.inside(spec, cores), x, contract, bias)
+        if _needs_packs(spec, contract) and torch.compiler.is_compiling():
+            y = packs.OPERATION(x, list(cores), contract, spec.text)
+        else:
+            y = self.by_packs(spec, cores, x, contract)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    def _in_integers(
-        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, bias: Tensor | None
+    def in_integers(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str
+    ) -> bool:
+        """Whether a product is one of integers: on a CPU, where no gradient is asked for.
+
+        A trace serves both with gradients and without, so it holds the numbers; so does a graph
+        that is exported, where it would have to hold packs.
+        """
+        if contract == "lookup" or not _by_integers(spec) or x.device.type != "cpu":
+            return False
+        recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
+        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        exported = _needs_packs(spec, contract) and torch.compiler.is_exporting()
+        if recorded or traced or exported or _Full.asked > 0:
+            return False
+        # Transforms of functions know no products of integers.
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+
+    def by_packs(
+        self, spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor, contract: str
     ) -> Tensor:
-        y, (first, *others) = x.reshape(-1, x.shape[-1]), self.coded(spec, cores)
-        for right in others:
-            order = cores[len(spec.core_shapes)] if spec.inner.pivoted else None
-            if order is None:
-                y = right.linear(y)
-            else:
-                kept, rest = ordered(y, order, spec.ranks[0])
-                y = kept + right.linear(rest)
-        y = first.linear(y)
-        y = y if bias is None else y + bias.to(y.dtype)
+        """x Wᵀ or x W, where ``in_integers``: products of integers with one core after another."""
+        columns = contract == "columns"
+
+        def made() -> list[Pack]:
+            return [core.pack(columns=columns) for core in self.coded(spec, cores)]
+
+        kept = _needs_packs(spec, contract)
+        left, *others = packs.packs_of(cores, contract, made) if kept else made()
+        order = cores[len(spec.core_shapes)] if spec.inner.pivoted else None
+        y = x.reshape(-1, x.shape[-1])
+        for right in others if columns else ():
+            same, rest = (0, y) if order is None else ordered(y, order, spec.ranks[0])
+            y = same + right.linear(rest, spec.inputs)
+        y = left.linear(y, spec.inputs)
+        for right in () if columns else others:
+            rest = right.linear(y, spec.inputs)
+            y = rest if order is None else together(y, rest, order)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def lookup(self, spec: QuantizedSpec, cores: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -148,10 +171,11 @@ class Quantized(Format[QuantizedSpec]):
     def time(
         self, spec: QuantizedSpec, contract: str, rows: int, machine: Machine, dtype: str
     ) -> Any:
-        if contract == "columns" and _by_integers(spec):
-            wide = spec.shape[-1] + sum(spec.ranks)
-            seen = _SEEN * lookup_time(machine, rows, wide, dtype)
-            return seen + self.numbers.time(spec.inner, contract, rows, machine, "int8")
+        if contract != "lookup" and _by_integers(spec) and machine.multiplies_integers:
+            digits = digits_of(spec.inputs)
+            side = spec.shape[-1 if contract == "columns" else -2]
+            around = rounding_time(machine, rows, (side, *spec.ranks), dtype, digits)
+            return around + self.numbers.time(spec.inner, contract, digits * rows, machine, "int8")
         took = self.numbers.time(spec.inner, contract, rows, machine, dtype)
         made = spec.parameters if contract != "lookup" else rows * spec.shape[-1]
         return took + 1e6 * _PASSES * 2 * made * bytes_of(dtype) / machine.bandwidth
@@ -186,9 +210,15 @@ class Quantized(Format[QuantizedSpec]):
         return *(core.scale for core in found), *indices, *held
 
 
+def _needs_packs(spec: QuantizedSpec, contract: str) -> bool:
+    """Whether products of integers need other codes than those that are held: scales are of rows
+    of the weight, and eight bits are one code."""
+    return spec.kind.bits < 8 or contract == "rows"
+
+
 def _by_integers(spec: Any) -> bool:
-    """Whether products of integers can give what a spec is for, where nobody trains."""
-    return spec.kind.bits == 8 and not spec.batch
+    """Whether products of integers are to give what a spec is for, where nobody trains."""
+    return spec.inputs != FLOAT and not spec.batch
 
 
 class _Full:
@@ -205,17 +235,6 @@ def inputs_in_full() -> Iterator[None]:
         yield
     finally:
         _Full.asked -= 1
-
-
-def _in_integers(spec: QuantizedSpec, cores: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether this product is one of integers: on a CPU, where no gradient is asked for.
-
-    A trace serves both with gradients and without, so it holds the numbers.
-    """
-    recorded = torch.is_grad_enabled() and (x.requires_grad or cores[0].requires_grad)
-    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    allowed = not (recorded or traced or _Full.asked > 0)
-    return allowed and _by_integers(spec) and x.device.type == "cpu"
 
 
 def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) -> Coded:
@@ -243,17 +262,16 @@ def _pair(
     if spec.inner.pivoted and across is not None:  # V' has the other columns only
         (order,) = indices
         others = across[order[rank:].long()]
-        across = others if others.dim() == 1 else _root_of(others)
-    down = _root_of(root_times(metric.left, left).mT)
+        across = others if others.dim() == 1 else _root_of(others).to(left.dtype)
+    down = _root_of(root_times(metric.left, left).mT).to(left.dtype)
     second = _coded(right, spec.kind, Metric(metric.scale, down, across), dtype)
     made = _whole(spec, (left, second.values().to(left.dtype)), indices)
     seen = times_root(made, metric.right)
     exact = left @ times_root(_whole(spec, (left, right), indices), metric.right)
-    gram = seen @ seen.mT
-    gram.diagonal().add_(_TINY * gram.diagonal().mean())
-    left = torch.linalg.solve(gram.double(), (seen @ exact.mT).double()).mT.to(left.dtype)
-    first = _coded(left, spec.kind, Metric(metric.scale, metric.left, _root_of(seen)), dtype)
-    return [first, second]
+    root = _root_of(seen)
+    best = torch.cholesky_solve((seen @ exact.mT).double(), root).mT.to(left.dtype)
+    across = root.to(left.dtype)
+    return [_coded(best, spec.kind, Metric(metric.scale, metric.left, across), dtype), second]
 
 
 def _whole(spec: QuantizedSpec, cores: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
@@ -263,7 +281,7 @@ def _whole(spec: QuantizedSpec, cores: Sequence[Tensor], indices: Sequence[Tenso
 
 
 def _root_of(factor: Tensor) -> Tensor:
-    """The Cholesky factor of F Fᵀ."""
+    """The Cholesky factor of F Fᵀ, in float64."""
     gram = (factor @ factor.mT).double()
     gram.diagonal().add_(_TINY * gram.diagonal().mean())
-    return torch.linalg.cholesky(gram).to(factor.dtype)
+    return torch.linalg.cholesky(gram)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from tensorize.formats import packs
 from tensorize.formats.block import Block
 from tensorize.formats.dense import Dense
 from tensorize.formats.format import OTHER_COLORS, Format
@@ -17,6 +21,12 @@ _TABLE: dict[str, Format[Any]] = {
     form.name: form for form in (Dense(), LowRank(), Shared(), Train(), Block())
 }
 _IN_CODES = {name: Quantized(form) for name, form in _TABLE.items()}
+
+
+@torch.library.impl(packs.OPERATION.name(), "cpu", lib=packs.library)
+def _(x: Tensor, held: list[Tensor], contract: str, spec: str) -> Tensor:
+    found: Any = packs.from_text(spec)
+    return _IN_CODES[found.format].by_packs(found, held, x, contract)
 
 
 def format_of(spec: Spec) -> Format[Any]:

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -45,6 +46,7 @@ class Box:
     names: list[str] = field(default_factory=list)  # one entry a copy
     operations: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
+    precision: str | None = None
 
     def absorb(self, other: Box) -> None:
         ours, theirs = (self, other) if self.first < other.first else (other, self)
@@ -62,7 +64,7 @@ class Box:
         owners = anonymous(self.parameters) if self.kind == OTHER else ()
         operations = tuple(self.operations) if self.kind == OTHER else ()
         named = anonymous([self.name]) if self.kind == SITE else (self.name,)
-        return (self.kind, named, self.format, self.shape, operations, owners)
+        return (self.kind, named, self.format, self.precision, self.shape, operations, owners)
 
     @property
     def title(self) -> str:
@@ -80,8 +82,8 @@ class Box:
             f"{min(rank)}–{max(rank)}" if len(set(rank)) > 1 else str(rank[0])
             for rank in zip(*self.ranks, strict=False)
         )
-        arrow = "" if is_dense(self.format) else "→ "
-        parts = (printer.shape_text(self.shape), arrow + what, ranks)
+        arrow = "" if is_dense(self.format) and self.precision is None else "→ "
+        parts = (printer.shape_text(self.shape), arrow + what, ranks, self.precision)
         return " ".join(part for part in parts if part)
 
 
@@ -153,7 +155,7 @@ def _box(
     node: fx.Node,
     position: int,
     operation: str,
-    site: tuple[str, str, Sequence[int]] | None,
+    site: tuple[Any, ...] | None,
     shapes: Mapping[str, tuple[str, ...]],
 ) -> Box:
     if node.op == "placeholder":
@@ -162,7 +164,7 @@ def _box(
         return Box(OUTPUT, position, "output")
     if site is None:
         return Box(OTHER, position, operations=[operation])
-    name, format, ranks = site
+    name, format, ranks, *precision = site
     return Box(
         SITE,
         position,
@@ -172,6 +174,7 @@ def _box(
         [tuple(ranks)],
         [name],
         [operation],
+        precision=precision[0] if precision else None,
     )
 
 

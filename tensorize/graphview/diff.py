@@ -143,7 +143,7 @@ def _hunk(before: _Side, after: _Side, block: _Block) -> Iterator[str]:
     sites = [
         after.text.sites[node.name] for node in after.nodes[j1:j2] if node.name in after.text.sites
     ]
-    formats = ", ".join(dict.fromkeys(format_text(site[1], site[2]) for site in sites))
+    formats = ", ".join(dict.fromkeys(format_text(*site[1:]) for site in sites))
     right = ": ".join(part for part in (formats, after_text) if part)
     if gone or right:
         heading = (

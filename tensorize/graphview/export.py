@@ -69,14 +69,14 @@ _VIEWS = ("aten.t.", "aten.permute.", "aten.transpose.", "aten.view.", "aten.det
 
 
 def mark_sites(
-    graph: fx.GraphModule, parameters: Mapping[str, tuple[str, str, tuple[int, ...]]]
+    graph: fx.GraphModule, parameters: Mapping[str, tuple[str, str, tuple[int, ...], str | None]]
 ) -> None:
     """Note in ``graph.meta["tensorize_sites"]`` which nodes compute with which site.
 
-    ``parameters``: qualified name of a graph's parameter → (site, format, ranks).
+    ``parameters``: qualified name of a graph's parameter → (site, format, ranks, precision).
     """
     names: Mapping[str, str] = graph.meta.get("tensorize_names", {})
-    marks: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    marks: dict[str, tuple[str, str, tuple[int, ...], str | None]] = {}
     for node in graph.graph.nodes:
         site = parameters.get(names.get(node.name, ""))
         if node.op != "placeholder" or site is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tensorize.base import files
+from tensorize.base.html import Picture
 from tensorize.base.printer import plain
 from tensorize.graphview.diff import diff_graphs
 from tensorize.graphview.picture import draw
@@ -24,10 +25,11 @@ class Graphs:
     ``"tensorize_names"``: ``dict[str, str]``
         name of a placeholder node → qualified name of the parameter or buffer that it stands for.
         Needed where parameters are lifted to placeholders, as torch.export does.
-    ``"tensorize_sites"``: ``dict[str, tuple[str, str, tuple[int, ...]]]``
-        name of a node → (site, format, ranks) for every node that computes with a site's weight or
-        cores: qualified name of the dense parameter, ``"dense"``, ``"low_rank"``, ``"tt"`` or
-        ``"block"``, and the inner ranks (empty when dense). Of several connected nodes that belong
+    ``"tensorize_sites"``: ``dict[str, tuple[str, str, tuple[int, ...], str | None]]``
+        name of a node → (site, format, ranks, precision) for every node that computes with a site's
+        weight or cores: qualified name of the dense parameter, ``"dense"``, ``"low_rank"``,
+        ``"tt"`` or ``"block"``, the inner ranks (empty when dense), and what entries are rounded to
+        (None, or nothing in its place, where they are not). Of several connected nodes that belong
         to one site all should be named; views between them need not be.
     """
 
@@ -54,6 +56,9 @@ class Graphs:
             TensorizeError: the directory of ``path`` does not exist or cannot be written.
         """
         files.write_text(path, draw(self.before, self.after))
+
+    def _repr_html_(self) -> str:
+        return Picture(draw(self.before, self.after))._repr_html_()
 
     def __repr__(self) -> str:
         before, after = len(self.before.graph.nodes), len(self.after.graph.nodes)

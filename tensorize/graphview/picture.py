@@ -283,7 +283,7 @@ def _hint(box: Box) -> str:
     if box.kind != SITE:
         return ", ".join(box.operations) or box.name
     return "; ".join(
-        f"{name}: {printer.format_text(box.format, ranks)}"
+        f"{name}: {printer.format_text(box.format, ranks, box.precision)}"
         for name, ranks in zip(box.names, box.ranks, strict=True)
     )
 

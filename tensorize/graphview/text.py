@@ -198,8 +198,8 @@ class GraphText:
         return "graph" if isinstance(value, torch.nn.Module) else "constant"
 
     def site(self, node: fx.Node) -> str:
-        name, format, ranks = self.sites[node.name]
-        return f"{name}: {format_text(format, ranks)}"
+        name, *what = self.sites[node.name]
+        return f"{name}: {format_text(*what)}"
 
     def lines(self, indent: str = "  ") -> Iterator[str]:
         read: set[str] = set()

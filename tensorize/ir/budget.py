@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from typing import Any
 
 from tensorize.base.errors import BudgetError
-from tensorize.ir.plan import Totals
+from tensorize.ir.plan import NATS, OF_VARIANCE, Totals
 
-_COSTS = ("params", "bytes", "flops", "latency", "communication")
+_COSTS = ("params", "bytes", "stored", "flops", "latency", "communication")
+
+AUTO = "auto"
+"""A budget in place of one: the smallest model that is predicted to lose next to nothing."""
+
+AUTO_LOSSES = {NATS: 0.02, OF_VARIANCE: 0.01}
+"""What that is, by what a loss is counted in."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,10 @@ class Budget:
             absolute value. FLOPs are per input row, matmuls against parameters only, the worst over
             the ``batch_sizes`` of the plan; latency is the predicted time of those matmuls in
             microseconds, and holds at each of the ``batch_sizes``.
-        communication: likewise, bytes that a tensor-parallel device sends for one input row in a
+        stored: as ``bytes``, which are what the result holds in memory; but what is packed to run
+            fast does not count, as it is in no file: weights of fewer than eight bits are then held
+            by a CPU as eight, too, once they have run.
+        communication: as those, bytes that a tensor-parallel device sends for one input row in a
             training step, forward and back, where weights of low rank are split by their
             bottleneck; a dense weight counts as if it sent its input, or its output, alone. For
             bytes a step on a mesh there is ``communication_budget`` of a plan of strategies.
@@ -34,15 +44,22 @@ class Budget:
 
     Raises:
         BudgetError: an entry is not a positive finite number, or none is given.
+
+    Example:
+        >>> str(tensorize.Budget(params=0.5, loss=0.01))
+        'params=0.5, loss=0.01'
+        >>> tensorize.Budget.of("10MB")
+        Budget(params=None, bytes=10000000, flops=None, ...)
     """
 
     params: float | int | None = None
     bytes: float | int | None = None
     flops: float | int | None = None
     latency: float | int | None = None
-    communication: float | int | None = None
     error: float | None = None
     loss: float | None = None
+    stored: float | int | None = None
+    communication: float | int | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -54,19 +71,35 @@ class Budget:
             )
         for name, value in given.items():
             _check(name, value)
+        if self.bytes is not None and self.stored is not None:
+            raise BudgetError(
+                "bytes= and stored= limit the same",
+                way_out="bytes= for what is held in memory, stored= for what a file takes",
+            )
 
     @classmethod
-    def of(cls, value: float | Budget) -> Budget:
-        """A float in (0, 1] as the share of parameters kept; a Budget as it is."""
+    def of(cls, value: float | str | Budget) -> Budget:
+        """A float in (0, 1] as the share of parameters kept, text as it says; a Budget as it is."""
+        value = as_written(value)
         if isinstance(value, Budget):
             return value
+        if isinstance(value, list | tuple):
+            raise BudgetError(
+                f"budget={value!r} is several budgets, and a model is compiled to one",
+                way_out="tensorize.analyze(model).curve([0.25, 0.5]) predicts what each would give",
+            )
         if not isinstance(value, float):
             raise BudgetError(
                 f"budget must be a float in (0, 1] or a tensorize.Budget, got {value!r}",
-                way_out="0.1 keeps at most 10 % of the parameters; Budget(params=1_000_000) is "
-                "an absolute number",
+                way_out="0.1 or '10%' keeps at most 10 % of the parameters; '10MB' and "
+                "Budget(params=1_000_000) are absolute",
             )
         return cls(params=value)
+
+    @property
+    def of_bytes(self) -> Budget:
+        """The same limits by the names of what plans cost."""
+        return self if self.stored is None else replace(self, bytes=self.stored, stored=None)
 
     def limits(self, dense: Totals) -> dict[str, float]:
         """The absolute limit of every cost that is limited, given the dense model's own.
@@ -114,6 +147,30 @@ def _check(name: str, value: object) -> None:
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}B": size for unit, size in _UNITS.items() if len(unit) == 1 and unit != "B"}
 _UNITS |= {f"{unit}iB": 2 ** (10 * k) for k, unit in enumerate("KMGT", 1)}
+_SIZES = {unit.lower(): size for unit, size in _UNITS.items()}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def as_written(value: Any) -> Any:
+    """A share or a size that is written as text, ``"50%"`` or ``"10MB"``, as a float or a Budget.
+
+    Anything else is given back as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    share = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", value)
+    if share is not None:
+        return float(Fraction(share[1]) / 100)  # "29%" is 0.29, and not the float beside it
+    size = _size(value)
+    return value if size is None else Budget(bytes=size)
+
+
+def _size(text: str) -> int | None:
+    """Bytes written with their unit, which a number alone has not."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not found[2] or found[2].lower() not in _SIZES:
+        return None
+    return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
 def parse_bytes(value: int | str | None) -> int | None:
@@ -124,9 +181,8 @@ def parse_bytes(value: int | str | None) -> int | None:
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
-    size = units.get(found[2].lower()) if found and isinstance(value, str) else None
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    size = _SIZES.get(found[2].lower()) if found else None
     if found is None or size is None or int(float(found[1]) * size) < 1:
         raise BudgetError(
             f"max_memory={value!r} is no size", way_out='a number of bytes, or text such as "4GB"'

@@ -51,6 +51,11 @@ class ContractionPlan:
     ``contract`` says which side of the weight meets the input: ``"columns"`` for y = x Wᵀ (a
     linear layer), ``"rows"`` for y = x W. FLOPs are counted as opt_einsum does: the product of all
     index sizes of a pairwise contraction, twice when an index is summed.
+
+    Example:
+        >>> plan = tensorize.plan_contraction(tensorize.TTSpec.low_rank(64, 32, 4))
+        >>> plan.flops(1)  # of one row: two FLOPs a parameter
+        768
     """
 
     spec: TTSpec

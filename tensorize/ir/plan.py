@@ -8,7 +8,7 @@ import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tensorize.base import printer
+from tensorize.base import html, printer
 from tensorize.base.errors import AnalysisError
 from tensorize.base.records import BAD_DATA, by_field, checksum, parse, plain, record
 from tensorize.ir.machine import GENERIC
@@ -16,6 +16,9 @@ from tensorize.ir.spec import DENSE, MOST_ELEMENTS, Spec
 
 REFIT, POLISH = "refit", "polish"
 """What is done to the cores after the decompositions; a polish comes after a refit."""
+
+NATS, OF_VARIANCE, THE_CALLERS = "nats", "relative squared error", "loss_fn"
+"""What a loss to preserve is counted in: KL, shares of the outputs' variance, or the caller's."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ class Prediction:
     ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
     microseconds, for each of those numbers of rows. ``communication``: what tensor-parallel devices
     send for a row, in bytes, if weights of low rank are split by their bottleneck.
+
+    Example:
+        >>> predicted = tensorize.report(small).plan.predicted
+        >>> low, high = predicted.loss_interval
+        >>> low <= predicted.loss <= high
+        True
     """
 
     parameters: int
@@ -123,6 +132,11 @@ class Plan:
     by which a better choice might be better (the duality gap); ``machine`` the one whose figures
     its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
     ``limits_errors`` that its budget limits the error of every weight.
+
+    Example:
+        >>> plan = tensorize.report(small).plan
+        >>> tensorize.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     sites: tuple[RankPlan, ...]
@@ -156,7 +170,8 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self._values)
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
+        """What it says above the weights."""
         after, before = self.predicted, self.dense
         refined = f", refined by a {self.refine}" if self.refine else ""
         lines = [
@@ -168,6 +183,10 @@ class Plan:
         if after.loss is not None:
             span = printer.interval(after.loss_interval)
             lines[-1] += f", loss {printer.number(after.loss)} (90 %: {span})"
+        return lines
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Titles, and a row for every weight."""
         rows = [
             (
                 site.name,
@@ -180,9 +199,15 @@ class Plan:
             )
             for site in self.sites
         ]
-        headers = ("weight", "kind", "shape", "format", "parameters", "error", "why")
+        return ("weight", "kind", "shape", "format", "parameters", "error", "why"), rows
+
+    def _repr_html_(self) -> str:
+        return html.table(*self._table(), "; ".join(self._lines()))
+
+    def __str__(self) -> str:
+        headers, rows = self._table()
         align: list[printer.Align] = ["left", "left", "keep", "keep", "right", "right", "wrap"]
-        lines = [textwrap.fill(line, printer.prose_width()) for line in lines]
+        lines = [textwrap.fill(line, printer.prose_width()) for line in self._lines()]
         text = "\n".join([*lines, "", printer.table(headers, rows, align=align)])
         return printer.plain(text)
 

@@ -13,6 +13,12 @@ ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4,
 """Bytes of an entry of the dtypes that cores and indices are kept in."""
 
 
+FLOAT, ONE_DIGIT, TWO_DIGITS = "float", "int8", "int16"
+INPUTS = (ONE_DIGIT, TWO_DIGITS, FLOAT)
+"""What the inputs of a quantized weight are rounded to where products are ones of integers: eight
+bits, twice eight, or nothing, and then there are none."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Integers of ``bits`` bits.

@@ -45,6 +45,13 @@ class Site:
     ``blocked`` is the reason why it cannot be factorized, ``None`` where it can; ``last_resort``
     the reason why it is only where the budget cannot be met otherwise. ``input_group`` is the name
     of the first of several linears that read the same input (q, k, v; gate, up).
+
+    Example:
+        >>> def first_layer(site):
+        ...     return site.shape == (64, 16)
+        >>> some = tensorize.compile(dense, 0.9, example_inputs=inputs, include=first_layer)
+        >>> [site.name for site in tensorize.report(some).factorized]
+        ['0.weight']
     """
 
     name: str

@@ -7,12 +7,12 @@ E experts (a leading batch of matrices).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
-from tensorize.ir.precision import INTEGERS, ITEMSIZE, Precision
+from tensorize.ir.precision import ITEMSIZE
 
 DENSE, LOW_RANK, TT, BLOCK = "dense", "low_rank", "tt", "block"
 SHARED = "shared"
@@ -72,6 +72,10 @@ class Spec:
         own = itemsize if self.storage is None else ITEMSIZE[self.storage]
         return self.parameters * own + holders * sum(index.bytes for index in self.indices)
 
+    def packed_bytes(self, contracts: Collection[str]) -> int:
+        """What a CPU holds beside that, once the weight has run in all of its uses."""
+        return 0
+
     @property
     def parameters(self) -> int:
         """Number of elements of all cores together."""
@@ -88,10 +92,10 @@ class Spec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
         """The spec that ``to_dict`` wrote, of whatever format."""
-        if data.get("precision") is not None:
-            return QuantizedSpec.from_dict(data)
-        if data.get("format") == DENSE:
-            return DenseSpec.from_dict(data)
+        if data.get("precision") is not None or data.get("format") == DENSE:
+            from tensorize.ir import coded  # which is of what is defined here
+
+            return coded.from_dict(data)
         return READERS.get(data.get("format", ""), TTSpec.from_dict)(data)
 
 
@@ -125,6 +129,12 @@ class TTSpec(Spec):
 
     Raises:
         ValueError: lengths do not fit, or an entry is not a positive integer.
+
+    Example:
+        >>> tensorize.TTSpec.low_rank(64, 32, 4).parameters
+        384
+        >>> tensorize.TTSpec((8, 8), (4, 8), (5,)).core_shapes
+        ((8, 4, 5), (5, 8, 8))
     """
 
     cores: tuple[tuple[str, ...], ...]
@@ -396,114 +406,3 @@ class TTSpec(Spec):
         if self.is_block:
             return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"
-
-
-@dataclass(frozen=True)
-class DenseSpec(Spec):
-    """A weight as it is: one core. It is the inside of what is quantized; else there is no spec."""
-
-    shape: tuple[int, ...]
-    format = DENSE
-    ranks = ()
-
-    @property
-    def core_shapes(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
-        return (self.shape,)
-
-    @property
-    def batch(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("e",) if len(self.shape) > 2 else ()
-
-    @property
-    def single(self) -> DenseSpec:  # type: ignore[override]
-        return DenseSpec(self.shape[-2:])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": DENSE, "shape": list(self.shape)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DenseSpec:
-        return cls(tuple(data["shape"]))
-
-    def __repr__(self) -> str:
-        return f"DenseSpec({self.shape})"
-
-
-@dataclass(frozen=True)
-class QuantizedSpec(Spec):
-    """A weight whose entries are integers of a few bits: ``inner`` says what these stand for.
-
-    Every core of ``inner`` is a matrix, or a stack of them. What trains are the scales (M, groups),
-    which are the cores here; after them come, for every core, the packed codes and the zero points,
-    where there are any.
-
-    Raises:
-        ValueError: there is no such precision, or the inside is quantized itself.
-    """
-
-    inner: Spec
-    precision: str  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    if TYPE_CHECKING:
-        format: str = field(init=False, compare=False)
-        shape: tuple[int, ...] = field(init=False, compare=False)
-        core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
-        indices: tuple[Index, ...] = field(init=False, compare=False)
-        ranks: tuple[int, ...] = field(init=False, compare=False)
-        batch: tuple[str, ...] = field(init=False, compare=False)
-        single: QuantizedSpec = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.precision not in INTEGERS or self.inner.precision is not None:
-            raise ValueError(f"no {self.precision!r} of {self.inner}")
-        kind, shapes = self.kind, self.inner.core_shapes
-        indices: list[Index] = list(self.inner.indices)
-        for k, (*lead, columns) in enumerate(shapes):
-            packed = (*lead, kind.packed(columns))
-            indices.append(Index(f"codes_{k}", packed, kind.dtype))
-            if kind.offset:
-                groups = (*lead, kind.packed(kind.groups(columns)))
-                indices.append(Index(f"zeros_{k}", groups, "uint8"))
-        scales = tuple((*lead, kind.groups(columns)) for *lead, columns in shapes)
-        for name, value in (
-            *((each, getattr(self.inner, each)) for each in ("format", "shape", "ranks", "batch")),
-            ("core_shapes", scales),
-            ("indices", tuple(indices)),
-        ):
-            object.__setattr__(self, name, value)
-        one = self.inner.single
-        single = QuantizedSpec(one, self.precision) if self.batch else self
-        object.__setattr__(self, "single", single)
-
-    @property
-    def kind(self) -> Precision:
-        """What the precision is."""
-        return INTEGERS[self.precision]
-
-    @property
-    def plain(self) -> Any:
-        return self.inner.plain
-
-    @property
-    def parameters(self) -> int:
-        """The numbers that the codes stand for."""
-        return self.inner.parameters
-
-    def bytes(self, itemsize: int, holders: int = 1) -> int:
-        scales = sum(math.prod(shape) for shape in self.core_shapes)
-        return scales * itemsize + holders * sum(index.bytes for index in self.indices)
-
-    def with_ranks(self, ranks: Sequence[int]) -> QuantizedSpec:
-        return QuantizedSpec(self.inner.with_ranks(ranks), self.precision)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.inner.to_dict(), "precision": self.precision}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QuantizedSpec:
-        """Raises ValueError for what is no precision of this release."""
-        inside = {key: value for key, value in data.items() if key != "precision"}
-        return cls(Spec.from_dict(inside), data["precision"])
-
-    def __repr__(self) -> str:
-        return f"QuantizedSpec({self.inner}, {self.precision!r})"

@@ -76,6 +76,10 @@ def report(model: nn.Module) -> Report:
 
     Raises:
         TensorizeError: the model was not made by tensorize.
+
+    Example:
+        >>> tensorize.report(small).verdict.ruined
+        False
     """
     if not isinstance(model, nn.Module):
         raise TensorizeError(

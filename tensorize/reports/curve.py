@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from tensorize.base import files, printer
+from tensorize.base import files, html, printer
 from tensorize.base.errors import TensorizeError
+from tensorize.base.html import Picture
 from tensorize.base.records import decode, encode, record
 from tensorize.formats.low_rank import LowRank
+from tensorize.reports import picture
 from tensorize.reports.data import CurvePoint
 
 
@@ -60,7 +63,8 @@ class Curve(Sequence[CurvePoint]):
         """Whether plans of ranks alone stand beside its points: budgets are then bytes."""
         return any(point.ranks_alone is not None for point in self.points)
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Titles, and a row for every point."""
         has_bits = self.has_bits
         rows = [
             (
@@ -81,10 +85,28 @@ class Curve(Sequence[CurvePoint]):
             *(["ranks alone"] if has_bits else []),
             "times",
         )
+        return headers, rows
+
+    def __str__(self) -> str:
+        headers, rows = self._table()
         align: list[printer.Align] = ["right"] * len(headers)
         align[-1] = "list"
         body = printer.table(headers, rows, align=align)
         return f"predicted by budget, metric {self.metric}\n\n{body}"
+
+    def picture(self) -> Picture:
+        """It as a picture that notebooks show, without matplotlib.
+
+        Raises:
+            TensorizeError: no point has a positive, finite quality.
+        """
+        return picture.draw(self)
+
+    def _repr_html_(self) -> str:
+        above = f"predicted by budget, metric {self.metric}"
+        shown = any(0 < point.quality < math.inf for point in self.points)
+        drawn = self.picture()._repr_html_() if shown else ""
+        return html.table(*self._table(), above) + drawn
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the curve with matplotlib, in the format that the suffix of ``path`` names.

@@ -86,10 +86,14 @@ class Shares:
 
 @dataclass(frozen=True)
 class ReportTotals:
-    """The whole model before and after, parameters that are no site included."""
+    """The whole model before and after, parameters that are no site included.
+
+    ``packed``: the bytes that a CPU holds beside those after, once all weights have run.
+    """
 
     before: Totals
     after: Totals
+    packed: int = 0
 
     @property
     def share(self) -> Shares:

@@ -1,30 +1,18 @@
-"""A report as one HTML page: the bars of the sites, the curve's picture, the scales of both.
+"""A report as one HTML page: the bars of the sites, and their scale.
 
 The page itself is ``templates/report.html.j2``; here is the geometry that it shows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensorize.base.charts import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    Scale,
-    budget_steps,
-    budget_ticks,
-    log_ends,
-    log_ticks,
-)
 from tensorize.base.html import environment
 from tensorize.formats.registry import names
-from tensorize.reports.curve import Curve
 from tensorize.reports.data import SiteReport
+from tensorize.reports.picture import Kept, chart_of
 from tensorize.reports.report import Report
 
 MOST_BARS = 60
@@ -49,7 +37,8 @@ def _contents(report: Report) -> dict[str, Any]:
         "most_bars": MOST_BARS,
         "formats": [f for f in names() if any(s.format == f for s in report.sites)],
         "other": report.totals.before.parameters - sum(s.parameters_before for s in report.sites),
-        "chart": None if curve is None else _chart(curve, report),
+        "chart": None if curve is None else chart_of(curve, Kept.of(report)),
+        "alone": False,
         "plan_json": report.plan.to_json(),
         "total_seconds": sum(stage.seconds for stage in report.history),
     }
@@ -85,45 +74,3 @@ def _bars(sites: Sequence[SiteReport]) -> list[_Bar]:
         )
         for site in sites
     ]
-
-
-def _chart(curve: Curve, report: Report) -> dict[str, Any] | None:
-    """The geometry of the curve's picture; ``None`` where no point fits a logarithmic axis."""
-    shown = sorted((p for p in curve if 0 < p.quality < math.inf), key=lambda p: p.budget)
-    if not shown:
-        return None
-    predicted = report.plan.predicted
-    losses = curve.quality_name.endswith("loss")
-    chosen = predicted.loss if losses else predicted.output_error
-    measured = report.measured_loss if losses else None
-    marks = [v for v in (chosen, measured) if v is not None and 0 < v < math.inf]
-    middle = [point.quality for point in shown] + marks
-    ends = [end for point in shown for end in point.loss_interval or () if 0 < end < math.inf]
-    # An interval may reach down to 0: a decade below the lowest point is where it leaves the axis.
-    low, high = log_ends(max(min(middle + ends), min(middle) / 10), max(middle + ends))
-    share = report.totals.share.parameters
-    widest = max([share, *(p.budget for p in shown)])
-    step, most = budget_steps(widest)
-    scale = Scale(most, low, high)
-    band = [(p.budget, *p.loss_interval) for p in shown if p.loss_interval is not None]
-    edge = [(b, high) for b, _, high in band] + [(b, low) for b, low, _ in reversed(band)]
-    x_chosen = scale.x(share)
-    return {
-        "left": LEFT,
-        "right": RIGHT,
-        "top": TOP,
-        "bottom": BOTTOM,
-        "x_ticks": budget_ticks(scale, step),
-        "y_ticks": log_ticks(scale),
-        "line": " ".join(f"{scale.x(p.budget)},{scale.y(p.quality)}" for p in shown),
-        "dots": [(scale.x(p.budget), scale.y(p.quality), p) for p in shown],
-        "band": " ".join(f"{scale.x(b)},{scale.y(q)}" for b, q in edge),
-        "x_chosen": x_chosen,
-        "y_chosen": scale.y(chosen) if chosen is not None and chosen > 0 else None,
-        "y_measured": scale.y(measured) if measured is not None and measured > 0 else None,
-        "label_left": x_chosen > (LEFT + RIGHT) / 2,
-        "chosen": chosen,
-        "share": share,
-        "quality_name": curve.quality_name,
-        "left_out": len(curve) - len(shown),
-    }

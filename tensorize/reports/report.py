@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tensorize.base import files, printer
+from tensorize.base import files, html, printer
+from tensorize.base.errors import TensorizeError
+from tensorize.base.html import Picture
 from tensorize.base.records import by_field, decode, encode, record
 from tensorize.ir.plan import Plan
+from tensorize.reports import picture
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, RunsBy, SiteReport, Stage
 from tensorize.reports.text import (
@@ -26,9 +29,10 @@ from tensorize.reports.text import (
     site_table,
     totals_table,
 )
+from tensorize.reports.verdict import NOTHING_KNOWN, Outlook, Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The plan, what came of it, and the record of how.
 
@@ -36,7 +40,13 @@ class Report:
     asked weights to run by, ``fused`` what launches of compiled graphs took in, and around which
     weights. ``environment`` is pairs of names and values: versions, machine, seed.
     ``measured_loss`` and ``measured_error`` are the rise of the loss and the error of the outputs
-    where a compile measured them. ``weights`` are samples of the parameters that all of it is of.
+    where they were measured. ``weights`` are samples of the parameters that all of it is of.
+    ``outlook`` is what the verdict says beside the plan.
+
+    Example:
+        >>> report = tensorize.report(small)
+        >>> [site.format for site in report.factorized][:1]
+        ['low_rank']
     """
 
     plan: Plan
@@ -51,6 +61,12 @@ class Report:
     measured_loss: float | None = None
     measured_error: float | None = None
     weights: tuple[str, ...] = ()
+    outlook: Outlook = NOTHING_KNOWN
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is kept, gained and lost, in words and figures; where too much is, what to do."""
+        return Verdict(self.plan, self.totals, self.outlook, self.measured_loss)
 
     @property
     def factorized(self) -> tuple[SiteReport, ...]:
@@ -75,6 +91,15 @@ class Report:
         """The report that ``to_dict`` described, equal to it in every field."""
         return record(cls, decode(data))
 
+    def __repr__(self) -> str:
+        blocks = [
+            str(self.verdict),
+            totals_table(self.totals, self.plan.batch_sizes),
+            f"{len(self.factorized)} of {printer.plural(len(self.sites), 'weight')} factorized, "
+            f"{printer.plural(len(self.notes), 'note')}: print(report) has them all",
+        ]
+        return printer.plain("\n\n".join(blocks))
+
     def __str__(self) -> str:
         kept = len(self.sites) - len(self.factorized)
         head = (
@@ -84,6 +109,7 @@ class Report:
         )
         reasons = list(dict.fromkeys(site.reason for site in self.sites))
         blocks = [
+            str(self.verdict),
             "\n".join(textwrap.wrap(head, printer.prose_width())),
             site_table(self.sites, reasons) if self.sites else "no site was found",
             totals_table(self.totals, self.plan.batch_sizes),
@@ -131,3 +157,21 @@ class Report:
         from tensorize.reports import page  # which draws what is defined here
 
         files.write_text(path, page.render(self))
+
+    def plot(self) -> Picture:
+        """The curve by budget, with this model on it: a picture that notebooks show.
+
+        Raises:
+            TensorizeError: the report has no curve, as of a model that was not compiled.
+        """
+        if self.curve is None:
+            raise TensorizeError(
+                "the report has no curve, which an analysis gives",
+                way_out="tensorize.analyze(model).curve().picture()",
+            )
+        return picture.draw(self.curve, picture.Kept.of(self))
+
+    def _repr_html_(self) -> str:
+        from tensorize.reports import page
+
+        return html.framed(page.render(self))

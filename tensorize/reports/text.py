@@ -52,6 +52,11 @@ def totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
         sides = (totals.before, totals.after, totals.share)
         before, after, share = (getattr(side, name) for side in sides)
         rows.append((title, text(before), text(after), printer.percent(share)))
+    if totals.packed:
+        held = totals.after.bytes + totals.packed
+        share = printer.percent(share_of(held, totals.before.bytes))
+        before, after = printer.bytes_(totals.before.bytes), printer.bytes_(held)
+        rows.insert(2, ("bytes with packs, once it has run on a CPU", before, after, share))
     times = zip(batch_sizes, totals.before.latency, totals.after.latency, strict=False)
     for count, before, after in times:
         title = f"us at {count} row{'s' * (count > 1)}, predicted"

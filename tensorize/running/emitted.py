@@ -33,6 +33,11 @@ def kernels(model: nn.Module, example_inputs: Any = None) -> dict[str, Kernel]:
     Raises:
         TensorizeError: the model was not made by tensorize.
         CaptureError: the model does not run on ``example_inputs``.
+
+    Example:
+        >>> whole = tensorize.weight.plain(copy.deepcopy(small))
+        >>> all("import triton" in str(kernel) for kernel in tensorize.kernels(whole).values())
+        True
     """
     model = unwrapped(model)
     found = kernels_of_weights(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensorize.base.errors import CheckpointError
+from tensorize.base.sharded import is_first_rank, is_sharded, whole
 from tensorize.ir.spec import Spec
 from tensorize.weight.install import factored, turned_spec
 from tensorize.weight.lazy import FactoredWeight
@@ -127,6 +128,9 @@ def transient_buffers(model: nn.Module) -> Iterator[Slot]:
 def contents_of(model: nn.Module, *, on_meta: bool = False) -> tuple[Contents, dict[str, Tensor]]:
     """The description of a model's tensors, and those to store, contiguous and each once.
 
+    Of a sharded model every process is to ask; the first one gets the tensors, put together on
+    the CPU one by one, and the others none.
+
     ``on_meta``: the model has no values yet, and nor have the tensors to store.
     """
     entries: dict[str, Entry] = {}
@@ -148,6 +152,11 @@ def contents_of(model: nn.Module, *, on_meta: bool = False) -> tuple[Contents, d
             continue
         if on_meta:
             stored[key] = tensor
+            continue
+        if is_sharded(tensor):
+            gathered = whole(tensor.detach())
+            if is_first_rank():
+                stored[key] = gathered.cpu().contiguous()
             continue
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         first = memory.setdefault(place, key) if tensor.numel() else key
@@ -185,7 +194,9 @@ def _check_storable(key: str, tensor: Tensor) -> None:
             site=key,
             way_out="load the weights first",
         )
-    # A subclass that dispatches for itself (DTensor, a quantized tensor) has no plain memory.
+    if is_sharded(tensor):
+        return
+    # A subclass that dispatches for itself (a quantized tensor) has no plain memory.
     own_dispatch = getattr(type(tensor), "__torch_dispatch__", None) is not _PLAIN_DISPATCH
     if own_dispatch or tensor.layout != torch.strided:
         raise CheckpointError(

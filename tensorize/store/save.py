@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.files import beside_others, draft_of, drafts_of, into_place
+from tensorize.base.sharded import by_first_rank, is_sharded
 from tensorize.base.tensorfile import sha256_of
 from tensorize.base.tensors import unwrapped
 from tensorize.reports.attach import known_report
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
+from tensorize.store.card import write_card
 from tensorize.store.contents import Contents, contents_of, dtype_name
 from tensorize.store.load import DRAFT
 from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict, signed
@@ -28,6 +30,8 @@ from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict, s
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write a factorized model into ``directory``, which is made where it does not exist.
 
+    A model that is sharded over processes is saved by all of them, and the first one writes what
+    it is on one machine.
     Several processes may do so at once: the directory then holds what one of them saved, whole.
     Every tensor is stored once. Two tensors that overlap only in part are stored in full each, and
     are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
@@ -52,9 +56,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if transformers_config.is_huggingface(model):
         transformers_config.check_place(directory)
     contents, stored = contents_of(model)
-    with _drafted(directory) as draft:
-        _write_tensors(stored, draft)
-        _finish(model, contents, report, draft, draft, directory)
+
+    def write() -> None:
+        with _drafted(directory) as draft:
+            _write_tensors(stored, draft)
+            _finish(model, contents, report, draft, draft, directory)
+
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        by_first_rank(write, CheckpointError)
+    else:
+        write()
 
 
 def save_written(
@@ -122,6 +133,7 @@ def _finish(
     configs: dict[str, str] = {}
     if manifest["model"]["huggingface"]:
         configs = transformers_config.save_configs(model, directory, weights.name, draft)
+        write_card(directory, report, manifest["model"], draft)
     draft.write_text(signed(manifest), encoding="utf-8")
     into_place(draft, directory / MANIFEST)
     found = {name: (directory / name).read_text(encoding="utf-8") for name in configs}

@@ -89,11 +89,25 @@ def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -
     """``config.json`` and ``generation_config.json``, for ``from_pretrained`` and other tools; what
     is in them, by their names."""
     config: Any = copy.deepcopy(model.config)
-    config.architectures = [class_path(model).rpartition(":")[2]]
-    config.dtype = dtype_name(next(model.parameters()).dtype)
     config.quantization_config = {**factors_to_dict(model), "weights": weights}
     # Where transformers alone would look for the weights: it says that there is no such file.
     config.transformers_weights = NEEDS_US
+    return _written(model, config, directory, draft)
+
+
+def save_plain(
+    model: nn.Module, directory: Path, draft: Path, quantization: Mapping[str, Any]
+) -> dict[str, str]:
+    """The same for readers that are not ours, with what they are to know of the weights."""
+    config: Any = copy.deepcopy(model.config)
+    unmark(config)
+    config.quantization_config = dict(quantization)
+    return _written(model, config, directory, draft)
+
+
+def _written(model: nn.Module, config: Any, directory: Path, draft: Path) -> dict[str, str]:
+    config.architectures = [class_path(model).rpartition(":")[2]]
+    config.dtype = dtype_name(next(model.parameters()).dtype)
     texts = {"config.json": config.to_json_string()}
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:

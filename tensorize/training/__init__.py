@@ -1,6 +1,7 @@
 """Training in compressed form: from scratch, or on from a compressed model."""
 
 from tensorize.training.adapt import Adaptation, RankSchedule
+from tensorize.training.blueprint import fill
 from tensorize.training.checkpointing import checkpoint_low_rank, low_rank_contexts
 from tensorize.training.from_scratch import initialize
 from tensorize.training.groups import parameter_groups
@@ -17,6 +18,7 @@ __all__ = [
     "UpdateRates",
     "activations",
     "checkpoint_low_rank",
+    "fill",
     "initialize",
     "low_rank_contexts",
     "memory",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tensorize.algebra.svd import tail_sums
 from tensorize.api.outcome import totals_of
 from tensorize.base.errors import BudgetError, TensorizeError
+from tensorize.base.sharded import is_sharded
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
@@ -92,7 +93,8 @@ class RankSchedule:
 
     Raises:
         BudgetError: the budget is malformed, or smaller than what the model has at rank one.
-        TensorizeError: the model has no factorized weights, or steps are out of order.
+        TensorizeError: the model has no factorized weights, it is sharded, or steps are out of
+            order.
     """
 
     def __init__(
@@ -113,6 +115,11 @@ class RankSchedule:
                 f"0 <= start <= end and every, rank_multiple >= 1, got start={start}, end={end}, "
                 f"every={every}, rank_multiple={rank_multiple}",
                 way_out="start=100, end=900",
+            )
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise TensorizeError(
+                "the model is sharded, and what shards it knows its weights by their sizes",
+                way_out="let ranks follow the budget before parallelize(model, mesh)",
             )
         self.model, self.optimizer = model, optimizer
         self.start, self.end, self.every = start, end, every

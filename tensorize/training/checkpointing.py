@@ -29,6 +29,9 @@ from tensorize.weight.low_rank import LowRankLinear
 _PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm"))
 _now = threading.local()
 
+ALWAYS_SAVED: set[Any] = set()
+"""Operations whose results are low-rank products by themselves, wherever they are called."""
+
 
 def low_rank_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """The ``context_fn`` of ``torch.utils.checkpoint`` that saves low-rank products."""
@@ -82,7 +85,8 @@ def checkpoint_low_rank(model: nn.Module, enabled: bool = True) -> int:
 
 
 def _policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if getattr(_now, "narrow", False) and function in _PRODUCTS:
+    narrow = getattr(_now, "narrow", False) and function in _PRODUCTS
+    if narrow or function in ALWAYS_SAVED:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -179,6 +179,11 @@ def distillation_loss(
 
     Raises:
         CaptureError: a pattern matches no layer, or a batch does not fit the model's forward.
+
+    Example:
+        >>> distance = tensorize.distillation_loss(dense)
+        >>> distance(small, batches[0]).requires_grad
+        True
     """
     found = Distillation(teacher, layer_names(teacher, layers), layer_weight, loss_fn)
     if batches is not None:

@@ -32,6 +32,7 @@ from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta
 from tensorize.passes.stages import Analysed, Found, Given, Learned, Planned, Rewritten
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
+from tensorize.training.blueprint import keep_blueprint
 
 _METRIC = "shape"
 
@@ -87,7 +88,9 @@ def initialize(
         rank_multiple: ranks above it are its multiples, as matrix units want.
         batch_sizes: input rows at which FLOPs and times are counted; the worst counts.
         initializer: a function of a module that makes the values of its own parameters.
-        device: where values are made that are on meta.
+        device: where values are made that are on meta. ``"meta"`` itself: the result stays there,
+            for ``distributed.parallelize`` and ``training.fill``, which makes the very same values
+            later, each rank its part.
         inplace: rewrite the model itself.
         seed: of all values made here; the random state is left as it was.
 
@@ -95,6 +98,11 @@ def initialize(
         BudgetError: the budget is malformed or not feasible (it names the nearest that is).
         CaptureError: the model or its inputs cannot be used, or nothing makes a module's values.
         AnalysisError: an option does not fit the model's weights.
+
+    Example:
+        >>> fresh = tensorize.initialize(dense, 0.5, example_inputs=inputs)
+        >>> fresh(*inputs).shape
+        torch.Size([8, 32])
     """
     check_one_of("method", method, METHODS)
     check_one_of("nonlinearity", nonlinearity, (None, *NONLINEARITIES))
@@ -121,6 +129,8 @@ def initialize(
         replaced = {site.name for site in planned.plan.sites if site.spec is not None}
         target = model if inplace else copy_sharing(model, replaced)
         cores = InitializeCores(target, method, nonlinearity, initializer, str(device))
+        if is_on_meta(model) and cores.device == "meta":
+            keep_blueprint(target, model, planned, cores)
         done = run_passes(planned, (cores,), Rewritten)
     untrained = "not trained yet: errors are those of no weight"
     notes = (untrained, *notes_on_wrapper(given, model))

@@ -21,6 +21,9 @@ U' ΔV' and by ΔU' [I | V']. U' is carried on by a factor of the norm √(1 + �
 and is to move these as the dense step does, by √(M (N - R)): N - R cancels, and the rate is that of
 V in the plain form, for the same U. Decay of U' shrinks all of W, decay of V' only the columns that
 are not kept, so U' gets all of it and V' none.
+
+Of integers of a few bits the scales train: a step of a scale moves the numbers of its group by
+their codes, so that it is as many times smaller.
 """
 
 from __future__ import annotations
@@ -98,13 +101,33 @@ def core_speeds(model: nn.Module, rule: str = "adam") -> dict[int, tuple[float, 
     """
     speeds: dict[int, tuple[float, float]] = {}
     for _, weight in factored(model):
-        if not weight.format.indexed:
-            continue
+        numbers, steps = weight, [1.0] * len(weight.cores)
+        if weight.spec.precision is not None:
+            numbers, steps = _in_numbers(weight, rule)
         count = len(weight.cores)
-        shares = (1.0, 0.0) if weight.spec.pivoted else (1 / count,) * count
-        for core, speed, share in zip(weight.cores, _speeds(weight, rule), shares, strict=True):
-            speeds.setdefault(id(core), (float(f"{speed:.2g}"), share))
+        if count > 1 and not numbers.format.indexed:
+            continue
+        shares = (1.0, 0.0) if numbers.spec.pivoted else (1 / count,) * count
+        found = [1.0] if count == 1 else _speeds(numbers, rule)
+        for core, speed, step, share in zip(weight.cores, found, steps, shares, strict=True):
+            speeds.setdefault(id(core), (float(f"{speed * step:.2g}"), share))
     return speeds
+
+
+def _in_numbers(weight: FactoredWeight, rule: str) -> tuple[FactoredWeight, list[float]]:
+    """A weight whose scales train, as the numbers that its codes stand for; and of every core the
+    step of a scale over that of a number.
+
+    A number is a code times its scale: it moves as many times as far, and its scale gets as many
+    times the gradient.
+    """
+    spec, count = weight.spec, len(weight.cores)
+    form: Any = weight.format
+    held = form.inside(spec, (*weight.cores, *weight.indices))
+    numbers = FactoredWeight(spec.inner, held[:count], weight.frame, indices=held[count:])
+    sizes = [root_mean_square(core.detach()) for core in (*weight.cores, *held[:count])]
+    codes = [max(n, 1e-30) / max(s, 1e-30) for s, n in zip(sizes, sizes[count:], strict=False)]
+    return numbers, [code ** (-1 if rule == "adam" else -2) for code in codes]
 
 
 def _speeds(weight: FactoredWeight, rule: str) -> list[float]:

@@ -25,7 +25,7 @@ from tensorize.base.errors import CaptureError, CheckpointError
 from tensorize.base.files import drafts_of, replacing
 from tensorize.base.progress import Progress, shown
 from tensorize.base.records import by_field, plain
-from tensorize.capture.batches import calibration_batches
+from tensorize.capture.batches import ToInputs, calibration_batches
 from tensorize.capture.forward import in_usual_modes, untouched
 from tensorize.capture.inputs import check_model
 from tensorize.ir.sites import Batch
@@ -62,6 +62,11 @@ class Healing:
     ``before`` and ``after`` are means over the held-out batches, ``losses`` what each step was
     taken on, ``checks`` pairs (steps taken, held-out distance). ``best_step`` is the number of
     steps after which the factors that are kept were the best, 0 where none were better.
+
+    Example:
+        >>> done = tensorize.heal(copy.deepcopy(small), dense, batches, steps=4)
+        >>> done.after <= done.before
+        True
     """
 
     before: float
@@ -100,6 +105,7 @@ def heal(
     steps: int,
     held_out: Iterable[Any] | None = None,
     tokenizer: Any = None,
+    to_inputs: ToInputs | None = None,
     loss_fn: LossFunction | None = None,
     layers: Layers = None,
     layer_weight: float = 1.0,
@@ -123,6 +129,7 @@ def heal(
             through as often as ``steps`` need, in another order each time.
         steps: how many batches to learn from, one a step.
         held_out: other batches to judge by; without them some of ``batches`` are held out.
+        to_inputs: makes what forward takes of a batch, where that is not what it is.
         loss_fn: ``loss_fn(outputs, batch) -> scalar``, instead of the distance of the outputs.
         layers, layer_weight: layers whose outputs to match as well, as in ``distillation_loss``.
         train: ``"cores"``, or ``"all"``: biases, norms and dense weights too.
@@ -138,6 +145,11 @@ def heal(
     Raises:
         CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
+
+    Example:
+        >>> done = tensorize.heal(copy.deepcopy(small), dense, batches, steps=4)
+        >>> done.steps
+        4
     """
     model, teacher = check_model(model), check_model(teacher)
     if model is teacher:
@@ -147,11 +159,12 @@ def heal(
             f"steps={steps}, patience={patience}, rate={rate}: one of them makes no sense",
             way_out="steps and patience are at least 1, a rate is in (0, 1) or None",
         )
-    given = calibration_batches(batches, model, tokenizer, "batches")
+    given = calibration_batches(batches, model, tokenizer, "batches", to_inputs)
     if held_out is None:
         learnt, unseen = _split(given)
     else:
-        learnt, unseen = given, calibration_batches(held_out, model, tokenizer, "held_out")
+        learnt = given
+        unseen = calibration_batches(held_out, model, tokenizer, "held_out", to_inputs)
     parameters = list(trained_parameters(model, train).values())
     distance = distillation_loss(teacher, loss_fn=loss_fn, layers=layers, layer_weight=layer_weight)
     kept = None
@@ -308,5 +321,9 @@ def _note(model: nn.Module, done: Healing) -> None:
     found = known_report(model)
     if found is not None:
         note = f"healed: {done}; the errors of sites are those from before"
-        now = samples_of(model)
-        attach(model, replace(found, notes=(*found.notes, note), weights=now))
+        measured = {
+            "measured_loss": done.after,
+            "outlook": replace(found.outlook, unit=done.unit),
+            "weights": samples_of(model),
+        }
+        attach(model, replace(found, notes=(*found.notes, note), **measured))

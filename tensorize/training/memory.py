@@ -16,8 +16,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tensorize.base import printer
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
+from tensorize.base.sharded import own_part
 from tensorize.capture.inputs import batch_of
 from tensorize.capture.kept import keeping
+from tensorize.weight.become import unsharded_class
 
 # Bytes a parameter: the weights themselves (mixed: float32 masters and their bfloat16 copies),
 # gradients, each of the optimizer's states, and what else there is of every parameter (mixed: the
@@ -76,7 +78,7 @@ def memory(
 
     Args:
         model: a module (it may be on meta), or a number of parameters. Frozen parameters take
-            their weights only.
+            their weights only. Of a sharded one, what this process holds.
         optimizer: ``"adamw"``, ``"adam"``, ``"momentum"`` (SGD with it) or ``"sgd"``.
         precision: ``"mixed"`` (bfloat16 autocast with float32 masters), ``"float32"``,
             ``"bfloat16"`` (nothing wider) or ``"stochastic"`` (bfloat16 parameters, float32 states:
@@ -85,14 +87,15 @@ def memory(
             tensors, without a computation.
 
     Raises:
-        TensorizeError: an option is unknown, or a number of parameters came with a batch.
+        TensorizeError: an option is unknown, a number of parameters came with a batch, or the model
+            is one of FSDP2's and there is a batch.
         CaptureError: the batch does not fit, or the forward pass needs values.
     """
     check_one_of("optimizer", optimizer, STATES)
     check_one_of("precision", precision, PRECISIONS)
     weight, gradient, state, other = PRECISIONS[precision]
     if isinstance(model, nn.Module):
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        sizes = [(own_part(p).numel(), p.requires_grad) for p in model.parameters()]
     elif batch is None:
         sizes = [(int(model), True)]
     else:
@@ -119,6 +122,12 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     Raises:
         CaptureError: the batch does not fit the model, or the forward pass needs values.
     """
+    if any(unsharded_class(type(module)) is not type(module) for module in model.modules()):
+        raise TensorizeError(
+            "FSDP2 gathers weights while the model runs, so there is none to trace",
+            way_out="count activations before fully_shard, or parallelize with dp: they are the "
+            "same",
+        )
     given = batch_of(batch)
     device = next((p.device.type for p in model.parameters()), "cpu")
     device = "cpu" if device == "meta" else device
@@ -190,7 +199,7 @@ def as_fake(model: nn.Module, device: str) -> list[Tensor]:
         if tensor is None:
             return None
         if id(tensor) not in made:
-            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            blank = torch.empty(own_part(tensor).shape, dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
             made[id(tensor)] = blank

@@ -14,9 +14,10 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorize.base.errors import TensorizeError
+from tensorize.base.sharded import own_part
 
 NARROW = (torch.bfloat16,)
 
@@ -85,7 +86,8 @@ class RoundedSteps:
     def __init__(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
         self._generators = {d: torch.Generator(d).manual_seed(seed) for d in devices}
-        self._narrow: list[tuple[torch.nn.Parameter, Tensor, Tensor | None]] = []
+        # The list that holds a parameter, its place there, and both.
+        self._narrow: list[tuple[list[Any], int, nn.Parameter, nn.Parameter]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._widen),
             optimizer.register_step_post_hook(self._round),
@@ -121,27 +123,34 @@ class RoundedSteps:
     def _swap(self, optimizer: torch.optim.Optimizer, *, with_gradients: bool) -> None:
         """float32 in place of narrow parameters: of those with a gradient and it, or of all."""
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                own, gradient = parameter.data, parameter.grad
-                if own.dtype not in NARROW or (with_gradients and gradient is None):
+            held = group["params"]
+            for place, own in enumerate(held):
+                if own.dtype not in NARROW or (with_gradients and own.grad is None):
                     continue
-                parameter.grad = None  # its dtype must be the parameter's
-                parameter.data = own.float()
-                parameter.grad = gradient.float() if with_gradients else None
-                self._narrow.append((parameter, own, gradient))
+                wide = nn.Parameter(own.detach().float())
+                wide.grad = own.grad.float() if with_gradients else None
+                held[place] = wide
+                _move_state(optimizer, own, wide)
+                self._narrow.append((held, place, own, wide))
 
+    @torch.no_grad()
     def _round(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, own, _ in self._narrow:
-            wide = parameter.data
-            own.copy_(stochastically_rounded(wide, self._generators[wide.device]))
+        for _, _, own, wide in self._narrow:
+            values = own_part(wide)
+            rounded = stochastically_rounded(values, self._generators[values.device])
+            own_part(own).copy_(rounded)
         self._narrow_again(optimizer)
 
     def _narrow_again(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter, own, gradient in self._narrow:
-            parameter.grad = None
-            parameter.data = own
-            parameter.grad = gradient
+        for held, place, own, wide in self._narrow:
+            held[place] = own
+            _move_state(optimizer, wide, own)
         self._narrow.clear()
+
+
+def _move_state(optimizer: torch.optim.Optimizer, now: Tensor, then: Tensor) -> None:
+    if now in optimizer.state:
+        optimizer.state[then] = optimizer.state.pop(now)
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator | None = None) -> Tensor:

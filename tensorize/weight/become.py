@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -34,7 +35,15 @@ def become(owner: nn.Module, kind: type[nn.Module], **state: Any) -> None:
 
 def dense_class(owner: nn.Module) -> type[nn.Module]:
     """The class that a module has in the dense model."""
-    return getattr(owner, "_dense_class", type(owner))
+    return getattr(owner, "_dense_class", unsharded_class(type(owner)))
+
+
+def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that ``fully_shard`` derived another one from, or that class itself."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
+    if fsdp is None or not issubclass(kind, fsdp.FSDPModule):
+        return kind
+    return kind.__mro__[2]  # after the derived one, and FSDPModule
 
 
 def become_dense(owner: nn.Module) -> None:

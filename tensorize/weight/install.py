@@ -195,8 +195,12 @@ def blank(
     spec: Spec, device: torch.device, dtype: torch.dtype, requires_grad: bool = False
 ) -> list[Tensor]:
     """Cores and indices of a spec without values, of one number of memory each."""
-    point = torch.zeros((), dtype=dtype, device=device)
-    cores = [nn.Parameter(point.expand(shape), requires_grad) for shape in spec.core_shapes]
+    if device.type == "meta":  # no memory at all, so they may lie as others do
+        made = [torch.empty(shape, dtype=dtype, device=device) for shape in spec.core_shapes]
+        cores = [nn.Parameter(core, requires_grad) for core in made]
+    else:
+        point = torch.zeros((), dtype=dtype, device=device)
+        cores = [nn.Parameter(point.expand(shape), requires_grad) for shape in spec.core_shapes]
     kinds = [torch.zeros((), dtype=getattr(torch, i.dtype), device=device) for i in spec.indices]
     return [*cores, *(k.expand(i.shape) for k, i in zip(kinds, spec.indices, strict=True))]
 

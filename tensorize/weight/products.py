@@ -41,13 +41,16 @@ def matmul(
     if getattr(run, "takes_bias", False):
         return run(x, cores, bias)
     form = format_of(spec)
+    if spec.precision is not None and form.in_integers(spec, cores, x, contract):
+        x, _ = autocast(x, ())
+        return form.multiply(spec, cores, x, contract, bias)
     if in_float32(x, form.width(cores) if run is None else None):
         wide = [core if is_index(core) else core.float() for core in cores]
         bias = None if bias is None else bias.float()
         return matmul(spec, contractions, wide, x.float(), contract, bias).to(x.dtype)
     if run is not None:
         return run(x, cores, bias)
-    if spec.precision is not None:  # products of integers know of no autocast
+    if spec.precision is not None:  # what makes the numbers knows of no autocast
         x, cores = autocast(x, cores)
     return form.multiply(spec, cores, x, contract, bias)
 

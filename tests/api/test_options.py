@@ -17,7 +17,7 @@ import tensorize
 from tensorize.api.analysis import AS_ANALYSED
 from tensorize.api.options import Options, Refine
 from tensorize.backend.options import TAKEN, read_options
-from tensorize.cli import app, parse
+from tensorize.cli import COMMANDS, app, parse
 from tensorize.cli.compile import compile_command
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -48,7 +48,7 @@ def test_a_signature_has_options_of_the_record_in_its_order_with_its_defaults(ve
     assert list(taken) == [name for name in RECORD if name in taken]
     if verb == "plan":
         assert taken.pop("budget") is inspect.Parameter.empty
-        assert taken.pop("precision") == AS_ANALYSED
+        assert taken.pop("precision") == taken.pop("activations") == AS_ANALYSED
     assert taken == {name: RECORD[name].default for name in taken}
 
 
@@ -76,6 +76,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("budget", 1.5, tensorize.BudgetError, "a float above 1"),
     ("calibration", torch.zeros(3), tensorize.CaptureError, "got one Tensor"),
     ("calibration", "text", tensorize.CaptureError, "got one str"),
+    ("to_inputs", "image", tensorize.CaptureError, "to_inputs='image' is no function"),
     ("metric", "entropy", tensorize.AnalysisError, "metric='entropy' "),
     ("refine", "twice", tensorize.AnalysisError, "refine='twice' is not one of 'auto', None"),
     ("include", 5, tensorize.AnalysisError, "shell patterns or by a predicate"),
@@ -83,6 +84,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("formats", "cp", tensorize.AnalysisError, "formats='cp' is no format"),
     ("formats", {"*": ["tt", 3]}, tensorize.AnalysisError, "formats=3 is no format"),
     ("precision", "int5", tensorize.AnalysisError, "precision='int5' is no precision"),
+    ("activations", "int7", tensorize.AnalysisError, "'int7' is not one of 'float', 'int8'"),
     ("ranks", 8, tensorize.AnalysisError, "maps patterns to ranks"),
     ("ranks", {"*": 0}, tensorize.AnalysisError, "positive integer or 'full'"),
     ("backend", "tpu", tensorize.TensorizeError, "backend='tpu' is not one of 'auto'"),
@@ -166,7 +168,7 @@ def test_a_checkpoint_without_budget_or_ranks_is_not_opened() -> None:
 def test_the_command_line_speaks_in_the_words_of_the_record() -> None:
     commands: Any = get_command(app)
     said: dict[str, set[str]] = {}
-    for command in commands.commands.values():
+    for command in (commands.get_command(None, name) for name in COMMANDS):
         for parameter in command.params:
             if parameter.name in RECORD:
                 said.setdefault(parameter.name, set()).add(parameter.help)

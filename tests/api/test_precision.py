@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import tensorize
 from tensorize.base.errors import AnalysisError, TensorizeError
 from tensorize.training.adapt import RankSchedule
-from tests.models import CASES, held_bytes
+from tensorize.weight.install import factored
+from tests.models import CASES, held_bytes, relative
 
 MLP = CASES["mlp"]
 
@@ -92,3 +94,44 @@ def test_an_evaluation_counts_the_numbers() -> None:
     found = tensorize.evaluate(small, model, batches, time=False)
     (ours,) = found.models
     assert ours.parameters == tensorize.report(small).totals.after.parameters
+
+
+def test_a_plan_says_what_other_precisions_would_lose() -> None:
+    how = {"example_inputs": MLP.batch(), "metric": "frobenius", "precision": "auto"}
+    analysis = tensorize.analyze(MLP.model(), **how)
+    budget = tensorize.Budget(stored=0.3)
+    alone, every = "ranks alone are predicted", "all precisions are predicted"
+
+    def said(precision: Any) -> str:
+        return " ".join(analysis.plan(budget, precision=precision).notes)
+
+    assert alone in said("auto")
+    assert every not in said("auto")
+    assert alone in said("int8")
+    assert every in said("int8")
+    assert every in said(None)
+    assert alone not in said(None)
+
+
+def test_graphs_say_how_many_bits_a_weight_has() -> None:
+    small = compiled("int4")
+    found = tensorize.graphs(small, example_inputs=MLP.batch())
+    assert "int4" in found.print_readable()
+    assert "int4" in found.diff()
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "int16"])
+def test_inputs_are_rounded_as_was_asked(activations: str) -> None:
+    small = tensorize.compile(
+        MLP.model(), 0.3, example_inputs=MLP.batch(), metric="frobenius",
+        precision=("int8", "int4"), activations=activations,
+    )  # fmt: skip
+    specs = [weight.spec for _, weight in factored(small)]
+    assert {spec.inputs for spec in specs} == {activations}
+    with torch.no_grad():
+        (x,) = MLP.batch()
+        wanted = tensorize.densify(copy.deepcopy(small))(x)
+        off = {"float": 1e-5, "int8": 0.02, "int16": 0.02}[activations]
+        assert relative(small(x), wanted) < off
+    again = tensorize.Plan.from_json(tensorize.report(small).plan.to_json())
+    assert [choice.spec for choice in again.sites if choice.spec] == specs

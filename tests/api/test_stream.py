@@ -93,6 +93,15 @@ def test_streaming_writes_what_compile_and_save_write(name: str, tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize("name", ["tied llama", "llama in bfloat16", "gpt2", "mixtral"])
+def test_streaming_takes_bits(name: str, tmp_path: Path) -> None:
+    dense, how = saved(MODELS[name](), tmp_path / "dense"), {"precision": "auto"}
+    report = tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.2, **how)
+    assert any(site.precision for site in report.sites)
+    assert report.totals.share.bytes <= 0.2
+    assert_same(tmp_path / "streamed", compiled(dense, tmp_path / "compiled", 0.2, **how))
+
+
 def test_a_checkpoint_of_one_file(tmp_path: Path) -> None:
     dense = saved(llama(), tmp_path / "dense", "1GB")
     assert not (dense / shards.INDEX).exists()

@@ -41,10 +41,13 @@ def layers() -> nn.Module:
 
 
 LABELS = torch.zeros(16).long()
+WITH_TARGETS: list[Any] = [
+    pytest.param(layers, DataLoader(TensorDataset(X, LABELS), 4), 1, id="x and a target"),
+    pytest.param(layers, [(X, LABELS), (X, LABELS)], 1, id="tuples"),
+    pytest.param(layers, [[X, LABELS]], 1, id="one batch"),
+    pytest.param(OfTwo, [[X, X, LABELS]] * 2, 2, id="two and a target"),
+]
 CASES: list[Any] = [
-    pytest.param(layers, DataLoader(TensorDataset(X, LABELS), 4), id="x and a target"),
-    pytest.param(layers, [(X, LABELS), (X, LABELS)], id="tuples"),
-    pytest.param(OfTwo, [[X, X, LABELS]] * 2, id="two and a target"),
     pytest.param(OfOne, [{"x": X}, {"x": X}], id="a dict as one argument"),
     pytest.param(OfTwo, [{"x": X, "token_type_ids": LABELS}] * 2, id="a name too many"),
     pytest.param(layers, [X.numpy(), X.numpy()], id="arrays"),
@@ -87,6 +90,58 @@ def test_example_inputs(make: type[nn.Module], data: Any) -> None:
         tensorize.compile(make(), 0.5, example_inputs=given, metric="frobenius")
     right = fixed(caught.value, "example_inputs", given)
     tensorize.compile(make(), 0.5, example_inputs=right, metric="frobenius")
+
+
+@pytest.mark.parametrize(("make", "data", "taken"), WITH_TARGETS)
+def test_targets_behind_what_forward_takes_are_left_out(make: Any, data: Any, taken: int) -> None:
+    torch.manual_seed(0)
+    model = make()
+    small = tensorize.compile(model, 0.5, calibration=data)
+    alone = tensorize.compile(model, 0.5, calibration=[tuple(batch[:taken]) for batch in data])
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.parameters(), alone.parameters(), strict=True)
+    )
+    said = [note for note in tensorize.report(small).notes if "targets" in note]
+    assert len(said) == 1
+    assert not any("targets" in note for note in tensorize.report(alone).notes)
+    picked = tensorize.compile(
+        model, 0.5, calibration=data, to_inputs=lambda batch: tuple(batch[:taken])
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.parameters(), picked.parameters(), strict=True)
+    )
+    tensorize.evaluate(small, model, data, time=False)
+    tensorize.heal(small, model, data, steps=1)
+
+
+def test_a_loss_of_the_callers_gets_the_targets() -> None:
+    seen: list[Any] = []
+
+    def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
+        seen.append(batch[1])
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+    data = [(X, LABELS)]
+    tensorize.compile(layers(), 0.5, calibration=data, loss_fn=loss_fn)
+    assert all(len(each) in (1, 16) for each in seen)  # its samples, where it is divided
+
+
+def test_batches_that_are_something_else_are_made_inputs() -> None:
+    data = [{"image": X, "name": "a"}, {"image": X + 1, "name": "b"}]
+
+    def to_inputs(batch: Any) -> Tensor:
+        return batch["image"]
+
+    model = layers()
+    plan = tensorize.analyze(model, calibration=data, to_inputs=to_inputs).plan(0.5)
+    small = tensorize.apply(model, plan)
+    tensorize.evaluate(small, model, data, to_inputs=to_inputs, time=False)
+    tensorize.heal(small, model, data, steps=1, to_inputs=to_inputs)
+    written = tensorize.Plan.from_json(plan.to_json())
+    again = tensorize.apply(model, written, calibration=data, to_inputs=to_inputs)
+    assert again(X).shape == (16, 32)
+    with pytest.raises(tensorize.CaptureError, match="no function"):
+        tensorize.compile(model, 0.5, calibration=data, to_inputs="image")  # pyright: ignore
 
 
 def test_another_dtype_and_another_shape() -> None:

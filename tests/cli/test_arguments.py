@@ -22,6 +22,8 @@ def test_budget_texts() -> None:
         params=0.3, error=0.05, bytes=2_000_000
     )
     assert parse_budget("flops=1,loss=2") == Budget(flops=1.0, loss=2.0)
+    for text in ("auto", "30%", "10MB"):
+        assert parse_budget(f" {text} ") == text
     for text in ("much", "params=", "size=3", "params=0.1,params=0.2", "params=0.1;error=2", "="):
         with pytest.raises(typer.BadParameter):
             parse_budget(text)

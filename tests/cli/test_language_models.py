@@ -70,7 +70,7 @@ def test_bench_times_saved_models_beside_the_dense_one(tmp_path: Path) -> None:
     assert [line[:2] for line in lines] == [
         [name, count] for count in "13" for name in ("dense", "small")
     ]
-    assert [line[-1] for line in lines if line[0] == "dense"] == ["1.00", "1.00"]
+    assert [line[-2] for line in lines if line[0] == "dense"] == ["1.00", "1.00"]
     result = invoke("bench", "small", "--dense", "llama", "--samples", "2", "--compiled", "--json")
     timed = json.loads(result.stdout)["timed"]
     names = ["dense", "small", "dense, compiled", "small, compiled"]

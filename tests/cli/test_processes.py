@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import tensorize
-from tensorize.cli.telling import BUDGET, CHECKPOINT, INTERRUPTED
+from tensorize.cli import INTERRUPTED
+from tensorize.cli.telling import BUDGET, CHECKPOINT
 from tensorize.store.manifest import read_report
 from tests.cli.commands import TEXT, invoke, tiny_llama
 from tests.paths import ROOT

@@ -201,6 +201,10 @@ def test_bad_requests_are_told_and_harm_nobody(
     assert post("/generate", asked(tokens=3))[0] == 400
     assert post("/generate", asked(prompt="x", tokens=10**6))[0] == 400
     assert post("/generate", asked(prompt="", tokens=3))[0] == 400
+    assert post("/v1/completions", asked(prompt="x", stream=True))[0] == 400
+    assert post("/v1/completions", asked(prompt="x", temperature=0.7))[0] == 400
+    assert post("/v1/completions", asked(prompt=["x", "y"]))[0] == 400
+    assert post("/v1/completions", asked(prompt="x", logit_bias={"1": 2}))[0] == 400
     assert post("/elsewhere", asked(prompt="x"))[0] == 404
     assert post("/generate", asked(prompt="x" * serve.MOST_BYTES))[0] == 413
     with monkeypatch.context() as patch:
@@ -210,6 +214,25 @@ def test_bad_requests_are_told_and_harm_nobody(
     assert post("/generate", asked(prompt="x", tokens=2))[0] == 200
     with request.urlopen(f"{url}/health") as answer:
         assert 0 < json.load(answer)["kept"] <= 0.6
+
+
+def test_clients_of_openais_completions_need_not_change(
+    small: Any, served: tuple[str, serve.Batcher]
+) -> None:
+    url, _ = served
+    body = {"model": "any", "prompt": PROMPTS[0], "max_tokens": 5, "temperature": 0, "n": 1}
+    with request.urlopen(f"{url}/v1/completions", json.dumps(body).encode(), timeout=30) as said:
+        found = json.load(said)
+    ids = gpt.load_tokenizer().encode(PROMPTS[0]).ids
+    (alone,) = serve.generate(small, [ids], 5)
+    (choice,) = found["choices"]
+    assert found["object"] == "text_completion"
+    assert choice["text"] == gpt.load_tokenizer().decode(alone)
+    assert choice["finish_reason"] == "length"
+    usage = {"prompt_tokens": len(ids), "completion_tokens": 5, "total_tokens": len(ids) + 5}
+    assert found["usage"] == usage
+    with request.urlopen(f"{url}/v1/models", timeout=30) as said:
+        assert json.load(said)["data"][0]["id"] == found["model"]
 
 
 class _Failing:

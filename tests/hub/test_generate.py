@@ -37,6 +37,22 @@ def test_generate_token_for_token(name: str, form: str) -> None:
         assert got.shape[1] > 1
 
 
+def test_continuous_batching_gives_the_same_tokens() -> None:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    result: Any = compress("llama", "low_rank")
+    want = result.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)[:, IDS.shape[1] :]
+    # Without limits transformers makes its tables as large as the free memory allows.
+    limits = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    found = result.generate_batch(
+        inputs=IDS.tolist(),
+        generation_config=GenerationConfig(eos_token_id=10**6, **GREEDY),
+        continuous_batching_config=limits,
+        warmup=False,
+    )
+    assert sorted(each.generated_tokens for each in found.values()) == sorted(want.tolist())
+
+
 COMPILED = [(n, f) for n, f in FORMS if n in CASES and (f == "low_rank" or n == "gpt2")]
 
 

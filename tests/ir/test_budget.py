@@ -100,11 +100,38 @@ def test_a_float_that_is_no_share_is_refused(value: float) -> None:
     assert repr(value) in refusal(value).cause
 
 
-@pytest.mark.parametrize("value", [0, 1, 1000, -3, True, False, "0.1", None, [0.1], 1j, {}])
+@pytest.mark.parametrize("value", [0, 1, 1000, -3, True, False, "0.1", None, 1j, {}])
 def test_only_a_float_or_a_budget_is_a_budget(value: Any) -> None:
     error = refusal(value)
     assert "a float in (0, 1] or a tensorize.Budget" in error.cause
     assert repr(value) in error.cause
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("50%", Budget(params=0.5)),
+        (" 29 % ", Budget(params=0.29)),
+        ("100%", Budget(params=1.0)),
+        ("10MB", Budget(bytes=10_000_000)),
+        ("1.5 GiB", Budget(bytes=1536 * 2**20)),
+        ("700b", Budget(bytes=700)),
+    ],
+)
+def test_shares_and_sizes_may_be_text(text: str, budget: Budget) -> None:
+    assert Budget.of(text) == budget
+
+
+@pytest.mark.parametrize("text", ["", "0%", "150%", "-5%", "10", "0MB", "MB", "10 apples", "%"])
+def test_other_text_is_refused(text: str) -> None:
+    refusal(text)
+
+
+@pytest.mark.parametrize("several", [[0.1], (0.1, 0.5), []])
+def test_several_budgets_are_for_a_curve(several: Any) -> None:
+    error = refusal(several)
+    assert "several budgets" in error.cause
+    assert ".curve(" in str(error.way_out)
 
 
 @pytest.mark.parametrize("name", ["params", "bytes", "flops", "error", "loss"])

@@ -25,6 +25,10 @@ from tests.reports.made_reports import DEVIL, bert_plans, make_report, rank_plan
 # --------------------------------------------------------------------------------------------- text
 
 GOLDEN = """\
+kept: 51.9 % of the parameters, 51.9 % of the bytes (992 kB of 1.91 MB)
+lost: measured to lose 0.0334 in the loss
+next: tensorize.report(model) has every weight, tensorize.evaluate measures
+
 tensorize: 2 sites, 1 factorized, 1 dense; budget params ≤ 20 %. Errors are relative, of a site's
 weight, in the metric loss: predicted, then measured.
 
@@ -59,6 +63,14 @@ def test_report_golden() -> None:
         rank_plan("fc2.weight", "linear", 10, 512, None, 0.0),
     ]
     assert str(make_report(plans, curve=False)) == GOLDEN
+
+
+def test_its_repr_is_one_screen_that_begins_with_the_verdict(report: Report) -> None:
+    lines = repr(report).splitlines()
+    assert len(lines) < 24
+    assert lines[0].startswith("kept: ")
+    assert max(map(len, lines)) <= 100
+    assert "print(report)" in lines[-1]
 
 
 def test_report_has_one_row_a_site(report: Report) -> None:

@@ -101,7 +101,7 @@ def test_configurations_are_those_of_the_manifest(
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization_config"]["weights"] == manifest["weights"]["file"]
     assert_same_model(load(tmp_path), first)
-    assert len(names(tmp_path)) == 4
+    assert len(names(tmp_path)) == 5
 
 
 SCRIPT = """

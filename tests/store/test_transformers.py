@@ -88,8 +88,8 @@ def test_config_files_are_for_other_tools(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 1
     save(compressed_gpt2(seed=1), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.json", "generation_config.json", weights_file(tmp_path).name, MANIFEST,
-        "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", weights_file(tmp_path).name,
+        MANIFEST, "tokenizer.json",
     ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from examples.gpt import GPT, GPTConfig
 from tensorize import TTSpec
 from tensorize.training.groups import parameter_groups
 from tensorize.weight.install import factored
+from tests.weight.quantized_models import Form, small_net
 
 SPECS = (
     TTSpec.low_rank(96, 64, 16),
@@ -61,6 +62,34 @@ def test_a_step_of_each_core_moves_the_weight_by_its_share(spec: TTSpec, rule: s
             wanted = float(torch.linalg.matrix_norm(others, 2))
         ratio = count * float(torch.linalg.matrix_norm(delta, 2)) / wanted
         assert (0.1 if rule == "adam" else 0.01) < ratio <= 1.25  # a bound, and not far above
+
+
+@pytest.mark.parametrize("form", [("int8", 0, False), ("int4", 0, False), ("int8", 7, False)])
+def test_a_step_of_scales_moves_the_numbers_as_far_as_one_of_theirs(form: Form) -> None:
+    small = small_net(form)
+    weight = dict(factored(small))["up.weight"]
+    groups = parameter_groups(small, 1.0, 0.1)
+    rates = {
+        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    held = weight.cores + weight.indices
+    numbers = [core.detach() for core in weight.format.inside(weight.spec, held)]
+    own: list[float] = [1.0]
+    if form[1]:
+        spec = TTSpec.low_rank(40, 24, 7)
+        plain = tensorize.initialize(nn.Sequential(nn.Linear(24, 40)), 1.0, formats=spec)
+        ((_, cores),) = factored(plain)
+        with torch.no_grad():
+            for core, values in zip(cores.cores, numbers, strict=True):
+                core.copy_(values)
+        speeds = {id(p): g["lr"] for g in parameter_groups(plain, 1.0) for p in g["params"]}
+        own = [speeds[id(core)] for core in cores.cores]
+    for k, scale in enumerate(weight.cores):
+        lr, decay = rates[id(scale)]
+        changed = (*weight.cores[:k], scale.detach() + lr, *weight.cores[k + 1 :])
+        moved = weight.format.inside(weight.spec, changed + weight.indices)[k].detach() - numbers[k]
+        assert float(moved.square().mean().sqrt()) == pytest.approx(own[k], rel=0.25)
+        assert lr * decay == pytest.approx(0.1 / len(weight.cores), rel=0.1)
 
 
 @pytest.mark.parametrize("spec", SPECS + PIVOTED, ids=str)

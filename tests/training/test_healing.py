@@ -150,6 +150,8 @@ def test_the_report_says_that_the_factors_are_others() -> None:
     assert tuple(kept) == notes
     assert note.startswith(f"healed: {done}")
     assert "% recovered" in note
+    assert tensorize.report(small).verdict.lost == done.after
+    assert "measured to lose" in str(tensorize.report(small))
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import tensorize
 from tensorize.algebra.metric import Metric
 from tensorize.api.analysis import AnalysedPlan, Analysis
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.plan import RankPlan
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.passes.rewrite.factorize import quantized
 from tensorize.weight.install import install
 from tensorize.weight.whole_model import settle

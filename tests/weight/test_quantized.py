@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -86,7 +87,7 @@ def test_every_use_is_that_of_the_numbers(use: str, form: Form, dtype: torch.dty
     with torch.no_grad():
         wanted = dense(x)
         assert model(x).dtype == wanted.dtype
-        assert relative(model(x), wanted) < (INPUTS if form[0] == "int8" else rounding)
+        assert relative(model(x), wanted) < INPUTS
         with inputs_in_full():
             assert relative(model(x), wanted) < rounding
 
@@ -191,7 +192,9 @@ def test_graphs_of_it_are_whole(form: Form) -> None:
         compiled = torch.compile(small, backend="eager", fullgraph=True)
         assert relative(compiled(IDS), small(IDS)) < 1e-6
         exported = torch.export.export(small, (IDS,)).module()
-        assert relative(exported(IDS), small(IDS)) < 1e-6
+        # Of fewer than eight bits it has the numbers: a pack is no part of the model.
+        with contextlib.nullcontext() if form[0] == "int8" else inputs_in_full():
+            assert relative(exported(IDS), small(IDS)) < 1e-6
     torch._dynamo.reset()
 
 

@@ -11,10 +11,10 @@ import torch
 from tensorize.base.errors import BudgetError
 from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.ir.machine import GENERIC
 from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Use
-from tensorize.ir.spec import QuantizedSpec
 from tensorize.passes.allocate.allocate import Allocate
 from tensorize.passes.allocate.candidates import curve_points
 from tensorize.passes.allocate.forms import BITS, BOTH
@@ -96,7 +96,7 @@ def test_only_weights_that_are_read_as_integers_round_their_inputs() -> None:
             if isinstance(spec, QuantizedSpec):
                 lost[name, spec.precision] = float(points.distortion[k])
     assert lost["table", "int8"] == lost["gpu", "int8"] < lost["linear", "int8"]
-    assert lost["table", "int4"] == lost["gpu", "int4"] == lost["linear", "int4"]
+    assert lost["table", "int4"] == lost["gpu", "int4"] < lost["linear", "int4"]
 
 
 @pytest.mark.parametrize("limit", [Budget(loss=0.05), Budget(loss=0.5), Budget(error=0.1)])

@@ -1,0 +1,81 @@
+"""Tensors of which every process holds a part (DTensor): taken apart, and put together.
+
+``torch.distributed.tensor`` is imported where it is needed: it takes a second and a half.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether processes hold parts of a tensor, or copies that they know of."""
+    module = sys.modules.get("torch.distributed.tensor")  # who has one has imported it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process has to ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def device_of_shards(model: nn.Module) -> str:
+    """The kind of device that a model's parameters are sharded over; the CPU where they are not."""
+    meshes: Any = (p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
+    return next((mesh.device_type for mesh in meshes), "cpu")
+
+
+def empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor without values of the same kind, elsewhere."""
+    made = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made
+
+
+@torch.no_grad()
+def keep_own_part(tensor: Tensor, values: Tensor) -> None:
+    """Write this process's part of the whole tensor's values, which all processes have."""
+    own_part(tensor).copy_(own_part(split_as(values, tensor)))
+
+
+def split_as(values: Tensor, like: Tensor) -> Tensor:
+    """Values that all processes have, sharded as another tensor; nothing is communicated."""
+    if not is_sharded(like):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    there = values.to(mesh.device_type)
+    everywhere = DTensor.from_local(there, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that writes what all of them have."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def by_first_rank(write: Callable[[], None], failure: type[Exception]) -> None:
+    """Let one process write; all go on after it, and all raise a failure of it."""
+    found: list[Exception | None] = [None]
+    if is_first_rank():
+        try:
+            write()
+        except failure as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0] is not None:
+        raise found[0]

@@ -1,0 +1,164 @@
+"""What parts of a model do once the residual stream is split over the ranks.
+
+Each becomes one of a class of its own (``weight.become``) with the same parameters under the same
+names, as DTensors; its forward takes and gives ordinary tensors, this rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tensorize.distributed.ranks import fanned, gathered, scattered, summed
+from tensorize.weight.become import become, subclass
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def turn(module: nn.Module, way: str, **state: Any) -> None:
+    """Let a module work on this rank's part in one of the ``_WAYS``."""
+    become(module, parted(way, type(module)), **state)
+
+
+@cache
+def parted(way: str, base: type[nn.Module]) -> type[nn.Module]:
+    return subclass(base, {"forward": _WAYS[way]}, parted, way, base)
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def _hand_on(self: Any, x: Tensor) -> Tensor:
+    """An RMSNorm whose readers apply it: its statistic is reduced along with their product."""
+    return x
+
+
+def gained(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x times the gain, and the sum of squares: this rank's part of both."""
+    return local(norm.weight) * x, x.float().square().sum(-1, keepdim=True)
+
+
+def scale_of(norm: Any, squares: Tensor) -> Tensor:
+    """What an RMSNorm multiplies rows by, of the sums of their squares."""
+    return torch.rsqrt(squares / norm.width + norm.variance_epsilon)
+
+
+def _layer_norm(self: Any, x: Tensor) -> Tensor:
+    """A LayerNorm: the ranks' means and sums of squares about them are joined first (Chan)."""
+    part = x.float()
+    mean = part.mean(-1, keepdim=True)
+    about = (part - mean).square().sum(-1, keepdim=True)
+    joined = gathered(torch.stack([mean, about], -1), self.ranks, partial=True)
+    means, abouts = joined.unflatten(-1, (self.ranks.count, 2)).unbind(-1)
+    mean = means.mean(-1)
+    spread = (means - means.mean(-1, keepdim=True)).square().sum(-1) * part.shape[-1]
+    variance = (abouts.sum(-1) + spread) / self.width
+    normed = (part - mean) * torch.rsqrt(variance + self.eps)
+    normed = normed * local(self.weight).float()
+    if self.bias is not None:
+        normed = normed + local(self.bias).float()
+    return normed.to(x.dtype)
+
+
+def _head_norm(self: Any, x: Tensor) -> Tensor:
+    """An RMSNorm of single heads: the gain serves the heads of all ranks."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    return fanned(local(self.weight), self.ranks) * wide.to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------- linears
+
+
+def _low_rank(self: Any, x: Tensor) -> Tensor:
+    """Two factors: the first one's product comes reduced from all who read x, the second is this
+    rank's rows."""
+    return _finished(self, self._between(self.reading(self, x)), self.second.weight, self.bias)
+
+
+def _low_rank_cores(self: Any, x: Tensor) -> Tensor:
+    """The same of a weight whose cores are tied to others'."""
+    return _finished(self, self.reading(self, x), self.weight_cores.core_0, self.bias)
+
+
+def _dense_reader(self: Any, x: Tensor) -> Tensor:
+    """A dense weight that reads the whole stream and gives this rank's columns of its output."""
+    return _finished(self, self.reading(self, x), self.weight, self.bias)
+
+
+def _dense_writer(self: Any, x: Tensor) -> Tensor:
+    """A dense weight that reads this rank's columns, and gives its part of the stream."""
+    weight = local(self.weight)
+    y = scattered(F.linear(x, weight.t() if self.turned else weight), self.ranks)
+    return y if self.bias is None else y + local(self.bias)
+
+
+def _finished(self: Any, narrow: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with this rank's rows of a weight."""
+    weight, bias = rows_of(self, weight), None if bias is None else rows_of(self, bias)
+    y = F.linear(narrow, weight, bias)
+    return gathered(y, self.ranks, partial=False) if self.whole else y
+
+
+def rows_of(self: Any, parameter: Tensor) -> Tensor:
+    """This rank's rows, of a parameter that is split by rows or, with ``rows``, held by all."""
+    held = local(parameter)
+    turned = self.turned and held.dim() > 1
+    if self.rows is not None:
+        own = [fanned(held, self.ranks).narrow(-1 if turned else 0, *rows) for rows in self.rows]
+        held = torch.cat(own, -1 if turned else 0) if len(own) > 1 else own[0]
+    return held.t() if turned else held
+
+
+# ------------------------------------------------------------------------------------ embeddings
+
+
+def _embedding(self: Any, ids: Tensor) -> Tensor:
+    """Split by columns: nothing is told to anybody."""
+    return F.embedding(ids, local(self.weight), self.padding_idx)
+
+
+def _embedding_of_rows(self: Any, ids: Tensor) -> Tensor:
+    """Split by rows, as the head that shares the table has them."""
+    return scattered(own_rows(self, local(self.weight), ids), self.ranks)
+
+
+def _embedding_cores(self: Any, ids: Tensor) -> Tensor:
+    """Low rank: the first factor split by rows, the second by columns."""
+    cores = self.weight_cores
+    narrow = summed(own_rows(self, local(cores.core_0), ids), self.ranks)
+    return F.linear(fanned(narrow, self.ranks), local(cores.core_1).t())
+
+
+def own_rows(self: Any, table: Tensor, ids: Tensor) -> Tensor:
+    """The rows of ids that this rank holds, and zeros for the others."""
+    first, count = self.ranks.this * len(table), len(table)
+    at, padding = ids - first, self.padding_idx
+    held = (at >= 0) & (at < count)
+    if padding is not None:
+        padding = padding - first if 0 <= padding - first < count else None
+    found = F.embedding(at.clamp(0, count - 1), table, padding)
+    return found * held.unsqueeze(-1)
+
+
+_WAYS: dict[str, Callable[..., Tensor]] = {
+    "dense reader": _dense_reader,
+    "dense writer": _dense_writer,
+    "embedding": _embedding,
+    "embedding cores": _embedding_cores,
+    "embedding of rows": _embedding_of_rows,
+    "head norm": _head_norm,
+    "layer norm": _layer_norm,
+    "low rank": _low_rank,
+    "low rank cores": _low_rank_cores,
+    "rms norm": _hand_on,
+}

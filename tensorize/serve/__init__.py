@@ -1,0 +1,1 @@
+"""What other people's engines need to serve compressed models."""

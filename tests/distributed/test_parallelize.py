@@ -1,0 +1,250 @@
+"""A model over a mesh computes what it does on one machine, and communicates no more than said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tensorize
+from tensorize import AnalysisError, CaptureError
+from tensorize.distributed import parallelize
+from tensorize.weight.install import factored
+from tests.distributed import models, processes
+from tests.distributed.models import CASES, RANK, WIDTH, farthest, loss_of, mine, words
+
+BATCH, TIME = 4, 16
+Sizes = dict[str, int]
+
+EXACT = {"Qwen2": 5e-6}
+"""Biases of queries leave gradients of theirs that are small differences of large numbers."""
+
+
+def mesh_of(sizes: Sizes) -> Any:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+@cache
+def alone(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of one process, and its gradients."""
+    model = CASES[case]()
+    loss_of(model, words(BATCH)).backward()
+    return model, models.gradients(model)
+
+
+def same_gradients(folder: Path, case: str, sizes: Sizes) -> None:
+    model, want = alone(case)
+    spread = copy.deepcopy(model)
+    spread.zero_grad()
+    mesh = mesh_of(sizes)
+    assert parallelize(spread, mesh) is spread
+    assert all(isinstance(p, DTensor) for p in spread.parameters())
+    loss_of(spread, mine(words(BATCH), mesh)).backward()
+    assert farthest(spread, want) < EXACT.get(case, 2e-6), case
+
+
+def a_model_on_meta_stays_there(folder: Path) -> None:
+    with torch.device("meta"):
+        model = models.low_rank(models.llama_of(), *models.ENDS, pivoted=True, device="meta")
+    spread = parallelize(model, mesh_of({"tp": 2}))
+    assert all(isinstance(p, DTensor) and p.is_meta for p in spread.parameters())
+
+
+def no_identity_is_stored_whole(folder: Path) -> None:
+    model = models.low_rank(models.llama(), *models.ENDS, pivoted=True)
+    want = model(words(BATCH)).logits
+    spread = parallelize(copy.deepcopy(model), mesh_of({"tp": 2}))
+    assert models.relative(spread(words(BATCH)).logits.detach(), want.detach()) < 2e-6
+    assert not any(weight.spec.pivoted for _, weight in factored(spread))
+
+
+class Messages(TorchDispatchMode):
+    """The elements of every reduction that a block makes, and how often products are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow: list[int] = []
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name == "tensorize::reduced_product":  # what it sums is what it gives
+            self.narrow.append(sum(part.numel() for part in result))
+        elif name == "_c10d_functional::all_reduce":
+            self.narrow.append(args[0].numel())
+        elif name.startswith("_c10d_functional::") and "wait" not in name:
+            self.others.append(name)
+        return result
+
+
+def messages_of(block: nn.Module) -> tuple[list[int], list[int]]:
+    """The sizes of what one block reduces, forward and backward; it sends nothing else."""
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TIME, WIDTH // 2, requires_grad=True)
+    turns = torch.ones(1, TIME, WIDTH // models.HEADS), torch.zeros(1, TIME, WIDTH // models.HEADS)
+    with Messages() as forward:
+        y = block(x, position_embeddings=turns)
+    with Messages() as backward:
+        y.sum().backward()
+    assert not forward.others
+    assert not backward.others
+    return forward.narrow, backward.narrow
+
+
+def four_messages_a_layer(folder: Path) -> None:
+    spread: Any = parallelize(CASES["plain"](), mesh_of({"tp": 2}))
+    forward, backward = messages_of(spread.model.layers[0])
+    rows = BATCH * TIME
+    assert forward == [rows * (3 * RANK + 1), rows * RANK, rows * (2 * RANK + 1), rows * RANK]
+    assert sorted(backward) == sorted(rows * k * RANK for k in (1, 2, 1, 3))
+
+
+def first_factors(model: nn.Module) -> list[set[str]]:
+    """The names of every first factor."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".first." in name:
+            names.setdefault(id(parameter), set()).add(name)
+    return sorted(names.values(), key=min)
+
+
+def shared_first_factors_are_one(folder: Path) -> None:
+    model = alone("shared first factors")[0]
+    spread: Any = parallelize(copy.deepcopy(model), mesh_of({"tp": 2}))
+    assert first_factors(spread) == first_factors(model)
+    assert any(len(names) > 1 for names in first_factors(model))
+    block = spread.model.layers[0]
+    linears = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+    distinct = {id(each.first.weight): len(each.first.weight) for each in linears}
+    forward, _ = messages_of(block)
+    assert forward[0] == BATCH * TIME * (sum(distinct.values()) + 1)
+
+
+def checkpointing_repeats_no_product(folder: Path) -> None:
+    model, want = alone("plain")
+    spread = parallelize(copy.deepcopy(model), mesh_of({"tp": 2})).train()
+    spread.zero_grad()
+    assert tensorize.training.checkpoint_low_rank(spread) == models.LAYERS
+    loss = loss_of(spread, words(BATCH))
+    with Messages() as backward:
+        loss.backward()
+    rows = BATCH * TIME
+    # What the gradients need, and the sum that the norm before the dense head needs.
+    layers = [rows * k * RANK for k in (1, 2, 1, 3)] * models.LAYERS
+    assert sorted(backward.narrow) == sorted([*layers, rows])
+    assert farthest(spread, want) < 2e-6
+
+
+def other_numbers_are_refused(folder: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.init.constant_(model[0].weight, float(dist.get_rank()))
+    with pytest.raises(CaptureError, match=r"0.weight: rank 1 holds other numbers"):
+        parallelize(model, mesh_of({"dp": 2}))
+
+
+def same_in(case: str, **sizes: int) -> processes.Check:
+    return partial(same_gradients, case=case, sizes=sizes)
+
+
+OFTEN = (
+    *("plain", "tied", "shared first factors", "fewer key heads than ranks"),
+    *("compressed tied ends", "some dense", "Qwen3", "GPT-2"),
+)
+
+IN_TWO: list[processes.Check] = [
+    *(same_in(case, tp=2) for case in OFTEN),
+    same_in("plain", dp=2),
+    no_identity_is_stored_whole,
+    a_model_on_meta_stays_there,
+    four_messages_a_layer,
+    shared_first_factors_are_one,
+    checkpointing_repeats_no_product,
+    other_numbers_are_refused,
+]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    processes.run(IN_TWO, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_with_all_models(tmp_path: Path) -> None:
+    seldom = [case for case in CASES if case not in OFTEN]
+    split = [same_in(case, tp=2) for case in seldom]
+    processes.run([*split, *(same_in(case, dp=2) for case in CASES)], 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    split = [same_in(case, tp=4) for case in CASES]
+    processes.run([*split, *(same_in(case, dp=2, tp=2) for case in CASES)], 4, tmp_path)
+
+
+# ------------------------------------------------------------------------- refused, with a way out
+
+
+@pytest.fixture
+def _eight_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+@pytest.mark.parametrize(
+    ("change", "count", "cause"),
+    [
+        (
+            {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6},
+            8,
+            "hidden size is 36, which 8 ranks",
+        ),
+        ({"intermediate_size": 36}, 8, "inner size of the MLP is 36"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4}, 8, "number of attention heads is 4"),
+        ({"num_attention_heads": 24, "hidden_size": 96, "num_key_value_heads": 3}, 2, "heads is 3"),
+        ({"vocab_size": 129}, 8, "129 words"),
+    ],
+)
+def test_what_ranks_do_not_divide_is_named(change: Any, count: int, cause: str) -> None:
+    with torch.device("meta"):
+        model = models.llama_of(**change)
+    mesh = init_device_mesh("cpu", (8 // count, count), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(CaptureError, match=cause):
+        parallelize(model, mesh)
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+def test_the_way_out_is_the_largest_number_of_ranks_that_divides() -> None:
+    with torch.device("meta"):
+        model = models.llama_of(intermediate_size=36)
+    with pytest.raises(CaptureError, match="way out: tp=4"):
+        parallelize(model, mesh_of({"tp": 8}))
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+def test_models_of_other_shapes_and_other_meshes_are_refused() -> None:
+    with pytest.raises(CaptureError, match="nothing of a Sequential"):
+        parallelize(nn.Sequential(nn.Linear(8, 8)), mesh_of({"tp": 8}))
+    with pytest.raises(CaptureError, match="dimensions rows, columns"):
+        parallelize(nn.Linear(8, 8), mesh_of({"rows": 4, "columns": 2}))
+    with pytest.raises(CaptureError, match="sharded already"):
+        parallelize(parallelize(nn.Linear(8, 8), mesh_of({"dp": 8})), mesh_of({"dp": 8}))
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+def test_trains_and_integers_are_refused() -> None:
+    chain = tensorize.initialize(models.llama(), 0.5, formats="tt", exclude=list(models.ENDS))
+    with pytest.raises(AnalysisError, match=r"q_proj.weight: it is .*train.*\n.*low_rank"):
+        parallelize(chain, mesh_of({"tp": 8}))

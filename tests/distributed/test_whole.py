@@ -1,0 +1,140 @@
+"""What is one model on all machines is the same as on one: its values, its files, its rates."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import tensorize
+from tensorize import CheckpointError, TensorizeError
+from tensorize.distributed import parallelize
+from tests.distributed import models, processes
+from tests.distributed.models import CASES, whole, words
+
+
+def over(**sizes: int) -> Any:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def half(model: nn.Module, **options: Any) -> nn.Module:
+    return tensorize.initialize(model, 0.5, seed=5, **options)
+
+
+def on_meta(build: Any = models.llama_of) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def meta_is_filled_by_parts(folder: Path) -> None:
+    for build in (models.llama_of, models.gpt2_of):
+        for sizes in ({"tp": 2}, {"dp": 2}):
+            want = half(on_meta(build)).state_dict()
+            model = parallelize(half(on_meta(build), device="meta"), over(**sizes))
+            assert tensorize.training.fill(model) is model
+            got = model.state_dict()
+            assert got.keys() == want.keys()
+            assert all(torch.equal(whole(got[name]), want[name]) for name in want), sizes
+            assert models.loss_of(model, words(2)).isfinite()
+
+
+def ties_stay_when_meta_is_filled(folder: Path) -> None:
+    model: Any = half(
+        on_meta(lambda: models.llama_of(tie_word_embeddings=True)), device="meta", exclude="*embed*"
+    )
+    parallelize(model, over(dp=2))
+    tensorize.training.fill(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert models.loss_of(model, words(2)).isfinite()
+
+
+def rates_are_those_of_one_machine(folder: Path) -> None:
+    def rates(model: nn.Module) -> list[Any]:
+        groups = tensorize.training.parameter_groups(model, 1e-3, 0.1)
+        return [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in groups]
+
+    want = rates(CASES["plain"]())
+    for sizes in ({"tp": 2}, {"dp": 2}):
+        assert rates(parallelize(CASES["plain"](), over(**sizes))) == want
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def the_folder_of_one_machine_is_written(folder: Path) -> None:
+    for case in ("plain", "compressed tied ends", "shared first factors"):
+        for sizes in ({"tp": 2}, {"dp": 2}):
+            model = CASES[case]()
+            mine = folder / "alone" / str(dist.get_rank())
+            tensorize.save(model, mine)
+            together = folder / "together"
+            tensorize.save(parallelize(copy.deepcopy(model), over(**sizes)), together)
+            assert files(together).keys() == files(mine).keys(), (case, sizes)
+            found, want = (tensorize.report(tensorize.load(d)).plan for d in (together, mine))
+            assert found == want
+            dist.barrier()
+
+
+def all_processes_hear_of_a_failure(folder: Path) -> None:
+    (folder / "a file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        tensorize.save(parallelize(CASES["plain"](), over(dp=2)), folder / "a file")
+
+
+def memory_is_of_one_rank(folder: Path) -> None:
+    alone = CASES["plain"]()
+    ids = {"input_ids": words(2), "use_cache": False}
+    want = tensorize.training.memory(alone, batch=ids)
+    split = parallelize(CASES["plain"](), over(tp=2))
+    got = tensorize.training.memory(split, batch=ids)
+    assert got.parameters == want.parameters / 2
+    assert want.activations / 2 < got.activations < want.activations
+    sharded = parallelize(CASES["plain"](), over(dp=2))
+    assert tensorize.training.memory(sharded).optimizer == want.optimizer / 2
+    with pytest.raises(TensorizeError, match="before fully_shard"):
+        tensorize.training.memory(sharded, batch=ids)
+
+
+def narrow_parameters_are_rounded_stochastically(folder: Path) -> None:
+    model = parallelize(CASES["plain"]().bfloat16(), over(dp=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # far below half a spacing
+    tensorize.training.round_stochastically(optimizer)
+    before = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
+    for seed in range(4):
+        models.loss_of(model, words(4, seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
+    large = [name for name in before if before[name].dim() == 2]
+    assert not any(torch.equal(after[name], before[name]) for name in large)
+    assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+
+
+def ranks_of_a_sharded_model_stay(folder: Path) -> None:
+    model = parallelize(CASES["plain"](), over(dp=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(TensorizeError, match="before parallelize"):
+        tensorize.training.RankSchedule(model, optimizer, 0.25, start=0, end=1)
+
+
+IN_TWO: list[processes.Check] = [
+    meta_is_filled_by_parts,
+    ties_stay_when_meta_is_filled,
+    rates_are_those_of_one_machine,
+    the_folder_of_one_machine_is_written,
+    all_processes_hear_of_a_failure,
+    memory_is_of_one_rank,
+    narrow_parameters_are_rounded_stochastically,
+    ranks_of_a_sharded_model_stay,
+]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    processes.run(IN_TWO, 2, tmp_path)

@@ -1,0 +1,32 @@
+"""The files around the code say what is so: versions, paths, commands."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+
+import tensorize
+from tests.paths import ROOT
+
+
+def test_the_citation_has_the_version_and_the_licence_of_the_package() -> None:
+    said = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert said["version"] == tensorize.__version__
+    assert said["license"] == project["license"]
+    assert said["cff-version"] == "1.2.0"
+    assert project["authors"] == [{"name": "The tensorize developers"}]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md"])
+def test_paths_and_targets_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", text)
+    assert named
+    for path in named:
+        places = (ROOT / path, ROOT / "tensorize" / path)
+        assert path == "benchmarks/results/" or any(place.exists() for place in places), path
+    targets = set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
+    assert all(re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.M) for name in targets)
