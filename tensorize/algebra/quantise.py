@@ -108,15 +108,24 @@ def grid(
 
 def codes_for(weight: Tensor, found: Grid, metric: Metric) -> Tensor:
     """Codes (M, N) that lose little in a metric: each takes up what the others lose."""
-    target = weight.float()
-    inputs, outputs = _unit(metric.right, target), _unit(metric.left, target)
+    return _codes(weight.float(), _Rounding.of(found), metric)
+
+
+def codes_of_steps(weight: Tensor, steps: Tensor, most: int, metric: Metric) -> Tensor:
+    """The same for a step of every entry (M, N): whole numbers within ±most, as int32."""
+    rounding = _Rounding(steps, torch.zeros_like(steps), (-most, most), torch.int32)
+    return _codes(weight.float(), rounding, metric)
+
+
+def _codes(target: Tensor, rounding: _Rounding, metric: Metric) -> Tensor:
+    inputs, outputs = unit(metric.right, target), unit(metric.left, target)
     if inputs is None and outputs is None:
-        return found.nearest(target)
+        return rounding(target, (slice(None),))[0]
     if inputs is None:
         inputs = torch.eye(target.shape[1], device=target.device)
     if outputs is None:
-        return _by_columns(target, found, inputs)
-    return _by_entries(target, found, inputs, outputs)
+        return _by_columns(target, rounding, inputs)
+    return _by_entries(target, rounding, inputs, outputs)
 
 
 def expected(steps: Tensor, scale: float, down: Tensor, across: Tensor) -> float:
@@ -141,11 +150,10 @@ def pivots(metric: Metric, matrix: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------- one after another
 
 
-def _by_columns(target: Tensor, found: Grid, inputs: Tensor) -> Tensor:
+def _by_columns(target: Tensor, rounding: _Rounding, inputs: Tensor) -> Tensor:
     """Whole columns from the last to the first: η = ΔW A."""
     m, n = target.shape
-    codes, lost = target.new_empty(m, n, dtype=found.dtype), torch.zeros_like(target)
-    rounding = _Rounding.of(found)
+    codes, lost = target.new_empty(m, n, dtype=rounding.dtype), torch.zeros_like(target)
     for end in range(n, 0, -_BLOCK):
         block = slice(max(end - _BLOCK, 0), end)
         wanted = target[:, block] - lost[:, end:] @ inputs[end:, block]
@@ -158,7 +166,7 @@ def _by_columns(target: Tensor, found: Grid, inputs: Tensor) -> Tensor:
     return codes
 
 
-def _by_entries(target: Tensor, found: Grid, inputs: Tensor, outputs: Tensor) -> Tensor:
+def _by_entries(target: Tensor, given: _Rounding, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Both sides: with E = Bᵀ ΔW, η = E A.
 
     Entries whose distances from the last row and column have the same sum do not wait for each
@@ -171,8 +179,8 @@ def _by_entries(target: Tensor, found: Grid, inputs: Tensor, outputs: Tensor) ->
     after, below = (
         F.pad(unit, (0, more, 0, more)) for unit, more in ((inputs, columns), (outputs, rows))
     )
-    rounding = _Rounding.of(found, (rows, columns))
-    codes = torch.zeros_like(work, dtype=found.dtype)
+    rounding = given.padded(rows, columns)
+    codes = torch.zeros_like(work, dtype=rounding.dtype)
     lost, seen = torch.zeros_like(work), torch.zeros_like(work)  # ΔW and E
     within = torch.arange(_BLOCK)
     for turn in reversed(range(sum(sizes) - 1)):
@@ -244,11 +252,14 @@ class _Rounding:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, found: Grid, padding: tuple[int, int] = (0, 0)) -> _Rounding:
-        rows, columns = padding
-        steps = F.pad(found.steps, (0, columns, 0, rows), value=1.0)
-        zeros = F.pad(found._spread(found.zero), (0, columns, 0, rows))
-        return cls(steps, zeros, found.precision.codes, found.dtype)
+    def of(cls, found: Grid) -> _Rounding:
+        zeros = found._spread(found.zero)
+        return cls(found.steps, zeros, found.precision.codes, found.dtype)
+
+    def padded(self, rows: int, columns: int) -> _Rounding:
+        """With so many more rows and columns."""
+        steps = F.pad(self.steps, (0, columns, 0, rows), value=1.0)
+        return replace(self, steps=steps, zeros=F.pad(self.zeros, (0, columns, 0, rows)))
 
     def at(self, where: tuple[Tensor, ...]) -> _Rounding:
         return replace(self, steps=self.steps[where], zeros=self.zeros[where])
@@ -271,7 +282,7 @@ def _cholesky(root: Tensor, like: Tensor) -> Tensor:
     return torch.linalg.cholesky(moment)
 
 
-def _unit(root: Tensor | None, like: Tensor) -> Tensor | None:
+def unit(root: Tensor | None, like: Tensor) -> Tensor | None:
     """A of K = A D Aᵀ; None where K mixes nothing."""
     if root is None or root.dim() == 1:
         return None

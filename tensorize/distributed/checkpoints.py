@@ -20,9 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.sharded import by_first_rank, is_first_rank
@@ -47,7 +50,7 @@ class Saving:
         """
         try:
             self._future.result()
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
                 f"{self.folder} cannot be written: {type(error).__name__}: {error}",
                 way_out="make room; load() takes the last checkpoint that is whole",
@@ -134,8 +137,8 @@ def load(
     state["others"] = {name: each.state_dict() for name, each in (others or {}).items()}
     try:
         with _one_process_is_meant():
-            dcp.load(state, checkpoint_id=found[-1], process_group=_own_group())
-    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+            read_state(state, checkpoint_id=found[-1], process_group=_own_group())
+    except (CheckpointException, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{found[-1]} is of another model or optimizer: {error}",
             way_out="make them as they were when it was saved; the mesh may be another one",
@@ -186,12 +189,12 @@ def _cleared(folder: Path) -> None:
 def _begun(state: dict[str, Any], folder: Path) -> Future[Any]:
     """Begin to write. Alone it is done at once: only so can DCP's warning of that be kept away."""
     if dist.is_initialized():
-        future = dcp.async_save(state, checkpoint_id=folder, process_group=_own_group())
+        future = async_save(state, checkpoint_id=folder, process_group=_own_group())
         assert isinstance(future, Future)
         return future
     done: Future[Any] = Future()
     with _one_process_is_meant():
-        done.set_result(dcp.save(state, checkpoint_id=folder))
+        done.set_result(write_state(state, checkpoint_id=folder))
     return done
 
 

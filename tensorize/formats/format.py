@@ -120,6 +120,10 @@ class Format(Generic[S]):
         weight = self.reconstruct(spec, cores)
         return F.linear(x, weight if contract == "columns" else weight.t(), bias)
 
+    def in_integers(self, spec: S, cores: Sequence[Tensor], x: Tensor, contract: str) -> bool:
+        """Whether a product is one of integers: of weights of fewer bits, on some machines."""
+        return False
+
     def width(self, cores: Sequence[Tensor]) -> int | None:
         """The entries of a row between the two products of ``multiply``; None where other work
         counts more than casting the cores."""

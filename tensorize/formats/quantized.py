@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra import packing
-from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import whole
+from tensorize.algebra.metric import Metric, average
+from tensorize.algebra.pair import rounded_pair
 from tensorize.algebra.quantise import codes_for, grid
 from tensorize.base.tensors import at_work, is_index
 from tensorize.formats import packs
@@ -25,9 +25,6 @@ from tensorize.ir.precision import FLOAT, Precision
 
 _PASSES = 6
 """How often every entry is read and written to make a number of its code."""
-
-_TINY = 1e-6
-"""What a matrix of products lacks to be surely positive, in its mean."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +185,6 @@ class Quantized(Format[QuantizedSpec]):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """What is held of the cores of ``spec.inner``, in the order of the spec.
 
-        Of a pair the second factor is rounded first, and the first is the best for what the second
-        has become.
-
         Args:
             cores: those of the inner spec, with its indices.
             metrics: those of the weight.
@@ -205,7 +199,16 @@ class Quantized(Format[QuantizedSpec]):
         if count == 1:
             found = [_coded(numbers[0], spec.kind, metric, dtype)]
         else:
-            found = _pair(spec, numbers, indices, metric, dtype)
+            (order,) = indices or (None,)
+            left, right = numbers
+            found = rounded_pair(
+                left,
+                right,
+                order,
+                metric,
+                lambda m, own: _coded(m, spec.kind, own, dtype),
+                Coded.values,
+            )
         held = [part for core in found for part in (core.codes, core.zeros) if part is not None]
         return *(core.scale for core in found), *indices, *held
 
@@ -243,45 +246,3 @@ def _coded(matrix: Tensor, kind: Precision, metric: Metric, dtype: torch.dtype) 
     codes = packing.packed(codes_for(matrix, found, metric), kind.bits)
     zeros = packing.packed(found.zero.to(torch.uint8), kind.bits) if kind.offset else None
     return Coded(kind, matrix.shape[1], found.scale.to(dtype), codes, zeros)
-
-
-def _pair(
-    spec: QuantizedSpec,
-    numbers: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    metric: Metric,
-    dtype: torch.dtype,
-) -> list[Coded]:
-    """Two factors: the second is rounded, the first is the best for it, and is rounded then.
-
-    An error of V counts as U sees it, ΔW = U ΔV, and one of U as V̂ does.
-    """
-    left, right = numbers
-    (rank,) = spec.ranks
-    across = metric.right
-    if spec.inner.pivoted and across is not None:  # V' has the other columns only
-        (order,) = indices
-        others = across[order[rank:].long()]
-        across = others if others.dim() == 1 else _root_of(others).to(left.dtype)
-    down = _root_of(root_times(metric.left, left).mT).to(left.dtype)
-    second = _coded(right, spec.kind, Metric(metric.scale, down, across), dtype)
-    made = _whole(spec, (left, second.values().to(left.dtype)), indices)
-    seen = times_root(made, metric.right)
-    exact = left @ times_root(_whole(spec, (left, right), indices), metric.right)
-    root = _root_of(seen)
-    best = torch.cholesky_solve((seen @ exact.mT).double(), root).mT.to(left.dtype)
-    across = root.to(left.dtype)
-    return [_coded(best, spec.kind, Metric(metric.scale, metric.left, across), dtype), second]
-
-
-def _whole(spec: QuantizedSpec, cores: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """V (R, N), with an identity that is not stored."""
-    (order,) = indices or (None,)
-    return cores[1] if order is None else whole(cores[1], order)
-
-
-def _root_of(factor: Tensor) -> Tensor:
-    """The Cholesky factor of F Fᵀ, in float64."""
-    gram = (factor @ factor.mT).double()
-    gram.diagonal().add_(_TINY * gram.diagonal().mean())
-    return torch.linalg.cholesky(gram)

@@ -111,7 +111,7 @@ def shapes_of(gm: fx.GraphModule) -> dict[str, tuple[str, ...]]:
 
 def collapse(gm: fx.GraphModule, shapes: Mapping[str, tuple[str, ...]]) -> nx.DiGraph:
     """A graph of ``Box`` by number: an acyclic one, numbers in topological order."""
-    sites: Mapping[str, tuple[str, str, Sequence[int]]] = gm.meta.get("tensorize_sites", {})
+    sites: Mapping[str, tuple[str, str, Sequence[int], str | None]] = gm.meta.get("tensorize_sites", {})
     shapes = {**shapes_of(gm), **shapes}
     graph = nx.DiGraph()
     owner: dict[fx.Node, int] = {}

@@ -114,7 +114,7 @@ class GraphText:
 
     def __init__(self, gm: fx.GraphModule, symbols: _Symbols | None = None) -> None:
         self.gm, self.symbols = gm, symbols or _Symbols()
-        self.sites: Mapping[str, tuple[str, str, Sequence[int]]]
+        self.sites: Mapping[str, tuple[str, str, Sequence[int], str | None]]
         self.sites = gm.meta.get("tensorize_sites", {})
 
     def name(self, node: fx.Node) -> str:
@@ -198,8 +198,8 @@ class GraphText:
         return "graph" if isinstance(value, torch.nn.Module) else "constant"
 
     def site(self, node: fx.Node) -> str:
-        name, *what = self.sites[node.name]
-        return f"{name}: {format_text(*what)}"
+        name, format, ranks, precision = self.sites[node.name]
+        return f"{name}: {format_text(format, ranks, precision)}"
 
     def lines(self, indent: str = "  ") -> Iterator[str]:
         read: set[str] = set()

@@ -8,11 +8,15 @@ weights give way to cores, and transformers fills these from the file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -22,6 +26,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.tensorfile import sha256_of
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
+from tensorize.store.coded import is_coded, write_decoded
 from tensorize.store.manifest import FORMAT_VERSION, SAVE_AGAIN, WEIGHTS_NAME, fail, read_manifest
 from tensorize.store.transformers_config import METHOD, NEEDS_US, factors_from_dict
 from tensorize.weight.install import blank, install
@@ -80,11 +85,14 @@ class FactorsLoader(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         self._files = [Path(name) for name in checkpoint_files or ()]
+        self._decoded: list[Callable[[], Any]] = []
         for file in self._files:
             _check_named(file)
+        if checkpoint_files is not None:
+            self._decode(checkpoint_files)
         noted = self.quantization_config
         sites, aliases = factors_from_dict(noted.sites, noted.aliases, noted.sha256)
         for site in sites:
@@ -109,8 +117,26 @@ class FactorsLoader(HfQuantizer):
                 model.all_tied_weights_keys[tied] = to
         return model
 
+    def _decode(self, files: list[str]) -> None:
+        """Let transformers read decoded files in the place of coded ones; they go after it."""
+        for k, file in enumerate(self._files):
+            try:
+                if not is_coded(file):
+                    continue
+                folder = tempfile.mkdtemp(prefix="tensorize-")
+                remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                self._decoded.append(remove)
+                plain = Path(folder) / file.name
+                with torch.device("cpu"):  # transformers builds on meta just now
+                    write_decoded(file, plain)
+            except (OSError, SafetensorError, ValueError) as error:
+                fail(file, f"cannot be read: {type(error).__name__}: {error}", SAVE_AGAIN)
+            files[k] = str(plain)
+
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """From here on it is a plain model, that trains and is cast as any other."""
+        for remove in self._decoded:
+            remove()
         self.remove_quantization_config(model)
         settle(model)
         transformers_config.note_factors(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,8 @@ from typing import Any
 from tensorize.base.errors import BudgetError
 from tensorize.ir.plan import NATS, OF_VARIANCE, Totals
 
-_COSTS = ("params", "bytes", "stored", "flops", "latency", "communication")
+_COSTS = ("params", "bytes", "stored", "flops", "latency", "communication", "file")
+_RELATIVE = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s+relative\s*")
 
 AUTO = "auto"
 """A budget in place of one: the smallest model that is predicted to lose next to nothing."""
@@ -38,6 +40,10 @@ class Budget:
             bytes a step on a mesh there is ``communication_budget`` of a plan of strategies.
         error: largest relative error of any site's weight, in the metric of the analysis.
         loss: largest predicted rise of the loss to preserve (needs calibration data).
+        file: of the files of weights, which may be coded in fewer bits than memory holds: a share
+            of the dense model's bytes, or an int of bytes. For ``tensorize.save(coded=)``.
+        entry_error: largest error of any entry of any stored tensor, a float, or as
+            ``"1e-3 relative"`` a share of each tensor's range. For ``tensorize.save(coded=)``.
 
     With a limit on costs the predicted distortion is minimised; with ``error`` or ``loss`` alone,
     the number of parameters is, or with a choice of precisions that of bytes.
@@ -60,6 +66,8 @@ class Budget:
     loss: float | None = None
     stored: float | int | None = None
     communication: float | int | None = None
+    file: float | int | None = None
+    entry_error: float | str | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -70,11 +78,14 @@ class Budget:
                 way_out="for example Budget(params=0.1) or Budget(error=0.05)",
             )
         for name, value in given.items():
-            _check(name, value)
+            if name == "entry_error":
+                entry_bound(value)
+            else:
+                _check(name, value)
         if self.bytes is not None and self.stored is not None:
             raise BudgetError(
                 "bytes= and stored= limit the same",
-                way_out="bytes= for what is held in memory, stored= for what a file takes",
+                way_out="bytes= for what is held in memory, stored= for what is without packs",
             )
 
     @classmethod
@@ -101,6 +112,14 @@ class Budget:
         """The same limits by the names of what plans cost."""
         return self if self.stored is None else replace(self, bytes=self.stored, stored=None)
 
+    def check_of_memory(self) -> None:
+        """Raises BudgetError where files are limited, which a model in memory says nothing of."""
+        if self.file is not None or self.entry_error is not None:
+            raise BudgetError(
+                f"{self} limits what is saved, and not what is compiled",
+                way_out=f"tensorize.save(model, directory, coded=tensorize.Budget({self}))",
+            )
+
     def limits(self, dense: Totals) -> dict[str, float]:
         """The absolute limit of every cost that is limited, given the dense model's own.
 
@@ -124,7 +143,29 @@ class Budget:
 
     def __str__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return ", ".join(f"{name}={value:,}" for name, value in given if value is not None)
+        return ", ".join(_said(name, value) for name, value in given if value is not None)
+
+
+def entry_bound(value: float | str) -> tuple[float, bool]:
+    """The number that ``entry_error`` is, and whether it is a share of each tensor's range.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    found = _RELATIVE.fullmatch(value) if isinstance(value, str) else None
+    if found is not None or not isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(found[1]) if found else value
+            _check("entry_error", number)
+            return float(number), found is not None
+    raise BudgetError(
+        f"entry_error={value!r} is no error",
+        way_out='a positive float, or a share of each tensor\'s range such as "1e-3 relative"',
+    )
+
+
+def _said(name: str, value: float | str) -> str:
+    return f"{name}={value}" if isinstance(value, str) else f"{name}={value:,}"
 
 
 def _check(name: str, value: object) -> None:

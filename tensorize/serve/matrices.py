@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tensorize.formats.quantized import Quantized
 from tensorize.formats.registry import format_of
-from tensorize.ir.spec import DENSE, QuantizedSpec, Spec
+from tensorize.ir.coded import QuantizedSpec
+from tensorize.ir.spec import DENSE, Spec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tensorize.base.errors import CheckpointError
 from tensorize.base.printer import count
 from tensorize.formats.registry import format_of
-from tensorize.ir.spec import QuantizedSpec
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.serve.matrices import stays_two
 from tensorize.store.contents import SiteRecord
 from tensorize.store.manifest import read_manifest

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -33,6 +33,7 @@ from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach
 from tensorize.store import transformers_config
 from tensorize.store.checks import check_keys
+from tensorize.store.coded import opened
 from tensorize.store.contents import (
     PARAMETER,
     Entry,
@@ -231,7 +232,7 @@ def _fill(
     values: dict[str, Tensor] = {}
     objects: dict[str, Tensor] = {}
     try:
-        with safe_open(manifest.weights, framework="pt", device="cpu") as file:
+        with opened(manifest.weights) as file:
             check_keys(file.keys(), contents)
             for first in dict.fromkeys(firsts.values()):
                 stored = contents.same_memory.get(first, first)

@@ -20,7 +20,9 @@ from tensorize.store import checks
 from tensorize.store.contents import Contents, Entry, SiteRecord
 from tensorize.version import __version__
 
-FORMAT, FORMAT_VERSION = "tensorize", 1
+FORMAT, FORMAT_VERSION = "tensorize", 2
+PLAIN_VERSION = 1
+"""The format version of an artefact whose weights are not coded: older releases read it too."""
 MANIFEST = "tensorize.json"
 WEIGHTS_NAME = re.compile(r"tensorize-[0-9a-f]{16}\.safetensors")
 SAVE_AGAIN = "save the model again, or restore the directory from a copy"
@@ -55,7 +57,7 @@ def manifest_to_dict(
     and then ``signed`` makes the text of the file."""
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": PLAIN_VERSION,
         "versions": _versions(),
         "weights": {},
         "model": model,
@@ -193,7 +195,7 @@ def _contents_from_dict(data: Mapping[str, Any], size: int) -> Contents:
     entries = {key: record(Entry, entry) for key, entry in data["tensors"].items()}
     sites = sites_from_list(data["sites"])
     contents = Contents(entries, data["aliases"], data["same_memory"], data["transient"], sites)
-    checks.check_contents(contents, size)
+    checks.check_contents(contents, size, coded=data.get("coding") is not None)
     return contents
 
 

@@ -22,18 +22,26 @@ from tensorize.reports.attach import known_report
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 from tensorize.store.card import write_card
+from tensorize.store.coded import METADATA, CodedTensors, Coder
 from tensorize.store.contents import Contents, contents_of, dtype_name
 from tensorize.store.load import DRAFT
-from tensorize.store.manifest import MANIFEST, WEIGHTS_NAME, manifest_to_dict, signed
+from tensorize.store.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS_NAME,
+    manifest_to_dict,
+    signed,
+)
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, directory: str | os.PathLike[str], coder: Coder | None = None) -> None:
     """Write a factorized model into ``directory``, which is made where it does not exist.
 
     A model that is sharded over processes is saved by all of them, and the first one writes what
     it is on one machine.
     Several processes may do so at once: the directory then holds what one of them saved, whole.
-    Every tensor is stored once. Two tensors that overlap only in part are stored in full each, and
+    ``coder`` says in which bytes tensors are stored; None: as they lie in memory. Every tensor is
+    stored once. Two tensors that overlap only in part are stored in full each, and
     are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
     Face model's ``config.json`` and ``generation_config.json`` are written beside.
 
@@ -56,11 +64,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if transformers_config.is_huggingface(model):
         transformers_config.check_place(directory)
     contents, stored = contents_of(model)
+    made = None if coder is None else coder(stored)
 
     def write() -> None:
         with _drafted(directory) as draft:
-            _write_tensors(stored, draft)
-            _finish(model, contents, report, draft, draft, directory)
+            _write_tensors(stored if made is None else made.as_bytes(), draft)
+            _finish(model, contents, report, draft, draft, directory, made)
 
     if any(is_sharded(parameter) for parameter in model.parameters()):
         by_first_rank(write, CheckpointError)
@@ -119,9 +128,12 @@ def _finish(
     tensors: Path,
     draft: Path,
     directory: Path,
+    made: CodedTensors | None = None,
 ) -> None:
     """Put the file of tensors in place, and the manifest last."""
     manifest = manifest_to_dict(contents, transformers_config.describe(model), report)
+    if made is not None:
+        manifest |= {"format_version": FORMAT_VERSION, "coding": made.about}
     sha256 = sha256_of(tensors)
     weights = directory / f"tensorize-{sha256[:16]}.safetensors"
     into_place(tensors, weights)
@@ -130,21 +142,21 @@ def _finish(
         "sha256": sha256,
         "bytes": weights.stat().st_size,
     }
-    configs: dict[str, str] = {}
+    version, configs = manifest["format_version"], {}
     if manifest["model"]["huggingface"]:
-        configs = transformers_config.save_configs(model, directory, weights.name, draft)
+        configs = transformers_config.save_configs(model, directory, weights.name, version, draft)
         write_card(directory, report, manifest["model"], draft)
     draft.write_text(signed(manifest), encoding="utf-8")
     into_place(draft, directory / MANIFEST)
     found = {name: (directory / name).read_text(encoding="utf-8") for name in configs}
     if found != configs:  # those of another save came in between
-        transformers_config.save_configs(model, directory, weights.name, draft)
+        transformers_config.save_configs(model, directory, weights.name, version, draft)
 
 
 def _write_tensors(tensors: dict[str, Tensor], draft: Path) -> None:
     usual = draft.stat().st_mode
     try:
-        save_file(tensors, draft, metadata={"format": "pt"})
+        save_file(tensors, draft, metadata=METADATA)
         draft.chmod(usual)  # safetensors makes files that only their owner may read
     except KeyError as error:  # what safetensors says of a dtype that it does not know
         dtypes = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}

@@ -20,7 +20,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.files import into_place
 from tensorize.base.records import checksum
 from tensorize.store.contents import SiteRecord, aliases_of, dtype_name, site_records
-from tensorize.store.manifest import FORMAT_VERSION, damage_named, sites_from_list, sites_to_list
+from tensorize.store.manifest import PLAIN_VERSION, damage_named, sites_from_list, sites_to_list
 from tensorize.weight.become import dense_class
 
 # The weights of a checkpoint that is not ours.
@@ -85,11 +85,17 @@ def check_place(directory: Path) -> None:
         )
 
 
-def save_configs(model: nn.Module, directory: Path, weights: str, draft: Path) -> dict[str, str]:
+def save_configs(
+    model: nn.Module, directory: Path, weights: str, version: int, draft: Path
+) -> dict[str, str]:
     """``config.json`` and ``generation_config.json``, for ``from_pretrained`` and other tools; what
-    is in them, by their names."""
+    is in them, by their names. ``version`` is that of the artefact's format."""
     config: Any = copy.deepcopy(model.config)
-    config.quantization_config = {**factors_to_dict(model), "weights": weights}
+    config.quantization_config = {
+        **factors_to_dict(model),
+        "format_version": version,
+        "weights": weights,
+    }
     # Where transformers alone would look for the weights: it says that there is no such file.
     config.transformers_weights = NEEDS_US
     return _written(model, config, directory, draft)
@@ -134,7 +140,7 @@ value. Two, as either is one that a caller may give himself, or that a version d
 def factors_to_dict(model: nn.Module) -> dict[str, Any]:
     """What was factorized in a model, as transformers keeps it in a configuration."""
     found = {"sites": sites_to_list(site_records(model)), "aliases": aliases_of(model)}
-    known = {"quant_method": METHOD, "format_version": FORMAT_VERSION}
+    known = {"quant_method": METHOD, "format_version": PLAIN_VERSION}
     return {**known, **found, "sha256": checksum(found)}
 
 

@@ -41,7 +41,7 @@ def matmul(
     if getattr(run, "takes_bias", False):
         return run(x, cores, bias)
     form = format_of(spec)
-    if spec.precision is not None and form.in_integers(spec, cores, x, contract):
+    if form.in_integers(spec, cores, x, contract):
         x, _ = autocast(x, ())
         return form.multiply(spec, cores, x, contract, bias)
     if in_float32(x, form.width(cores) if run is None else None):

@@ -89,8 +89,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (manifest_text("[1, 2]"), "not a tensorize manifest"),
     "foreign JSON": (manifest_text('{"model_type": "gpt2"}'), "not a tensorize manifest"),
     "newer": (
-        manifest_change(lambda d: d.update(format_version=2)),
-        r"format version 2, and this tensorize reads up to 1\n.*upgrade",
+        manifest_change(lambda d: d.update(format_version=3)),
+        r"format version 3, and this tensorize reads up to 2\n.*upgrade",
     ),
     "no version": (manifest_change(lambda d: d.pop("format_version")), "is damaged"),
     "no sites": (manifest_change(lambda d: d.pop("sites")), "damaged: KeyError"),

@@ -1,0 +1,116 @@
+"""Codes of all of a model's weights, within a limit on bytes or on what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tensorize.base.errors import BudgetError
+from tensorize.coding import groups
+from tensorize.coding.groups import Coded, Group
+from tensorize.passes.allocate.forms import BITS
+from tensorize.passes.filling.fill import Expected, Filling
+from tensorize.passes.predict.predictor import Predictor
+
+_AIMED = 0.995
+"""The share of a limit on bytes that is aimed at: what is written is up to so much more."""
+
+_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Groups of tensors as they are coded, what was expected of them, and what was found: the sum
+    of distortions, and the largest error of an entry of each tensor, by its id."""
+
+    groups: tuple[tuple[tuple[Tensor, ...], Group, bytes], ...]
+    expected: Expected
+    distortion: float
+    errors: Mapping[int, float]
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(data) for *_, data in self.groups)
+
+
+def within_bytes(
+    filling: Filling, limit: int, beside: Callable[[Filled], int], about: int = 0
+) -> Filled:
+    """Codes of at most so many bytes, with what is ``beside`` them in the file: ``about`` so much.
+
+    Raises:
+        BudgetError: there are none.
+    """
+    longer = 1.0
+    for _ in range(_TRIES):
+        expected = filling.within_bytes(max(_AIMED * (limit - about) / longer, 1.0))
+        if expected is None:
+            break
+        made = coded(filling, expected)
+        about = beside(made)
+        if made.bytes + about <= limit:
+            return made
+        longer = max(longer, made.bytes / expected.bytes)
+    raise BudgetError(
+        f"a file takes about {filling.least + about:,.0f} bytes at least, and {limit:,} are "
+        "allowed",
+        way_out="a larger file=, or a plan with fewer parameters",
+    )
+
+
+def coded(filling: Filling, expected: Expected) -> Filled:
+    """The codes of the weights at some θ."""
+    made, lost = [], 0.0
+    errors: dict[int, float] = {}
+    for group in filling.groups():
+        tensors: list[Tensor] = []
+        matrices: list[Coded] = []
+        for weight in group:
+            found = weight.coded(expected.theta)
+            lost += weight.lost(found)
+            tensors += weight.tensors
+            matrices += found
+        made.append((tuple(tensors), *groups.encode(matrices)))
+        errors |= {id(t): _error(t, each) for t, each in zip(tensors, matrices, strict=True)}
+    return Filled(tuple(made), expected, lost, errors)
+
+
+def _error(tensor: Tensor, made: Coded) -> float:
+    """The largest error of an entry."""
+    off = (
+        made.numbers.reshape(tensor.shape).to(tensor.dtype).double()
+        - tensor.detach().double().cpu()
+    )
+    return float(off.abs().max()) if off.numel() else 0.0
+
+
+def rise(predictor: Predictor, distortion: float) -> tuple[float, tuple[float, float]]:
+    """What codes are expected to add to the loss, and its 90 % interval."""
+    return predictor.predict(_worth(predictor) * distortion)
+
+
+def allowed(predictor: Predictor, loss: float) -> float:
+    """The largest sum of distortions whose expected rise is within a limit."""
+    return predictor.inverse(loss) / _worth(predictor)
+
+
+def _worth(predictor: Predictor) -> float:
+    """What a distortion of codes counts: as one of integers, where those were tried."""
+    return predictor.worth.get(BITS, 1.0)
+
+
+def summary(made: Filled, predictor: Predictor | None) -> Mapping[str, object]:
+    """What the manifest says of codes in a metric."""
+    known: dict[str, object] = {
+        "theta": made.expected.theta,
+        "bytes": made.bytes,
+        "expected_bytes": round(made.expected.bytes),
+        "distortion": made.distortion,
+        "expected_distortion": made.expected.distortion,
+    }
+    if predictor is not None:
+        loss, interval = rise(predictor, made.distortion)
+        known |= {"loss": loss, "loss_interval": list(interval)}
+    return known

@@ -1,0 +1,180 @@
+"""What of a model is coded in a metric: its dense weights, and its factors of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tensorize.algebra.metric import Metric, average
+from tensorize.algebra.pair import metric_of_first, metric_of_second, rounded_pairs
+from tensorize.algebra.pivot import whole
+from tensorize.algebra.water import Filled, Steps
+from tensorize.base.tensors import at_work
+from tensorize.coding.groups import Coded
+from tensorize.ir.spec import LOW_RANK
+from tensorize.passes.curves.curve import Spectrum, as_matrix
+from tensorize.weight.install import factored
+from tensorize.weight.lazy import FactoredWeight
+
+
+class Weight(Protocol):
+    """Tensors that are coded together."""
+
+    @property
+    def tensors(self) -> Sequence[Tensor]: ...
+
+    @property
+    def whole(self) -> float:
+        """What it would cost to lose all of it."""
+        ...
+
+    def expected(self, theta: float) -> tuple[list[Coded], float]:
+        """About what ``coded`` gives, and the distortion that it is expected to cost."""
+        ...
+
+    def coded(self, theta: float) -> list[Coded]: ...
+
+    def lost(self, coded: Sequence[Coded]) -> float:
+        """The distortion that codes cost."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A dense weight; its ``matrices`` are several of a stack of experts."""
+
+    tensor: Tensor
+    matrices: tuple[Tensor, ...]
+    metric: Metric
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.tensor,)
+
+    @property
+    def whole(self) -> float:
+        return sum(self.metric.norm(matrix) for matrix in self.matrices)
+
+    @cached_property
+    def _filled(self) -> list[Filled]:
+        return [Filled(matrix, self.metric) for matrix in self.matrices]
+
+    def expected(self, theta: float) -> tuple[list[Coded], float]:
+        found = [each.expected(theta) for each in self._filled]
+        coded = _stacked([(each.steps, each.codes) for each in found])
+        return [coded], sum(each.lost for each in found)
+
+    def coded(self, theta: float) -> list[Coded]:
+        return [_stacked([each.codes(theta) for each in self._filled])]
+
+    def lost(self, coded: Sequence[Coded]) -> float:
+        (found,) = coded
+        rows = len(self.matrices[0])
+        made = found.numbers.split(rows)
+        return sum(self.metric.norm(a - b) for a, b in zip(made, self.matrices, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Factors U (M, R) of weights that have the second one in common, and what is stored of that,
+    V (R, N); one weight by itself has its own."""
+
+    lefts: tuple[Tensor, ...]
+    right: Tensor
+    order: Tensor | None
+    metrics: tuple[Metric, ...]
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return *self.lefts, self.right
+
+    @property
+    def whole(self) -> float:
+        second = self._filled[-1]
+        return second.metric.norm(second.matrix)
+
+    @cached_property
+    def _numbers(self) -> list[Tensor]:
+        return [at_work(tensor.detach()) for tensor in self.tensors]
+
+    @cached_property
+    def _filled(self) -> list[Filled]:
+        *lefts, right = self._numbers
+        firsts = [
+            Filled(left, metric_of_first(right, self.order, metric))
+            for left, metric in zip(lefts, self.metrics, strict=True)
+        ]
+        return [*firsts, Filled(right, metric_of_second(lefts, self.order, self.metrics))]
+
+    def expected(self, theta: float) -> tuple[list[Coded], float]:
+        found = [each.expected(theta) for each in self._filled]
+        return [Coded.of(each.steps, each.codes) for each in found], sum(e.lost for e in found)
+
+    def coded(self, theta: float) -> list[Coded]:
+        *lefts, right = self._numbers
+        made = rounded_pairs(
+            lefts,
+            right,
+            self.order,
+            self.metrics,
+            lambda matrix, own: Filled(matrix, own).codes(theta),
+            lambda found: found[0].numbers(found[1]),
+        )
+        return [Coded.of(*each) for each in made]
+
+    def lost(self, coded: Sequence[Coded]) -> float:
+        *lefts, right = self._numbers
+        *made, second = (each.numbers for each in coded)
+        total = 0.0
+        for before, after, metric in zip(lefts, made, self.metrics, strict=True):
+            total += metric.norm(after @ self._whole(second) - before @ self._whole(right))
+        return total
+
+    def _whole(self, right: Tensor) -> Tensor:
+        return right if self.order is None else whole(right, self.order)
+
+
+def _stacked(found: Sequence[tuple[Steps, Tensor]]) -> Coded:
+    """Matrices below each other, with the same steps of columns."""
+    down, codes = (torch.cat(parts) for parts in zip(*((s.down, c) for s, c in found), strict=True))
+    return Coded.of(Steps(down, found[0][0].across), codes)
+
+
+def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Weight]:
+    """The weights of a model that have a metric, each once.
+
+    What was rounded to codes already is none of them, nor are trains and blocks.
+    """
+    seen: set[int] = set()
+    pairs: dict[int, list[tuple[FactoredWeight, Metric]]] = {}
+    for name, factors in factored(model):
+        first = id(factors.cores[0])
+        seen |= {id(core) for core in factors.cores}
+        if name in curves and _is_pair(factors):
+            metric = average(curves[name].metrics)
+            turned = metric.transposed() if factors.frame.transposed else metric
+            group = pairs.setdefault(id(factors.cores[1]), [])
+            if first not in (id(other.cores[0]) for other, _ in group):
+                group.append((factors, turned))
+    for group in pairs.values():
+        weights, metrics = zip(*group, strict=True)
+        (order,) = weights[0].indices or (None,)
+        lefts = tuple(weight.cores[0] for weight in weights)
+        yield Pairs(lefts, weights[0].cores[1], order, metrics)
+    for name, parameter in model.named_parameters():
+        if name in curves and id(parameter) not in seen:
+            seen.add(id(parameter))
+            matrix = at_work(as_matrix(curves[name].site, parameter.detach()))
+            matrices = tuple(matrix) if matrix.dim() == 3 else (matrix,)
+            yield Whole(parameter, matrices, average(curves[name].metrics))
+
+
+def _is_pair(factors: FactoredWeight) -> bool:
+    spec = factors.spec
+    plain = spec.precision is None and factors.nonlinearity is None and not spec.batch
+    return plain and spec.format == LOW_RANK
