@@ -230,6 +230,7 @@ class Allocate:
             loss=loss,
             loss_interval=interval,
             latency=tuple(float(t) for t in used[len(COSTS) :]),
+            communication=int(used[3]),
         )
         return Plan(
             sites=sites,

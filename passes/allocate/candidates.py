@@ -13,6 +13,7 @@ from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan, Totals
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec, TTSpec
+from tensorize.passes.allocate.communication import dense_sent, spec_sent, whole_sent
 from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.forms import (
     PRECISION,
@@ -29,7 +30,7 @@ from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.stages import Analysed
 
-COSTS = ("params", "bytes", "flops")
+COSTS = ("params", "bytes", "flops", "communication")
 """The first columns of a point's costs; then come its times, one for each of the batch sizes."""
 
 # Without a loss, errors of different weights have no common unit. Distortion is divided by the
@@ -119,6 +120,7 @@ def dense_totals(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> Totals:
         parameters=sum(elements for elements, _ in analysed.sizes.values()),
         bytes=sum(size for _, size in analysed.sizes.values()),
         flops=sum(dense_flops(site) for site in analysed.sites),
+        communication=whole_sent(analysed.sites),
     )
 
 
@@ -126,7 +128,7 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
     """Parameters and bytes of everything that is no site: biases, norms, scales."""
     listed = {site.name for site in analysed.sites}
     rest = [size for name, size in analysed.sizes.items() if name not in listed]
-    known = [sum(n for n, _ in rest), sum(b for _, b in rest), 0.0]
+    known = [sum(n for n, _ in rest), sum(b for _, b in rest), 0.0, 0.0]
     return np.array(known + [0.0] * len(batch_sizes))
 
 
@@ -137,6 +139,7 @@ def _costs(
         spec.parameters,
         spec.bytes(itemsize, len(site.names)),
         spec_flops(site, spec, batch_sizes, machine),
+        spec_sent(site, spec),
         *spec_times(site, spec, batch_sizes, machine),
     ]
 
@@ -145,7 +148,8 @@ def _dense_costs(
     site: Site, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     times = dense_times(site, batch_sizes, machine)
-    return [site.parameters, site.parameters * itemsize, dense_flops(site), *times]
+    sizes = [site.parameters, site.parameters * itemsize, dense_flops(site)]
+    return [*sizes, dense_sent(site), *times]
 
 
 def dense_point(

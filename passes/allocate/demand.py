@@ -135,7 +135,7 @@ class Demand:
         exceeded = {
             costs[j] for j in np.flatnonzero(ours) if best[1][j] > caps[j] + self.overhead[j]
         }
-        dense = (self.dense.parameters, self.dense.bytes, self.dense.flops, *self.dense.latency)
+        dense = self.dense.costs
         needed: dict[str, Any] = {}
         for name in exceeded:
             columns = [j for j, cost in enumerate(costs) if cost == name]

@@ -13,6 +13,7 @@ from tensorize.passes.allocate.candidates import COSTS, Points
 from tensorize.passes.allocate.demand import Demand, rounded_errors
 
 _UNITS = {"params": "", "bytes": " bytes", "flops": " FLOPs a row", "latency": " µs"}
+_UNITS["communication"] = " bytes a row"
 
 
 def refusal(demand: Demand, budget: Budget) -> BudgetError:
@@ -110,7 +111,7 @@ def _too_small(
     assert least is not None
     need = getattr(least, name)
     columns = [j for j, each in enumerate(demand.names) if each.partition("[")[0] == name]
-    dense = (demand.dense.parameters, demand.dense.bytes, demand.dense.flops, *demand.dense.latency)
+    dense = demand.dense.costs
     j = min(columns, key=lambda j: dense[j]) if name == "latency" else columns[0]
     tier = min(demand.tiers, key=lambda tier: sum(p.costs[:, j].min() for p in tier))
     fixed = sorted(

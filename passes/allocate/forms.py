@@ -19,6 +19,7 @@ from tensorize.ir.machine import Machine
 from tensorize.ir.precision import INPUTS, INTEGERS, ONE_DIGIT
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec, TTSpec
+from tensorize.passes.allocate.communication import spec_sent
 from tensorize.passes.allocate.flops import spec_flops
 from tensorize.passes.allocate.times import dense_times, first_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
@@ -92,12 +93,13 @@ class Forms:
         precision: str | None = None,
         inputs: str = ONE_DIGIT,
     ) -> np.ndarray:
-        """Parameters, bytes, FLOPs and times at each of the ranks: (ranks, costs)."""
+        """The costs at each of the ranks: (ranks, costs)."""
         stack, count = self.stack, max(self.sites[0].experts, 1)
         every = EveryRank(stack.matrix, ranks, pivoted, precision, inputs)
         size = every.bytes(self.itemsize, sum(len(site.names) for site in self.sites))
         flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
-        sizes = np.stack([every.parameters * count, size * count, flops], axis=1)
+        sent = spec_sent(stack, every) + 0 * ranks
+        sizes = np.stack([every.parameters * count, size * count, flops, sent], axis=1)
         return np.hstack([sizes, self._times(ranks, pivoted, precision, inputs)])
 
     def _times(

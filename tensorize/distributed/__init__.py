@@ -3,5 +3,29 @@
 from tensorize.distributed.checkpoints import Saving, load, save
 from tensorize.distributed.parallelize import parallelize
 from tensorize.distributed.pipeline import schedule
+from tensorize.distributed.strategy import (
+    CLUSTERS,
+    Cluster,
+    Estimate,
+    Strategy,
+    StrategyPlan,
+    Timeline,
+    Workload,
+    plan,
+)
 
-__all__ = ["Saving", "load", "parallelize", "save", "schedule"]
+__all__ = [
+    "CLUSTERS",
+    "Cluster",
+    "Estimate",
+    "Saving",
+    "Strategy",
+    "StrategyPlan",
+    "Timeline",
+    "Workload",
+    "load",
+    "parallelize",
+    "plan",
+    "save",
+    "schedule",
+]

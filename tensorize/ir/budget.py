@@ -12,7 +12,7 @@ from typing import Any
 from tensorize.base.errors import BudgetError
 from tensorize.ir.plan import NATS, OF_VARIANCE, Totals
 
-_COSTS = ("params", "bytes", "stored", "flops", "latency", "file")
+_COSTS = ("params", "bytes", "stored", "flops", "latency", "communication", "file")
 _RELATIVE = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s+relative\s*")
 
 AUTO = "auto"
@@ -34,6 +34,10 @@ class Budget:
         stored: as ``bytes``, which are what the result holds in memory; but what is packed to run
             fast does not count, as it is in no file: weights of fewer than eight bits are then held
             by a CPU as eight, too, once they have run.
+        communication: as those, bytes that a tensor-parallel device sends for one input row in a
+            training step, forward and back, where weights of low rank are split by their
+            bottleneck; a dense weight counts as if it sent its input, or its output, alone. For
+            bytes a step on a mesh there is ``communication_budget`` of a plan of strategies.
         error: largest relative error of any site's weight, in the metric of the analysis.
         loss: largest predicted rise of the loss to preserve (needs calibration data).
         file: of the files of weights, which may be coded in fewer bits than memory holds: a share
@@ -51,7 +55,7 @@ class Budget:
         >>> str(tensorize.Budget(params=0.5, loss=0.01))
         'params=0.5, loss=0.01'
         >>> tensorize.Budget.of("10MB")
-        Budget(params=None, bytes=10000000, flops=None, latency=None, error=None, loss=None)
+        Budget(params=None, bytes=10000000, flops=None, ...)
     """
 
     params: float | int | None = None
@@ -61,6 +65,7 @@ class Budget:
     error: float | None = None
     loss: float | None = None
     stored: float | int | None = None
+    communication: float | int | None = None
     file: float | int | None = None
     entry_error: float | str | None = None
 
@@ -121,6 +126,7 @@ class Budget:
         The time at the k-th of the batch sizes is called ``latency[k]``.
         """
         whole = {"params": dense.parameters, "bytes": dense.bytes, "flops": dense.flops}
+        whole["communication"] = dense.communication
         limits: dict[str, float] = {}
         if self.latency is not None:
             for k, time in enumerate(dense.latency):

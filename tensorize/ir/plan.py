@@ -83,7 +83,8 @@ class Prediction:
     error of a site's weight in the metric where there are no data, and the relative error of the
     outputs (a norm) where there are. ``flops`` are per input row of a site, the worst over
     ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
-    microseconds, for each of those numbers of rows.
+    microseconds, for each of those numbers of rows. ``communication``: what tensor-parallel devices
+    send for a row, in bytes, if weights of low rank are split by their bottleneck.
 
     Example:
         >>> predicted = tensorize.report(small).plan.predicted
@@ -99,19 +100,27 @@ class Prediction:
     loss: float | None = None
     loss_interval: tuple[float, float] | None = None
     latency: tuple[float, ...] = ()
+    communication: int = 0
 
 
 @dataclass(frozen=True)
 class Totals:
     """Size and cost of a whole model; each parameter counts once, ``flops`` are per input row.
 
-    ``latency``: microseconds of its matmuls, for each of a plan's ``batch_sizes``.
+    ``latency``: microseconds of its matmuls, for each of a plan's ``batch_sizes``;
+    ``communication``: bytes that tensor-parallel devices send for a row.
     """
 
     parameters: int
     bytes: int
     flops: int
     latency: tuple[float, ...] = ()
+    communication: int = 0
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """All of them, in the order of the costs of a point."""
+        return (self.parameters, self.bytes, self.flops, self.communication, *self.latency)
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,7 +133,7 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     device = "cpu" if device == "meta" else device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with keeping(model), mode:
-        own = _as_fake(model, device)
+        own = as_fake(model, device)
         args, kwargs = pytree.tree_map(
             lambda v: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v,
             (given.args, dict(given.kwargs)),
@@ -191,7 +191,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _as_fake(model: nn.Module, device: str) -> list[Tensor]:
+def as_fake(model: nn.Module, device: str) -> list[Tensor]:
     """Fake tensors in the model in place of its own, and it in training mode."""
     made: dict[int, Tensor] = {}
 

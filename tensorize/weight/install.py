@@ -60,7 +60,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _is_plain_linear(owner: nn.Module, parameter: str) -> bool:
+def is_plain_linear(owner: nn.Module, parameter: str) -> bool:
     """Whether the owner does nothing but x Wᵀ + b, or x W + b as GPT-2's Conv1D."""
     if parameter != "weight" or len(owner._modules) > 0:
         return False
@@ -98,7 +98,7 @@ def install(
             continue  # one module under several names
         seen.add((id(owner), parameter))
         # The module that the caller holds keeps its class.
-        plain = owner is not model and _is_plain_linear(owner, parameter) and not spec.batch
+        plain = owner is not model and is_plain_linear(owner, parameter) and not spec.batch
         if plain and format_of(spec).pair and not (tied and _is_conv1d(type(owner))):
             _become_low_rank_linear(owner, spec, cores, nonlinearity)
             continue
@@ -114,7 +114,7 @@ def install(
 def takes_nonlinearity(model: nn.Module, names: Sequence[str], spec: Spec) -> bool:
     """Whether the parameter is one plain linear's, in low rank: then two layers replace it."""
     owner, leaf = owner_of(model, names[0])
-    plain = owner is not model and _is_plain_linear(owner, leaf)
+    plain = owner is not model and is_plain_linear(owner, leaf)
     return len(names) == 1 and plain and format_of(spec).pair and not spec.batch
 
 

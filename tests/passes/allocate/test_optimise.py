@@ -23,6 +23,7 @@ FREE = np.full(len(COSTS), np.inf)
 
 def bare(costs: np.ndarray, distortion: np.ndarray) -> Points:
     site = Site("w", (8, 8), "float32", LINEAR)
+    costs = np.pad(costs, ((0, 0), (0, len(COSTS) - costs.shape[1])))  # nothing of other kinds
     return Points(
         site, costs, distortion, distortion, np.sqrt(distortion), np.arange(1, len(distortion) + 1)
     )
