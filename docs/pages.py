@@ -20,7 +20,7 @@ GROUPS = {
     ),
     "Keep": ("save", "load", "restructure", "load_dense"),
     "Train": ("initialize", "heal", "Healing", "distillation_loss"),
-    "Run": ("TTSpec", "plan_contraction", "ContractionPlan", "tune_kernels"),
+    "Run": ("draft", "TTSpec", "plan_contraction", "ContractionPlan", "tune_kernels"),
     "Errors": (
         "TensorizeError", "BudgetError", "CaptureError", "AnalysisError", "CheckpointError",
     ),

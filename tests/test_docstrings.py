@@ -18,6 +18,7 @@ from tests.paths import ROOT
 NAMES = [name for name in tensorize.__all__ if name != "__version__"]
 ELSEWHERE = {
     "compile_checkpoint": "needs a checkpoint of Hugging Face: tests/api/test_stream.py",
+    "draft": "needs a decoder: tests/api/test_draft.py",
     "tune_kernels": "needs a GPU: tests/running/test_tuning.py",
 }
 """Names whose example would not run everywhere, and the test that is one."""

@@ -20,8 +20,7 @@ from torch import Tensor
 from tensorize.algebra.factors import best_factors, singular_squares
 from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.svd import tail_sums
-from tensorize.base.memory import give_back
-from tensorize.base.tensors import at_work
+from tensorize.base.tensors import at_work, give_back
 from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
 from tensorize.formats.low_rank import largest_that_pays

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, ModelError
-from tensorize.base.memory import in_rows
+from tensorize.base.tensors import in_rows
 from tensorize.capture.forward import once, untouched
 from tensorize.ir.plan import NATS, OF_VARIANCE, THE_CALLERS
 from tensorize.ir.sites import Batch

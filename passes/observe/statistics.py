@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import ModelError
-from tensorize.base.memory import give_back
+from tensorize.base.tensors import give_back
 from tensorize.capture.forward import untouched
 from tensorize.capture.inner_gradients import is_transformed
 from tensorize.capture.matmul import Frame, Matmul

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric
-from tensorize.base.memory import give_back
+from tensorize.base.tensors import give_back
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.formats.dense import is_dense

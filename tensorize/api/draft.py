@@ -103,9 +103,6 @@ def draft(
 ) -> nn.Module:
     """The compressed model that makes speculative decoding of the dense one fastest.
 
-        small = tensorize.draft(model, calibration=batches)
-        model.generate(**inputs, assistant_model=small)
-
     The text is the dense model's own, whatever the draft writes. Which budget is best follows from
     how many tokens will be accepted, as predicted from the KL of each plan, and from times: those
     of the matmuls as predicted for this machine, and of all else as one call of the model shows.
@@ -120,6 +117,10 @@ def draft(
     Raises:
         BudgetError: no draft is predicted to make decoding faster.
         CaptureError, AnalysisError, CheckpointError: as ``compile``.
+
+    Example:
+        >>> small = tensorize.draft(decoder, calibration=texts)
+        >>> text = decoder.generate(ids, assistant_model=small)
     """
     options = Options.of({**locals(), "budget": min(budgets)})
     if not hasattr(unwrapped(model), "generation_config"):

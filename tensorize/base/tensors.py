@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tensorize.base.dynamo import compiled_from
+
+_ELEMENTS = 4_000_000
+"""Of what is made some rows at a time."""
 
 
 def is_plain(parameter: Tensor) -> bool:
@@ -100,3 +105,31 @@ def untransformed(tensor: Tensor) -> Tensor:
 def device_of(model: nn.Module) -> str:
     """The first GPU that a parameter is on, else the CPU."""
     return next((str(p.device) for p in model.parameters() if p.is_cuda), "cpu")
+
+
+def give_back() -> None:
+    """Return what was freed to the system, where the C library keeps it: glibc does.
+
+    Between tensors that stay lie holes of those that went, which count as the process's memory: as
+    much again as all tensors of an analysis. It takes some milliseconds.
+    """
+    if trim := _trim():
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no C library can be asked, as on Windows
+        return None
+
+
+def in_rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of equally many rows (rows, …) in parts of rows, each of some megabytes.
+
+    What is made of one part after the other is never there of all rows at once.
+    """
+    width = max(tensor[:1].numel() for tensor in tensors)
+    parts = (tensor.split(max(_ELEMENTS // max(width, 1), 1)) for tensor in tensors)
+    return list(zip(*parts, strict=True))

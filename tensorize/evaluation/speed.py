@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base import printer, timer
-from tensorize.base.energy import joules_of
 from tensorize.base.records import by_field, plain
 from tensorize.base.tensors import device_of
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.inputs import needed
+from tensorize.evaluation.energy import joules_of
 from tensorize.ir.sites import Batch
 
 

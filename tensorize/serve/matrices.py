@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorize.formats.dense import is_dense
 from tensorize.formats.quantized import Quantized
 from tensorize.formats.registry import format_of
 from tensorize.ir.coded import QuantizedSpec
-from tensorize.ir.spec import DENSE, Spec
+from tensorize.ir.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def weight_of(
     """
     if integers and spec.precision == "int8" and not transposed:
         assert isinstance(spec, QuantizedSpec)
-        if spec.inner.format == DENSE or stays_two(spec):
+        if is_dense(spec.inner.format) or stays_two(spec):
             return _in_integers(spec, held, source, dtype)
     cores = format_of(spec).computed(spec, held)
     if stays_two(spec):

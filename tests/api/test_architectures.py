@@ -99,6 +99,7 @@ def test_every_implementation_of_experts_runs_on_factors(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.slow
 def test_experts_are_one_graph(implementation: str, dtype: torch.dtype) -> None:
     case = CASES["mixtral"]
     small: Any = tensorize.compile(

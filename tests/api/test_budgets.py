@@ -184,7 +184,9 @@ def never_rises(analysis: tensorize.Analysis, draw: random.Random) -> None:
         shares[k] = min(1.0, shares[k] + draw.choice((0.002, 0.02, 0.15)))
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [pytest.param(k, marks=pytest.mark.slow if k > 2 else ()) for k in range(PARTS)]
+)
 def test_budgets_keep_what_they_promise(part: int) -> None:
     for seed in range(part, COUNT, PARTS):
         model, analysis, draw = drawn(seed)

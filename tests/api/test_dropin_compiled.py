@@ -65,6 +65,7 @@ def recompiles(model: nn.Module, backend: str, dynamic: bool | None) -> list[int
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.slow
 def test_compile_once_for_all_shapes(backend: str) -> None:
     assert recompiles(small(), backend, dynamic=True) == [0, 0]
 

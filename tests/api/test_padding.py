@@ -71,6 +71,7 @@ def test_a_refit_of_what_is_padded(kind: Callable[[], Routed], metric: str) -> N
 
 
 @pytest.mark.parametrize("kind", [routed.TimeFirst, routed.Encoder, routed.Shifted])
+@pytest.mark.slow
 def test_a_polish_of_what_is_padded(kind: Callable[[], Routed]) -> None:
     same(kind, refine="polish")
 

@@ -215,7 +215,7 @@ def test_a_share_in_percent_is_a_share_of_the_bytes_where_bits_take_part() -> No
     model, batches = mlp()
     analysis = tensorize.analyze(model, calibration=batches, precision="int8")
     assert analysis.plan("50%") == analysis.plan(0.5)
-    assert analysis.plan("50%").budget == str(tensorize.Budget(bytes=0.5))
+    assert analysis.plan("50%").budget == str(tensorize.Budget(stored=0.5))
     assert analysis.plan("50%", precision=None).budget == str(tensorize.Budget(params=0.5))
 
 

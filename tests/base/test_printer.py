@@ -47,7 +47,7 @@ def before() -> fx.GraphModule:
 @pytest.fixture(scope="module")
 def after() -> fx.GraphModule:
     graph = export(Block(low_rank=True), torch.zeros(2, 8))
-    site = ("fc1.weight", "low_rank", (4,))
+    site = ("fc1.weight", "low_rank", (4,), None)
     graph.meta["tensorize_sites"] = {"linear": site, "linear_1": site}
     return graph
 

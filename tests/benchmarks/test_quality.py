@@ -6,7 +6,7 @@ import pytest
 
 import tensorize
 from benchmarks.peers import uniform_plan
-from benchmarks.quality import loss, text
+from benchmarks.subjects import loss, text
 from examples.gpt import load_pretrained
 
 

@@ -229,7 +229,7 @@ print(found.cache, [note for note in found.notes if "cache_dir" in note])
 """
 
 
-@pytest.mark.parametrize("held", ["memory", "mapped"])
+@pytest.mark.parametrize("held", [pytest.param("memory", marks=pytest.mark.slow), "mapped"])
 @pytest.mark.parametrize("room", [0, 3000])
 def test_a_full_disk_costs_the_cache_and_not_the_analysis(
     room: int, held: str, tmp_path: Path
@@ -345,6 +345,7 @@ def worker(cache: str, start: Any, results: Any) -> None:
     results.put([(site.name, site.ranks, site.predicted_loss) for site in plan.sites])
 
 
+@pytest.mark.slow
 def test_runs_at_the_same_time_do_not_disturb_each_other(tmp_path: Path) -> None:
     """Two processes that analyse the same model at once, while another damages what they keep."""
     context = multiprocessing.get_context("spawn")
@@ -444,6 +445,7 @@ def test_what_is_learned_lies_on_disk_and_nothing_stays_there(
     assert_alike(analysed(None), bounded)
 
 
+@pytest.mark.slow
 def test_the_whole_compile_is_the_same(tmp_path: Path) -> None:
     options = {"calibration": IDS, "refine": "polish"}
     whole = tensorize.compile(net(), 0.5, **options)

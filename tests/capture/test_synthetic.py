@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.quality import divergence, text
+from benchmarks.subjects import divergence, text
 from examples.gpt import load_pretrained as trained_gpt
 from examples.llama import load_pretrained as trained_llama
 from tensorize.base.errors import CaptureError

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tensorize
 from tensorize.cli import INTERRUPTED
 from tensorize.cli.telling import BUDGET, CHECKPOINT
@@ -38,6 +40,7 @@ def test_help_in_a_process() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, tensorize.__version__)
 
 
+@pytest.mark.slow
 def test_any_encoding_of_standard_output() -> None:
     """A pipe on Windows, a shell without a locale: names have letters that those have not."""
     Path("größer.py").write_text(Path("clinet.py").read_text(encoding="utf-8"), encoding="utf-8")

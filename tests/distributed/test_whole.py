@@ -136,5 +136,6 @@ IN_TWO: list[processes.Check] = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     processes.run(IN_TWO, 2, tmp_path)

@@ -99,6 +99,7 @@ def run(
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_demo_prints_what_it_found(run: tuple[Path, dict[str, Any], str]) -> None:
     output, results, printed = run
     (row,) = results["rows"]
@@ -120,6 +121,7 @@ def test_the_demo_prints_what_it_found(run: tuple[Path, dict[str, Any], str]) ->
     assert {"machine", "versions", "commit", "settings"} <= kept.keys()
 
 
+@pytest.mark.slow
 def test_the_saved_folder_is_enough_and_other_outputs_are_noticed(
     run: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

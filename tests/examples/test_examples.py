@@ -32,6 +32,7 @@ def test_images_are_drawn_by_their_seed() -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 def test_compress_vit(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--budgets 0.75 0.1 --width 48 --layers 2 --patch 8 --steps 300 --batch 48"
     dense, large, small = compress_vit.main(arguments.split())
@@ -102,6 +103,7 @@ def test_patches_come_back_where_they_were() -> None:
     assert torch.equal(model(field), field)
 
 
+@pytest.mark.slow
 def test_science_surrogate(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--side 16 --width 48 --layers 2 --steps 500 --fields 96 --times 4"
     rows, persistence = science_surrogate.main(
@@ -266,6 +268,7 @@ def test_serve(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # peft's own, of transformers.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")

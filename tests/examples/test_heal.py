@@ -19,6 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tensorize.Evalu
     return output, compress_and_heal.main(["--output", str(output), *small])
 
 
+@pytest.mark.slow
 def test_healing_gives_back_a_part_of_what_was_lost(
     run: tuple[Path, tensorize.Evaluation],
 ) -> None:
@@ -33,6 +34,7 @@ def test_healing_gives_back_a_part_of_what_was_lost(
     assert len(healed.written) == len(found.prompts) == 2
 
 
+@pytest.mark.slow
 def test_the_folder_holds_the_model_the_page_and_the_state(
     run: tuple[Path, tensorize.Evaluation],
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path: Path, options: list[s
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_the_trainer_of_hugging_face_gives_the_same_losses(tmp_path: Path) -> None:
     options = ["--steps", "12", "--every", "6"]
     plain = pretrain(tmp_path / "plain", *options)
@@ -87,6 +88,7 @@ def test_the_trainer_of_hugging_face_gives_the_same_losses(tmp_path: Path) -> No
         assert losses(trainer[name][0]) == pytest.approx(losses(logs[0]), abs=2e-3), name
 
 
+@pytest.mark.slow
 def test_narrow_precisions_stay_within_the_noise_of_float32(tmp_path: Path) -> None:
     """The noise is what another seed makes of the same run.
 

@@ -16,7 +16,7 @@ from tensorize.base.errors import TensorizeError
 from tensorize.graphview.graphs import Graphs
 
 SVG = "{http://www.w3.org/2000/svg}"
-Sites = dict[str, tuple[str, str, tuple[int, ...]]]
+Sites = dict[str, tuple[str, str, tuple[int, ...], str | None]]
 
 
 class LowRank(nn.Sequential):
@@ -76,9 +76,9 @@ def export(model: nn.Module, *args: torch.Tensor) -> fx.GraphModule:
             layer = owner.rpartition(".")[0]
             if layer in low_rank:
                 rank = model.get_submodule(layer)[0].out_features  # type: ignore[index]
-                sites[node.name] = (f"{layer}.weight", "low_rank", (rank,))
+                sites[node.name] = (f"{layer}.weight", "low_rank", (rank,), None)
             else:
-                sites[node.name] = (name.replace("head", "embed"), "dense", ())
+                sites[node.name] = (name.replace("head", "embed"), "dense", (), None)
     graph.meta["tensorize_names"], graph.meta["tensorize_sites"] = names, sites
     return graph
 
@@ -221,7 +221,7 @@ def test_picture_needs_nothing_else(transformer: Graphs, tmp_path: Path) -> None
 def test_picture_escapes_names(tmp_path: Path) -> None:
     graph = export(nn.Linear(4, 4), torch.zeros(1, 4))
     name = '<b>&"\x00.weight'
-    graph.meta["tensorize_sites"] = {"linear": (name, "tt", (2, 3))}
+    graph.meta["tensorize_sites"] = {"linear": (name, "tt", (2, 3), None)}
     found = texts(draw(Graphs(graph, graph), tmp_path))
     assert '<b>&"' in found
     assert "→ TT 2·3" in found
@@ -262,7 +262,7 @@ def test_views_of_parameters_are_not_drawn(tmp_path: Path) -> None:
             return torch.relu(nn.functional.linear(x, self.core.t()))
 
     graph = export(Transposed(), torch.zeros(2, 3))
-    graph.meta["tensorize_sites"] = {"linear": ("layer.weight", "low_rank", (3,))}
+    graph.meta["tensorize_sites"] = {"linear": ("layer.weight", "low_rank", (3,), None)}
     found = texts(draw(Graphs(graph, graph), tmp_path))
     assert found[2:] == ["x", "layer", "→ low rank 3", "relu", "output"]
 

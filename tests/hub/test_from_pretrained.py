@@ -48,6 +48,7 @@ def test_from_pretrained_reads_what_was_saved(
 
 
 @ALL
+@pytest.mark.slow
 def test_load_builds_the_model_by_itself(name: str, form: str, tmp_path: Path) -> None:
     case, saved = MODELS[name], compress(name, form)
     tensorize.save(saved, tmp_path)

@@ -57,6 +57,7 @@ COMPILED = [(n, f) for n, f in FORMS if n in CASES and (f == "low_rank" or n == 
 
 
 @pytest.mark.parametrize(("name", "form"), COMPILED, ids=[" in ".join(f) for f in COMPILED])
+@pytest.mark.slow
 def test_torch_compile_makes_one_graph_for_all_shapes(name: str, form: str) -> None:
     case, result = MODELS[name], compress(name, form)
     torch._dynamo.reset()

@@ -33,6 +33,7 @@ from tests.running.fused_graphs import (
 )
 
 
+@pytest.mark.slow
 def test_everything_holds_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     holds_under_the_interpreter(__file__)

@@ -24,6 +24,7 @@ from tests.models import relative
 from tests.running.fused_graphs import PLAIN, Block, RMSNorm, X, by_kernels, mlp, swiglu, traced
 
 
+@pytest.mark.slow
 def test_everything_holds_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     holds_under_the_interpreter(__file__)

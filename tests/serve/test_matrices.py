@@ -9,7 +9,8 @@ from torch import Tensor
 from tensorize.algebra.metric import Metric
 from tensorize.formats.quantized import Quantized
 from tensorize.formats.registry import format_of
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.serve.layout import columns_of_rank, rows_of_rank
 from tensorize.serve.matrices import Matrix, Weight, weight_of
 

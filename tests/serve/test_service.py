@@ -11,7 +11,8 @@ from torch import nn
 
 import tensorize
 from tensorize.base.errors import CheckpointError
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, Spec, TTSpec
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
+from tensorize.ir.spec import Spec, TTSpec
 from tensorize.serve.service import check, services, services_of, told
 from tensorize.store.contents import SiteRecord
 from tests.paths import ROOT

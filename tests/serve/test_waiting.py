@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tensorize.base.errors import CheckpointError
-from tensorize.ir.spec import DenseSpec, QuantizedSpec, TTSpec
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
+from tensorize.ir.spec import TTSpec
 from tensorize.serve.waiting import Waiting, bias_names, keys_of, sorted_out
 from tensorize.store.contents import SiteRecord
 

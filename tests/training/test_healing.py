@@ -40,6 +40,7 @@ def test_a_decoder_comes_nearer_to_the_dense_model(pivoted: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "gpt2"])
+@pytest.mark.slow
 def test_as_many_steps_do_nearly_as_much_without_an_identity(name: str) -> None:
     """A column that is kept has one factor to move it, where others have two."""
     done = []

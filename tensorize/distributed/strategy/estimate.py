@@ -25,7 +25,7 @@ from tensorize.distributed.strategy.seconds import (
     message_seconds,
     other_seconds,
 )
-from tensorize.distributed.strategy.strategy import BTP, INPUTS, KEEP, LOW_RANK, Strategy
+from tensorize.distributed.strategy.strategy import BTP, INPUTS, KEEP, PRODUCTS, Strategy
 from tensorize.distributed.strategy.volumes import (
     Message,
     backward_messages,
@@ -173,7 +173,7 @@ class Estimator:
             lambda layer: other_seconds(cluster, layer, style, tp, rows, self.sequence),
         )
         forward, backward = first + other, 2 * (first + other)
-        if strategy.checkpoint == LOW_RANK:
+        if strategy.checkpoint == PRODUCTS:
             backward = backward + other
         elif strategy.checkpoint == INPUTS:
             backward = backward + forward
@@ -206,7 +206,7 @@ class Estimator:
     @staticmethod
     def _sends_again(strategy: Strategy) -> bool:
         """Whether what is computed again is sent again: BTP keeps what it has sent."""
-        low = strategy.style == BTP and strategy.checkpoint == LOW_RANK
+        low = strategy.style == BTP and strategy.checkpoint == PRODUCTS
         return strategy.checkpoint != KEEP and not low
 
     def _send(self, strategy: Strategy) -> float:

@@ -12,10 +12,10 @@ from tensorize.distributed.strategy.strategy import (
     BTP,
     INPUTS,
     KEEP,
-    LOW_RANK,
     MEGATRON,
     NAIVE,
     PLAIN,
+    PRODUCTS,
     Strategy,
 )
 from tensorize.distributed.strategy.workload import Workload
@@ -62,7 +62,7 @@ def styles_of(workload: Workload, tp: int) -> tuple[str, ...]:
 def variants(workload: Workload, layout: Strategy) -> Iterator[Strategy]:
     """Micro-batches, checkpointing, sharding and offload of a mesh; larger micro-batches later."""
     sequences = layout.rows * layout.micro
-    checkpoints = (KEEP, LOW_RANK, INPUTS) if workload.compressed else (KEEP, INPUTS)
+    checkpoints = (KEEP, PRODUCTS, INPUTS) if workload.compressed else (KEEP, INPUTS)
     for checkpoint in checkpoints:
         for sharded in (False, True) if layout.dp > 1 else (False,):
             for offload in (False, True):

@@ -11,10 +11,10 @@ PLAIN, MEGATRON, NAIVE, BTP = "plain", "megatron", "naive", "btp"
 factor pair so, by its rank; each first factor by its rows, each second one by its columns."""
 STYLES = (PLAIN, MEGATRON, NAIVE, BTP)
 
-KEEP, LOW_RANK, INPUTS = "nothing", "low rank", "layers"
+KEEP, PRODUCTS, INPUTS = "nothing", "low rank", "layers"
 """What checkpointing drops and computes again: nothing; all but the products with first factors;
 all but the inputs of layers."""
-CHECKPOINTS = (KEEP, LOW_RANK, INPUTS)
+CHECKPOINTS = (KEEP, PRODUCTS, INPUTS)
 
 
 @dataclass(frozen=True, order=True)

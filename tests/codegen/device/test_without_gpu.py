@@ -17,6 +17,7 @@ from tests.kernels import holds_under_the_interpreter
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+@pytest.mark.slow
 def test_everything_holds_under_the_interpreter() -> None:
     holds_under_the_interpreter(__file__)
 

@@ -146,6 +146,7 @@ def test_the_report_says_what_was_measured() -> None:
     assert "measured" in note
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_depend_on_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.quality import text
+from benchmarks.subjects import text
 from examples.gpt import load_pretrained
 from tensorize.capture.inputs import batch_of
 from tensorize.ir.spec import TTSpec
@@ -230,7 +230,8 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
         # Logarithms of probabilities in float32, at most some hundred roundings each.
         measured = rise(model, small, given[3::4], loss)
         assert measured == pytest.approx(trial.measured, rel=1e-3, abs=3e-7)
-        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9)
+        # Of those that roundings put in another order the mean is predicted.
+        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9, abs=3e-7)
         assert plan.predicted.output_error == pytest.approx(trial.output_error, rel=1e-9)
         checked += 1
     assert checked == len(plain) > 1
@@ -252,7 +253,8 @@ def test_what_refining_gains_is_measured_in_trials(name: str, refine: str) -> No
         plan = analysis.plan(share, refine=refine)
         raw = sum(site.predicted_loss for site in plan.sites)
         trial = next(t for t in trials if t.raw == pytest.approx(raw, rel=1e-12))
-        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9)
+        # Of those that roundings put in another order the mean is predicted.
+        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9, abs=3e-7)
         # The trial saw three quarters of the data, the result all of them, these batches as well.
         measured = rise(model, tensorize.apply(model, plan), given[3::4], loss)
         assert 0.1 * trial.measured < measured < 1.1 * trial.measured

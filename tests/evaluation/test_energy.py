@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tensorize.base import energy
-from tensorize.base.energy import joules_of
+from tensorize.evaluation import energy
+from tensorize.evaluation.energy import joules_of
 
 
 def counter(root: Path, name: str, microjoules: int, wraps: int = 10_000_000) -> Path:
