@@ -47,15 +47,21 @@ def load_pretrained() -> nn.Module:
     Raises:
         SystemExit: a package is missing.
     """
+    folder = _folder()
     with quiet_transformers() as transformers:
-        model = transformers.AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=FILE)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE)
     return model.eval()
 
 
 def load_tokenizer() -> Any:
-    """Its tokenizer."""
+    """Its tokenizer.
+
+    Raises:
+        SystemExit: a package is missing.
+    """
+    folder = _folder()
     with quiet_transformers() as transformers:
-        return transformers.AutoTokenizer.from_pretrained(_folder(), gguf_file=FILE)
+        return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
 
 
 def windows(tokenizer: Any, texts: list[str], context: int) -> Tensor:

@@ -16,7 +16,7 @@ from tensorize.algebra.pivot import whole
 from tensorize.algebra.water import Filled, Steps
 from tensorize.base.tensors import at_work
 from tensorize.coding.groups import Coded
-from tensorize.ir.spec import LOW_RANK
+from tensorize.formats.registry import format_of
 from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
@@ -177,4 +177,4 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
 def _is_pair(factors: FactoredWeight) -> bool:
     spec = factors.spec
     plain = spec.precision is None and factors.nonlinearity is None and not spec.batch
-    return plain and spec.format == LOW_RANK
+    return plain and format_of(spec).spectral

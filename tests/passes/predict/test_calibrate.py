@@ -217,6 +217,9 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
     plain = [trial for trial in found.trials if trial.refine is None]
     raws = [trial.raw for trial in plain]
     assert raws == sorted(raws)
+    # Logarithms of probabilities in float32, at most some hundred roundings each: what is less
+    # than these is measured in any order.
+    plain = [trial for trial in plain if trial.measured > 3e-7]
     loss = PreservedLoss.fit(model, [batch_of(b) for b in given], None)
     checked = 0
     least = smallest_share(analysis.program)
@@ -227,11 +230,9 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
         if trial is None:
             continue  # its damage was below rounding: nothing to calibrate with
         small = tensorize.apply(model, plan)
-        # Logarithms of probabilities in float32, at most some hundred roundings each.
         measured = rise(model, small, given[3::4], loss)
         assert measured == pytest.approx(trial.measured, rel=1e-3, abs=3e-7)
-        # Of those that roundings put in another order the mean is predicted.
-        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9, abs=3e-7)
+        assert plan.predicted.loss == pytest.approx(trial.measured, rel=1e-9)
         assert plan.predicted.output_error == pytest.approx(trial.output_error, rel=1e-9)
         checked += 1
     assert checked == len(plain) > 1
