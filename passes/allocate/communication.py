@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tensorize.formats.low_rank import LOW_RANK
+from tensorize.formats.dense import is_dense
+from tensorize.formats.registry import named
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
 
@@ -34,7 +35,7 @@ def dense_sent(site: Site) -> int:
 
 def spec_sent(site: Site, spec: Spec) -> Any:
     """Bytes a row of a weight in a format."""
-    if spec.format == LOW_RANK:
+    if not is_dense(spec.format) and named(spec.format).spectral:
         return rank_sent(sum(spec.ranks), _products(site))
     return dense_sent(site)
 
