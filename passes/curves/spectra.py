@@ -88,7 +88,7 @@ class ComputeSpectra:
         observed.progress("spectra", len(spectra), whole)
         for site, curve in zip(todo, side_by_side(curve_of, todo, is_small), strict=True):
             spectra[site.name] = curve if self.store is None else self.store.keep(curve)
-            give_back()
+            give_back(site.parameters)
             observed.progress("spectra", len(spectra), whole)
         return spectra
 

@@ -100,7 +100,7 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
                     wanted = [chosen[n].spec for n in group]
                     solved = moments.solve(weights, list(group.values()), wanted)
                     cores.update(zip(group, solved, strict=True))
-                give_back()
+                give_back(by_name[name].parameters)
     finally:
         for pair in runs:
             for one in pair:

@@ -16,6 +16,9 @@ from tensorize.base.dynamo import compiled_from
 _ELEMENTS = 4_000_000
 """Of what is made some rows at a time."""
 
+_WORTH = 100_000
+"""Elements of a weight after whose work some milliseconds do not count."""
+
 
 def is_plain(parameter: Tensor) -> bool:
     """Whether a parameter is an ordinary tensor, and not of a kind that dispatches for itself."""
@@ -107,13 +110,15 @@ def device_of(model: nn.Module) -> str:
     return next((str(p.device) for p in model.parameters() if p.is_cuda), "cpu")
 
 
-def give_back() -> None:
+def give_back(elements: int = _WORTH) -> None:
     """Return what was freed to the system, where the C library keeps it: glibc does.
+
+    Nothing is done after work on few ``elements``, beside which it would take long.
 
     Between tensors that stay lie holes of those that went, which count as the process's memory: as
     much again as all tensors of an analysis. It takes some milliseconds.
     """
-    if trim := _trim():
+    if elements >= _WORTH and (trim := _trim()):
         trim(0)
 
 

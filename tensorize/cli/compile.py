@@ -63,14 +63,7 @@ def compile_command(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Compile them for it: cuda:80, cuda:90, cuda:100, hip:gfx90a or hip:gfx942, which "
-            "need not be here; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    target: option.Target = None,
     stream: Annotated[
         bool,
         typer.Option(

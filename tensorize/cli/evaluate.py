@@ -28,13 +28,7 @@ from tensorize.evaluation.speed import speeds
 
 
 def eval_command(
-    dense: Annotated[
-        str,
-        typer.Option(
-            help="The dense model: a Hugging Face directory or id, or package.module:factory.",
-            show_default=False,
-        ),
-    ],
+    dense: option.DenseModel,
     data: Annotated[
         Path,
         typer.Option(
@@ -113,13 +107,7 @@ def bench_command(
             metavar="SOURCE...", help="Where compressed models were saved.", show_default=False
         ),
     ],
-    dense: Annotated[
-        str,
-        typer.Option(
-            help="The dense model: a Hugging Face directory or id, or package.module:factory.",
-            show_default=False,
-        ),
-    ],
+    dense: option.DenseModel,
     samples: Annotated[str, typer.Option(help="How many samples a call has.")] = "1,16",
     length: Annotated[
         int, typer.Option(min=1, help="Tokens of a sample, where the model takes tokens.")

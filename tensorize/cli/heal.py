@@ -22,13 +22,7 @@ def heal_command(
         str,
         typer.Argument(metavar="DIR", help="Where a model was saved.", show_default=False),
     ],
-    dense: Annotated[
-        str,
-        typer.Option(
-            help="The dense model: a Hugging Face directory or id, or package.module:factory.",
-            show_default=False,
-        ),
-    ],
+    dense: option.DenseModel,
     data: Annotated[
         Path,
         typer.Option(

@@ -89,14 +89,7 @@ def kernels_command(
     out: Annotated[
         Path | None, typer.Option(help="Write their sources here.", show_default=False)
     ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Compile them for it: cuda:80, cuda:90, cuda:100, hip:gfx90a or hip:gfx942, which "
-            "need not be here; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    target: option.Target = None,
     dense: Dense = None,
     dtype: option.DtypeOption = Dtype.auto,
     as_json: option.Json = False,

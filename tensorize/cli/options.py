@@ -28,6 +28,21 @@ Source = Annotated[
         show_default=False,
     ),
 ]
+DenseModel = Annotated[
+    str,
+    typer.Option(
+        help="The dense model: a Hugging Face directory or id, or package.module:factory.",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Compile them for it: cuda:80, cuda:90, cuda:100, hip:gfx90a or hip:gfx942, which "
+        "need not be here; repeatable.",
+        show_default=False,
+    ),
+]
 Budget = Annotated[str, _of("budget")]
 Calibration = Annotated[Path | None, _of("calibration")]
 Metric = Annotated[options.Metric | None, _of("metric")]
