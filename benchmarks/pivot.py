@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tensorize
 from benchmarks.record import keep, kept
 from benchmarks.timing import interleaved
 from examples import gpt, llama
@@ -27,7 +28,6 @@ from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric
 from tensorize.algebra.pivot import BOUND, pivoted, plain, rounded
 from tensorize.ir.spec import TTSpec
-from tensorize.weight.forms import to_pivoted
 from tensorize.weight.install import install
 
 BOUNDS = (2.0, 1.5, 1.2, BOUND, 1.01)
@@ -69,7 +69,7 @@ def rounding(weight: Tensor, share: float) -> dict[str, Any]:
     return found
 
 
-def layer(m: int, n: int, rank: int) -> nn.Module:
+def layer(m: int, n: int, rank: int) -> Any:
     """A model of one plain low-rank linear."""
     model = nn.Sequential(nn.Linear(n, m))
     cores = [nn.Parameter(torch.randn(m, rank)), nn.Parameter(torch.randn(rank, n))]
@@ -84,7 +84,8 @@ def timed(m: int, n: int, share: float, rows: int, dtype: torch.dtype) -> dict[s
     before = layer(m, n, rank)
     same, equal = copy.deepcopy(before), layer(m, n, more)
     for model in (same, equal):
-        assert to_pivoted(model)
+        tensorize.weight.pivoted(model.to(dtype))
+        assert model[0].spec.pivoted
     x = torch.randn(rows, n, dtype=dtype)
     models = {"plain": before, "rank": same, "parameters": equal}
     calls = {name: partial(model.to(dtype), x) for name, model in models.items()}

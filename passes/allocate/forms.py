@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tensorize.formats.low_rank import EveryRank
+from tensorize.formats.order import MANY, neighbours
 from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.machine import Machine
 from tensorize.ir.precision import INPUTS, INTEGERS, ONE_DIGIT
@@ -36,9 +37,9 @@ _RANKS = 96
 
 _KINDS = tuple(itertools.product(INPUTS, INTEGERS))
 
-_ROUNDING = 1.2
-"""The relative change of a weight by rounding such factors, in eps of their dtype; measured are .3
-to 1.2 on random matrices, .1 to .3 for factors that store all. In half precision it counts."""
+_ROUNDING = 0.8
+"""The relative change of a weight by rounding such factors, in eps of their dtype; measured are .2
+to .8 on random matrices, .1 to .3 for factors that store all. In half precision it counts."""
 
 
 @dataclass(frozen=True)
@@ -58,38 +59,46 @@ class Forms:
             return first
         return replace(first, shape=(sum(s.matrix[0] for s in self.sites), first.matrix[1]))
 
+    @property
+    def neighbours(self) -> int:
+        """How many columns stay together where an identity is not stored, for many rows."""
+        first, rows = self.sites[0], max(self.batch_sizes, default=MANY)
+        if first.experts or any(use.convolves for use in first.uses):
+            return 1
+        return neighbours(self.machine, *self.stack.matrix, rows, first.dtype)
+
     def worthwhile(
         self, ranks: np.ndarray, *, pivots: bool, always: bool = False
-    ) -> dict[bool, np.ndarray]:
-        """The ranks that are points, by form; True is the one without an identity.
+    ) -> dict[int, np.ndarray]:
+        """The ranks that are points, by form: 0 stores all, others how many columns stay together.
 
         ``always``: wherever it can be, it is that one alone.
         """
         m, n = self.stack.matrix
-        found = {False: ranks[ranks * (m + n) < m * n]}
+        found = {0: ranks[ranks * (m + n) < m * n]}
         if pivots:
             taken = ranks[takes_pivots(self.stack, ranks)]
             if always:
-                return {False: np.setdiff1d(found[False], taken), True: taken}
-            fast = found[False][~self.slow(found[False], False)]
+                return {0: np.setdiff1d(found[0], taken), 1: taken}
+            fast, form = found[0][~self.slow(found[0], 0)], self.neighbours
             # Not those at which the pass over the input is what alone makes it slower than dense.
-            found[True] = np.setdiff1d(taken, np.intersect1d(taken[self.slow(taken, True)], fast))
+            found[form] = np.setdiff1d(taken, np.intersect1d(taken[self.slow(taken, form)], fast))
         return found
 
-    def in_bits(self, ranks: np.ndarray, *, pivots: bool) -> dict[bool, np.ndarray]:
+    def in_bits(self, ranks: np.ndarray, *, pivots: bool) -> dict[int, np.ndarray]:
         """The ranks that are points at fewer bits, by form: none is far from the next."""
         if not len(ranks):
             return {}
         few = ranks[np.unique(np.linspace(0, len(ranks) - 1, _RANKS).round().astype(int))]
-        found = {False: few}
+        found = {0: few}
         if pivots:
-            found[True] = few[takes_pivots(self.stack, few)]
+            found[1] = few[takes_pivots(self.stack, few)]
         return found
 
     def costs(
         self,
         ranks: np.ndarray,
-        pivoted: bool,
+        pivoted: int,
         precision: str | None = None,
         inputs: str = ONE_DIGIT,
     ) -> np.ndarray:
@@ -105,7 +114,7 @@ class Forms:
     def _times(
         self,
         ranks: np.ndarray,
-        pivoted: bool,
+        pivoted: int,
         precision: str | None = None,
         inputs: str = ONE_DIGIT,
     ) -> np.ndarray:
@@ -118,7 +127,7 @@ class Forms:
     def slow(
         self,
         ranks: np.ndarray,
-        pivoted: bool,
+        pivoted: int,
         precision: str | None = None,
         inputs: str = ONE_DIGIT,
     ) -> np.ndarray:
@@ -138,14 +147,14 @@ def takes_pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
     return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
 
 
-def rounding_lost(curve: Spectrum, pivoted: bool) -> float:
+def rounding_lost(curve: Spectrum, pivoted: int) -> float:
     """What a curve loses by the rounding of factors of which an identity is not stored."""
     eps = torch.finfo(getattr(torch, curve.site.dtype)).eps
-    return pivoted * float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
+    return bool(pivoted) * float(curve.distortion[0]) * (_ROUNDING * eps) ** 2
 
 
 def labels(
-    ranks: np.ndarray, pivoted: bool, precision: str | None = None, inputs: str = ONE_DIGIT
+    ranks: np.ndarray, pivoted: int, precision: str | None = None, inputs: str = ONE_DIGIT
 ) -> np.ndarray:
     """A positive number for each rank in one of the forms, which ``labelled`` reads.
 
@@ -155,12 +164,12 @@ def labels(
     return ranks + pivoted * _PIVOTED + kind * PRECISION
 
 
-def labelled(label: int) -> tuple[int, bool, str | None, str]:
+def labelled(label: int) -> tuple[int, int, str | None, str]:
     """Rank, form, precision, and what inputs are rounded to."""
     kind, rest = divmod(label, PRECISION)
     pivoted, rank = divmod(rest, _PIVOTED)
     inputs, precision = _KINDS[kind - 1] if kind else (ONE_DIGIT, None)
-    return rank, bool(pivoted), precision, inputs
+    return rank, pivoted, precision, inputs
 
 
 def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:
@@ -171,7 +180,7 @@ def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:
 
 
 def spec_of(
-    site: Site, rank: int, pivoted: bool, precision: str | None, inputs: str = ONE_DIGIT
+    site: Site, rank: int, pivoted: int, precision: str | None, inputs: str = ONE_DIGIT
 ) -> Spec:
     """The spec of a point: of rank 0 that of the matrix itself."""
     experts = (site.experts,) if site.experts else ()

@@ -32,7 +32,7 @@ class Inputs:
     packs: bool = True
 
     def of(
-        self, forms: Forms, curve: Spectrum, ranks: np.ndarray, pivoted: bool, rounding: Rounding
+        self, forms: Forms, curve: Spectrum, ranks: np.ndarray, pivoted: int, rounding: Rounding
     ) -> Iterator[tuple[str, np.ndarray]]:
         """What they are rounded to at ranks of a form (0: the matrix itself): each with its own."""
         if len(ranks):

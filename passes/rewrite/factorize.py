@@ -19,7 +19,7 @@ from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
 from tensorize.ir.coded import QuantizedSpec
-from tensorize.ir.plan import RankPlan
+from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
@@ -27,7 +27,7 @@ from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
 from tensorize.weight.contractions import contractions
-from tensorize.weight.install import first_factor, followed, install, owner_of
+from tensorize.weight.install import first_factor, followed, install, owner_of, with_own_order
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.whole_model import settle
 
@@ -106,7 +106,19 @@ class Factorize:
         opened.progress("factorize", count, count)
         worst = max(errors.values(), default=0.0)
         summary = f"{len(errors)} weights replaced, largest measured error {worst:.4f}"
-        return opened.to(Rewritten, model=place.model, errors=errors, summary=summary)
+        plan = _as_installed(opened.plan, place.model)
+        return opened.to(Rewritten, model=place.model, plan=plan, errors=errors, summary=summary)
+
+
+def _as_installed(plan: Plan, model: nn.Module) -> Plan:
+    """A plan with the orders of columns that the weights of its model really have."""
+    sites = [
+        choice
+        if choice.spec is None or choice.spec.pivoted <= 1
+        else replace(choice, spec=with_own_order(model, choice.name, choice.spec))
+        for choice in plan.sites
+    ]
+    return replace(plan, sites=tuple(sites))
 
 
 def planned_cores(
@@ -210,6 +222,8 @@ def replace_weight(
             keep_empty_rows(site, choice.made_as, cores, empty)
     first = _first_in_common(model, choice)
     made = form.stored(choice.spec, cores, weight.dtype, first)
+    choice = replace(choice, spec=form.as_stored(choice.spec, made))
+    assert choice.spec is not None
     held = put_cores(model, site, choice, [_own(core, weight) for core in made])
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32

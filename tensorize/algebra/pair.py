@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import whole
+from tensorize.algebra.pivot import columns, whole
 
 _TINY = 1e-6
 """What a matrix of products lacks to be surely positive, in its mean."""
@@ -69,7 +69,7 @@ def metric_of_second(
 def _of_second(left: Tensor, order: Tensor | None, metric: Metric) -> Metric:
     across = metric.right
     if order is not None and across is not None:  # the other columns only
-        others = across[order[left.shape[1] :].long()]
+        others = across[columns(order, len(across))[left.shape[1] :].long()]
         across = others if others.dim() == 1 else _root_of(others).to(left.dtype)
     down = _root_of(root_times(metric.left, left).mT).to(left.dtype)
     return Metric(metric.scale, down, across)

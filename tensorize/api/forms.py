@@ -10,6 +10,7 @@ from torch import nn
 from tensorize.api.outcome import totals_of
 from tensorize.base.tensors import unwrapped
 from tensorize.capture.inputs import check_model
+from tensorize.codegen.machine import rates
 from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach, known_report, samples_of
 from tensorize.store import transformers_config
@@ -41,7 +42,7 @@ def pivoted(model: nn.Module) -> nn.Module:
         CaptureError: it is no module.
     """
     check_model(model)
-    _note(unwrapped(model), to_pivoted(unwrapped(model)))
+    _note(unwrapped(model), to_pivoted(unwrapped(model), rates.current()))
     return model
 
 

@@ -143,6 +143,8 @@ class Factors:
             owner, leaf = owner_of(scratch, name)
             core = getattr(owner, leaf)
             if name in places:
+                if is_index(core):
+                    _check_order(name, core, places[name])
                 file.put(name, core)
             setattr(owner, leaf, core.to("meta") if is_index(core) else _on_meta(core))
         return errors
@@ -179,6 +181,17 @@ def _put_dense(model: nn.Module, site: Site, value: Tensor) -> None:
     for name in site.names:
         owner, leaf = owner_of(model, name)
         owner._parameters[leaf] = dense
+
+
+def _check_order(name: str, order: Tensor, place: tuple[int, int]) -> None:
+    """Raises AnalysisError where an order of columns is another than the file has room for."""
+    if order.nbytes != place[1] - place[0]:
+        owner = name.removesuffix(".order").removesuffix(".weight_cores")
+        raise AnalysisError(
+            "its columns cannot be chosen in groups of neighbours, as the plan has them",
+            site=f"{owner}.weight",
+            way_out=f'exclude=["{owner}.weight"], or compile the model in memory',
+        )
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

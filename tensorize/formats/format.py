@@ -105,9 +105,14 @@ class Format(Generic[S]):
         ``spec.indices`` after them.
 
         ``first``: what another weight keeps of a first factor that this one has in common with it.
+        What it gives is of the spec that ``as_stored`` says.
         """
         assert not first, f"{self.name}: no first factor in common"
         return tuple(core.to(dtype) for core in cores)
+
+    def as_stored(self, spec: S, cores: Sequence[Tensor]) -> S:
+        """The spec of what ``stored`` gave: in which an order may keep fewer columns together."""
+        return spec
 
     def computed(self, spec: S, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What ``stored`` was made of, up to a change of basis; differentiably."""

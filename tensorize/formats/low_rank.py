@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, whole
+from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, rounded_left, whole
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
@@ -37,7 +37,7 @@ class EveryRank(Spec):
 
     shape: tuple[int, int]
     every: np.ndarray
-    pivoted: bool = False
+    pivoted: int = 0
     precision: str | None = None  # type: ignore[assignment]
     inputs: str = ONE_DIGIT
     format = LOW_RANK
@@ -67,11 +67,13 @@ class EveryRank(Spec):
 
     @property
     def indices(self) -> tuple[Index, ...]:  # type: ignore[override]
-        return (Index("order", self.shape[1:], "int32"),) if self.pivoted else ()
+        if not self.pivoted:
+            return ()
+        return (Index("order", (self.shape[1] // self.pivoted,), "int32"),)
 
     @property
     def plain(self) -> EveryRank:
-        return replace(self, pivoted=False)
+        return replace(self, pivoted=0)
 
     @property
     def parameters(self) -> Any:
@@ -89,7 +91,7 @@ class LowRank(Chain):
     """Two factors, U (…, M, r) and V (…, r, N).
 
     Pivoted, V is the identity in r columns, which are not stored: cores are U', V' (…, r, N - r),
-    and the order of the columns (…, N), one for each matrix (``algebra.pivot``).
+    and the order of the columns (…, N / g), one for each matrix (``algebra.pivot``).
     """
 
     name = LOW_RANK
@@ -125,15 +127,23 @@ class LowRank(Chain):
     ) -> tuple[Tensor, ...]:
         left, right = cores
         if first:
-            left = fitted(left, right, *first) if spec.pivoted else left
+            if spec.pivoted:
+                left = rounded_left(fitted(left, right, *first), first[0], dtype)
             return left.to(dtype), *first
         if not spec.pivoted:
             return super().stored(spec, cores, dtype)
         if spec.batch:
-            each = (self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True))
+            each = [self.stored(spec.single, one, dtype) for one in zip(*cores, strict=True)]
+            if len({len(order) for _, _, order in each}) > 1:  # one has no groups that do
+                return self.stored(spec.in_order_of(1), cores, dtype)
             return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-        found = rounded(pivoted(left, right), dtype)
-        return found.left, found.rest.contiguous(), found.order
+        found = rounded(pivoted(left, right, neighbours=spec.pivoted), dtype)
+        return found.left.contiguous(), found.rest.contiguous(), found.order
+
+    def as_stored(self, spec: TTSpec, cores: Sequence[Tensor]) -> TTSpec:
+        if not spec.pivoted:
+            return spec
+        return spec.in_order_of(spec.shape[-1] // cores[2].shape[-1])
 
     def width(self, cores: Sequence[Tensor]) -> int:
         return cores[1].shape[0]
@@ -189,7 +199,8 @@ class LowRank(Chain):
         (m, n), (rank,) = spec.shape[-2:], spec.ranks
         inner, ordered = n, 0.0
         if spec.pivoted:  # one pass more over the side that has an order
-            inner, ordered = n - rank, in_order_time(machine, rows, n, dtype)
+            inner = n - rank
+            ordered = in_order_time(machine, rows, n, dtype, spec.pivoted)
         if contract == "whole":  # rebuilt, then used as a dense one
             took = matmul_time(machine, m, rank, inner, dtype)
             return took + ordered + matmul_time(machine, rows, n, m, dtype)
@@ -209,7 +220,8 @@ def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
     if not spec.pivoted:
         return matmul_time(machine, rows, n, rank, dtype)
     took = matmul_time(machine, rows, n - rank, rank, dtype)
-    return took + in_order_time(machine, rows, n, dtype) + _added_time(machine, rows, rank, dtype)
+    took += in_order_time(machine, rows, n, dtype, spec.pivoted)
+    return took + _added_time(machine, rows, rank, dtype)
 
 
 def _added_time(machine: Machine, rows: Any, rank: Any, dtype: str) -> Any:
@@ -237,7 +249,7 @@ def ordered(x: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     found = in_order(x, order)
     if torch.compiler.is_compiling():  # of slices a graph sees that they are the same
         return found[..., :rank], found[..., rank:]
-    kept, others = found.split_with_sizes((rank, order.shape[0] - rank), -1)
+    kept, others = found.split_with_sizes((rank, found.shape[-1] - rank), -1)
     return kept, others
 
 

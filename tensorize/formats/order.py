@@ -26,27 +26,58 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tensorize.ir.machine import Machine, lookup_time
+from tensorize.algebra.pivot import columns
+from tensorize.ir.machine import Machine, bytes_of, lookup_time, matmul_time
 
 # One operation that inductor leaves as it is: fused, what comes before is no longer vectorized.
 library = torch.library.Library("tensorize", "FRAGMENT")
 library.define("in_order(Tensor x, Tensor order) -> Tensor")
+MANY = 256
+"""Rows at which the pass over an input counts."""
+
+_SHARE = 0.05
+"""The part of a layer's time that the pass over its input may take before groups are read."""
+
 OPERATION = torch.ops.tensorize.in_order.default
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
-    """The columns of x (…, N) in an order (N,) that names each once."""
+    """The columns of x (…, N) in an order (N / g,) that names each group of g neighbours once."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return _by_groups(x, order)  # sizes are tensors, of which nothing is known
+    if order.shape[0] == 1:
+        return x
     if not _has_own_way(x):
-        return x.index_select(-1, order)
+        alone = isinstance(x, Tensor) and len(order) == x.shape[-1]
+        return x.index_select(-1, order) if alone else _by_groups(x, order)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return OPERATION(x, order)
     return _in_order(x, order)  # the dispatcher takes as long as one row does
 
 
-def in_order_time(machine: Machine, rows: Any, width: Any, dtype: str) -> Any:
+def in_order_time(machine: Machine, rows: Any, width: Any, dtype: str, neighbours: int = 1) -> Any:
     """Microseconds of ``in_order``: an index takes longer than an element's bytes do."""
-    by_index = 1e6 * (machine.launch + machine.by_index * rows * width)
+    if neighbours == width:
+        return 0.0
+    read = -(-bytes_of(dtype) * neighbours // 8) if neighbours > 1 else 1  # of eight bytes at most
+    by_index = 1e6 * (machine.launch + machine.by_index * rows * width * read / neighbours)
     return np.maximum(lookup_time(machine, rows, width, dtype), by_index)
+
+
+def neighbours(machine: Machine, m: int, n: int, rows: int, dtype: str) -> int:
+    """How many columns of a weight (m, n) are to stay together: as few as will do.
+
+    That is so that the pass takes a small share of the time of plain factors of half the numbers.
+    Words of eight bytes are the largest that are read as fast as smaller ones, and of float32 an
+    index of single ones is as fast.
+    """
+    if bytes_of(dtype) != 2:
+        return 1
+    rank = max(1, m * n // (2 * (m + n)))
+    plain = matmul_time(machine, rows, n, rank, dtype) + matmul_time(machine, rows, rank, m, dtype)
+    fit = [count for count in (1, 2, 4) if n % count == 0]
+    short = (c for c in fit if in_order_time(machine, rows, n, dtype, c) <= _SHARE * plain)
+    return next(short, fit[-1])
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -60,16 +91,41 @@ def _has_own_way(x: Tensor) -> bool:
     operations only, and who loads a graph that is kept may have no others."""
     if type(x) is not Tensor or x.device.type != "cpu":
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_exporting():
         return False
     return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 @torch.library.impl(library, "in_order", "CPU")
 def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    if x.dtype.itemsize != 2 or x.numel() == len(order):  # one row is not worth more calls
+    n, count = x.shape[-1], order.shape[0]
+    width = n // count
+    if x.numel() > n and (width > 1 or x.itemsize == 2):  # one row is not worth more calls
+        bits = _word(x, width)
+        if bits is not None:
+            words = x.view(bits)
+            index = columns(order, words.shape[-1]).long()
+            return words.gather(-1, index.expand(words.shape)).view(x.dtype)
+    if width == 1:
         return x.index_select(-1, order)
-    return x.view(torch.int16).gather(-1, order.long().expand(x.shape)).view(x.dtype)
+    return _by_groups(x, order)
+
+
+def _by_groups(x: Tensor, order: Tensor) -> Tensor:
+    return x.unflatten(-1, (order.shape[0], -1)).index_select(-2, order).flatten(-2)
+
+
+def _word(x: Tensor, width: int) -> torch.dtype | None:
+    """The integers as which groups of so many columns are read; None where they cannot be."""
+    size = min(width * x.itemsize, 8)
+    apart = (*x.stride()[:-1], x.storage_offset())
+    odd = any(step % (size // x.itemsize) for step in apart)
+    if odd or size not in _WORDS or x.stride(-1) != 1:
+        return None
+    return _WORDS[size]
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.library.register_fake("tensorize::in_order", lib=library)

@@ -55,7 +55,7 @@ class Spec:
     batch: tuple[str, ...] = ()
     storage: str | None = None
     indices: tuple[Index, ...] = ()
-    pivoted = False
+    pivoted: int = 0
     precision: str | None = None
     single: Any
 
@@ -118,7 +118,8 @@ class TTSpec(Spec):
     that of the weight, (m, n) or (experts, m, n); ``format`` is ``"low_rank"`` for ``[m | n]``,
     ``"block"`` where two cores share a row or a column index, and ``"tt"`` for every other chain;
     ``single`` is the spec of one expert. ``pivoted`` low rank does not store the r columns in which
-    V is the identity: U (m, r), V' (r, n - r), and the order of the columns (n,).
+    V is the identity: U (m, r), V' (r, n - r), and the order of the columns. That moves so many
+    neighbours at a time: of ``pivoted`` 1 it is (n,), of 4 it is (n / 4,), and of n it moves none.
 
     Args:
         row_modes: factors of the number of rows, one a core (1 where a core has none).
@@ -143,7 +144,7 @@ class TTSpec(Spec):
     columns: tuple[str, ...]
     batch: tuple[str, ...]
     storage: str | None = field(default=None, hash=False)
-    pivoted: bool = field(default=False, hash=False)
+    pivoted: int = field(default=0, hash=False)
 
     if TYPE_CHECKING:
         size: Mapping[str, int] = field(init=False, compare=False)
@@ -207,7 +208,7 @@ class TTSpec(Spec):
         )
 
     def _set(  # type: ignore[no-untyped-def]
-        self, cores, sizes, rows, columns, batch, modes, storage, pivoted=False
+        self, cores, sizes, rows, columns, batch, modes, storage, pivoted=0
     ) -> None:
         for name, value in zip(
             ("cores", "sizes", "rows", "columns", "batch", "row_modes", "column_modes", "ranks"),
@@ -234,7 +235,10 @@ class TTSpec(Spec):
             ("shape", (*lead, m, n)),
             ("format", LOW_RANK if split else BLOCK if shared else TT),
             ("core_shapes", shapes),
-            ("indices", (Index("order", (*lead, n), "int32"),) if pivoted else ()),
+            (
+                "indices",
+                (Index("order", (*lead, n // pivoted), "int32"),) if pivoted else (),
+            ),
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
@@ -248,22 +252,27 @@ class TTSpec(Spec):
         *,
         experts: int = 0,
         storage: str | None = None,
-        pivoted: bool = False,
+        pivoted: int = 0,
     ) -> TTSpec:
         """The two-core case ``[m | n]``: W = U V with U of (m, r) and V of (r, n).
 
-        ``pivoted``: V is the identity in r of its columns, which are not stored (r <= n).
+        ``pivoted``: V is the identity in r of its columns, which are not stored (r <= n); the order
+        of the columns keeps so many neighbours together.
 
         Raises:
-            ValueError: an entry is not a positive integer, or a pivoted rank is above n.
+            ValueError: an entry is not a positive integer, a pivoted rank is above n, or n is no
+                multiple of the neighbours.
         """
         spec = cls((m, 1), (1, n), (r,), experts=experts, storage=storage)
         if not pivoted:
             return spec
         if r > n:
             raise ValueError(f"V has no identity in {r} of {n} columns")
+        if pivoted < 0 or n % pivoted:
+            raise ValueError(f"{n} columns are no groups of {pivoted}")
         modes = spec.row_modes, spec.column_modes, spec.ranks
-        spec._set(spec.cores, spec.sizes, spec.rows, spec.columns, spec.batch, modes, storage, True)
+        kept = spec.cores, spec.sizes, spec.rows, spec.columns, spec.batch, modes, storage
+        spec._set(*kept, int(pivoted))
         return spec
 
     @classmethod
@@ -327,8 +336,14 @@ class TTSpec(Spec):
         return self.format == BLOCK
 
     def with_ranks(self, ranks: Sequence[int]) -> TTSpec:
-        """The same modes with other inner ranks."""
-        return self._like(ranks, experts=self.size["e"] if self.batch else 0)
+        """The same modes with other inner ranks; an order of columns is then any."""
+        spec = self if self.pivoted <= 1 else self.in_order_of(1)
+        return spec._like(ranks, experts=self.size["e"] if self.batch else 0)
+
+    def in_order_of(self, neighbours: int) -> TTSpec:
+        """Low rank that stores no identity, with an order that keeps so many columns together."""
+        how = {**self._options(), "pivoted": neighbours}
+        return TTSpec.low_rank(*self.shape[-2:], *self.ranks, **how)
 
     @property
     def plain(self) -> TTSpec:
@@ -359,11 +374,11 @@ class TTSpec(Spec):
         ranks: Sequence[int],
         experts: int,
         storage: str | None,
-        pivoted: bool,
+        pivoted: int,
     ) -> TTSpec:
         if pivoted:
             (m, _), (_, n), (rank,) = rows, columns, ranks
-            return cls.low_rank(m, n, rank, experts=experts, storage=storage, pivoted=True)
+            return cls.low_rank(m, n, rank, experts=experts, storage=storage, pivoted=pivoted)
         if format == BLOCK:
             (rank,) = ranks
             return cls.block(rows, columns, rank, experts=experts, storage=storage)
@@ -378,7 +393,7 @@ class TTSpec(Spec):
             "experts": experts,
             **({"format": BLOCK} if self.is_block else {}),
             **({} if self.storage is None else {"storage": self.storage}),
-            **({"pivoted": True} if self.pivoted else {}),
+            **({"pivoted": self.pivoted if self.pivoted > 1 else True} if self.pivoted else {}),
         }
 
     @classmethod
@@ -390,7 +405,7 @@ class TTSpec(Spec):
         form, experts, storage, pivoted = (data.get(name, usual) for name, usual in known.items())
         if form not in (None, BLOCK) or not isinstance(storage, str | None):
             raise ValueError(f"a spec of the format {form!r} whose storage is {storage!r}")
-        if not isinstance(pivoted, bool) or (pivoted and form is not None):
+        if not isinstance(pivoted, int) or (pivoted and form is not None):
             raise ValueError(f"a spec of the format {form!r} whose pivoted is {pivoted!r}")
         spec = cls._of(form, *sizes, experts, storage, pivoted)
         if max(math.prod(spec.shape), spec.parameters) > MOST_ELEMENTS:
@@ -402,7 +417,8 @@ class TTSpec(Spec):
         given += "" if self.storage is None else f", storage={self.storage!r}"
         if self.pivoted:
             sides = *self.shape[-2:], *self.ranks
-            return f"TTSpec.low_rank{sides}".removesuffix(")") + f"{given}, pivoted=True)"
+            how = self.pivoted if self.pivoted > 1 else True
+            return f"TTSpec.low_rank{sides}".removesuffix(")") + f"{given}, pivoted={how})"
         if self.is_block:
             return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
         return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"

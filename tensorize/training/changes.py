@@ -25,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tensorize.algebra.pivot import columns
 from tensorize.ir.spec import TTSpec
 from tensorize.training.bonds import Bond, with_ranks
 from tensorize.weight.lazy import FactoredWeight
@@ -107,7 +108,7 @@ class _Pivots:
     @classmethod
     def of(cls, weight: FactoredWeight) -> _Pivots:
         left, rest = (core.detach().double() for core in weight.cores)
-        return cls(left, rest, weight.indices[0])
+        return cls(left, rest, columns(weight.indices[0], weight.spec.shape[-1]))
 
     @property
     def rank(self) -> int:
@@ -123,7 +124,7 @@ class _Cut:
         left, right = with_ranks(weight.spec.plain, plain, [bond], spec.ranks)
         made = weight.format.stored(spec, (left, right), weight.dtype)
         self.cores = tuple(core.contiguous() for core in made)
-        kept, self._others = _parts(made[2], rank)
+        kept, self._others = _parts(columns(made[2], spec.shape[-1]), rank)
         basis = _columns(right, kept)
         self._before = _Pivots.of(weight)
         self._forth = bond.left[..., :rank] @ basis
@@ -159,11 +160,11 @@ class _Growth:
         self._more = spec.ranks[0] - before.rank
         drawn = torch.rand(others.shape, generator=generator).argsort(-1).to(others.device)
         new, self._stays = (part.sort(-1).values for part in _parts(drawn, self._more))
-        columns = torch.cat([kept, others.gather(-1, new)], -1)
-        self._place = columns.argsort(-1)  # those that are kept ascend
+        more = torch.cat([kept, others.gather(-1, new)], -1)
+        self._place = more.argsort(-1)  # those that are kept ascend
         written = before.left @ _columns(before.rest, new)
         cores = self._placed(torch.cat([before.left, written], -1), before.rest, 0.0)
-        order = [columns.gather(-1, self._place), others.gather(-1, self._stays)]
+        order = [more.gather(-1, self._place), others.gather(-1, self._stays)]
         self.cores = (*(core.to(weight.dtype) for core in cores), torch.cat(order, -1))
 
     def _placed(self, left: Tensor, rest: Tensor, value: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -177,8 +178,8 @@ class _Growth:
         left, rest = kept
         # As where all is stored: squares begin with the mean of the others.
         means = [value.mean() if squared else 0.0 for value in kept]
-        columns = left.new_zeros(*left.shape[:-1], self._more) + means[0]
-        return list(self._placed(torch.cat([left, columns], -1), rest, means[1]))
+        new = left.new_zeros(*left.shape[:-1], self._more) + means[0]
+        return list(self._placed(torch.cat([left, new], -1), rest, means[1]))
 
 
 def _parts(order: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorize.formats.order import MANY, neighbours
+from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.spec import Spec, TTSpec
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
@@ -18,17 +20,21 @@ Named = tuple[list[str], FactoredWeight]
 
 
 @torch.no_grad()
-def to_pivoted(model: nn.Module) -> dict[str, Spec]:
-    """Let plain low-rank weights store no identity, in place; their new specs by first name."""
+def to_pivoted(model: nn.Module, machine: Machine = GENERIC) -> dict[str, Spec]:
+    """Let plain low-rank weights store no identity, in place; their new specs by first name.
+
+    ``machine``: what says how many columns are to stay together.
+    """
     found = {}
     for group in list(_groups(model)):
         if all(_may_pivot(weight) for _, weight in group) and not _is_full(group):
             made: tuple[Tensor, ...] = ()
             for names, weight in group:
                 (*experts, m, n), (rank,) = weight.spec.shape, weight.spec.ranks
-                how = {"experts": sum(experts), "storage": weight.spec.storage, "pivoted": True}
-                spec = TTSpec.low_rank(m, n, rank, **how)
+                how = {"experts": sum(experts), "storage": weight.spec.storage}
+                spec = TTSpec.low_rank(m, n, rank, **how, pivoted=_neighbours(weight, machine))
                 cores = weight.format.stored(spec, weight.cores, weight.dtype, made)
+                spec = weight.format.as_stored(spec, cores)
                 made = _put(model, names[0], weight, spec, cores, made)
                 found[names[0]] = spec
     return found
@@ -45,6 +51,13 @@ def to_plain(model: nn.Module) -> dict[str, Spec]:
                 found[names[0]] = spec = weight.spec.plain
                 made = _put(model, names[0], weight, spec, weight.plain_cores, made)
     return found
+
+
+def _neighbours(weight: FactoredWeight, machine: Machine) -> int:
+    """How many columns stay together: of experts and of what is made whole at every call one."""
+    if weight.spec.batch or weight.frame.shape is not None:
+        return 1
+    return neighbours(machine, *weight.spec.shape, MANY, str(weight.dtype).removeprefix("torch."))
 
 
 def _may_pivot(weight: FactoredWeight) -> bool:

@@ -148,6 +148,16 @@ def first_factor(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     return weight.cores[1], *weight.indices
 
 
+def with_own_order(model: nn.Module, name: str, spec: Spec) -> Spec:
+    """The spec of a weight that stores no identity, with as many neighbours as its order keeps."""
+    assert isinstance(spec, TTSpec)
+    owner, _ = owner_of(model, name)
+    if isinstance(owner, LowRankLinear) and owner.stored_transposed:
+        return spec.in_order_of(1)
+    *_, order = first_factor(model, name)
+    return spec.in_order_of(spec.shape[-1] // order.shape[-1])
+
+
 def _become_low_rank_linear(
     owner: nn.Module, spec: Spec, cores: Sequence[Tensor], nonlinearity: str | None
 ) -> None:
@@ -188,7 +198,7 @@ def turned(spec: Spec, cores: Sequence[Tensor]) -> tuple[TTSpec, list[Tensor]]:
 def turned_spec(spec: Spec) -> TTSpec:
     """The spec of the transpose, for one of low rank."""
     (m, n), (rank,) = spec.shape, spec.ranks
-    return TTSpec.low_rank(n, m, rank, pivoted=spec.pivoted)
+    return TTSpec.low_rank(n, m, rank, pivoted=min(spec.pivoted, 1))  # no neighbours are known
 
 
 def blank(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorize.algebra.pivot import columns
 from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Convolution
 from tensorize.formats.low_rank import widen
@@ -90,7 +91,8 @@ def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract
     # A row's columns are in the order of its expert; behind the last one's rows it is any.
     rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
     experts = torch.bucketize(rows, offsets, right=True).clamp(max=left.shape[0] - 1)
-    return _in_order(left, right, order[0][experts].long(), x, contract, multiply)
+    every = columns(order[0], sum(right.shape[-2:]))
+    return _in_order(left, right, every[experts].long(), x, contract, multiply)
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -183,11 +185,11 @@ def stacked_matmul(
     if not order:
         y = _through(left, right, x, contract, torch.matmul)
     else:
-        columns = order[0].long().unsqueeze(-2)
+        every = columns(order[0], sum(right.shape[-2:])).long().unsqueeze(-2)
         if contract == "columns":  # one x for all of the matrices has as many orders
-            shape = torch.broadcast_shapes(x.shape, columns.shape)
-            x, columns = x.expand(shape), columns.expand(shape)
-        y = _in_order(left, right, columns, x, contract, torch.matmul)
+            shape = torch.broadcast_shapes(x.shape, every.shape)
+            x, every = x.expand(shape), every.expand(shape)
+        y = _in_order(left, right, every, x, contract, torch.matmul)
     return y if bias is None else y + bias
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.algebra.pivot import BOUND, fitted, pivoted, plain, rounded
+from tensorize.algebra.pivot import BOUND, columns, fitted, pivoted, plain, rounded
 
 
 def _factors(m: int, n: int, rank: int, condition: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,44 @@ def test_the_identity_stands_in_the_columns_that_come_first() -> None:
     first, others = found.order[:4].tolist(), found.order[4:].tolist()
     assert first == sorted(first)
     assert others == sorted(others)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_neighbours_stay_together_where_they_can(data: st.DataObject) -> None:
+    neighbours = data.draw(st.sampled_from([2, 4]))
+    m, n = data.draw(st.integers(1, 30)), neighbours * data.draw(st.integers(1, 10))
+    rank = data.draw(st.integers(1, min(m, n)))
+    condition = 10.0 ** data.draw(st.integers(0, 8))
+    left, right = _factors(m, n, rank, condition, data.draw(st.integers(0, 100)))
+    found = pivoted(left, right, neighbours=neighbours)
+    assert len(found.order) in {n // width for width in (1, 2, 4)}
+    assert columns(found.order, n).sort().values.tolist() == list(range(n))
+    assert found.left.numel() + found.rest.numel() == rank * (m + n - rank)
+    u, v = plain(found.left, found.rest, found.order)
+    exact = left @ right
+    assert (u @ v - exact).norm() <= 1e-10 * exact.norm()
+
+
+@pytest.mark.parametrize("neighbours", [2, 4])
+@pytest.mark.parametrize(("m", "n", "rank"), [(96, 96, 47), (64, 256, 40), (256, 64, 61)])
+def test_groups_cost_at_most_four_times_as_much_by_rounding(m, n, rank, neighbours) -> None:
+    left, right = _factors(m, n, rank, 30.0, 0)
+    exact, found = left @ right, pivoted(left, right, neighbours=neighbours)
+    assert n // neighbours <= len(found.order) < n
+    found = rounded(found, torch.bfloat16)
+    u, v = plain(found.left.double(), found.rest.double(), found.order)
+    before = (left.bfloat16().double() @ right.bfloat16().double() - exact).norm()
+    assert (u @ v - exact).norm() <= 4 * before
+
+
+def test_neighbours_that_are_alike_are_not_kept_together() -> None:
+    left, right = _factors(20, 12, 6, 10.0, 0)
+    twice = right.repeat_interleave(2, dim=1)
+    found = pivoted(left, twice, neighbours=4)
+    assert len(found.order) == 24
+    u, v = plain(found.left, found.rest, found.order)
+    assert torch.allclose(u @ v, left @ twice, atol=1e-12)
 
 
 def test_components_of_other_scales_give_the_same() -> None:
@@ -87,7 +125,7 @@ def test_what_is_rounded_is_made_up_for() -> None:
         return float((u @ v - exact).norm())
 
     solved = rounded(found, torch.bfloat16)
-    assert off(solved.left, solved.rest) < 0.95 * off(found.left.bfloat16(), found.rest.bfloat16())
+    assert off(solved.left, solved.rest) < 0.75 * off(found.left.bfloat16(), found.rest.bfloat16())
 
 
 def test_every_matrix_of_a_stack_has_columns_of_its_own() -> None:
@@ -128,11 +166,12 @@ def test_what_is_fitted_to_another_ones_factor_is_a_part_of_their_stack(dtype: t
     left, right = (torch.randn(s, generator=generator) for s in ((30, 12), (12, 20)))
     stack = rounded(pivoted(left, right), dtype)
     first = rounded(pivoted(left[:10], right), dtype)
-    assert torch.equal(first.rest, stack.rest)
     assert torch.equal(first.order, stack.order)
+    if dtype == torch.float32:  # else it is rounded as those see it that are there
+        assert torch.equal(first.rest, stack.rest)
     own = fitted(left[10:], right, first.rest, first.order)
     eps = torch.finfo(dtype).eps
-    assert (own - stack.left[10:].double()).norm() < 4 * eps * own.norm()
+    assert (own - stack.left[10:].double()).norm() < 8 * eps * own.norm()
     wanted = (left[10:].double() @ right.double())[:, first.order.long()]
     identity = torch.eye(12, dtype=torch.float64)
     second = torch.cat([identity, first.rest.double()], dim=1)

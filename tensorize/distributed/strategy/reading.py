@@ -117,7 +117,7 @@ def _linear(name: str, module: nn.Module) -> Linear:
             way_out='formats="low_rank" without precision=',
         )
     (outputs, inputs), (rank,) = spec.shape, spec.ranks
-    return Linear(inputs, outputs, rank, 0, spec.pivoted)
+    return Linear(inputs, outputs, rank, 0, spec.pivoted > 0)
 
 
 def _groups(

@@ -49,7 +49,9 @@ def test_what_rounding_costs_counts_in_half_precision() -> None:
         curve = falling(replace(linear("w"), dtype=dtype))
         points = curve_points(curve, ("low_rank",), 2, (1,), pivots=True)
         specs = [points.spec(k) for k in range(len(points.labels))]
-        at = {s.pivoted: k for k, s in enumerate(specs) if s is not None and s.ranks == (100,)}
+        at = {
+            bool(s.pivoted): k for k, s in enumerate(specs) if s is not None and s.ranks == (100,)
+        }
         assert (points.distortion[at[True]] > 1.0001 * points.distortion[at[False]]) == counts
 
 

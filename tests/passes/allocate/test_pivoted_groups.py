@@ -52,7 +52,7 @@ def points(
 def in_common(found: GroupPoints) -> list[tuple[int, int, bool]]:
     """Point, rank and form of the points with one first factor."""
     specs = [(k, found.plans(k)[0]) for k in np.flatnonzero(found.labels < 0).tolist()]
-    return [(k, plan.ranks[0], plan.spec.pivoted) for k, plan in specs if plan.spec is not None]
+    return [(k, plan.ranks[0], plan.spec.pivoted > 0) for k, plan in specs if plan.spec is not None]
 
 
 def test_both_forms_are_points_that_cost_what_their_plans_say(curves: list[Spectrum]) -> None:
