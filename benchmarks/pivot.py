@@ -3,8 +3,8 @@
     python -m benchmarks.pivot --threads 1
 
 ``rounding``: the weights of the trained GPT and Llama of ``examples``, and random ones, cut at
-shares of their full rank. For each bound on V': the largest entry, and the relative error by
-rounding to bfloat16, over that of plain factors. ``time``: one layer at the same rank and at the
+shares of their full rank. For each bound on V', and for columns in groups of two and four: the
+largest entry, and the relative error by rounding to bfloat16, over that of plain factors. ``time``: one layer at the same rank and at the
 same number of parameters, over the plain form (above 1: faster); interleaved rounds, medians.
 """
 
@@ -31,6 +31,7 @@ from tensorize.ir.spec import TTSpec
 from tensorize.weight.install import install
 
 BOUNDS = (2.0, 1.5, 1.2, BOUND, 1.01)
+GROUPS = (2, 4)
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (2048, 2048))
 ROWS = (1, 16, 256, 2048)
 PLAIN = Metric(1.0, None, None)
@@ -59,13 +60,15 @@ def rounding(weight: Tensor, share: float) -> dict[str, Any]:
         return float((u.double() @ v.double() - exact).norm() / exact.norm())
 
     found: dict[str, Any] = {"plain": off(left.bfloat16(), right.bfloat16())}
-    for bound in BOUNDS:
-        made = pivoted(left, right, bound)
+    forms = {str(bound): pivoted(left, right, bound) for bound in BOUNDS}
+    forms |= {f"groups of {k}": pivoted(left, right, neighbours=k) for k in GROUPS}
+    for name, made in forms.items():
         known = rounded(made, torch.bfloat16)
         alone = off(*plain(made.left.bfloat16(), made.rest.bfloat16(), made.order))
         solved = off(*plain(known.left, known.rest, known.order))
         largest = float(made.rest.abs().max()) if made.rest.numel() else 0.0
-        found[str(bound)] = {"largest": largest, "rounded": alone, "solved": solved}
+        found[name] = {"largest": largest, "rounded": alone, "made up for": solved}
+        found[name]["neighbours"] = weight.shape[1] // len(made.order)
     return found
 
 
@@ -108,11 +111,11 @@ def main() -> None:
             for name, weight in weights()
             for share in (0.25, 0.5, 0.7)
         }
-        for bound in map(str, BOUNDS):
-            for kind in ("rounded", "solved"):
-                over = [r[bound][kind] / r["plain"] for r in results["rounding"].values()]
+        for form in (*map(str, BOUNDS), *(f"groups of {k}" for k in GROUPS)):
+            for kind in ("rounded", "made up for"):
+                over = [r[form][kind] / r["plain"] for r in results["rounding"].values()]
                 print(
-                    f"bound {bound}, {kind}: median {statistics.median(over):.2f}, worst "
+                    f"{form}, {kind}: median {statistics.median(over):.2f}, worst "
                     f"{max(over):.2f} of what rounding costs plain factors"
                 )
     if options.only != "rounding":

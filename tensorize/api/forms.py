@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from tensorize.api.outcome import totals_of
 from tensorize.base.tensors import unwrapped
-from tensorize.capture.inputs import check_model
+from tensorize.capture.elementwise import makers
+from tensorize.capture.forward import in_usual_modes
+from tensorize.capture.inputs import check_model, needed
 from tensorize.codegen.machine import rates
 from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach, known_report, samples_of
 from tensorize.store import transformers_config
 from tensorize.weight.forms import to_pivoted, to_plain
+from tensorize.weight.hidden_units import align, linears, may_reorder, readers
 
 
 def pivoted(model: nn.Module) -> nn.Module:
@@ -63,7 +67,48 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _note(model: nn.Module, specs: Mapping[str, Spec]) -> None:
+@in_usual_modes("weight.aligned")
+def aligned(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+    """Compute hidden units in the order in which the next weight reads them.
+
+    A weight that stores no identity (``pivoted``) puts its input in an order, by a pass over it.
+    Where linears alone make that input, through functions of single entries, and nothing else reads
+    it, as the hidden units of an MLP, the rows of those linears are put in that order instead, and
+    the pass is gone: the same function, exactly. What the linears give is then in another order:
+    adapters and states of optimizers that were made before do not fit. One pass through the model
+    is watched; where a linear's output is also read in other ways, it stays as it is.
+
+        tensorize.weight.aligned(small, inputs)
+
+    Args:
+        model: compressed; changed in place, the parameters of such linears are new ones.
+        example_inputs: what forward takes; by default inputs are guessed.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CaptureError: it is no module, or no inputs are known.
+    """
+    check_model(model)
+    inner = unwrapped(model)
+    asked, every = readers(inner), linears(inner)
+    if not asked:
+        return model
+    batch = needed(inner, example_inputs, "hidden units need inputs to watch the model with")
+    found, may = makers(inner, batch, every, asked), may_reorder(inner)
+    specs = {}
+    for name, made in found.items():
+        if may.keys() >= made:
+            specs[f"{name}.weight"] = align(asked[name], [may[each] for each in sorted(made)])
+    _note(inner, specs, tuple(f"{name}: {_ALIGNED}" for name in specs))
+    return model
+
+
+_ALIGNED = "its input is computed in the order in which it is read"
+
+
+def _note(model: nn.Module, specs: Mapping[str, Spec], notes: tuple[str, ...] = ()) -> None:
     """Let the report and the configuration say how weights are stored now."""
     transformers_config.note_factors(model)
     found = known_report(model)
@@ -88,5 +133,6 @@ def _note(model: nn.Module, specs: Mapping[str, Spec]) -> None:
             sites=tuple(sites),
             weights=samples_of(model),
             totals=replace(found.totals, after=after),
+            notes=(*found.notes, *notes),
         ),
     )

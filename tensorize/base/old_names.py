@@ -55,7 +55,7 @@ _HELD = {
         "weight.low_rank": "LowRankLinear SharedProduct",
         "weight.cores": "Cores FactoredLinear _blank",
         "weight.whole_model": "limit_saved",
-        "api.forms": "pivoted plain",
+        "api.forms": "aligned pivoted plain",
     },
 }
 """What a file held that is in pickles, by the file that holds it now; all below ``tensorize``.
