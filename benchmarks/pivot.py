@@ -4,8 +4,9 @@
 
 ``rounding``: the weights of the trained GPT and Llama of ``examples``, and random ones, cut at
 shares of their full rank. For each bound on V', and for columns in groups of two and four: the
-largest entry, and the relative error by rounding to bfloat16, over that of plain factors. ``time``: one layer at the same rank and at the
-same number of parameters, over the plain form (above 1: faster); interleaved rounds, medians.
+largest entry, and the relative error by rounding to bfloat16, over that of plain factors. ``time``:
+one layer at the same rank and at the same number of parameters, over the plain form (above 1:
+faster); interleaved rounds, medians.
 """
 
 from __future__ import annotations

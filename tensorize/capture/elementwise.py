@@ -15,8 +15,8 @@ from tensorize.ir.sites import Batch
 
 _FUNCTIONS = frozenset(
     """abs add alias celu clamp clamp_max clamp_min clone cos detach div elu erf exp gelu
-    hardsigmoid hardswish hardtanh leaky_relu mish mul neg pow reciprocal relu rsqrt rsub sigmoid silu sin
-    softplus sqrt square sub tanh threshold _to_copy""".split()  # noqa: SIM905
+    hardsigmoid hardswish hardtanh leaky_relu mish mul neg pow reciprocal relu rsqrt
+    rsub sigmoid silu sin softplus sqrt square sub tanh threshold _to_copy""".split()  # noqa: SIM905
 )
 _VIEWS = {"view", "_unsafe_view", "unsqueeze", "squeeze"}
 
