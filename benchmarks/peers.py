@@ -10,7 +10,8 @@ relative SVD   plain SVD, one multiplier over relative errors ‖ΔW‖²/‖W�
 ASVD           columns scaled by the inputs' mean size to the power ½ (Yuan et al. 2023), uniform
 SVD-LLM        whitened by the inputs' second moment (Wang et al. 2024), uniform
 PIFA           the same without the numbers of an identity (Zhao et al. 2025), which buys larger
-               ranks; not their reconstruction ("M") from the compressed model's inputs
+               ranks
+MPIFA          the same, solved again on the compressed model's inputs (``benchmarks/mpifa.py``)
 K-FAC SVD      two-sided, rows taken as independent; the rise of the loss measured for every weight
                alone at some ranks, and the ranks of all chosen by an integer program over those
                measurements (as LEMS does)
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
+from benchmarks.mpifa import with_reconstruction
 from tensorize import Analysis, Plan
 from tensorize.algebra.metric import Metric
 from tensorize.algebra.modes import balanced_modes
@@ -100,7 +102,13 @@ class Peers:
             "K-FAC SVD": lambda b: integer_plan(independent, model, sensed, b),
         }
         found = {name: applied(model, plan_for) for name, plan_for in plans.items()}
+        found["MPIFA"] = self._mpifa
         return {**found, "TT": partial(tensor_trains, self.plain, model)}
+
+    def _mpifa(self, budget: float) -> Compressed:
+        plan = uniform_plan(self.whitened, self.model, budget, pivots=True)
+        small = with_reconstruction(self.whitened, self.model, plan)
+        return Compressed(small, plan.predicted.parameters / plan.dense.parameters)
 
 
 def applied(model: nn.Module, plan_for: Callable[[float], Plan]) -> Method:

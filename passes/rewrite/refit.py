@@ -56,8 +56,14 @@ class Refit:
 
 
 @torch.no_grad()
-def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> dict[str, Cores]:
-    """The cores of a plan, those of plain low-rank weights solved again."""
+def refit(
+    dense: Dense,
+    sites: Sequence[RankPlan],
+    batches: Sequence[Batch],
+    solved_by: type[Moments] | None = None,
+) -> dict[str, Cores]:
+    """The cores of a plan, those of plain low-rank weights solved again, by ``Moments``."""
+    moments_of = solved_by or Moments
     chosen = {choice.name: choice for choice in sites if choice.spec is not None}
     specs: dict[str, Any] = {name: choice.made_as for name, choice in chosen.items()}
     parameters = {n: p for n, p in dense.model.named_parameters() if n in specs}
@@ -87,13 +93,13 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
             for batch in batches:
                 given = dense.model, batch, parameters, order
                 runs.append((WeightRun(*given, None), WeightRun(*given, compressed)))
-            moments: _Moments | None = None
+            moments: Moments | None = None
             for done, name in enumerate(order):
                 dense.progress("refit", done, len(order))
                 there = [pair for pair in runs if all(one.reach(done) for one in pair)]
                 masks = [_counted(dense.counted, pair[0].batch, together[name]) for pair in there]
                 if moments is None or not moments.are_of(there, masks):
-                    moments = _Moments(by_name[name], there, masks)
+                    moments = moments_of(by_name[name], there, masks)
                 if moments.seen:
                     group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
@@ -139,8 +145,9 @@ def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
     return format_of(choice.spec).spectral and not exact
 
 
-class _Moments:
-    """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64, and of others of the same input."""
+class Moments:
+    """K = Σ x x̃ᵀ (``cross``) and C̃ = Σ x̃ x̃ᵀ (``own``) of one weight, in float64, and of others of
+    the same input."""
 
     def __init__(
         self,
@@ -149,9 +156,9 @@ class _Moments:
         masks: Sequence[Tensor | None],
     ) -> None:
         self.site, self.count = site, 0
-        self._cross: Tensor | None = None
-        self._own: Tensor | None = None
-        self._contract = "columns"
+        self.cross: Tensor | None = None
+        self.own: Tensor | None = None
+        self.contract = "columns"
         self._inputs, self._masks = _inputs(runs), masks
         for pair, mask in zip(runs, masks, strict=True):
             self._add(*pair, mask)
@@ -169,22 +176,22 @@ class _Moments:
         assert dense.matmul is not None
         assert small.matmul is not None
         if self.count == 0:
-            self._contract = dense.matmul.contract
-        if {dense.matmul.contract, small.matmul.contract} != {self._contract}:
+            self.contract = dense.matmul.contract
+        if {dense.matmul.contract, small.matmul.contract} != {self.contract}:
             return  # a batch that uses it in another way than those before
         x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
         if x is None or seen is None or x.shape != seen.shape:
             return  # rows of a convolution in three dimensions; a model that takes another way
         if mask is not None and len(mask) == len(x):
             x, seen = x[mask], seen[mask]
-        self._cross = plus(self._cross, products(x, seen))
-        self._own = plus(self._own, products(seen))
+        self.cross = plus(self.cross, products(x, seen))
+        self.own = plus(self.own, products(seen))
         self.count += len(x)
 
     @property
     def seen(self) -> bool:
         """Whether anything but zeros arrived in the compressed model, and nothing infinite."""
-        return self._own is not None and 0 < float(self._own.diagonal().sum()) < math.inf
+        return self.own is not None and 0 < float(self.own.diagonal().sum()) < math.inf
 
     def solve(
         self, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
@@ -193,7 +200,7 @@ class _Moments:
 
         Where a spec says so they are rounded, and then the weights after it see that.
         """
-        rows = self._contract == "rows"
+        rows = self.contract == "rows"
         factor, cross = self._damped
         matrices = [(weight.t() if rows else weight).double() for weight in weights]
         # K C̃⁻¹ is one for all weights of an input; for few rows W K C̃⁻¹ from the left is less work.
@@ -222,11 +229,11 @@ class _Moments:
     @cached_property
     def _damped(self) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of C̃, and K; what is added to both is noise that both models see."""
-        assert self._cross is not None
-        assert self._own is not None
-        mean = float(self._own.diagonal().mean())
-        share = shrinkage(self._own, self.count)
-        cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
+        assert self.cross is not None
+        assert self.own is not None
+        mean = float(self.own.diagonal().mean())
+        share = shrinkage(self.own, self.count)
+        cross, own = (shrink(moment, share, mean) for moment in (self.cross, self.own))
         return torch.linalg.cholesky(own), cross
 
     @cached_property
