@@ -290,7 +290,8 @@ def forced_point(
     spec: Spec
     if any(named(name).spectral for name in allowed):
         size = min(m, n) if rank == "full" else min(int(rank), m, n)
-        pivoted = pivots and bool(takes_pivots(site, np.array(size)))
+        taken = pivots and bool(takes_pivots(site, np.array(size)))
+        pivoted = Forms((site,), itemsize, batch_sizes, machine).neighbours if taken else 0
         spec = TTSpec.low_rank(m, n, size, experts=site.experts, pivoted=pivoted)
         asked = (each for each, _ in curve.train_points if each.ranks == spec.ranks)
         spec = next((each for each in asked if named(each.format).spectral), spec)

@@ -177,6 +177,7 @@ class RankSchedule:
             "steps": self.steps,
             "first": self.first,
             "ranks": {name: list(w.spec.ranks) for name, w in self._weights()},
+            "neighbours": {name: w.spec.pivoted for name, w in self._weights() if w.spec.pivoted},
             "trace": [list(vars(change).values()) for change in self.trace],
         }
 
@@ -197,10 +198,15 @@ class RankSchedule:
             )
         for name, ranks in state["ranks"].items():
             spec = known[name].spec.with_ranks(ranks)
+            if together := state.get("neighbours", {}).get(name):
+                spec = spec.in_order_of(together)
             if spec != known[name].spec:
                 like = known[name].cores[0]
                 cores = [like.new_zeros(shape) for shape in spec.core_shapes]
-                orders = [i.new_zeros(i.shape) for i in known[name].indices]
+                orders = [
+                    old.new_zeros(index.shape)
+                    for old, index in zip(known[name].indices, spec.indices, strict=True)
+                ]
                 self._put(name, known[name].cores, spec, [*cores, *orders])
         self.steps, self.first = state["steps"], state["first"]
         self.trace = [Adaptation(*values) for values in state["trace"]]
