@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tensorize.base.dynamo import value_of
-from tensorize.formats.order import OPERATION
+from tensorize.formats.order import OPERATION, columns
 from tensorize.passes.lowering.graph import Lowered, Packed, memory_of, written
 from tensorize.passes.lowering.group import arguments_of, is_linear
 from tensorize.passes.lowering.norms import PLUS, TIMES
@@ -60,7 +60,7 @@ class ComputeInOrder:
 def rows_in_order(weight_and_order: Sequence[Tensor]) -> Tensor:
     """A weight (out, in), or a bias (out,), with its first axis in an order."""
     weight, order = weight_and_order
-    return weight.index_select(0, order)
+    return weight.index_select(0, columns(order, len(weight)))
 
 
 def _linears_behind(node: fx.Node, program: Lowered, changed: set[int]) -> list[fx.Node]:

@@ -54,16 +54,25 @@ class Written(Gated):
 X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
 
 
-def small(kind: type[Gated], dtype: torch.dtype = torch.bfloat16, *, dense: bool = False) -> Gated:
+def small(
+    kind: type[Gated],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    dense: bool = False,
+    neighbours: bool = False,
+) -> Gated:
     torch.manual_seed(0)
     ranks = {"down*": 12} if dense else {"*": 12}
     model = tensorize.compile(kind().eval(), None, ranks=ranks, metric="frobenius")
-    return tensorize.weight.pivoted(model).to(dtype)
+    model = tensorize.weight.plain(model).to(dtype if neighbours else torch.float32)
+    model = tensorize.weight.pivoted(model)
+    assert (model.down.spec.pivoted > 1) == neighbours
+    return model.to(dtype)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_linears_compute_in_the_order_that_reads_them(dense: bool) -> None:
-    model = small(Gated, dense=dense)
+@pytest.mark.parametrize(("dense", "neighbours"), [(False, False), (True, False), (False, True)])
+def test_linears_compute_in_the_order_that_reads_them(dense: bool, neighbours: bool) -> None:
+    model = small(Gated, dense=dense, neighbours=neighbours)
     with torch.no_grad():
         want = model(X.bfloat16())
     program, found = lowered_and_run(model, X.bfloat16(), ComputeInOrder())
