@@ -153,3 +153,23 @@ def test_full_rank_is_plain_and_exact() -> None:
     assert not weight.spec.pivoted
     with torch.no_grad():
         assert relative(small(IDS), model(IDS)) < 1e-4
+
+
+def test_half_precision_keeps_neighbours_together(tmp_path: Path) -> None:
+    how = {"metric": "frobenius", "example_inputs": (IDS,)}
+    small = tensorize.compile(dense().bfloat16(), None, ranks=RANKS, **how)
+    specs = {name: weight.spec for name, weight in factored(small)}
+    assert {spec.pivoted for spec in specs.values()} <= {1, 2, 4}
+    assert specs["up.weight"].pivoted > 1
+    planned = {choice.name: choice.spec for choice in tensorize.report(small).plan.sites}
+    assert all(specs[name] == planned[name] for name in RANKS)
+    want, eps = small(IDS).float().detach(), torch.finfo(torch.bfloat16).eps
+    with torch.no_grad():
+        assert relative(tensorize.densify(small)(IDS).float(), want) < 4 * eps
+        tensorize.save(small, tmp_path / "small")
+        loaded = tensorize.load(tmp_path / "small", dense().bfloat16())
+        assert torch.equal(loaded(IDS).float(), want)
+        wide = copy.deepcopy(small).float()
+        assert relative(wide(IDS), want) < 4 * eps
+        assert relative(tensorize.weight.plain(wide)(IDS), want) < 4 * eps
+        assert relative(torch.compile(small, backend="aot_eager")(IDS).float(), want) < 4 * eps
