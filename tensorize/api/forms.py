@@ -30,8 +30,8 @@ def pivoted(model: nn.Module) -> nn.Module:
     (``algebra.pivot``). Plans choose this form where it pays; an older model gets smaller by it.
     Weights with a first factor in common keep one, without the identity, and each expert of a stack
     has columns of its own. A convolution stores fewer numbers, and makes its second factor whole at
-    every call. What has a function between its factors stays as it is. In half precision columns are
-    chosen in groups of neighbours, where reading them one by one would count on this machine.
+    every call. What has a function between its factors stays as it is. In half precision columns
+    are chosen in groups of neighbours, where reading them one by one would count on this machine.
 
         model = tensorize.load("old", model)
         tensorize.weight.pivoted(model)
