@@ -57,7 +57,8 @@ def _neighbours(weight: FactoredWeight, machine: Machine) -> int:
     """How many columns stay together: of experts and of what is made whole at every call one."""
     if weight.spec.batch or weight.frame.shape is not None:
         return 1
-    return neighbours(machine, *weight.spec.shape, MANY, str(weight.dtype).removeprefix("torch."))
+    m, n = weight.spec.shape
+    return neighbours(machine, m, n, MANY, str(weight.dtype).removeprefix("torch."))
 
 
 def _may_pivot(weight: FactoredWeight) -> bool:

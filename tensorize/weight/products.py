@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorize.algebra.pivot import columns
 from tensorize.base.tensors import is_index
 from tensorize.capture.matmul import Convolution
 from tensorize.formats.low_rank import widen
+from tensorize.formats.order import columns
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec
 from tensorize.weight.contractions import Contractions
