@@ -23,6 +23,7 @@ from tensorize.checking.gradients import Leaves
 from tensorize.checking.identity import COLUMNS, LOOKUP
 from tensorize.checking.memory import COUNT, Memory
 from tensorize.checking.site import CONV1D, HolderSite, ModuleSite, Site
+from tensorize.formats import packs
 from tensorize.ir.sites import Batch
 from tensorize.store.coded import opened
 from tensorize.store.manifest import read_manifest
@@ -143,6 +144,8 @@ class Guard:
         """
         only = None if site is None else [*site.module.parameters(), *site.module.buffers()]
         mends, lost = self.memory.scrub(self.model, self._copy, only)
+        for tensor in self.model.buffers() if only is None else only:
+            packs.forget(tensor)  # nothing says whether they are whole
         if not lost:
             for each in self.sites.values() if site is None else (site,):
                 mends += each.renewed()

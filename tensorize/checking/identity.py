@@ -32,15 +32,34 @@ _OTHER = {COLUMNS: ROWS, ROWS: COLUMNS, LOOKUP: COLUMNS}
 _ROWS_AT_ONCE = 4096
 
 
+_TRIED = 16
+"""Signs that are tried for a weight."""
+
+
 @lru_cache(maxsize=256)
-def _signs(size: int) -> Tensor:
+def _signs(size: int, count: int) -> Tensor:
     draw = torch.Generator().manual_seed(size)
-    return torch.randint(0, 2, (size,), generator=draw, dtype=torch.float64) * 2 - 1
+    return torch.randint(0, 2, (count, size), generator=draw, dtype=torch.float64) * 2 - 1
 
 
-def signs(size: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+def signs(size: int, device: torch.device) -> Tensor:
     """±1, always the same ones for a size."""
-    return _signs(size).to(device, dtype)
+    return _signs(size, 1)[0].to(device)
+
+
+def _signs_for(weight: Weight, contract: str, size: int) -> Tensor:
+    """Of some, the signs by which what goes into the last factor shows best in the outputs."""
+    tried = _signs(size, _TRIED).to(weight.device)
+    if isinstance(weight, Tensor):
+        last = weight if contract == COLUMNS else weight.t()
+    elif weight.format.pair and not weight.spec.batch:
+        left, right = weight.plain_cores
+        last = left if contract == COLUMNS else right.t()
+    else:
+        return tried[0]
+    last = last.detach().double()
+    shown = (tried @ last).abs() / last.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    return tried[shown.min(dim=1).values.argmax()]
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
@@ -109,12 +128,14 @@ class Vectors:
         state: tuple[State, ...],
         *,
         gradients: bool,
+        outward: Tensor | None = None,
     ) -> Vectors:
-        """Made in float64."""
+        """Made in float64; ``outward``: the signs, where they are chosen already."""
         m, n = shape_of(weight)
         into, out = (n, m) if contract == COLUMNS else (m, n)
         device = weight.device
-        outward = signs(out, device)
+        if outward is None:
+            outward = _signs_for(weight, contract, out)
         sums = times(weight, outward[None], _OTHER[contract])[0]
         offset = outward.new_zeros(1) if bias is None else (bias.detach().double() @ outward)[None]
         back = inward = sizes = None

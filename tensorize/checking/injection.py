@@ -46,6 +46,7 @@ def inject(
     per_second: float | None = None,
     where: str | Sequence[str] = PLACES,
     bits: Sequence[int] | None = None,
+    most: int | None = None,
     seed: int = 0,
 ) -> Iterator[list[Flip]]:
     """Flip random bits in a model's products while it runs in this block: forward and backward.
@@ -59,6 +60,7 @@ def inject(
         per_second: instead: so many hits a second, at the next product each.
         where: ``"weights"``, ``"inputs"``, ``"intermediates"``, ``"accumulators"``, or several.
         bits: which bits of a word may flip, 0 being the lowest; None: any.
+        most: so many flips at most; None: no end.
 
     Raises:
         TensorizeError: not just one of the two rates is given, or a place is not known.
@@ -75,7 +77,7 @@ def inject(
             f"inject(rate={rate}, per_second={per_second}, where={where!r}) says nothing to do",
             way_out=f"give one of rate= and per_second=, and where= of {', '.join(PLACES)}",
         )
-    mode = _Flipping(unwrapped(model), rate, per_second, places, bits, seed)
+    mode = _Flipping(unwrapped(model), rate, per_second, places, bits, most, seed)
     with mode:
         yield mode.flips
 
@@ -85,13 +87,14 @@ class _Flipping(TorchDispatchMode):
 
     def __init__(
         self, model: nn.Module, rate: float | None, per_second: float | None,
-        places: Sequence[str], bits: Sequence[int] | None, seed: int,
+        places: Sequence[str], bits: Sequence[int] | None, most: int | None, seed: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.flips: list[Flip] = []
         self._rate, self._every = rate, 1 / per_second if per_second else None
         self._next = time.perf_counter()
-        self._places, self._bits, self._draw = places, bits, random.Random(seed)
+        self._places, self._bits, self._most = places, bits, most
+        self._draw = random.Random(seed)
         self._names = {
             parameter.untyped_storage().data_ptr(): name
             for name, parameter in model.named_parameters()
@@ -138,6 +141,8 @@ class _Flipping(TorchDispatchMode):
             self._made[result.untyped_storage().data_ptr()] = weakref.ref(result), name
 
     def _due(self) -> bool:
+        if self._most is not None and len(self.flips) >= self._most:
+            return False
         if self._rate is not None:
             return self._draw.random() < self._rate
         assert self._every is not None

@@ -75,7 +75,10 @@ class Use:
         if exact is None or exact.state != state or (gradients and exact.unfinished):
             weight, bias = product.make()
             back = gradients and self.contract != LOOKUP
-            exact = self.exact = Vectors.of(weight, bias, self.contract, state, gradients=back)
+            chosen = None if exact is None else exact.signs
+            exact = self.exact = Vectors.of(
+                weight, bias, self.contract, state, gradients=back, outward=chosen
+            )
             self.rounded.clear()
         if dtype is torch.float64:
             return exact
@@ -88,7 +91,8 @@ class Use:
         """Make the vectors anew, but for what the bias adds; whether they were others."""
         old = self.exact
         assert old is not None
-        made = Vectors.of(weight, None, self.contract, old.state, gradients=old.back is not None)
+        back = old.back is not None
+        made = Vectors.of(weight, None, self.contract, old.state, gradients=back, outward=old.signs)
         made = replace(made, offset=old.offset)
         rounded = {dtype: made.to(dtype) for dtype in self.rounded}
         before = [old, *self.rounded.values()]

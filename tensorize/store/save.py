@@ -46,10 +46,11 @@ def save(
     A model that is sharded over processes is saved by all of them, and the first one writes what
     it is on one machine.
     Several processes may do so at once: the directory then holds what one of them saved, whole.
-    ``coder`` says in which bytes tensors are stored; None: as they lie in memory. ``guard``:
-    what the checks of a guarded model know. Every tensor is stored once. Two tensors that overlap only in part are stored in full each, and
-    are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
-    Face model's ``config.json`` and ``generation_config.json`` are written beside.
+    ``coder`` says in which bytes tensors are stored; None: as they lie in memory. ``guard``: what
+    the checks of a guarded model know. Every tensor is stored once. Two tensors that overlap only
+    in part are stored in full each, and are apart after loading. Other files in the directory (a
+    tokenizer) are left alone; a Hugging Face model's ``config.json`` and
+    ``generation_config.json`` are written beside.
 
     Raises:
         CheckpointError: the model carries no report (it does not come from ``tensorize.compile``,
