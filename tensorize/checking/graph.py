@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tensorize.checking.identity import LOOKUP, working
-from tensorize.checking.memory import COUNT
+from tensorize.checking.identity import LOOKUP, Weight, other_side, times, working
 from tensorize.checking.use import Use, name_of
 
+if TYPE_CHECKING:
+    from tensorize.checking.site import Site
+
 _guards: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+TRAINING = 2**32
+"""What a wrong row counts in a graph that makes its sums of the weight itself."""
+
+
+def guards() -> list[Any]:
+    """Those of all guarded models."""
+    return list(_guards.values())
 
 
 def known(key: str, guard: Any) -> None:
@@ -29,27 +40,36 @@ def traced(key: str) -> bool:
     return True
 
 
-def count(module: nn.Module, use: Use, x: Tensor, y: Tensor) -> None:
-    """Add the wrong rows of a product to the module's count: pointwise work and sums, no call."""
+def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+    """Add the wrong rows of a product to the site's count: pointwise work and sums, no call.
+
+    What x meets was made of the weight when the model was guarded. While it trains, the weight is
+    another one in every step, and the graph makes it; not for a table, which would be read whole.
+    """
     limit, exact = use.limits.get(name_of(x, y)), use.exact
-    if limit is None or exact is None:
+    trains = torch.is_grad_enabled() and y.requires_grad
+    if limit is None or exact is None or (trains and use.contract == LOOKUP):
         return
     dtype = working(y.dtype if use.contract == LOOKUP else torch.promote_types(x.dtype, y.dtype))
     vectors = use.rounded.get(dtype, exact)
     with torch.no_grad():
-        outputs = y.detach().to(dtype)
-        seen = (outputs * vectors.signs.to(dtype)).sum(-1)
+        signs = vectors.signs.to(dtype)
+        seen = (y.detach().to(dtype) * signs).sum(-1)
         if use.contract == LOOKUP:
             assert vectors.sizes is not None
             expected, scale = vectors.sums.to(dtype)[x], vectors.sizes.to(dtype)[x]
         else:
+            sums, offset = vectors.sums.to(dtype), vectors.offset.to(dtype)
+            if trains:
+                sums = times(matrix, signs[None].double(), other_side(use.contract))[0].to(dtype)
+                offset = offset if bias is None else (bias.detach().to(dtype) * signs).sum()
             inputs = x.detach().to(dtype)
-            expected = (inputs * vectors.sums.to(dtype)).sum(-1) + vectors.offset.to(dtype)
+            expected = (inputs * sums).sum(-1) + offset
             scale = inputs.square().sum(-1).sqrt()
         allowed = (limit.relative * scale).clamp(min=limit.floor)
         right = (seen - expected).abs() <= allowed
         wrong = (~right & torch.isfinite(scale)).sum()
-        module._buffers[COUNT].add_(wrong)  # type: ignore[union-attr]
+        site.count.add_(wrong * TRAINING if trains else wrong)
 
 
 @torch.library.custom_op("tensorize::settle_faults", mutates_args=("counts",))

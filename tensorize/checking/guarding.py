@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import uuid
-import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from tensorize.base.tensors import is_plain
 from tensorize.capture.forward import of_the_model, once, untouched
 from tensorize.checking import graph
 from tensorize.checking.faults import Log, Mend, OnFault
@@ -44,15 +44,21 @@ class Guard:
     def __init__(self, model: nn.Module, on_fault: OnFault) -> None:
         self.model, self.log, self.memory = model, Log(on_fault), Memory()
         self.leaves = Leaves(self.log)
-        self.sites: dict[str, Site] = {}
         self.handles: list[Any] = []
         self.traced = False
+        self.sites: dict[str, Site] = {}
+        inside: set[int] = set()  # modules that are a part of one that is checked as a whole
+        for path, module in model.named_modules():
+            site = None if id(module) in inside else _site_of(path, module, self)
+            if site is not None:
+                self.sites[site.name] = site
+                inside |= {id(part) for part in module.modules()}
+        self._find_alone()
         self._enter()
 
     def _enter(self) -> None:
         self.key = uuid.uuid4().hex
         graph.known(self.key, self)
-        _guards.add(self)
 
     def __deepcopy__(self, memo: dict) -> Guard:
         copied = memo[id(self)] = Guard.__new__(Guard)
@@ -69,23 +75,15 @@ class Guard:
 
     def attach(self) -> None:
         """Put a hook on every weight that has a check."""
-        inside: set[int] = set()  # modules that are a part of one that is checked as a whole
-        for path, module in self.model.named_modules():
-            if id(module) in inside:
-                continue
-            site = _site_of(path, module, self)
-            if site is None:
-                continue
-            self.sites[site.name] = site
+        for site in self.sites.values():
+            module = site.module
             counted = torch.zeros((), dtype=torch.int64, device=_device(module))
             module.register_buffer(COUNT, counted, persistent=False)
             if isinstance(site, ModuleSite):
-                inside |= {id(part) for part in module.modules()}
                 before = module.register_forward_pre_hook(site.before, with_kwargs=True)
                 self.handles += [before, module.register_forward_hook(site, with_kwargs=True)]
             else:
                 self.handles.append(module.register_forward_hook(site))
-        self._find_alone()
         self.handles.append(self.model.register_forward_hook(_Settle(self)))
         self.model.__dict__[_GUARD] = self
 
@@ -101,14 +99,13 @@ class Guard:
 
     def detach(self) -> None:
         """Take all of it away again."""
-        for handle in self.handles:
-            handle.remove()
+        while self.handles:
+            self.handles.pop().remove()
         for module in self.model.modules():
             if module._buffers.pop(COUNT, None) is not None:
                 module._non_persistent_buffers_set.discard(COUNT)
         self.leaves.release()
         self.model.__dict__.pop(_GUARD, None)
-        _guards.discard(self)
 
     def calibrate(self, batches: Sequence[Batch]) -> None:
         """Let the limits be what rounding does on these batches."""
@@ -136,6 +133,10 @@ class Guard:
         self.memory.remember(self.model)
 
     # ------------------------------------------------------------------------------ while it runs
+
+    def remember(self, tensors: Sequence[Tensor]) -> None:
+        """Take a weight as it is for what it should be: somebody wrote to it."""
+        self.memory.take(self.model, tensors)
 
     def mend(self, site: Site | None = None) -> tuple[list[Mend], list[str]]:
         """Put back what changed in memory, of all tensors or of a site's: what, and what is lost.
@@ -170,6 +171,11 @@ class Guard:
             if found == 0:
                 continue
             site.count.zero_()
+            found, training = found % graph.TRAINING, found // graph.TRAINING
+            if not training and site.is_stale():  # the graph's sums were of the weight before
+                site.refresh()
+                continue
+            found += training
             self.log.raised_by_graph(site.name, found, site.count, self.mend)
 
     def skips(self, optimizer: torch.optim.Optimizer) -> None:
@@ -184,12 +190,8 @@ class Guard:
             self.log.skip_next, self.log.skipped = False, self.log.skipped + 1
 
 
-_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
-"""Those of all guarded models."""
-
-
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for guard in list(_guards):
+    for guard in graph.guards():
         guard.skips(optimizer)
 
 
@@ -226,8 +228,12 @@ def _device(module: nn.Module) -> torch.device | None:
 def _site_of(path: str, module: nn.Module, guard: Guard) -> Site | None:
     """The check of a module that is a product, or of cores that a module with others holds."""
     name = f"{path}.weight" if path else "weight"
+    if not all(
+        is_plain(parameter) for parameter in module._parameters.values() if parameter is not None
+    ):
+        return None  # sharded, or quantized by another library
     if isinstance(module, LowRankLinear):
-        if module.nonlinearity is not None:
+        if module.nonlinearity is not None or not _is_whole(module):
             return None
         return ModuleSite(name, module.spec.format, module, guard, COLUMNS)
     if isinstance(module, FactoredLinear):
@@ -245,6 +251,13 @@ def _site_of(path: str, module: nn.Module, guard: Guard) -> Site | None:
     if own is nn.Embedding:
         return ModuleSite(name, "dense", module, guard, LOOKUP)
     return None
+
+
+def _is_whole(module: LowRankLinear) -> bool:
+    """Whether both factors are there, as plain tensors in plain layers."""
+    layers = (module._modules["first"], module._modules["second"])
+    weights = [layer._parameters.get("weight") for layer in layers if layer is not None]
+    return all(isinstance(weight, Tensor) and is_plain(weight) for weight in weights)
 
 
 def _backward(output: Any, seed: int) -> None:

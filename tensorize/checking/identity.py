@@ -29,6 +29,12 @@ Weight = FactoredWeight | Tensor
 
 _OTHER = {COLUMNS: ROWS, ROWS: COLUMNS, LOOKUP: COLUMNS}
 
+
+def other_side(contract: str) -> str:
+    """How signs of the outputs meet a weight, to give what inputs are to meet."""
+    return _OTHER[contract]
+
+
 _ROWS_AT_ONCE = 4096
 
 
@@ -136,7 +142,7 @@ class Vectors:
         device = weight.device
         if outward is None:
             outward = _signs_for(weight, contract, out)
-        sums = times(weight, outward[None], _OTHER[contract])[0]
+        sums = times(weight, outward[None], other_side(contract))[0]
         offset = outward.new_zeros(1) if bias is None else (bias.detach().double() @ outward)[None]
         back = inward = sizes = None
         if contract == LOOKUP:

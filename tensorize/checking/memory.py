@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize.base.tensors import lies_in_memory
 from tensorize.checking.faults import Mend
@@ -142,6 +144,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.sums: dict[str, Sums] = {}
+        self._names: Any = WeakTensorKeyDictionary()
 
     def remember(self, model: nn.Module) -> None:
         """Make all sums anew where something was written, or is new."""
@@ -149,6 +152,19 @@ class Memory:
             known = self.sums.get(name)
             if known is None or known.state != state_of(tensor):
                 self._take(name, tensor)
+
+    def take(self, model: nn.Module, tensors: Sequence[Tensor]) -> None:
+        """Make the sums of some tensors anew."""
+        if any(tensor not in self._names for tensor in tensors):
+            for name, tensor in _tensors(model):
+                self._names[tensor] = name
+        for tensor in tensors:
+            name = self._names.get(tensor)
+            if name is not None:
+                self._take(name, tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memory, ()  # of a copy nothing is known yet: its tensors lie elsewhere
 
     def _take(self, name: str, tensor: Tensor) -> None:
         made = Sums.of(tensor)

@@ -16,7 +16,7 @@ from tensorize.checking.faults import FORWARD, INPUT_GRADIENT, Fault, Mend
 from tensorize.checking.gradients import watch
 from tensorize.checking.identity import COLUMNS, LOOKUP, ROWS, Weight, times, working
 from tensorize.checking.limits import Limit, Seen
-from tensorize.checking.memory import COUNT
+from tensorize.checking.memory import COUNT, state_of
 from tensorize.checking.use import Product, Use, in_rows, name_of
 from tensorize.weight.cores import Cores, FactoredLinear
 from tensorize.weight.lazy import FactoredWeight
@@ -57,6 +57,23 @@ class Site:
     def prepare(self) -> None:
         """Make what checks multiply with; of a use whose bias a call brings, that call does."""
 
+    def is_stale(self) -> bool:
+        """Whether the weight was written to since what checks multiply with was made."""
+        held = self.tensors()
+        states = [use.exact.state for use in self.uses.values() if use.exact is not None]
+        return any(state[: len(held)] != tuple(map(state_of, held)) for state in states)
+
+    def refresh(self) -> None:
+        """Make what checks multiply with of the weight as it was written."""
+        for use in self.uses.values():
+            if use.exact is not None and use.renew(self.matrix()):
+                now = tuple(map(state_of, self.tensors()))
+                use.exact = replace(use.exact, state=now + use.exact.state[len(now) :])
+
+    def tensors(self) -> list[Tensor]:
+        """What the weight is held in."""
+        raise NotImplementedError
+
     def renewed(self) -> Iterator[Mend]:
         """Make what checks multiply with anew, of a weight that is whole; what was damaged."""
         for use in self.uses.values():
@@ -82,6 +99,8 @@ class Site:
             return None
         gradients = y.requires_grad and torch.is_grad_enabled()
         inputs, outputs = in_rows(x, y, contract)
+        if len(outputs) == 0:
+            return None
         vectors = use.vectors(product, outputs.dtype, gradients=gradients)
         use.rows += len(outputs)
         limit, better = use.limit(x, y), None
@@ -196,9 +215,18 @@ class ModuleSite(Site):
         weight: Any = self.module.weight
         return weight.t() if self.kind == CONV1D else weight  # (in, out) as it is held
 
+    def tensors(self) -> list[Tensor]:
+        return _held(self.module)
+
+    def refresh(self) -> None:
+        use = self.use(self.contract)
+        if use.exact is not None:
+            use.exact = replace(use.exact, state=())  # a bias is made of as well
+        self.prepare()
+
     def prepare(self) -> None:
         held = _held(self.module)
-        product = Product(held, self._made, held[0], self.matrix)  # type: ignore[arg-type]
+        product = Product(held, self._made, held[0], self.module, self.guard.remember)
         self.use(self.contract).vectors(product, working(held[0].dtype), gradients=False)
 
     def _made(self) -> tuple[Weight, Tensor | None]:
@@ -207,16 +235,19 @@ class ModuleSite(Site):
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Give the input a name of its own, so that its gradient by this module is seen."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not args:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
-        x = args[0]
-        own = isinstance(x, Tensor) and x.requires_grad
-        return ((x.view_as(x), *args[1:]), kwargs) if own else None
+        named = next(iter(kwargs)) if not args else None
+        x = args[0] if named is None else kwargs[named]
+        if not (isinstance(x, Tensor) and x.requires_grad):
+            return None
+        own = x.view_as(x)
+        return ((own, *args[1:]), kwargs) if named is None else (args, {**kwargs, named: own})
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
-            graph.count(module, self.use(self.contract), x, y)
+            graph.count(self, self.use(self.contract), *self._made(), x, y)
             return None
         if self.log.quiet:
             return None
@@ -226,7 +257,9 @@ class ModuleSite(Site):
                 module.input_product.forget()
             return module.forward(*args, **kwargs)
 
-        return self.checked(self.contract, Product(_held(module), self._made, x, again), y)
+        return self.checked(
+            self.contract, Product(_held(module), self._made, x, again, self.guard.remember), y
+        )
 
 
 CONV1D = "linear of (in, out)"
@@ -261,13 +294,13 @@ def _indices(holder: Cores) -> Iterator[Tensor]:
 class GuardedWeight(FactoredWeight):
     """A lazy weight whose products are checked, whatever function asks for them."""
 
-    __slots__ = ("holder", "site")
+    __slots__ = ("site",)
 
     def with_cores(self, cores: tuple[Tensor, ...]) -> FactoredWeight:
-        return guarded_weight(super().with_cores(cores), self.site, self.holder)
+        return guarded_weight(super().with_cores(cores), self.site)
 
     def seen(self, frame: Any, *, detach: bool = False) -> FactoredWeight:
-        return guarded_weight(super().seen(frame, detach=detach), self.site, self.holder)
+        return guarded_weight(super().seen(frame, detach=detach), self.site)
 
     def run(self, matmul: Matmul) -> Tensor:
         return self.site.run(self, matmul)
@@ -277,11 +310,11 @@ class GuardedWeight(FactoredWeight):
         return super().run(matmul)
 
 
-def guarded_weight(weight: FactoredWeight, site: HolderSite, holder: Cores) -> GuardedWeight:
+def guarded_weight(weight: FactoredWeight, site: HolderSite) -> GuardedWeight:
     """The same weight, checked."""
     how = weight.contractions, weight.nonlinearity, weight.indices
     made = GuardedWeight(weight.spec, weight.cores, weight.frame, *how)
-    made.site, made.holder = site, holder
+    made.site = site
     return made
 
 
@@ -291,10 +324,14 @@ class HolderSite(Site):
     def matrix(self) -> Weight:
         return self.module.forward()  # type: ignore[operator]
 
+    def tensors(self) -> list[Tensor]:
+        weight: Any = self.matrix()
+        return [*weight.cores, *weight.indices]
+
     def __call__(self, holder: Cores, args: Any, weight: FactoredWeight) -> FactoredWeight:
         if self.log.quiet or not isinstance(weight, FactoredWeight):
             return weight
-        return guarded_weight(weight, self, holder)
+        return guarded_weight(weight, self)
 
     def run(self, weight: GuardedWeight, matmul: Matmul) -> Tensor:
         """The product of a call, checked where its kind is known."""
@@ -306,7 +343,8 @@ class HolderSite(Site):
         contract, bias = matmul.contract, matmul.bias
         if torch.compiler.is_compiling():
             y = weight.plainly(matmul)
-            graph.count(weight.holder, self.use(contract), matmul.x, matmul.to_rows(y))
+            rows = matmul.to_rows(y)
+            graph.count(self, self.use(contract), weight, bias, matmul.x, rows)
             return y
         if torch.is_grad_enabled() and matmul.x.requires_grad:
             matmul = replace(matmul, x=matmul.x.view_as(matmul.x))
@@ -316,7 +354,7 @@ class HolderSite(Site):
 
         y = weight.plainly(matmul)
         held = [*weight.cores, *weight.indices, *([] if bias is None else [bias])]
-        product = Product(held, lambda: (weight, bias), matmul.x, again)
+        product = Product(held, lambda: (weight, bias), matmul.x, again, self.guard.remember)
         found = self.checked(contract, product, matmul.to_rows(y))
         return y if found is None else matmul.from_rows(found)
 

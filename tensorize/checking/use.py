@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,17 +24,19 @@ def name_of(x: Tensor, y: Tensor) -> str:
     return " to ".join(dict.fromkeys(names))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Product:
     """One call: x meets the weight that is ``held`` in some tensors.
 
     ``make`` looks at them as a matrix and a bias; ``again`` computes the product once more.
+    ``wrote`` hears that somebody wrote to what it is held in.
     """
 
     held: Sequence[Tensor]
     make: Callable[[], tuple[Weight, Tensor | None]]
     x: Tensor
     again: Callable[[], Tensor]
+    wrote: Callable[[Sequence[Tensor]], None]
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Use:
 
     def __deepcopy__(self, memo: dict) -> Use:
         copied = memo[id(self)] = Use(self.contract, dict(self.limits), dict(self.back_limits))
+        if self.exact is not None:  # for graphs; else it is made of the copied weight
+            copied.exact = replace(copy.deepcopy(self.exact, memo), state=())
         return copied
 
     def limit(self, x: Tensor, y: Tensor) -> Limit | None:
@@ -73,6 +78,8 @@ class Use:
         exact = self.exact
         state = tuple([state_of(tensor) for tensor in product.held])
         if exact is None or exact.state != state or (gradients and exact.unfinished):
+            if exact is None or exact.state != state:
+                product.wrote(product.held)
             weight, bias = product.make()
             back = gradients and self.contract != LOOKUP
             chosen = None if exact is None else exact.signs

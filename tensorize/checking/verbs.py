@@ -52,7 +52,7 @@ def guard(
         >>> torch.equal(guarded(*inputs), small(*inputs))
         True
     """
-    model = check_model(model)
+    given, model = model, check_model(model)
     _check_on_fault(on_fault)
     batches = calibration_batches(calibration, model, tokenizer, to_inputs=to_inputs)
     if not batches:
@@ -80,7 +80,7 @@ def guard(
             before.attach()
         raise
     made.prepare()
-    return model
+    return given
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def guarded(
         ...     y = guarded(*inputs)
     """
     found = guard(model, calibration=calibration, on_fault=on_fault, **options)
-    made = guard_of(found)
+    made = guard_of(unwrapped(found))
     try:
         yield found
     finally:
