@@ -149,7 +149,8 @@ class Guard:
             packs.forget(tensor)  # nothing says whether they are whole
         if not lost:
             for each in self.sites.values() if site is None else (site,):
-                mends += each.renewed()
+                if self.memory.knows(each.tensors()):
+                    mends += each.renewed()
         self.log.mends += mends
         return mends, lost
 

@@ -9,7 +9,7 @@ no fault: its sums are made anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,7 @@ class Memory:
     def remember(self, model: nn.Module) -> None:
         """Make all sums anew where something was written, or is new."""
         for name, tensor in _tensors(model):
+            self._names[tensor] = name
             known = self.sums.get(name)
             if known is None or known.state != state_of(tensor):
                 self._take(name, tensor)
@@ -172,6 +173,10 @@ class Memory:
             self.sums.pop(name, None)
         else:
             self.sums[name] = made
+
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether there are sums of all of them."""
+        return all(self._names.get(tensor, "") in self.sums for tensor in tensors)
 
     def missing(self, model: nn.Module) -> list[str]:
         """The names of tensors without sums."""
