@@ -138,12 +138,12 @@ def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any
     }
 
 
-def alarms(name: str, windows: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def alarms(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """Faults that are told on unseen text, where there are none."""
     model, subject = compressed(name, dtype, seed)
     batches: Any = subject.unseen.batches
     if name in ("gpt", "llama"):
-        batches = gpt.windows("held_out", windows, llama.SIZES["max_position_embeddings"], seed + 1)
+        batches = gpt.windows("held_out", count, llama.SIZES["max_position_embeddings"], seed + 1)
         batches = batches.split(8)
     before = tensorize.guard_report(model).rows
     tokens = 0
@@ -160,7 +160,7 @@ def alarms(name: str, windows: int, dtype: torch.dtype, seed: int) -> dict[str, 
 
 def generate(per_second: float, tokens: int, rounds: int, seed: int) -> dict[str, Any]:
     """The same text with and without flips, and the times of both, in turn."""
-    model, _ = compressed("llama", torch.float32, seed)
+    model = tensorize.guard(small_llama(seed), calibration=windows(seed))
     prompt = gpt.windows("held_out", 4, 64, seed)
 
     def run(rate: float) -> tuple[Tensor, float, int]:
@@ -201,17 +201,22 @@ def cost(seed: int) -> dict[str, Any]:
             install(model, ["0.weight"], spec, cores)
             x = torch.randn(rows, n)
             found[f"{m}x{n} rank {rank}, {rows} rows"] = _over(model, x, [torch.randn(256, n)])
-    small = tensorize.compile(
-        llama.load_pretrained(),
-        BUDGET,
-        calibration=list(gpt.windows("validation", 16, 256, seed).split(8)),
-        refine=None,
-    )
+    small = small_llama(seed)
     for rows in (1, 16, 256):
         ids = gpt.windows("held_out", 1, rows, seed)
-        data = list(gpt.windows("validation", 16, 256, seed).split(8))
-        found[f"llama, {rows} rows"] = _over(small, ids, data)
+        found[f"llama, {rows} rows"] = _over(small, ids, windows(seed))
     return found
+
+
+def windows(seed: int) -> list[Tensor]:
+    """Text to calibrate with: 4096 rows."""
+    return list(gpt.windows("validation", 16, 256, seed).split(8))
+
+
+def small_llama(seed: int) -> nn.Module:
+    """The trained Llama, compressed."""
+    model = llama.load_pretrained()
+    return tensorize.compile(model, BUDGET, calibration=windows(seed), refine=None)
 
 
 def _over(model: nn.Module, x: Tensor, data: list[Tensor]) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +78,6 @@ class Log:
     mends: list[Mend] = field(default_factory=list)
     skipped: int = 0
     skip_next: bool = False
-    quiet: int = 0
     calibrating: bool = False
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -143,15 +141,6 @@ class Log:
     def counts(self) -> Counter[tuple[str, str, int]]:
         """How many faults each weight has seen, by device and rank."""
         return Counter((f.weight, f.device, f.rank) for f in self.faults)
-
-    @contextlib.contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """Products in here are not checked."""
-        self.quiet += 1
-        try:
-            yield
-        finally:
-            self.quiet -= 1
 
 
 def _rank() -> int:

@@ -48,6 +48,7 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
     """
     limit, exact = use.limits.get(name_of(x, y)), use.exact
     trains = torch.is_grad_enabled() and y.requires_grad
+    traced(site.guard.key)
     if limit is None or exact is None or (trains and use.contract == LOOKUP):
         return
     dtype = working(y.dtype if use.contract == LOOKUP else torch.promote_types(x.dtype, y.dtype))

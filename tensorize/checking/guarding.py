@@ -82,7 +82,7 @@ class Guard:
             if isinstance(site, ModuleSite):
                 before = module.register_forward_pre_hook(site.before, with_kwargs=True)
                 self.handles += [before, module.register_forward_hook(site, with_kwargs=True)]
-            else:
+            elif isinstance(site, HolderSite):
                 self.handles.append(module.register_forward_hook(site))
         self.handles.append(self.model.register_forward_hook(_Settle(self)))
         self.model.__dict__[_GUARD] = self
@@ -209,7 +209,6 @@ class _Settle:
         guard = self.guard
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
-                graph.traced(guard.key)
                 counts = [site.count for site in guard.sites.values()]
                 torch.ops.tensorize.settle_faults(counts, guard.key)
         elif guard.traced:
@@ -220,6 +219,13 @@ def guard_of(model: nn.Module) -> Guard | None:
     """The guard of a model; None for any other."""
     found = model.__dict__.get(_GUARD)
     return found if isinstance(found, Guard) else None
+
+
+def unguard(model: nn.Module) -> None:
+    """Let a model be guarded no more, if it was."""
+    found = guard_of(model)
+    if found is not None:
+        found.detach()
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tensorize.base.records import plain, record
 from tensorize.checking.faults import RECOMPUTE
-from tensorize.checking.guarding import ARTEFACT, Guard, guard_of
+from tensorize.checking.guarding import ARTEFACT, Guard, guard_of, unguard
 from tensorize.checking.limits import Limit
 from tensorize.store.manifest import damage_named, read_manifest
 
@@ -56,16 +56,13 @@ def resume(model: nn.Module) -> None:
     data = manifest.guard
     if data is None:
         return
-    before = guard_of(model)
-    if before is not None:
-        before.detach()
+    unguard(model)
     with damage_named(manifest.path):
         guard = Guard(model, data["on_fault"])
         guard.attach()
         for name, uses in data["sites"].items():
-            site = guard.sites.get(name)
-            for contract, (limits, back_limits) in uses.items() if site is not None else ():
-                use = site.use(contract)
+            for contract, (limits, back_limits) in uses.items():
+                use = guard.sites[name].use(contract)
                 use.limits, use.back_limits = _read(limits), _read(back_limits)
         for name, (kind, limit) in data["gradients"].items():
             guard.leaves.known(name, kind, limit)

@@ -90,12 +90,15 @@ def reported(guard: Guard) -> GuardReport:
             missing += [(site.name, f"{why} ({n} times)") for why, n in use.missed.items()]
     known = {id(part) for site in guard.sites.values() for part in site.module.modules()}
     missing += [
-        (name, f"a {type(module).__name__} has no check")
+        (name or "the model itself", f"a {type(module).__name__} has no check")
         for name, module in guard.model.named_modules()
         if id(module) not in known and _multiplies(module)
     ]
     foreign = [leaf.name for leaf in guard.leaves.named.values() if leaf.limit is None]
-    missing += [(name, "its gradient is not checked: it has other uses") for name in foreign]
+    missing += [
+        (name, "its gradient is not checked: calibration saw none, or other uses")
+        for name in foreign
+    ]
     missing += [
         (name, "its memory is in no one piece") for name in guard.memory.missing(guard.model)
     ]

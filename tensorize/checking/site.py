@@ -95,7 +95,7 @@ class Site:
         """
         use, x = self.use(contract), product.x
         if not _is_plain(x) or not _is_plain(y):
-            self.miss(use, "its input was a tensor of a special kind, or in a torch.func transform")
+            self.miss(use, "a tensor of a special kind, a transform of torch.func, or a trace")
             return None
         gradients = y.requires_grad and torch.is_grad_enabled()
         inputs, outputs = in_rows(x, y, contract)
@@ -109,7 +109,6 @@ class Site:
             seen.note(vectors.off(inputs, outputs), vectors.scale(inputs))
         elif limit is None:
             self.miss(use, f"calibration saw nothing of it in {name_of(x, y)}")
-            return None
         elif not use.fast(vectors, limit, inputs, outputs):
             found = use.wrong(limit, inputs, outputs)
             if found is not None:
@@ -184,12 +183,13 @@ _BACK = {COLUMNS: ROWS, ROWS: COLUMNS}
 
 def _is_plain(tensor: Tensor) -> bool:
     kind = type(tensor)
-    plain = kind is Tensor or kind is nn.Parameter
+    plain = (kind is Tensor or kind is nn.Parameter) and not tensor.is_meta
     return plain and tensor.layout is torch.strided and not _transformed()
 
 
 def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or torch._C._are_functorch_transforms_active()
 
 
 # ------------------------------------------------------------------------- modules as they are
@@ -248,8 +248,6 @@ class ModuleSite(Site):
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
             graph.count(self, self.use(self.contract), *self._made(), x, y)
-            return None
-        if self.log.quiet:
             return None
 
         def again() -> Tensor:
@@ -329,7 +327,7 @@ class HolderSite(Site):
         return [*weight.cores, *weight.indices]
 
     def __call__(self, holder: Cores, args: Any, weight: FactoredWeight) -> FactoredWeight:
-        if self.log.quiet or not isinstance(weight, FactoredWeight):
+        if not isinstance(weight, FactoredWeight):
             return weight
         return guarded_weight(weight, self)
 

@@ -14,7 +14,7 @@ from tensorize.capture.batches import ToInputs, calibration_batches
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model
 from tensorize.checking.faults import RAISE, RECOMPUTE, Mend, OnFault
-from tensorize.checking.guarding import Guard, guard_of
+from tensorize.checking.guarding import Guard, guard_of, unguard
 from tensorize.checking.report import GuardReport, reported
 
 
@@ -97,12 +97,10 @@ def guarded(
         ...     y = guarded(*inputs)
     """
     found = guard(model, calibration=calibration, on_fault=on_fault, **options)
-    made = guard_of(unwrapped(found))
     try:
         yield found
     finally:
-        if made is not None:
-            made.detach()
+        unguard(unwrapped(found))
 
 
 def scrub(model: nn.Module) -> list[Mend]:

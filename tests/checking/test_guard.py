@@ -227,6 +227,15 @@ def test_copies_and_pickles_are_guarded_by_themselves() -> None:
     assert faults(model) == ()
 
 
+def test_a_densified_copy_is_not_guarded_and_the_model_still_is() -> None:
+    model = guarded("pivoted")
+    dense = tensorize.densify(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in dense.modules())
+    with torch.no_grad():
+        assert torch.allclose(dense(BATCH), model(BATCH), atol=1e-4)
+    assert tensorize.guard_report(model).rows > 0
+
+
 def test_the_report_says_what_is_checked_and_what_is_not() -> None:
     model = guarded("low rank")
     model.add_module("attention", nn.MultiheadAttention(8, 2))
