@@ -37,7 +37,6 @@ def other_side(contract: str) -> str:
 
 _ROWS_AT_ONCE = 4096
 
-
 _TRIED = 16
 """Signs that are tried for a weight."""
 
@@ -57,14 +56,17 @@ def _signs_for(weight: Weight, contract: str, size: int) -> Tensor:
     """Of some, the signs by which what goes into the last factor shows best in the outputs."""
     tried = _signs(size, _TRIED).to(weight.device)
     if isinstance(weight, Tensor):
-        last = weight if contract == COLUMNS else weight.t()
+        if contract != COLUMNS:
+            return tried[0]
+        shown = times(weight, tried, ROWS)
+        lengths = torch.linalg.vector_norm(weight.detach(), dim=0)
     elif weight.format.pair and not weight.spec.batch:
         left, right = weight.plain_cores
-        last = left if contract == COLUMNS else right.t()
+        last = (left if contract == COLUMNS else right.t()).detach().double()
+        shown, lengths = tried @ last, last.norm(dim=0)
     else:
         return tried[0]
-    last = last.detach().double()
-    shown = (tried @ last).abs() / last.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    shown = shown.abs() / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
     return tried[shown.min(dim=1).values.argmax()]
 
 
@@ -76,8 +78,11 @@ def working(dtype: torch.dtype) -> torch.dtype:
 def times(weight: Weight, x: Tensor, contract: str) -> Tensor:
     """x Wᵀ (``"columns"``) or x W (``"rows"``) in float64, of rows x (B, N) or (B, M)."""
     if isinstance(weight, Tensor):
-        wide = weight.detach().double()
-        return x @ (wide.t() if contract == COLUMNS else wide)
+        parts = weight.detach().split(_ROWS_AT_ONCE)  # a table in float64 may be gigabytes
+        if contract == COLUMNS:
+            return torch.cat([x @ part.double().t() for part in parts], dim=-1)
+        met = zip(x.split(_ROWS_AT_ONCE, dim=-1), parts, strict=True)
+        return sum((some @ part.double() for some, part in met), x.new_zeros(()))
     spec, cores = weight.looked_at()
     wide_cores = [core if is_index(core) else core.detach().double() for core in cores]
     planned = contractions(spec, str(x.device), x.dtype) if format_of(spec).planned else {}

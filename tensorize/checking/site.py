@@ -121,7 +121,7 @@ class Site:
     def _again(self, fault: Fault, use: Use, limit: Limit, product: Product) -> Tensor:
         """The product computed anew: with the weight as it is, and then as it was."""
         for attempt in range(_ATTEMPTS):
-            if attempt == 1 and self.guard.mend(self)[0]:
+            if attempt > 0 and self.guard.mend(self)[0]:
                 fault.outcome = "mended"
             y = product.again()
             if use.wrong(limit, *in_rows(product.x, y, use.contract)) is None:
@@ -175,7 +175,7 @@ class Site:
         use.missed[why] = use.missed.get(why, 0) + 1
 
 
-_ATTEMPTS = 3
+_ATTEMPTS = 4
 """How often a product is computed again: while faults are many, the second one may be hit too."""
 
 _BACK = {COLUMNS: ROWS, ROWS: COLUMNS}
