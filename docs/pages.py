@@ -21,8 +21,10 @@ GROUPS = {
     "Keep": ("save", "load", "restructure", "load_dense"),
     "Train": ("initialize", "heal", "Healing", "distillation_loss"),
     "Run": ("draft", "TTSpec", "plan_contraction", "ContractionPlan", "tune_kernels"),
+    "Guard": ("guard", "guarded", "scrub", "guard_report", "inject"),
     "Errors": (
         "TensorizeError", "BudgetError", "CaptureError", "AnalysisError", "CheckpointError",
+        "FaultError",
     ),
 }  # fmt: skip
 """The public names, as the reference has them."""

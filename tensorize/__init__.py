@@ -30,7 +30,13 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below
     from tensorize.base.errors import BudgetError as BudgetError
     from tensorize.base.errors import CaptureError as CaptureError
     from tensorize.base.errors import CheckpointError as CheckpointError
+    from tensorize.base.errors import FaultError as FaultError
     from tensorize.base.errors import TensorizeError as TensorizeError
+    from tensorize.checking.injection import inject as inject
+    from tensorize.checking.verbs import guard as guard
+    from tensorize.checking.verbs import guard_report as guard_report
+    from tensorize.checking.verbs import guarded as guarded
+    from tensorize.checking.verbs import scrub as scrub
     from tensorize.codegen.device.kernel import Kernel as Kernel
     from tensorize.evaluation.evaluate import evaluate as evaluate
     from tensorize.evaluation.evaluation import Evaluation as Evaluation
@@ -60,7 +66,10 @@ _HELD = {
     "api.look": "densify graphs",
     "api.stream": "compile_checkpoint",
     "api.structure": "load_dense restructure",
-    "base.errors": "AnalysisError BudgetError CaptureError CheckpointError TensorizeError",
+    "base.errors": "AnalysisError BudgetError CaptureError CheckpointError "
+    "FaultError TensorizeError",
+    "checking.verbs": "guard guard_report guarded scrub",
+    "checking.injection": "inject",
     "codegen.device.kernel": "Kernel",
     "evaluation.evaluate": "evaluate",
     "evaluation.evaluation": "Evaluation",

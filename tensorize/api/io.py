@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tensorize.api.analysis import Analysis
 from tensorize.base.errors import AnalysisError, BudgetError, CheckpointError, check_one_of
 from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
+from tensorize.checking.kept import guard_record, note_artefact, resume
 from tensorize.coding.tensors import Coding, encode
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
@@ -43,7 +45,7 @@ def save(
     coded: str | Budget | None = None,
     analysis: Analysis | None = None,
 ) -> None:
-    """Write a compiled model as safetensors and JSON, atomically.
+    """Write a compiled model as safetensors and JSON, atomically; with its limits if guarded.
 
     Args:
         format: ``"compressed-tensors"`` writes a Hugging Face model, whose linears are all dense in
@@ -72,7 +74,9 @@ def save(
     """
     check_one_of("format", format, ("tensorize", compressed_tensors.METHOD), CheckpointError)
     if format == "tensorize":
-        checkpoint.save(model, directory, coder_for(model, coded, analysis))
+        coder = coder_for(model, coded, analysis)
+        checkpoint.save(model, directory, coder, guard_record(unwrapped(model)))
+        note_artefact(unwrapped(model), Path(directory))
     elif coded is None:
         compressed_tensors.save(model, directory)
     else:
@@ -92,7 +96,8 @@ def load(
     """Read a saved model: a Hugging Face one by itself, any other into ``model``.
 
     No pickle, no network, no dense weights. Returns the model, in evaluation mode. Its weights run
-    by what it was compiled for (``backend``); the report says by what, and why.
+    by what it was compiled for (``backend``); the report says by what, and why. What was guarded is
+    guarded again.
 
     Args:
         device: where it goes; None: where ``model`` is, or the CPU.
@@ -108,7 +113,10 @@ def load(
         True
     """
     found = store_load.load(directory, model, device=device, dtype=dtype)
-    return use_kernels(found, report(found).backend)
+    found = use_kernels(found, report(found).backend)
+    note_artefact(found, Path(directory))
+    resume(found)
+    return found
 
 
 def coder_for(

@@ -10,6 +10,7 @@ from torch import nn
 
 from tensorize.base.tensors import unwrapped
 from tensorize.capture.inputs import check_model, needed
+from tensorize.checking.guarding import unguard
 from tensorize.graphview.export import export_graph, mark_sites
 from tensorize.graphview.graphs import Graphs
 from tensorize.ir.spec import DENSE
@@ -36,6 +37,7 @@ def densify(model: nn.Module) -> nn.Module:
         factored.require_matrix(name)
     dense = copy.deepcopy(model)
     detach(dense)
+    unguard(dense)
 
     def build(factored: FactoredWeight) -> nn.Parameter:
         # Rebuilt in float64, so that the one rounding is the storage dtype's own.

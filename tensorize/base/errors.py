@@ -87,6 +87,20 @@ class CheckpointError(TensorizeError):
     """
 
 
+class FaultError(TensorizeError):
+    """Arithmetic or memory did something else than was asked of it, and it could not be mended.
+
+    Example:
+        >>> guarded = tensorize.guard(copy.deepcopy(small), calibration=batches, on_fault="raise")
+        >>> try:
+        ...     with tensorize.inject(guarded, rate=1.0, where="intermediates", bits=[30]):
+        ...         _ = guarded(*inputs)
+        ... except tensorize.FaultError as error:
+        ...     print(error.site)
+        0.weight
+    """
+
+
 def check_one_of(
     option: str, value: Any, known: Iterable[object], kind: type[TensorizeError] = TensorizeError
 ) -> Any:

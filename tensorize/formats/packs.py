@@ -53,6 +53,11 @@ def packs_of(held: Sequence[Tensor], contract: str, make: Callable[[], list[Pack
     return found.packs[contract]
 
 
+def forget(tensor: Tensor) -> None:
+    """Let packs that were made of what ends with a tensor be made again."""
+    _kept.pop(tensor, None)
+
+
 def packed_bytes(held: Sequence[Tensor]) -> int:
     """What is kept of a weight now, beside what is held."""
     found: _Kept | None = _kept.get(held[-1])

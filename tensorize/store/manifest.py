@@ -38,7 +38,8 @@ MOST_TEXT = 1 << 29
 class Manifest:
     """What is read back: where the files are, what they hold, and of which model.
 
-    ``model`` is what ``huggingface.describe`` says of it.
+    ``model`` is what ``huggingface.describe`` says of it; ``guard`` what its checks know, where it
+    was guarded.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Manifest:
     contents: Contents
     model: Mapping[str, Any]
     report: Report
+    guard: Mapping[str, Any] | None = None
 
 
 def manifest_to_dict(
@@ -181,6 +183,7 @@ def read_manifest(directory: Path) -> Manifest:
             contents=_contents_from_dict(data, file.bytes),
             model=data["model"],
             report=Report.from_dict(data["report"]),
+            guard=data.get("guard"),
         )
 
 

@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,16 +35,22 @@ from tensorize.store.manifest import (
 )
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], coder: Coder | None = None) -> None:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    coder: Coder | None = None,
+    guard: Mapping[str, Any] | None = None,
+) -> None:
     """Write a factorized model into ``directory``, which is made where it does not exist.
 
     A model that is sharded over processes is saved by all of them, and the first one writes what
     it is on one machine.
     Several processes may do so at once: the directory then holds what one of them saved, whole.
-    ``coder`` says in which bytes tensors are stored; None: as they lie in memory. Every tensor is
-    stored once. Two tensors that overlap only in part are stored in full each, and
-    are apart after loading. Other files in the directory (a tokenizer) are left alone; a Hugging
-    Face model's ``config.json`` and ``generation_config.json`` are written beside.
+    ``coder`` says in which bytes tensors are stored; None: as they lie in memory. ``guard``: what
+    the checks of a guarded model know. Every tensor is stored once. Two tensors that overlap only
+    in part are stored in full each, and are apart after loading. Other files in the directory (a
+    tokenizer) are left alone; a Hugging Face model's ``config.json`` and
+    ``generation_config.json`` are written beside.
 
     Raises:
         CheckpointError: the model carries no report (it does not come from ``tensorize.compile``,
@@ -69,7 +76,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], coder: Coder | Non
     def write() -> None:
         with _drafted(directory) as draft:
             _write_tensors(stored if made is None else made.as_bytes(), draft)
-            _finish(model, contents, report, draft, draft, directory, made)
+            _finish(model, contents, report, draft, draft, directory, made, guard)
 
     if any(is_sharded(parameter) for parameter in model.parameters()):
         by_first_rank(write, CheckpointError)
@@ -129,11 +136,14 @@ def _finish(
     draft: Path,
     directory: Path,
     made: CodedTensors | None = None,
+    guard: Mapping[str, Any] | None = None,
 ) -> None:
     """Put the file of tensors in place, and the manifest last."""
     manifest = manifest_to_dict(contents, transformers_config.describe(model), report)
     if made is not None:
         manifest |= {"format_version": FORMAT_VERSION, "coding": made.about}
+    if guard is not None:
+        manifest["guard"] = guard
     sha256 = sha256_of(tensors)
     weights = directory / f"tensorize-{sha256[:16]}.safetensors"
     into_place(tensors, weights)

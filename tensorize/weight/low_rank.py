@@ -206,6 +206,10 @@ class SharedProduct:
         if not torch.compiler.is_compiling():
             self._now.open, self._now.last = False, None
 
+    def forget(self) -> None:
+        """Keep nothing: the next call computes it."""
+        self._now.last = None
+
     def may_serve(self, x: Tensor, weight: Tensor) -> bool:
         """Whether a product of these two can be kept."""
         if not self._now.open or type(x) is not Tensor:

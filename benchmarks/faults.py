@@ -1,0 +1,269 @@
+"""What a guarded model notices: flipped bits, no false alarms, and what the checks cost.
+
+    python -m benchmarks.faults flips --model llama --flips 20000
+    python -m benchmarks.faults alarms --model llama
+    python -m benchmarks.faults generate
+    python -m benchmarks.faults cost --threads 1
+
+``flips``: one bit of a weight, an input, a result or an unfinished sum flips in one product of the
+compressed model, on rows of unseen text. It is harmful where an output moves by more than 1e-3 of
+the outputs' root mean square; so many harmful ones are tried. ``alarms``: unseen text without any
+flip. ``generate``: the compressed Llama writes text while bits flip all the time. ``cost``: a layer
+and the compressed Llama, guarded over not guarded; interleaved rounds, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+import statistics
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tensorize
+from benchmarks.record import keep, kept
+from benchmarks.subjects import MODELS, outputs
+from benchmarks.timing import interleaved
+from examples import gpt, llama
+from tensorize.checking.guarding import guard_of
+from tensorize.checking.injection import PLACES
+from tensorize.checking.site import ModuleSite
+from tensorize.ir.spec import TTSpec
+from tensorize.weight.install import install
+
+BUDGET, ROWS, HARM = 0.5, 32, 1e-3
+"""Share of the bytes that is kept; rows of one product; of the outputs' root mean square."""
+
+SHAPES = ((768, 768, 64), (768, 768, 256), (3072, 768, 256))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compressed(name: str, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Any]:
+    """A trained model, compressed and guarded, and its subject."""
+    subject = MODELS[name](seed)
+    data = list(subject.calibration.batches)
+    small = tensorize.compile(subject.model, BUDGET, calibration=data, refine=None).to(dtype)
+    return tensorize.guard(small, calibration=data), subject
+
+
+def met(model: nn.Module, batch: Any) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Every module that is one covered product, and rows that it meets."""
+    guard, found, hooks = guard_of(model), {}, []
+    assert guard is not None
+    for name, site in guard.sites.items():
+        module = site.module
+        if not isinstance(site, ModuleSite):
+            module = model.get_submodule(name.rpartition(".")[0])
+
+        def note(module: nn.Module, args: Any, name: str = name) -> None:
+            x = args[0].detach()
+            rows = x.reshape(-1) if not x.is_floating_point() else x.reshape(-1, x.shape[-1])
+            found[name] = module, rows[torch.randperm(len(rows))[:ROWS]].clone()
+
+        hooks.append(module.register_forward_pre_hook(note))
+    for _ in outputs(model, [batch]):
+        pass
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """Of so many harmful flips, how many were noticed, and what came out after."""
+    torch.manual_seed(seed)
+    model, subject = compressed(name, dtype, seed)
+    guard, draw = guard_of(model), random.Random(seed)
+    assert guard is not None
+    plain = copy.deepcopy(model)  # the same products without checks
+    bare = guard_of(plain)
+    assert bare is not None
+    bare.detach()
+    inputs = met(model, subject.unseen.batches[0])
+    wanted = {site: module(x) for site, (module, x) in inputs.items()}
+    scales = {site: float(y.double().square().mean().sqrt()) for site, y in wanted.items()}
+    names = list(inputs)
+    total, found, exact, harmless = Counter(), Counter(), 0, 0
+    missed, worst, trial = [], 0.0, 0
+    while sum(total.values()) < count:
+        trial += 1
+        site, where = draw.choice(names), draw.choice(PLACES)
+        module, x = inputs[site]
+        path = site.rpartition(".")[0]
+        how: dict[str, Any] = {"rate": 0.5, "where": where, "most": 1, "seed": trial}
+        other = plain.get_submodule(path)
+        with tensorize.inject(other, **how) as made:
+            bad = other(x)
+        if not made:
+            continue
+        moved = float((bad.double() - wanted[site].double()).abs().max()) / scales[site]
+        if where == "weights":
+            for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
+                mine.data.copy_(theirs)
+        before = len(guard.log.faults)
+        with tensorize.inject(module, **how):
+            good = module(x)
+        noticed = len(guard.log.faults) > before
+        if where == "weights":
+            guard.mend(guard.sites[site])
+        if moved <= HARM:
+            harmless += noticed
+            continue
+        total[where] += 1
+        found[where] += noticed
+        if noticed:
+            exact += torch.equal(good, wanted[site])
+            off = (good.double() - wanted[site].double()).abs().max()
+            worst = max(worst, float(off) / scales[site])
+        else:
+            missed.append({"site": site, "where": where, "bit": made[0].bit, "moved": moved})
+    harmful = sum(total.values())
+    return {
+        "harmful": harmful,
+        "found": sum(found.values()),
+        "share": sum(found.values()) / harmful,
+        "by_place": {place: [found[place], total[place]] for place in PLACES},
+        "repaired_bit_for_bit": exact,
+        "worst_after_repair": worst,
+        "harmless_but_noticed": harmless,
+        "trials": trial,
+        "sites": len(names),
+        "missed": sorted(missed, key=lambda one: -one["moved"])[:20],
+    }
+
+
+def alarms(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """Faults that are told on unseen text, where there are none."""
+    if name == "llama":  # of which there is more text than its subject has
+        model = tensorize.guard(small_llama(seed).to(dtype), calibration=windows(seed))
+        batches: Any = gpt.windows("held_out", count, 256, seed).split(8)
+    else:
+        model, subject = compressed(name, dtype, seed)
+        batches = subject.unseen.batches
+    before = tensorize.guard_report(model).rows
+    tokens = 0
+    for batch in batches:
+        for out in outputs(model, [batch]):
+            tokens += math.prod(out.shape[:-1])
+    report = tensorize.guard_report(model)
+    return {
+        "rows_of_text": tokens,
+        "rows_of_products": report.rows - before,
+        "false_alarms": len(report.faults),
+    }
+
+
+def generate(per_second: float, tokens: int, rounds: int, seed: int) -> dict[str, Any]:
+    """The same text with and without flips, and the times of both, in turn.
+
+    Seconds are the processor's: on a busy machine those of the clock would be many more flips.
+    """
+    model = tensorize.guard(small_llama(seed), calibration=windows(seed))
+    prompt = gpt.windows("held_out", 4, 64, seed)
+    mask = torch.ones_like(prompt)
+
+    def run(rate: float, number: int, **how: Any) -> tuple[Tensor, float, int]:
+        began = time.process_time()
+        with tensorize.inject(model, rate=rate, seed=number, **how) as made, torch.no_grad():
+            text = model.generate(
+                prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=True
+            )
+        return text, time.process_time() - began, len(made)
+
+    share = 0.05
+    products = run(share, 0, where="intermediates")[2] / share
+    same, ratios, many, seconds = True, [], 0, 0.0
+    before = len(tensorize.guard_report(model).faults)
+    for k in range(rounds):
+        quiet, alone, _ = run(0.0, k)
+        loud, took, count = run(per_second * alone / products, k)
+        same = same and torch.equal(quiet, loud)
+        ratios.append(took / alone)
+        many, seconds = many + count, seconds + took
+    report = tensorize.guard_report(model)
+    tensorize.scrub(model)
+    return {
+        "flips": many,
+        "flips_per_second": many / seconds,
+        "faults_noticed": len(report.faults) - before,
+        "tensors_mended": len(report.mends),
+        "same_tokens": same,
+        "times_over_guarded": statistics.median(ratios),
+    }
+
+
+def cost(seed: int) -> dict[str, Any]:
+    """Times of guarded models over those of the same ones without."""
+    found: dict[str, Any] = {}
+    for m, n, rank in SHAPES:
+        for rows in (1, 16, 256, 2048):
+            model = nn.Sequential(nn.Linear(n, m)).requires_grad_(False).eval()
+            spec = TTSpec.low_rank(m, n, rank)
+            cores = [nn.Parameter(torch.randn(shape) / 10, False) for shape in spec.core_shapes]
+            install(model, ["0.weight"], spec, cores)
+            x = torch.randn(rows, n)
+            found[f"{m}x{n} rank {rank}, {rows} rows"] = _over(model, x, [torch.randn(256, n)])
+    small = small_llama(seed)
+    for rows in (1, 16, 256):
+        ids = gpt.windows("held_out", 1, rows, seed)
+        found[f"llama, {rows} rows"] = _over(small, ids, windows(seed))
+    return found
+
+
+def windows(seed: int) -> list[Tensor]:
+    """Text to calibrate with: 4096 rows."""
+    return list(gpt.windows("validation", 16, 256, seed).split(8))
+
+
+def small_llama(seed: int) -> nn.Module:
+    """The trained Llama, compressed."""
+    model = llama.load_pretrained()
+    return tensorize.compile(model, BUDGET, calibration=windows(seed), refine=None)
+
+
+def _over(model: nn.Module, x: Tensor, data: list[Tensor]) -> float:
+    guarded = tensorize.guard(copy.deepcopy(model), calibration=data)
+    with torch.no_grad():
+        times = interleaved({"plain": partial(model, x), "guarded": partial(guarded, x)})
+    return times["guarded"].over(times["plain"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("flips", "alarms", "generate", "cost"))
+    parser.add_argument("--model", default="llama", choices=sorted(MODELS))
+    parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
+    parser.add_argument("--flips", type=int, default=20_000)
+    parser.add_argument("--windows", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    dtype, seed = DTYPES[given.dtype], given.seed
+    if given.what == "flips":
+        cell, made = f"{given.model} {given.dtype}", flips(given.model, given.flips, dtype, seed)
+    elif given.what == "alarms":
+        cell, made = f"{given.model} {given.dtype}", alarms(given.model, given.windows, dtype, seed)
+    elif given.what == "generate":
+        cell, made = "llama", generate(50.0, given.tokens, given.rounds, seed)
+    else:
+        cell, made = f"{given.threads} threads", cost(seed)
+    results = kept("faults")
+    results.setdefault(given.what, {})[cell] = made
+    keep("faults", results)
+    print(given.what, cell, {k: v for k, v in made.items() if k != "missed"})
+    for one in made.get("missed", ())[:10]:
+        print("  missed", one)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Faults in products and in weights: noticed while a model runs, mended, named."""

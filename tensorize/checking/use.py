@@ -1,0 +1,190 @@
+"""One use of a weight: its limits, what is made of the weight as it is, the verdict."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from tensorize.checking.identity import LOOKUP, Vectors, Weight, rows_of, times
+from tensorize.checking.limits import Limit, Seen
+from tensorize.checking.memory import state_of
+
+Found = tuple[Tensor, float]
+"""Rows that are wrong, and how far off the worst is, in units of its limit."""
+
+
+def name_of(x: Tensor, y: Tensor) -> str:
+    """The dtypes that a limit is of."""
+    names = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, y))
+    return " to ".join(dict.fromkeys(names))
+
+
+@dataclass(slots=True)
+class Product:
+    """One call: x meets the weight that is ``held`` in some tensors.
+
+    ``make`` looks at them as a matrix and a bias; ``again`` computes the product once more.
+    ``wrote`` hears that somebody wrote to what it is held in.
+    """
+
+    held: Sequence[Tensor]
+    make: Callable[[], tuple[Weight, Tensor | None]]
+    x: Tensor
+    again: Callable[[], Tensor]
+    wrote: Callable[[Sequence[Tensor]], None]
+
+
+@dataclass
+class Use:
+    """How a weight is multiplied at one place.
+
+    ``limits`` by dtypes of input and output; ``back_limits``: those of the gradient of the input.
+    """
+
+    contract: str
+    limits: dict[str, Limit] = field(default_factory=dict)
+    back_limits: dict[str, Limit] = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)
+    back_seen: dict[str, Seen] = field(default_factory=dict)
+    rows: int = 0
+    missed: dict[str, int] = field(default_factory=dict)
+    exact: Vectors | None = None
+    rounded: dict[torch.dtype, Vectors] = field(default_factory=dict)
+    _by_dtype: dict[tuple[torch.dtype, torch.dtype], Limit] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> Use:
+        copied = memo[id(self)] = Use(self.contract, dict(self.limits), dict(self.back_limits))
+        if self.exact is not None:  # for graphs; else it is made of the copied weight
+            copied.exact = replace(copy.deepcopy(self.exact, memo), state=())
+        return copied
+
+    def limit(self, x: Tensor, y: Tensor) -> Limit | None:
+        """The limit of these dtypes; None where calibration saw none."""
+        key = x.dtype, y.dtype
+        found = self._by_dtype.get(key)
+        if found is None:
+            found = self.limits.get(name_of(x, y))
+            if found is not None:
+                self._by_dtype[key] = found
+        return found
+
+    def vectors(self, product: Product, dtype: torch.dtype, *, gradients: bool) -> Vectors:
+        """Those of the weight as it is: made anew where what it is held in was written to."""
+        exact = self.exact
+        state = tuple([state_of(tensor) for tensor in product.held])
+        if exact is None or exact.state != state or (gradients and exact.unfinished):
+            if exact is None or exact.state != state:
+                product.wrote(product.held)
+            weight, bias = product.make()
+            back = gradients and self.contract != LOOKUP
+            chosen = None if exact is None else exact.signs
+            exact = self.exact = Vectors.of(
+                weight, bias, self.contract, state, gradients=back, outward=chosen
+            )
+            self.rounded.clear()
+        if dtype is torch.float64:
+            return exact
+        found = self.rounded.get(dtype)
+        if found is None:
+            found = self.rounded[dtype] = exact.to(dtype)
+        return found
+
+    def renew(self, weight: Weight) -> bool:
+        """Make the vectors anew, but for what the bias adds; whether they were others."""
+        old = self.exact
+        assert old is not None
+        back = old.back is not None
+        made = Vectors.of(weight, None, self.contract, old.state, gradients=back, outward=old.signs)
+        made = replace(made, offset=old.offset)
+        rounded = {dtype: made.to(dtype) for dtype in self.rounded}
+        before = [old, *self.rounded.values()]
+        changed = any(a.differs(b) for a, b in zip([made, *rounded.values()], before, strict=True))
+        if changed:
+            self.exact, self.rounded = made, rounded
+        return changed
+
+    def fast(self, vectors: Vectors, limit: Limit, x: Tensor, y: Tensor) -> bool:
+        """Whether no row can be wrong, by one number of all rows."""
+        off = vectors.off(x, y)
+        return float(torch.linalg.vector_norm(off, torch.inf)) <= limit.floor
+
+    def wrong(self, limit: Limit, x: Tensor, y: Tensor) -> Found | None:
+        """The rows of y that are wrong, each by its own limit, with sums in float64.
+
+        Of rows whose input is not finite nothing is known.
+        """
+        assert self.exact is not None
+        x = x.double() if x.is_floating_point() else x
+        return _beyond(self.exact.off(x, y.double()), self.exact.scale(x), limit)
+
+    def wrong_back(self, limit: Limit, gy: Tensor, gx: Tensor) -> Found | None:
+        """The same of the gradient of the input."""
+        off, scale = self.back_off(gy, gx)
+        return _beyond(off, scale, limit)
+
+    def back_off(self, gy: Tensor, gx: Tensor) -> tuple[Tensor, Tensor]:
+        """How far off rows of the gradient of the input are, and their scales."""
+        exact = self.exact
+        assert exact is not None
+        assert exact.back is not None
+        assert exact.in_signs is not None
+        gy, gx = gy.double(), gx.double()
+        off = gx @ exact.in_signs - gy @ exact.back
+        return off, torch.linalg.vector_norm(gy, dim=-1)
+
+    def product(self, weight: Weight, x: Tensor) -> Tensor:
+        """x Wᵀ, x W, or rows of W, in float64."""
+        if self.contract == LOOKUP:
+            return rows_of(weight, x.reshape(-1)).double()
+        return times(weight, x.reshape(-1, x.shape[-1]).double(), self.contract)
+
+    def settle(self) -> None:
+        """Make limits of what was seen."""
+        for seen, limits in ((self.seen, self.limits), (self.back_seen, self.back_limits)):
+            for name, part in seen.items():
+                made = part.limit(self._rounding(name))
+                if made is not None:
+                    limits[name] = made
+            seen.clear()
+
+    def _rounding(self, dtypes: str) -> float:
+        """What one rounding of all outputs does to a row of scale 1, about."""
+        assert self.exact is not None
+        eps = torch.finfo(getattr(torch, dtypes.split(" to ")[-1])).eps
+        if self.exact.sizes is not None:
+            return eps
+        return eps * float(self.exact.sums.norm()) / math.sqrt(len(self.exact.sums))
+
+
+def _beyond(off: Tensor, scale: Tensor, limit: Limit) -> Found | None:
+    allowed = (limit.relative * scale).clamp(min=limit.floor)
+    wrong = ~(off.abs() <= allowed) & torch.isfinite(scale)
+    if not wrong.any():
+        return None
+    rows = wrong.nonzero().flatten()
+    worst = (off.abs() / allowed)[rows].nan_to_num(nan=torch.inf).max()
+    return rows, float(worst)
+
+
+def in_rows(x: Tensor, y: Tensor, contract: str) -> tuple[Tensor, Tensor]:
+    """Input and output as rows (B, N) and (B, M), in what checks are computed in."""
+    outputs = _rows(y)
+    if contract == LOOKUP:
+        return x.detach().reshape(-1), outputs
+    inputs = _rows(x)
+    if inputs.dtype is not outputs.dtype:
+        inputs, outputs = inputs.double(), outputs.double()
+    return inputs, outputs
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
