@@ -14,6 +14,7 @@ from tensorize.base.errors import BudgetError, CaptureError
 from tensorize.base.tensors import give_back, in_rows
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
+from tensorize.capture.matmul import Frame
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
@@ -161,7 +162,8 @@ def approximations(
         elif choice.spec is not None:
             dense, spec = parameters[choice.name], choice.spec.plain
             weight = format_of(spec).reconstruct(spec, cores[choice.name]).to(dense.dtype)
-            weights[choice.name] = weight.detach().reshape(dense.shape)
+            frame = Frame.of(tuple(dense.shape), spec.shape)
+            weights[choice.name] = frame.shaped(weight.detach())
     return weights
 
 

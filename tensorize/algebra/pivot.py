@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import doubled
+
 BOUND = 1.05
 """The largest entry that V' may have: near 1, the least there is, a few more exchanges cost next to
 nothing, and what rounding costs falls by a quarter against 2."""
@@ -53,7 +55,7 @@ def pivoted(left: Tensor, right: Tensor, bound: float = BOUND) -> Pivoted:
     if rank > n:
         raise ValueError(f"V has {rank} rows and only {n} columns")
     # An orthogonal basis of the rows: nothing is lost to the scales of the components.
-    span, upper = torch.linalg.qr(right.double().mT)
+    span, upper = torch.linalg.qr(doubled(right).mT)
     pivots = torch.linalg.lu_factor(span).pivots
     order = _permutation(pivots, n)
     kept, others = _exchanged(span, order[:rank], order[rank:], bound)
@@ -61,7 +63,7 @@ def pivoted(left: Tensor, right: Tensor, bound: float = BOUND) -> Pivoted:
     basis = span[kept]
     rest = torch.linalg.solve(basis, span[others], left=False).mT
     change = upper.mT @ basis.mT
-    return Pivoted(left.double() @ change, rest, torch.cat([kept, others]).to(torch.int32))
+    return Pivoted(doubled(left) @ change, rest, torch.cat([kept, others]).to(torch.int32))
 
 
 def rounded(found: Pivoted, dtype: torch.dtype) -> Pivoted:
@@ -73,7 +75,7 @@ def rounded(found: Pivoted, dtype: torch.dtype) -> Pivoted:
     if torch.finfo(dtype).eps < _NEGLIGIBLE:
         return Pivoted(found.left.to(dtype), rest, found.order)
     return Pivoted(
-        _best(found.left, _identity(rest.double()), found.rest, rest).to(dtype), rest, found.order
+        _best(found.left, _identity(doubled(rest)), found.rest, rest).to(dtype), rest, found.order
     )
 
 
@@ -82,16 +84,16 @@ def fitted(left: Tensor, right: Tensor, rest: Tensor, order: Tensor) -> Tensor:
 
     They are those of V: what several weights with one V have in common is made of it once.
     """
-    kept, others = right.double().index_select(1, order).split([len(rest), rest.shape[1]], dim=1)
+    kept, others = doubled(right).index_select(1, order).split([len(rest), rest.shape[1]], dim=1)
     return _best(left, kept, others, rest)
 
 
 def _best(left: Tensor, kept: Tensor, others: Tensor, rest: Tensor) -> Tensor:
     """The U' of least ‖U' [I | V'] - U [K | O]‖, for V' as it was rounded."""
     # Normal equations in U', which the identity keeps sane.
-    now = rest.double()
-    across, own = kept + others @ now.mT, _identity(now) + now @ now.mT
-    return torch.cholesky_solve((left.double() @ across).mT, torch.linalg.cholesky(own)).mT
+    now = doubled(rest)
+    across, own = kept + others @ now.mH, _identity(now) + now @ now.mH
+    return torch.cholesky_solve((doubled(left) @ across).mH, torch.linalg.cholesky(own)).mH
 
 
 def _identity(rest: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class RankPlan:
     ``predicted_error`` is the relative error of the weight in the metric of the analysis,
     ``predicted_loss`` its share of the predicted rise of the loss (0.0 without a ``loss`` metric).
     ``shared`` names the first of the weights that have their first factor (that of the input) in
-    common; that one is counted with it, the others are not.
+    common; that one is counted with it, the others are not. ``reals``: how many real numbers an
+    entry is, two where it is complex.
     """
 
     name: str
@@ -39,6 +40,7 @@ class RankPlan:
     predicted_loss: float
     reason: str
     shared: str | None = None
+    reals: int = 1
 
     @property
     def format(self) -> str:
@@ -62,15 +64,15 @@ class RankPlan:
 
     @property
     def parameters_before(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.reals
 
     @property
     def parameters_after(self) -> int:
         if self.spec is None:
             return self.parameters_before
         if self.shared not in (None, self.name):
-            return math.prod(self.spec.core_shapes[0])
-        return self.spec.parameters
+            return math.prod(self.spec.core_shapes[0]) * self.reals
+        return self.spec.parameters * self.reals
 
 
 @dataclass(frozen=True)
