@@ -64,6 +64,8 @@ class FindSites:
                 last_resort=last_resort,
             )
             blocked = written.get(aliases[0]) or _blocked(site, parameter, function)
+            if any(_is_of_factors(model, name) for name in aliases):
+                blocked = "it is a factor already, of a weight that the model keeps in factors"
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
@@ -88,6 +90,17 @@ def _can_be_rebuilt(function: str) -> bool:
     if function.startswith(CUSTOM) or function == TRANSFORMED:
         return False  # they take tensors, and nothing that stands for one
     return not writes and function not in _OF_ITSELF
+
+
+def _is_of_factors(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is part of a weight that is a module of factors: of tensorly-torch's.
+
+    Those of class ``DenseTensor`` have the weight itself.
+    """
+    parts = name.split(".")[:-1]
+    owners = (model.get_submodule(".".join(parts[: k + 1])) for k in range(len(parts)))
+    kinds = ({kind.__name__ for kind in type(owner).__mro__} for owner in owners)
+    return any("FactorizedTensor" in names and "DenseTensor" not in names for names in kinds)
 
 
 def _squarest(shape: Sequence[int]) -> int:
