@@ -81,12 +81,18 @@ def predicted_metric(
         return float(np.interp(math.log(rise), places, slopes)) * math.sqrt(rise)
 
     moved = change(loss)
-    low, high = (change(max(rise, 1e-300)) for rise in interval)
-    by_loss = abs(high - low) / (2 * _NORMAL_90)
+    least, most = (change(max(rise, 1e-300)) for rise in interval)
+    by_loss = abs(most - least) / (2 * _NORMAL_90)
     of_sample = float(np.interp(math.log(loss), places, errors)) * student / _NORMAL_90
     sigma = math.sqrt(by_loss**2 + (_SPREAD * moved) ** 2 + of_sample**2)
     value, width = dense[0] + moved, _NORMAL_90 * sigma
-    return PredictedMetric(name, dense[0], value, (value - width, value + width))
+    low, high = value - width, value + width
+    # What every trial moved one way is not expected to move the other.
+    if (slopes >= 0).all():
+        low = max(low, dense[0] - student * dense[1])
+    if (slopes <= 0).all():
+        high = min(high, dense[0] + student * dense[1])
+    return PredictedMetric(name, dense[0], value, (low, high))
 
 
 def check_metrics(given: Any) -> Mapping[str, MetricFunction]:
