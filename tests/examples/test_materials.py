@@ -23,7 +23,7 @@ def test_a_row_says_whether_errors_are_where_they_were_predicted() -> None:
     assert good.inside
     assert not bad.inside
     text = materials.shown([good, bad])
-    assert "3 (2 to 4)" in text
+    assert "3.00 (2.00 to 4.00)" in text
     assert "meV/Å" in text
 
 
