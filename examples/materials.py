@@ -140,6 +140,7 @@ def force_error(found: dict, graphs: Any, dense: dict) -> Tensor:
 
 METRICS = {ENERGY: energy_error, FORCES: force_error}
 OWN_ERRORS = {ENERGY: 30.0, FORCES: 77.0}
+RATE = 0.004  # of healing: the largest step, relative to a parameter's size
 HELD_OUT = 3  # batches to judge by while healing
 
 
@@ -170,8 +171,8 @@ def heal(small: nn.Module, dense: Potential, graphs: Sequence[Any], steps: int) 
         return 1000 * (energies + forces)
 
     unseen, learnt = data[:HELD_OUT], data[HELD_OUT:]
-    how = {"loss_fn": distance, "to_inputs": _graphs_alone, "train": "all", "steps": steps}
-    tensorize.heal(small, dense, learnt, held_out=unseen, **how)
+    how = {"loss_fn": distance, "to_inputs": _graphs_alone, "train": "all"}
+    print(tensorize.heal(small, dense, learnt, held_out=unseen, steps=steps, rate=RATE, **how))
 
 
 def _graphs_alone(batch: dict) -> dict:

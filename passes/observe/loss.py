@@ -123,11 +123,13 @@ class PreservedLoss:
                         _require_several(output)
                         looks.setdefault(output.name, Looks({LOGITS}))
                         continue
-                    seen = looks.setdefault(output.name, Looks())
-                    seen.add(output.rows)
-                    _require_finite(replace(output, logits=seen.reading == LOGITS), batch)
                     if output.logits and loss_fn != SQUARED:
+                        _require_finite(output, batch)
                         return cls(None, {}, NATS)
+                    seen = looks.setdefault(output.name, Looks())
+                    for (rows,) in in_rows(output.rows):
+                        seen.add(rows)
+                    _require_finite(replace(output, logits=seen.reading == LOGITS), batch)
                     for (rows,) in in_rows(output.rows):
                         sums.setdefault(output.name, _Sums()).add(rows.double())
         variances = {name: found.variance for name, found in sums.items()}

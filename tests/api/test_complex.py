@@ -265,3 +265,12 @@ def test_a_product_with_the_conjugate_rebuilds_the_weight() -> None:
 
 def _random(*shapes: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.complex128) for shape in shapes]
+
+
+def test_it_is_exported_and_compiled(operator: Operator) -> None:
+    small = tensorize.compile(operator, 0.25, calibration=fields(4))
+    x = fields()[0]
+    exported = torch.export.export(small, (x,)).module()
+    torch.testing.assert_close(exported(x), small(x))
+    lowered = torch.compile(small, backend="tensorize", options={"inner": "eager"})
+    torch.testing.assert_close(lowered(x), small(x))

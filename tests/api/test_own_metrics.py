@@ -120,6 +120,9 @@ def test_distributions_are_compared_as_such(form: str) -> None:
         one, other = wanted.plan(budget), found.plan(budget)
         assert [site.ranks for site in one.sites] == [site.ranks for site in other.sites]
         assert other.predicted.loss == pytest.approx(one.predicted.loss, rel=1e-2)
+    small = tensorize.apply(classes(form), found.plan(0.5))
+    measured = tensorize.evaluate(small, classes(form), rows(2), time=False)
+    assert measured.kind == "classes"
     squared = analysed(form, loss_fn="squared")
     assert squared.unit != "nats"
     assert not any("holds" in note for note in squared.notes)
