@@ -140,7 +140,7 @@ def force_error(found: dict, graphs: Any, dense: dict) -> Tensor:
 
 METRICS = {ENERGY: energy_error, FORCES: force_error}
 OWN_ERRORS = {ENERGY: 30.0, FORCES: 77.0}
-RATE = 0.004  # of healing: the largest step, relative to a parameter's size
+RATE = 0.0002  # of healing: the largest step, relative to a parameter's size
 HELD_OUT = 3  # batches to judge by while healing
 
 
