@@ -26,7 +26,8 @@ from tensorize.passes.observe.distributions import WORDS, Looks, Reading, as_rea
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
 LossFunction = Callable[[Any, Any], Tensor]
-LOGITS, SQUARED = "logits", "squared"
+LOGITS: Literal["logits"] = "logits"
+SQUARED: Literal["squared"] = "squared"
 LossOption = LossFunction | Literal["logits", "squared"] | None
 """What ``loss_fn=`` may be."""
 
@@ -39,7 +40,8 @@ def function_of(option: LossOption) -> LossFunction | None:
 def check_loss(option: Any) -> LossOption:
     """What ``loss_fn=`` is; raises AnalysisError for what is neither a function nor a name."""
     if callable(option) or option in (LOGITS, SQUARED):
-        return option
+        chosen: Any = option
+        return chosen
     raise AnalysisError(
         f"loss_fn={option!r} is no function",
         way_out='a function (outputs, batch) -> scalar, "logits" or "squared"',
@@ -135,8 +137,10 @@ class PreservedLoss:
         variances = {name: found.variance for name, found in sums.items()}
         if loss_fn == SQUARED:
             return cls(None, variances, OF_VARIANCE, dict.fromkeys(sums, SQUARED))
-        found = {name: seen.reading for name, seen in looks.items()}
-        known = {name: reading for name, reading in found.items() if reading is not None}
+        found: dict[str, Reading | None] = {name: seen.reading for name, seen in looks.items()}
+        known: dict[str, Reading] = {
+            name: reading for name, reading in found.items() if reading is not None
+        }
         if known and len(known) == len(found):
             said = None if loss_fn == LOGITS else _recognised(known)
             return cls(None, {}, NATS, known, said)
