@@ -4,6 +4,7 @@
 #   make test       the tests, without the slow ones
 #   make test-all   all tests
 #   make serve-test serve compressed models in vLLM; serve-test-all: every way of running it, too
+#   make materials  compress a real interatomic potential; installs chgnet, pymatgen and ase
 #   make zoo        compile every architecture in transformers that can be built small
 #   make check      lint, formatting, types
 #   make docs       build the documentation, into build/site
@@ -34,13 +35,17 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all serve-test serve-test-all zoo check docs clean
+.PHONY: help demo materials test test-all serve-test serve-test-all zoo check docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo_minilm $(ARGS)
+
+materials: $(STAMP)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[materials]'
+	@$(BIN)/python -m examples.materials $(ARGS)
 
 test: $(STAMP)
 	@$(call pytest,-m "not slow")

@@ -217,11 +217,12 @@ class Allocate:
             reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
             chosen[name] = replace(chosen[name], reason=reason)
         sites = tuple(chosen[site.name] for site in analysed.sites)
-        loss, interval = None, None
+        loss, interval, metrics = None, None, ()
         error = max((site.predicted_error for site in sites), default=0.0)
         if analysed.predictor is not None:
             loss, interval = analysed.predictor.predict(found.lost, self.refine)
             error = analysed.predictor.output_error(loss)
+            metrics = analysed.predictor.predict_metrics(loss, interval)
         predicted = Prediction(
             parameters=int(used[0]),
             bytes=int(used[1]),
@@ -231,6 +232,7 @@ class Allocate:
             loss_interval=interval,
             latency=tuple(float(t) for t in used[len(COSTS) :]),
             communication=int(used[3]),
+            metrics=metrics,
         )
         return Plan(
             sites=sites,

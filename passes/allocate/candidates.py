@@ -97,6 +97,7 @@ class Points:
             predicted_error=float(self.errors[k]),
             predicted_loss=float(self.distortion[k]),
             reason=reason,
+            reals=self.site.reals,
         )
         return (plan,)
 
@@ -136,7 +137,7 @@ def _costs(
     site: Site, spec: Spec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     return [
-        spec.parameters,
+        spec.parameters * site.reals,
         spec.bytes(itemsize, len(site.names)),
         spec_flops(site, spec, batch_sizes, machine),
         spec_sent(site, spec),
@@ -148,7 +149,7 @@ def _dense_costs(
     site: Site, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
     times = dense_times(site, batch_sizes, machine)
-    sizes = [site.parameters, site.parameters * itemsize, dense_flops(site)]
+    sizes = [site.parameters * site.reals, site.parameters * itemsize, dense_flops(site)]
     return [*sizes, dense_sent(site), *times]
 
 

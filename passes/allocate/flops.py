@@ -19,9 +19,12 @@ def element_size(site: Site) -> int:
 
 
 def dense_flops(site: Site) -> int:
-    """FLOPs of one input row of every use of the dense weight; a lookup costs none."""
+    """FLOPs of one input row of every use of the dense weight; a lookup costs none.
+
+    A product of two complex numbers is four of real ones.
+    """
     m, n = site.matrix if len(site.shape) >= 2 else (1, site.parameters)
-    return sum(2 * m * n for use in site.uses if use.contract != "lookup")
+    return sum(2 * m * n * site.reals**2 for use in site.uses if use.contract != "lookup")
 
 
 def spec_flops(
@@ -39,4 +42,4 @@ def spec_flops(
         else:
             run = spec.plain if use.convolves else spec
             total = total + format_of(run).flops(run, use.contract)
-    return total
+    return total * site.reals**2

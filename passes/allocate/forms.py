@@ -108,7 +108,9 @@ class Forms:
         size = every.bytes(self.itemsize, sum(len(site.names) for site in self.sites))
         flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
         sent = spec_sent(stack, every) + 0 * ranks
-        sizes = np.stack([every.parameters * count, size * count, flops, sent], axis=1)
+        sizes = np.stack(
+            [every.parameters * count * stack.reals, size * count, flops, sent], axis=1
+        )
         return np.hstack([sizes, self._times(ranks, pivoted, precision, inputs)])
 
     def _times(

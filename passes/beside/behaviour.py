@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError, TensorizeError
-from tensorize.base.tensors import is_wrapped
+from tensorize.base.tensors import is_index, is_wrapped
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.ir.sites import Batch
@@ -122,7 +122,7 @@ def difference(one: Calls, other: Calls) -> float:
 
 def unit_of(model: nn.Module) -> float:
     """The rounding of the coarsest dtype that a model computes in."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in model.parameters() if not is_index(p)}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 

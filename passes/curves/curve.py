@@ -177,5 +177,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 def as_matrix(site: Site, weight: Tensor) -> Tensor:
     """The weight as (M, N), or (experts, M, N): a convolution's kernel is part of its columns."""
+    if site.modes:
+        return weight.flatten(-site.modes).movedim(-1, 0)
     lead = (site.experts,) if site.experts else ()
     return weight.reshape(*lead, *site.matrix)

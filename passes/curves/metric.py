@@ -9,11 +9,15 @@ from torch import Tensor
 
 from tensorize.algebra.metric import Metric
 from tensorize.base.errors import AnalysisError, ModelError
+from tensorize.base.tensors import doubled, singled, squared
 from tensorize.ir.sites import Site
 from tensorize.passes.observe.moments import Moments, Term
 
 # Share of the mean eigenvalue that is added to a second moment, however many rows it is of.
 DAMPING = 0.01
+_TINY = 1e-12
+"""The least mean of a matrix's moment, relative to the mean of those of a whole stack."""
+
 # Of a diagonal: the least share of it that is spread evenly.
 _DIAGONAL_DAMPING = 0.05 / 1.05
 
@@ -24,6 +28,8 @@ def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metr
     if not terms:
         return (Metric(1.0, None, None),)
     scale = 0.5 if metric == "loss" else 1.0
+    if metric == "loss" and site.reals > 1:
+        scale /= 2  # E[Re(gᴴ ΔW x)²] is half of E|gᴴ ΔW x|², as no phase is like another
     return tuple(
         Metric(scale, *(_root(moment, k, site, term) for k, moment in enumerate(term.sides)))
         for term in terms
@@ -38,15 +44,15 @@ def shrinkage(moment: Tensor, samples: int) -> float:
     Eldar & Hero 2010). Near 0 for many rows, 1 where they say nothing of the directions.
     """
     width = len(moment)
-    trace = float(moment.diagonal().sum())
-    square = float(moment.square().sum())
+    trace = float(moment.diagonal().real.sum())
+    square = float(squared(moment).sum())
     spread = (samples + 1 - 2 / width) * (square - trace**2 / width)
     return min(1.0, ((1 - 2 / width) * square + trace**2) / spread) if spread > 0 else 1.0
 
 
 def shrinkage_of_noise(moment: Tensor, noise: float) -> float:
     """The same, of a mean of matrices: ``noise`` is its relative variance (Ledoit & Wolf 2004)."""
-    trace, square = float(moment.diagonal().sum()), float(moment.square().sum())
+    trace, square = float(moment.diagonal().real.sum()), float(squared(moment).sum())
     spread = 1 - trace**2 / (len(moment) * square)
     return min(1.0, noise / spread) if spread > 0 else 1.0
 
@@ -58,6 +64,11 @@ def shrink(moment: Tensor, share: float, mean: float) -> Tensor:
     return result
 
 
+def _reached(moment: Tensor, whole: float) -> bool:
+    """Whether a moment of one of several matrices is more than rounding of the others'."""
+    return float(moment.diagonal().real.mean()) > _TINY * whole
+
+
 def _root(moment: Tensor | None, side: int, site: Site, term: Term) -> Tensor | None:
     """L with L Lᵀ = the moment shrunk and damped, in float32; the square root of a diagonal.
 
@@ -65,8 +76,13 @@ def _root(moment: Tensor | None, side: int, site: Site, term: Term) -> Tensor | 
     """
     if moment is None:
         return None
-    moment = moment.double()
-    diagonal = moment if moment.dim() == 1 else moment.diagonal()
+    moment = doubled(moment)
+    if moment.dim() == 3:  # of a mode that nothing reaches, the least there is
+        whole = float(moment.diagonal(dim1=-2, dim2=-1).real.mean())
+        least = max(_TINY * whole, _TINY**2) * torch.eye(moment.shape[-1], dtype=moment.dtype)
+        roots = [_root(m if _reached(m, whole) else least, side, site, term) for m in moment]
+        return torch.stack([root for root in roots if root is not None])
+    diagonal = moment if moment.dim() == 1 else moment.diagonal().real
     mean = float(diagonal.mean())
     if mean <= 0:
         return torch.full_like(diagonal, 1e-12).float()
@@ -80,12 +96,12 @@ def _root(moment: Tensor | None, side: int, site: Site, term: Term) -> Tensor | 
             way_out="check the calibration data for huge or non-finite values",
         )
     if term.noise is None:
-        given = shrinkage(moment, term.samples[side])
+        given = shrinkage(moment, term.samples[side] // (site.experts if site.apart else 1))
     else:
         given = shrinkage_of_noise(moment, term.noise[side])
     factor, info = torch.linalg.cholesky_ex(shrink(moment, given, mean))
     if int(info) == 0:
-        return factor.float().contiguous()  # as it is once it was kept on disk
+        return singled(factor).contiguous()  # as it is once it was kept on disk
     raise AnalysisError(
         "the second moment of its inputs or gradients is not positive semi-definite",
         site=site.name,

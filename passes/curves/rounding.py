@@ -32,7 +32,7 @@ def roundings(
     weight: Tensor, metrics: Sequence[Metric], precisions: Sequence[str]
 ) -> tuple[Rounding, ...]:
     """Those of a matrix (M, N), or of a stack of them as a whole, at least in float32."""
-    if not precisions:
+    if not precisions or weight.is_complex() or any(metric.apart for metric in metrics):
         return ()
     metric = average(metrics)
     matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)

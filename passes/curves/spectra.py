@@ -20,7 +20,7 @@ from torch import Tensor
 from tensorize.algebra.factors import best_factors, singular_squares
 from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.svd import tail_sums
-from tensorize.base.tensors import at_work, give_back
+from tensorize.base.tensors import at_work, doubled, give_back, squared
 from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
 from tensorize.formats.low_rank import largest_that_pays
@@ -161,19 +161,19 @@ def _summed_tails(
     loss is quadratic: the sums of the trailing blocks of one Gram matrix of components.
     """
     stored = left.shape[-1]
-    rest = (weight - left @ right).double()
+    rest = doubled(weight - left @ right)
     total = torch.zeros(stored + 1, dtype=torch.float64, device=left.device)
     for metric in metrics:
-        u = root_times(metric.left, left.double())
-        v = times_root(right.double(), metric.right)
+        u = root_times(metric.left, doubled(left))
+        v = times_root(doubled(right), metric.right)
         whitened_rest = metric.whiten(rest)
         # Experts, where there are several, are summed over: they are cut at one rank.
-        blocks = ((u.mT @ u) * (v @ v.mT)).reshape(-1, stored, stored).sum(0)
-        cross = ((u.mT @ whitened_rest) * v).sum(-1).reshape(-1, stored).sum(0)
+        blocks = ((u.mH @ u) * (v @ v.mH).mT).real.reshape(-1, stored, stored).sum(0)
+        cross = ((u.mH @ whitened_rest) * v.conj()).sum(-1).real.reshape(-1, stored).sum(0)
         trailing = blocks.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
         cross_tail = torch.cat([cross.flip(0).cumsum(0).flip(0), cross.new_zeros(1)])
         own = torch.cat([trailing, trailing.new_zeros(1)])
-        total += metric.scale * (own + 2 * cross_tail + whitened_rest.square().sum())
+        total += metric.scale * (own + 2 * cross_tail + squared(whitened_rest).sum())
     # Beyond the stored ranks no factorization pays; min(M, N) is exact.
     padding = total.new_full((largest - stored,), float(total[-1]))
     tails = torch.cat([total, padding])

@@ -148,7 +148,7 @@ def _stacked(found: Sequence[tuple[Steps, Tensor]]) -> Coded:
 def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Weight]:
     """The weights of a model that have a metric, each once.
 
-    What was rounded to codes already is none of them, nor are trains and blocks.
+    What was rounded to codes already is none of them, nor are trains, blocks and complex numbers.
     """
     seen: set[int] = set()
     pairs: dict[int, list[tuple[FactoredWeight, Metric]]] = {}
@@ -167,7 +167,8 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
         lefts = tuple(weight.cores[0] for weight in weights)
         yield Pairs(lefts, weights[0].cores[1], order, metrics)
     for name, parameter in model.named_parameters():
-        if name in curves and id(parameter) not in seen:
+        real = not parameter.is_complex() and name in curves and not curves[name].site.modes
+        if real and id(parameter) not in seen:
             seen.add(id(parameter))
             matrix = at_work(as_matrix(curves[name].site, parameter.detach()))
             matrices = tuple(matrix) if matrix.dim() == 3 else (matrix,)
@@ -177,4 +178,4 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
 def _is_pair(factors: FactoredWeight) -> bool:
     spec = factors.spec
     plain = spec.precision is None and factors.nonlinearity is None and not spec.batch
-    return plain and format_of(spec).spectral
+    return plain and not factors.dtype.is_complex and format_of(spec).spectral

@@ -1,17 +1,18 @@
 """The loss to preserve: how far a model's outputs are from the dense model's own.
 
 By default it is measured on the outputs themselves, as a mean over output rows (tokens): the KL
-divergence in nats where the output has ``.logits`` of several classes, else the squared error
-relative to the outputs' variance. A caller's ``loss_fn`` replaces it. Rows that the attention mask
-hides, and rows whose label is -100, count in nothing.
+divergence in nats where the output has ``.logits`` of several classes, or where its rows are
+distributions (``distributions.py``), else the squared error relative to the outputs' variance. A
+caller's ``loss_fn`` replaces it, and ``"logits"`` or ``"squared"`` says which of the two it is.
+Rows that the attention mask hides, and rows whose label is -100, count in nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,30 @@ from tensorize.base.tensors import in_rows
 from tensorize.capture.forward import once, untouched
 from tensorize.ir.plan import NATS, OF_VARIANCE, THE_CALLERS
 from tensorize.ir.sites import Batch
+from tensorize.passes.observe.distributions import WORDS, Looks, Reading, as_read
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
 LossFunction = Callable[[Any, Any], Tensor]
+LOGITS: Literal["logits"] = "logits"
+SQUARED: Literal["squared"] = "squared"
+LossOption = LossFunction | Literal["logits", "squared"] | None
+"""What ``loss_fn=`` may be."""
+
+
+def function_of(option: LossOption) -> LossFunction | None:
+    """The caller's own function, where ``loss_fn=`` is one."""
+    return option if callable(option) else None
+
+
+def check_loss(option: Any) -> LossOption:
+    """What ``loss_fn=`` is; raises AnalysisError for what is neither a function nor a name."""
+    if callable(option) or option in (LOGITS, SQUARED):
+        chosen: Any = option
+        return chosen
+    raise AnalysisError(
+        f"loss_fn={option!r} is no function",
+        way_out='a function (outputs, batch) -> scalar, "logits" or "squared"',
+    )
 
 
 def split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
@@ -67,38 +89,67 @@ class _Sums:
 class PreservedLoss:
     """The distance to the dense model's outputs, or the caller's loss.
 
-    ``variances`` holds the variance of every output of the dense model, summed over its width.
+    ``variances`` holds the variance of every output of the dense model, summed over its width;
+    ``readings`` says how outputs are read that are not what their names say, and ``note`` tells it.
     """
 
     loss_fn: LossFunction | None
     variances: Mapping[str, float]
     unit: str
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    note: str | None = None
 
     @classmethod
     def fit(
         cls,
         model: nn.Module,
         batches: Sequence[Batch],
-        loss_fn: LossFunction | None,
+        loss_fn: LossOption,
         run: Callable[[nn.Module, Batch], Any] = call,
     ) -> PreservedLoss:
-        """Learn the outputs' variance from one pass over the calibration data.
+        """Learn the outputs' variance from one pass over the calibration data, and what they are.
 
         What ``run`` gives for a batch are the outputs; by default, the model's own.
+
+        Raises:
+            AnalysisError: an output has no rows that could be logits, which it is said to be.
         """
-        if loss_fn is not None:
+        if callable(loss_fn):
             return cls(loss_fn, {}, THE_CALLERS)
         sums: dict[str, _Sums] = {}
+        looks: dict[str, Looks] = {}
         with untouched(model):
             for batch in batches:
                 for output in outputs_of(run(model, batch), batch, model):
-                    _require_finite(output, batch)
-                    if output.logits:
+                    if loss_fn == LOGITS:
+                        _require_several(output)
+                        looks.setdefault(output.name, Looks({LOGITS}))
+                        continue
+                    if output.logits and loss_fn != SQUARED:
+                        _require_finite(output, batch)
                         return cls(None, {}, NATS)
+                    seen = looks.setdefault(output.name, Looks())
+                    for (rows,) in in_rows(output.rows):
+                        seen.add(rows)
+                    _require_finite(replace(output, logits=seen.reading == LOGITS), batch)
                     for (rows,) in in_rows(output.rows):
                         sums.setdefault(output.name, _Sums()).add(rows.double())
         variances = {name: found.variance for name, found in sums.items()}
-        return cls(None, variances, OF_VARIANCE)
+        if loss_fn == SQUARED:
+            return cls(None, variances, OF_VARIANCE, dict.fromkeys(sums, SQUARED))
+        found: dict[str, Reading | None] = {name: seen.reading for name, seen in looks.items()}
+        known: dict[str, Reading] = {
+            name: reading for name, reading in found.items() if reading is not None
+        }
+        if known and len(known) == len(found):
+            said = None if loss_fn == LOGITS else _recognised(known)
+            return cls(None, {}, NATS, known, said)
+        return cls(None, variances, OF_VARIANCE, note=_mixed(known) if known else None)
+
+    def outputs(self, result: Any, batch: Batch, model: nn.Module) -> list[Output]:
+        """The outputs to preserve, read as what they are."""
+        found = outputs_of(result, batch, model)
+        return [as_read(output, self.readings.get(output.name)) for output in found]
 
     def probe(
         self, result: Any, batch: Batch, model: nn.Module, generator: torch.Generator
@@ -112,7 +163,7 @@ class PreservedLoss:
             rows = row_total(result, batch, model)
             # The mean's gradient is 1/rows of each row's: scaled so that the rule above holds.
             return self._of_the_caller(result, batch) * rows, rows
-        outputs = outputs_of(result, batch, model)
+        outputs = self.outputs(result, batch, model)
         total = outputs[0].rows.new_zeros((), dtype=torch.float32)
         for output in outputs:
             _require_finite(output, batch)
@@ -132,7 +183,7 @@ class PreservedLoss:
     def require_finite(self, result: Any, batch: Batch, model: nn.Module) -> None:
         """Raises ModelError where the dense model's outputs are no numbers to preserve."""
         if self.loss_fn is None:
-            for output in outputs_of(result, batch, model):
+            for output in self.outputs(result, batch, model):
                 _require_finite(output, batch)
 
     def _of_the_caller(self, result: Any, batch: Batch) -> Tensor:
@@ -147,7 +198,7 @@ class PreservedLoss:
             rows = row_total(result, batch, model)
             rise = self._of_the_caller(result, batch) - self._of_the_caller(dense, batch)
             return rise * rows, rows
-        before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
+        before, after = (self.outputs(each, batch, model) for each in (dense, result))
         self._require_alike(before, after, batch)
         count = before[0].rows.shape[0]
         total = before[0].rows.new_zeros((), dtype=torch.float64)
@@ -186,7 +237,7 @@ class PreservedLoss:
         if self.loss_fn is not None:
             total, rows = self.rise(dense, result, batch, model)
             return torch.tensor([[total, rows]], dtype=torch.float64)
-        before, after = outputs_of(dense, batch, model), outputs_of(result, batch, model)
+        before, after = (self.outputs(each, batch, model) for each in (dense, result))
         self._require_alike(before, after, batch)
         count = before[0].rows.shape[0]
         found = torch.zeros(before[0].samples, 2, dtype=torch.float64)
@@ -231,6 +282,29 @@ def of_the_caller(loss_fn: LossFunction, result: Any, batch: Batch) -> Tensor:
             way_out="return a tensor of one entry that depends on the outputs, such as a mean",
         )
     return loss.reshape(())
+
+
+def _require_several(output: Output) -> None:
+    if output.rows.shape[-1] < 2:
+        raise AnalysisError(
+            f"{output.name} has one entry a row, which is no distribution",
+            way_out='loss_fn="squared", or a function (outputs, batch) -> scalar',
+        )
+
+
+def _recognised(readings: Mapping[str, Reading]) -> str:
+    """That outputs are distributions, and how to have them taken as numbers."""
+    words = "; ".join(f"{name} holds {WORDS[reading]}" for name, reading in readings.items())
+    return f'{words}: compared by KL divergence, in nats; loss_fn="squared" compares the numbers'
+
+
+def _mixed(readings: Mapping[str, Reading]) -> str:
+    """That some outputs are distributions, and are compared as numbers, as the others."""
+    words = "; ".join(f"{name} holds {WORDS[reading]}" for name, reading in readings.items())
+    return (
+        f"{words}, and other outputs do not: all are compared as numbers, by squared errors; pass "
+        "loss_fn=, a function (outputs, batch) -> scalar, where it should not be so"
+    )
 
 
 def _require_finite(output: Output, batch: Batch) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import doubled, squared
 from tensorize.ir.sites import LARGEST_FULL_MOMENT, Site
 
 # Gradients of samples, or products of their rows, are held so many elements at a time.
@@ -21,6 +22,9 @@ _SYMMETRIC = 512
 @dataclass
 class Term:
     """Moments of one kind of use of a weight W (M, N).
+
+    E[x xᴴ], Hermitian, where entries are complex. Of a stack whose matrices are judged ``apart``
+    there is one for each (E, N, N), of the rows that it meets.
 
     ``rows`` (M, M) or its diagonal (M,), ``columns`` likewise for N: which of them belongs to the
     inputs and which to the gradients depends on ``contract``. ``None`` stands for the identity.
@@ -87,14 +91,16 @@ def has_full_moments(site: Site) -> bool:
 def moment_bytes(site: Site, metric: str) -> int:
     """Memory of the second moments of one weight, of all its kinds of uses."""
 
+    entry = 8 * site.reals * (site.experts if site.apart else 1)
+
     def side(width: int) -> int:
-        return 8 * (width if width > LARGEST_FULL_MOMENT else width**2)
+        return entry * (width if width > LARGEST_FULL_MOMENT else width**2)
 
     rows, columns = site.matrix
     total = 0
     for contract in {use.contract for use in site.uses}:
         inputs, outputs = (columns, rows) if contract == "columns" else (rows, columns)
-        own = 8 * inputs if contract == "lookup" else side(inputs)
+        own = entry * inputs if contract == "lookup" else side(inputs)
         total += own + (side(outputs) if metric == "loss" else 0)
     return total
 
@@ -116,7 +122,7 @@ def noise_of(term: Term) -> tuple[float, float]:
     variances = []
     for name, side in (("rows", term.rows), ("columns", term.columns)):
         assert side is not None
-        square = float(side.square().sum()) / term.pooled
+        square = float(squared(side).sum()) / term.pooled
         spread = max(term.squares / square - 1, 0.0) / term.pooled if square > 0 else 0.0
         of_inputs = name == ("columns" if term.contract == "columns" else "rows")
         variances.append(spread * term.probes if of_inputs else spread)
@@ -126,7 +132,7 @@ def noise_of(term: Term) -> tuple[float, float]:
 def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
     """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x, in float64.
 
-    g is (samples, T, M), x (samples, T, N). No D is made where T is the smallest side:
+    g is (samples, T, M), x (samples, T, N), both real. No D is made where T is the smallest side:
     D Dᵀ = gᵀ (x xᵀ) g.
     """
     (_, time, rows), columns = g.shape, x.shape[-1]
@@ -155,7 +161,7 @@ def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def alike(values: Tensor, width: int, count: int) -> Tensor:
     """The diagonal for ``count`` rows of which only the mean square of an entry is known."""
-    size = float(values.detach().double().square().mean()) * count
+    size = float(squared(doubled(values.detach())).mean()) * count
     return torch.full((width,), size, dtype=torch.float64)
 
 
@@ -169,15 +175,22 @@ def among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
 
 
 def moment_of(rows: Tensor, width: int) -> Tensor:
-    """Σ x xᵀ over the rows: full (width, width), or its diagonal (width,)."""
+    """Σ x xᴴ over the rows: full (width, width), or its diagonal (width,).
+
+    Of rows of several matrices (E, R, width) one for each.
+    """
+    if rows.dim() == 3:
+        return (rows.mT @ rows.conj()).cpu()
     if width > LARGEST_FULL_MOMENT:
-        return widened(rows).square().sum(0, dtype=torch.float64).cpu()
+        return squared(widened(rows)).sum(0, dtype=torch.float64).cpu()
     return products(rows).cpu()
 
 
 def products(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Σ x yᵀ over the rows of x and y (x itself where there is none), in their precision."""
+    """Σ x yᴴ over the rows of x and y (x itself where there is none), in their precision."""
     x = widened(x)
+    if x.is_complex():
+        return x.t() @ (x if y is None else y).conj()
     return _square(x) if y is None else x.t() @ widened(y)
 
 
@@ -203,5 +216,5 @@ def widened(rows: Tensor) -> Tensor:
 def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """The sum in float64, in the place of ``total``; None is nothing yet."""
     if part is None or total is None:
-        return total if part is None else part.double()
+        return total if part is None else doubled(part)
     return total.add_(part)

@@ -51,6 +51,23 @@ def gradient_rows(site: Site, matmul: Matmul, gradient: Tensor) -> Tensor | None
     return patches(forward, site.shape[2:])
 
 
+def rows_by_matrix(
+    matmul: Matmul, gradient: Tensor | None, matrices: int, counted: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x and g (E, rows, width) of one call with a stack; zeros where a row does not count."""
+
+    def apart(rows: Tensor) -> Tensor:
+        rows = rows.expand(*rows.shape[:-3], matrices, *rows.shape[-2:])
+        return rows.movedim(-3, 0).flatten(1, -2)
+
+    x = apart(matmul.x.detach())
+    g = None if gradient is None else apart(gradient)
+    if counted is not None and g is not None and counted.numel() == g[..., 0].numel():
+        mask = apart(counted.to(g.device).reshape(*gradient.shape[:-1], 1))  # type: ignore[union-attr]
+        x, g = x * mask, g * mask
+    return x, g
+
+
 def rows_by_sample(
     site: Site,
     matmul: Matmul,
@@ -65,7 +82,7 @@ def rows_by_sample(
     None where a sample has one row (a head's), where rows cannot be told apart by samples, and for
     lookups, whose inputs' moment is a diagonal.
     """
-    if matmul.contract == "lookup" or site.experts:
+    if matmul.contract == "lookup" or site.experts or site.reals > 1:
         return None
     x, g = matmul_rows(site, matmul, gradient)
     if x is None or g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:

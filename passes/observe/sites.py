@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tensorize.base.tensors import adapted_layers, is_plain
+from tensorize.base.tensors import adapted_layers, is_index, is_plain, reals
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.inner_gradients import note_that_it_differentiates
@@ -64,6 +64,8 @@ class FindSites:
                 last_resort=last_resort,
             )
             blocked = written.get(aliases[0]) or _blocked(site, parameter, function)
+            if any(_is_of_factors(model, name) for name in aliases):
+                blocked = "it is a factor already, of a weight that the model keeps in factors"
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
@@ -72,7 +74,7 @@ class FindSites:
         sites = _with_input_groups(selected(sites, self.include, self.exclude), beside, alike)
         free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
-        sizes = {n[0]: (p.numel(), p.numel() * p.element_size()) for p, n in names.values()}
+        sizes = {n[0]: (reals(p), p.numel() * p.element_size()) for p, n in names.values()}
         return given.to(Found, sites=tuple(sites), sizes=sizes, summary=summary)
 
 
@@ -88,6 +90,17 @@ def _can_be_rebuilt(function: str) -> bool:
     if function.startswith(CUSTOM) or function == TRANSFORMED:
         return False  # they take tensors, and nothing that stands for one
     return not writes and function not in _OF_ITSELF
+
+
+def _is_of_factors(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is part of a weight that is a module of factors: of tensorly-torch's.
+
+    Those of class ``DenseTensor`` have the weight itself.
+    """
+    parts = name.split(".")[:-1]
+    owners = (model.get_submodule(".".join(parts[: k + 1])) for k in range(len(parts)))
+    kinds = ({kind.__name__ for kind in type(owner).__mro__} for owner in owners)
+    return any("FactorizedTensor" in names and "DenseTensor" not in names for names in kinds)
 
 
 def _squarest(shape: Sequence[int]) -> int:
@@ -118,6 +131,8 @@ def _observe(
             split=matmul.split,
             groups=1 if call is None else call.groups,
             partial=frame.rows is not None,
+            modes=matmul.modes,
+            apart=matmul.stacked and (matmul.modes > 0 or matmul.x.is_complex()),
         )
         nonlocal last, then
         if not (matmul.x is last and _unwritten(matmul.x, then)):
@@ -219,8 +234,8 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
     """Why a parameter cannot be factorized; None where it can."""
     if not is_plain(parameter):
         return f"it is a {type(parameter.data).__name__}, already in another form"
-    if not parameter.is_floating_point():
-        return f"its dtype is {site.dtype}: only real floating-point weights are factorized"
+    if is_index(parameter):
+        return f"its dtype is {site.dtype}: only floating-point weights are factorized"
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return "a gradient hook sits on it, and factors have no gradient of the whole weight"
     if other is not None and other.startswith(CUSTOM):
@@ -229,9 +244,9 @@ def _blocked(site: Site, parameter: nn.Parameter, other: str | None) -> str | No
         return f"it is used by {other}, which is no matmul against it"
     if not site.uses:
         return _UNKNOWN
-    if len({(use.split, use.groups) for use in site.uses}) > 1:
+    if len({(use.split, use.groups, use.modes) for use in site.uses}) > 1:
         return "its uses read it as different matrices"
-    if len(site.shape) > 3 and not site.split:
+    if len(site.shape) > 3 and not site.split and not site.modes:
         return f"a weight of {len(site.shape)} dimensions used as a stack is not factorized"
     if site.experts and any(use.contract == "lookup" for use in site.uses):
         return "a lookup in a stack of tables is not factorized"

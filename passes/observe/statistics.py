@@ -48,7 +48,7 @@ from tensorize.passes.observe.moments import (
     widened,
 )
 from tensorize.passes.observe.outputs import call
-from tensorize.passes.observe.rows import matmul_rows, rows_by_sample
+from tensorize.passes.observe.rows import matmul_rows, rows_by_matrix, rows_by_sample
 from tensorize.passes.stages import Found, Observed
 
 # Each row of the outputs gives one sample of the gradients. Where there are few (one a sentence),
@@ -194,7 +194,8 @@ def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:
     rows, columns = site.matrix
     gradient = gradient.reshape(-1, rows, columns)
     term.rows = plus(term.rows, moment_of(gradient.mT.reshape(-1, rows), rows))
-    term.columns = plus(term.columns, moment_of(gradient.reshape(-1, columns), columns))
+    of_columns = moment_of(gradient.conj().reshape(-1, columns), columns)
+    term.columns = plus(term.columns, of_columns)
     term.input_rows += 1
 
 
@@ -206,13 +207,21 @@ def _add_term(
     gradient: Tensor | None,
     counted: Tensor | None,
 ) -> None:
-    """Add the rows of one call: x (and g) to the two sides of the weight's metric."""
+    """Add the rows of one call: x (and g) to the two sides of the weight's metric.
+
+    For y = W x the gradient of the loss is Re(gᴴ ΔW x): G = E[g gᴴ] and C = E[x xᴴ]. For y = Wᵀ x
+    both are the conjugates of that.
+    """
     lookup, (rows, columns) = matmul.contract == "lookup", site.matrix
-    x, g = matmul_rows(site, matmul, gradient)
-    if x is not None and counted is not None and len(counted) == len(x):
-        x = x[counted]
-        g = None if g is None else g[counted]
-    count = int(matmul.x.shape[0]) if x is None else x.shape[0]
+    if site.apart:
+        x, g = rows_by_matrix(matmul, gradient, site.experts, counted)
+        count = x.shape[0] * x.shape[1]
+    else:
+        x, g = matmul_rows(site, matmul, gradient)
+        if x is not None and counted is not None and len(counted) == len(x):
+            x = x[counted]
+            g = None if g is None else g[counted]
+        count = int(matmul.x.shape[0]) if x is None else x.shape[0]
     term.input_rows += count
     width, other_width = (columns, rows) if matmul.contract == "columns" else (rows, columns)
     if x is None:
@@ -224,7 +233,10 @@ def _add_term(
     other = None if g is None else moment_of(g, g.shape[-1])
     if other is None and gradient is not None:
         other = alike(gradient, other_width, count)
-    of_rows, of_columns = (other, own) if matmul.contract == "columns" else (own, other)
+    if matmul.contract == "columns":
+        of_rows, of_columns = other, own
+    else:
+        of_rows, of_columns = (None if m is None else m.conj().resolve_conj() for m in (own, other))
     if frame.rows is not None and of_rows is not None:
         of_rows = among(of_rows, frame.rows, rows)
     term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
@@ -267,10 +279,12 @@ def _normalise(
 
     The gradients' sum is divided by the number of output rows, so that ½ tr(G ΔW C ΔWᵀ) is the
     mean rise of the loss over output rows, whatever the number of rows that the site sees. Of
-    several matrices each is taken to see its part of the rows: the sum over them is the rise.
+    several matrices each is taken to see its part of the rows, where they are not judged apart: the
+    sum over them is the rise.
     """
     notes = []
     for name, moment in moments.items():
+        apart = sites[name].apart
         for term in moment.terms.values():
             inputs = "columns" if term.contract == "columns" else "rows"
             gradients = "rows" if inputs == "columns" else "columns"
@@ -280,10 +294,10 @@ def _normalise(
             if (term.pooled or term.contract == "whole") and sums is not None:  # sizes count once
                 sums.div_(max(float((sums.diagonal() if sums.dim() == 2 else sums).sum()), 1e-300))
             elif sums is not None:
-                sums.div_(max(term.input_rows, 1))
+                sums.div_(max(term.input_rows / (sites[name].experts if apart else 1), 1))
             sums = getattr(term, gradients)
             if sums is not None:
-                sums.div_(max(output_rows, 1) * max(sites[name].experts, 1))
+                sums.div_(max(output_rows, 1) * (1 if apart else max(sites[name].experts, 1)))
         moment.terms = {c: t for c, t in moment.terms.items() if t.input_rows > 0}
         if not moment.terms:
             why = "no counted output depends on it" if metric == "loss" else "it was not used"

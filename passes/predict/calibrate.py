@@ -27,6 +27,7 @@ from tensorize.passes.predict.families import (
     single_families,
     worth_of_families,
 )
+from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, approximations, trial_plan, untried
 from tensorize.passes.rewrite.factorize import Cores, best_components, in_copy, planned_cores
@@ -53,13 +54,14 @@ class CalibratePrediction:
     """Makes the predictor, where there is a loss to preserve and data to measure it on.
 
     Trial plans are measured on ``held_out`` batches, or on those ``learnt`` from where there are
-    none; ``refinements`` are measured as well.
+    none; ``refinements`` are measured as well, and so are ``metrics`` of the caller's.
     """
 
     learnt: tuple[Batch, ...]
     held_out: tuple[Batch, ...]
     loss: PreservedLoss | None
     refinements: tuple[str, ...] = ()
+    metrics: Mapping[str, MetricFunction] | None = None
     name: str = "predict"
 
     @property
@@ -71,7 +73,7 @@ class CalibratePrediction:
             return _without(learned, "weights and inputs alone")
         if not any(curve.in_nats for curve in learned.spectra.values()):
             return _without(learned, "its gradients say nothing")
-        reference = Reference(learned.model, self._batches, self.loss)
+        reference = Reference(learned.model, self._batches, self.loss, self.metrics)
         least = smallest_share(untried(learned))
         plans = {share: trial_plan(learned, trial_share(least, share)) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
@@ -98,6 +100,8 @@ class CalibratePrediction:
             bool(self.held_out),
             self.refinements,
             without,
+            metrics=reference.metrics,
+            batches=len(self._batches),
             text_loss=reference.text_loss(),
         )
         predictor = self._with_families(ranks, learned, reference)
@@ -168,7 +172,7 @@ class CalibratePrediction:
         sites = planned.plan.sites
         found = reference.measure(approximations(learned, sites, cores))
         raw = sum(site.predicted_loss for site in sites)
-        return Trial(raw, found.rise, found.spread, found.output_error, refine)
+        return Trial(raw, found.rise, found.spread, found.output_error, refine, found.metrics)
 
 
 def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[str]:

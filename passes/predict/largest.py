@@ -117,5 +117,6 @@ def _alone(curve: Spectrum) -> list[RankPlan]:
         lost = curve.distortion_of(spec)
         if lost > 0:
             error = curve.error(lost)
-            plans.append(RankPlan(site.name, site.kind, site.shape, spec, error, lost, "measured"))
+            why = "measured"
+            plans.append(RankPlan(site.name, site.kind, site.shape, spec, error, lost, why))
     return plans

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tensorize.ir.plan import PredictedMetric
+from tensorize.passes.predict.metrics import predicted_metric
+
 NORMAL_90 = 1.645
 # What interpolation and data of another draw add to the measured scatter (relative, one sigma).
 _MODEL_SPREAD = 0.13
@@ -43,7 +46,8 @@ def student_90(degrees: int) -> float:
 class Trial:
     """One measured plan: the curves' sum, the rise of the loss, its relative standard error.
 
-    ``refine`` is what was done to its factors.
+    ``refine`` is what was done to its factors; ``metrics`` are the caller's own, each as a mean and
+    its standard error.
     """
 
     raw: float
@@ -51,6 +55,7 @@ class Trial:
     spread: float
     output_error: float
     refine: str | None = None
+    metrics: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Predictor:
     """Where nothing was held out: the rise with none of the weights that may be compressed."""
     worth: Mapping[str, float] = field(default_factory=dict)
     """What a distortion of each family of forms counts in sums, beside that of ranks: as much."""
+    metrics: tuple[tuple[str, float, float], ...] = ()
+    """The caller's own: name, and the dense model's mean and its standard error."""
+    batches: int = 0
+    """How many these are of."""
     text_loss: float | None = None
     """Of a decoder: the dense model's cross-entropy of the text of the trials, in nats a token."""
 
@@ -105,6 +114,23 @@ class Predictor:
         if not self.held_out and self.without is not None:
             high = max(high, _WORST * self.without)
         return expected, (expected / width, high)
+
+    def predict_metrics(
+        self, loss: float, interval: tuple[float, float]
+    ) -> tuple[PredictedMetric, ...]:
+        """The caller's metrics where the loss rises so, by all trials."""
+        student = student_90(self.batches - 1) if self.batches > 1 else NORMAL_90
+        return tuple(
+            predicted_metric(
+                name,
+                (mean, error),
+                [(trial.measured, trial.metrics[k]) for trial in self.trials if trial.metrics],
+                loss,
+                interval,
+                student,
+            )
+            for k, (name, mean, error) in enumerate(self.metrics)
+        )
 
     def _rising(self, x: float, y: float, refine: str | None) -> float:
         """What brings the logarithm y of a rise at x to a function that never falls.

@@ -14,6 +14,7 @@ from tensorize.base.errors import BudgetError, CaptureError
 from tensorize.base.tensors import give_back, in_rows
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
+from tensorize.capture.matmul import Frame
 from tensorize.capture.observer import StandIns
 from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
@@ -30,6 +31,7 @@ from tensorize.passes.observe.outputs import (
     samples_of,
 )
 from tensorize.passes.observe.text import text_loss
+from tensorize.passes.predict.metrics import MetricFunction, Value, mean_of, value_of
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.rewrite.factorize import stand_in
 from tensorize.passes.stages import Analysed, Learned, Planned
@@ -41,11 +43,13 @@ _ROW_SPREAD = 1.3
 
 @dataclass(frozen=True)
 class Measurement:
-    """The rise of the loss a row, its relative standard error, the outputs' relative error."""
+    """The rise of the loss a row, its relative standard error, the outputs' relative error; the
+    caller's own metrics."""
 
     rise: float
     spread: float
     output_error: float
+    metrics: tuple[Value, ...] = ()
 
 
 class Reference:
@@ -54,8 +58,16 @@ class Reference:
     They are held where they take no more than a gigabyte, else made again each time.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: PreservedLoss) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss: PreservedLoss,
+        metrics: Mapping[str, MetricFunction] | None = None,
+    ) -> None:
         self.model, self.batches, self.loss = model, batches, loss
+        self._functions = metrics or {}
+        dense: list[list[float]] = []
         self._kept: dict[int, Any] = {}
         size, self.rows = 0, 0
         with untouched(model):
@@ -63,14 +75,23 @@ class Reference:
                 result = self._run(batch)
                 loss.require_finite(result, batch, model)
                 self.rows += row_total(result, batch, model)
+                dense.append(self._values(result, batch, result))
                 size += sum(leaf.nbytes for leaf in pytree.tree_leaves(result) if is_tensor(leaf))
                 if k == 0 or size <= _KEPT_BYTES:
                     self._kept[k] = result
+        means = (mean_of(values) for values in zip(*dense, strict=True))
+        self.metrics = tuple((n, *mean) for n, mean in zip(self._functions, means, strict=True))
+
+    def _values(self, outputs: Any, batch: Batch, dense: Any) -> list[float]:
+        """The caller's metrics of one batch."""
+        each = self._functions.items()
+        return [value_of(name, function, outputs, batch, dense) for name, function in each]
 
     def _run(self, batch: Batch) -> Any:
-        """The dense model's outputs; with a loss of the caller's all of them."""
+        """The dense model's outputs; with a loss or metrics of the caller's all of them."""
         result = call(self.model, batch)
-        return result if self.loss.loss_fn is not None else essential(result)
+        own = self.loss.loss_fn is not None or self._functions
+        return result if own else essential(result)
 
     def measure(self, weights: Mapping[str, Any]) -> Measurement:
         """What the model loses with some weights replaced, by name, in this thread alone."""
@@ -78,12 +99,14 @@ class Reference:
         parameters = dict(model.named_parameters())
         instead = {id(parameters[name]): weight for name, weight in weights.items()}
         error, size = 0.0, 0.0
+        metrics: list[list[float]] = []
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._outputs_for(k)
                 with fitting(model, batch), StandIns(instead):
                     after = once(model, batch)
                 rises.append(self.loss.rises(before, after, batch, model))
+                metrics.append(self._values(after, batch, before))
                 for a, b in self._outputs(before, after, batch):
                     mean = a.rows.mean(0, dtype=torch.float64)
                     for one, other in in_rows(a.rows, b.rows):
@@ -94,7 +117,9 @@ class Reference:
         total, rows = torch.cat(rises).sum(0).tolist()
         rise = total / max(rows, 1)
         spread = _spread(rises, rise) if rise > 0 else 0.0
-        return Measurement(rise, spread, (error / size) ** 0.5 if size > 0 else 0.0)
+        off = (error / size) ** 0.5 if size > 0 else 0.0
+        means = tuple(mean_of(values) for values in zip(*metrics, strict=True))
+        return Measurement(rise, spread, off, means)
 
     def _outputs_for(self, k: int) -> Any:
         """The dense model's outputs for the k-th batch."""
@@ -161,7 +186,8 @@ def approximations(
         elif choice.spec is not None:
             dense, spec = parameters[choice.name], choice.spec.plain
             weight = format_of(spec).reconstruct(spec, cores[choice.name]).to(dense.dtype)
-            weights[choice.name] = weight.detach().reshape(dense.shape)
+            frame = Frame.of(tuple(dense.shape), spec.shape)
+            weights[choice.name] = frame.shaped(weight.detach())
     return weights
 
 

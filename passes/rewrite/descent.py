@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import singled, squared
+
 # The largest relative step of a core is this times the square root of the damage, measured on two
 # trained decoders at damages from .001 to .4: half of it learns slower, twice as much overshoots.
 _RATE, _LARGEST_RATE = 0.035, 0.03
@@ -41,7 +43,7 @@ def relative_groups(
 
     The size is the root mean square of the entries, at least ``smallest``: biases may be zero.
     """
-    sizes = [float(p.detach().float().square().mean().sqrt()) for p in parameters]
+    sizes = [float(squared(singled(p.detach())).mean().sqrt()) for p in parameters]
     return [
         {"params": [p], "lr": rate * max(size, smallest)}
         for p, size in zip(parameters, sizes, strict=True)
@@ -101,7 +103,7 @@ class Descent:
         self._begin()
 
     def _begin(self) -> None:
-        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.masters = [singled(p.detach()).clone() for p in self.parameters]
         groups = relative_groups(self.masters, self.rate, self.smallest)
         self.adam = torch.optim.Adam(groups, betas=BETAS)
         self.largest = [group["lr"] for group in self.adam.param_groups]
@@ -123,7 +125,7 @@ class Descent:
         with trainable(self.parameters), torch.enable_grad():
             loss = self.learn(position)
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        sizes = [g.float().norm() for g in gradients if g is not None]
+        sizes = [singled(g).norm() for g in gradients if g is not None]
         share = state.scale * share_of_rate(state.done, self.steps)
         state.done += 1
         self.losses.append(float(loss))
@@ -134,7 +136,7 @@ class Descent:
             group["lr"] = lr * share
         for master, gradient, kept in zip(self.masters, gradients, self._moving, strict=True):
             moving = gradient if gradient is None or kept is None else gradient * kept
-            master.grad = None if moving is None else moving.float()
+            master.grad = None if moving is None else singled(moving)
         self.adam.step()
         write(self.parameters, self.masters)
 

@@ -171,7 +171,8 @@ def stand_in(
 ) -> FactoredWeight:
     """What stands for a dense weight, looked at in a way, once it is compressed."""
     shape, count, frame = tuple(dense.shape), len(spec.core_shapes), frame or Frame()
-    whole = frame if shape == spec.shape else replace(frame, shape=shape)
+    own = Frame.of(shape, spec.shape)
+    whole = frame if own == Frame() else replace(frame, shape=own.shape, modes=own.modes)
     held = tuple(_cast(core, dense.dtype) for core in cores)
     return FactoredWeight(spec, held[:count], whole, contractions(spec), indices=held[count:])
 
@@ -227,6 +228,7 @@ def replace_weight(
     held = put_cores(model, site, choice, [_own(core, weight) for core in made])
     # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
     exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
+    exact = torch.promote_types(exact, weight.dtype) if weight.is_complex() else exact
     rebuilt = form.reconstruct(choice.spec, [_cast(core.detach(), exact) for core in held])
     return curve.measured_error(weight, rebuilt)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.progress import Progress, no_progress
+from tensorize.base.tensors import singled
 from tensorize.capture.forward import once, untouched
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import as_matrix
@@ -52,7 +53,7 @@ class Polish:
             if name in errors:
                 curve = before.spectra[name]
                 dense = as_matrix(curve.site, parameters[name].detach())
-                cores = tuple(core.detach().float() for core in weight.cores)
+                cores = tuple(singled(core.detach()) for core in weight.cores)
                 rebuilt = as_matrix(curve.site, weight.with_cores(cores).dense())
                 errors[name] = curve.measured_error(dense, rebuilt)
         summary = f"{done.steps} steps: {done.before:.4g} to {done.after:.4g} on held-out batches"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorize.base.errors import AnalysisError
+from tensorize.base.tensors import doubled
 from tensorize.formats import interpret
 from tensorize.formats.quantized import inputs_in_full
 from tensorize.passes.stages import Rewritten
@@ -96,5 +97,6 @@ def check_weight(name: str, weight: FactoredWeight) -> float:
 
 def relative_difference(got: Tensor, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖, in float64."""
-    size = float(want.double().norm())
-    return float((got.double() - want.double()).norm()) / size if size > 0 else 0.0
+    want, got = doubled(want), doubled(got)
+    size = float(want.norm())
+    return float((got - want).norm()) / size if size > 0 else 0.0

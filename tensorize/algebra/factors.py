@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.metric import Metric, solve_root
-from tensorize.base.tensors import at_work
+from tensorize.base.tensors import at_work, doubled
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -19,10 +19,11 @@ _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUs
 def exact_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
     """U (M, k) and V (k, N), k = min(M, N), with U V = W to rounding."""
     m, n = weight.shape[-2:]
-    basis = gram_eigenvectors(weight.double(), min(m, n))[0]
+    exact = doubled(weight)
+    basis = gram_eigenvectors(exact, min(m, n))[0]
     if n <= m:
-        return weight.double() @ basis, basis.mT
-    return basis, basis.mT @ weight.double()
+        return exact @ basis, basis.mH
+    return basis, basis.mH @ exact
 
 
 def singular_squares(weight: Tensor, pay: int, metric: Metric | None = None) -> Tensor:
@@ -47,10 +48,10 @@ def best_factors(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
     # The weight meets only the small matrix that is final: its error is that of its own dtype.
     if n <= m:  # W̃ V Vᵀ with V (N, r): U = L_R⁻ᵀ W̃ V = W L_K V, V = Vᵀ L_K⁻¹
         left = work @ left_times(metric.right, basis).to(work.dtype)
-        right = solve_root(metric.right, basis).mT
+        right = solve_root(metric.right, basis).mH
     else:  # Q Qᵀ W̃ with Q (M, r): U = L_R⁻ᵀ Q, V = Qᵀ L_Rᵀ W
         left = solve_root(metric.left, basis)
-        right = left_times(metric.left, basis).mT.to(work.dtype) @ work
+        right = left_times(metric.left, basis).mH.to(work.dtype) @ work
     return _balanced(left.to(work.dtype), right.to(work.dtype))
 
 
@@ -68,12 +69,13 @@ def _decomposed(
 ) -> tuple[Tensor | None, Tensor]:
     m, n = weight.shape[-2:]
     metric = metric or Metric(1.0, None, None)
-    oriented, matrix = (metric, weight) if n <= m else (metric.transposed(), weight.mT)
+    oriented, matrix = (metric, weight) if n <= m else (metric.transposed(), weight.mH)
     found: tuple[Tensor | None, Tensor] | None = None
+    exact = torch.promote_types(weight.dtype, torch.float64)
     own = metric.plain or oriented.mixes_rows  # where less than float64 is less work
-    for dtype in dict.fromkeys((weight.dtype, torch.float64) if own else (torch.float64,)):
+    for dtype in dict.fromkeys((weight.dtype, exact) if own else (exact,)):
         at_dtype = matrix.to(dtype)
-        gram = at_dtype.mT @ at_dtype if metric.plain else oriented.gram(at_dtype)
+        gram = at_dtype.mH @ at_dtype if metric.plain else oriented.gram(at_dtype)
         try:
             if vectors:
                 values, basis = torch.linalg.eigh(gram)
@@ -96,7 +98,7 @@ def _decomposed(
         if found is None:
             raise
         return found  # the float64 Gram is right to sqrt(eps) of the largest
-    return (right.mT if n <= m else left), sigma.square()
+    return (right.mH if n <= m else left), sigma.square()
 
 
 def _noise(dtype: torch.dtype, metric: Metric) -> float:

@@ -1,7 +1,8 @@
 """How an error of a weight is weighed: ‖R^½ ΔW K^½‖².
 
 R (M, M) and K (N, N) are the identity for ``frobenius``; one of them is the inputs' second moment
-for ``input``; for ``loss`` the other is the gradients', and ½ of the sum is a loss.
+for ``input``; for ``loss`` the other is the gradients', and ½ of the sum is a loss. Where entries
+are complex, both are Hermitian, and a transpose takes the conjugate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import doubled, singled, squared
+
 # Rows that are taken to float64 at a time, so that a vocabulary is never there twice.
 _CHUNK = 4096
 
@@ -21,7 +24,7 @@ class Metric:
     """One term ``scale · ‖L_Rᵀ ΔW L_K‖²`` with R = L_R L_Rᵀ and K = L_K L_Kᵀ.
 
     ``left`` and ``right`` are L_R and L_K: Cholesky factors (2-D), square roots of a diagonal
-    (1-D), or None for the identity.
+    (1-D), or None for the identity. Of a stack every matrix may have its own (3-D).
     """
 
     scale: float
@@ -35,7 +38,19 @@ class Metric:
 
     @property
     def mixes_rows(self) -> bool:
-        return self.left is not None and self.left.dim() == 2
+        return self.left is not None and self.left.dim() > 1
+
+    @property
+    def apart(self) -> bool:
+        """Whether every matrix of a stack has roots of its own."""
+        return any(root is not None and root.dim() == 3 for root in (self.left, self.right))
+
+    def of(self, matrix: int) -> Metric:
+        """That of one matrix of a stack."""
+        sides = (
+            r[matrix] if r is not None and r.dim() == 3 else r for r in (self.left, self.right)
+        )
+        return Metric(self.scale, *sides)
 
     def transposed(self) -> Metric:
         """The same metric on Wᵀ."""
@@ -43,11 +58,11 @@ class Metric:
 
     def whiten(self, weight: Tensor) -> Tensor:
         """L_Rᵀ W L_K, in float64."""
-        return times_root(root_times(self.left, weight.double()), self.right)
+        return times_root(root_times(self.left, doubled(weight)), self.right)
 
     def norm(self, weight: Tensor) -> float:
         """scale · ‖L_Rᵀ W L_K‖², for a stack of matrices their sum; in float64."""
-        return self.scale * sum(float(part.square().sum()) for part in self._whitened(weight))
+        return self.scale * sum(float(squared(part).sum()) for part in self._whitened(weight))
 
     def gram(self, weight: Tensor) -> Tensor:
         """(L_Rᵀ W L_K)ᵀ (L_Rᵀ W L_K), (…, N, N), in float64.
@@ -55,23 +70,23 @@ class Metric:
         Where rows mix, L_Rᵀ W is made in the weight's own precision.
         """
         if weight.dim() == 3:
-            return torch.stack([self.gram(expert) for expert in weight])
+            return torch.stack([self.of(k).gram(expert) for k, expert in enumerate(weight)])
         if self.mixes_rows:
-            part = root_times(self.left, weight).double()
-            total = part.t() @ part
+            part = doubled(root_times(self.left, weight))
+            total = part.mH @ part
         else:
             n = weight.shape[-1]
-            total = torch.zeros(n, n, dtype=torch.float64, device=weight.device)
+            total = doubled(weight.new_zeros(n, n))
             for part in Metric(1.0, self.left, None)._whitened(weight):
-                total += part.t() @ part
+                total += part.mH @ part
         inner = times_root(total, self.right)
         return inner if self.right is None else root_times(self.right, inner)
 
     def _whitened(self, weight: Tensor) -> Iterator[Tensor]:
         """The whitened weight in pieces of rows, where its rows do not mix."""
         if weight.dim() == 3:
-            for expert in weight:
-                yield from self._whitened(expert)
+            for k, expert in enumerate(weight):
+                yield from self.of(k)._whitened(expert)
         elif self.mixes_rows:
             yield self.whiten(weight)
         else:
@@ -94,7 +109,7 @@ def root_times(root: Tensor | None, weight: Tensor) -> Tensor:
     if root is None:
         return weight
     root = root.to(weight)
-    return root.unsqueeze(-1) * weight if root.dim() == 1 else root.t() @ weight
+    return root.unsqueeze(-1) * weight if root.dim() == 1 else root.mH @ weight
 
 
 def solve_root(root: Tensor | None, basis: Tensor) -> Tensor:
@@ -104,7 +119,7 @@ def solve_root(root: Tensor | None, basis: Tensor) -> Tensor:
     root = root.to(basis)
     if root.dim() == 1:
         return basis / root.unsqueeze(-1)
-    return torch.linalg.solve_triangular(root.t(), basis, upper=True)
+    return torch.linalg.solve_triangular(root.mH, basis, upper=True)
 
 
 def average(metrics: Sequence[Metric]) -> Metric:
@@ -122,14 +137,18 @@ def average(metrics: Sequence[Metric]) -> Metric:
 def _moment(root: Tensor | None) -> Tensor | None:
     if root is None:
         return None
-    root = root.double()
-    return root.square() if root.dim() == 1 else root @ root.t()
+    root = doubled(root)
+    return root.square() if root.dim() == 1 else root @ root.mH
 
 
 def _mean(moment: Tensor | None) -> float:
     if moment is None:
         return 1.0
-    return float(moment.mean() if moment.dim() == 1 else moment.diagonal().mean())
+    return float((moment if moment.dim() == 1 else _diagonal(moment).real).mean())
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment.diagonal(dim1=-2, dim2=-1)
 
 
 def _averaged(moments: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
@@ -137,14 +156,14 @@ def _averaged(moments: Sequence[Tensor | None], shares: Sequence[float]) -> Tens
     known = [moment for moment in moments if moment is not None]
     if not known:
         return None
-    full = [moment for moment in known if moment.dim() == 2]
+    full = [moment for moment in known if moment.dim() > 1]
     total = torch.zeros_like(full[0] if full else known[0])
-    diagonal = total.diagonal() if full else total
+    diagonal = _diagonal(total) if full else total
     for moment, share in zip(moments, shares, strict=True):
         if moment is None:
             diagonal.add_(share)
-        elif moment.dim() == 2:
+        elif moment.dim() > 1:
             total.add_(moment, alpha=share / _mean(moment))
         else:
             diagonal.add_(moment, alpha=share / _mean(moment))
-    return (torch.linalg.cholesky(total) if full else total.sqrt()).float()
+    return singled(torch.linalg.cholesky(total) if full else total.sqrt())

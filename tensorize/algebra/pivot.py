@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import doubled
+
 BOUND = 1.05
 """The largest entry that V' may have: near 1, the least there is, a few more exchanges cost next to
 nothing, and what rounding costs falls by a quarter against 2."""
@@ -75,7 +77,7 @@ def pivoted(left: Tensor, right: Tensor, bound: float = BOUND, neighbours: int =
     if rank > n:
         raise ValueError(f"V has {rank} rows and only {n} columns")
     # An orthogonal basis of the rows: nothing is lost to the scales of the components.
-    span, upper = torch.linalg.qr(right.double().mT)
+    span, upper = torch.linalg.qr(doubled(right).mT)
     while neighbours > 1:
         order = _groups(span, rank, neighbours)
         if order is not None:
@@ -108,7 +110,7 @@ def _with_order(left: Tensor, span: Tensor, upper: Tensor, order: Tensor) -> Piv
     kept, others = columns(order, n).long().split([rank, n - rank])
     basis = span[kept]
     rest = torch.linalg.solve(basis, span[others], left=False).mT
-    return Pivoted(left.double() @ (upper.mT @ basis.mT), rest, order)
+    return Pivoted(doubled(left) @ (upper.mT @ basis.mT), rest, order)
 
 
 def _rounding(left: Tensor, right: Tensor, identity: float) -> Tensor:
@@ -195,7 +197,7 @@ def fitted(left: Tensor, right: Tensor, rest: Tensor, order: Tensor) -> Tensor:
 
     They are those of V: what several weights with one V have in common is made of it once.
     """
-    every = right.double().index_select(1, columns(order, right.shape[1]))
+    every = doubled(right).index_select(1, columns(order, right.shape[1]))
     kept, others = every.split([len(rest), rest.shape[1]], dim=1)
     return _best(left, kept, others, rest)
 
@@ -203,14 +205,14 @@ def fitted(left: Tensor, right: Tensor, rest: Tensor, order: Tensor) -> Tensor:
 def _best(left: Tensor, kept: Tensor, others: Tensor, rest: Tensor) -> Tensor:
     """The U' of least ‖U' [I | V'] - U [K | O]‖, for V' as it was rounded."""
     # Normal equations in U', which the identity keeps sane.
-    now = rest.double()
-    across, own = kept + others @ now.mT, torch.linalg.cholesky(_gram(now))
-    return torch.cholesky_solve((left.double() @ across).mT, own).mT
+    now = doubled(rest)
+    across, own = kept + others @ now.mH, torch.linalg.cholesky(_gram(now))
+    return torch.cholesky_solve((doubled(left) @ across).mH, own).mH
 
 
 def _gram(rest: Tensor) -> Tensor:
-    """V Vᵀ."""
-    return _identity(rest) + rest @ rest.mT
+    """V Vᴴ."""
+    return _identity(rest) + rest @ rest.mH
 
 
 def _identity(rest: Tensor) -> Tensor:

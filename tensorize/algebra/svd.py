@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tensorize.base.errors import AnalysisError
+from tensorize.base.tensors import doubled
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -18,7 +19,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     singular values to full accuracy, those below about 1e-8 of the largest only to that level.
 
     Args:
-        matrix: (m, n), real, at least float32.
+        matrix: (m, n), at least float32.
 
     Returns:
         U of (m, k), the singular values of (k,) in non-increasing order, and Vᵀ of (k, n), with
@@ -38,22 +39,22 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition through eigh of the smaller Gram matrix, in float64."""
     if matrix.shape[0] < matrix.shape[1]:
-        u, s, vh = _gram_svd(matrix.mT)
-        return vh.mT, s, u.mT
-    tall = matrix.to(torch.float64)
+        u, s, vh = _gram_svd(matrix.mH)
+        return vh.mH, s, u.mH
+    tall = doubled(matrix)
     # Scaled, so that squaring neither overflows nor underflows.
-    scale = tall.abs().amax() if tall.numel() else tall.new_ones(())
+    scale = tall.abs().amax() if tall.numel() else tall.abs().new_ones(())
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     tall = tall / scale
-    _, vectors = torch.linalg.eigh(tall.mT @ tall)
+    _, vectors = torch.linalg.eigh(tall.mH @ tall)
     v = vectors.flip(-1)
     # The columns of A V are s u. QR instead of a division by s: U stays orthonormal where s is 0.
     q, r = torch.linalg.qr(tall @ v)
     diagonal = r.diagonal()
     s, order = diagonal.abs().sort(descending=True, stable=True)
-    u = q * torch.where(diagonal < 0, -1.0, 1.0)
+    u = q * torch.where(diagonal == 0, 1.0, diagonal.sgn())
     dtype = matrix.dtype
-    return u[:, order].to(dtype), (s * scale).to(dtype), v[:, order].mT.to(dtype)
+    return u[:, order].to(dtype), (s * scale).to(dtype.to_real()), v[:, order].mH.to(dtype)
 
 
 def tail_sums(squares: Tensor) -> Tensor:
@@ -73,5 +74,4 @@ def check_finite(matrix: Tensor) -> None:
 
 def computable(tensor: Tensor) -> Tensor:
     """Without gradient, and in a dtype that LAPACK has."""
-    tensor = tensor.detach()
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

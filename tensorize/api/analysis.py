@@ -14,7 +14,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
-from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.observe.loss import LossOption
 from tensorize.passes.pipeline import run_passes
 from tensorize.passes.stages import Analysed, Planned
 from tensorize.reports.curve import Curve
@@ -47,7 +47,7 @@ class Analysis:
     fingerprint: str
     cache: str | None = None
     calibration: tuple[Batch, ...] = ()
-    loss_fn: LossFunction | None = None
+    loss_fn: LossOption = None
     precision: PrecisionOption = None
     activations: str | None = None
 

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
-from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
 from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
@@ -44,6 +44,7 @@ from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.predict.largest import MeasureLargest
+from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque
@@ -60,7 +61,8 @@ def analyze(
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
     to_inputs: ToInputs | None = None,
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossOption = None,
+    metrics: Mapping[str, MetricFunction] | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
     include: Select = None,
@@ -181,6 +183,8 @@ def place_of(found: Found, identity: str, options: Options) -> str | None:
     """
     if options.cache_dir is None:
         return None
+    if options.metrics is not None:
+        raise Opaque("it has metrics of the caller's")
     asked = options.formats, integers(options.precision), options.loss_fn, options.refine
     key = disk.key(found, identity, *asked, __version__)
     return disk.location(options.cache_dir, key)
@@ -214,7 +218,11 @@ def _run(
             spilled = tempfile.TemporaryDirectory(prefix="tensorize-", ignore_cleanup_errors=True)
             # What is mapped of its files stays when they are gone.
             curves = Curves(Path(stack.enter_context(spilled)), held)
-        passes = _analysis_passes(found, options, curves)
+        loss = None
+        if found.metric == "loss":
+            loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
+            found = found if loss.note is None else found.noted(loss.note)
+        passes = _analysis_passes(found, options, curves, loss)
         analysed = replace(run_passes(found, passes, Analysed), progress=no_progress)
         if base is not None and curves is not None:
             why = disk.write(base, curves, analysed)
@@ -223,18 +231,17 @@ def _run(
     return analysed, base
 
 
-def _analysis_passes(found: Found, options: Options, curves: Curves | None) -> tuple[Pass, ...]:
+def _analysis_passes(
+    found: Found, options: Options, curves: Curves | None, loss: PreservedLoss | None
+) -> tuple[Pass, ...]:
     """The expensive passes, in order."""
     learnt, held_out = split(found.calibration)
-    loss = None
-    if found.metric == "loss":
-        loss = PreservedLoss.fit(found.model, found.calibration, options.loss_fn)
-    rows = CountRows(found.calibration, options.loss_fn)
+    rows = CountRows(found.calibration, function_of(options.loss_fn))
     refinements = {None: (), POLISH: (REFIT, POLISH)}.get(options.refine, (REFIT,))
     statistics = CollectStatistics(learnt, loss)
     spectra = ComputeSpectra(options.formats, integers(options.precision))
     largest = MeasureLargest(found.calibration, loss)
-    prediction = CalibratePrediction(learnt, held_out, loss, refinements)
+    prediction = CalibratePrediction(learnt, held_out, loss, refinements, options.metrics)
     if curves is None:
         return rows, statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)

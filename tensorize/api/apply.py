@@ -30,7 +30,7 @@ from tensorize.passes.allocate.choices import check_choices
 from tensorize.passes.beside.compare import CompareRuns
 from tensorize.passes.beside.dense_reads import memory_of
 from tensorize.passes.observe.counted import CountRows
-from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
 from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.pipeline import Pass, run_passes
 from tensorize.passes.rewrite.copies import copy_sharing
@@ -53,7 +53,7 @@ def apply(
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
     to_inputs: ToInputs | None = None,
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossOption = None,
     refine: str | None = "auto",
     autotune: bool = False,
     inplace: bool = False,
@@ -123,7 +123,7 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
         return apply_plan(model, plan, analysis, options, tell)
 
 
-def _check_loss(plan: Plan, loss_fn: LossFunction | None) -> None:
+def _check_loss(plan: Plan, loss_fn: LossOption) -> None:
     """Raises AnalysisError where a plan cannot be carried out for the loss that it was made for."""
     if loss_fn is not None and not plan.own_loss:
         raise AnalysisError("the plan was made without a loss_fn", way_out="analyse with loss_fn=")
@@ -181,7 +181,7 @@ def apply_plan(
         compare,
     )
     if refine is not None and planned.counted is None:
-        passes = CountRows(analysis.calibration, analysis.loss_fn), *passes
+        passes = CountRows(analysis.calibration, function_of(analysis.loss_fn)), *passes
     done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
         time_orders(done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,9 @@ from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
 from tensorize.passes.curves.precisions import PrecisionOption
-from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.observe.loss import LossOption
 from tensorize.passes.observe.select import Select
+from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.reports.attach import report
 from tensorize.reports.verdict import Verdict
 from tensorize.running.in_use import use_kernels
@@ -39,7 +40,8 @@ def compile(
     calibration: Iterable[Any] | str | None = None,
     tokenizer: Any = None,
     to_inputs: ToInputs | None = None,
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossOption = None,
+    metrics: Mapping[str, MetricFunction] | None = None,
     metric: str | None = None,
     refine: str | None = "auto",
     include: Select = None,
@@ -75,7 +77,11 @@ def compile(
             loader of (x, y) the model gets what its forward takes, x, and a ``loss_fn`` both.
         to_inputs: makes such inputs of a batch of the data, where that is not what they are:
             ``lambda batch: batch["image"]``.
-        loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs.
+        loss_fn: ``loss_fn(outputs, batch) -> scalar`` to preserve instead of the outputs;
+            ``"logits"`` or ``"squared"``: what the outputs are compared as. None: by KL divergence
+            where they are called ``logits``, or hold log-probabilities or chances, else squared.
+        metrics: name → ``f(outputs, batch, dense_outputs)``, a number for a batch in whatever unit:
+            measured on trial plans, and predicted for every budget (``plan.predicted.metrics``).
         metric: force ``"frobenius"``, ``"input"`` or ``"loss"``.
         refine: what is done to the factors with the calibration data: None, ``"refit"`` (solved
             again, in closed form, for the inputs of the compressed model) or ``"polish"`` (gradient

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tensorize.base.tensors import unwrapped
+from tensorize.base.tensors import doubled, unwrapped
 from tensorize.capture.inputs import check_model, needed
 from tensorize.checking.guarding import unguard
 from tensorize.graphview.export import export_graph, mark_sites
@@ -41,7 +41,7 @@ def densify(model: nn.Module) -> nn.Module:
 
     def build(factored: FactoredWeight) -> nn.Parameter:
         # Rebuilt in float64, so that the one rounding is the storage dtype's own.
-        cores = tuple(core.detach().double() for core in factored.cores)
+        cores = tuple(doubled(core.detach()) for core in factored.cores)
         values = factored.with_cores(cores).dense()
         return nn.Parameter(values.to(factored.dtype).contiguous(), factored.requires_grad)
 

@@ -25,14 +25,19 @@ from tensorize.ir.plan import POLISH, REFIT, THE_CALLERS
 from tensorize.passes.allocate.allocate import BATCH_SIZES, RanksOption, check_ranks
 from tensorize.passes.curves.formats import FormatsOption, check_formats
 from tensorize.passes.curves.precisions import PrecisionOption, check_precision
-from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.observe.loss import LossOption, check_loss
 from tensorize.passes.observe.select import Select, check_select
+from tensorize.passes.predict.metrics import MetricFunction, check_metrics
 
 Metric = Literal["frobenius", "input", "loss"]
 Refine = Literal["auto", None, "refit", "polish"]
 Backend = Literal["auto", "aten", "triton", "inductor"]
 Inner = Literal["auto", "eager", "inductor"]
 Activations = Literal["float", "int8", "int16"]
+
+
+OF_WEIGHTS = "frobenius", "input"
+"""Metrics that predict no loss."""
 
 
 def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str = "") -> Any:
@@ -90,7 +95,8 @@ class Options:
     )
     tokenizer: Any = None
     to_inputs: ToInputs | None = _option(None, _function)
-    loss_fn: LossFunction | None = None
+    loss_fn: LossOption = _option(None, check_loss)
+    metrics: Mapping[str, MetricFunction] | None = _option(None, check_metrics)
     metric: Metric | None = _option(
         None,
         lambda given: check_one_of("metric", given, get_args(Metric), AnalysisError),
@@ -180,9 +186,9 @@ class Options:
         if isinstance(self.budget, Budget):
             self.budget.check_of_memory()
         self.check_errors_stay(isinstance(self.budget, Budget) and self.budget.error is not None)
-        if self.metric in ("frobenius", "input"):
+        if self.metric in OF_WEIGHTS:
             self.limits(None)
-        if self.loss_fn is not None:
+        if callable(self.loss_fn):
             self.limits(THE_CALLERS)
 
     def limits(self, unit: str | None) -> Budget | None:
@@ -217,6 +223,11 @@ class Options:
     def check_data(self) -> None:
         """Raises AnalysisError for a metric or a loss that lacks the calibration data."""
         alone = self.metric in (None, "frobenius")
+        if self.metrics is not None and (self.calibration is None or self.metric in OF_WEIGHTS):
+            raise AnalysisError(
+                "metrics= are predicted from the loss, which needs calibration data",
+                way_out="pass calibration=, and no metric= but 'loss'",
+            )
         if self.calibration is None and not (alone and self.loss_fn is None):
             name = "loss_fn" if alone else f"metric={self.metric!r}"
             raise AnalysisError(f"{name} needs calibration data", way_out="pass calibration=")

@@ -53,6 +53,28 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
 
 
+def doubled(tensor: Tensor) -> Tensor:
+    """In double precision, real or complex as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+def singled(tensor: Tensor) -> Tensor:
+    """In single precision, real or complex as it is."""
+    return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """|x|² of every entry, which is real."""
+    if not tensor.is_complex():
+        return tensor.square()
+    return torch.view_as_real(tensor.resolve_conj()).square().sum(-1)
+
+
+def reals(tensor: Tensor) -> int:
+    """How many numbers a tensor holds: a complex entry is two."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 _ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -61,7 +83,7 @@ def at_work(weight: Tensor) -> Tensor:
 
     A weight that is mapped from a file lies anywhere.
     """
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype, copy=weight.data_ptr() % _ALIGNMENT != 0)
 
 
@@ -73,7 +95,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; formats of less than two bytes are not looked at."""
-    parts = (p for p in plain_parts(tensor) if p.is_floating_point() and p.dtype.itemsize > 1)
+    parts = (p for p in plain_parts(tensor) if not is_index(p) and p.dtype.itemsize > 1)
     return all(bool(torch.isfinite(part).all()) for part in parts)
 
 

@@ -50,7 +50,7 @@ def key(
     Raises:
         Opaque: what one of them holds cannot be told.
     """
-    if loss_fn is not None:
+    if callable(loss_fn):
         raise Opaque("it is of a loss_fn")
     plain: Any = dict(formats) if isinstance(formats, Mapping) else formats
     sites = [astuple(site) for site in found.sites]
@@ -63,6 +63,7 @@ def key(
         precisions,
         sites,
         refine,
+        loss_fn,
         version,
     )
     data = (found.model, *found.calibration) if found.calibration else ()
@@ -137,6 +138,8 @@ def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
             "without": predictor.without,
             "worth": predictor.worth,
             "text_loss": predictor.text_loss,
+            "metrics": predictor.metrics,
+            "batches": predictor.batches,
             "trials": [astuple(trial) for trial in predictor.trials],
         },
     }

@@ -14,7 +14,7 @@ from tensorize.capture.matmul import Matmul
 
 def read_einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     """The weight's axes split into summed and kept ones, which stand together, so that it is a
-    matrix without a copy; one more axis in front stacks several.
+    matrix without a copy; one more axis in front stacks several, and so do any number behind.
     """
     if kwargs or len(args) < 2 or not isinstance(args[0], str):
         return None
@@ -35,6 +35,8 @@ def read_einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     for axis in (*summed, *shared):
         if x.shape[x_axes.index(axis)] != weight.shape[w_axes.index(axis)]:
             return None  # einsum repeats an axis of size 1
+    if shared and w_axes.endswith("".join(shared)):
+        return _of_modes(x, x_axes, w_axes, summed, kept, shared, output)
     # Matrices for rows of their own each, or all for the same rows, as the heads of a projection.
     alike = [w_axes[0], *summed, w_axes[-1]] == list(w_axes) and kept == [w_axes[0], w_axes[-1]]
     stack = kept[:1] if alike else shared
@@ -69,6 +71,40 @@ def read_einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
         to_rows=lambda y: y.permute(to_rows).flatten(-len(kept)),
         split=0 if len(matrix) == 2 else len(summed if matrix[0] == summed[0] else kept),
         stacked=bool(stack),
+    )
+
+
+def _of_modes(
+    x: Tensor,
+    x_axes: str,
+    w_axes: str,
+    summed: list[str],
+    kept: list[str],
+    modes: list[str],
+    output: str,
+) -> Matmul | None:
+    """A matrix for every mode, as spectral convolutions have: (in, out, *modes).
+
+    The modes are brought before the rows, as one axis: x (E, …, rows, in).
+    """
+    lead = [axis for axis in x_axes if axis not in summed and axis not in modes]
+    if (len(summed), len(kept)) != (1, 1) or not lead or {*lead, *kept, *modes} != {*output}:
+        return None
+    if w_axes[:2] not in (summed[0] + kept[0], kept[0] + summed[0]):
+        return None
+    order = [*modes, *lead, *kept]
+    to_output, to_rows = [order.index(a) for a in output], [output.index(a) for a in order]
+    sizes = [x.shape[x_axes.index(axis)] for axis in (*modes, *lead)]
+    count = len(modes)
+    x = x.permute([x_axes.index(axis) for axis in (*modes, *lead, *summed)])
+    return Matmul(
+        "einsum",
+        "rows" if w_axes[0] == summed[0] else "columns",
+        x.flatten(0, count - 1).flatten(1, -2),
+        from_rows=lambda y: y.reshape(*sizes, -1).permute(to_output),
+        to_rows=lambda y: y.permute(to_rows).flatten(0, count - 1).flatten(1, -2),
+        modes=count,
+        stacked=True,
     )
 
 

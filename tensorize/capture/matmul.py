@@ -38,7 +38,8 @@ class Matmul:
     the product, whose last index is the output's, into the layout that the call returns, and
     ``to_rows`` turns it back. ``split`` is the number of leading axes of the weight that make up
     its rows, 0 where its last two axes are the matrix; then a third axis in front stacks several,
-    and x meets each of them: ``stacked``, or by the ends of each one's rows, ``offsets``.
+    and x meets each of them: ``stacked``, or by the ends of each one's rows, ``offsets``. Of a
+    spectral convolution's weight (in, out, *modes) the last ``modes`` axes stack them.
     ``convolution``: x is the image, and its patches are the rows. ``bag``: the other arguments of
     an ``embedding_bag``.
     """
@@ -52,6 +53,7 @@ class Matmul:
     offsets: Tensor | None = None
     padding_idx: int | None = None
     split: int = 0
+    modes: int = 0
     stacked: bool = False
     convolution: Convolution | None = None
     bag: Mapping[str, Any] | None = None
@@ -63,19 +65,35 @@ class Frame:
 
     It may be transposed, of one ``expert`` in a stack or of several (a tensor of their numbers),
     some of the ``rows`` (first, end), or in another ``shape`` than the matrix (a convolution's, a
-    projection of several heads).
+    projection of several heads; a spectral convolution's, whose last ``modes`` axes stack them).
     """
 
     transposed: bool = False
     expert: Any = None
     shape: tuple[int, ...] | None = None
     rows: tuple[int, int] | None = None
+    modes: int = 0
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], stack: tuple[int, ...]) -> Frame:
+        """How a parameter of a shape is seen, for a matrix or a stack of them, of their shape."""
+        if shape == stack:
+            return cls()
+        # Of a grouped convolution the first axis has the rows of all matrices.
+        apart = len(stack) == 3 and shape[0] == stack[1]
+        return cls(shape=shape, modes=len(shape) - 2 if apart else 0)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """A matrix, or a stack of them, in this frame's shape."""
+        if self.shape is None:
+            return matrix
+        return (matrix.movedim(0, -1) if self.modes else matrix).reshape(self.shape)
 
     def allows(self, matmul: Matmul) -> bool:
         """Whether a call on what this frame shows can be told in terms of the parameter itself."""
         if matmul.contract == "lookup":
             return not self.transposed and self.rows is None
-        if matmul.split:
+        if matmul.split or matmul.modes:
             return not self.transposed and self.expert is None and self.rows is None
         return True
 

@@ -39,6 +39,8 @@ def view(
         return frame
     if func is torch.Tensor.view_as and len(args) == 2 and args[1].shape == weight.shape:
         return frame
+    if func is torch.Tensor.__getitem__ and _is_all(args[1], weight.shape):
+        return frame
     if dims not in (2, 3) or frame.shape is not None:
         return None  # a convolution's weight
     if name == "__get__" and getattr(owner, "__name__", "") in _TRANSPOSED_PROPERTIES[dims]:
@@ -89,6 +91,14 @@ def _parts(
             return None
         return tuple(frame.slice_rows(a, b) for a, b in pairwise(ends))
     return tuple(frame.slice_rows(a, min(a + size, rows)) for a in range(0, rows, size))
+
+
+def _is_all(index: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an index takes all that there is, as code that may keep fewer modes writes it."""
+    if not isinstance(index, tuple) or len(index) > len(shape):
+        return False
+    pairs = zip(index, shape, strict=False)
+    return all(isinstance(i, slice) and i.indices(size) == (0, size, 1) for i, size in pairs)
 
 
 def _picks(index: Any) -> bool:

@@ -118,6 +118,8 @@ def evaluate(
             rows = rows | {f"{name}, {way}": _quantized(each, way) for name, each in plain.items()}
         names = getattr(getattr(dense, "config", None), "id2label", None) or {}
         loss = PreservedLoss.fit(dense, [sample.batch for sample in samples], None)
+        if loss.readings and kind == OUTPUTS:  # rows of chances, whatever they are called
+            kind = CLASSES
         meters = {name: Meter(kind, loss, names) for name in rows}
         _measure(rows, samples, meters, tell)
         decode = getattr(tokenizer, "decode", None)

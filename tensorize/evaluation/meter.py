@@ -21,7 +21,7 @@ from tensorize.base.tensors import plain_parts
 from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, ClassFigures, Quality, Worst
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import PreservedLoss, row_divergence
-from tensorize.passes.observe.outputs import Output, outputs_of
+from tensorize.passes.observe.outputs import Output
 
 _IGNORED = -100
 _CHUNK = 1024  # rows of logits that are worked on at once: a vocabulary is wide
@@ -71,7 +71,7 @@ class Meter:
     def add(self, dense: Any, result: Any, sample: Sample, model: nn.Module) -> None:
         """Measure one batch."""
         batch = sample.counted
-        before, after = outputs_of(dense, batch, model)[0], outputs_of(result, batch, model)[0]
+        before, after = (self.loss.outputs(each, batch, model)[0] for each in (dense, result))
         places = before.places
         wanted = None
         if sample.targets is not None:

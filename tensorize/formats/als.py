@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.metric import Metric, root_times, times_root
+from tensorize.base.tensors import squared
 from tensorize.ir.spec import Spec
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def improved(
     metrics: Sequence[Metric],
 ) -> tuple[Tensor, ...]:
     """Cores of the same spec, closer to ``weight`` (M, N) in the sum of the metrics."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     found = [core.to(dtype) for core in cores]
     pull = sum(m.scale * _moments_around(m, weight.to(dtype)) for m in metrics)
     assert isinstance(pull, Tensor)
@@ -63,7 +64,7 @@ def _times_transposed(weight: Tensor, root: Tensor | None) -> Tensor:
     if root is None:
         return weight
     root = root.to(weight)
-    return weight * root if root.dim() == 1 else weight @ root.t()
+    return weight * root if root.dim() == 1 else weight @ root.mH
 
 
 def _solved(
@@ -90,18 +91,18 @@ def _solved(
 
     core = cores[k]
     residual = gradient(product, core) - gradient(energy, core) / 2
-    direction, size = residual, residual.square().sum()
+    direction, size = residual, squared(residual).sum()
     start = size
     for _ in range(_STEPS):
         if size <= 1e-12 * start or size == 0:
             break
         image = gradient(energy, direction) / 2
-        curvature = (direction * image).sum()
+        curvature = (direction.conj() * image).sum().real
         if curvature <= 0:
             break
         step = size / curvature
         core = core + step * direction
         residual = residual - step * image
-        following = residual.square().sum()
+        following = squared(residual).sum()
         direction, size = residual + following / size * direction, following
     return core

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensorize.algebra.metric import Metric, root_times, times_root
 from tensorize.algebra.reconstruct import reconstruct
-from tensorize.base.tensors import at_work
+from tensorize.base.tensors import at_work, squared
 from tensorize.formats import als
 from tensorize.ir.machine import Machine
 from tensorize.ir.sites import Site
@@ -231,12 +231,12 @@ class Format(Generic[S]):
         """Σ scale · ‖L_Rᵀ Ŵ L_K‖², differentiably."""
         weight = self.reconstruct(spec, cores)
         whitened = (times_root(root_times(m.left, weight), m.right) for m in metrics)
-        squares = (m.scale * w.square().sum() for m, w in zip(metrics, whitened, strict=True))
-        return sum(squares, cores[0].new_zeros(()))
+        squares = (m.scale * squared(w).sum() for m, w in zip(metrics, whitened, strict=True))
+        return sum(squares, cores[0].real.new_zeros(()))
 
     def inner(self, spec: S, cores: Sequence[Tensor], other: Tensor) -> Tensor:
         """⟨other, Ŵ⟩, differentiably."""
-        return (other * self.reconstruct(spec, cores)).sum()
+        return (other.conj() * self.reconstruct(spec, cores)).sum().real
 
     # ----------------------------------------------------------------------------- what it costs
 

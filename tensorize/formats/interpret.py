@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from tensorize.base.tensors import is_index
+from tensorize.base.tensors import doubled, is_index
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import Spec
 
@@ -33,11 +32,11 @@ def apply(spec: Spec, cores: Sequence[Tensor], x: Tensor, contract: str = "colum
     """
     if contract not in ("columns", "rows"):
         raise ValueError(f"contract is 'columns' or 'rows', got {contract!r}")
-    exact = [core if is_index(core) else core.to(torch.float64) for core in cores]
+    exact = [core if is_index(core) else doubled(core) for core in cores]
     weight = format_of(spec).reconstruct(spec, exact)
     matrix = weight.mT if contract == "columns" else weight
     lead = tuple(spec.shape[:-2])
     if x.shape[-1] != matrix.shape[-2] or x.shape[: len(lead)] != lead or x.ndim <= len(lead):
         raise ValueError(f"x of {tuple(x.shape)} does not meet the {contract} of {spec}")
-    rows = x.to(torch.float64).reshape(*lead, -1, x.shape[-1])
+    rows = doubled(x).reshape(*lead, -1, x.shape[-1])
     return (rows @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])

@@ -179,14 +179,14 @@ class LowRank(Chain):
         return list(best_factors(weight, Metric(1.0, None, None), spec.ranks[0]))
 
     def energy(self, spec: TTSpec, cores: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
-        total = cores[0].new_zeros(())
+        total = cores[0].real.new_zeros(())
         for metric in metrics:  # by small Gram matrices
             u, v = root_times(metric.left, cores[0]), times_root(cores[1], metric.right)
-            total = total + metric.scale * ((u.t() @ u) * (v @ v.t())).sum()
+            total = total + metric.scale * ((u.mH @ u) * (v @ v.mH).mT).sum().real
         return total
 
     def inner(self, spec: TTSpec, cores: Sequence[Tensor], other: Tensor) -> Tensor:
-        return ((other @ cores[1].t()) * cores[0]).sum()
+        return ((other @ cores[1].mH) * cores[0].conj()).sum().real
 
     def flops(self, spec: TTSpec, contract: str) -> Any:
         (m, n), (rank,) = spec.shape[-2:], spec.ranks

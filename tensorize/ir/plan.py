@@ -28,7 +28,8 @@ class RankPlan:
     ``predicted_error`` is the relative error of the weight in the metric of the analysis,
     ``predicted_loss`` its share of the predicted rise of the loss (0.0 without a ``loss`` metric).
     ``shared`` names the first of the weights that have their first factor (that of the input) in
-    common; that one is counted with it, the others are not.
+    common; that one is counted with it, the others are not. ``reals``: how many real numbers an
+    entry is, two where it is complex.
     """
 
     name: str
@@ -39,6 +40,7 @@ class RankPlan:
     predicted_loss: float
     reason: str
     shared: str | None = None
+    reals: int = 1
 
     @property
     def format(self) -> str:
@@ -62,15 +64,30 @@ class RankPlan:
 
     @property
     def parameters_before(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.reals
 
     @property
     def parameters_after(self) -> int:
         if self.spec is None:
             return self.parameters_before
         if self.shared not in (None, self.name):
-            return math.prod(self.spec.core_shapes[0])
-        return self.spec.parameters
+            return math.prod(self.spec.core_shapes[0]) * self.reals
+        return self.spec.parameters * self.reals
+
+
+@dataclass(frozen=True)
+class PredictedMetric:
+    """A metric of the caller's: its mean over batches for the dense model, what it is expected to
+    be, and the 90 % interval of that on as many other data."""
+
+    name: str
+    dense: float
+    value: float
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        value, dense = printer.number(self.value), printer.number(self.dense)
+        return f"{self.name} {value} (90 %: {printer.interval(self.interval)}; dense {dense})"
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,8 @@ class Prediction:
     outputs (a norm) where there are. ``flops`` are per input row of a site, the worst over
     ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
     microseconds, for each of those numbers of rows. ``communication``: what tensor-parallel devices
-    send for a row, in bytes, if weights of low rank are split by their bottleneck.
+    send for a row, in bytes, if weights of low rank are split by their bottleneck. ``metrics`` are
+    the caller's own (``analyze(metrics=)``), in the order in which they were given.
 
     Example:
         >>> predicted = tensorize.report(small).plan.predicted
@@ -101,6 +119,22 @@ class Prediction:
     loss_interval: tuple[float, float] | None = None
     latency: tuple[float, ...] = ()
     communication: int = 0
+    metrics: tuple[PredictedMetric, ...] = ()
+
+    def metric(self, name: str) -> PredictedMetric:
+        """One of ``metrics``.
+
+        Raises:
+            AnalysisError: there is none of that name.
+        """
+        for each in self.metrics:
+            if each.name == name:
+                return each
+        known = ", ".join(each.name for each in self.metrics)
+        raise AnalysisError(
+            f"no metric {name!r} is predicted",
+            way_out=f"one of {known}" if known else "analyse with metrics={name: function}",
+        )
 
 
 @dataclass(frozen=True)
@@ -183,6 +217,7 @@ class Plan:
         if after.loss is not None:
             span = printer.interval(after.loss_interval)
             lines[-1] += f", loss {printer.number(after.loss)} (90 %: {span})"
+        lines += [str(metric) for metric in after.metrics]
         return lines
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -20,7 +20,10 @@ class Use:
     ``"whole"`` (a function of W itself: factorized, W is rebuilt at every call).
     ``rows`` is the number of input rows of one forward pass of the example inputs (0: unknown).
     ``split``: how many leading axes of the weight make up its rows; 0: its last two axes are the
-    matrix. ``groups`` of a convolution. ``partial``: it uses some of the weight's rows.
+    matrix. ``groups`` of a convolution. ``partial``: it uses some of the weight's rows. ``modes``:
+    how many of its last axes count matrices (the frequencies of a spectral convolution), so that
+    its first two are the matrix. ``apart``: the matrices of a stack are small and many, and see
+    rows so different that each is judged by its own.
     """
 
     kind: str
@@ -29,6 +32,8 @@ class Use:
     split: int = 0
     groups: int = 1
     partial: bool = False
+    modes: int = 0
+    apart: bool = False
 
     @property
     def convolves(self) -> bool:
@@ -77,6 +82,21 @@ class Site:
         return math.prod(self.shape)
 
     @property
+    def reals(self) -> int:
+        """How many real numbers an entry is."""
+        return 2 if self.dtype.startswith("complex") else 1
+
+    @property
+    def modes(self) -> int:
+        """How many of the last axes count matrices; 0: if any does, it is the first."""
+        return self.uses[0].modes if self.uses else 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether each matrix of a stack is judged by the rows that it meets itself."""
+        return bool(self.uses) and all(use.apart for use in self.uses)
+
+    @property
     def split(self) -> int:
         """How many leading axes make up the rows; 0: the last two axes are the matrix."""
         return self.uses[0].split if self.uses else 0
@@ -91,11 +111,15 @@ class Site:
         """How many matrices the weight stacks; 0: it is one."""
         if self.groups > 1:
             return self.groups
+        if self.modes:
+            return math.prod(self.shape[-self.modes :])
         return self.shape[0] if len(self.shape) == 3 and not self.split else 0
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the weight, of one of them where there are several."""
+        if self.modes:
+            return self.shape[0], self.shape[1]
         if not self.split:
             return self.shape[-2], self.shape[-1]
         rows, columns = math.prod(self.shape[: self.split]), math.prod(self.shape[self.split :])
@@ -105,7 +129,7 @@ class Site:
     def takes_trains(self) -> bool:
         """Whether a tensor train can run every use of it; low rank always can."""
         only_low_rank = ("conv", "embedding_bag", "grouped_mm")
-        plain = not self.experts and not self.last_resort
+        plain = not self.experts and not self.last_resort and self.reals == 1
         plain = plain and not any(use.partial for use in self.uses)
         return plain and not any(use.kind.startswith(only_low_rank) for use in self.uses)
 

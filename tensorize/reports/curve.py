@@ -66,6 +66,7 @@ class Curve(Sequence[CurvePoint]):
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Titles, and a row for every point."""
         has_bits = self.has_bits
+        names = [metric.name for metric in self.points[0].metrics] if self.points else []
         rows = [
             (
                 printer.percent(point.budget),
@@ -76,6 +77,10 @@ class Curve(Sequence[CurvePoint]):
                 printer.number(point.loss),
                 printer.interval(point.loss_interval),
                 *([printer.number(point.ranks_alone)] if has_bits else []),
+                *(
+                    f"{printer.number(m.value)} ({printer.interval(m.interval)})"
+                    for m in point.metrics
+                ),
                 ", ".join(printer.seconds(1e-6 * each) for each in point.latency),
             )
             for point in self.points
@@ -83,6 +88,7 @@ class Curve(Sequence[CurvePoint]):
         headers = (
             *("budget", "parameters", "bytes", "FLOPs a row", "error", "loss", "90 % interval"),
             *(["ranks alone"] if has_bits else []),
+            *names,
             "times",
         )
         return headers, rows

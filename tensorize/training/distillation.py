@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError, check_one_of
-from tensorize.base.tensors import unwrapped
+from tensorize.base.tensors import is_index, unwrapped
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import batch_of, positional
@@ -215,13 +215,13 @@ def trained_parameters(model: nn.Module, train: str = CORES) -> dict[str, nn.Par
     check_one_of("train", train, (CORES, ALL), CaptureError)
     cores = {id(core) for _, weight in factored(model) for core in weight.cores}
     named = dict(model.named_parameters())
-    found = {n: p for n, p in named.items() if p.is_floating_point() and id(p) in cores}
+    found = {n: p for n, p in named.items() if not is_index(p) and id(p) in cores}
     if not found:
         raise CaptureError(
             "the model has no factorized weight to train",
             way_out="compress it first: tensorize.compile(model, budget=0.1)",
         )
-    return found if train == CORES else {n: p for n, p in named.items() if p.is_floating_point()}
+    return found if train == CORES else {n: p for n, p in named.items() if not is_index(p)}
 
 
 def layer_names(model: nn.Module, layers: Layers) -> tuple[str, ...]:

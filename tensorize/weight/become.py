@@ -106,6 +106,9 @@ def subclass(
 ) -> type[nn.Module]:
     """A class that shows itself as ``base``; modules of it can be pickled.
 
+    A call of it makes a ``base``: what a module makes of its own class (``self.__class__(…)``) is
+    nothing of ours.
+
     Args:
         base: what it is derived from.
         body: its own methods and attributes.
@@ -113,8 +116,9 @@ def subclass(
     """
     written = (vars(a).get("_made", a) if isinstance(a, type) else a for a in arguments)
     shown = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {"_made": _Made(make, tuple(written)), "__reduce_ex__": _reduce}
+    own = {"_made": _Made(make, tuple(written)), "__reduce_ex__": _reduce, "__new__": _anew}
     kind = type(base)
+    own["_base"] = base
     create: Any = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
     bases = (base,) if issubclass(base, _Unregistered) else (_Unregistered, base)
     return create(kind, base.__name__, bases, {**shown, **own, **body})
@@ -130,10 +134,14 @@ class _Unregistered(nn.Module):
         """Nothing to do."""
 
 
+def _anew(kind: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    return kind._base(*args, **kwargs)
+
+
 def _reduce(owner: Any, protocol: int) -> tuple[Any, ...]:
     return _empty, (owner._made,), owner.__getstate__()
 
 
 def _empty(kind: type[nn.Module]) -> nn.Module:
     """For pickle and deepcopy, which fill it."""
-    return kind.__new__(kind)
+    return object.__new__(kind)

@@ -103,7 +103,7 @@ def install(
             _become_low_rank_linear(owner, spec, cores, nonlinearity)
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
-        frame = Frame() if shape == spec.shape else Frame(shape=shape)
+        frame = Frame.of(shape, spec.shape)
         if holder is None or spec.indices:  # tools know no buffer of several names
             holder = Cores(spec, cores, frame)
         alone = plain and type(owner) is nn.Linear

@@ -136,8 +136,7 @@ class FactoredWeight:
             weight = functools.reduce(torch.matmul, self.format.computed(spec, cores))
         else:
             weight = format_of(spec).reconstruct(spec, cores)
-        if self.frame.shape is not None:
-            return weight.reshape(self.frame.shape)
+        weight = self.frame.shaped(weight)
         return weight.transpose(-1, -2) if self.frame.transposed else weight
 
     @property
@@ -305,6 +304,8 @@ class FactoredWeight:
         if matmul.convolution is not None:
             groups = self.spec.shape[0] if self.spec.batch else 1
             return pair and frame.shape is not None and matmul.convolution.groups == groups
+        if matmul.modes:
+            return pair and frame.modes == matmul.modes
         if matmul.split:
             rows = math.prod(self.shape[: matmul.split])
             return frame.shape is not None and not self.spec.batch and rows == self.spec.shape[0]

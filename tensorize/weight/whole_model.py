@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tensorize.base.tensors import reals
 from tensorize.weight import ties
 from tensorize.weight.contractions import Contractions, common_breakpoints
 from tensorize.weight.cores import Cores
@@ -17,11 +18,12 @@ from tensorize.weight.low_rank import LowRankLinear, SharedProduct, drop_product
 
 
 def numbers(model: nn.Module) -> int:
-    """The parameters of a model, each once: where codes stand for numbers, those numbers."""
+    """The parameters of a model, each once, complex ones as two: where codes stand for numbers,
+    those numbers."""
     holders = [module for module in model.modules() if isinstance(module, Cores)]
     coded = {id(h.core_0): h for h in holders if h.spec.precision is not None}
     scales = {id(scale) for holder in coded.values() for scale in holder.parameters()}
-    own = sum(p.numel() for p in model.parameters() if id(p) not in scales)
+    own = sum(reals(p) for p in model.parameters() if id(p) not in scales)
     return own + sum(holder.spec.parameters for holder in coded.values())
 
 

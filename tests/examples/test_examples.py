@@ -119,6 +119,17 @@ def test_science_surrogate(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{best.parameters / dense.parameters:.1%}".rstrip("%") in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_an_operator_rolls_out_as_before_at_half_its_parameters() -> None:
+    arguments = "--operator --side 16 --width 12 --layers 2 --steps 400 --fields 64 --times 6"
+    rows, persistence = science_surrogate.main([*arguments.split(), "--budgets", "0.5", "0.25"])
+    dense, half, quarter = rows
+    assert dense.mean < 0.75 * float(persistence.mean())  # it has learned something
+    for one, other in zip(half.errors, dense.errors, strict=True):
+        assert one < 1.1 * other
+    assert quarter.parameters <= 0.25 * dense.parameters
+
+
 # ------------------------------------------------------------------------------------- a server
 
 
