@@ -64,14 +64,10 @@ def coded(filling: Filling, expected: Expected) -> Filled:
     """The codes of the weights at some θ."""
     made, lost = [], 0.0
     errors: dict[int, float] = {}
-    for group in filling.groups():
-        tensors: list[Tensor] = []
-        matrices: list[Coded] = []
-        for weight in group:
-            found = weight.coded(expected.theta)
-            lost += weight.lost(found)
-            tensors += weight.tensors
-            matrices += found
+    for group, matrices in filling.codes(expected.theta):
+        tensors = [tensor for weight in group for tensor in weight.tensors]
+        of = dict(zip(map(id, tensors), matrices, strict=True))
+        lost += sum(weight.lost([of[id(t)] for t in weight.tensors]) for weight in group)
         made.append((tuple(tensors), *groups.encode(matrices)))
         errors |= {id(t): _error(t, each) for t, each in zip(tensors, matrices, strict=True)}
     return Filled(tuple(made), expected, lost, errors)
@@ -101,16 +97,15 @@ def _worth(predictor: Predictor) -> float:
     return predictor.worth.get(BITS, 1.0)
 
 
-def summary(made: Filled, predictor: Predictor | None) -> Mapping[str, object]:
-    """What the manifest says of codes in a metric."""
+def summary(made: Filled, cost: tuple[float, tuple[float, float]] | None) -> Mapping[str, object]:
+    """What the manifest says of codes in a metric; ``cost`` is the loss, with its interval."""
     known: dict[str, object] = {
         "theta": made.expected.theta,
         "bytes": made.bytes,
         "expected_bytes": round(made.expected.bytes),
-        "distortion": made.distortion,
         "expected_distortion": made.expected.distortion,
     }
-    if predictor is not None:
-        loss, interval = rise(predictor, made.distortion)
+    if cost is not None:
+        loss, interval = cost
         known |= {"loss": loss, "loss_interval": list(interval)}
     return known

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize.base.errors import AnalysisError, BudgetError, CaptureError
-from tensorize.ir.sites import Batch, Site
+from tensorize.ir.sites import Batch
 from tensorize.passes.curves.metric import DAMPING, shrinkage
 from tensorize.passes.observe.loss import split
 from tensorize.passes.rewrite.factorize import planned_cores
-from tensorize.passes.rewrite.refit import _Moments, refit
+from tensorize.passes.rewrite.refit import refit
+from tensorize.passes.rewrite.sequence import Moments
 from tensorize.passes.stages import Learned
 from tests.models import CASES, MLP, relative
 
@@ -145,16 +146,16 @@ def test_weights_of_one_input_share_their_moments(
     model, data = Group(changed=changed), batches(4)
     learned, sites = ready(model, data, "input", 5)
     made: list[str] = []
-    plain = _Moments.__init__
+    plain = Moments.__init__
 
-    def noted(self: _Moments, site: Site, runs: Any, masks: Any) -> None:
-        made.append(site.name)
-        plain(self, site, runs, masks)
+    def noted(self: Moments, rows: Any, runs: Any, masks: Any) -> None:
+        made.append(rows.args[0].name)
+        plain(self, rows, runs, masks)
 
-    monkeypatch.setattr(_Moments, "__init__", noted)
+    monkeypatch.setattr(Moments, "__init__", noted)
     shared = refit(learned, sites, given(data))
     assert made == ["a.weight", "b.weight", *(["d.weight"] if changed else [])]
-    monkeypatch.setattr(_Moments, "are_of", lambda self, runs, masks: False)
+    monkeypatch.setattr(Moments, "are_of", lambda self, runs, masks: False)
     alone = refit(learned, sites, given(data))
     for name, cores in shared.items():
         assert all(torch.equal(a, b) for a, b in zip(cores, alone[name], strict=True)), name
