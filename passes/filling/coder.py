@@ -17,6 +17,9 @@ from tensorize.passes.predict.predictor import Predictor
 _AIMED = 0.995
 """The share of a limit on bytes that is aimed at: what is written is up to so much more."""
 
+_NEAR = 0.985
+"""The share of it that is enough."""
+
 _TRIES = 6
 
 
@@ -43,16 +46,26 @@ def within_bytes(
     Raises:
         BudgetError: there are none.
     """
-    longer = 1.0
+    best: Filled | None = None
+    longer, margin = 1.0, _AIMED
     for _ in range(_TRIES):
-        expected = filling.within_bytes(max(_AIMED * (limit - about) / longer, 1.0))
+        aimed = max(margin * (limit - about) / longer, 1.0)
+        expected = filling.within_bytes(aimed)
         if expected is None:
             break
         made = coded(filling, expected)
         about = beside(made)
-        if made.bytes + about <= limit:
-            return made
-        longer = max(longer, made.bytes / expected.bytes)
+        size = made.bytes + about
+        if size <= limit and (best is None or made.bytes > best.bytes):
+            best = made
+        if size > limit:
+            margin *= _AIMED
+        finest = expected.bytes < 0.9 * aimed
+        if best is not None and (finest or best.bytes + about >= _NEAR * limit):
+            break
+        longer = made.bytes / expected.bytes
+    if best is not None:
+        return best
     raise BudgetError(
         f"a file takes about {filling.least + about:,.0f} bytes at least, and {limit:,} are "
         "allowed",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.api.analysis import Analysis
+from tensorize.api.analysis import Analysis, kept_analysis
 from tensorize.base.errors import AnalysisError, BudgetError, CheckpointError, check_one_of
 from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
@@ -45,7 +45,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     format: str = "tensorize",
-    coded: str | Budget | None = None,
+    coded: str | bool | Budget | None = None,
     analysis: Analysis | None = None,
 ) -> None:
     """Write a compiled model as safetensors and JSON, atomically.
@@ -61,7 +61,9 @@ def save(
             ``tensorize.Budget(file=0.15)``: the file of weights has at most this share of the
             dense model's bytes (an int: so many bytes), and costs as little of the loss as it can;
             ``tensorize.Budget(loss=0.01)``: the loss is predicted to rise by at most this beyond
-            what the plan costs. ``tensorize.load`` and ``from_pretrained`` read all of them.
+            what the plan costs. True: at the size of file that the plan's ``Budget(file=)`` chose,
+            with the analysis that it was made by. ``tensorize.load`` and ``from_pretrained`` read
+            all of them.
         analysis: how errors of the weights count, for ``file`` and ``loss``: the one that the
             model was made by. None: the one that its plan finds in ``cache_dir``.
 
@@ -117,7 +119,7 @@ def load(
 
 
 def coder_for(
-    model: nn.Module, asked: str | Budget | None, analysis: Analysis | None
+    model: nn.Module, asked: str | bool | Budget | None, analysis: Analysis | None
 ) -> Coder | None:
     """What codes a model's tensors as a caller asks for it; None: nothing does.
 
@@ -129,13 +131,21 @@ def coder_for(
         return None
     if asked == LOSSLESS:
         return lossless
+    model = unwrapped(model)
+    if asked is True:
+        size = report(model).plan.predicted.file
+        if size is None:
+            raise BudgetError(
+                "coded=True, and the model's plan chose no size of its file",
+                way_out="coded=tensorize.Budget(file=0.15), or compile with that budget",
+            )
+        asked, analysis = Budget(file=size), analysis or kept_analysis(model)
     limit = _only_limit(asked)
     if limit == "entry_error":
         assert isinstance(asked, Budget)
         assert asked.entry_error is not None
         return within(asked.entry_error)
     assert isinstance(asked, Budget)
-    model = unwrapped(model)
     plan = report(model).plan
     program = _program(plan, analysis)
     data = _Data() if analysis is None else _Data(analysis.calibration, analysis.loss_fn)

@@ -213,6 +213,29 @@ def test_weights_alone_allow_a_limit_on_bytes_and_none_on_the_loss(tmp_path: Pat
         tensorize.save(small, tmp_path, coded=tensorize.Budget(loss=0.1), analysis=known)
 
 
-def test_files_are_no_limit_of_what_is_compiled() -> None:
+@pytest.mark.parametrize("others", [{}, {"params": 0.5}])
+def test_a_plan_says_the_file_and_save_writes_it(others: dict[str, Any], tmp_path: Path) -> None:
+    plan = analysis().plan(tensorize.Budget(file=0.15, **others), precision=None)
+    whole = sum(p.nbytes for p in dense().parameters())
+    assert plan.predicted.file == int(0.15 * whole)
+    assert tensorize.Plan.from_json(plan.to_json()) == plan.alone
+    assert plan.predicted.parameters <= others.get("params", 1.0) * plan.dense.parameters
+    small = tensorize.apply(dense(), plan, progress=False)
+    tensorize.save(small, tmp_path, coded=True)
+    assert weights_file(tmp_path).stat().st_size == pytest.approx(plan.predicted.file, rel=0.02)
+    assert weights_file(tmp_path).stat().st_size <= plan.predicted.file
+
+
+def test_a_plan_without_a_file_has_none_to_write(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="chose no size"):
+        tensorize.save(compressed(0.5), tmp_path, coded=True)
+    plan = analysis().plan(0.5)
+    assert plan.predicted.file is None
+    assert "file" not in json.loads(plan.to_json())["predicted"]
+
+
+def test_what_no_plan_keeps_is_refused() -> None:
     with pytest.raises(BudgetError, match="coded="):
         analysis().plan(tensorize.Budget(entry_error=1e-3))
+    with pytest.raises(BudgetError, match="not limited together"):
+        analysis().plan(tensorize.Budget(file=0.1, loss=0.1))
