@@ -228,8 +228,9 @@ class _InMetric:
                 "this analysis cannot predict a loss, as it saw no data",
                 way_out="analyze(model, calibration=...), or coded=tensorize.Budget(file=...)",
             )
-        known = refit is not None and self._predictor is not None
-        self._trial = Trial.of(model, weights, refit, data.loss_fn) if known else None
+        self._trial: Trial | None = None
+        if refit is not None and self._predictor is not None:
+            self._trial = Trial.of(model, weights, refit, data.loss_fn)
 
     @torch.no_grad()
     def __call__(self, stored: Mapping[str, Tensor]) -> CodedTensors:
