@@ -7,7 +7,8 @@ The models, texts and measures are those of ``benchmarks/quality.py``, the model
 bytes sizes are shares of. ``lossless``: zstd alone, planes of bytes with zstd as ours, and what a
 code of bfloat16's exponents alone comes to (DFloat11: its entropy, the other bits as they are).
 ``bound``: SZ3, zfp and ours at a largest error relative to each tensor's range. ``loss``: ours at
-shares of the bytes; GPTQ's and other integers' figures on the same text are in ``bits.json``.
+shares of the bytes, codes chosen on the calibration data; integers in groups (RTN, which GGUF's are
+like, and GPTQ) as ``benchmarks/bits.py`` kept them, of the same model and text.
 
 SZ3 and zfp are asked where they are installed. Speeds are of decoded bytes and of one thread, by
 its own time and not the clock's.
@@ -30,6 +31,7 @@ import zstandard
 from torch import Tensor
 
 import tensorize
+from benchmarks import bits
 from benchmarks.bits import Draw, stored_bytes
 from benchmarks.record import keep, kept
 from benchmarks.subjects import COMPARED
@@ -108,12 +110,12 @@ def _installed(name: str) -> Any:
 
 def exponents_alone(tensors: list[Tensor]) -> int:
     """Bytes of bfloat16 with the entropy of the exponents, and eight bits beside."""
-    bits = 0.0
+    total = 0.0
     for tensor in tensors:
         exponents = (tensor.reshape(-1).view(torch.int16).int() >> 7) & 255
         shares = torch.bincount(exponents, minlength=256).double() / tensor.numel()
-        bits += tensor.numel() * (8 - float(torch.special.xlogy(shares, shares).sum()) / np.log(2))
-    return round(bits / 8)
+        total += tensor.numel() * (8 - float(torch.special.xlogy(shares, shares).sum()) / np.log(2))
+    return round(total / 8)
 
 
 def measure(name: str, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -129,6 +131,7 @@ def measure(name: str, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
     small = tensorize.apply(model, plan, progress=False)
     for share in SHARES:
         yield f"ours, a file of {share:g}", _in_metric(draw, small, share)
+    yield from _integers(name, seed)
     for relative in BOUNDS:
         for method, coder in bounded(relative).items():
             figures = _figures(coder, weights, whole)
@@ -139,6 +142,15 @@ def measure(name: str, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
             )
             figures |= {"largest relative error": worst, **draw.unseen(_with(draw, changed))}
             yield f"{method}, {relative:g} of the range", figures
+
+
+def _integers(name: str, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """All weights as integers of 4, 3 and 2 bits in groups, whose files are what memory holds."""
+    known = kept(bits.RESULTS).get(name, {}).get(str(seed), {})
+    for method in ("RTN", "GPTQ"):
+        for setting, figures in known.get(method, {}).items():
+            if setting.endswith("everything") and not setting.startswith("8"):
+                yield f"{method}, {setting}", figures
 
 
 def _figures(coder: Coder, weights: dict[str, Tensor], whole: int) -> dict[str, float]:

@@ -20,35 +20,33 @@ import tensorize
 from tensorize import Analysis, Plan
 from tensorize.formats.registry import format_of
 from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.rewrite.drift import Drift
 from tensorize.passes.rewrite.factorize import Cores
-from tensorize.passes.rewrite.refit import Moments, refit
+from tensorize.passes.rewrite.refit import refit
 from tensorize.passes.stages import Opened, Planned
 from tensorize.weight.install import resize
 
 MIXED, HELD = 0.25, 1e-3
 
 
-class Reconstructed(Moments):
-    """Solves a weight's factors for the outputs of both models."""
+def _solved(
+    seen: Drift, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
+) -> list[Cores]:
+    """Solves weights' factors for the outputs of both models."""
+    each = zip(weights, curves, specs, strict=True)
+    return [_one(seen, weight, curve, spec) for weight, curve, spec in each]
 
-    def solve(
-        self, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
-    ) -> list[Cores]:
-        each = zip(weights, curves, specs, strict=True)
-        return [self._one(weight, curve, spec) for weight, curve, spec in each]
 
-    def _one(self, weight: Tensor, curve: Spectrum, spec: Any) -> Cores:
-        assert self.cross is not None
-        assert self.own is not None
-        rows = self.contract == "rows"
-        left, right = (core.double() for core in curve.factors(spec, weight))
-        matrix = weight.double()
-        if rows:
-            matrix, left, right = matrix.mT, right.mT, left.mT
-        left, right = reconstructed(matrix, right, self.cross, self.own)
-        if rows:
-            left, right = right.mT, left.mT
-        return left.to(weight.dtype), right.to(weight.dtype)
+def _one(seen: Drift, weight: Tensor, curve: Spectrum, spec: Any) -> Cores:
+    rows, (own, drift) = seen.contract == "rows", seen.all
+    left, right = (core.double() for core in curve.factors(spec, weight))
+    matrix = weight.double()
+    if rows:
+        matrix, left, right = matrix.mT, right.mT, left.mT
+    left, right = reconstructed(matrix, right, own + drift, own)
+    if rows:
+        left, right = right.mT, left.mT
+    return left.to(weight.dtype), right.to(weight.dtype)
 
 
 def reconstructed(
@@ -66,7 +64,7 @@ def reconstructed(
 def with_reconstruction(analysis: Analysis, model: nn.Module, plan: Plan) -> nn.Module:
     """The model of a plan of low rank whose factors are solved again."""
     dense = analysis.program.to(Planned, plan=plan.alone).to(Opened, model=model)
-    cores = refit(dense, plan.sites, analysis.calibration, Reconstructed)
+    cores = refit(dense, plan.sites, analysis.calibration, _solved)
     small = tensorize.apply(model, plan, progress=False)
     for choice in plan.sites:
         if choice.spec is not None:

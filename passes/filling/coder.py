@@ -17,6 +17,9 @@ from tensorize.passes.predict.predictor import Predictor
 _AIMED = 0.995
 """The share of a limit on bytes that is aimed at: what is written is up to so much more."""
 
+_NEAR = 0.985
+"""The share of it that is enough."""
+
 _TRIES = 6
 
 
@@ -43,16 +46,26 @@ def within_bytes(
     Raises:
         BudgetError: there are none.
     """
-    longer = 1.0
+    best: Filled | None = None
+    longer, margin = 1.0, _AIMED
     for _ in range(_TRIES):
-        expected = filling.within_bytes(max(_AIMED * (limit - about) / longer, 1.0))
+        aimed = max(margin * (limit - about) / longer, 1.0)
+        expected = filling.within_bytes(aimed)
         if expected is None:
             break
         made = coded(filling, expected)
         about = beside(made)
-        if made.bytes + about <= limit:
-            return made
-        longer = max(longer, made.bytes / expected.bytes)
+        size = made.bytes + about
+        if size <= limit and (best is None or made.bytes > best.bytes):
+            best = made
+        if size > limit:
+            margin *= _AIMED
+        finest = expected.bytes < 0.9 * aimed
+        if best is not None and (finest or best.bytes + about >= _NEAR * limit):
+            break
+        longer = made.bytes / expected.bytes
+    if best is not None:
+        return best
     raise BudgetError(
         f"a file takes about {filling.least + about:,.0f} bytes at least, and {limit:,} are "
         "allowed",
@@ -64,14 +77,10 @@ def coded(filling: Filling, expected: Expected) -> Filled:
     """The codes of the weights at some θ."""
     made, lost = [], 0.0
     errors: dict[int, float] = {}
-    for group in filling.groups():
-        tensors: list[Tensor] = []
-        matrices: list[Coded] = []
-        for weight in group:
-            found = weight.coded(expected.theta)
-            lost += weight.lost(found)
-            tensors += weight.tensors
-            matrices += found
+    for group, matrices in filling.codes(expected.theta):
+        tensors = [tensor for weight in group for tensor in weight.tensors]
+        of = dict(zip(map(id, tensors), matrices, strict=True))
+        lost += sum(weight.lost([of[id(t)] for t in weight.tensors]) for weight in group)
         made.append((tuple(tensors), *groups.encode(matrices)))
         errors |= {id(t): _error(t, each) for t, each in zip(tensors, matrices, strict=True)}
     return Filled(tuple(made), expected, lost, errors)
@@ -101,16 +110,15 @@ def _worth(predictor: Predictor) -> float:
     return predictor.worth.get(BITS, 1.0)
 
 
-def summary(made: Filled, predictor: Predictor | None) -> Mapping[str, object]:
-    """What the manifest says of codes in a metric."""
+def summary(made: Filled, cost: tuple[float, tuple[float, float]] | None) -> Mapping[str, object]:
+    """What the manifest says of codes in a metric; ``cost`` is the loss, with its interval."""
     known: dict[str, object] = {
         "theta": made.expected.theta,
         "bytes": made.bytes,
         "expected_bytes": round(made.expected.bytes),
-        "distortion": made.distortion,
         "expected_distortion": made.expected.distortion,
     }
-    if predictor is not None:
-        loss, interval = rise(predictor, made.distortion)
+    if cost is not None:
+        loss, interval = cost
         known |= {"loss": loss, "loss_interval": list(interval)}
     return known

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tensorize.base.progress import Progress, no_progress
 from tensorize.coding.groups import Coded, sizes_of
+from tensorize.passes.filling.refit import Refit
 from tensorize.passes.filling.weights import Weight
 
 GROUPED = 1 << 22
@@ -36,7 +36,7 @@ class Filling:
     """The weights of a model that are coded in their metrics."""
 
     weights: Sequence[Weight]
-    progress: Progress = no_progress
+    refit: Refit | None = None
     _known: dict[float, Expected] = field(default_factory=dict)
 
     def groups(self) -> Iterator[list[Weight]]:
@@ -52,6 +52,16 @@ class Filling:
             count += size
         if group:
             yield group
+
+    def codes(self, theta: float) -> Iterator[tuple[list[Weight], list[Coded]]]:
+        """The codes of every group: with data, chosen for the inputs that weights really meet."""
+        found = {} if self.refit is None else self.refit.codes(self.weights, theta)
+        for group in self.groups():
+            matrices: list[Coded] = []
+            for weight in group:
+                known = [found.pop(id(tensor)) for tensor in weight.tensors if found]
+                matrices += known or weight.coded(theta)
+            yield group, matrices
 
     def expected(self, theta: float) -> Expected:
         """Without rounding anything one after the other, and without coding."""

@@ -15,9 +15,11 @@ from tensorize.algebra.pair import metric_of_first, metric_of_second, rounded_pa
 from tensorize.algebra.pivot import whole
 from tensorize.algebra.water import Filled, Steps
 from tensorize.base.tensors import at_work
+from tensorize.capture.matmul import Matmul
 from tensorize.coding.groups import Coded
 from tensorize.formats.registry import format_of
 from tensorize.passes.curves.curve import Spectrum, as_matrix
+from tensorize.passes.rewrite.sequence import Rows
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
 
@@ -27,6 +29,17 @@ class Weight(Protocol):
 
     @property
     def tensors(self) -> Sequence[Tensor]: ...
+
+    @property
+    def filled(self) -> Sequence[Filled]:
+        """The matrices of the tensors, each in its metric."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[Rows]:
+        """Of every tensor, the rows that a call multiplies it by; nothing where no single metric
+        is that of one tensor's rows."""
+        ...
 
     @property
     def whole(self) -> float:
@@ -51,6 +64,7 @@ class Whole:
     tensor: Tensor
     matrices: tuple[Tensor, ...]
     metric: Metric
+    rows: Sequence[Rows] = ()
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -61,16 +75,16 @@ class Whole:
         return sum(self.metric.norm(matrix) for matrix in self.matrices)
 
     @cached_property
-    def _filled(self) -> list[Filled]:
+    def filled(self) -> list[Filled]:
         return [Filled(matrix, self.metric) for matrix in self.matrices]
 
     def expected(self, theta: float) -> tuple[list[Coded], float]:
-        found = [each.expected(theta) for each in self._filled]
+        found = [each.expected(theta) for each in self.filled]
         coded = _stacked([(each.steps, each.codes) for each in found])
         return [coded], sum(each.lost for each in found)
 
     def coded(self, theta: float) -> list[Coded]:
-        return [_stacked([each.codes(theta) for each in self._filled])]
+        return [_stacked([each.codes(theta) for each in self.filled])]
 
     def lost(self, coded: Sequence[Coded]) -> float:
         (found,) = coded
@@ -94,8 +108,12 @@ class Pairs:
         return *self.lefts, self.right
 
     @property
+    def rows(self) -> Sequence[Rows]:
+        return (_plain_rows,) * len(self.tensors)
+
+    @property
     def whole(self) -> float:
-        second = self._filled[-1]
+        second = self.filled[-1]
         return second.metric.norm(second.matrix)
 
     @cached_property
@@ -103,7 +121,7 @@ class Pairs:
         return [at_work(tensor.detach()) for tensor in self.tensors]
 
     @cached_property
-    def _filled(self) -> list[Filled]:
+    def filled(self) -> list[Filled]:
         *lefts, right = self._numbers
         firsts = [
             Filled(left, metric_of_first(right, self.order, metric))
@@ -112,7 +130,7 @@ class Pairs:
         return [*firsts, Filled(right, metric_of_second(lefts, self.order, self.metrics))]
 
     def expected(self, theta: float) -> tuple[list[Coded], float]:
-        found = [each.expected(theta) for each in self._filled]
+        found = [each.expected(theta) for each in self.filled]
         return [Coded.of(each.steps, each.codes) for each in found], sum(e.lost for e in found)
 
     def coded(self, theta: float) -> list[Coded]:
@@ -137,6 +155,13 @@ class Pairs:
 
     def _whole(self, right: Tensor) -> Tensor:
         return right if self.order is None else whole(right, self.order)
+
+
+def _plain_rows(matmul: Matmul) -> Tensor | None:
+    """The rows of a call that is one product; None where it is another, as a convolution is."""
+    x = matmul.x.detach()
+    plain = matmul.convolution is None and matmul.bag is None
+    return x.reshape(-1, x.shape[-1]) if plain else None
 
 
 def _stacked(found: Sequence[tuple[Steps, Tensor]]) -> Coded:
@@ -172,7 +197,10 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
             seen.add(id(parameter))
             matrix = at_work(as_matrix(curves[name].site, parameter.detach()))
             matrices = tuple(matrix) if matrix.dim() == 3 else (matrix,)
-            yield Whole(parameter, matrices, average(curves[name].metrics))
+            curve = curves[name]
+            plain = len(matrices) == len(curve.metrics) == 1 and not curve.site.last_resort
+            rows = (_plain_rows,) if plain else ()
+            yield Whole(parameter, matrices, average(curve.metrics), rows)
 
 
 def _is_pair(factors: FactoredWeight) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from tensorize.api.options import Options
 from tensorize.base import printer
@@ -114,7 +117,7 @@ class Analysis:
         self._require(options.precision)
         refine, why_not = self._refinement(options.refine, budget)
         return Allocate(
-            budget,
+            None if budget is None else budget.of_memory,
             ranks=options.ranks,
             formats=chosen,
             batch_sizes=options.batch_sizes,
@@ -257,7 +260,24 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     budget = options.limits(analysis.unit)
     if budget is not None and budget.of_bytes.bytes is not None:
         plan = replace(plan, notes=(*plan.notes, *analysis.others(budget, options.precision)))
+    if budget is not None and budget.file is not None:
+        size = int(Budget(bytes=budget.file).limits(plan.dense)["bytes"])
+        plan = replace(plan, budget=str(budget), predicted=replace(plan.predicted, file=size))
     return AnalysedPlan(**vars(plan), analysis=analysis)
+
+
+_of_models: WeakKeyDictionary[nn.Module, Analysis] = WeakKeyDictionary()
+"""The analyses of models whose plans limit their files: ``save(coded=True)`` needs them."""
+
+
+def keep_analysis(model: nn.Module, analysis: Analysis) -> None:
+    """Keep an analysis as long as a model that was made by it; not with copies of this."""
+    _of_models[model] = analysis
+
+
+def kept_analysis(model: nn.Module) -> Analysis | None:
+    """What was kept with a model."""
+    return _of_models.get(model)
 
 
 def analysis_of(plan: Plan) -> Analysis | None:

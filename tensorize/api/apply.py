@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of
+from tensorize.api.analysis import NO_REFIT, Analysis, analysis_of, keep_analysis
 from tensorize.api.analyze import analyzed, calibration_of
 from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
@@ -186,6 +186,8 @@ def apply_plan(
     if options.autotune:
         time_orders(done)
     attach(target, report_of_result(done, analysis))
+    if plan.predicted.file is not None:
+        keep_analysis(target, analysis)
     transformers_config.note_factors(target)
     return target
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensorize.api.analysis import Analysis
+from tensorize.api.analysis import Analysis, kept_analysis
 from tensorize.base.errors import AnalysisError, BudgetError, CheckpointError, check_one_of
 from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
@@ -19,10 +19,15 @@ from tensorize.checking.kept import guard_record, note_artefact, resume
 from tensorize.coding.tensors import Coding, encode
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
+from tensorize.ir.sites import Batch
 from tensorize.passes.filling import coder
 from tensorize.passes.filling.fill import Filling
+from tensorize.passes.filling.refit import Refit
+from tensorize.passes.filling.trial import Cost, Trial
 from tensorize.passes.filling.weights import weights_of
-from tensorize.passes.stages import Analysed
+from tensorize.passes.observe.counted import CountRows, rows_of
+from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.stages import Analysed, Opened, Planned
 from tensorize.reports.attach import report
 from tensorize.running.in_use import use_kernels
 from tensorize.store import compressed_tensors
@@ -42,7 +47,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     format: str = "tensorize",
-    coded: str | Budget | None = None,
+    coded: str | bool | Budget | None = None,
     analysis: Analysis | None = None,
 ) -> None:
     """Write a compiled model as safetensors and JSON, atomically; with its limits if guarded.
@@ -58,7 +63,9 @@ def save(
             ``tensorize.Budget(file=0.15)``: the file of weights has at most this share of the
             dense model's bytes (an int: so many bytes), and costs as little of the loss as it can;
             ``tensorize.Budget(loss=0.01)``: the loss is predicted to rise by at most this beyond
-            what the plan costs. ``tensorize.load`` and ``from_pretrained`` read all of them.
+            what the plan costs. True: at the size of file that the plan's ``Budget(file=)`` chose,
+            with the analysis that it was made by. ``tensorize.load`` and ``from_pretrained`` read
+            all of them.
         analysis: how errors of the weights count, for ``file`` and ``loss``: the one that the
             model was made by. None: the one that its plan finds in ``cache_dir``.
 
@@ -120,7 +127,7 @@ def load(
 
 
 def coder_for(
-    model: nn.Module, asked: str | Budget | None, analysis: Analysis | None
+    model: nn.Module, asked: str | bool | Budget | None, analysis: Analysis | None
 ) -> Coder | None:
     """What codes a model's tensors as a caller asks for it; None: nothing does.
 
@@ -132,16 +139,25 @@ def coder_for(
         return None
     if asked == LOSSLESS:
         return lossless
+    model = unwrapped(model)
+    if asked is True:
+        size = report(model).plan.predicted.file
+        if size is None:
+            raise BudgetError(
+                "coded=True, and the model's plan chose no size of its file",
+                way_out="coded=tensorize.Budget(file=0.15), or compile with that budget",
+            )
+        asked, analysis = Budget(file=size), analysis or kept_analysis(model)
     limit = _only_limit(asked)
     if limit == "entry_error":
         assert isinstance(asked, Budget)
         assert asked.entry_error is not None
         return within(asked.entry_error)
     assert isinstance(asked, Budget)
-    model = unwrapped(model)
     plan = report(model).plan
     program = _program(plan, analysis)
-    return _InMetric(model, program, plan, asked)
+    data = _Data() if analysis is None else _Data(analysis.calibration, analysis.loss_fn)
+    return _InMetric(model, program, plan, data, asked)
 
 
 def _only_limit(asked: Any) -> str:
@@ -180,22 +196,49 @@ def _program(plan: Plan, analysis: Analysis | None) -> Analysed:
     return found
 
 
-class _InMetric:
-    """Codes the weights in their metrics, and all else without loss."""
+@dataclass(frozen=True)
+class _Data:
+    """What an analysis holds of the data that it was made with."""
 
-    def __init__(self, model: nn.Module, program: Analysed, plan: Plan, asked: Budget) -> None:
+    batches: tuple[Batch, ...] = ()
+    loss_fn: LossFunction | None = None
+
+
+def _refit(model: nn.Module, program: Analysed, plan: Plan, data: _Data) -> Refit:
+    """Codes are chosen on these data, of which the rows count that did in the analysis."""
+    counted = program.counted
+    if counted is None:  # the cache does not hold it
+        opened = program.to(Planned, plan=plan).to(Opened, model=model)
+        counted = CountRows(data.batches, data.loss_fn).run(opened).counted
+    return Refit(model, data.batches, lambda batch, name: rows_of(counted, batch, name, 0))
+
+
+class _InMetric:
+    """Codes the weights in their metrics, and all else without loss.
+
+    Where the analysis holds its data, codes are chosen for the inputs that the weights really meet.
+    """
+
+    def __init__(
+        self, model: nn.Module, program: Analysed, plan: Plan, data: _Data, asked: Budget
+    ) -> None:
         self._asked, self._plan = asked, plan
-        self._filling = Filling(list(weights_of(model, program.spectra)))
+        weights = list(weights_of(model, program.spectra))
+        refit = _refit(model, program, plan, data) if data.batches and weights else None
+        self._filling = Filling(weights, refit)
         keys: dict[int, str] = {}
         for slot in slots_of(model):
             keys.setdefault(id(slot.tensor), slot.key)
         self._keys: Mapping[int, str] = keys
         self._predictor = program.predictor
-        if asked.loss is not None and self._predictor is None:
+        if self._predictor is None and asked.loss is not None:
             raise AnalysisError(
                 "this analysis cannot predict a loss, as it saw no data",
                 way_out="analyze(model, calibration=...), or coded=tensorize.Budget(file=...)",
             )
+        self._trial: Trial | None = None
+        if refit is not None and self._predictor is not None:
+            self._trial = Trial.of(model, weights, refit, data.loss_fn)
 
     @torch.no_grad()
     def __call__(self, stored: Mapping[str, Tensor]) -> CodedTensors:
@@ -203,27 +246,43 @@ class _InMetric:
             self._keys[id(tensor)] for each in self._filling.weights for tensor in each.tensors
         }
         others = {key: encode(tensor) for key, tensor in stored.items() if key not in metric}
+        cost: Cost | None = None
         if self._asked.loss is not None:
             assert self._predictor is not None
             limit = coder.allowed(self._predictor, self._asked.loss)
-            made = coder.coded(self._filling, self._filling.within_distortion(limit))
+            expected = self._filling.within_distortion(limit)
+            if self._trial is not None:
+                cost = self._trial.within(self._asked.loss, expected.theta)
+                expected = self._filling.expected(cost.theta)
+            made = coder.coded(self._filling, expected)
         else:
             given = Budget(bytes=self._asked.file).limits(self._plan.dense)["bytes"]
             made = coder.within_bytes(
                 self._filling,
                 int(given),
-                lambda made: self._all(others, made).size - made.bytes,
+                lambda made: self._all(others, made, None).size - made.bytes,
                 sum(len(data) for _, data in others.values()) + _SAID * (len(stored) + 24),
             )
-        return self._all(others, made)
+        if cost is None and self._trial is not None:
+            cost = self._trial.cost(made.expected.theta)
+        return self._all(others, made, cost)
 
-    def _all(self, others: Mapping[str, tuple[Coding, bytes]], made: coder.Filled) -> CodedTensors:
+    def _all(
+        self,
+        others: Mapping[str, tuple[Coding, bytes]],
+        made: coder.Filled,
+        cost: Cost | None,
+    ) -> CodedTensors:
         together = []
         for tensors, group, data in made.groups:
             names = tuple(self._keys[id(tensor)] for tensor in tensors)
             dtypes = tuple(dtype_name(tensor.dtype) for tensor in tensors)
             shapes = tuple(tuple(tensor.shape) for tensor in tensors)
             together.append((CodedGroup(names, dtypes, shapes, group), data))
-        known = {"asked": str(self._asked), **coder.summary(made, self._predictor)}
+        if cost is not None:
+            loss = cost.loss, cost.interval
+        else:
+            loss = self._predictor and coder.rise(self._predictor, made.distortion)
+        known = {"asked": str(self._asked), **coder.summary(made, loss)}
         errors = {self._keys[tensor]: error for tensor, error in made.errors.items()}
         return CodedTensors(others, together, known, errors)

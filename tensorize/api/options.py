@@ -184,7 +184,7 @@ class Options:
         if self.budget is None and self.ranks is None:
             raise BudgetError("budget=None needs ranks=", way_out="give a budget such as 0.1")
         if isinstance(self.budget, Budget):
-            self.budget.check_of_memory()
+            self.budget.check_of_plan()
         self.check_errors_stay(isinstance(self.budget, Budget) and self.budget.error is not None)
         if self.metric in OF_WEIGHTS:
             self.limits(None)

@@ -15,7 +15,7 @@ from tensorize.api.analysis import Analysis, planned
 from tensorize.api.analyze import cost_line, place_of
 from tensorize.api.apply import report_of_result
 from tensorize.api.options import Options
-from tensorize.base.errors import CheckpointError
+from tensorize.base.errors import BudgetError, CheckpointError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
@@ -98,7 +98,12 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
     write_factors.check_metric(options.metric)
     options = replace(options, refine=None)
     options.check_choice()
-    options.limits(None)
+    limits = options.limits(None)
+    if limits is not None and limits.file is not None:
+        raise BudgetError(
+            f"{limits}: files that a stream writes are not coded",
+            way_out="load what it wrote without that limit, and save it with coded=",
+        )
     if directory.is_dir() and out.is_dir() and out.samefile(directory):
         raise CheckpointError(
             f"{out} is the checkpoint's own directory", way_out="choose another directory"

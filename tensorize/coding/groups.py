@@ -165,22 +165,26 @@ def decode(group: Group, data: memoryview) -> list[Tensor]:
     streams: dict[int, list[Tensor]] = defaultdict(list)
     for (stream, _), codes in zip(group.streams, decoded[3:], strict=True):
         streams[stream].append(codes)
+    wide = any(part.dtype == torch.int16 for codes in streams.values() for part in codes)
+    dtype = torch.int16 if wide else torch.int8
     readers = {stream: _Reader(torch.cat(codes)) for stream, codes in streams.items()}
     down, across, levels = sides = [_Reader(codes) for codes in decoded[:3]]
     result = []
     for rows, columns in group.shapes:
         steps = Steps(down.take(rows), across.take(columns))
-        result.append(steps.numbers(_scattered(steps, levels.take(rows), readers)))
+        result.append(steps.numbers(_scattered(steps, levels.take(rows), readers, dtype)))
     if any(reader.left for reader in (*sides, *readers.values())):
         raise ValueError("a stream is longer than what it is of")
     return result
 
 
-def _scattered(steps: Steps, levels: Tensor, readers: Mapping[int, _Reader]) -> Tensor:
+def _scattered(
+    steps: Steps, levels: Tensor, readers: Mapping[int, _Reader], dtype: torch.dtype
+) -> Tensor:
     """The codes of a matrix, out of the streams."""
     levels, rows = levels.sort(stable=True)
     across, columns = _halves(steps.across).sort(stable=True)
-    ordered = torch.empty(len(rows), len(columns), dtype=torch.int16)
+    ordered = torch.empty(len(rows), len(columns), dtype=dtype)
     for stream, row, column in _tiles(levels, across):
         if stream not in readers:
             raise ValueError(f"there is no stream {stream}")
@@ -213,6 +217,7 @@ def _decode_block(block: Block, offset: int, data: memoryview) -> Tensor:
     parts = [data[a:b] for a, b in pairwise(ends)]
     kept = torch.int16
     codes, places, beside = stepped.decoded(parts, block.packing, block.entries, block.beside, kept)
-    codes = codes.short()
-    codes[places] = beside
+    if block.beside:
+        codes = codes.short()
+        codes[places] = beside
     return codes

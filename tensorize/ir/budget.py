@@ -41,7 +41,9 @@ class Budget:
         error: largest relative error of any site's weight, in the metric of the analysis.
         loss: largest predicted rise of the loss to preserve (needs calibration data).
         file: of the files of weights, which may be coded in fewer bits than memory holds: a share
-            of the dense model's bytes, or an int of bytes. For ``tensorize.save(coded=)``.
+            of the dense model's bytes, or an int of bytes. For ``tensorize.save(coded=)``; of a
+            plan it is what ``save(coded=True)`` codes at, beside its limits on costs in memory
+            (alone, nothing becomes smaller there).
         entry_error: largest error of any entry of any stored tensor, a float, or as
             ``"1e-3 relative"`` a share of each tensor's range. For ``tensorize.save(coded=)``.
 
@@ -112,12 +114,26 @@ class Budget:
         """The same limits by the names of what plans cost."""
         return self if self.stored is None else replace(self, bytes=self.stored, stored=None)
 
-    def check_of_memory(self) -> None:
-        """Raises BudgetError where files are limited, which a model in memory says nothing of."""
-        if self.file is not None or self.entry_error is not None:
+    @property
+    def of_memory(self) -> Budget:
+        """The limits on the model in memory: all of it, where only its file is limited."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) is not None}
+        if "file" not in given:
+            return self
+        return replace(self, file=None) if len(given) > 1 else Budget(params=1.0)
+
+    def check_of_plan(self) -> None:
+        """Raises BudgetError for a limit that no plan keeps, but ``save`` alone."""
+        if self.entry_error is not None:
             raise BudgetError(
                 f"{self} limits what is saved, and not what is compiled",
                 way_out=f"tensorize.save(model, directory, coded=tensorize.Budget({self}))",
+            )
+        if self.file is not None and self.loss is not None:
+            raise BudgetError(
+                f"{self}: how small a file is and what it loses are not limited together",
+                way_out="compile to one, and look at the other; save(coded=tensorize.Budget(loss=))"
+                " finds the smallest file of a loss",
             )
 
     def limits(self, dense: Totals) -> dict[str, float]:

@@ -102,7 +102,9 @@ class Prediction:
     ``batch_sizes``; ``latency`` is the time of all matmuls against the model's parameters, in
     microseconds, for each of those numbers of rows. ``communication``: what tensor-parallel devices
     send for a row, in bytes, if weights of low rank are split by their bottleneck. ``metrics`` are
-    the caller's own (``analyze(metrics=)``), in the order in which they were given.
+    the caller's own (``analyze(metrics=)``), in the order in which they were given. ``file``: where
+    the budget limits it, the bytes of the file of weights that ``save(coded=True)`` writes, or up
+    to 2 % fewer; ``loss`` is that of the model in memory, and the manifest says that of the file.
 
     Example:
         >>> predicted = tensorize.report(small).plan.predicted
@@ -120,6 +122,7 @@ class Prediction:
     latency: tuple[float, ...] = ()
     communication: int = 0
     metrics: tuple[PredictedMetric, ...] = ()
+    file: int | None = None
 
     def metric(self, name: str) -> PredictedMetric:
         """One of ``metrics``.
@@ -135,6 +138,11 @@ class Prediction:
             f"no metric {name!r} is predicted",
             way_out=f"one of {known}" if known else "analyse with metrics={name: function}",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """By field; ``file`` only where there is one, as earlier releases know none."""
+        data = plain({f.name: getattr(self, f.name) for f in fields(self)})
+        return data if self.file is not None else {k: v for k, v in data.items() if k != "file"}
 
 
 @dataclass(frozen=True)
@@ -214,6 +222,8 @@ class Plan:
             f"FLOPs a row {printer.count(before.flops)} to {printer.count(after.flops)}, "
             f"error {printer.number(after.output_error)}",
         ]
+        if after.file is not None:
+            lines[-1] += f", a file of {printer.count(after.file)} bytes"
         if after.loss is not None:
             span = printer.interval(after.loss_interval)
             lines[-1] += f", loss {printer.number(after.loss)} (90 %: {span})"

@@ -19,7 +19,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from tensorize.base.errors import CheckpointError, TensorizeError
 from tensorize.serve.vllm_config import TensorizeConfig, log
 from tensorize.serve.waiting import Waiting, bias_names, keys_of, sorted_out
-from tensorize.store.manifest import MANIFEST, read_manifest
+from tensorize.store.coded import decoded
+from tensorize.store.manifest import MANIFEST, SAVE_AGAIN, read_manifest
 from tensorize.store.transformers_config import METHOD
 
 TESTED = ("0.32.0",)
@@ -86,7 +87,7 @@ def _weights(
     ours = [*config.claimed, *(site for _, site in whole)]
     config.waiting = Waiting(ours, config.aliases)
     dropped = {key for site in elsewhere for keys in keys_of(site, config.aliases) for key in keys}
-    tensors = given(loader, model_config, model)
+    tensors = _decoded(given(loader, model_config, model))
     directory = Path(model_config.model)
     yield from sorted_out(
         tensors, config.waiting, bias_names(config.sites), dropped, _expected(directory)
@@ -94,6 +95,14 @@ def _weights(
     for name, site in whole:
         log.info("tensorize: %s is made whole: vLLM's layer for it takes no factors", name)
         yield site.names[0], config.whole(site)
+
+
+def _decoded(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """What a coded file stands for; any other as it is read."""
+    try:
+        yield from decoded(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"its weights cannot be read: {error}", way_out=SAVE_AGAIN) from error
 
 
 def _config_of(model: nn.Module) -> TensorizeConfig:

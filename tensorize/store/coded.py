@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -209,6 +209,53 @@ def opened(path: Path) -> Iterator[TensorFile]:
     """
     with safe_open(path, framework="pt", device="cpu") as file:
         yield _CodedFile(file) if _INDEX in {*file.keys()} else file
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A tensor that is here, as safetensors shows one that is not."""
+
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        return [*self.tensor.shape]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.tensor[part]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a coded file holds, read by somebody else."""
+
+    tensors: Mapping[str, Tensor]
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self.tensors[name])
+
+
+def decoded(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of files that another reader goes through, those of a coded one decoded.
+
+    Raises:
+        ValueError: what is coded is damaged, or not all there.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name in (_INDEX, _SIZE, _DATA):
+            held[name] = tensor.cpu()
+        else:
+            yield name, tensor
+    if not held:
+        return
+    if len(held) < 3:
+        raise ValueError(f"of a coded file there are {sorted(held)} alone")
+    file = _CodedFile(_Held(held))
+    for name in [*file.keys()]:
+        yield name, file.get_tensor(name)
 
 
 def is_coded(path: Path) -> bool:

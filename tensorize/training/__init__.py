@@ -3,6 +3,7 @@
 from tensorize.training.adapt import Adaptation, RankSchedule
 from tensorize.training.blueprint import fill
 from tensorize.training.checkpointing import checkpoint_low_rank, low_rank_contexts
+from tensorize.training.checkpoints import load_checkpoint, save_checkpoint
 from tensorize.training.from_scratch import initialize
 from tensorize.training.groups import parameter_groups
 from tensorize.training.host_updates import UpdateRates
@@ -20,9 +21,11 @@ __all__ = [
     "checkpoint_low_rank",
     "fill",
     "initialize",
+    "load_checkpoint",
     "low_rank_contexts",
     "memory",
     "offload",
     "parameter_groups",
     "round_stochastically",
+    "save_checkpoint",
 ]

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import tensorize
 from tensorize.base.errors import BudgetError, CheckpointError
+from tensorize.store.coded import decoded, opened
 from tensorize.store.manifest import MANIFEST, PLAIN_VERSION
 from tests.store.saved_models import (
     Mlp,
@@ -118,6 +120,23 @@ def test_transformers_reads_it(coded: Any, tmp_path: Path) -> None:
         json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"]
         == (manifest(tmp_path)["format_version"])
     )
+
+
+def test_engines_that_read_the_file_themselves_get_what_is_in_it(tmp_path: Path) -> None:
+    small = compressed_mlp()
+    tensorize.save(small, tmp_path, coded=tensorize.Budget(entry_error=1e-3))
+    with safe_open(weights_file(tmp_path), framework="pt") as file:
+        stream = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+    with opened(weights_file(tmp_path)) as file:
+        wanted = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    other = ("norm", torch.ones(3))
+    found = dict(decoded([other, *stream]))
+    assert torch.equal(found.pop("norm"), other[1])
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert dict(decoded([other])).keys() == {"norm"}
+    with pytest.raises(ValueError, match="alone"):
+        dict(decoded(stream[:2]))
 
 
 def test_what_is_not_coded_has_the_version_that_older_releases_read(tmp_path: Path) -> None:

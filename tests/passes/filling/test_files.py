@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import nn
 
 import tensorize
 from tensorize.base.errors import AnalysisError, BudgetError
-from tensorize.passes.filling.coder import within_bytes
+from tensorize.passes.filling.coder import coded, within_bytes
 from tensorize.passes.filling.fill import Filling
+from tensorize.passes.filling.refit import Refit
 from tensorize.passes.filling.weights import weights_of
 from tensorize.store.manifest import MANIFEST
 from tests.store.saved_models import weights_file
@@ -107,7 +109,6 @@ def test_a_loss_is_kept_and_predicted(budget: float, tmp_path: Path) -> None:
     for loss in (1e-3, 1e-2):
         size, told = saved(compressed(budget), tmp_path, loss=loss)
         assert told["loss"] == pytest.approx(loss, rel=0.15)
-        assert told["distortion"] == pytest.approx(told["expected_distortion"], rel=0.15)
         small = tensorize.load(tmp_path, model=Net())
         lost = divergence(compressed(budget), small)
         assert 0.3 * loss < lost < 1.6 * loss
@@ -124,6 +125,43 @@ def test_sizes_are_predicted_without_coding(budget: float, theta: float) -> None
     expected = filling.expected(theta)
     made = within_bytes(filling, round(expected.bytes), lambda _: 0)
     assert made.bytes == pytest.approx(made.expected.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_what_codes_lose_is_expected_without_choosing_them(budget: float) -> None:
+    filling = Filling(list(weights_of(compressed(budget), analysis().program.spectra)))
+    expected = filling.expected(1e-7)
+    assert coded(filling, expected).distortion == pytest.approx(expected.distortion, rel=0.15)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_codes_that_are_chosen_for_what_weights_meet_cost_less(budget: float) -> None:
+    small = compressed(budget)
+    weights = list(weights_of(small, analysis().program.spectra))
+    refit = Refit(small, analysis().calibration, lambda batch, name: None)
+    lost = []
+    for each in (None, refit):
+        codes = {
+            id(tensor): matrix.numbers
+            for group, matrices in Filling(weights, each).codes(1e-5)
+            for tensor, matrix in zip(
+                (t for weight in group for t in weight.tensors), matrices, strict=True
+            )
+        }
+        made = copy.deepcopy(small)
+        with torch.no_grad():
+            for before, after in zip(small.parameters(), made.parameters(), strict=True):
+                if id(before) in codes:
+                    after.copy_(codes[id(before)].reshape(after.shape))
+        lost.append(divergence(small, made))
+    assert 0.01 < lost[1] < 0.95 * lost[0]
+
+
+def test_a_model_is_as_it_was_after_codes_were_chosen_for_it(tmp_path: Path) -> None:
+    small = compressed(0.5)
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    saved(small, tmp_path, file=0.15)
+    assert all(torch.equal(value, small.state_dict()[key]) for key, value in before.items())
 
 
 def test_every_weight_is_coded_once_and_what_shares_a_factor_together() -> None:
@@ -175,6 +213,29 @@ def test_weights_alone_allow_a_limit_on_bytes_and_none_on_the_loss(tmp_path: Pat
         tensorize.save(small, tmp_path, coded=tensorize.Budget(loss=0.1), analysis=known)
 
 
-def test_files_are_no_limit_of_what_is_compiled() -> None:
+@pytest.mark.parametrize("others", [{}, {"params": 0.5}])
+def test_a_plan_says_the_file_and_save_writes_it(others: dict[str, Any], tmp_path: Path) -> None:
+    plan = analysis().plan(tensorize.Budget(file=0.15, **others), precision=None)
+    whole = sum(p.nbytes for p in dense().parameters())
+    assert plan.predicted.file == int(0.15 * whole)
+    assert tensorize.Plan.from_json(plan.to_json()) == plan.alone
+    assert plan.predicted.parameters <= others.get("params", 1.0) * plan.dense.parameters
+    small = tensorize.apply(dense(), plan, progress=False)
+    tensorize.save(small, tmp_path, coded=True)
+    assert weights_file(tmp_path).stat().st_size == pytest.approx(plan.predicted.file, rel=0.02)
+    assert weights_file(tmp_path).stat().st_size <= plan.predicted.file
+
+
+def test_a_plan_without_a_file_has_none_to_write(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="chose no size"):
+        tensorize.save(compressed(0.5), tmp_path, coded=True)
+    plan = analysis().plan(0.5)
+    assert plan.predicted.file is None
+    assert "file" not in json.loads(plan.to_json())["predicted"]
+
+
+def test_what_no_plan_keeps_is_refused() -> None:
     with pytest.raises(BudgetError, match="coded="):
         analysis().plan(tensorize.Budget(entry_error=1e-3))
+    with pytest.raises(BudgetError, match="not limited together"):
+        analysis().plan(tensorize.Budget(file=0.1, loss=0.1))

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize.base.errors import AnalysisError, BudgetError, CaptureError
-from tensorize.ir.sites import Batch, Site
+from tensorize.ir.sites import Batch
 from tensorize.passes.curves.metric import DAMPING, shrinkage
 from tensorize.passes.observe.loss import split
 from tensorize.passes.rewrite.factorize import planned_cores
-from tensorize.passes.rewrite.refit import Moments, refit
+from tensorize.passes.rewrite.refit import refit
+from tensorize.passes.rewrite.sequence import Moments
 from tensorize.passes.stages import Learned
 from tests.models import CASES, MLP, relative
 
@@ -147,9 +148,9 @@ def test_weights_of_one_input_share_their_moments(
     made: list[str] = []
     plain = Moments.__init__
 
-    def noted(self: Moments, site: Site, runs: Any, masks: Any) -> None:
-        made.append(site.name)
-        plain(self, site, runs, masks)
+    def noted(self: Moments, rows: Any, runs: Any, masks: Any) -> None:
+        made.append(rows.args[0].name)
+        plain(self, rows, runs, masks)
 
     monkeypatch.setattr(Moments, "__init__", noted)
     shared = refit(learned, sites, given(data))
