@@ -1,6 +1,7 @@
 """Second moments of a weight's two sides: what is kept of them, and the sums they are made of.
 
-Sums are taken in the rows' own precision (half precision as float32) and kept in float64.
+Sums are taken and kept in the rows' own precision, half precision as float32: what is added to
+them before they are used is a hundredth of them, and diagonals are kept in float64.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def has_full_moments(site: Site) -> bool:
 def moment_bytes(site: Site, metric: str) -> int:
     """Memory of the second moments of one weight, of all its kinds of uses."""
 
+    entry = 8 if site.dtype == "float64" else 4
+
     def side(width: int) -> int:
-        return 8 * (width if width > LARGEST_FULL_MOMENT else width**2)
+        return 8 * width if width > LARGEST_FULL_MOMENT else entry * width**2
 
     rows, columns = site.matrix
     total = 0
@@ -124,14 +127,14 @@ def noise_of(term: Term) -> tuple[float, float]:
 
 
 def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x, in float64.
+    """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x.
 
     g is (samples, T, M), x (samples, T, N). No D is made where T is the smallest side:
     D Dᵀ = gᵀ (x xᵀ) g.
     """
     (_, time, rows), columns = g.shape, x.shape[-1]
-    total_rows = torch.zeros(rows, rows, dtype=torch.float64)
-    total_columns = torch.zeros(columns, columns, dtype=torch.float64)
+    total_rows = torch.zeros(rows, rows, dtype=g.dtype)
+    total_columns = torch.zeros(columns, columns, dtype=g.dtype)
     squares = 0.0
     direct = time > min(rows, columns)
     few = max(1, _ELEMENTS // (rows * columns if direct else time * time))
@@ -201,7 +204,7 @@ def widened(rows: Tensor) -> Tensor:
 
 
 def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum in float64, in the place of ``total``; None is nothing yet."""
+    """The sum, in the place of ``total``; None is nothing yet."""
     if part is None or total is None:
-        return total if part is None else part.double()
+        return total if part is None else part
     return total.add_(part)

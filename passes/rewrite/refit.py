@@ -2,10 +2,8 @@
 
 The one-shot factors are best for the dense model's inputs. In the compressed model a weight sees
 inputs x̃ that the weights before it have changed, while its outputs should still be those of the
-dense model, W x. So weights are taken in the order of their use: with C̃ = E[x̃ x̃ᵀ] and
-K = E[x x̃ᵀ], both from calibration data, the map that is best on x̃ is T = W K C̃⁻¹, and its best
-rank-r factors in the metric (G of the gradients, C̃ of the inputs) follow from one whitened SVD, as
-for the dense weight. No gradients are needed.
+dense model, W x. So weights are taken in the order of their use, and the best factors are those of
+a map that takes x̃ to W x (``drift.py``). No gradients are needed.
 
 All of it is one pass: every calibration batch runs through the dense and through the compressed
 model at once, and waits at each weight until that weight is solved.
@@ -13,31 +11,23 @@ model at once, and waits at each weight until that weight is solved.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensorize.algebra.factors import best_factors
-from tensorize.algebra.metric import Metric
 from tensorize.base.tensors import give_back
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
-from tensorize.formats.dense import is_dense
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
 from tensorize.passes.curves.curve import Spectrum, as_matrix
-from tensorize.passes.curves.joint import joint_factors
-from tensorize.passes.curves.metric import shrink, shrinkage
 from tensorize.passes.observe.counted import Counted, rows_of
-from tensorize.passes.observe.moments import plus, products
-from tensorize.passes.observe.rows import input_rows
-from tensorize.passes.rewrite.factorize import Cores, planned_cores, quantized, stand_in
+from tensorize.passes.rewrite.drift import Drift
+from tensorize.passes.rewrite.factorize import Cores, planned_cores, stand_in
 from tensorize.passes.rewrite.runs import WeightRun, run_order
 from tensorize.passes.stages import Dense, Opened
 
@@ -87,18 +77,18 @@ def refit(dense: Dense, sites: Sequence[RankPlan], batches: Sequence[Batch]) -> 
             for batch in batches:
                 given = dense.model, batch, parameters, order
                 runs.append((WeightRun(*given, None), WeightRun(*given, compressed)))
-            moments: _Moments | None = None
+            drift: Drift | None = None
             for done, name in enumerate(order):
                 dense.progress("refit", done, len(order))
                 there = [pair for pair in runs if all(one.reach(done) for one in pair)]
                 masks = [_counted(dense.counted, pair[0].batch, together[name]) for pair in there]
-                if moments is None or not moments.are_of(there, masks):
-                    moments = _Moments(by_name[name], there, masks)
-                if moments.seen:
+                if drift is None or not drift.are_of(there, masks):
+                    drift = Drift(by_name[name], there, masks)
+                if drift.seen:
                     group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
                     wanted = [chosen[n].spec for n in group]
-                    solved = moments.solve(weights, list(group.values()), wanted)
+                    solved = drift.solve(weights, list(group.values()), wanted)
                     cores.update(zip(group, solved, strict=True))
                 give_back(by_name[name].parameters)
     finally:
@@ -139,103 +129,6 @@ def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
     return format_of(choice.spec).spectral and not exact
 
 
-class _Moments:
-    """K = Σ x x̃ᵀ and C̃ = Σ x̃ x̃ᵀ of one weight, in float64, and of others of the same input."""
-
-    def __init__(
-        self,
-        site: Site,
-        runs: Sequence[tuple[WeightRun, WeightRun]],
-        masks: Sequence[Tensor | None],
-    ) -> None:
-        self.site, self.count = site, 0
-        self._cross: Tensor | None = None
-        self._own: Tensor | None = None
-        self._contract = "columns"
-        self._inputs, self._masks = _inputs(runs), masks
-        for pair, mask in zip(runs, masks, strict=True):
-            self._add(*pair, mask)
-
-    def are_of(
-        self, runs: Sequence[tuple[WeightRun, WeightRun]], masks: Sequence[Tensor | None]
-    ) -> bool:
-        """Whether the runs wait with products of the very same inputs, of which the same count."""
-        return _inputs(runs)[1] == self._inputs[1] and all(
-            a is b or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in zip(masks, self._masks, strict=True)
-        )
-
-    def _add(self, dense: WeightRun, small: WeightRun, mask: Tensor | None) -> None:
-        assert dense.matmul is not None
-        assert small.matmul is not None
-        if self.count == 0:
-            self._contract = dense.matmul.contract
-        if {dense.matmul.contract, small.matmul.contract} != {self._contract}:
-            return  # a batch that uses it in another way than those before
-        x, seen = input_rows(self.site, dense.matmul), input_rows(self.site, small.matmul)
-        if x is None or seen is None or x.shape != seen.shape:
-            return  # rows of a convolution in three dimensions; a model that takes another way
-        if mask is not None and len(mask) == len(x):
-            x, seen = x[mask], seen[mask]
-        self._cross = plus(self._cross, products(x, seen))
-        self._own = plus(self._own, products(seen))
-        self.count += len(x)
-
-    @property
-    def seen(self) -> bool:
-        """Whether anything but zeros arrived in the compressed model, and nothing infinite."""
-        return self._own is not None and 0 < float(self._own.diagonal().sum()) < math.inf
-
-    def solve(
-        self, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
-    ) -> list[Cores]:
-        """The best factors of the maps that take x̃ to W x; several have one first factor.
-
-        Where a spec says so they are rounded, and then the weights after it see that.
-        """
-        rows = self._contract == "rows"
-        factor, cross = self._damped
-        matrices = [(weight.t() if rows else weight).double() for weight in weights]
-        # K C̃⁻¹ is one for all weights of an input; for few rows W K C̃⁻¹ from the left is less work.
-        if sum(map(len, matrices)) >= len(factor):
-            maps = [matrix @ self._transfer for matrix in matrices]
-        else:
-            maps = [torch.cholesky_solve((m @ cross).t(), factor).t() for m in matrices]
-        targets = [m.to(w.dtype) for m, w in zip(maps, weights, strict=True)]
-        metrics = []
-        for curve in curves:
-            (metric,) = curve.metrics
-            outputs = metric.right if rows else metric.left
-            metrics.append(Metric(metric.scale, outputs, factor.float()))
-        if len(targets) > 1:
-            shared, reader = joint_factors(targets, metrics, specs[0].ranks[0])
-            shared = shared.to(targets[0].dtype)
-            return [((t.double() @ reader).to(t.dtype), shared) for t in targets]
-        (target,), (metric,), (spec,) = targets, metrics, specs
-        if rows:
-            target, metric = target.t(), metric.transposed()
-        cores = (target,) if is_dense(spec.format) else best_factors(target, metric, *spec.ranks)
-        if spec.precision is not None:
-            return [quantized(spec, cores, (metric,), weights[0].dtype)]
-        return [cores]
-
-    @cached_property
-    def _damped(self) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of C̃, and K; what is added to both is noise that both models see."""
-        assert self._cross is not None
-        assert self._own is not None
-        mean = float(self._own.diagonal().mean())
-        share = shrinkage(self._own, self.count)
-        cross, own = (shrink(moment, share, mean) for moment in (self._cross, self._own))
-        return torch.linalg.cholesky(own), cross
-
-    @cached_property
-    def _transfer(self) -> Tensor:
-        """K C̃⁻¹."""
-        factor, cross = self._damped
-        return torch.cholesky_solve(cross.t(), factor).t()
-
-
 def _counted(
     counted: Mapping[Batch, Counted] | None, batch: Batch, names: Sequence[str]
 ) -> Tensor | None:
@@ -243,19 +136,3 @@ def _counted(
     masks = [rows_of(counted, batch, name, 0) for name in names]
     known = [mask for mask in masks if mask is not None]
     return torch.stack(known).any(0) if len(known) == len(masks) else None
-
-
-def _inputs(runs: Sequence[tuple[WeightRun, WeightRun]]) -> tuple[list[Tensor], list[object]]:
-    """What a weight is multiplied with in every run, and what tells whether another's is the same.
-
-    While the first are held, none of their numbers is given to another tensor.
-    """
-    matmuls = [one.matmul for pair in runs for one in pair if one.matmul is not None]
-    same: list[object] = []
-    for matmul in matmuls:
-        if matmul.convolution is not None or matmul.x.is_inference():
-            # Patches depend on the weight's shape; writes in place are not always counted.
-            same.append(object())
-        else:
-            same.append((id(matmul.x), matmul.x._version, matmul.contract))
-    return [matmul.x for matmul in matmuls], same
