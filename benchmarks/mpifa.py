@@ -38,12 +38,12 @@ def _solved(
 
 
 def _one(seen: Drift, weight: Tensor, curve: Spectrum, spec: Any) -> Cores:
-    rows, (own, drift) = seen.contract == "rows", seen.all
+    rows, (own, change) = seen.contract == "rows", seen.all
     left, right = (core.double() for core in curve.factors(spec, weight))
     matrix = weight.double()
     if rows:
         matrix, left, right = matrix.mT, right.mT, left.mT
-    left, right = reconstructed(matrix, right, own + drift, own)
+    left, right = reconstructed(matrix, right, own + change, own)
     if rows:
         left, right = right.mT, left.mT
     return left.to(weight.dtype), right.to(weight.dtype)

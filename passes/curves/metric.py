@@ -13,8 +13,9 @@ from tensorize.base.tensors import doubled, singled, squared
 from tensorize.ir.sites import Site
 from tensorize.passes.observe.moments import Moments, Term
 
-# Share of the mean eigenvalue that is added to a second moment, however many rows it is of.
-DAMPING = 0.01
+# What is added to the diagonal of a second moment, however many rows it is of: a share of itself,
+# and of its mean, as what was hardly ever active may be elsewhere.
+DAMPING, LEAST = 0.02, 0.01
 _TINY = 1e-12
 """The least mean of a matrix's moment, relative to the mean of those of a whole stack."""
 
@@ -37,30 +38,33 @@ def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metr
 
 
 def shrinkage(moment: Tensor, samples: int) -> float:
-    """How much of a second moment (N, N) estimated from so many rows gives way to its mean.
+    """How much of a second moment (N, N) estimated from so many rows gives way to its diagonal.
 
-    With S = (1 − s) · moment + s · tr(moment) / N · I, the s that brings S closest to the true
-    moment of Gaussian rows, in the Frobenius norm: oracle approximating shrinkage (Chen, Wiesel,
-    Eldar & Hero 2010). Near 0 for many rows, 1 where they say nothing of the directions.
+    In units of its diagonal d, in which R = D^-½ moment D^-½ has a trace of N, that is the s that
+    brings (1 − s) R + s I closest to the truth for Gaussian rows, in the Frobenius norm: oracle
+    approximating shrinkage (Chen, Wiesel, Eldar & Hero 2010). Near 0 for many rows, 1 where they
+    say nothing of the directions. A few inputs are often hundreds of times as large as the others:
+    without these units they alone would say how much noise there is, and in which directions.
     """
-    width = len(moment)
-    trace = float(moment.diagonal().real.sum())
-    square = float(squared(moment).sum())
-    spread = (samples + 1 - 2 / width) * (square - trace**2 / width)
-    return min(1.0, ((1 - 2 / width) * square + trace**2) / spread) if spread > 0 else 1.0
+    width, diagonal = len(moment), moment.diagonal().real
+    sizes = diagonal + LEAST * diagonal.mean()
+    square = float((squared(moment) / sizes / sizes.unsqueeze(-1)).sum())
+    spread = (samples + 1 - 2 / width) * (square - width)
+    return min(1.0, ((1 - 2 / width) * square + width**2) / spread) if spread > 0 else 1.0
 
 
 def shrinkage_of_noise(moment: Tensor, noise: float) -> float:
     """The same, of a mean of matrices: ``noise`` is its relative variance (Ledoit & Wolf 2004)."""
-    trace, square = float(moment.diagonal().real.sum()), float(squared(moment).sum())
-    spread = 1 - trace**2 / (len(moment) * square)
+    diagonal = float(moment.diagonal().real.square().sum())
+    spread = 1 - diagonal / float(squared(moment).sum())
     return min(1.0, noise / spread) if spread > 0 else 1.0
 
 
-def shrink(moment: Tensor, share: float, mean: float) -> Tensor:
-    """A new moment: shrunk by a share, and damped, towards a mean eigenvalue."""
+def damped(moment: Tensor, share: float, damping: float = DAMPING) -> Tensor:
+    """A new moment (N, N): of this one a share gives way to its diagonal, and more is added."""
+    diagonal = moment.diagonal()
     result = moment * (1 - share)
-    result.diagonal().add_((share + DAMPING) * mean)
+    result.diagonal().add_((share + damping) * diagonal + LEAST * diagonal.mean())
     return result
 
 
@@ -99,7 +103,7 @@ def _root(moment: Tensor | None, side: int, site: Site, term: Term) -> Tensor | 
         given = shrinkage(moment, term.samples[side] // (site.experts if site.apart else 1))
     else:
         given = shrinkage_of_noise(moment, term.noise[side])
-    factor, info = torch.linalg.cholesky_ex(shrink(moment, given, mean))
+    factor, info = torch.linalg.cholesky_ex(damped(moment, given))
     if int(info) == 0:
         return singled(factor).contiguous()  # as it is once it was kept on disk
     raise AnalysisError(

@@ -1,8 +1,8 @@
 """Codes chosen for the inputs that weights really meet: those that the coded weights before leave.
 
 Weights are taken in the order of their use, as factors are in a refit. What is coded is the map
-that brings a weight's outputs back to those of the model as it was, W K C̃⁻¹, in the metric of the
-inputs that there are now. Steps stay those of one θ.
+that brings a weight's outputs back to those of the model as it was (as in a refit), in the metric
+of the inputs that there are now. Steps stay those of one θ.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from tensorize.coding.groups import Coded
 from tensorize.ir.sites import Batch
 from tensorize.passes.filling.weights import Weight
 from tensorize.passes.rewrite.copies import copy_sharing
+from tensorize.passes.rewrite.drift import Drift, Pair, Rows
 from tensorize.passes.rewrite.runs import WeightRun, run_order
-from tensorize.passes.rewrite.sequence import Moments, Pair, Rows, in_order
+from tensorize.passes.rewrite.sequence import in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +68,10 @@ class Refit:
         rows = {name: rows for name, (_, rows) in parts.items()}
         turns = in_order(list(parts), self.batches, pair, rows, self.masks)
         with untouched(self.model), untouched(small), contextlib.closing(turns):
-            for done, (name, moments) in enumerate(turns):
+            for done, (name, drift) in enumerate(turns):
                 self.progress("coding", done, len(parts))
                 filled, _ = parts[name]
-                filled = _met(filled, moments) if moments.seen else filled
+                filled = _met(filled, drift) if drift.seen else filled
                 coded = found[id(parameters[name])] = Coded.of(*filled.codes(theta))
                 numbers[name] = coded.numbers.to(parameters[name])
         return found
@@ -91,15 +92,15 @@ class Refit:
         return {name: parts[name] for name in used.values() if name in parts}
 
 
-def _met(filled: Filled, moments: Moments) -> Filled:
+def _met(filled: Filled, drift: Drift) -> Filled:
     """What is to be coded for the inputs that a weight meets, in their metric."""
-    rows = moments.contract == "rows"
+    rows = drift.contract == "rows"
     matrix, metric = filled.matrix, filled.metric
     if rows:
         matrix, metric = matrix.t(), metric.transposed()
-    (target,), factor = moments.towards([matrix])
+    (target,), factor = drift.towards([matrix], [metric.left])
     # As the analysis counts a weight's inputs, whatever the data here are.
-    unit = math.sqrt(_size(metric.right, matrix.shape[1]) / max(moments.size, 1e-30))
+    unit = math.sqrt(_size(metric.right, matrix.shape[1]) / max(drift.size, 1e-30))
     metric = Metric(metric.scale, metric.left, (factor * unit).float())
     return Filled(target.t(), metric.transposed()) if rows else Filled(target, metric)
 

@@ -19,7 +19,7 @@ from tensorize.capture.matmul import Matmul
 from tensorize.coding.groups import Coded
 from tensorize.formats.registry import format_of
 from tensorize.passes.curves.curve import Spectrum, as_matrix
-from tensorize.passes.rewrite.sequence import Rows
+from tensorize.passes.rewrite.drift import Rows
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from tensorize.passes.observe.distributions import WORDS, Looks, Reading, as_rea
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
 LossFunction = Callable[[Any, Any], Tensor]
+T = TypeVar("T")
 LOGITS: Literal["logits"] = "logits"
 SQUARED: Literal["squared"] = "squared"
 LossOption = LossFunction | Literal["logits", "squared"] | None
@@ -48,11 +49,26 @@ def check_loss(option: Any) -> LossOption:
     )
 
 
-def split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
-    """Batches to learn from, and those held out: every fourth, of fewer every second."""
-    step = 4 if len(batches) >= 4 else 2
-    held_out = batches[step - 1 :: step]
-    return tuple(b for k, b in enumerate(batches) if k % step != step - 1), held_out
+def split(batches: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """Batches to learn from, and those held out: a quarter, of fewer than four every second.
+
+    They are two runs, each in the middle of a half: what follows on each other is often of one
+    document, and the first or last may be the shortest or longest.
+    """
+    count = len(batches)
+    if count < 4:
+        return batches[::2], batches[1::2]
+    out = count // 4
+    runs = ((count, out),) if out < 2 else ((count // 2, (out + 1) // 2), (count, out // 2))
+    held, start = set[int](), 0
+    for end, size in runs:
+        first = (start + end - size + 1) // 2
+        held.update(range(first, first + size))
+        start = end
+    return (
+        tuple(b for k, b in enumerate(batches) if k not in held),
+        tuple(b for k, b in enumerate(batches) if k in held),
+    )
 
 
 # ------------------------------------------------------------------------------------ the loss

@@ -1,6 +1,7 @@
 """Second moments of a weight's two sides: what is kept of them, and the sums they are made of.
 
-Sums are taken in the rows' own precision (half precision as float32) and kept in float64.
+Sums are taken and kept in the rows' own precision, half precision as float32: what is added to
+them before they are used is a hundredth of them, and diagonals are kept in float64.
 """
 
 from __future__ import annotations
@@ -91,16 +92,17 @@ def has_full_moments(site: Site) -> bool:
 def moment_bytes(site: Site, metric: str) -> int:
     """Memory of the second moments of one weight, of all its kinds of uses."""
 
-    entry = 8 * site.reals * (site.experts if site.apart else 1)
+    wide = 8 if site.dtype in ("float64", "complex128") else 4
+    stack = site.reals * (site.experts if site.apart else 1)
 
     def side(width: int) -> int:
-        return entry * (width if width > LARGEST_FULL_MOMENT else width**2)
+        return stack * (8 * width if width > LARGEST_FULL_MOMENT else wide * width**2)
 
     rows, columns = site.matrix
     total = 0
     for contract in {use.contract for use in site.uses}:
         inputs, outputs = (columns, rows) if contract == "columns" else (rows, columns)
-        own = entry * inputs if contract == "lookup" else side(inputs)
+        own = 8 * stack * inputs if contract == "lookup" else side(inputs)
         total += own + (side(outputs) if metric == "loss" else 0)
     return total
 
@@ -130,14 +132,14 @@ def noise_of(term: Term) -> tuple[float, float]:
 
 
 def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x, in float64.
+    """Σ D Dᵀ (M, M), Σ Dᵀ D (N, N) and Σ ‖D Dᵀ‖² over samples, D = gᵀ x.
 
     g is (samples, T, M), x (samples, T, N), both real. No D is made where T is the smallest side:
     D Dᵀ = gᵀ (x xᵀ) g.
     """
     (_, time, rows), columns = g.shape, x.shape[-1]
-    total_rows = torch.zeros(rows, rows, dtype=torch.float64)
-    total_columns = torch.zeros(columns, columns, dtype=torch.float64)
+    total_rows = torch.zeros(rows, rows, dtype=g.dtype)
+    total_columns = torch.zeros(columns, columns, dtype=g.dtype)
     squares = 0.0
     direct = time > min(rows, columns)
     few = max(1, _ELEMENTS // (rows * columns if direct else time * time))
@@ -214,7 +216,7 @@ def widened(rows: Tensor) -> Tensor:
 
 
 def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum in float64, in the place of ``total``; None is nothing yet."""
+    """The sum, in the place of ``total``; None is nothing yet."""
     if part is None or total is None:
-        return total if part is None else doubled(part)
+        return total if part is None else part
     return total.add_(part)

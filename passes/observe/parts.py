@@ -1,8 +1,9 @@
-"""One batch of data cut into several, so that some can be held out."""
+"""Batches of data cut into smaller ones: so that some can be held out, and memory is bounded."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError
 from tensorize.capture.forward import untouched
+from tensorize.capture.matmul import Frame, Matmul
+from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.outputs import call, essential
+from tensorize.passes.stages import Found
 
 _MOST = 16
+_KEPT_BYTES = 1 << 28
+"""What a backward pass may keep of a batch, of more than one sample."""
 # Outputs of a part and of the whole may differ by what rounding does.
 _ALIKE = 1e-3
 
@@ -36,9 +42,9 @@ def in_parts(
             whole = essential(call(model, batch))
             # Some models squeeze an axis of one sample away.
             for count in dict.fromkeys((min(samples, _MOST), min(samples // 2, _MOST))):
-                parts = [_part(batch, first, count) for first in range(count)]
-                if count > 1 and _is_whole(model, whole, parts, samples):
-                    return tuple(parts), ()
+                places = [slice(first, None, count) for first in range(count)]
+                if count > 1 and _is_whole(model, batch, whole, places):
+                    return tuple(_part(batch, some) for some in places), ()
         why = "what the model gives for its samples depends on the others"
     elif samples == 1:
         why = "it is of one sample"
@@ -49,6 +55,72 @@ def in_parts(
         "out, so what is predicted was measured on what was learnt from, and new data may lose "
         "far more",
     )
+
+
+@dataclass(frozen=True)
+class CutBatches:
+    """Cuts calibration batches to so few samples that a backward pass keeps little of each.
+
+    What it keeps of a sample is measured on the first, and taken to grow with the sample's length.
+    Batches stay as they are where the model gives for some samples anything else than for them
+    among all, and where the caller's loss may do so (``whole``).
+    """
+
+    whole: bool = False
+    name: str = "batches"
+
+    def run(self, found: Found) -> Found:
+        batches, model = found.calibration, found.model
+        samples = _samples(batches[0]) if batches else 0
+        if self.whole or samples < 2:
+            return replace(found, summary="as they are")
+        first = _part(batches[0], slice(0, 1))
+        with untouched(model):
+            kept = _kept(found, first) / max(_entries(first), 1)
+            cut = {batch: _places(batch, kept) for batch in batches}
+            whole = essential(call(model, batches[0]))
+            if not any(cut.values()) or not _is_whole(model, batches[0], whole, cut[batches[0]]):
+                return replace(found, summary="as they are")
+        smaller = [
+            part
+            for batch, places in cut.items()
+            for part in ([_part(batch, some) for some in places] or [batch])
+        ]
+        summary = f"{len(batches)} cut into {len(smaller)}, each kept within memory"
+        return replace(found, calibration=tuple(smaller), summary=summary)
+
+
+def _places(batch: Batch, kept: float) -> list[slice]:
+    """The samples of every part of a batch, of whose entries a backward pass keeps so many bytes.
+
+    None, where it is small enough.
+    """
+    samples = _samples(batch)
+    bytes_ = kept * _entries(batch)
+    if samples < 2 or bytes_ <= _KEPT_BYTES:
+        return []
+    step = max(int(samples * _KEPT_BYTES / bytes_), 1)
+    return [slice(start, start + step) for start in range(0, samples, step)]
+
+
+def _kept(found: Found, batch: Batch) -> int:
+    """Bytes that products with free weights are of: what they read, and what they give."""
+    names = {site.name for site in found.free}
+    wanted = [(name, p) for name, p in found.model.named_parameters() if name in names]
+    total = 0
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        nonlocal total
+        total += matmul.x.nbytes + output.nbytes
+        return output
+
+    with Observer(wanted, on_matmul):
+        call(found.model, batch)
+    return total
+
+
+def _entries(batch: Batch) -> int:
+    return sum(leaf.numel() for leaf in _leaves(batch))
 
 
 def _leaves(batch: Batch) -> list[Tensor]:
@@ -65,30 +137,31 @@ def _samples(batch: Batch) -> int:
     return counts.pop() if len(counts) == 1 else 0
 
 
-def _part(batch: Batch, first: int, step: int) -> Batch:
-    """Every so many samples of a batch, from one of them on."""
+def _part(batch: Batch, samples: slice) -> Batch:
+    """Some samples of a batch."""
 
     def some(value: Any) -> Any:
         several = isinstance(value, Tensor) and value.dim() > 0
-        return value[first::step].contiguous() if several else value
+        return value[samples].contiguous() if several else value
 
     whole = batch.args, dict(batch.kwargs), batch.given
     args, kwargs, given = pytree.tree_map(some, whole)
     return replace(batch, args=args, kwargs=kwargs, given=given)
 
 
-def _is_whole(model: nn.Module, whole: Any, parts: list[Batch], samples: int) -> bool:
-    """Whether a model's outputs for the parts are those that it gives for all samples at once."""
+def _is_whole(model: nn.Module, batch: Batch, whole: Any, places: Sequence[slice]) -> bool:
+    """Whether a model's outputs for parts of a batch are those that it gives for all at once."""
+    samples = _samples(batch)
     wanted = {name: t for name, t in whole.items() if name != "loss"}
     if not wanted or any(t.dim() == 0 or len(t) != samples for t in wanted.values()):
         return False
-    for first, part in enumerate(parts):
+    for some in places:
         try:
-            got = essential(call(model, part))
+            got = essential(call(model, _part(batch, some)))
         except ModelError:
             return False  # an argument beside the tensors tells of all samples
         for name, tensor in wanted.items():
-            mine, found = tensor[first :: len(parts)], got.get(name)
+            mine, found = tensor[some], got.get(name)
             if found is None or found.shape != mine.shape:
                 return False
             size = float(tensor.abs().max())

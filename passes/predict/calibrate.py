@@ -86,13 +86,15 @@ class CalibratePrediction:
                 # What is solved on few rows may lose on others what it gains on these.
                 shares = TRIAL_SHARES
             wanted += [(share, refine) for share in shares]
-        known = best_components(learned, first)
         chosen = [
             (planned, refine)
             for share, refine in wanted
             if (planned := plans[share]) is not None and first[planned.plan.sites] == share
         ]
-        trials = self._measured(learned, chosen, known, reference)
+        plain = [trial for trial in chosen if trial[1] is None]
+        trials = self._measured(learned, plain, best_components(learned, first), reference)
+        refined = [trial for trial in chosen if trial[1] is not None]
+        trials += self._measured(learned, refined, {}, reference)
         without = None if self.held_out else reference.measure(_nothing(learned)).rise
         ranks = Predictor(
             _ordered(trials),
@@ -155,6 +157,8 @@ class CalibratePrediction:
     ) -> Trial:
         loss = self.loss
         assert loss is not None
+        if refine is not None:
+            reference.forget()  # a refinement takes memory of its own
         cores = {} if refine else planned_cores(learned, planned.plan.sites, known)
         tried: Opened | Rewritten = planned.to(Opened, model=learned.model, cores=cores)
         for step in rewriting(

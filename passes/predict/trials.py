@@ -56,6 +56,7 @@ class Reference:
     """The dense model's outputs on some batches: what other weights are measured against.
 
     They are held where they take no more than a gigabyte, else made again each time.
+    ``one_row_a_sample``: whether they have one row for each, however many positions it has.
     """
 
     def __init__(
@@ -69,16 +70,14 @@ class Reference:
         self._functions = metrics or {}
         dense: list[list[float]] = []
         self._kept: dict[int, Any] = {}
-        size, self.rows = 0, 0
+        self.rows = 0
         with untouched(model):
             for k, batch in enumerate(batches):
-                result = self._run(batch)
+                result = self._outputs_for(k)
                 loss.require_finite(result, batch, model)
                 self.rows += row_total(result, batch, model)
                 dense.append(self._values(result, batch, result))
-                size += sum(leaf.nbytes for leaf in pytree.tree_leaves(result) if is_tensor(leaf))
-                if k == 0 or size <= _KEPT_BYTES:
-                    self._kept[k] = result
+            self.one_row_a_sample = samples_of(self._outputs_for(0), model) is not None
         means = (mean_of(values) for values in zip(*dense, strict=True))
         self.metrics = tuple((n, *mean) for n, mean in zip(self._functions, means, strict=True))
 
@@ -123,7 +122,17 @@ class Reference:
 
     def _outputs_for(self, k: int) -> Any:
         """The dense model's outputs for the k-th batch."""
-        return self._kept[k] if k in self._kept else self._run(self.batches[k])
+        if k in self._kept:
+            return self._kept[k]
+        result = self._run(self.batches[k])
+        if not self._kept or _size(self._kept) + _size(result) <= _KEPT_BYTES:
+            self._kept[k] = result
+        return result
+
+    def forget(self) -> None:
+        """Hold none of the outputs until they are asked for again."""
+        self._kept.clear()
+        give_back()
 
     def text_loss(self) -> float | None:
         """The dense model's cross-entropy of the batches' text, in nats a token; None: no text."""
@@ -131,11 +140,6 @@ class Reference:
             return None
         with untouched(self.model):
             return text_loss(self.model, self.batches, self._outputs_for)
-
-    @property
-    def one_row_a_sample(self) -> bool:
-        """Whether the outputs have one row for each sample, however many positions it has."""
-        return samples_of(self._kept[0], self.model) is not None
 
     def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
         """The outputs that can be compared: with a loss of the caller's they may be anything."""
@@ -147,6 +151,10 @@ class Reference:
                 raise
             return []
         return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
+
+
+def _size(outputs: Any) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if is_tensor(leaf))
 
 
 def _spread(rises: Sequence[Tensor], rise: float) -> float:

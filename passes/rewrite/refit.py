@@ -2,10 +2,8 @@
 
 The one-shot factors are best for the dense model's inputs. In the compressed model a weight sees
 inputs x̃ that the weights before it have changed, while its outputs should still be those of the
-dense model, W x. So weights are taken in the order of their use: with C̃ = E[x̃ x̃ᵀ] and
-K = E[x x̃ᵀ], both from calibration data, the map that is best on x̃ is T = W K C̃⁻¹, and its best
-rank-r factors in the metric (G of the gradients, C̃ of the inputs) follow from one whitened SVD, as
-for the dense weight. No gradients are needed.
+dense model, W x. So weights are taken in the order of their use, and the best factors are those of
+a map that takes x̃ to W x (``drift.py``). No gradients are needed.
 
 All of it is one pass: every calibration batch runs through the dense and through the compressed
 model at once, and waits at each weight until that weight is solved.
@@ -35,13 +33,13 @@ from tensorize.passes.curves.curve import Spectrum, as_matrix
 from tensorize.passes.curves.joint import joint_factors
 from tensorize.passes.observe.counted import Counted, rows_of
 from tensorize.passes.observe.rows import input_rows
+from tensorize.passes.rewrite.drift import Drift, Pair
 from tensorize.passes.rewrite.factorize import Cores, planned_cores, quantized, stand_in
 from tensorize.passes.rewrite.runs import WeightRun, run_order
-from tensorize.passes.rewrite.sequence import Moments, Pair, in_order
+from tensorize.passes.rewrite.sequence import in_order
 from tensorize.passes.stages import Dense, Opened
 
-
-Solve = Callable[[Moments, Sequence[Tensor], Sequence[Spectrum], Sequence[Any]], list[Cores]]
+Solve = Callable[[Drift, Sequence[Tensor], Sequence[Spectrum], Sequence[Any]], list[Cores]]
 """The cores of weights of one input, by their curves and specs; several have one first factor."""
 
 
@@ -101,13 +99,13 @@ def refit(
 
         rows = {name: partial(input_rows, by_name[name]) for name in order}
         with contextlib.closing(in_order(order, batches, pair, rows, masks)) as turns:
-            for done, (name, moments) in enumerate(turns):
+            for done, (name, drift) in enumerate(turns):
                 dense.progress("refit", done, len(order))
-                if moments.seen:
+                if drift.seen:
                     group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]
                     wanted = [chosen[n].spec for n in group]
-                    solved = solve(moments, weights, list(group.values()), wanted)
+                    solved = solve(drift, weights, list(group.values()), wanted)
                     cores.update(zip(group, solved, strict=True))
                 give_back(by_name[name].parameters)
     use_planned(*specs)
@@ -145,19 +143,18 @@ def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
 
 
 def best_on_what_is_seen(
-    moments: Moments, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
+    drift: Drift, weights: Sequence[Tensor], curves: Sequence[Spectrum], specs: Sequence[Any]
 ) -> list[Cores]:
     """The best factors of the maps that take x̃ to W x; several have one first factor.
 
     Where a spec says so they are rounded, and then the weights after it see that.
     """
-    rows = moments.contract == "rows"
-    targets, factor = moments.towards([weight.t() if rows else weight for weight in weights])
-    metrics = []
-    for curve in curves:
-        (metric,) = curve.metrics
-        outputs = metric.right if rows else metric.left
-        metrics.append(Metric(metric.scale, outputs, factor.float()))
+    rows = drift.contract == "rows"
+    own = [curve.metrics[0] for curve in curves]
+    roots = [metric.right if rows else metric.left for metric in own]
+    targets, factor = drift.towards([weight.t() if rows else weight for weight in weights], roots)
+    inputs = factor.float()
+    metrics = [Metric(each.scale, root, inputs) for each, root in zip(own, roots, strict=True)]
     if len(targets) > 1:
         shared, reader = joint_factors(targets, metrics, specs[0].ranks[0])
         shared = shared.to(targets[0].dtype)

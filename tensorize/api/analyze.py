@@ -37,7 +37,7 @@ from tensorize.passes.curves.precisions import PrecisionOption, check_own, integ
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
-from tensorize.passes.observe.parts import in_parts
+from tensorize.passes.observe.parts import CutBatches, in_parts
 from tensorize.passes.observe.select import Select, check_weights, named_parameters, require_match
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
@@ -130,8 +130,8 @@ def found_in(model: nn.Module, options: Options, tell: Progress) -> Found:
         notes=(f"uses of the weights were seen with {source}", *made, *few),
         progress=tell,
     )
-    passes = FindSites(options.include, options.exclude), Rehearse()
-    found = run_passes(given, passes, Found)
+    cut = CutBatches(whole=options.loss_fn is not None)
+    found = run_passes(given, (FindSites(options.include, options.exclude), Rehearse(), cut), Found)
     # A pattern that names no weight is said before the expensive stage.
     formats_by_site(found.free, options.formats)
     check_own(options.precision, {site.dtype for site in found.free})

@@ -10,7 +10,8 @@ from torch import Tensor
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import DENSE, LOW_RANK
 from tensorize.passes.curves.curve import Spectrum
-from tensorize.passes.curves.metric import DAMPING, shrinkage, site_metrics
+from tensorize.passes.curves.metric import damped as shrunk
+from tensorize.passes.curves.metric import shrinkage, site_metrics
 from tensorize.passes.curves.spectra import spectrum
 from tensorize.passes.observe.moments import Moments, Term
 
@@ -56,8 +57,7 @@ def damped(moments: Tensor | None, width: int, samples: int) -> Tensor:
     identity = torch.eye(width, dtype=torch.float64)
     if moments.dim() == 1:
         return moments.diag() + 0.05 * moments.mean() * identity
-    share = shrinkage(moments, samples)
-    return (1 - share) * moments + (share + DAMPING) * moments.diagonal().mean() * identity
+    return shrunk(moments, shrinkage(moments, samples))
 
 
 def lost(delta: Tensor, moments: Moments, metric: str) -> float:

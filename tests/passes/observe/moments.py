@@ -108,7 +108,7 @@ def predicted(term: Term, delta: Tensor) -> float:
     def full(moment: Tensor | None, width: int) -> Tensor:
         if moment is None:
             return torch.eye(width, dtype=torch.float64)
-        return moment.diag() if moment.dim() == 1 else moment
+        return (moment.diag() if moment.dim() == 1 else moment).double()
 
     rows, columns = full(term.rows, delta.shape[-2]), full(term.columns, delta.shape[-1])
     return 0.5 * float((rows @ delta * (delta @ columns)).sum())

@@ -168,8 +168,20 @@ def test_a_batch_that_does_not_fit_is_named_by_its_place_among_those_given() -> 
             tensorize.analyze(model, calibration=given, example_inputs=batches[0])
 
 
-def test_every_fourth_batch_is_held_out() -> None:
-    batches = calibration_batches([draw(1, 8)] * 9, Given(lambda y: y))
+@pytest.mark.parametrize(
+    ("count", "held"),
+    [
+        (2, [1]),
+        (3, [1]),
+        (4, [2]),
+        (7, [3]),
+        (9, [2, 6]),
+        (16, [3, 4, 11, 12]),
+        (28, [5, 6, 7, 8, 20, 21, 22]),
+    ],
+)
+def test_a_quarter_is_held_out_in_runs_as_documents_are(count: int, held: list[int]) -> None:
+    batches = calibration_batches([draw(1, 8)] * count, Given(lambda y: y))
     learnt, held_out = split(batches)
-    assert [b.number for b in held_out] == [3, 7]
-    assert [b.number for b in learnt] == [0, 1, 2, 4, 5, 6, 8]
+    assert [b.number for b in held_out] == held
+    assert [b.number for b in learnt] == [k for k in range(count) if k not in held]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 import tensorize
 from tensorize.base.errors import AnalysisError, BudgetError, CaptureError
 from tensorize.ir.sites import Batch
-from tensorize.passes.curves.metric import DAMPING, shrinkage
+from tensorize.passes.curves.metric import damped, shrinkage
 from tensorize.passes.observe.loss import split
+from tensorize.passes.rewrite.drift import RIDGES, Drift, Sums, best_ridge
 from tensorize.passes.rewrite.factorize import planned_cores
 from tensorize.passes.rewrite.refit import refit
-from tensorize.passes.rewrite.sequence import Moments
 from tensorize.passes.stages import Learned
 from tests.models import CASES, MLP, relative
 
@@ -31,6 +32,10 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def batches(count: int = 8) -> list[Tensor]:
@@ -64,27 +69,55 @@ def test_the_first_weight_sees_what_it_always_saw() -> None:
 
 
 def test_each_weight_is_the_best_of_its_rank_on_what_it_sees() -> None:
-    """Against the reduced-rank regression of W x on x̃, in float64 (Izenman 1975)."""
+    """Against the reduced-rank ridge regression of W x on x̃, in float64 (Izenman 1975)."""
     model, data = Chain(), batches()
     learned, sites = ready(model, data, "input", 5)
     cores = refit(learned, sites, given(data))
-    x = torch.cat(data).double()
     wide = copy.deepcopy(model).double()
+    first = (cores["a.weight"][0] @ cores["a.weight"][1]).double()
+
+    def inputs(of: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        x = torch.cat(list(of)).double()
+        return torch.tanh(wide.a(x)), torch.tanh(x @ first.T + wide.a.bias)
+
+    def moved(of: Sequence[Tensor], ridge: float) -> Tensor:
+        dense, seen = inputs(of)
+        own, drift = seen.T @ seen, (dense - seen).T @ seen
+        return wide.b.weight + wide.b.weight @ drift @ damped(own, 0.0, ridge).inverse()
+
     with torch.no_grad():
-        dense = torch.tanh(wide.a(x))
-        seen = torch.tanh(
-            x @ (cores["a.weight"][0] @ cores["a.weight"][1]).double().T + wide.a.bias
-        )
-        own, cross = seen.T @ seen, dense.T @ seen
-        share, mean = shrinkage(own, len(x)), own.diagonal().mean()
-        noise = (share + DAMPING) * mean * torch.eye(24, dtype=torch.float64)
-        own, cross = (1 - share) * own + noise, (1 - share) * cross + noise
-        target = wide.b.weight @ cross @ own.inverse()
-        root = torch.linalg.cholesky(own)
+        learnt, held_out = split(tuple(data))
+        dense, seen = inputs(held_out)
+        lost = {
+            ridge: float((dense @ wide.b.weight.T - seen @ moved(learnt, ridge).T).square().sum())
+            for ridge in RIDGES
+        }
+        assert min(lost.values()) < float(((dense - seen) @ wide.b.weight.T).square().sum())
+        _, seen = inputs(data)
+        own = seen.T @ seen
+        root = torch.linalg.cholesky(damped(own, shrinkage(own, len(seen))))
+        target = moved(data, min(lost, key=lost.__getitem__))
         u, s, v = torch.linalg.svd(target @ root)
         best = (u[:, :5] * s[:5]) @ v[:5] @ root.inverse()
     got = cores["b.weight"][0] @ cores["b.weight"][1]
     assert relative(got.double(), best) < 1e-4
+
+
+def test_what_is_learnt_of_few_rows_and_does_not_hold_elsewhere_is_not_used() -> None:
+    """Inputs that drift by noise alone: any map learnt of it loses on other rows."""
+    weights = [draw(16, 24, seed=5)]
+
+    def sums(drift: Callable[[Tensor, int], Tensor]) -> list[Sums]:
+        found = [Sums(), Sums()]
+        for seed, each in enumerate(found):
+            x = draw(40, 24, seed=seed)
+            each.add(x + drift(x, seed), x)
+        return found
+
+    noise = sums(lambda x, seed: draw(40, 24, seed=seed + 10))
+    assert best_ridge(*noise, weights, [None]) >= max(RIDGES)
+    holds = sums(lambda x, seed: 0.5 * x)
+    assert best_ridge(*holds, weights, [None]) == min(RIDGES)
 
 
 @pytest.mark.parametrize("metric", ["input", "loss"])
@@ -146,16 +179,16 @@ def test_weights_of_one_input_share_their_moments(
     model, data = Group(changed=changed), batches(4)
     learned, sites = ready(model, data, "input", 5)
     made: list[str] = []
-    plain = Moments.__init__
+    plain = Drift.__init__
 
-    def noted(self: Moments, rows: Any, runs: Any, masks: Any) -> None:
+    def noted(self: Drift, rows: Any, runs: Any, masks: Any) -> None:
         made.append(rows.args[0].name)
         plain(self, rows, runs, masks)
 
-    monkeypatch.setattr(Moments, "__init__", noted)
+    monkeypatch.setattr(Drift, "__init__", noted)
     shared = refit(learned, sites, given(data))
     assert made == ["a.weight", "b.weight", *(["d.weight"] if changed else [])]
-    monkeypatch.setattr(Moments, "are_of", lambda self, runs, masks: False)
+    monkeypatch.setattr(Drift, "are_of", lambda self, runs, masks: False)
     alone = refit(learned, sites, given(data))
     for name, cores in shared.items():
         assert all(torch.equal(a, b) for a, b in zip(cores, alone[name], strict=True)), name
