@@ -10,7 +10,7 @@ from torch import nn
 from tensorize.base.errors import BudgetError
 from tensorize.passes.filling.refit import Refit
 from tensorize.passes.filling.weights import Weight
-from tensorize.passes.observe.loss import LossFunction, PreservedLoss, split
+from tensorize.passes.observe.loss import LossOption, PreservedLoss, split
 from tensorize.passes.predict.predictor import interval
 from tensorize.passes.predict.trials import Reference
 
@@ -48,7 +48,7 @@ class Trial:
         model: nn.Module,
         weights: Sequence[Weight],
         refit: Refit,
-        loss_fn: LossFunction | None,
+        loss_fn: LossOption,
     ) -> Trial | None:
         """Part of a refit's data is held out; None: there are too few to be."""
         learnt, held_out = split(tuple(refit.batches))

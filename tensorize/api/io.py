@@ -26,7 +26,7 @@ from tensorize.passes.filling.refit import Refit
 from tensorize.passes.filling.trial import Cost, Trial
 from tensorize.passes.filling.weights import weights_of
 from tensorize.passes.observe.counted import CountRows, rows_of
-from tensorize.passes.observe.loss import LossFunction
+from tensorize.passes.observe.loss import LossOption, function_of
 from tensorize.passes.stages import Analysed, Opened, Planned
 from tensorize.reports.attach import report
 from tensorize.running.in_use import use_kernels
@@ -201,7 +201,7 @@ class _Data:
     """What an analysis holds of the data that it was made with."""
 
     batches: tuple[Batch, ...] = ()
-    loss_fn: LossFunction | None = None
+    loss_fn: LossOption = None
 
 
 def _refit(model: nn.Module, program: Analysed, plan: Plan, data: _Data) -> Refit:
@@ -209,7 +209,7 @@ def _refit(model: nn.Module, program: Analysed, plan: Plan, data: _Data) -> Refi
     counted = program.counted
     if counted is None:  # the cache does not hold it
         opened = program.to(Planned, plan=plan).to(Opened, model=model)
-        counted = CountRows(data.batches, data.loss_fn).run(opened).counted
+        counted = CountRows(data.batches, function_of(data.loss_fn)).run(opened).counted
     return Refit(model, data.batches, lambda batch, name: rows_of(counted, batch, name, 0))
 
 
