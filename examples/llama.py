@@ -4,16 +4,21 @@ The second trained decoder of the tests and benchmarks: rotary positions, groupe
 layers, RMS norms, and a head of its own, where the GPT of `examples/gpt.py` has learned positions,
 a packed projection and a tied head. `examples/train_stdlib.py --model llama` trained it on the same
 text, with the GPT's tokenizer.
+
+    python -m examples.llama --out my-llama
+
+writes it as a folder of transformers, with its tokenizer, which every command of tensorize reads.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from examples.gpt import DATA
+from examples.gpt import DATA, load_tokenizer
 
 WEIGHTS_FILE = "llama_stdlib.safetensors"
 RECORD_FILE = "llama_stdlib.json"
@@ -46,3 +51,25 @@ def load_pretrained(directory: Path = DATA) -> Any:
     weights = load_file(directory / WEIGHTS_FILE)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     return model.eval()
+
+
+def main() -> None:
+    """Write the trained model and its tokenizer as a folder of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    out = parser.parse_args().out
+    load_pretrained().save_pretrained(out)
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=load_tokenizer(), eos_token=end, pad_token=end
+    )
+    tokenizer.save_pretrained(out)
+    print(
+        f"{out}: a Llama of {sum(p.numel() for p in load_pretrained().parameters()):,} parameters"
+    )
+
+
+if __name__ == "__main__":
+    main()

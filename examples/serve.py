@@ -36,6 +36,7 @@ from typing import Any, cast
 from urllib import request
 
 import torch
+from tokenizers import Tokenizer
 
 import tensorize
 from examples import gpt, llama, stdlib_text
@@ -310,11 +311,19 @@ def compressed(directory: Path | None, budget: float, documents: int) -> Any:
     return tensorize.compile(llama.load_pretrained(), budget, calibration=batches, refine=None)
 
 
+def tokenizer_in(directory: Path | None) -> Any:
+    """The tokenizer of a saved model; that of the repository's Llama where it has none."""
+    file = None if directory is None else directory / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file and file.exists() else gpt.load_tokenizer()
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Serve; with ``--requests`` ask that many at once, print what it took, and stop."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, help="what tensorize.save wrote")
-    parser.add_argument("--tokenizer", type=Path, default=gpt.DATA, help="the folder of its file")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a folder with tokenizer.json; or the model's"
+    )
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--documents", type=int, default=16, help="to calibrate on")
     parser.add_argument("--host", default="127.0.0.1")
@@ -327,7 +336,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model = compressed(options.model, options.budget, options.documents)
     totals = tensorize.report(model).totals
     batcher = Batcher(
-        model, gpt.load_tokenizer(options.tokenizer), most=options.batch, wait=options.wait
+        model,
+        tokenizer_in(options.tokenizer or options.model),
+        most=options.batch,
+        wait=options.wait,
     )
     with Server((options.host, options.port), batcher) as server:
         url = f"http://{options.host}:{server.server_address[1]}"

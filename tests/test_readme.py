@@ -1,59 +1,51 @@
-"""The README's Python runs as it stands, one snippet after the other."""
+"""A newcomer pastes the README, and gets from a clone to a served, evaluated language model."""
 
 from __future__ import annotations
 
-import copy
+import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-import tensorize
+from tests.paths import ROOT
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-STEPS = 3
+TEXT = (ROOT / "README.md").read_text()
+COPIED = ("README.md", "docs", "examples", "tensorize", "passes", "codegen", "pyproject.toml")
 
 
-@pytest.mark.filterwarnings("ignore:.*`torch_dtype` is deprecated")
-def test_every_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_it_is_two_screens() -> None:
+    assert len(TEXT.splitlines()) <= 110
 
-    monkeypatch.chdir(tmp_path)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
+
+def test_every_link_and_path_is_there() -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", TEXT)
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.slow
+def test_what_is_pasted_ends_in_an_answer_of_the_server(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    _, after = TEXT.split("## From a clone to a served language model")
+    pasted = re.search(r"```console\n(.*?)```", after, re.DOTALL)
+    assert pasted is not None
+    for name in COPIED:  # a clone after `make demo`
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, symlinks=True)
+        else:
+            shutil.copy(source, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-m", "-c", pasted.group(1)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
-    torch.manual_seed(0)
-    dense = LlamaForCausalLM(config).eval()
-    # A trained model's spectra fall; a quarter of a random one's loss is not to be had at a half.
-    with torch.no_grad():
-        for parameter in dense.parameters():
-            if parameter.dim() == 2:
-                u, s, v = torch.linalg.svd(parameter, full_matrices=False)
-                parameter.copy_((u * s * torch.logspace(0, -3, len(s))) @ v)
-    batches = [{"input_ids": torch.randint(0, 96, (4, 16))} for _ in range(12)]
-    names: dict[str, Any] = {
-        "batches": batches,
-        "batch": batches[0],
-        "LlamaForCausalLM": LlamaForCausalLM,
-        "config": config,
-        "torch": torch,
-        "tensorize": tensorize,
-    }
-    assert len(SNIPPETS) >= 5
-    for snippet in SNIPPETS:
-        names["model"] = copy.deepcopy(dense)
-        # What takes hundreds of steps is done in some.
-        exec(compile(snippet.replace("steps=300", f"steps={STEPS}"), "README.md", "exec"), names)
-    assert type(names["small"]) is LlamaForCausalLM
-    assert names["done"].steps <= STEPS
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    assert answer["choices"][0]["text"], done.stderr
+    assert (tmp_path / "evaluation.html").exists()
+    assert "perplexity" in done.stdout

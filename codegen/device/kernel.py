@@ -28,7 +28,7 @@ class Kernel:
     ``str()`` is its source: it is formatted, says what it computes, and runs alone. ``dtype`` is
     that of the model's weights.
 
-    Example:
+    Examples:
         >>> kernels = tensorize.kernels(tensorize.weight.plain(copy.deepcopy(small)))
         >>> all("@triton.jit" in str(kernel) for kernel in kernels.values())
         True

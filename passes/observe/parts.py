@@ -61,7 +61,7 @@ def in_parts(
 class CutBatches:
     """Cuts calibration batches to so few samples that a backward pass keeps little of each.
 
-    What it keeps of a sample is measured on the first, and taken to grow with the sample's length.
+    What it keeps is measured on the largest, and taken to grow with the number of inputs.
     Batches stay as they are where the model gives for some samples anything else than for them
     among all, and where the caller's loss may do so (``whole``).
     """
@@ -74,12 +74,14 @@ class CutBatches:
         samples = _samples(batches[0]) if batches else 0
         if self.whole or samples < 2:
             return replace(found, summary="as they are")
-        first = _part(batches[0], slice(0, 1))
+        largest = max(batches, key=_entries)
         with untouched(model):
-            kept = _kept(found, first) / max(_entries(first), 1)
+            kept = _kept(found, largest) / max(_entries(largest), 1)
             cut = {batch: _places(batch, kept) for batch in batches}
-            whole = essential(call(model, batches[0]))
-            if not any(cut.values()) or not _is_whole(model, batches[0], whole, cut[batches[0]]):
+            if not cut[largest]:
+                return replace(found, summary="as they are")
+            whole = essential(call(model, largest))
+            if not _is_whole(model, largest, whole, cut[largest]):
                 return replace(found, summary="as they are")
         smaller = [
             part

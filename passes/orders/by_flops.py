@@ -77,7 +77,7 @@ def plan_contraction(
         BudgetError: no tree stays within ``memory_limit`` at batch 1. The message names the
             smallest possible peak.
 
-    Example:
+    Examples:
         >>> tensorize.plan_contraction(tensorize.TTSpec((8, 8), (4, 8), (5,))).flops(16) > 0
         True
     """

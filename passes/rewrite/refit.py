@@ -130,10 +130,11 @@ def _together(sites: Sequence[RankPlan], order: Sequence[str]) -> dict[str, list
 def _solvable(site: Site, choice: RankPlan, curve: Spectrum) -> bool:
     """Whether it is a low-rank weight that is not exact already.
 
-    One that some of the data use in another way has several metrics, and no single best map.
+    Complex ones keep what is planned. One that some of the data use in another way has several
+    metrics, and no single best map.
     """
     assert choice.spec is not None
-    if site.experts or site.last_resort or len(curve.metrics) > 1:
+    if site.experts or site.last_resort or site.reals > 1 or len(curve.metrics) > 1:
         return False
     if choice.spec.precision is not None:
         return True

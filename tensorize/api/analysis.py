@@ -38,7 +38,7 @@ class Analysis:
     Made by ``tensorize.analyze``; it keeps the calibration data alive, which refining the factors
     needs, and not the model.
 
-    Example:
+    Examples:
         >>> analysis = tensorize.analyze(dense, example_inputs=inputs)
         >>> analysis.metric
         'frobenius'

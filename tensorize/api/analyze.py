@@ -88,7 +88,7 @@ def analyze(
         CheckpointError: ``cache_dir`` cannot be used. Where its disk fills up, the analysis goes on
             without it, with a warning and a note.
 
-    Example:
+    Examples:
         >>> analysis = tensorize.analyze(dense, calibration=batches)
         >>> [point.budget for point in analysis.curve([0.6, 0.9])]
         [0.6, 0.9]

@@ -79,7 +79,7 @@ def apply(
         BudgetError: the plan keeps a limit on single errors, and ``refine`` moves them.
         CaptureError: ``model`` is none, or the inputs do not fit it.
 
-    Example:
+    Examples:
         >>> plan = tensorize.analyze(dense, example_inputs=inputs).plan(0.5)
         >>> type(tensorize.apply(dense, plan)) is type(dense)
         True

@@ -125,7 +125,7 @@ def compile(
         CheckpointError: ``cache_dir`` cannot be used.
         TensorizeError: ``backend`` is unknown.
 
-    Example:
+    Examples:
         >>> small = tensorize.compile(dense, budget=0.5, calibration=batches)
         >>> small(*inputs).shape == dense(*inputs).shape
         True

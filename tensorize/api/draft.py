@@ -110,15 +110,16 @@ def draft(
 
     Args:
         model: a decoder of transformers, dense; it is left as it was.
-        calibration, tokenizer, include, exclude, formats, precision, refine, seed, cache_dir,
-            progress: as for ``compile``; the data are needed.
+        calibration, tokenizer: as for ``compile``; the data are needed.
+        include, exclude, formats, precision, refine, seed: as for ``compile``.
+        cache_dir, progress: as for ``compile``.
         budgets: shares among which to choose.
 
     Raises:
         BudgetError: no draft is predicted to make decoding faster.
         CaptureError, AnalysisError, CheckpointError: as ``compile``.
 
-    Example:
+    Examples:
         >>> small = tensorize.draft(decoder, calibration=texts)
         >>> text = decoder.generate(ids, assistant_model=small)
     """

@@ -76,7 +76,7 @@ def save(
         BudgetError: ``coded`` is nothing that a file can be, or no file is so small.
         AnalysisError: nothing says how errors of the weights count.
 
-    Example:
+    Examples:
         >>> tensorize.save(small, folder)
     """
     check_one_of("format", format, ("tensorize", compressed_tensors.METHOD), CheckpointError)
@@ -113,7 +113,7 @@ def load(
     Raises:
         CheckpointError: the artefact is damaged, foreign, of a newer format, or for another model.
 
-    Example:
+    Examples:
         >>> tensorize.save(small, folder)
         >>> again = tensorize.load(folder, model=dense_again)
         >>> torch.equal(again(*inputs), small(*inputs))

@@ -28,7 +28,7 @@ def densify(model: nn.Module) -> nn.Module:
     Raises:
         TensorizeError: a weight stands for no matrix (there is a function between its factors).
 
-    Example:
+    Examples:
         >>> type(tensorize.densify(small)[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
@@ -61,7 +61,7 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> Graphs:
         CaptureError: no inputs are known, the model does not run on ``example_inputs``, or
             ``torch.export`` cannot trace it.
 
-    Example:
+    Examples:
         >>> graphs = tensorize.graphs(small, inputs)
         >>> "low rank" in graphs.diff()
         True

@@ -53,7 +53,7 @@ def restructure(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mo
     A function between two factors (``initialize(nonlinearity=...)``) is in no plan: ``load`` knows
     it.
 
-    Example:
+    Examples:
         >>> empty = tensorize.restructure(dense, tensorize.report(small).plan)
         >>> empty.load_state_dict(small.state_dict())
         <All keys matched successfully>
@@ -134,7 +134,7 @@ def load_dense(
         CheckpointError: ``state`` is no state dict of the dense architecture.
         TensorizeError: the model is not compressed.
 
-    Example:
+    Examples:
         >>> other = tensorize.load_dense(copy.deepcopy(small), dense.state_dict())
         >>> other(*inputs).shape
         torch.Size([8, 32])

@@ -16,7 +16,7 @@ class TensorizeError(Exception):
         site: the qualified name of the parameter or module it concerns, if there is one.
         way_out: what the caller can do about it.
 
-    Example:
+    Examples:
         >>> try:
         ...     tensorize.report(dense)
         ... except tensorize.TensorizeError as error:
@@ -34,7 +34,7 @@ class TensorizeError(Exception):
 class BudgetError(TensorizeError):
     """The budget is malformed, or no choice of formats and ranks satisfies it.
 
-    Example:
+    Examples:
         >>> try:
         ...     tensorize.compile(dense, budget=[0.1, 0.5])
         ... except tensorize.BudgetError as error:
@@ -46,7 +46,7 @@ class BudgetError(TensorizeError):
 class CaptureError(TensorizeError):
     """The model, its inputs or its calibration data cannot be used.
 
-    Example:
+    Examples:
         >>> try:
         ...     tensorize.compile(dense, calibration=[torch.zeros(4, 3)])
         ... except tensorize.CaptureError as error:
@@ -58,7 +58,7 @@ class CaptureError(TensorizeError):
 class AnalysisError(TensorizeError):
     """Weights, statistics or plan do not allow the analysis or its application.
 
-    Example:
+    Examples:
         >>> try:
         ...     tensorize.compile(small)
         ... except tensorize.AnalysisError as error:
@@ -78,7 +78,7 @@ class MemoryLimitError(AnalysisError, MemoryError):
 class CheckpointError(TensorizeError):
     """A saved artefact is missing, damaged, foreign or of a newer format.
 
-    Example:
+    Examples:
         >>> try:
         ...     tensorize.load(folder / "nowhere")
         ... except tensorize.CheckpointError as error:
@@ -90,7 +90,7 @@ class CheckpointError(TensorizeError):
 class FaultError(TensorizeError):
     """Arithmetic or memory did something else than was asked of it, and it could not be mended.
 
-    Example:
+    Examples:
         >>> guarded = tensorize.guard(copy.deepcopy(small), calibration=batches, on_fault="raise")
         >>> try:
         ...     with tensorize.inject(guarded, rate=1.0, where="intermediates", bits=[30]):

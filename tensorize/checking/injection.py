@@ -65,7 +65,7 @@ def inject(
     Raises:
         TensorizeError: not just one of the two rates is given, or a place is not known.
 
-    Example:
+    Examples:
         >>> with tensorize.inject(dense, rate=1.0, where="intermediates") as flips:
         ...     _ = dense(*inputs)
         >>> [flip.weight for flip in flips]

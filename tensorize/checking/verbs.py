@@ -47,7 +47,7 @@ def guard(
         TensorizeError: no weight of the model has a check, or ``on_fault`` is nothing known.
         FaultError: later, by the model: a fault that stays.
 
-    Example:
+    Examples:
         >>> guarded = tensorize.guard(copy.deepcopy(small), calibration=batches)
         >>> torch.equal(guarded(*inputs), small(*inputs))
         True
@@ -92,7 +92,7 @@ def guarded(
     Raises:
         CaptureError, TensorizeError, FaultError: as ``guard``.
 
-    Example:
+    Examples:
         >>> with tensorize.guarded(small, calibration=batches) as guarded:
         ...     y = guarded(*inputs)
     """
@@ -116,7 +116,7 @@ def scrub(model: nn.Module) -> list[Mend]:
         TensorizeError: the model is not guarded.
         FaultError: a tensor is damaged, and there is no copy of it; all others are mended.
 
-    Example:
+    Examples:
         >>> guarded = tensorize.guard(copy.deepcopy(small), calibration=batches)
         >>> tensorize.scrub(guarded)
         []
@@ -140,7 +140,7 @@ def guard_report(model: nn.Module) -> GuardReport:
     Raises:
         TensorizeError: the model is not guarded.
 
-    Example:
+    Examples:
         >>> guarded = tensorize.guard(copy.deepcopy(small), calibration=batches)
         >>> tensorize.guard_report(guarded).faults
         ()

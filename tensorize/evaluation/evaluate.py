@@ -100,7 +100,7 @@ def evaluate(
         CaptureError: the batches do not fit a model's forward, or the labels the batches.
         TensorizeError: torchao is not installed.
 
-    Example:
+    Examples:
         >>> found = tensorize.evaluate(small, dense, batches, time=False)
         >>> found.models[0].parameters < found.dense.parameters
         True

@@ -21,7 +21,7 @@ class Evaluation:
     ``kind`` is "text" (a vocabulary at every position), "classes" or "outputs"; ``unit`` that of
     ``Quality.distance``; ``rows`` are the tokens or samples that counted.
 
-    Example:
+    Examples:
         >>> found = tensorize.evaluate(small, dense, batches, time=False)
         >>> found.kind, found.unit
         ('outputs', 'relative squared error')

@@ -53,7 +53,7 @@ class Budget:
     Raises:
         BudgetError: an entry is not a positive finite number, or none is given.
 
-    Example:
+    Examples:
         >>> str(tensorize.Budget(params=0.5, loss=0.01))
         'params=0.5, loss=0.01'
         >>> tensorize.Budget.of("10MB")

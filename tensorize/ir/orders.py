@@ -52,7 +52,7 @@ class ContractionPlan:
     linear layer), ``"rows"`` for y = x W. FLOPs are counted as opt_einsum does: the product of all
     index sizes of a pairwise contraction, twice when an index is summed.
 
-    Example:
+    Examples:
         >>> plan = tensorize.plan_contraction(tensorize.TTSpec.low_rank(64, 32, 4))
         >>> plan.flops(1)  # of one row: two FLOPs a parameter
         768

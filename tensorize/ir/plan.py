@@ -106,7 +106,7 @@ class Prediction:
     the budget limits it, the bytes of the file of weights that ``save(coded=True)`` writes, or up
     to 2 % fewer; ``loss`` is that of the model in memory, and the manifest says that of the file.
 
-    Example:
+    Examples:
         >>> predicted = tensorize.report(small).plan.predicted
         >>> low, high = predicted.loss_interval
         >>> low <= predicted.loss <= high
@@ -175,7 +175,7 @@ class Plan:
     its times are predicted from; ``own_loss`` says that its loss is a ``loss_fn`` of the caller's,
     ``limits_errors`` that its budget limits the error of every weight.
 
-    Example:
+    Examples:
         >>> plan = tensorize.report(small).plan
         >>> tensorize.Plan.from_json(plan.to_json()) == plan
         True

@@ -51,7 +51,7 @@ class Site:
     the reason why it is only where the budget cannot be met otherwise. ``input_group`` is the name
     of the first of several linears that read the same input (q, k, v; gate, up).
 
-    Example:
+    Examples:
         >>> def first_layer(site):
         ...     return site.shape == (64, 16)
         >>> some = tensorize.compile(dense, 0.9, example_inputs=inputs, include=first_layer)

@@ -131,7 +131,7 @@ class TTSpec(Spec):
     Raises:
         ValueError: lengths do not fit, or an entry is not a positive integer.
 
-    Example:
+    Examples:
         >>> tensorize.TTSpec.low_rank(64, 32, 4).parameters
         384
         >>> tensorize.TTSpec((8, 8), (4, 8), (5,)).core_shapes

@@ -77,7 +77,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TensorizeError: the model was not made by tensorize.
 
-    Example:
+    Examples:
         >>> tensorize.report(small).verdict.ruined
         False
     """

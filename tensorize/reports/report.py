@@ -43,7 +43,7 @@ class Report:
     where they were measured. ``weights`` are samples of the parameters that all of it is of.
     ``outlook`` is what the verdict says beside the plan.
 
-    Example:
+    Examples:
         >>> report = tensorize.report(small)
         >>> [site.format for site in report.factorized][:1]
         ['low_rank']

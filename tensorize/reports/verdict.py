@@ -64,7 +64,7 @@ NOTHING_KNOWN = Outlook()
 class Verdict:
     """What became of a model: ``ruined`` says whether it is of use, ``str()`` all there is to say.
 
-    Example:
+    Examples:
         >>> tensorize.report(small).verdict.ruined
         False
     """

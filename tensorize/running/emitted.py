@@ -34,7 +34,7 @@ def kernels(model: nn.Module, example_inputs: Any = None) -> dict[str, Kernel]:
         TensorizeError: the model was not made by tensorize.
         CaptureError: the model does not run on ``example_inputs``.
 
-    Example:
+    Examples:
         >>> whole = tensorize.weight.plain(copy.deepcopy(small))
         >>> all("import triton" in str(kernel) for kernel in tensorize.kernels(whole).values())
         True

@@ -49,7 +49,7 @@ def save_checkpoint(
         CheckpointError: it cannot be written, or ``extra`` or the optimizer holds something else.
         BudgetError: ``coded`` is neither.
 
-    Example:
+    Examples:
         >>> path = folder / "step.safetensors"
         >>> optimizer = torch.optim.AdamW(small.parameters())
         >>> tensorize.training.save_checkpoint(path, small, optimizer, extra={"step": 7})
@@ -93,7 +93,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: it is damaged or foreign, of another model, or holds no optimizer.
 
-    Example:
+    Examples:
         >>> path = folder / "step.safetensors"
         >>> tensorize.training.save_checkpoint(path, small)
         >>> tensorize.training.load_checkpoint(path, small)

@@ -180,7 +180,7 @@ def distillation_loss(
     Raises:
         CaptureError: a pattern matches no layer, or a batch does not fit the model's forward.
 
-    Example:
+    Examples:
         >>> distance = tensorize.distillation_loss(dense)
         >>> distance(small, batches[0]).requires_grad
         True

@@ -99,7 +99,7 @@ def initialize(
         CaptureError: the model or its inputs cannot be used, or nothing makes a module's values.
         AnalysisError: an option does not fit the model's weights.
 
-    Example:
+    Examples:
         >>> fresh = tensorize.initialize(dense, 0.5, example_inputs=inputs)
         >>> fresh(*inputs).shape
         torch.Size([8, 32])

@@ -63,7 +63,7 @@ class Healing:
     taken on, ``checks`` pairs (steps taken, held-out distance). ``best_step`` is the number of
     steps after which the factors that are kept were the best, 0 where none were better.
 
-    Example:
+    Examples:
         >>> done = tensorize.heal(copy.deepcopy(small), dense, batches, steps=4)
         >>> done.after <= done.before
         True
@@ -146,7 +146,7 @@ def heal(
         CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
 
-    Example:
+    Examples:
         >>> done = tensorize.heal(copy.deepcopy(small), dense, batches, steps=4)
         >>> done.steps
         4

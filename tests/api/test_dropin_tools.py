@@ -114,7 +114,7 @@ def test_quantized_layers_are_left_alone() -> None:
     ("inplace", "calibrated"),
     [
         pytest.param(False, False, marks=pytest.mark.slow, id="a copy, by its weights"),
-        pytest.param(False, True, id="a copy, calibrated"),
+        pytest.param(False, True, marks=pytest.mark.slow, id="a copy, calibrated"),
         pytest.param(True, False, id="in place, by its weights"),
         pytest.param(True, True, marks=pytest.mark.slow, id="in place, calibrated"),
     ],

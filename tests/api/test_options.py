@@ -90,6 +90,8 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("backend", "tpu", tensorize.TensorizeError, "backend='tpu' is not one of 'auto'"),
     ("backend", None, tensorize.TensorizeError, "backend=None is not one of 'auto'"),
     ("inner", "tpu", tensorize.TensorizeError, "inner"),
+    ("loss_fn", "kl", tensorize.AnalysisError, "loss_fn='kl' is no function"),
+    ("metrics", {"mae": 3}, tensorize.AnalysisError, "no mapping from names to functions"),
     ("seed", "x", tensorize.AnalysisError, "seed must be an integer, got 'x'"),
     ("max_memory", "much", tensorize.BudgetError, "max_memory='much' is no size"),
 ]

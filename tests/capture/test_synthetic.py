@@ -28,7 +28,7 @@ def test_a_decoder_writes_text(name: str) -> None:
     assert any("tokens that the model wrote itself" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "t5", "mlp"])
+@pytest.mark.parametrize("name", ["bert", "vit", pytest.param("t5", marks=pytest.mark.slow), "mlp"])
 def test_any_other_model_gets_inputs_like_its_example(name: str) -> None:
     case = CASES[name]
     given = case.batch()

@@ -206,7 +206,16 @@ def calibration(case: Case, batches: int = 8) -> list[Any]:
     return [case.batch(seed) for seed in range(batches)]
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", "gpt2", "bert", "vit", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "gpt",
+        "gpt2",
+        "bert",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vit", "mixtral")),
+    ],
+)
 def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> None:
     case = CASES[name]
     model, given = case.model(), calibration(case)
@@ -238,7 +247,7 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
     assert checked == len(plain) > 1
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", "bert"])
+@pytest.mark.parametrize("name", ["mlp", "gpt", pytest.param("bert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("refine", ["refit", "polish"])
 def test_what_refining_gains_is_measured_in_trials(name: str, refine: str) -> None:
     case = CASES[name]
