@@ -51,6 +51,7 @@ from tensorize.capture.inputs import batch_of
 BUDGETS = (0.1, 0.25, 0.5, 0.75)
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured
 PREDICTED = (0.25, 0.5, 0.75, 0.9)  # those at which predictions are meant to hold
+PREDICTED_ON = {"alike": "other text of the calibration's files", "unseen": "text of other files"}
 OURS = {"ours, one-shot": None, "ours, refit": "refit", "ours, polish": "polish"}
 UNPOLISHED = tuple(method for method, refine in OURS.items() if refine != "polish")
 # Ours with an option taken away: what that option gains.
@@ -133,7 +134,7 @@ def compare_trains(name: str, seed: int) -> Run:
     return found
 
 
-def predict_alone(name: str, seed: int) -> Run:
+def predict_alone(name: str, seed: int, budgets: Sequence[float] = MEASURED) -> Run:
     """Our predictions on one model and one draw of text, and what they are of."""
     subject = MODELS[name](seed)
     ours = tensorize.analyze(
@@ -142,9 +143,13 @@ def predict_alone(name: str, seed: int) -> Run:
     found: Run = {}
     for method in UNPOLISHED:
         compress = peers.applied(subject.model, partial(ours.plan, refine=OURS[method]))
-        for budget in MEASURED:
+        for budget in budgets:
             small = compress(budget)
-            figures = {**predicted(small), "alike": first(subject.alike(small.model))}
+            figures = {
+                **predicted(small),
+                "alike": first(subject.alike(small.model)),
+                "unseen": first(subject.unseen(small.model)),
+            }
             found.setdefault(method, {})[str(budget)] = figures
             print(f"{name} {seed} {method:<14} {budget:<5} {figures}", flush=True)
     return found
@@ -223,7 +228,7 @@ def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
     """How well the predictions of ours hold for a figure, over budgets and seeds."""
     found = {}
     for method in (method for method in OURS if method in runs[0]):
-        points = [run[method][str(budget)] for run in runs for budget in PREDICTED]
+        points = [run[method][str(b)] for run in runs for b in PREDICTED if str(b) in run[method]]
         found[method] = {
             "median_error": statistics.median(abs(p["predicted"] / p[key] - 1) for p in points),
             "inside": sum(p["low"] <= p[key] <= p["high"] for p in points) / len(points),
@@ -253,9 +258,8 @@ def show(name: str, found: Mapping[str, Any]) -> None:
         print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
         for method, ratio in found[f"ratio_{key}"].items():
             print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
-    for key, where in (
-        ("prediction", "other text of the calibration's files"),
-        ("prediction_other_files", "text of other files"),
+    for key, where in zip(
+        ("prediction", "prediction_other_files"), PREDICTED_ON.values(), strict=True
     ):
         show_predictions(name, found[key], where)
     seeds = [draw["rank_correlation"] for draw in draws]
@@ -285,13 +289,16 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the draws that are there")
     parser.add_argument("--trains", action="store_true", help="tensor trains of ours alone")
     parser.add_argument("--predictions", action="store_true", help="predictions of ours alone")
+    parser.add_argument("--budgets", type=float, nargs="+", default=MEASURED, help="of predictions")
     options = parser.parse_args()
     if options.predictions:
         for name in options.models:
-            runs = [predict_alone(name, seed) for seed in options.seeds]
-            held = prediction(runs, "alike")
-            keep("predictions", {**kept("predictions"), name: {"runs": runs, "held": held}})
-            show_predictions(name, held, "other text of the calibration's files")
+            runs = [predict_alone(name, seed, options.budgets) for seed in options.seeds]
+            held = {key: prediction(runs, key) for key in PREDICTED_ON}
+            result = {"runs": runs, "held": held["alike"], "held_other_files": held["unseen"]}
+            keep("predictions", {**kept("predictions"), name: result})
+            for key, where in PREDICTED_ON.items():
+                show_predictions(name, held[key], where)
         return
     if options.trains:
         for name in options.models:

@@ -185,13 +185,13 @@ def language_model(seed: int) -> Subject:
     known, alike = stdlib_text.pages(seed)[::2], stdlib_text.pages(seed)[1::2]
     other = stdlib_text.sentences(seed=seed, split="held_out")
 
-    def on(texts: list[str]) -> Measure:
+    def on(texts: list[str], windows: int) -> Measure:
         # One document after the other: batches that are held out are then of other documents. Of
         # few windows each, as logits are of 49 k words.
-        found = smollm2.windows(tokenizer, texts, CONTEXT)[:WINDOWS]
+        found = smollm2.windows(tokenizer, texts, CONTEXT)[:windows]
         return Measure(model, found.split(BATCH // 2), predictions)
 
-    calibration, alike, unseen = (on(texts) for texts in (known, alike, other))
+    calibration, alike, unseen = on(known, WINDOWS), *(on(t, WINDOWS // 2) for t in (alike, other))
     return Subject(
         model=model,
         calibration=calibration,

@@ -60,15 +60,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     out = parser.parse_args().out
-    load_pretrained().save_pretrained(out)
-    end = "<|endoftext|>"
+    model, end = load_pretrained(), "<|endoftext|>"
+    model.save_pretrained(out)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=load_tokenizer(), eos_token=end, pad_token=end
     )
     tokenizer.save_pretrained(out)
-    print(
-        f"{out}: a Llama of {sum(p.numel() for p in load_pretrained().parameters()):,} parameters"
-    )
+    print(f"{out}: a Llama of {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

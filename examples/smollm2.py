@@ -80,9 +80,12 @@ def main() -> None:
     model: Any = load_pretrained()
     tokenizer = load_tokenizer()
     if out is not None:
-        # Its weights are plain float32 now: the file that they came from says how it held them.
-        model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(out)
+        # Transformers saves no model that came from such a file: one like it has none.
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)
+        plain = type(model)(type(model.config)(**config))
+        plain.load_state_dict(model.state_dict())
+        plain.save_pretrained(out)
         tokenizer.save_pretrained(out)
         print(f"{out}: SmolLM2-135M-Instruct")
         return
