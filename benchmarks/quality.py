@@ -295,8 +295,8 @@ def main() -> None:
         for name in options.models:
             runs = [predict_alone(name, seed, options.budgets) for seed in options.seeds]
             held = {key: prediction(runs, key) for key in PREDICTED_ON}
-            result = {"runs": runs, "held": held["alike"], "held_other_files": held["unseen"]}
-            keep("predictions", {**kept("predictions"), name: result})
+            found = {"runs": runs, "held": held["alike"], "held_other_files": held["unseen"]}
+            keep("predictions", {**kept("predictions"), name: found})
             for key, where in PREDICTED_ON.items():
                 show_predictions(name, held[key], where)
         return
