@@ -71,8 +71,7 @@ class CutBatches:
 
     def run(self, found: Found) -> Found:
         batches, model = found.calibration, found.model
-        samples = _samples(batches[0]) if batches else 0
-        if self.whole or samples < 2:
+        if self.whole or not batches:
             return replace(found, summary="as they are")
         largest = max(batches, key=_entries)
         with untouched(model):
@@ -85,8 +84,8 @@ class CutBatches:
                 return replace(found, summary="as they are")
         smaller = [
             part
-            for batch, places in cut.items()
-            for part in ([_part(batch, some) for some in places] or [batch])
+            for batch in batches
+            for part in ([_part(batch, some) for some in cut[batch]] or [batch])
         ]
         summary = f"{len(batches)} cut into {len(smaller)}, each kept within memory"
         return replace(found, calibration=tuple(smaller), summary=summary)
