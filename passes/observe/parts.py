@@ -112,7 +112,7 @@ def _kept(found: Found, batch: Batch) -> int:
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
         nonlocal total
-        total += matmul.x.nbytes + output.nbytes
+        total += sum(t.numel() * t.element_size() for t in (matmul.x, output))
         return output
 
     with Observer(wanted, on_matmul):
