@@ -171,6 +171,20 @@ CASES: dict[str, Case] = {
 }
 
 
+def plain_llama(width: int, hidden: int, vocabulary: int) -> hf.LlamaForCausalLM:
+    """Two layers with four heads and as many for keys and values, and a head of its own."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=vocabulary,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖."""
     return float((got.double() - want.double()).norm() / want.double().norm())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from tensorize.passes.filling.weights import Weight
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.drift import Drift, Pair, Rows
 from tensorize.passes.rewrite.runs import WeightRun, run_order
-from tensorize.passes.rewrite.sequence import in_order
+from tensorize.passes.rewrite.sequence import Masks, in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Refit:
 
     model: nn.Module
     batches: Sequence[Batch]
-    masks: Callable[[Batch, str], Tensor | None]
+    masks: Masks
     progress: Progress = no_progress
 
     def on(self, batches: Sequence[Batch]) -> Refit:

@@ -71,7 +71,7 @@ class CutBatches:
 
     def run(self, found: Found) -> Found:
         batches, model = found.calibration, found.model
-        if self.whole or not batches:
+        if self.whole or all(_samples(batch) < 2 for batch in batches):
             return replace(found, summary="as they are")
         largest = max(batches, key=_entries)
         with untouched(model):

@@ -5,40 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import tensorize
 from tensorize.passes.lowering.orders import ComputeInOrder
 from tests.backend.lowered_models import EAGER, calls, lowered_and_run
 from tests.models import relative
+from tests.weight.gated import Gated, Mixed, ReadElsewhere
 
 ORDER = "in_order.default"
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(32, 64), nn.Linear(32, 64, bias=False)
-        self.down = nn.Linear(64, 32)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.silu(self.gate(x)) * self.up(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.hidden(x))
-
-
-class ReadElsewhere(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.hidden(x)
-        return self.down(hidden) + hidden.sum(-1, keepdim=True)
-
-
-class Mixed(Gated):
-    """Its hidden units are not those of linears, unit by unit."""
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return super().hidden(x).softmax(-1)
 
 
 class Broadcast(Gated):

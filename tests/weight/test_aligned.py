@@ -12,19 +12,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tests.models import parameters, relative
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(32, 64), nn.Linear(32, 64, bias=False)
-        self.down = nn.Linear(64, 32)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.silu(self.gate(x)) * self.up(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.hidden(x))
+from tests.weight.gated import Gated, Mixed, ReadElsewhere
 
 
 class Plain(Gated):
@@ -32,23 +20,10 @@ class Plain(Gated):
         return 0.5 * F.gelu(self.up(x), approximate="tanh").flatten(0, 1).view(2, -1, 64) + 1
 
 
-class ReadElsewhere(Gated):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.hidden(x)
-        return self.down(hidden) + hidden.sum(-1, keepdim=True)
-
-
 class GivenBack(Gated):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         hidden = self.hidden(x)
         return self.down(hidden), hidden
-
-
-class Mixed(Gated):
-    """Its hidden units are not those of linears, unit by unit."""
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return super().hidden(x).softmax(-1)
 
 
 class Scaled(Gated):

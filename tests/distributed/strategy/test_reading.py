@@ -15,15 +15,11 @@ from tensorize.distributed.strategy.over_layers import OverLayers
 from tensorize.distributed.strategy.reading import workload_of
 from tensorize.distributed.strategy.workload import Workload
 from tensorize.training import activations
+from tests.models import plain_llama
 
 
 def llama() -> hf.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=256,
-    )  # fmt: skip
-    return hf.LlamaForCausalLM(config)
+    return plain_llama(128, 352, 256)
 
 
 def test_a_llama_is_the_decoder_of_its_sizes() -> None:

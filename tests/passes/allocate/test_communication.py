@@ -11,16 +11,12 @@ from tensorize.base.errors import BudgetError
 from tensorize.distributed import Strategy, plan
 from tensorize.distributed.strategy.reading import workload_of
 from tensorize.distributed.strategy.volumes import backward_messages, elements, forward_messages
+from tests.models import plain_llama
 
 
 @pytest.fixture(scope="module")
 def llama() -> hf.LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=96,
-    )  # fmt: skip
-    return hf.LlamaForCausalLM(config)
+    return plain_llama(64, 160, 96)
 
 
 @pytest.fixture(scope="module")
