@@ -1,6 +1,6 @@
 """Statistics and curves of a few weights at a time, so that memory is bounded and work is kept.
 
-Second moments take the most memory of an analysis: eight bytes for each pair of inputs, and of
+Second moments take the most memory of an analysis: a number for each pair of inputs, and of
 outputs, of every weight. In groups whose moments fit, each group costs the passes over the
 calibration data that all weights take together, and gives the same bits: its gradients come on the
 same way. As soon as a group's moments are there they become curves, which a store keeps.
@@ -64,7 +64,8 @@ def groups_that_fit(
 ) -> list[tuple[Site, ...]]:
     """Weights in the order of their names, cut where the moments of one more would not fit.
 
-    While a batch is added to a moment there is a second one of its kind: room is left for it.
+    Of a moment one triangle is held; while a batch is added there is what it adds, which is whole.
+    Room is left for it.
 
     Raises:
         MemoryLimitError: a single weight does not fit.
@@ -75,14 +76,14 @@ def groups_that_fit(
     held = largest = 0
     for site in sorted(sites, key=lambda site: site.name):
         own = moment_bytes(site, metric) if has_moments(site, metric) else 0
-        if 2 * own > max_bytes:
+        if 3 * own > max_bytes:
             raise MemoryLimitError(
-                f"its second moments take {printer.bytes_(2 * own)}, and max_memory is "
+                f"its second moments take {printer.bytes_(3 * own)}, and max_memory is "
                 f"{printer.bytes_(max_bytes)}",
                 site=site.name,
-                way_out=f"max_memory={2 * own}, or exclude it",
+                way_out=f"max_memory={3 * own}, or exclude it",
             )
-        if not groups or held + own + max(largest, own) > max_bytes:
+        if not groups or held + own + 2 * max(largest, own) > max_bytes:
             groups.append([])
             held = largest = 0
         groups[-1].append(site)

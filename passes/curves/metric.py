@@ -32,7 +32,9 @@ def site_metrics(site: Site, moments: Moments | None, metric: str) -> tuple[Metr
     if metric == "loss" and site.reals > 1:
         scale /= 2  # E[Re(gᴴ ΔW x)²] is half of E|gᴴ ΔW x|², as no phase is like another
     return tuple(
-        Metric(scale, *(_root(moment, k, site, term) for k, moment in enumerate(term.sides)))
+        Metric(
+            scale, *(_root(moment, k, site, term) for k, moment in enumerate(term.sides))
+        ).packed()
         for term in terms
     )
 

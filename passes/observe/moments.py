@@ -1,7 +1,8 @@
 """Second moments of a weight's two sides: what is kept of them, and the sums they are made of.
 
 Sums are taken and kept in the rows' own precision, half precision as float32: what is added to
-them before they are used is a hundredth of them, and diagonals are kept in float64.
+them before they are used is a hundredth of them, and diagonals are kept in float64. Of a Hermitian
+sum one triangle is held.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tensorize.algebra.triangle import Held, Triangle, entries, hermitian, packed
 from tensorize.base.tensors import doubled, squared
 from tensorize.ir.sites import LARGEST_FULL_MOMENT, Site
 
 # Gradients of samples, or products of their rows, are held so many elements at a time.
 _ELEMENTS = 16_000_000
+_SIDES = ("rows", "columns")
 # The width from which on a symmetric product is made in parts, in less time.
 _SYMMETRIC = 512
 
@@ -40,8 +43,8 @@ class Term:
     """
 
     contract: str
-    rows: Tensor | None = None
-    columns: Tensor | None = None
+    held: dict[str, Held] = field(default_factory=dict)
+    """The sums of ``rows`` and ``columns``, as they are held."""
     input_rows: int = 0
     output_rows: int = 0
     probes: int = 1
@@ -51,8 +54,33 @@ class Term:
     noise: tuple[float, float] | None = None
 
     @property
+    def rows(self) -> Tensor | None:
+        return self._sum("rows")
+
+    @property
+    def columns(self) -> Tensor | None:
+        return self._sum("columns")
+
+    @property
     def sides(self) -> tuple[Tensor | None, Tensor | None]:
         return self.rows, self.columns
+
+    def _sum(self, side: str) -> Tensor | None:
+        return hermitian(self.held[side]) if side in self.held else None
+
+    def add(self, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Add to both sums; None is nothing."""
+        for side, part in zip(_SIDES, (rows, columns), strict=True):
+            if part is not None and side in self.held:
+                self.held[side].add_(part)
+            elif part is not None:
+                self.held[side] = packed(part)
+
+    def size(self, side: str) -> float:
+        """The trace of a full moment; the sum of all diagonals, or of full moments."""
+        held = self.held[side]
+        diagonal = held.diagonal() if isinstance(held, Triangle) or held.dim() == 2 else held
+        return float(diagonal.sum())
 
     @property
     def samples(self) -> tuple[int, int]:
@@ -61,8 +89,8 @@ class Term:
         Gradients that come from one row of the outputs count once, however many rows they reach.
         """
         if self.contract == "whole":
-            widths = [1 if side is None else len(side) for side in (self.columns, self.rows)]
-            return self.input_rows * widths[0], self.input_rows * widths[1]
+            widths = [len(self.held[side]) if side in self.held else 1 for side in _SIDES]
+            return self.input_rows * widths[1], self.input_rows * widths[0]
         inputs = self.input_rows // max(self.probes, 1)
         gradients = min(self.input_rows, self.output_rows or self.input_rows)
         return (gradients, inputs) if self.contract == "columns" else (inputs, gradients)
@@ -96,7 +124,9 @@ def moment_bytes(site: Site, metric: str) -> int:
     stack = site.reals * (site.experts if site.apart else 1)
 
     def side(width: int) -> int:
-        return stack * (8 * width if width > LARGEST_FULL_MOMENT else wide * width**2)
+        if width > LARGEST_FULL_MOMENT:
+            return stack * 8 * width
+        return stack * wide * (width**2 if site.apart else entries(width))
 
     rows, columns = site.matrix
     total = 0
@@ -213,10 +243,3 @@ def _square(x: Tensor) -> Tensor:
 def widened(rows: Tensor) -> Tensor:
     """Half precision as float32: sums of products overflow in it, or lose their last digits."""
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-
-
-def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum, in the place of ``total``; None is nothing yet."""
-    if part is None or total is None:
-        return total if part is None else part
-    return total.add_(part)

@@ -42,7 +42,6 @@ from tensorize.passes.observe.moments import (
     has_moments,
     moment_of,
     noise_of,
-    plus,
     sample_moments,
     unseen_share,
     widened,
@@ -119,8 +118,8 @@ class CollectStatistics:
         found.progress("statistics", total, total)
         for term in (term for moment in moments.values() for term in moment.terms.values()):
             term.output_rows, term.probes = output_rows, probes
-            if term.contract == "lookup" and term.rows is not None:
-                term.unseen = unseen_share(term.rows, probes)
+            if term.contract == "lookup" and (counts := term.rows) is not None:
+                term.unseen = unseen_share(counts, probes)
         few = _few(moments, sites, probes)
         notes = [*found.notes, *_normalise(moments, sites, output_rows, found.metric)]
         summary = f"{len(self.batches)} batches, {output_rows or 'unknown'} output rows"
@@ -193,9 +192,8 @@ def _add_whole(term: Term, site: Site, gradient: Tensor) -> None:
     """
     rows, columns = site.matrix
     gradient = gradient.reshape(-1, rows, columns)
-    term.rows = plus(term.rows, moment_of(gradient.mT.reshape(-1, rows), rows))
-    of_columns = moment_of(gradient.conj().reshape(-1, columns), columns)
-    term.columns = plus(term.columns, of_columns)
+    of_rows = moment_of(gradient.mT.reshape(-1, rows), rows)
+    term.add(of_rows, moment_of(gradient.conj().reshape(-1, columns), columns))
     term.input_rows += 1
 
 
@@ -239,7 +237,7 @@ def _add_term(
         of_rows, of_columns = (None if m is None else m.conj().resolve_conj() for m in (own, other))
     if frame.rows is not None and of_rows is not None:
         of_rows = among(of_rows, frame.rows, rows)
-    term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
+    term.add(of_rows, of_columns)
 
 
 def _add_samples(
@@ -252,7 +250,7 @@ def _add_samples(
     of_rows, of_columns = (of_outputs, of_inputs) if columns else (of_inputs, of_outputs)
     if frame.rows is not None:
         of_rows = among(of_rows, frame.rows, site.matrix[0])
-    term.rows, term.columns = plus(term.rows, of_rows), plus(term.columns, of_columns)
+    term.add(of_rows, of_columns)
     term.squares += squares
     term.pooled += int(counted.any(1).sum())
     term.input_rows += int(counted.sum())
@@ -288,16 +286,14 @@ def _normalise(
         for term in moment.terms.values():
             inputs = "columns" if term.contract == "columns" else "rows"
             gradients = "rows" if inputs == "columns" else "columns"
-            sums = getattr(term, inputs)
             if term.pooled:
                 term.noise = noise_of(term)
-            if (term.pooled or term.contract == "whole") and sums is not None:  # sizes count once
-                sums.div_(max(float((sums.diagonal() if sums.dim() == 2 else sums).sum()), 1e-300))
-            elif sums is not None:
-                sums.div_(max(term.input_rows / (sites[name].experts if apart else 1), 1))
-            sums = getattr(term, gradients)
-            if sums is not None:
-                sums.div_(max(output_rows, 1) * (1 if apart else max(sites[name].experts, 1)))
+            if (own := term.held.get(inputs)) is not None:
+                once = term.pooled or term.contract == "whole"  # sizes count once
+                rows = term.input_rows / (sites[name].experts if apart else 1)
+                own.div_(max(term.size(inputs), 1e-300) if once else max(rows, 1))
+            if (arrived := term.held.get(gradients)) is not None:
+                arrived.div_(max(output_rows, 1) * (1 if apart else max(sites[name].experts, 1)))
         moment.terms = {c: t for c, t in moment.terms.items() if t.input_rows > 0}
         if not moment.terms:
             why = "no counted output depends on it" if metric == "loss" else "it was not used"

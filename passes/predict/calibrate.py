@@ -29,8 +29,14 @@ from tensorize.passes.predict.families import (
 )
 from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.passes.predict.predictor import Predictor, Trial
-from tensorize.passes.predict.trials import Reference, approximations, trial_plan, untried
-from tensorize.passes.rewrite.factorize import Cores, best_components, in_copy, planned_cores
+from tensorize.passes.predict.trials import Measurement, Reference, stand_ins, trial_plan, untried
+from tensorize.passes.rewrite.factorize import (
+    Components,
+    Cores,
+    best_components,
+    in_copy,
+    planned_cores,
+)
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Analysed, Learned, Opened, Planned, Rewritten
@@ -91,10 +97,10 @@ class CalibratePrediction:
             for share, refine in wanted
             if (planned := plans[share]) is not None and first[planned.plan.sites] == share
         ]
-        plain = [trial for trial in chosen if trial[1] is None]
-        trials = self._measured(learned, plain, best_components(learned, first), reference)
+        plain = [planned for planned, refine in chosen if refine is None]
+        trials = self._at_once(learned, plain, best_components(learned, first), reference)
         refined = [trial for trial in chosen if trial[1] is not None]
-        trials += self._measured(learned, refined, {}, reference)
+        trials += self._measured(learned, refined, reference)
         without = None if self.held_out else reference.measure(_nothing(learned)).rise
         ranks = Predictor(
             _ordered(trials),
@@ -121,7 +127,7 @@ class CalibratePrediction:
         if not precisions_of(learned):
             return ranks
         tried = {
-            family: self._measured(learned, [(each, None) for each in plans], {}, reference)
+            family: self._measured(learned, [(each, None) for each in plans], reference)
             for family, plans in single_families(learned).items()
         }
         worth = worth_of_families(ranks, {k: _ordered(trials) for k, trials in tried.items()})
@@ -129,38 +135,47 @@ class CalibratePrediction:
         wanted: list[tuple[Planned, str | None]] = [(plan, None) for plan in plans.values()]
         if REFIT in self.refinements:
             wanted += [(plan, REFIT) for lost, plan in plans.items() if lost in REFIT_LOSSES]
-        trials = (*ranks.trials, *self._measured(learned, wanted, {}, reference))
+        trials = (*ranks.trials, *self._measured(learned, wanted, reference))
         return replace(ranks, trials=_ordered(trials), worth=worth)
+
+    def _at_once(
+        self, learned: Learned, plans: Sequence[Planned], known: Components, reference: Reference
+    ) -> list[Trial]:
+        """Plans whose factors are cut from those known, all tried in one run of the dense model."""
+        learned.progress("prediction", 0, len(plans))
+        cores = [planned_cores(learned, planned.plan.sites, known) for planned in plans]
+        made = [
+            stand_ins(learned, planned.plan.sites, own)
+            for planned, own in zip(plans, cores, strict=True)
+        ]
+        found = reference.measure_each(made)
+        learned.progress("prediction", len(plans), len(plans))
+        return [_trial(*each, None) for each in zip(plans, found, strict=True)]
 
     def _measured(
         self,
         learned: Learned,
         wanted: Sequence[tuple[Planned, str | None]],
-        known: Mapping[str, Cores],
         reference: Reference,
     ) -> list[Trial]:
         """Plans with what is done to their factors, each tried."""
         trials: list[Trial] = []
         for done, (planned, refine) in enumerate(wanted):
             learned.progress("prediction", done, len(wanted))
-            trials.append(self._measure(learned, planned, refine, known, reference))
+            reference.forget()  # it takes memory of its own
+            cores = self._cores(learned, planned, refine)
+            found = reference.measure(stand_ins(learned, planned.plan.sites, cores))
+            trials.append(_trial(planned, found, refine))
         learned.progress("prediction", len(wanted), len(wanted))
         return trials
 
-    def _measure(
-        self,
-        learned: Learned,
-        planned: Planned,
-        refine: str | None,
-        known: Mapping[str, Cores],
-        reference: Reference,
-    ) -> Trial:
+    def _cores(self, learned: Learned, planned: Planned, refine: str | None) -> Mapping[str, Cores]:
+        """The factors of a plan, after what is done to them."""
+        if refine is None:
+            return planned_cores(learned, planned.plan.sites)
         loss = self.loss
         assert loss is not None
-        if refine is not None:
-            reference.forget()  # a refinement takes memory of its own
-        cores = {} if refine else planned_cores(learned, planned.plan.sites, known)
-        tried: Opened | Rewritten = planned.to(Opened, model=learned.model, cores=cores)
+        tried: Opened | Rewritten = planned.to(Opened, model=learned.model, cores={})
         for step in rewriting(
             refine,
             self.learnt,
@@ -170,13 +185,13 @@ class CalibratePrediction:
         ):
             tried = step.run(tried)
         if isinstance(tried, Opened):
-            cores = tried.cores
-        else:
-            cores = {name: weight.plain_cores for name, weight in factored(tried.model)}
-        sites = planned.plan.sites
-        found = reference.measure(approximations(learned, sites, cores))
-        raw = sum(site.predicted_loss for site in sites)
-        return Trial(raw, found.rise, found.spread, found.output_error, refine, found.metrics)
+            return tried.cores
+        return {name: weight.plain_cores for name, weight in factored(tried.model)}
+
+
+def _trial(planned: Planned, found: Measurement, refine: str | None) -> Trial:
+    raw = sum(site.predicted_loss for site in planned.plan.sites)
+    return Trial(raw, found.rise, found.spread, found.output_error, refine, found.metrics)
 
 
 def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[str]:

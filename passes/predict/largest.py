@@ -13,7 +13,7 @@ curve, which in a model that is compressed as a whole it does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tensorize.formats.registry import named
@@ -22,8 +22,8 @@ from tensorize.ir.sites import Batch, Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.predict.trials import Reference, approximations, trial_plan
-from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores
+from tensorize.passes.predict.trials import Reference, stand_ins, trial_plan
+from tensorize.passes.rewrite.factorize import Components, best_components, planned_cores
 from tensorize.passes.stages import Learned
 
 LARGE = 0.1
@@ -93,11 +93,11 @@ def _is_better(one: Learned, other: Learned, reference: Reference) -> bool:
 def _rise(
     learned: Learned,
     sites: Sequence[RankPlan],
-    known: Mapping[str, Cores] | None,
+    known: Components | None,
     reference: Reference,
 ) -> float:
     cores = planned_cores(learned, sites, known)
-    return reference.measure(approximations(learned, sites, cores)).rise
+    return reference.measure(stand_ins(learned, sites, cores)).rise
 
 
 def _alone(curve: Spectrum) -> list[RankPlan]:

@@ -14,9 +14,7 @@ from tensorize.base.errors import BudgetError, CaptureError
 from tensorize.base.tensors import give_back, in_rows
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
-from tensorize.capture.matmul import Frame
 from tensorize.capture.observer import StandIns
-from tensorize.formats.registry import format_of
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import NATS, RankPlan
 from tensorize.ir.sites import Batch
@@ -36,7 +34,7 @@ from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.rewrite.factorize import stand_in
 from tensorize.passes.stages import Analysed, Learned, Planned
 
-_KEPT_BYTES = 1 << 30
+_KEPT_BYTES = 1 << 28
 # Of the rises of single rows: their standard deviation, relative to their mean.
 _ROW_SPREAD = 1.3
 
@@ -55,7 +53,7 @@ class Measurement:
 class Reference:
     """The dense model's outputs on some batches: what other weights are measured against.
 
-    They are held where they take no more than a gigabyte, else made again each time.
+    Those that take no more than a quarter of a gigabyte are held, others made again each time.
     ``one_row_a_sample``: whether they have one row for each, however many positions it has.
     """
 
@@ -94,31 +92,27 @@ class Reference:
 
     def measure(self, weights: Mapping[str, Any]) -> Measurement:
         """What the model loses with some weights replaced, by name, in this thread alone."""
-        model, rises = self.model, list[Tensor]()
-        parameters = dict(model.named_parameters())
-        instead = {id(parameters[name]): weight for name, weight in weights.items()}
-        error, size = 0.0, 0.0
-        metrics: list[list[float]] = []
+        (found,) = self.measure_each([weights])
+        return found
+
+    def measure_each(self, several: Sequence[Mapping[str, Any]]) -> list[Measurement]:
+        """The same, each time with others replaced; the dense model runs once for all of them."""
+        model, parameters = self.model, dict(self.model.named_parameters())
+        tallies = [_Tally() for _ in several]
+        instead = [{id(parameters[n]): w for n, w in weights.items()} for weights in several]
         with untouched(model):
             for k, batch in enumerate(self.batches):
                 before = self._outputs_for(k)
-                with fitting(model, batch), StandIns(instead):
-                    after = once(model, batch)
-                rises.append(self.loss.rises(before, after, batch, model))
-                metrics.append(self._values(after, batch, before))
-                for a, b in self._outputs(before, after, batch):
-                    mean = a.rows.mean(0, dtype=torch.float64)
-                    for one, other in in_rows(a.rows, b.rows):
-                        error += float((one - other).double().square().sum())
-                        size += float((one.double() - mean).square().sum())
-                del after
-                give_back()
-        total, rows = torch.cat(rises).sum(0).tolist()
-        rise = total / max(rows, 1)
-        spread = _spread(rises, rise) if rise > 0 else 0.0
-        off = (error / size) ** 0.5 if size > 0 else 0.0
-        means = tuple(mean_of(values) for values in zip(*metrics, strict=True))
-        return Measurement(rise, spread, off, means)
+                for tally, tensors in zip(tallies, instead, strict=True):
+                    with fitting(model, batch), StandIns(tensors):
+                        after = once(model, batch)
+                    tally.rises.append(self.loss.rises(before, after, batch, model))
+                    tally.metrics.append(self._values(after, batch, before))
+                    for a, b in self._outputs(before, after, batch):
+                        tally.add(a.rows, b.rows)
+                    del after
+                    give_back()
+        return [tally.measurement() for tally in tallies]
 
     def _outputs_for(self, k: int) -> Any:
         """The dense model's outputs for the k-th batch."""
@@ -153,6 +147,30 @@ class Reference:
         return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
 
 
+class _Tally:
+    """What was found of one set of weights so far."""
+
+    def __init__(self) -> None:
+        self.rises: list[Tensor] = []
+        self.metrics: list[list[float]] = []
+        self._error = self._size = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Rows of an output."""
+        mean = before.mean(0, dtype=torch.float64)
+        for one, other in in_rows(before, after):
+            self._error += float((one - other).double().square().sum())
+            self._size += float((one.double() - mean).square().sum())
+
+    def measurement(self) -> Measurement:
+        total, rows = torch.cat(self.rises).sum(0).tolist()
+        rise = total / max(rows, 1)
+        spread = _spread(self.rises, rise) if rise > 0 else 0.0
+        off = (self._error / self._size) ** 0.5 if self._size > 0 else 0.0
+        means = tuple(mean_of(values) for values in zip(*self.metrics, strict=True))
+        return Measurement(rise, spread, off, means)
+
+
 def _size(outputs: Any) -> int:
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if is_tensor(leaf))
 
@@ -177,26 +195,19 @@ def _spread(rises: Sequence[Tensor], rise: float) -> float:
     return max(found)
 
 
-def approximations(
+def stand_ins(
     learned: Learned, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Any]:
-    """Dense weights as the cores would leave them, by parameter name; tied names included.
+    """What stands for the dense weights of a plan, by parameter name: it runs as it will.
 
-    Cores are plain ones, but for weights of fewer bits: of these what is held, and they run as they
-    will, which may round their inputs.
+    Cores are as they are computed; of weights of fewer bits what is held of them.
     """
     parameters: dict[str, nn.Parameter] = dict(learned.model.named_parameters())
-    weights: dict[str, Any] = {}
-    for choice in sites:
-        if choice.spec is not None and choice.spec.precision is not None:
-            dense = parameters[choice.name]
-            weights[choice.name] = stand_in(choice.spec, cores[choice.name], dense)
-        elif choice.spec is not None:
-            dense, spec = parameters[choice.name], choice.spec.plain
-            weight = format_of(spec).reconstruct(spec, cores[choice.name]).to(dense.dtype)
-            frame = Frame.of(tuple(dense.shape), spec.shape)
-            weights[choice.name] = frame.shaped(weight.detach())
-    return weights
+    return {
+        choice.name: stand_in(choice.made_as, cores[choice.name], parameters[choice.name])
+        for choice in sites
+        if choice.made_as is not None
+    }
 
 
 def trial_plan(learned: Learned, share: float) -> Planned | None:

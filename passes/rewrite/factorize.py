@@ -33,6 +33,9 @@ from tensorize.weight.whole_model import settle
 
 _SMALL = 4_000_000
 Cores = tuple[Tensor, ...]
+Components = Mapping[tuple[str, bool], Cores]
+"""Factors that others of smaller ranks are cut from: of a weight, with its own first one or one
+that it shares."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _as_installed(plan: Plan, model: nn.Module) -> Plan:
 
 
 def planned_cores(
-    dense: Dense, sites: Sequence[RankPlan], known: Mapping[str, Cores] | None = None
+    dense: Dense, sites: Sequence[RankPlan], known: Components | None = None
 ) -> dict[str, Cores]:
     """The factors of every weight that a plan factorizes, as its curve gives them.
 
@@ -134,8 +137,8 @@ def planned_cores(
     for choice in sites:
         if choice.spec is None:
             continue
-        if known is not None and choice.name in known and _is_cut(dense, choice):
-            left, right = known[choice.name]
+        if known is not None and _kind(choice) in known and _is_cut(dense, choice):
+            left, right = known[_kind(choice)]
             (rank,) = choice.spec.ranks
             found[choice.name] = left[..., :rank], right[..., :rank, :]
         else:
@@ -177,26 +180,36 @@ def stand_in(
     return FactoredWeight(spec, held[:count], whole, contractions(spec), indices=held[count:])
 
 
-def best_components(dense: Dense, plans: Iterable[Sequence[RankPlan]]) -> dict[str, Cores]:
+def best_components(dense: Dense, plans: Iterable[Sequence[RankPlan]]) -> Components:
     """The factors at the largest rank that a weight has in any of several plans.
 
     Where those of smaller ranks are cut from them: one decomposition then serves all of the plans.
     """
-    largest: dict[str, RankPlan] = {}
+    largest: dict[tuple[str, bool], RankPlan] = {}
     for choice in itertools.chain.from_iterable(plans):
         if choice.spec is not None and _is_cut(dense, choice):
-            known = largest.get(choice.name)
+            known = largest.get(_kind(choice))
             if known is None or known.ranks < choice.ranks:
-                largest[choice.name] = choice
-    return planned_cores(dense, list(largest.values()))
+                largest[_kind(choice)] = choice
+    found: dict[tuple[str, bool], Cores] = {}
+    for shared in (False, True):
+        made = planned_cores(dense, [c for (_, kind), c in largest.items() if kind is shared])
+        found |= {(name, shared): cores for name, cores in made.items()}
+    return found
+
+
+def _kind(choice: RankPlan) -> tuple[str, bool]:
+    return choice.name, choice.shared is not None
 
 
 def _is_cut(dense: Dense, choice: RankPlan) -> bool:
     """Whether its factors are the first components of those of larger ranks."""
     assert choice.spec is not None
+    if choice.spec.precision is not None or not format_of(choice.spec).spectral:
+        return False
     curve = dense.spectra[choice.name]
-    plain = format_of(choice.spec).spectral and choice.shared is None and len(curve.metrics) == 1
-    return plain and choice.spec.ranks[0] < len(curve.distortion) - 1
+    exact = choice.spec.ranks[0] >= len(curve.distortion) - 1
+    return choice.shared is not None or (len(curve.metrics) == 1 and not exact)
 
 
 def replace_weight(

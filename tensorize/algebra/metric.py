@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorize.algebra.triangle import Held, packed, triangular
 from tensorize.base.tensors import doubled, singled, squared
 
 # Rows that are taken to float64 at a time, so that a vocabulary is never there twice.
@@ -24,26 +25,41 @@ class Metric:
     """One term ``scale · ‖L_Rᵀ ΔW L_K‖²`` with R = L_R L_Rᵀ and K = L_K L_Kᵀ.
 
     ``left`` and ``right`` are L_R and L_K: Cholesky factors (2-D), square roots of a diagonal
-    (1-D), or None for the identity. Of a stack every matrix may have its own (3-D).
+    (1-D), or None for the identity. Of a stack every matrix may have its own (3-D). They are made
+    of what is ``held`` of them, which may be a triangle.
     """
 
     scale: float
-    left: Tensor | None
-    right: Tensor | None
+    held_left: Held | None
+    held_right: Held | None
+
+    @property
+    def left(self) -> Tensor | None:
+        return None if self.held_left is None else triangular(self.held_left)
+
+    @property
+    def right(self) -> Tensor | None:
+        return None if self.held_right is None else triangular(self.held_right)
 
     @property
     def plain(self) -> bool:
         """Whether it is the Frobenius norm."""
-        return self.left is None and self.right is None
+        return self.held_left is None and self.held_right is None
 
     @property
     def mixes_rows(self) -> bool:
-        return self.left is not None and self.left.dim() > 1
+        return self.held_left is not None and self.held_left.dim() > 1
 
     @property
     def apart(self) -> bool:
         """Whether every matrix of a stack has roots of its own."""
-        return any(root is not None and root.dim() == 3 for root in (self.left, self.right))
+        sides = self.held_left, self.held_right
+        return any(root is not None and root.dim() == 3 for root in sides)
+
+    def packed(self) -> Metric:
+        """The same metric, of whose Cholesky factors only the triangles are held."""
+        sides = (self.left, self.right)
+        return Metric(self.scale, *(None if root is None else packed(root) for root in sides))
 
     def of(self, matrix: int) -> Metric:
         """That of one matrix of a stack."""
@@ -54,7 +70,7 @@ class Metric:
 
     def transposed(self) -> Metric:
         """The same metric on Wᵀ."""
-        return Metric(self.scale, self.right, self.left)
+        return Metric(self.scale, self.held_right, self.held_left)
 
     def whiten(self, weight: Tensor) -> Tensor:
         """L_Rᵀ W L_K, in float64."""
@@ -77,10 +93,10 @@ class Metric:
         else:
             n = weight.shape[-1]
             total = doubled(weight.new_zeros(n, n))
-            for part in Metric(1.0, self.left, None)._whitened(weight):
+            for part in Metric(1.0, self.held_left, None)._whitened(weight):
                 total += part.mH @ part
-        inner = times_root(total, self.right)
-        return inner if self.right is None else root_times(self.right, inner)
+        right = self.right
+        return total if right is None else root_times(right, times_root(total, right))
 
     def _whitened(self, weight: Tensor) -> Iterator[Tensor]:
         """The whitened weight in pieces of rows, where its rows do not mix."""
@@ -90,10 +106,10 @@ class Metric:
         elif self.mixes_rows:
             yield self.whiten(weight)
         else:
+            left, right = self.left, self.right
             for start in range(0, weight.shape[0], _CHUNK):
                 rows = slice(start, start + _CHUNK)
-                left = None if self.left is None else self.left[rows]
-                yield Metric(1.0, left, self.right).whiten(weight[rows])
+                yield Metric(1.0, None if left is None else left[rows], right).whiten(weight[rows])
 
 
 def times_root(weight: Tensor, root: Tensor | None) -> Tensor:

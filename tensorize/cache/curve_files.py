@@ -60,7 +60,7 @@ class Curves:
     def find(self, site: Site) -> Spectrum | None:
         """The curve of a weight, if it was kept and is whole; without its shared factor."""
         found = self._find(site.name)
-        return None if found is None else _curve_from_dict(site, *found)
+        return None if found is None else self._held(_curve_from_dict(site, *found))
 
     def keep(self, curve: Spectrum) -> Spectrum:
         """Put a curve in place; it comes back as it is to be held from now on."""
@@ -69,7 +69,13 @@ class Curves:
         path = self._put(curve.site.name, tensors, data)
         if path is None or self.held is Held.memory:
             return curve
-        return _curve_from_dict(curve.site, *self._open(path))
+        return self._held(_curve_from_dict(curve.site, *self._open(path)))
+
+    def _held(self, curve: Spectrum) -> Spectrum:
+        """A curve that was read, as it is to be held."""
+        if self.held is not Held.memory:
+            return curve
+        return replace(curve, metrics=tuple(metric.packed() for metric in curve.metrics))
 
     def find_shared(self, group: str) -> dict[str, SharedFactor] | None:
         """The first factor of a group of weights, by the names of its members."""

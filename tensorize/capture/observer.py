@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -147,12 +148,22 @@ class StandIns(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if any(id(tensor) in self._tensors for tensor in _tensors(args, kwargs)):
-            given = pytree.tree_map(self._instead, (args, kwargs))
-            return func(*given[0], **given[1])
+            args, kwargs = pytree.tree_map(self._instead, (args, kwargs))
+            if args and not isinstance(args[0], Tensor):
+                return _asked(args[0], func, args[1:], kwargs)
         return func(*args, **kwargs)
 
     def _instead(self, value: Any) -> Any:
         return self._tensors.get(id(value), value)
+
+
+def _asked(lazy: Any, func: Any, args: tuple, kwargs: dict) -> Any:
+    """A call for what stands for a tensor and is none: methods of tensors are not for it."""
+    if func.__name__ == "__get__":
+        return getattr(lazy, func.__self__.__name__)
+    if isinstance(func, MethodDescriptorType | WrapperDescriptorType):
+        return getattr(lazy, func.__name__)(*args, **kwargs)
+    return func(lazy, *args, **kwargs)
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:

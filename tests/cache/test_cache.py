@@ -406,7 +406,7 @@ def largest(metric: str) -> int:
 @pytest.mark.parametrize("metric", ["loss", "input"])
 def test_groups_of_weights_give_the_same_bits(metric: str) -> None:
     whole = analysed(None, metric=metric)
-    bounded = analysed(None, metric=metric, max_memory=2 * largest(metric))
+    bounded = analysed(None, metric=metric, max_memory=3 * largest(metric))
     stage = next(stage for stage in bounded.program.history if stage.name == "curves")
     assert int(stage.summary.partition(" ")[0]) >= 3
     assert_alike(whole, bounded)
@@ -421,8 +421,7 @@ def test_moments_are_never_more_than_was_allowed(monkeypatch: pytest.MonkeyPatch
     def run(self: CollectStatistics, program: Any) -> Any:
         after = plain(self, program)
         terms = [term for m in after.statistics.values() for term in m.terms.values()]
-        sides = [side for term in terms for side in term.sides if side is not None]
-        held.append(sum(side.numel() * side.element_size() for side in sides))
+        held.append(sum(side.nbytes for term in terms for side in term.held.values()))
         return after
 
     monkeypatch.setattr(CollectStatistics, "run", run)
@@ -449,7 +448,7 @@ def test_what_is_learned_lies_on_disk_and_nothing_stays_there(
 def test_the_whole_compile_is_the_same(tmp_path: Path) -> None:
     options = {"calibration": IDS, "refine": "polish"}
     whole = tensorize.compile(net(), 0.5, **options)
-    bounded = tensorize.compile(net(), 0.5, **options, max_memory=2 * largest("loss"))
+    bounded = tensorize.compile(net(), 0.5, **options, max_memory=3 * largest("loss"))
     states = whole.state_dict(), bounded.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -460,7 +459,7 @@ def test_a_weight_that_does_not_fit_is_named() -> None:
     ) as told:
         analysed(None, max_memory=1000)
     needed = int(str(told.value).partition("max_memory=")[2].partition(",")[0])
-    analysed(None, max_memory=max(needed, 2 * largest("loss")))
+    analysed(None, max_memory=max(needed, 3 * largest("loss")))
 
 
 def test_groups_are_as_few_as_fit() -> None:
@@ -468,9 +467,9 @@ def test_groups_are_as_few_as_fit() -> None:
     sizes = {site.name: moment_bytes(site, "loss") for site in sites}
 
     def held(groups: Sequence[Sequence[Any]]) -> list[int]:
-        return [sum(sizes[s.name] for s in g) + max(sizes[s.name] for s in g) for g in groups]
+        return [sum(sizes[s.name] for s in g) + 2 * max(sizes[s.name] for s in g) for g in groups]
 
-    for most in range(2 * max(sizes.values()), 2 * sum(sizes.values()), 5000):
+    for most in range(3 * max(sizes.values()), 3 * sum(sizes.values()), 5000):
         groups = in_groups.groups_that_fit(sites, "loss", most)
         assert sorted(s.name for g in groups for s in g) == sorted(sizes)
         assert max(held(groups)) <= most

@@ -44,11 +44,18 @@ def paying(m: int, n: int) -> int:
 SAMPLES = 100
 
 
+def term(contract: str, rows: Tensor | None, columns: Tensor | None, count: int) -> Term:
+    """The moments of so many rows."""
+    found = Term(contract, input_rows=count)
+    found.add(rows, columns)
+    return found
+
+
 def moments_of(m: int, n: int, metric: str, *, diagonal: bool = False, seed: int = 1) -> Moments:
     if metric == "frobenius":
         return Moments()
     rows = moment(m, seed + 10, diagonal) if metric == "loss" else None
-    return Moments({"columns": Term("columns", rows, moment(n, seed + 20, diagonal), SAMPLES)})
+    return Moments({"columns": term("columns", rows, moment(n, seed + 20, diagonal), SAMPLES)})
 
 
 def damped(moments: Tensor | None, width: int, samples: int) -> Tensor:

@@ -152,7 +152,7 @@ def test_moments_that_are_not_finite_are_an_error_that_names_the_site(
 def test_a_metric_of_zeros_is_no_reason_to_fail() -> None:
     """Inputs that are always zero: the weight does not matter."""
     moments = moments_of(8, 6, "loss")
-    moments.terms["columns"].columns = torch.zeros(6, 6, dtype=torch.float64)
+    moments.terms["columns"].held["columns"] = torch.zeros(6, 6, dtype=torch.float64)
     weight = draw((8, 6))
     found = curve(weight, moments, "loss")
     assert torch.isfinite(found.distortion).all()

@@ -17,7 +17,7 @@ from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import average
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.observe.moments import Moments, Term
+from tensorize.passes.observe.moments import Moments
 from tests.passes.curves.losses import (
     METRICS,
     ROOTS,
@@ -28,6 +28,7 @@ from tests.passes.curves.losses import (
     moment,
     moments_of,
     paying,
+    term,
     whitened,
 )
 
@@ -171,8 +172,8 @@ def test_lower_precision_loses_what_float64_does(dtype: torch.dtype, metric: str
 
 def tied_moments(m: int, n: int, diagonal: bool) -> Moments:
     """An embedding (M rows, looked up) that is also the head."""
-    lookup = Term("lookup", moment(m, 3, diagonal=True), moment(n, 4, diagonal), 50)
-    head = Term("columns", moment(m, 5, diagonal), moment(n, 6, diagonal) * 3, 70)
+    lookup = term("lookup", moment(m, 3, diagonal=True), moment(n, 4, diagonal), 50)
+    head = term("columns", moment(m, 5, diagonal), moment(n, 6, diagonal) * 3, 70)
     return Moments({"lookup": lookup, "columns": head})
 
 
@@ -197,8 +198,8 @@ def test_a_tied_weight_loses_the_sum_of_its_terms(shape: tuple[int, int], diagon
 def test_a_tied_weight_of_equal_terms_is_the_metric_of_one() -> None:
     weight = draw((9, 7))
     one = moments_of(9, 7, "loss")
-    (term,) = one.terms.values()
-    two = Moments({"a": term, "b": term})
+    (single,) = one.terms.values()
+    two = Moments({"a": single, "b": single})
     torch.testing.assert_close(
         curve(weight, two, "loss").distortion[:4],
         2 * curve(weight, one, "loss").distortion[:4],
@@ -223,7 +224,7 @@ def test_how_a_term_is_split_between_its_two_sides_makes_no_difference() -> None
     head = moments.terms["columns"]
     assert head.rows is not None
     assert head.columns is not None
-    other = Term("columns", head.rows * 1e-3, head.columns * 1e3, 70)
+    other = term("columns", head.rows * 1e-3, head.columns * 1e3, 70)
     one = curve(weight, moments, "loss")
     two = curve(weight, Moments({"lookup": moments.terms["lookup"], "columns": other}), "loss")
     torch.testing.assert_close(one.distortion, two.distortion, rtol=1e3 * ROOTS, atol=0)
@@ -231,8 +232,8 @@ def test_how_a_term_is_split_between_its_two_sides_makes_no_difference() -> None
 
 def test_experts_used_in_two_ways_lose_the_sum() -> None:
     weight = draw((3, 8, 5))
-    rows = Term("rows", moment(8, 3), moment(5, 4), 50)
-    columns = Term("columns", moment(8, 5), moment(5, 6), 70)
+    rows = term("rows", moment(8, 3), moment(5, 4), 50)
+    columns = term("columns", moment(8, 5), moment(5, 6), 70)
     moments = Moments({"rows": rows, "columns": columns})
     found = curve(weight, moments, "loss")
     whole = lost(weight, moments, "loss")

@@ -23,8 +23,8 @@ from tensorize.passes.observe.loss import PreservedLoss, split
 from tensorize.passes.observe.outputs import call
 from tensorize.passes.predict.calibrate import TRIAL_SHARES, trial_share
 from tensorize.passes.predict.predictor import Predictor, Trial
-from tensorize.passes.predict.trials import approximations
-from tensorize.passes.rewrite.factorize import planned_cores
+from tensorize.passes.predict.trials import Reference, stand_ins, trial_plan
+from tensorize.passes.rewrite.factorize import best_components, planned_cores
 from tensorize.passes.stages import Learned
 from tests.models import CASES, MLP, Case
 
@@ -405,18 +405,37 @@ def test_a_loss_without_gradients_is_not_predicted_to_be_nothing() -> None:
     assert sum("no counted output depends on it" in note for note in plan.notes) == 3
 
 
-def test_approximations_are_the_weights_of_the_plan() -> None:
+def test_what_stands_for_weights_is_what_the_plan_makes_of_them() -> None:
     case = CASES["gpt"]
     model = case.model()
     analysis = tensorize.analyze(model, calibration=calibration(case, 4))
     plan = analysis.plan(0.4, refine=None)
     learned = analysis.program.to(Learned, model=model)
-    weights = approximations(learned, plan.sites, planned_cores(learned, plan.sites))
+    weights = stand_ins(learned, plan.sites, planned_cores(learned, plan.sites))
     assert set(weights) == {site.name for site in plan.sites if site.spec is not None}
     dense = dict(tensorize.densify(tensorize.apply(model, plan)).named_parameters())
     for name, value in weights.items():
-        torch.testing.assert_close(value, dense[name].detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(value.dense(), dense[name].detach(), rtol=1e-4, atol=1e-6)
         assert isinstance(next(s.spec for s in plan.sites if s.name == name), TTSpec)
+
+
+def test_plans_tried_together_lose_what_each_loses_alone() -> None:
+    case = CASES["llama"]
+    model, batches = case.model(), calibration(case, 4)
+    learned = tensorize.analyze(model, calibration=batches).program.to(Learned, model=model)
+    plans = [trial_plan(learned, share) for share in (0.3, 0.2)]
+    assert all(planned is not None for planned in plans)
+    sites = [planned.plan.sites for planned in plans if planned is not None]
+    known = best_components(learned, sites)
+    assert {shared for _, shared in known} == {False, True}
+    together = [stand_ins(learned, each, planned_cores(learned, each, known)) for each in sites]
+    alone = [stand_ins(learned, each, planned_cores(learned, each)) for each in sites]
+    given = tuple(map(batch_of, batches))
+    reference = Reference(model, given, PreservedLoss.fit(model, given, None))
+    found = reference.measure_each(together)
+    assert found[0].rise != found[1].rise
+    for one, weights in zip(found, alone, strict=True):
+        assert one.rise == pytest.approx(reference.measure(weights).rise, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------ trained weights
