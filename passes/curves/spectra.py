@@ -11,7 +11,7 @@ the factors, and the sum itself is evaluated at every rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,9 @@ from tensorize.passes.curves.metric import site_metrics
 from tensorize.passes.curves.rounding import roundings
 from tensorize.passes.curves.side_by_side import is_small, side_by_side
 from tensorize.passes.stages import Found, Learned, Observed
+
+# Rows of a table that are in float64 at a time.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -161,21 +164,36 @@ def _summed_tails(
     loss is quadratic: the sums of the trailing blocks of one Gram matrix of components.
     """
     stored = left.shape[-1]
-    rest = doubled(weight - left @ right)
     total = torch.zeros(stored + 1, dtype=torch.float64, device=left.device)
     for metric in metrics:
-        u = root_times(metric.left, doubled(left))
-        v = times_root(doubled(right), metric.right)
-        whitened_rest = metric.whiten(rest)
+        outer, inner = metric.left, metric.right
+        v = times_root(doubled(right), inner)
+        gram, cross, beyond = 0.0, 0.0, 0.0
+        for rows in _parts_of_rows(weight, outer):
+            root = outer if outer is None or outer.dim() > 1 else outer[rows]
+            some = doubled(left[..., rows, :])
+            rest = doubled(weight[..., rows, :]) - some @ doubled(right)
+            u, rest = root_times(root, some), times_root(root_times(root, rest), inner)
+            gram = gram + u.mH @ u
+            cross = cross + ((u.mH @ rest) * v.conj()).sum(-1).real
+            beyond += float(squared(rest).sum())
         # Experts, where there are several, are summed over: they are cut at one rank.
-        blocks = ((u.mH @ u) * (v @ v.mH).mT).real.reshape(-1, stored, stored).sum(0)
-        cross = ((u.mH @ whitened_rest) * v.conj()).sum(-1).real.reshape(-1, stored).sum(0)
+        blocks = (gram * (v @ v.mH).mT).real.reshape(-1, stored, stored).sum(0)
         trailing = blocks.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        cross = cross.reshape(-1, stored).sum(0)
         cross_tail = torch.cat([cross.flip(0).cumsum(0).flip(0), cross.new_zeros(1)])
         own = torch.cat([trailing, trailing.new_zeros(1)])
-        total += metric.scale * (own + 2 * cross_tail + squared(whitened_rest).sum())
+        total += metric.scale * (own + 2 * cross_tail + beyond)
     # Beyond the stored ranks no factorization pays; min(M, N) is exact.
     padding = total.new_full((largest - stored,), float(total[-1]))
     tails = torch.cat([total, padding])
     tails[-1] = 0.0
     return tails.clamp_min(0)
+
+
+def _parts_of_rows(weight: Tensor, root: Tensor | None) -> Iterator[slice]:
+    """All rows of a weight, or some of them at a time where the root does not mix them."""
+    rows = weight.shape[-2]
+    step = rows if root is not None and root.dim() > 1 else _ROWS
+    for start in range(0, rows, step):
+        yield slice(start, start + step)

@@ -26,7 +26,7 @@ from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import ToInputs, calibration_batches, left_out
 from tensorize.capture.forward import in_usual_modes, out_of_memory
-from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
+from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper, without_cache
 from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
@@ -119,6 +119,8 @@ def found_in(model: nn.Module, options: Options, tell: Progress) -> Found:
     """The model with its data, and where it uses which weights."""
     batches, made = calibration_of(model, options)
     inputs, source = find_inputs(model, options.example_inputs, batches)
+    if options.loss_fn is None and options.metrics is None:
+        batches = tuple(without_cache(model, batch) for batch in batches)
     batches, few = in_parts(model, batches)
     given = Given(
         model=model,

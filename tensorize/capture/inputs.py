@@ -155,6 +155,20 @@ def accepted_names(model: nn.Module) -> set[str] | None:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+_CACHE = "use_cache"
+
+
+def without_cache(model: nn.Module, batch: Batch) -> Batch:
+    """The batch as a call that keeps no keys and values for tokens to come, unless it says so.
+
+    They are no output that anything is compared by, and stay there as long as the run.
+    """
+    asked = _CACHE in batch.kwargs or _CACHE in positional(model)[: len(batch.args)]
+    if asked or _CACHE not in (accepted_names(model) or ()):
+        return batch
+    return replace(batch, kwargs={**batch.kwargs, _CACHE: False})
+
+
 def find_inputs(
     model: nn.Module, example_inputs: Any, calibration: tuple[Batch, ...]
 ) -> tuple[Batch | None, str]:

@@ -1,4 +1,4 @@
-"""Texts made ready: padded together where a mask says what is padding, else one by one."""
+"""Inputs made ready: texts padded together where a mask says what is padding, runs without caches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize.capture.batches import tokenized
+from tensorize.capture.inputs import batch_of, without_cache
 
 TEXTS = ["a", "a longer text", "two words", "b"]
 
@@ -80,3 +81,20 @@ def test_texts_go_wherever_calibration_data_do() -> None:
     again = tensorize.apply(model, kept, calibration=TEXTS, tokenizer=tokenizer)
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------ caches
+
+
+class Caching(nn.Module):
+    def forward(self, ids: Tensor, past: Any = None, use_cache: bool | None = None) -> Any:
+        return ids, past, use_cache
+
+
+def test_a_run_keeps_no_cache_unless_the_batch_says_so() -> None:
+    model, ids = Caching(), torch.zeros(1, 2)
+    assert without_cache(model, batch_of(ids)).kwargs == {"use_cache": False}
+    for asked in (batch_of({"ids": ids, "use_cache": True}), batch_of((ids, None, True))):
+        assert without_cache(model, asked) is asked
+    other = batch_of(ids)
+    assert without_cache(nn.Linear(2, 2), other) is other, "forward has no such argument"
