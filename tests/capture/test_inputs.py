@@ -1,4 +1,4 @@
-"""Inputs made ready: texts padded together where a mask says what is padding, runs without caches."""
+"""Inputs made ready: texts padded together where a mask says what is padding; no caches."""
 
 from __future__ import annotations
 
