@@ -10,13 +10,14 @@ same way, at fewer points: it changes slowly with the size of the damage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tensorize.ir.plan import POLISH, REFIT
+from tensorize.ir.plan import POLISH, REFIT, RUINED
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
@@ -84,23 +85,24 @@ class CalibratePrediction:
         plans = {share: trial_plan(learned, trial_share(least, share)) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
         first = {p.plan.sites: share for share, p in reversed(plans.items()) if p is not None}
-        wanted: list[tuple[float, str | None]] = [(share, None) for share in TRIAL_SHARES]
-        pooled = reference.one_row_a_sample
-        for refine in self.refinements:
-            shares = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
-            if refine == REFIT and learned.few:
-                # What is solved on few rows may lose on others what it gains on these.
-                shares = TRIAL_SHARES
-            wanted += [(share, refine) for share in shares]
-        chosen = [
-            (planned, refine)
-            for share, refine in wanted
-            if (planned := plans[share]) is not None and first[planned.plan.sites] == share
+        chosen = {first[sites]: plans[first[sites]] for sites in reversed(first)}
+        tried = {share: planned for share, planned in chosen.items() if planned is not None}
+        known = best_components(learned, first)
+        plain = self._at_once(learned, list(tried.values()), known, reference)
+        del known
+        lost = {share: trial.measured for share, trial in zip(tried, plain, strict=True)}
+        refined = [
+            (tried[share], refine)
+            for refine in self.refinements
+            for share in refined_shares(
+                refine,
+                lost,
+                self.loss.unit,
+                pooled=reference.one_row_a_sample,
+                few=bool(learned.few),
+            )
         ]
-        plain = [planned for planned, refine in chosen if refine is None]
-        trials = self._at_once(learned, plain, best_components(learned, first), reference)
-        refined = [trial for trial in chosen if trial[1] is not None]
-        trials += self._measured(learned, refined, reference)
+        trials = plain + self._measured(learned, refined, reference)
         without = None if self.held_out else reference.measure(_nothing(learned)).rise
         ranks = Predictor(
             _ordered(trials),
@@ -187,6 +189,24 @@ class CalibratePrediction:
         if isinstance(tried, Opened):
             return tried.cores
         return {name: weight.plain_cores for name, weight in factored(tried.model)}
+
+
+def refined_shares(
+    refine: str, lost: Mapping[float, float], unit: str, *, pooled: bool, few: bool
+) -> Iterator[float]:
+    """Of the shares at which plans were tried, those at which a refinement of them is.
+
+    ``lost``: what each lost, in ``unit``. Where a model is ruined, one trial tells enough.
+    ``pooled``: it has one output row a sample; ``few``: weights met few rows.
+    """
+    wanted = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
+    if refine == REFIT and few:
+        # What is solved on few rows may lose on others what it gains on these.
+        wanted = TRIAL_SHARES
+    for share in (share for share in wanted if share in lost):
+        yield share
+        if lost[share] > RUINED.get(unit, math.inf):
+            return
 
 
 def _trial(planned: Planned, found: Measurement, refine: str | None) -> Trial:

@@ -18,7 +18,7 @@ from tensorize.api.analysis import Analysis
 from tensorize.base import printer
 from tensorize.base.errors import BudgetError
 from tensorize.ir.budget import Budget
-from tensorize.ir.plan import Plan, Prediction, Totals
+from tensorize.ir.plan import RUINED, Plan, Prediction, Totals
 from tensorize.ir.precision import INTEGERS
 from tensorize.ir.sites import Site
 from tensorize.passes.allocate.candidates import other_costs
@@ -32,7 +32,7 @@ from tensorize.reports.attach import samples_of
 from tensorize.reports.curve import Curve
 from tensorize.reports.data import ReportTotals, SiteReport
 from tensorize.reports.report import Report
-from tensorize.reports.verdict import NOTHING_KNOWN, RUINED, WANTED_LOSSES, Bits, Nearest, Outlook
+from tensorize.reports.verdict import NOTHING_KNOWN, WANTED_LOSSES, Bits, Nearest, Outlook
 from tensorize.version import __version__
 from tensorize.weight.install import factored
 from tensorize.weight.lazy import FactoredWeight

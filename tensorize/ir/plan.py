@@ -20,6 +20,9 @@ REFIT, POLISH = "refit", "polish"
 NATS, OF_VARIANCE, THE_CALLERS = "nats", "relative squared error", "loss_fn"
 """What a loss to preserve is counted in: KL, shares of the outputs' variance, or the caller's."""
 
+RUINED = {NATS: 1.0, OF_VARIANCE: 0.5}
+"""The rise of the loss above which a model is ruined, by what the loss is counted in."""
+
 
 @dataclass(frozen=True)
 class RankPlan:

@@ -12,11 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tensorize.base import printer
-from tensorize.ir.plan import NATS, OF_VARIANCE, Plan
+from tensorize.ir.plan import NATS, OF_VARIANCE, RUINED, Plan
 from tensorize.reports.data import ReportTotals, share_of
-
-RUINED = {NATS: 1.0, OF_VARIANCE: 0.5}
-"""The rise of the loss above which a model is ruined, by what the loss is counted in."""
 
 WANTED_LOSSES = (0.1, 0.01)
 """What nearest budgets are told for, where a model is ruined."""

@@ -17,11 +17,12 @@ import tensorize
 from benchmarks.subjects import text
 from examples.gpt import load_pretrained
 from tensorize.capture.inputs import batch_of
+from tensorize.ir.plan import NATS, OF_VARIANCE, REFIT, THE_CALLERS
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss, split
 from tensorize.passes.observe.outputs import call
-from tensorize.passes.predict.calibrate import TRIAL_SHARES, trial_share
+from tensorize.passes.predict.calibrate import TRIAL_SHARES, refined_shares, trial_share
 from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, stand_ins, trial_plan
 from tensorize.passes.rewrite.factorize import best_components, planned_cores
@@ -436,6 +437,20 @@ def test_plans_tried_together_lose_what_each_loses_alone() -> None:
     assert found[0].rise != found[1].rise
     for one, weights in zip(found, alone, strict=True):
         assert one.rise == pytest.approx(reference.measure(weights).rise, rel=1e-4)
+
+
+def test_refinements_are_tried_up_to_where_the_model_is_ruined() -> None:
+    small = {0.9: 0.001, 0.75: 0.01, 0.5: 0.1, 0.25: 0.6, 0.1: 2.0}
+    real = {0.9: 0.06, 0.75: 0.3, 0.5: 1.2, 0.25: 3.0, 0.1: 5.4}
+
+    def shares(lost: dict[float, float], unit: str = NATS, **how: bool) -> list[float]:
+        return list(refined_shares(REFIT, lost, unit, **{"pooled": False, "few": False, **how}))
+
+    assert shares(small) == [0.5, 0.25]
+    assert shares(real) == [0.5]
+    assert shares(real, few=True) == [0.9, 0.75, 0.5]
+    assert shares(real, OF_VARIANCE, pooled=True) == [0.75, 0.5]
+    assert shares(real, THE_CALLERS) == [0.5, 0.25], "nobody knows what ruins it"
 
 
 # ------------------------------------------------------------------------------ trained weights

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
+from tensorize.ir.plan import OF_VARIANCE, RUINED
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, Trial, student_90
 
 
@@ -96,14 +97,21 @@ def test_fewer_rows_than_columns_are_told_and_enough_are_not() -> None:
     assert notes(2000) == []
 
 
-def test_a_refit_is_tried_at_every_size_where_rows_are_few() -> None:
-    def refits(rows: int) -> int:
+def test_a_refit_is_tried_at_every_size_up_to_ruin_where_rows_are_few() -> None:
+    def trials(rows: int) -> tuple[list[float], int]:
+        """What plans lose that were tried without a refit, and how many were tried with one."""
         torch.manual_seed(0)
         given = [torch.randn(rows, 32)]
         analysis = tensorize.analyze(mlp(32, 48, 16), calibration=given, progress=False)
-        return sum(t.refine == "refit" for t in analysis.program.predictor.trials)
+        found = analysis.program.predictor.trials
+        plain = [trial.measured for trial in found if trial.refine is None]
+        return plain, len(found) - len(plain)
 
-    assert (refits(24), refits(2000)) == (5, 3)
+    plain, refits = trials(24)
+    ruined = sum(loss > RUINED[OF_VARIANCE] for loss in plain)
+    assert 0 < ruined < len(plain)
+    assert refits == len(plain) - ruined + 1
+    assert trials(2000)[1] < len(plain) - 1
 
 
 def test_a_kept_analysis_knows_that_nothing_was_held_out(tmp_path: Any) -> None:
