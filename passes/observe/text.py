@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorize.base.tensors import in_rows
 from tensorize.capture.synthetic import is_causal, only_ids
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.hidden import IGNORED
@@ -26,28 +26,40 @@ def next_tokens(batch: Batch, ids: Tensor) -> Tensor:
     return shifted(ids.masked_fill(mask == 0, IGNORED) if hidden else ids)
 
 
-def text_loss(
-    model: nn.Module, batches: Sequence[Batch], run: Callable[[int], Any]
-) -> float | None:
-    """The cross-entropy of the text of some batches, in nats a token.
+class TextLoss:
+    """The cross-entropy of the text of some batches, in nats a token, as a model is run on them.
 
-    ``run`` gives the model's outputs for the k-th. None where the model is no decoder, or where
-    one of the batches is not the text alone.
+    It is None where the model is no decoder, or where one of the batches is not the text alone.
     """
-    total, tokens = 0.0, 0
-    for k, batch in enumerate(batches):
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._total, self._tokens, self._is_text, self._is_causal = 0.0, 0, True, False
+
+    @property
+    def value(self) -> float | None:
+        return self._total / self._tokens if self._is_text and self._tokens else None
+
+    def add(self, batch: Batch, result: Any) -> None:
+        """Take what the model gave for a batch."""
+        self._is_text = self._is_text and self._added(batch, result)
+
+    def _added(self, batch: Batch, result: Any) -> bool:
         ids = only_ids(batch)
         if ids is None or batch.argument("labels") is not None:
-            return None
-        output = outputs_of(run(k), batch, model)[0]
+            return False
+        output = outputs_of(result, batch, self._model)[0]
         if not output.logits or output.shape[:-1] != ids.shape:
-            return None
-        if k == 0 and not is_causal(model, batch, ids):
-            return None
+            return False
+        self._is_causal = self._is_causal or is_causal(self._model, batch, ids)
+        if not self._is_causal:
+            return False
         wanted = next_tokens(batch, ids).reshape(-1)[output.places.to(ids.device)]
         counted = wanted != IGNORED
-        rows = output.rows[counted.to(output.rows.device)].float()
+        rows = output.rows[counted.to(output.rows.device)]
         found = wanted[counted].to(rows.device)
-        total += float(F.cross_entropy(rows, found, reduction="sum"))
-        tokens += len(found)
-    return total / tokens if tokens else None
+        for some, tokens in in_rows(rows, found.unsqueeze(-1)):
+            lost = F.cross_entropy(some.float(), tokens.squeeze(-1), reduction="sum")
+            self._total += float(lost)
+        self._tokens += len(found)
+        return True

@@ -112,7 +112,7 @@ class CalibratePrediction:
             without,
             metrics=reference.metrics,
             batches=len(self._batches),
-            text_loss=reference.text_loss(),
+            text_loss=reference.text_loss,
         )
         predictor = self._with_families(ranks, learned, reference)
         plain = [trial for trial in predictor.trials if trial.refine is None]

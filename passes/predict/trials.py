@@ -28,7 +28,7 @@ from tensorize.passes.observe.outputs import (
     row_total,
     samples_of,
 )
-from tensorize.passes.observe.text import text_loss
+from tensorize.passes.observe.text import TextLoss
 from tensorize.passes.predict.metrics import MetricFunction, Value, mean_of, value_of
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.rewrite.factorize import stand_in
@@ -68,14 +68,18 @@ class Reference:
         self._functions = metrics or {}
         dense: list[list[float]] = []
         self._kept: dict[int, Any] = {}
-        self.rows = 0
+        self.rows, self.one_row_a_sample = 0, False
+        self._text = TextLoss(model) if loss.unit == NATS else None
         with untouched(model):
             for k, batch in enumerate(batches):
                 result = self._outputs_for(k)
                 loss.require_finite(result, batch, model)
+                if self._text is not None:
+                    self._text.add(batch, result)
+                if k == 0:
+                    self.one_row_a_sample = samples_of(result, model) is not None
                 self.rows += row_total(result, batch, model)
                 dense.append(self._values(result, batch, result))
-            self.one_row_a_sample = samples_of(self._outputs_for(0), model) is not None
         means = (mean_of(values) for values in zip(*dense, strict=True))
         self.metrics = tuple((n, *mean) for n, mean in zip(self._functions, means, strict=True))
 
@@ -128,12 +132,10 @@ class Reference:
         self._kept.clear()
         give_back()
 
+    @property
     def text_loss(self) -> float | None:
         """The dense model's cross-entropy of the batches' text, in nats a token; None: no text."""
-        if self.loss.unit != NATS:
-            return None
-        with untouched(self.model):
-            return text_loss(self.model, self.batches, self._outputs_for)
+        return None if self._text is None else self._text.value
 
     def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
         """The outputs that can be compared: with a loss of the caller's they may be anything."""
