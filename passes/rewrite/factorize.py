@@ -32,6 +32,9 @@ from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.whole_model import settle
 
 _SMALL = 4_000_000
+_EXACT = 1e-3
+"""An error below this is measured in float64, of a weight of no more entries than ``_SMALL``."""
+
 Cores = tuple[Tensor, ...]
 Components = Mapping[tuple[str, bool], Cores]
 """Factors that others of smaller ranks are cut from: of a weight, with its own first one or one
@@ -239,8 +242,9 @@ def replace_weight(
     choice = replace(choice, spec=form.as_stored(choice.spec, made))
     assert choice.spec is not None
     held = put_cores(model, site, choice, [_own(core, weight) for core in made])
-    # Rebuilt in float64 where that is small: at exact ranks the error is below float32's rounding.
-    exact = torch.float64 if weight.numel() <= _SMALL else torch.float32
+    # At exact ranks the error is below float32's rounding.
+    below = choice.predicted_error < _EXACT and weight.numel() <= _SMALL
+    exact = torch.float64 if below else torch.float32
     exact = torch.promote_types(exact, weight.dtype) if weight.is_complex() else exact
     rebuilt = form.reconstruct(choice.spec, [_cast(core.detach(), exact) for core in held])
     return curve.measured_error(weight, rebuilt)
