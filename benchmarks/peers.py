@@ -83,12 +83,11 @@ class Peers:
     whitened: Analysis
     two_sided: Analysis
     calibration: Sequence[Any]
-    distance: Distance
+    distance: Distance | None
+    """What measures single weights; None: it takes too long, and so does what is chosen by it."""
 
     def methods(self) -> dict[str, Method]:
         """Method → budget → smaller model."""
-        independent = kfac(self.two_sided, self.model, self.calibration)
-        sensed = measured_points(independent, self.model, self.distance)
         scaled = with_metrics(self.whitened, self.model, _activation_scale)
         model = self.model
         plans: dict[str, Callable[[float], Plan]] = {
@@ -99,8 +98,11 @@ class Peers:
             "ASVD": lambda b: uniform_plan(scaled, model, b),
             "SVD-LLM": lambda b: uniform_plan(self.whitened, model, b),
             "PIFA": lambda b: uniform_plan(self.whitened, model, b, pivots=True),
-            "K-FAC SVD": lambda b: integer_plan(independent, model, sensed, b),
         }
+        if self.distance is not None:
+            independent = kfac(self.two_sided, self.model, self.calibration)
+            sensed = measured_points(independent, self.model, self.distance)
+            plans["K-FAC SVD"] = lambda b: integer_plan(independent, model, sensed, b)
         found = {name: applied(model, plan_for) for name, plan_for in plans.items()}
         found["MPIFA"] = self._mpifa
         return {**found, "TT": partial(tensor_trains, self.plain, model)}

@@ -49,6 +49,7 @@ from tensorize.base.printer import table
 from tensorize.capture.inputs import batch_of
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75)
+OF_LARGE = (0.5, 0.75, 0.9)  # those of a model that takes long
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured
 PREDICTED = (0.25, 0.5, 0.75, 0.9)  # those at which predictions are meant to hold
 PREDICTED_ON = {"alike": "other text of the calibration's files", "unseen": "text of other files"}
@@ -75,10 +76,12 @@ def compare(name: str, seed: int, others: Run | None = None) -> tuple[Run, dict[
     ``others``: what is known of the methods that are not ours, which are then not run again.
     """
     subject = MODELS[name](seed)
-    model, calibration = subject.model, subject.calibration.batches
+    model, calibration, alone = subject.model, subject.calibration.batches, subject.sensed > 0
+    budgets = BUDGETS if alone else OF_LARGE
     began = time.perf_counter()
+    refine = "polish" if alone else "refit"
     ours = tensorize.analyze(
-        model, calibration=calibration, refine="polish", seed=seed, progress=False
+        model, calibration=calibration, refine=refine, seed=seed, progress=False
     )
     found: Run = {"dense": {"all": {**subject.dense}}}
     found["dense"]["all"]["seconds_of_analysis"] = time.perf_counter() - began
@@ -91,15 +94,16 @@ def compare(name: str, seed: int, others: Run | None = None) -> tuple[Run, dict[
             tensorize.analyze(model, calibration=calibration, metric="input", progress=False),
             ours,
             calibration,
-            subject.calibration.alone(subject.sensed),
+            subject.calibration.alone(subject.sensed) if alone else None,
         ).methods()
     found |= {k: v for k, v in (others or {}).items() if not k.startswith(("ours", "dense"))}
     for method, refine in OURS.items():
-        methods[method] = peers.applied(model, partial(ours.plan, refine=refine))
+        if alone or refine != "polish":
+            methods[method] = peers.applied(model, partial(ours.plan, refine=refine))
     for method, options in WITHOUT.items():
         methods[f"ours, {method}"] = peers.applied(model, partial(ours.plan, **options))
     for method, compress in methods.items():
-        for budget in MEASURED if method in OURS else BUDGETS:
+        for budget in sorted({*budgets, *MEASURED[len(BUDGETS) :]} if method in OURS else budgets):
             began = time.perf_counter()
             small = compress(budget)
             figures = {"seconds": time.perf_counter() - began, "parameters": small.parameters}
@@ -109,6 +113,8 @@ def compare(name: str, seed: int, others: Run | None = None) -> tuple[Run, dict[
             found.setdefault(method, {})[str(budget)] = figures
             shown = " ".join(f"{key} {figures[key]:.5f}" for key in figures if key in TITLES)
             print(f"{name} {seed} {method:<14} {budget:<5} {shown}", flush=True)
+    if not alone:
+        return found, {}
     return found, rank_correlation(ours, model, subject.unseen.alone(subject.sensed))
 
 
@@ -202,7 +208,7 @@ def summary(runs: Sequence[Run], key: str) -> list[list[str]]:
         if method == "dense":
             continue
         cells = []
-        for budget in BUDGETS:
+        for budget in compared(runs):
             values = [run[method][str(budget)][key] for run in runs]
             half = (max(values) - min(values)) / 2
             cells.append(f"{statistics.median(values):.3g}" + (f" ±{half:.1g}" if half else ""))
@@ -210,14 +216,21 @@ def summary(runs: Sequence[Run], key: str) -> list[list[str]]:
     return rows
 
 
+def compared(runs: Sequence[Run]) -> list[float]:
+    """The budgets at which all methods were measured."""
+    methods = [method for method in runs[0] if method != "dense"]
+    others = [method for method in methods if not method.startswith("ours")]
+    return sorted(map(float, runs[0][(others or methods)[0]]))
+
+
 def ratios(runs: Sequence[Run], key: str) -> dict[str, float]:
     """Ours over the best of the others, the geometric mean over budgets from .25, by seed."""
     found = {}
-    for method in OURS:
+    for method in (method for method in OURS if method in runs[0]):
         logs = []
         for run in runs:
             others = [m for m in run if not m.startswith("ours") and m != "dense"]
-            for budget in ("0.25", "0.5", "0.75"):
+            for budget in (str(b) for b in compared(runs) if b >= PREDICTED[0]):
                 best = min(run[m][budget][key] for m in others)
                 logs.append(torch.tensor(run[method][budget][key] / best).clamp_min(1e-9).log())
         found[method] = float(torch.stack(logs).mean().exp())
@@ -240,7 +253,8 @@ def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
 def result(draws: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What is kept of one model, from what is kept of each draw of text."""
     runs = [draw["run"] for draw in draws.values()]
-    keys = [key for key in TITLES if key in runs[0]["SVD"][str(BUDGETS[0])]]
+    first_of = runs[0]["SVD"][str(compared(runs)[0])]
+    keys = [key for key in TITLES if key in first_of]
     return {
         "draws": draws,
         **{f"ratio_{key}": ratios(runs, key) for key in keys},
@@ -255,14 +269,18 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     runs = [draw["run"] for draw in draws]
     for key in (key for key in TITLES if f"ratio_{key}" in found):
         print(f"\n{name}: {TITLES[key]}; half the range over seeds")
-        print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
+        budgets = compared(runs)
+        print(table(["method", *(f"{b:g} kept" for b in budgets)], summary(runs, key)))
         for method, ratio in found[f"ratio_{key}"].items():
-            print(f"{method}: {ratio:.2f} of the best other, .25 to .75")
+            least = max(budgets[0], PREDICTED[0])
+            print(f"{method}: {ratio:.2f} of the best other, {least:g} to {budgets[-1]:g}")
     for key, where in zip(
         ("prediction", "prediction_other_files"), PREDICTED_ON.values(), strict=True
     ):
         show_predictions(name, found[key], where)
-    seeds = [draw["rank_correlation"] for draw in draws]
+    seeds = [draw["rank_correlation"] for draw in draws if draw["rank_correlation"]]
+    if not seeds:
+        return
     medians = {key: statistics.median(seed[key] for seed in seeds) for key in seeds[0]}
     levels = ", ".join(f"{level:g}: {medians[str(level)]:.3f}" for level in peers.LEVELS[1:])
     print(

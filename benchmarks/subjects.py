@@ -77,8 +77,8 @@ class Subject:
     """A trained model, text to calibrate with, and other text to measure on.
 
     ``alike`` is of the same files as the calibration, ``unseen`` of other ones. So many batches as
-    ``sensed`` serve where every weight is compressed alone; ``dense`` are the dense model's own
-    figures.
+    ``sensed`` serve where every weight is compressed alone; 0: that, and gradient steps, take too
+    long. ``dense`` are the dense model's own figures.
     """
 
     model: nn.Module
@@ -197,7 +197,7 @@ def language_model(seed: int) -> Subject:
         calibration=calibration,
         alike=alike,
         unseen=unseen,
-        sensed=2,
+        sensed=0,
         dense={"loss": loss(model, torch.cat(list(unseen.batches)))},
     )
 
