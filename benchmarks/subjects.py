@@ -1,10 +1,10 @@
 """Trained models, with text to calibrate with and other text to measure on, for the benchmarks.
 
-``smollm2``: a real language model (``examples/smollm2.py``), on English prose: pages of Python's
-reference manual to calibrate with, other pages of it, and docstrings, which are another kind of
-document. ``gpt`` and ``llama``: two small decoders (``examples/``), on source text that they were
-not trained on. ``minilm``: a sentence encoder (``examples/demo_minilm.py``), on sentences from
-docstrings. Each seed draws other text.
+``smollm2`` and ``gemma3``: real language models (``examples/packaged.py``), on English prose: pages
+of Python's reference manual to calibrate with, other pages of it, and docstrings, which are another
+kind of document. ``gpt`` and ``llama``: two small decoders (``examples/``), on source text that
+they were not trained on. ``minilm``: a sentence encoder (``examples/demo_minilm.py``), on sentences
+from docstrings. Each seed draws other text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.peers import Distance
-from examples import demo_minilm, gpt, llama, smollm2, stdlib_text
+from examples import demo_minilm, gemma3, gpt, llama, smollm2, stdlib_text
 from examples.gpt import windows as text
+from examples.packaged import Packaged, windows
 from tensorize.capture.inputs import batch_of
 from tensorize.passes.observe import loss as preserved
 
@@ -175,20 +176,20 @@ def encoder(seed: int, count: int = SENTENCES) -> Subject:
     )
 
 
-def language_model(seed: int) -> Subject:
-    """SmolLM2, and English prose: half of the manual's pages, its other half, docstrings.
+def language_model(packaged: Packaged, seed: int) -> Subject:
+    """A real one, and English prose: half of the manual's pages, its other half, docstrings.
 
     Raises:
         SystemExit: its package is missing.
     """
-    model, tokenizer = smollm2.load_pretrained(), smollm2.load_tokenizer()
+    model, tokenizer = packaged.load_pretrained(), packaged.load_tokenizer()
     known, alike = stdlib_text.pages(seed)[::2], stdlib_text.pages(seed)[1::2]
     other = stdlib_text.sentences(seed=seed, split="held_out")
 
-    def on(texts: list[str], windows: int) -> Measure:
+    def on(texts: list[str], count: int) -> Measure:
         # One document after the other: batches that are held out are then of other documents. Of
-        # few windows each, as logits are of 49 k words.
-        found = smollm2.windows(tokenizer, texts, CONTEXT)[:windows]
+        # few windows each, as logits are of many words.
+        found = windows(tokenizer, texts, CONTEXT)[:count]
         return Measure(model, found.split(BATCH // 2), predictions)
 
     calibration, alike, unseen = on(known, WINDOWS), *(on(t, WINDOWS // 2) for t in (alike, other))
@@ -207,8 +208,12 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "llama": llama.load_pretrained,
 }
 COMPARED: dict[str, Callable[[int], Subject]] = {
-    "smollm2": language_model,
+    "smollm2": partial(language_model, smollm2.MODEL),
     **{name: partial(decoder, load) for name, load in DECODERS.items()},
     "minilm": encoder,
 }
-MODELS = {**COMPARED, f"minilm-{MANY_SENTENCES}": partial(encoder, count=MANY_SENTENCES)}
+MODELS = {
+    **COMPARED,
+    "gemma3": partial(language_model, gemma3.MODEL),
+    f"minilm-{MANY_SENTENCES}": partial(encoder, count=MANY_SENTENCES),
+}
