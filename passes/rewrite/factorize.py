@@ -208,11 +208,13 @@ def _kind(choice: RankPlan) -> tuple[str, bool]:
 def _is_cut(dense: Dense, choice: RankPlan) -> bool:
     """Whether its factors are the first components of those of larger ranks."""
     assert choice.spec is not None
-    if choice.spec.precision is not None or not format_of(choice.spec).spectral:
+    if choice.spec.precision is not None:
         return False
+    if choice.shared is not None:
+        return True
     curve = dense.spectra[choice.name]
-    exact = choice.spec.ranks[0] >= len(curve.distortion) - 1
-    return choice.shared is not None or (len(curve.metrics) == 1 and not exact)
+    exact = choice.ranks[0] >= len(curve.distortion) - 1
+    return not exact and format_of(choice.spec).nested(choice.spec.shape, len(curve.metrics))
 
 
 def replace_weight(

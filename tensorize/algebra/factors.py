@@ -74,7 +74,8 @@ def _decomposed(
     exact = torch.promote_types(weight.dtype, torch.float64)
     own = metric.plain or oriented.mixes_rows  # where less than float64 is less work
     for dtype in dict.fromkeys((weight.dtype, exact) if own else (exact,)):
-        at_dtype = matrix.to(dtype)
+        # Where rows do not mix, some of them at a time are taken to float64.
+        at_dtype = matrix.to(dtype) if own else matrix
         gram = at_dtype.mH @ at_dtype if metric.plain else oriented.gram(at_dtype)
         try:
             if vectors:

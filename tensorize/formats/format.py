@@ -208,6 +208,11 @@ class Format(Generic[S]):
         exact = next(e for e in self.exact(weight, asked=True) if self.is_cut(spec, e.spec))
         return list(self.rounded(exact, spec.ranks)[1])
 
+    def nested(self, shape: Sequence[int], metrics: int) -> bool:
+        """Whether the best cores of a smaller rank are the first components of those of a larger
+        one, of a weight (…, M, N) judged in so many metrics."""
+        return False
+
     def is_cut(self, spec: S, structure: S) -> bool:
         """Whether a spec is a structure at other ranks."""
         if spec.format != structure.format or len(spec.ranks) != len(structure.ranks):

@@ -171,9 +171,12 @@ class LowRank(Chain):
         if rank >= min(weight.shape[-2:]):
             return exact_factors(weight)
         found = best_factors(weight, average(metrics), rank)
-        if len(metrics) == 1 or weight.dim() == 3 or weight.numel() > _LARGEST_ALS:
+        if self.nested(tuple(weight.shape), len(metrics)):
             return found
         return self.improved(spec.plain, found, at_work(weight), metrics)
+
+    def nested(self, shape: Sequence[int], metrics: int) -> bool:
+        return metrics == 1 or len(shape) == 3 or math.prod(shape) > _LARGEST_ALS
 
     def nearest(self, spec: TTSpec, weight: Tensor) -> list[Tensor]:
         return list(best_factors(weight, Metric(1.0, None, None), spec.ranks[0]))
