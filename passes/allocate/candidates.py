@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from tensorize.passes.allocate.forms import (
     rounding_lost,
     spec_of,
     takes_pivots,
+    without_identities,
     worth_of,
 )
 from tensorize.passes.allocate.inputs import Inputs, inputs_lost
@@ -216,7 +218,8 @@ def curve_points(
     spectral = any(named(name).spectral for name in allowed)
     ranks = np.arange(1, len(curve.distortion)) if spectral else np.arange(0)
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
-    structured = [(s, loss) for s, loss in curve.train_points if s.format in allowed and own]
+    load = itemsize, batch_sizes, machine
+    structured = list(_structured(curve, allowed, *load, pivots, always)) if own else []
     others = tuple(spec for spec, _ in structured)
     rows, lost, kinds = [], [], []
     forms = Forms((site,), itemsize, batch_sizes, machine)
@@ -226,9 +229,7 @@ def curve_points(
         lost.append(curve.distortion.numpy()[those] + rounding_lost(curve, pivoted))
         kinds.append(labels(those, pivoted))
     if others:
-        rows.append(
-            np.array([_costs(site, spec, itemsize, batch_sizes, machine) for spec in others])
-        )
+        rows.append(np.array([_costs(site, spec, *load) for spec in others]))
         lost.append(np.array([loss for _, loss in structured]))
         kinds.append(-1 - np.arange(len(others)))
     dense = any(map(is_dense, allowed))
@@ -269,6 +270,34 @@ def curve_points(
     )
 
 
+def _structured(
+    curve: Spectrum,
+    allowed: Sequence[str],
+    itemsize: int,
+    batch_sizes: Sequence[int],
+    machine: Machine,
+    pivots: bool,
+    always: bool,
+) -> Iterator[tuple[Spec, float]]:
+    """The points of other formats, and what they lose: each in the forms that pay, which are as
+    those of low rank."""
+    site = curve.site
+    load = batch_sizes, machine
+    for spec, lost in curve.train_points:
+        if spec.format not in allowed:
+            continue
+        bare = without_identities(site, spec, itemsize) if pivots else None
+        saves = spec.parameters < math.prod(spec.shape)
+        if saves and not (always and bare):
+            yield spec, lost
+        if bare is None or bare.parameters >= math.prod(spec.shape):
+            continue
+        dense = dense_times(site, *load)
+        slow = (spec_times(site, bare, *load) > dense).any()
+        if always or not (slow and saves and (spec_times(site, spec, *load) <= dense).all()):
+            yield bare, lost + rounding_lost(curve, 1)
+
+
 def takes_ranks(curve: Spectrum, allowed: Sequence[str]) -> bool:
     """Whether a weight can be factorized in one of the formats that are allowed."""
     spectral = any(named(name).spectral for name in allowed)
@@ -300,6 +329,7 @@ def forced_point(
         exact = next(t.spec for t in curve.trains if t.spec.format in allowed)
         cut = exact.ranks if rank == "full" else [min(int(rank), r) for r in exact.ranks]
         spec = exact.with_ranks(cut)
+        spec = (without_identities(site, spec, itemsize) if pivots else None) or spec
     lost = curve.distortion_of(spec)
     rise = curve.rise(np.array([lost]))
     return Points(

@@ -37,7 +37,7 @@ def spec_flops(
             assert isinstance(spec, TTSpec)
             # A CPU may multiply halves in float32, and then the order is that one's.
             kinds = dict.fromkeys((site.dtype, "float32"))
-            plans = [timed_plan(spec, use.contract, machine, dtype=kind) for kind in kinds]
+            plans = [timed_plan(spec.plain, use.contract, machine, dtype=kind) for kind in kinds]
             total += max(-(-p.flops(batch) // batch) for p in plans for batch in batch_sizes)
         else:
             run = spec.plain if use.convolves else spec

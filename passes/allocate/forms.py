@@ -15,6 +15,7 @@ import torch
 
 from tensorize.formats.low_rank import EveryRank
 from tensorize.formats.order import MANY, neighbours
+from tensorize.formats.registry import format_of
 from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.machine import Machine
 from tensorize.ir.precision import INPUTS, INTEGERS, ONE_DIGIT
@@ -27,7 +28,7 @@ from tensorize.passes.curves.curve import Spectrum
 
 _PIVOTED, PRECISION = 1 << 32, 1 << 40
 _PIVOTS_FROM = 0.02
-"""The share of its parameters from which on it pays not to store an identity of low rank."""
+"""The share of its parameters from which on it pays not to store identities."""
 
 BITS, BOTH = "bits", "ranks with bits"
 """Families of forms with fewer bits: of the matrix itself, of its factors. The others are ranks."""
@@ -147,6 +148,16 @@ def takes_pivots(site: Site, ranks: np.ndarray) -> np.ndarray:
     """At which ranks it pays not to store an identity in the second factor."""
     m, n = site.matrix
     return (ranks >= _PIVOTS_FROM * (m + n)) & (ranks < min(m, n))
+
+
+def without_identities(site: Site, spec: Spec, itemsize: int) -> TTSpec | None:
+    """A train or a block without its identities; None where that does not pay."""
+    if not isinstance(spec, TTSpec) or spec.pivoted or not format_of(spec).planned:
+        return None
+    if spec.removable < _PIVOTS_FROM * spec.parameters:
+        return None
+    bare, holders = spec.in_order_of(1), len(site.names)
+    return bare if bare.bytes(itemsize, holders) < spec.bytes(itemsize, holders) else None
 
 
 def rounding_lost(curve: Spectrum, pivoted: int) -> float:

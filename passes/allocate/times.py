@@ -5,7 +5,9 @@ Times are in microseconds (``roofline``); trains run in the order that ``timed``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,17 +46,26 @@ def spec_times(site: Site, spec: Spec, batch_sizes: Sequence[int], machine: Mach
     form = format_of(spec)
     total = np.zeros((*np.shape(sum(spec.ranks)), len(batch_sizes)))
     for use in site.uses:
+        whole = bool(spec.pivoted) and (use.convolves or form.planned)
+        run = spec.plain if whole else spec
         if form.planned and use.contract != "lookup":
-            assert isinstance(spec, TTSpec)
-            plan = timed_plan(spec, use.contract, machine, dtype=site.dtype)
+            assert isinstance(run, TTSpec)
+            plan = timed_plan(run, use.contract, machine, dtype=site.dtype)
             for k, rows in enumerate(batch_sizes):
                 tree = plan.piece(rows).tree
-                total[k] += tree_times(machine, rows, spec, use.contract, tree, site.dtype)
-            continue
-        whole = spec.pivoted and use.convolves  # made at every call, by a pass over the factor
-        for k, rows in enumerate(batch_sizes):
-            run = spec.plain if whole else spec
-            total[..., k] += form.time(run, use.contract, rows, machine, site.dtype)
-            if whole:
-                total[..., k] += in_order_time(machine, *spec.ranks, site.matrix[1], site.dtype)
+                total[k] += tree_times(machine, rows, run, use.contract, tree, site.dtype)
+        else:
+            for k, rows in enumerate(batch_sizes):
+                total[..., k] += form.time(run, use.contract, rows, machine, site.dtype)
+        if whole:
+            total += np.asarray(_whole_time(site, spec, machine))[..., None]
     return total
+
+
+def _whole_time(site: Site, spec: Spec, machine: Machine) -> Any:
+    """Microseconds of identities that are put back at every call, by a pass over each core."""
+    if not isinstance(spec, TTSpec) or not format_of(spec).planned:
+        return in_order_time(machine, *spec.ranks, site.matrix[1], site.dtype)
+    later = zip(spec.whole_shapes[1:], spec.widths, strict=True)
+    passes = ((math.prod(shape) // width, width) for shape, width in later)
+    return sum(in_order_time(machine, *each, site.dtype) for each in passes)

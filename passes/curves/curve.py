@@ -90,7 +90,7 @@ class Spectrum:
         """What a spec of this weight loses; exact ranks lose nothing."""
         if spec.precision is not None:
             return self._rounded(spec)
-        form = format_of(spec)
+        spec, form = spec.plain, format_of(spec)
         if form.spectral:
             return float(self.distortion[min(spec.ranks[0], len(self.distortion) - 1)])
         for known, lost in self.train_points:

@@ -150,9 +150,9 @@ def _curve(
         return replace(curve, formats=(exact.format,), train_points=points, exact=exact)
     chosen = [form for form in formats() if form.name in allowed and form.fits(site)]
     trains = tuple(TensorTrain(spec, ()) for form in chosen for spec in _widest(form, m, n, apart))
-    points = tuple(
-        (spec, _lost(site, spec.parameters)) for train in trains for spec in ladder(train.spec)
-    )
+    every = [spec for train in trains for spec in ladder(train.spec)]
+    sizes = (format_of(s).least(s) if pivoted else s.parameters for s in every)
+    points = tuple((s, _lost(site, size)) for s, size in zip(every, sizes, strict=True))
     return replace(curve, trains=trains, train_points=points)
 
 

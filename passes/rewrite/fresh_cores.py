@@ -10,7 +10,8 @@ makes up for what it leaves of that.
 
 **Without an identity**, W = U' [I | V'] has the entries of U' in the columns that are kept, and
 sums of R products in the others: with σ of U' = s and σ of V' = 1/√R both have the variance s²,
-and there is no other split. Which columns are kept is drawn at random: none is preferred.
+and there is no other split. In trains and blocks the first core is U', all others are as V', each
+of its own R. Which columns are kept is drawn at random: none is preferred.
 
 **Spectral**: the best approximation of the fresh dense weight, scaled to its norm (Khodak et al.
 2021).
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
-from tensorize.ir.spec import Spec, TTSpec
+from tensorize.ir.spec import Index, Spec, TTSpec
 from tensorize.passes.curves.curve import as_matrix
 from tensorize.passes.rewrite.factorize import keep_empty_rows
 from tensorize.passes.rewrite.fresh_dense import Initializer, is_on_meta, made_fresh
@@ -135,7 +136,7 @@ def root_mean_square(weight: Tensor) -> float:
     """Of the entries; part by part, so that no copy in float32 is as large as the weight."""
     parts = weight.reshape(-1).split(_PART)
     squares = sum(float(part.float().square().sum(dtype=torch.float64)) for part in parts)
-    return math.sqrt(squares / weight.numel())
+    return math.sqrt(squares / max(weight.numel(), 1))
 
 
 def summed_sizes(spec: TTSpec) -> int:
@@ -151,7 +152,7 @@ def core_scales(spec: TTSpec, scale: float) -> list[float]:
     stored, there is one split only.
     """
     if spec.pivoted:
-        return [scale, 1 / math.sqrt(spec.ranks[0])]
+        return [scale, *(1 / math.sqrt(rank) for rank in spec.ranks)]
     sizes = [math.prod(shape) for shape in spec.single.core_shapes]
     logs = 2 * math.log(scale) + sum(map(math.log, sizes)) - math.log(summed_sizes(spec))
     norm = math.exp(logs / len(sizes))
@@ -180,15 +181,15 @@ def scaled_cores(
         torch.randn(shape, **kind).mul_(sigma)
         for shape, sigma in zip(spec.core_shapes, scales, strict=True)
     ]
-    orders = (_drawn_order(each.shape, spec.ranks[0], like.device) for each in spec.indices)
-    return [*cores, *orders]
+    drawn = zip(spec.indices, spec.ranks, spec.widths, strict=True) if spec.pivoted else ()
+    return [*cores, *(_drawn(*each, like.device) for each in drawn)]
 
 
-def _drawn_order(shape: tuple[int, ...], rank: int, device: torch.device) -> Tensor:
-    """So many columns at random, then the others; both in ascending order."""
-    drawn = torch.rand(shape, device=device).argsort(-1)
+def _drawn(index: Index, rank: int, width: int, device: torch.device) -> Tensor:
+    """So many columns at random, and then the others, where they are wanted; both ascend."""
+    drawn = torch.rand((*index.shape[:-1], width), device=device).argsort(-1)
     parts = drawn[..., :rank].sort(-1).values, drawn[..., rank:].sort(-1).values
-    return torch.cat(parts, -1).to(torch.int32)
+    return torch.cat(parts, -1)[..., : index.shape[-1]].to(torch.int32)
 
 
 def _second_moment(function: Callable[[Tensor], Tensor]) -> float:

@@ -229,9 +229,13 @@ def plain(left: Tensor, rest: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
 def whole(rest: Tensor, order: Tensor) -> Tensor:
     """V (…, R, N) of V' (…, R, N - R); differentiably."""
+    return placed(rest, columns(order, sum(rest.shape[-2:])).argsort(-1))
+
+
+def placed(rest: Tensor, places: Tensor) -> Tensor:
+    """V (…, R, N): of each column (…, N) its place in [I | V']; differentiably."""
     together = torch.cat([_identity(rest).expand(*rest.shape[:-1], -1), rest], dim=-1)
-    places = columns(order, together.shape[-1]).argsort(-1)
-    if order.dim() == 1:  # in a tenth of the time
+    if places.dim() == 1:  # in a tenth of the time
         return together.index_select(1, places)
     return together.gather(-1, places.unsqueeze(-2).expand_as(together))
 

@@ -26,7 +26,7 @@ def time_orders(done: Rewritten) -> None:
     device, found = device_of(done.model), {}
     breakpoints = whole_model.breakpoints(done.model)
     asked = {
-        Asked(w.spec, contract, device, multiplied_in(w.dtype, device), breakpoints)
+        Asked(w.spec.plain, contract, device, multiplied_in(w.dtype, device), breakpoints)
         for name, w in factored(done.model)
         for contract in contracts.get(name, ())
         if w.format.planned

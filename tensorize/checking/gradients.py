@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tensorize.checking.faults import WEIGHT_GRADIENT, Log
-from tensorize.checking.identity import COLUMNS, Weight, signs
+from tensorize.checking.identity import Weight, signs
 from tensorize.formats.low_rank import product
 from tensorize.weight.lazy import FactoredWeight
 
@@ -209,16 +209,13 @@ class _Call:
         for k, leaf in enumerate(found):
             if leaf is not None:
                 stored = k == 0 or not weight.spec.pivoted
-                yield leaf, value if stored else value - self._of_identity(weight, rows)
+                yield leaf, value if stored else value - self._of_identity(weight, k, rows)
 
-    def _of_identity(self, weight: FactoredWeight, rows: Tensor) -> Tensor:
-        """What of ⟨gy, y − bias⟩ is by the columns of V that are the identity, and not stored."""
-        left, right = (core.detach().double() for core in weight.cores)
-        kept = weight.indices[0][: right.shape[0]].long()
-        if self.use.contract == COLUMNS:
-            x = self.x.reshape(-1, self.x.shape[-1]).double()
-            return ((rows @ left) * x[:, kept]).sum()
-        return (rows * self._outputs())[:, kept].sum()
+    def _of_identity(self, weight: FactoredWeight, k: int, rows: Tensor) -> Tensor:
+        """What of ⟨gy, y − bias⟩ is by the identity in core k, which is not stored."""
+        held = enumerate(weight.cores)
+        bare = tuple(torch.zeros_like(core) if j == k else core for j, core in held)
+        return (rows * self.use.product(weight.with_cores(bare), self.x)).sum()
 
     def _of_pair(self, weight: FactoredWeight, leaves: Any, rows: Tensor) -> Any:
         left, right = (core.detach().double() for core in weight.cores)

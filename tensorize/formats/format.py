@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorize.algebra.identities import with_identities, without_identities
 from tensorize.algebra.metric import Metric, root_times, times_root
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work, squared
@@ -180,7 +181,11 @@ class Format(Generic[S]):
         bounds = (max(1, round(max(largest) ** (step / points))) for step in range(points + 1))
         several = dict.fromkeys(tuple(min(bound, most) for most in largest) for bound in bounds)
         cuts: list[Any] = [spec.with_ranks(ranks) for ranks in several]
-        return [cut for cut in cuts if cut.parameters < math.prod(spec.shape)]
+        return [cut for cut in cuts if self.least(cut) < math.prod(spec.shape)]
+
+    def least(self, spec: S) -> int:
+        """The fewest parameters that a spec can be stored in."""
+        return spec.parameters
 
     def factors(
         self,
@@ -263,10 +268,29 @@ class Chain(Format[TTSpec]):
         return TTSpec.from_dict(data)
 
     def reconstruct(self, spec: TTSpec, cores: Sequence[Tensor]) -> Tensor:
-        return reconstruct(spec, cores)
+        return reconstruct(spec.plain, self.computed(spec, cores))
+
+    def stored(
+        self,
+        spec: TTSpec,
+        cores: Sequence[Tensor],
+        dtype: torch.dtype,
+        first: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        if not spec.pivoted:
+            return super().stored(spec, cores, dtype, first)
+        assert not first, f"{self.name}: no first factor in common"
+        return without_identities(spec, cores, dtype)
+
+    def computed(self, spec: TTSpec, cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return with_identities(spec, cores) if spec.pivoted else tuple(cores)
+
+    def least(self, spec: TTSpec) -> int:
+        return spec.parameters - (0 if spec.pivoted else spec.removable)
 
     def rows_apart(self, spec: TTSpec) -> int | None:
-        return next((k for k, axes in enumerate(spec.cores) if {*spec.rows} <= {*axes}), None)
+        holds = (k for k, axes in enumerate(spec.cores) if {*spec.rows} <= {*axes})
+        return next((k for k in holds if k == 0 or not spec.pivoted), None)
 
     def clear_rows(self, spec: TTSpec, cores: Sequence[Tensor], rows: Tensor) -> None:
         k = self.rows_apart(spec)

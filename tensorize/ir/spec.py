@@ -120,6 +120,8 @@ class TTSpec(Spec):
     ``single`` is the spec of one expert. ``pivoted`` low rank does not store the r columns in which
     V is the identity: U (m, r), V' (r, n - r), and the order of the columns. That moves so many
     neighbours at a time: of ``pivoted`` 1 it is (n,), of 4 it is (n / 4,), and of n it moves none.
+    Of a ``pivoted`` train or block every core but the first is a matrix, or one for each block,
+    whose rows are its bond, without the columns that are an identity; these are in ``kept_k``.
 
     Args:
         row_modes: factors of the number of rows, one a core (1 where a core has none).
@@ -151,6 +153,7 @@ class TTSpec(Spec):
         shape: tuple[int, ...] = field(init=False, compare=False)
         format: str = field(init=False, compare=False)
         core_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
+        whole_shapes: tuple[tuple[int, ...], ...] = field(init=False, compare=False)
         indices: tuple[Index, ...] = field(init=False, compare=False)
         row_modes: tuple[int, ...] = field(init=False, compare=False)
         column_modes: tuple[int, ...] = field(init=False, compare=False)
@@ -225,9 +228,14 @@ class TTSpec(Spec):
         split = len(cores) == 2 and not (set(cores[0]) & set(columns) or set(cores[1]) & set(rows))
         shared = any(sides.intersection(*pair) for pair in pairwise(cores))
         shapes = tuple(tuple(size[name] for name in core) for core in cores)
+        whole, indices = shapes, ()
         if pivoted:
-            left, (*lead_right, _) = shapes
-            shapes = left, (*lead_right, n - modes[2][0])
+            ends = [core.index(f"r{k}") + 1 for k, core in enumerate(cores) if k]
+            flat = [(*s[:e], math.prod(s[e:])) for s, e in zip(shapes[1:], ends, strict=True)]
+            shapes = shapes[0], *((*before, r, width - r) for *before, r, width in flat)
+            indices = tuple(Index(f"kept_{k}", s[:-1], "int32") for k, s in enumerate(flat, 1))
+            if split:  # whose input is put in an order, all of it
+                indices = (Index("order", (*lead, n // pivoted), "int32"),)
         for name, value in (
             ("storage", storage),
             ("pivoted", pivoted),
@@ -235,13 +243,12 @@ class TTSpec(Spec):
             ("shape", (*lead, m, n)),
             ("format", LOW_RANK if split else BLOCK if shared else TT),
             ("core_shapes", shapes),
-            (
-                "indices",
-                (Index("order", (*lead, n // pivoted), "int32"),) if pivoted else (),
-            ),
+            ("whole_shapes", whole),
+            ("indices", indices),
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "single", self._like(self.ranks) if batch else self)
+        object.__setattr__(self, "_plain", self._stored_as(0) if pivoted else self)
 
     @classmethod
     def low_rank(
@@ -266,14 +273,7 @@ class TTSpec(Spec):
         spec = cls((m, 1), (1, n), (r,), experts=experts, storage=storage)
         if not pivoted:
             return spec
-        if r > n:
-            raise ValueError(f"V has no identity in {r} of {n} columns")
-        if pivoted < 0 or n % pivoted:
-            raise ValueError(f"{n} columns are no groups of {pivoted}")
-        modes = spec.row_modes, spec.column_modes, spec.ranks
-        kept = spec.cores, spec.sizes, spec.rows, spec.columns, spec.batch, modes, storage
-        spec._set(*kept, int(pivoted))
-        return spec
+        return spec.in_order_of(pivoted)
 
     @classmethod
     def block(
@@ -341,29 +341,48 @@ class TTSpec(Spec):
         return spec._like(ranks, experts=self.size["e"] if self.batch else 0)
 
     def in_order_of(self, neighbours: int) -> TTSpec:
-        """Low rank that stores no identity, with an order that keeps so many columns together."""
-        how = {**self._options(), "pivoted": neighbours}
-        return TTSpec.low_rank(*self.shape[-2:], *self.ranks, **how)
+        """The same without identities; of low rank an order keeps so many columns together.
+
+        Raises:
+            ValueError: a rank is larger than the other side of the core behind it, or there are no
+                such groups of columns.
+        """
+        n = self.shape[-1]
+        for rank, width in zip(self.ranks, self.widths, strict=True):
+            if rank > width:
+                raise ValueError(f"{self.plain} has no identity in {rank} of {width} columns")
+        if neighbours < 1 or n % neighbours or (neighbours > 1 and self.format != LOW_RANK):
+            raise ValueError(f"{n} columns are no groups of {neighbours}")
+        return self._stored_as(int(neighbours))
+
+    @property
+    def removable(self) -> int:
+        """How many of its numbers say nothing of the weight; 0 where a rank is too large."""
+        later = list(zip(self.whole_shapes[1:], self.ranks, self.widths, strict=True))
+        if any(rank >= width for _, rank, width in later):
+            return 0
+        return sum(rank * (math.prod(shape) // width) for shape, rank, width in later)
 
     @property
     def plain(self) -> TTSpec:
-        if not self.pivoted:
-            return self
-        return TTSpec.low_rank(*self.shape[-2:], *self.ranks, **self._options())
+        return self._plain
 
-    def _options(self) -> dict[str, Any]:
-        return {"experts": self.size["e"] if self.batch else 0, "storage": self.storage}
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of every core but the first, read as a matrix whose rows are its bond."""
+        later = zip(self.cores[1:], self.whole_shapes[1:], strict=True)
+        return tuple(math.prod(s[c.index(f"r{k}") + 1 :]) for k, (c, s) in enumerate(later, 1))
+
+    def _stored_as(self, pivoted: int) -> TTSpec:
+        axes = self.cores, self.sizes, self.rows, self.columns, self.batch
+        modes = self.row_modes, self.column_modes, self.ranks
+        spec = TTSpec.__new__(TTSpec)
+        spec._set(*axes, modes, self.storage, pivoted)
+        return spec
 
     def _like(self, ranks: Sequence[int], experts: int = 0) -> TTSpec:
-        return TTSpec._of(
-            self.format,
-            self.row_modes,
-            self.column_modes,
-            ranks,
-            experts,
-            self.storage,
-            self.pivoted,
-        )
+        how = self.format, self.row_modes, self.column_modes, ranks
+        return TTSpec._of(*how, experts, self.storage, self.pivoted)
 
     @classmethod
     def _of(
@@ -376,13 +395,12 @@ class TTSpec(Spec):
         storage: str | None,
         pivoted: int,
     ) -> TTSpec:
-        if pivoted:
-            (m, _), (_, n), (rank,) = rows, columns, ranks
-            return cls.low_rank(m, n, rank, experts=experts, storage=storage, pivoted=pivoted)
         if format == BLOCK:
             (rank,) = ranks
-            return cls.block(rows, columns, rank, experts=experts, storage=storage)
-        return cls(rows, columns, ranks, experts=experts, storage=storage)
+            spec = cls.block(rows, columns, rank, experts=experts, storage=storage)
+        else:
+            spec = cls(rows, columns, ranks, experts=experts, storage=storage)
+        return spec.in_order_of(pivoted) if pivoted else spec
 
     def to_dict(self) -> dict[str, Any]:
         experts = self.size["e"] if self.batch else 0
@@ -405,7 +423,7 @@ class TTSpec(Spec):
         form, experts, storage, pivoted = (data.get(name, usual) for name, usual in known.items())
         if form not in (None, BLOCK) or not isinstance(storage, str | None):
             raise ValueError(f"a spec of the format {form!r} whose storage is {storage!r}")
-        if not isinstance(pivoted, int) or (pivoted and form is not None):
+        if not isinstance(pivoted, int):
             raise ValueError(f"a spec of the format {form!r} whose pivoted is {pivoted!r}")
         spec = cls._of(form, *sizes, experts, storage, pivoted)
         if max(math.prod(spec.shape), spec.parameters) > MOST_ELEMENTS:
@@ -415,10 +433,12 @@ class TTSpec(Spec):
     def __repr__(self) -> str:
         given = f", experts={self.size['e']}" if self.batch else ""
         given += "" if self.storage is None else f", storage={self.storage!r}"
-        if self.pivoted:
+        how = "" if not self.pivoted else str(self.pivoted if self.pivoted > 1 else True)
+        if how and self.format == LOW_RANK:
             sides = *self.shape[-2:], *self.ranks
-            how = self.pivoted if self.pivoted > 1 else True
             return f"TTSpec.low_rank{sides}".removesuffix(")") + f"{given}, pivoted={how})"
+        without = ".in_order_of(1)" if how else ""
         if self.is_block:
-            return f"TTSpec.block({self.row_modes}, {self.column_modes}, {self.ranks[0]}{given})"
-        return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given})"
+            sizes = f"{self.row_modes}, {self.column_modes}, {self.ranks[0]}"
+            return f"TTSpec.block({sizes}{given}){without}"
+        return f"TTSpec({self.row_modes}, {self.column_modes}, {self.ranks}{given}){without}"

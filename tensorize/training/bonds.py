@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorize.algebra.identities import times_at
 from tensorize.ir.spec import TTSpec
 
 
@@ -133,8 +134,9 @@ def with_ranks(
             to_left, to_right = to_left[..., :rank], to_right[..., :rank, :]
             if squared:
                 to_left, to_right = to_left.square(), to_right.square()
-            result[k] = _times(result[k], spec.cores[k], bond, to_left)
-            result[k + 1] = _times(result[k + 1], spec.cores[k + 1], bond, to_right.mT)
+            result[k] = times_at(result[k], spec.cores[k], bond.name, bond.shared, to_left)
+            how = spec.cores[k + 1], bond.name, bond.shared
+            result[k + 1] = times_at(result[k + 1], *how, to_right.mT)
         elif rank > now:
             for j in (k, k + 1):
                 axis = spec.cores[j].index(bond.name)
@@ -143,15 +145,6 @@ def with_ranks(
                 result[j] = torch.cat([result[j], result[j].new_zeros(shape)], axis)
     # Contiguous, as they are when they are read again: the layout decides how a matmul rounds.
     return [new.to(old.dtype).contiguous() for new, old in zip(result, tensors, strict=True)]
-
-
-def _times(core: Tensor, axes: tuple[str, ...], bond: Bond, matrix: Tensor) -> Tensor:
-    """The core with its bond index replaced by that of a matrix (*shared, old, new)."""
-    numbers = {axis: k for k, axis in enumerate(axes)}
-    new = len(axes)
-    of_matrix = [*(numbers[axis] for axis in bond.shared), numbers[bond.name], new]
-    out = [new if axis == bond.name else numbers[axis] for axis in axes]
-    return torch.einsum(core, list(range(len(axes))), matrix, of_matrix, out)
 
 
 def extended(squares: Tensor, length: int) -> Tensor:

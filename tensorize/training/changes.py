@@ -1,19 +1,21 @@
 """A weight's cores at other ranks, and with them what an optimizer keeps of their gradients.
 
-Cores that store all of themselves are cut and grow as ``bonds`` says. Low rank that stores no
-identity is W = U' [I | V'] = U' V:
+Cores that store all of themselves are cut and grow as ``bonds`` says. Those that store no identity
+are W = U' [I | V'] = U' V at every bond, U' being the core before it and V the one behind:
 
 **Cut.** V becomes S V, of which other columns may be the identity then: with the basis B in these
 columns U'' = U' (T B), and V'' are the other columns of B⁻¹ S V. For the gradient G of W, that by
 U' is G Vᵀ, and by all of V it would be U'ᵀ G: it changes as V does, by (T B)ᵀ, and that by U' by
 (B⁻¹ S)ᵀ. Of U'ᵀ G the columns that are kept are not known as such, but as U'ᵀ (G Vᵀ) = (U'ᵀ G) Vᵀ
-they are U'ᵀ g_U - g_V V'ᵀ: gradients, and so momenta, are carried exactly. Squares change by the
-squares of the same matrices, as if entries were independent of each other; of the columns that were
-kept they are taken to be the mean of the others' in their row, which is a guess.
+they are U'ᵀ g_U - g_V V'ᵀ, from the first bond to the last: gradients, and so momenta, are carried
+exactly. Squares change by the squares of the same matrices, as if entries were independent of each
+other; of the columns that were kept they are taken to be the mean of the others' in their row,
+which is a guess. Trains and blocks grow in the same way, as those that store all do.
 
-**Growth.** Some of the other columns are kept as well: U' V' in these is written out beside U', and
-V' has rows of zeros for them. That is the very same product, and every new entry learns at once.
-What was kept of gradients stays, where the entries stay; of new ones nothing is known.
+**Growth** of low rank. Some of the other columns are kept as well: U' V' in these is written out
+beside U', and V' has rows of zeros for them. That is the very same product, and every new entry
+learns at once. What was kept of gradients stays, where the entries stay; of new ones nothing is
+known.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tensorize.algebra.identities import as_matrices, lead, met, orders, times, times_at
 from tensorize.algebra.pivot import columns
 from tensorize.ir.spec import TTSpec
 from tensorize.training.bonds import Bond, with_ranks
@@ -55,8 +58,8 @@ def change(
     """
     if not weight.spec.pivoted:
         return _Whole(weight, found, spec, generator)
-    if spec.ranks[0] < weight.spec.ranks[0]:
-        return _Cut(weight, found[0], spec)
+    if weight.format.planned or spec.ranks[0] < weight.spec.ranks[0]:
+        return _InOtherBases(weight, found, spec, generator)
     return _Growth(weight, spec, generator)
 
 
@@ -115,40 +118,72 @@ class _Pivots:
         return self.rest.shape[-2]
 
 
-class _Cut:
-    """A smaller rank of low rank that stores no identity."""
+class _InOtherBases:
+    """Other ranks of what stores no identity: whole for a moment, and without new identities."""
 
-    def __init__(self, weight: FactoredWeight, bond: Bond, spec: TTSpec) -> None:
-        (rank,) = spec.ranks
-        plain = [core.detach().double() for core in weight.plain_cores]
-        left, right = with_ranks(weight.spec.plain, plain, [bond], spec.ranks)
-        made = weight.format.stored(spec, (left, right), weight.dtype)
+    def __init__(
+        self,
+        weight: FactoredWeight,
+        found: Sequence[Bond],
+        spec: TTSpec,
+        generator: torch.Generator,
+    ) -> None:
+        self._spec, self._orders = weight.spec, orders(weight.spec, weight.indices)
+        self._before = [core.detach().double() for core in weight.plain_cores]
+        whole = FactoredWeight(weight.spec.plain, tuple(self._before), weight.frame)
+        moved = _Whole(whole, found, spec.plain, generator).cores
+        made = weight.format.stored(spec, moved, weight.dtype)
         self.cores = tuple(core.contiguous() for core in made)
-        kept, self._others = _parts(columns(made[2], spec.shape[-1]), rank)
-        basis = _columns(right, kept)
-        self._before = _Pivots.of(weight)
-        self._forth = bond.left[..., :rank] @ basis
-        self._back = torch.linalg.solve(basis, bond.right[..., :rank, :])
+        self._now, self._orders_now = spec, orders(spec, made[len(spec.core_shapes) :])
+        # T and S of each bond, with the change of basis after them.
+        self._changes: list[tuple[Tensor, Tensor]] = []
+        for k in range(len(spec.ranks), 0, -1):
+            left, right = _cut(found[k - 1], spec, k)
+            kept, _ = _parts(self._orders_now[k - 1], spec.ranks[k - 1])
+            basis = _columns(as_matrices(spec, k, moved[k]), kept)
+            back = torch.linalg.solve(basis, right.expand(*basis.shape[:-1], -1))
+            self._changes.insert(0, (left @ basis, back))
+            moved[k - 1] = times(spec, k, moved[k - 1], basis)
 
     def states(self, kept: Sequence[Tensor], *, squared: bool) -> list[Tensor]:
-        left, rest = (value.double() for value in kept)
-        forth, back = self._forth, self._back
-        if squared:
-            forth, back = forth.square(), back.square()
-        whole = _columns(self._by_all_columns(left, rest, squared), self._others)
-        moved = left @ back.mT, forth.mT @ whole
-        return [new.to(old.dtype).contiguous() for new, old in zip(moved, kept, strict=True)]
+        whole, spec = self._by_all(kept, squared), self._now
+        for k, (forth, back) in enumerate(self._changes, 1):
+            if squared:
+                forth, back = forth.square(), back.square()
+            whole[k - 1] = times(spec, k, whole[k - 1], back.mT)
+            whole[k] = times_at(whole[k], spec.cores[k], f"r{k}", lead(spec, k), forth)
+        for k, order in enumerate(self._orders_now, 1):
+            _, others = _parts(order, spec.ranks[k - 1])
+            whole[k] = _columns(as_matrices(spec, k, whole[k]), others)
+        return [new.to(old.dtype).contiguous() for new, old in zip(whole, kept, strict=True)]
 
-    def _by_all_columns(self, left: Tensor, rest: Tensor, squared: bool) -> Tensor:
-        """What there would be of gradients by V, (…, R, N), of what there is by U' and V'."""
-        before = self._before
-        if not squared:
-            hidden = before.left.mT @ left - rest @ before.rest.mT
-        elif rest.shape[-1]:
-            hidden = rest.mean(-1, keepdim=True).expand(*rest.shape[:-1], before.rank)
-        else:  # every column is kept, and U' is W
-            hidden = before.left.square().mT @ left
-        return _columns(torch.cat([hidden, rest], -1), before.order.argsort(-1))
+    def _by_all(self, kept: Sequence[Tensor], squared: bool) -> list[Tensor]:
+        """What there would be of gradients by plain cores, of what there is by those stored."""
+        spec, found = self._spec, [value.double() for value in kept]
+        for k, order in enumerate(self._orders, 1):
+            core, rest, rank = self._before[k - 1], found[k], spec.ranks[k - 1]
+            if not squared:
+                _, others = _parts(order, rank)
+                stored = _columns(as_matrices(spec, k, self._before[k]), others)
+                hidden = met(spec, k, core, found[k - 1]) - rest @ stored.mT
+            elif rest.shape[-1]:
+                hidden = rest.mean(-1, keepdim=True).expand(*rest.shape[:-1], rank)
+            else:  # every column is kept
+                hidden = met(spec, k, core.square(), found[k - 1])
+            together = _columns(torch.cat([hidden, rest], -1), order.argsort(-1))
+            found[k] = together.reshape(spec.whole_shapes[k])
+        return found
+
+
+def _cut(bond: Bond, spec: TTSpec, k: int) -> tuple[Tensor, Tensor]:
+    """T and S of a bond at the rank of a spec; where it grows, nothing but more zeros."""
+    now, rank = len(bond.squares), spec.ranks[k - 1]
+    if rank >= now:
+        left = torch.eye(now, rank).to(bond.left)
+        return left, left.mT
+    places = [bond.shared.index(axis) for axis in lead(spec, k)]
+    left, right = (matrix.permute(*places, -2, -1) for matrix in (bond.left, bond.right))
+    return left[..., :rank], right[..., :rank, :]
 
 
 class _Growth:

@@ -20,7 +20,9 @@ U' ΔV' and by ΔU' [I | V']. U' is carried on by a factor of the norm √(1 + �
 σ that of V', in place of σ (√R + √N). A step of V' reaches N - R columns only, √(R (N - R)) large,
 and is to move these as the dense step does, by √(M (N - R)): N - R cancels, and the rate is that of
 V in the plain form, for the same U. Decay of U' shrinks all of W, decay of V' only the columns that
-are not kept, so U' gets all of it and V' none.
+are not kept, so U' gets all of it and V' none. Trains and blocks are the same: of core k, read as
+(R, N), a step reaches N - R of N columns, it carries others on by √(1 + σ² (√b + √(a (N - R)/N))²),
+and the first core gets the decay.
 
 Of integers of a few bits the scales train: a step of a scale moves the numbers of its group by
 their codes, so that it is as many times smaller.
@@ -107,7 +109,8 @@ def core_speeds(model: nn.Module, rule: str = "adam") -> dict[int, tuple[float, 
         count = len(weight.cores)
         if count > 1 and not numbers.format.indexed:
             continue
-        shares = (1.0, 0.0) if numbers.spec.pivoted else (1 / count,) * count
+        pivoted = numbers.spec.pivoted
+        shares = (1.0, *(0.0,) * (count - 1)) if pivoted else (1 / count,) * count
         found = [1.0] if count == 1 else _speeds(numbers, rule)
         for core, speed, step, share in zip(weight.cores, found, steps, shares, strict=True):
             speeds.setdefault(id(core), (float(f"{speed * step:.2g}"), share))
@@ -141,8 +144,10 @@ def _speeds(weight: FactoredWeight, rule: str) -> list[float]:
         scale * (math.sqrt(a) + math.sqrt(b)) for scale, (a, b) in zip(scales, sides, strict=True)
     ]
     if spec.pivoted:
-        rank, others = spec.core_shapes[1]
-        norms[1] = math.hypot(1, scales[1] * (math.sqrt(rank) + math.sqrt(others)))
+        for k, (rank, width) in enumerate(zip(spec.ranks, spec.widths, strict=True), 1):
+            a, b = sides[k]
+            reached = a * (width - rank) / width
+            norms[k] = math.hypot(1, scales[k] * (math.sqrt(b) + math.sqrt(reached)))
     dense, count = math.prod(spec.shape), len(norms)
     speeds = []
     for k, (a, b) in enumerate(sides):

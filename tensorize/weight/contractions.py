@@ -87,9 +87,11 @@ def contractions(
 
     ``memory_limit``: the most elements that one call saves for its backward pass, the input among
     them; where they are more, the input alone is saved, and the rest is computed again. Low rank
-    then has a plan too.
+    then has a plan too. Of trains and blocks whose identities are not stored it is for cores in
+    which they have been put back.
     """
     form = format_of(spec)
+    spec = spec.plain if form.planned else spec
     if not (form.planned or (form.indexed and memory_limit is not None)):
         return {}
     assert isinstance(spec, TTSpec)
@@ -106,7 +108,7 @@ def common_breakpoints(
     uses: Sequence[tuple[Spec, torch.dtype]], device: str = "cpu"
 ) -> tuple[int, ...]:
     """The batches at which weights of these specs and dtypes, in one model, change their order."""
-    planned = [(s, multiplied_in(d, device)) for s, d in uses if format_of(s).planned]
+    planned = [(s.plain, multiplied_in(d, device)) for s, d in uses if format_of(s).planned]
     return _registered().breakpoints(planned, device) if planned else ()
 
 

@@ -119,7 +119,7 @@ class Cores(nn.Module):
         return repr(self.spec)
 
 
-_INDEX = re.compile(r"order|(codes|zeros)_\d+")
+_INDEX = re.compile(r"order|(codes|zeros|kept)_\d+")
 
 
 def keep_indices(module: nn.Module, spec: Spec, indices: Sequence[Tensor]) -> None:

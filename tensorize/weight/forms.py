@@ -1,4 +1,4 @@
-"""Two forms of the same low-rank weights: with what a change of basis can remove, and without."""
+"""Two forms of the same weights: with what a change of basis can remove, and without."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensorize.formats.order import MANY, neighbours
 from tensorize.ir.machine import GENERIC, Machine
-from tensorize.ir.spec import Spec, TTSpec
+from tensorize.ir.spec import Spec
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 
@@ -21,18 +21,16 @@ Named = tuple[list[str], FactoredWeight]
 
 @torch.no_grad()
 def to_pivoted(model: nn.Module, machine: Machine = GENERIC) -> dict[str, Spec]:
-    """Let plain low-rank weights store no identity, in place; their new specs by first name.
+    """Let plain weights store no identity, in place; their new specs by first name.
 
-    ``machine``: what says how many columns are to stay together.
+    ``machine``: what says how many columns of low rank are to stay together.
     """
     found = {}
     for group in list(_groups(model)):
-        if all(_may_pivot(weight) for _, weight in group) and not _is_full(group):
+        if all(_may_pivot(weight) for _, weight in group) and _pays(group):
             made: tuple[Tensor, ...] = ()
             for names, weight in group:
-                (*experts, m, n), (rank,) = weight.spec.shape, weight.spec.ranks
-                how = {"experts": sum(experts), "storage": weight.spec.storage}
-                spec = TTSpec.low_rank(m, n, rank, **how, pivoted=_neighbours(weight, machine))
+                spec = weight.spec.in_order_of(_neighbours(weight, machine))
                 cores = weight.format.stored(spec, weight.cores, weight.dtype, made)
                 spec = weight.format.as_stored(spec, cores)
                 made = _put(model, names[0], weight, spec, cores, made)
@@ -42,7 +40,7 @@ def to_pivoted(model: nn.Module, machine: Machine = GENERIC) -> dict[str, Spec]:
 
 @torch.no_grad()
 def to_plain(model: nn.Module) -> dict[str, Spec]:
-    """Let every low-rank weight store both factors whole, in place; new specs by first name."""
+    """Let every weight store all of its cores, in place; new specs by first name."""
     found = {}
     for group in list(_groups(model)):
         if all(weight.spec.pivoted for _, weight in group):
@@ -55,23 +53,26 @@ def to_plain(model: nn.Module) -> dict[str, Spec]:
 
 def _neighbours(weight: FactoredWeight, machine: Machine) -> int:
     """How many columns stay together: of experts and of what is made whole at every call one."""
-    if weight.spec.batch or weight.frame.shape is not None:
+    if weight.spec.batch or weight.frame.shape is not None or not weight.format.pair:
         return 1
     m, n = weight.spec.shape
     return neighbours(machine, m, n, MANY, str(weight.dtype).removeprefix("torch."))
 
 
 def _may_pivot(weight: FactoredWeight) -> bool:
-    """Whether a weight is of low rank, with all of its factors and nothing between them."""
-    plain = weight.format.pair and not weight.spec.pivoted
-    return plain and weight.nonlinearity is None
+    """Whether a weight has bonds that are whole, with nothing between the cores."""
+    return weight.format.indexed and not weight.spec.pivoted and weight.nonlinearity is None
 
 
-def _is_full(group: Sequence[Named]) -> bool:
-    """Whether the rank of low-rank weights on each other is the largest that there is."""
-    rows = sum(weight.spec.shape[-2] for _, weight in group)
-    spec = group[0][1].spec
-    return spec.ranks[0] >= min(rows, spec.shape[-1])
+def _pays(group: Sequence[Named]) -> bool:
+    """Whether weights without identities are smaller: low rank, on each other, not at full rank."""
+    spec, weight = group[0][1].spec, group[0][1]
+    if weight.format.pair:
+        rows = sum(weight.spec.shape[-2] for _, weight in group)
+        return spec.ranks[0] < min(rows, spec.shape[-1])
+    (names, _), *_ = group
+    sizes = weight.dtype.itemsize, len(names)
+    return spec.removable > 0 and spec.in_order_of(1).bytes(*sizes) < spec.bytes(*sizes)
 
 
 def _put(

@@ -144,6 +144,11 @@ class FactoredWeight:
         """The cores of ``spec.plain``: with what is not stored, differentiably."""
         return self.format.computed(self.spec, self.cores + self.indices)
 
+    def whole(self) -> FactoredWeight:
+        """The same weight of cores that hold all of their numbers."""
+        how = self.frame, self.contractions, self.nonlinearity
+        return FactoredWeight(self.spec.plain, self.plain_cores, *how)
+
     def require_matrix(self, name: str | None = None) -> None:
         """Raises TensorizeError where no dense weight, of this name, stands for the cores."""
         if self.nonlinearity is not None:
@@ -158,6 +163,8 @@ class FactoredWeight:
 
         Of several experts the spec of each, and the cores of all.
         """
+        if self.spec.pivoted and self.format.planned:
+            return self.whole().looked_at()
         spec, cores = self.spec if self.frame.expert is None else self.spec.single, self._shown()
         if self.frame.rows is None:
             return spec, cores
@@ -320,6 +327,8 @@ class FactoredWeight:
 
     def run(self, matmul: Matmul) -> Tensor:
         """What a call gives that is told in terms of the parameter itself."""
+        if self.spec.pivoted and self.format.planned:
+            return self.whole().run(matmul)
         x, contract = matmul.x, matmul.contract
         if matmul.convolution is not None:
             shape, call = self.shape, matmul.convolution
