@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from tensorize import TTSpec
+from tensorize.algebra.identities import lead, times, times_at
+from tensorize.algebra.reconstruct import reconstruct
 from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
-from tensorize.training.bonds import bonds
+from tensorize.training.bonds import bonds, with_ranks
 from tensorize.training.changes import Change, change
 from tensorize.weight.lazy import FactoredWeight
 from tests.models import relative
@@ -168,3 +172,87 @@ def test_the_same_seed_grows_by_the_same_columns() -> None:
     first, again = (changed(weight, 12)[0].cores for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert relative(changed(weight, 12)[1].dense(), weight.dense()) < 1e-12
+
+
+# ------------------------------------------------------------------------------ trains and blocks
+
+BONDS = (
+    TTSpec((5, 6), (4, 6), (9,)),
+    TTSpec((3, 2, 5), (2, 4, 3), (5, 6)),
+    TTSpec((2, 3, 2, 2), (2, 2, 3, 2), (3, 6, 3)),
+    TTSpec.block((6, 5), (3, 8), 4),
+)
+
+
+def random_cores(spec: TTSpec) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64) for shape in spec.core_shapes]
+
+
+def held(spec: TTSpec, stored: Sequence[Tensor]) -> FactoredWeight:
+    count = len(spec.core_shapes)
+    return FactoredWeight(spec, tuple(stored[:count]), Frame(), indices=tuple(stored[count:]))
+
+
+def without_identities(spec: TTSpec, cores: Sequence[Tensor]) -> FactoredWeight:
+    bare = spec.in_order_of(1)
+    return held(bare, format_of(spec).stored(bare, cores, torch.float64))
+
+
+def of_other_ranks(weight: FactoredWeight, spec: TTSpec) -> tuple[Change, FactoredWeight]:
+    found = bonds(weight.spec.plain, weight.plain_cores)
+    how = change(weight, found, spec, torch.Generator().manual_seed(0))
+    return how, held(spec, how.cores)
+
+
+@pytest.mark.parametrize("by", [0, 1, 2])
+@pytest.mark.parametrize("spec", BONDS, ids=str)
+def test_what_is_not_needed_is_cut_and_momenta_are_those_of_the_same_gradient(
+    spec: TTSpec, by: int
+) -> None:
+    """A weight at ranks that are larger than its own: all of its cuts are exact."""
+    ranks = [rank - by for rank in spec.ranks]
+    cores = random_cores(spec.with_ranks(ranks))
+    for k, (small, large) in enumerate(zip(ranks, spec.ranks, strict=True), 1):
+        shared = lead(spec, k)
+        basis = torch.randn(*(spec.size[axis] for axis in shared), small, large).double()
+        back = torch.linalg.pinv(basis)
+        cores[k - 1] = times(spec, k, cores[k - 1], basis)
+        cores[k] = times_at(cores[k], spec.cores[k], f"r{k}", shared, back.mT)
+    weight = without_identities(spec, cores)
+    how, small = of_other_ranks(weight, weight.spec.with_ranks(ranks))
+    assert [tuple(core.shape) for core in small.cores] == list(small.spec.core_shapes)
+    torch.testing.assert_close(small.dense(), weight.dense())
+    of_dense = torch.randn(spec.shape, dtype=torch.float64)
+    moved = how.states(gradients(weight, of_dense), squared=False)
+    for a, b in zip(moved, gradients(small, of_dense), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("spec", BONDS, ids=str)
+def test_trains_and_blocks_are_cut_and_grow_as_those_that_store_all(spec: TTSpec) -> None:
+    weight = without_identities(spec, random_cores(spec))
+    for by in (-2, 1):
+        other = spec.in_order_of(1).with_ranks([rank + by for rank in spec.ranks])
+        how, now = of_other_ranks(weight, other)
+        cores = [core.detach() for core in weight.plain_cores]
+        plain = with_ranks(spec, cores, bonds(spec, cores), other.ranks)
+        torch.testing.assert_close(now.dense(), reconstruct(other.plain, plain))
+        kept = how.states([core.square() for core in weight.cores], squared=True)
+        assert [value.shape for value in kept] == [core.shape for core in now.cores]
+
+
+@pytest.mark.parametrize("spec", BONDS, ids=str)
+def test_squares_of_trains_and_blocks_keep_their_scale(spec: TTSpec) -> None:
+    weight = without_identities(spec, random_cores(spec))
+    how, small = of_other_ranks(weight, weight.spec.with_ranks([r - 1 for r in spec.ranks]))
+    drawn = [torch.randn(spec.shape, dtype=torch.float64) for _ in range(40)]
+
+    def squares(of: FactoredWeight) -> list[Tensor]:
+        found = [gradients(of, each) for each in drawn]
+        return [torch.stack(g).square().mean(0) for g in zip(*found, strict=True)]
+
+    for a, b in zip(how.states(squares(weight), squared=True), squares(small), strict=True):
+        assert (a > 0).all()
+        assert 0.3 < float(a.mean() / b.mean()) < 3

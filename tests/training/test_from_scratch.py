@@ -98,6 +98,18 @@ def test_columns_that_are_kept_have_the_variance_of_the_others(spec: TTSpec) -> 
             assert (often[k] > 0.2 * share * 200).all()  # none is preferred
 
 
+@pytest.mark.parametrize("spec", SPECS[1:5], ids=str)
+def test_trains_and_blocks_without_identities_have_it_too(spec: TTSpec) -> None:
+    torch.manual_seed(0)
+    bare, like = spec.in_order_of(1), torch.empty(0, dtype=torch.float64)
+    form, total = format_of(bare), 0.0
+    for _ in range(100):
+        cores = scaled_cores(bare, 0.05, like)
+        assert all(torch.equal(kept, kept.sort(-1).values) for kept in cores[len(spec.cores) :])
+        total += float(form.reconstruct(bare, cores).square().mean()) / 100
+    assert total == pytest.approx(0.05**2, rel=0.12)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("method", ["scaled", "spectral"])
 def test_outputs_and_gradients_have_the_dense_scale(form: dict[str, Any], method: str) -> None:

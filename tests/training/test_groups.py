@@ -25,7 +25,7 @@ SPECS = (
 )
 PIVOTED = tuple(
     TTSpec.low_rank(*sizes, pivoted=True) for sizes in ((96, 64, 16), (64, 96, 40), (64, 64, 60))
-)
+) + tuple(spec.in_order_of(1) for spec in SPECS[1:])
 
 
 def layer(spec: TTSpec) -> tuple[nn.Linear, nn.Module]:
@@ -57,9 +57,12 @@ def test_a_step_of_each_core_moves_the_weight_by_its_share(spec: TTSpec, rule: s
         change[k] = cores[k] + 1e-3 * speeds[id(weight.cores[k])] * moved(part)
         delta = (weight.with_cores(tuple(change)).dense() - before) / 1e-3
         wanted = size
-        if spec.pivoted and k == 1:  # it reaches the columns that are not kept
-            others = moved(whole)[:, weight.indices[0][spec.ranks[0] :]]
-            wanted = float(torch.linalg.matrix_norm(others, 2))
+        if spec.pivoted and k > 0:  # it reaches the columns that are not kept
+            rank, width = spec.ranks[k - 1], spec.widths[k - 1]
+            others = moved(whole)[:, weight.indices[0][rank:]]
+            low_rank = spec.format == "low_rank"
+            wanted = float(torch.linalg.matrix_norm(others, 2)) if low_rank else size
+            wanted *= 1.0 if low_rank else math.sqrt(1 - rank / width)
         ratio = count * float(torch.linalg.matrix_norm(delta, 2)) / wanted
         assert (0.1 if rule == "adam" else 0.01) < ratio <= 1.25  # a bound, and not far above
 
