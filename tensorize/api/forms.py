@@ -1,4 +1,4 @@
-"""``tensorize.weight.pivoted`` and ``plain``: change how low-rank weights are stored."""
+"""``tensorize.weight.pivoted`` and ``plain``: change how factors are stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tensorize.weight.hidden_units import align, linears, may_reorder, readers
 
 
 def pivoted(model: nn.Module) -> nn.Module:
-    """Store no number of low-rank weights that a change of basis can remove.
+    """Store no number of factors that a change of basis can remove.
 
     W = U V of (m, n) and rank r is r (m + n) numbers, of which r² say nothing of W: U V =
     (U B) (B⁻¹ V) for every B. With r columns of V as B, V is the identity in these columns, and
@@ -32,6 +32,9 @@ def pivoted(model: nn.Module) -> nn.Module:
     has columns of its own. A convolution stores fewer numbers, and makes its second factor whole at
     every call. What has a function between its factors stays as it is. In half precision columns
     are chosen in groups of neighbours, where reading them one by one would count on this machine.
+    Trains and blocks store r² numbers less at every bond, of blocks at that of each, where that is
+    more than the integers that say which: their FLOPs are the same, and cores are made whole at
+    every call (``algebra.identities``).
 
         model = tensorize.load("old", model)
         tensorize.weight.pivoted(model)
@@ -52,7 +55,7 @@ def pivoted(model: nn.Module) -> nn.Module:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Store both factors of every low-rank weight whole again: what ``pivoted`` undoes.
+    """Store all factors whole again: what ``pivoted`` undoes.
 
     Args:
         model: compressed; changed in place, its cores are new parameters.

@@ -83,7 +83,7 @@ def initialize(
         nonlinearity: ``"silu"``, ``"gelu"``, ``"relu"`` or ``"tanh"`` between the two factors of
             every plain linear (CoLA, Liu et al. 2025). Such a layer stands for no matrix:
             ``densify`` refuses it.
-        pivoted: weights of low rank store no number that a change of basis can remove
+        pivoted: weights store no number that a change of basis can remove
             (``weight.pivoted``), but at tiny ranks: the same budget buys larger ones.
         rank_multiple: ranks above it are its multiples, as matrix units want.
         batch_sizes: input rows at which FLOPs and times are counted; the worst counts.
