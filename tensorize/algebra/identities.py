@@ -69,7 +69,8 @@ def places(kept: Tensor, n: int) -> Tensor:
     mine = mine.scatter(-1, kept.long(), 1)
     before = mine.cumsum(-1)
     behind = kept.shape[-1] + torch.arange(n, device=kept.device) - before
-    return torch.where(mine > 0, before - 1, behind)
+    # What has no values yet keeps one column r times.
+    return torch.where(mine > 0, before - 1, behind).clamp(max=n - 1)
 
 
 def orders(spec: TTSpec, indices: Sequence[Tensor]) -> list[Tensor]:

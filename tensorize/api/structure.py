@@ -28,7 +28,7 @@ from tensorize.reports.attach import attach, report, samples_of
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 from tensorize.store.fingerprint import fingerprint
-from tensorize.weight.install import blank, followed
+from tensorize.weight.install import blank, factored, followed, resize
 from tensorize.weight.whole_model import settle
 
 
@@ -159,8 +159,12 @@ def load_dense(
         fingerprint=fingerprint(dense.named_parameters()),
     )
     made = apply(dense, plan, example_inputs=example_inputs, inplace=True, progress=False)
+    inner, now = unwrapped(model), dict(factored(made))
+    for name, weight in list(factored(inner)):
+        if weight.spec != now[name].spec:  # by its order, which may keep fewer columns together
+            resize(inner, name, now[name].spec, [*weight.cores, *now[name].indices])
     with torch.no_grad():
-        unwrapped(model).load_state_dict(made.state_dict())
+        inner.load_state_dict(made.state_dict())
     attach(model, _of_others(report(made), model))
     return model
 

@@ -137,7 +137,9 @@ class LowRank(Chain):
             if len({len(order) for _, _, order in each}) > 1:  # one has no groups that do
                 return self.stored(spec.in_order_of(1), cores, dtype)
             return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-        found = rounded(pivoted(left, right, neighbours=spec.pivoted), dtype)
+        # What was aligned moves none: other factors get an order of their own.
+        together = 1 if spec.pivoted == spec.shape[-1] else spec.pivoted
+        found = rounded(pivoted(left, right, neighbours=together), dtype)
         return found.left.contiguous(), found.rest.contiguous(), found.order
 
     def as_stored(self, spec: TTSpec, cores: Sequence[Tensor]) -> TTSpec:

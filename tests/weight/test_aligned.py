@@ -121,6 +121,19 @@ def test_a_hook_may_look_at_hidden_units() -> None:
     assert model.down.spec.pivoted == 1  # type: ignore[union-attr]
 
 
+def test_other_dense_weights_are_loaded_into_it_as_they_stand() -> None:
+    straight = small(Gated, {"*": 12})
+    model = tensorize.weight.aligned(copy.deepcopy(straight), (X,))
+    cores = [id(p) for p in model.parameters()]
+    torch.manual_seed(1)
+    other = Gated().eval().state_dict()
+    for each in (straight, model):
+        tensorize.load_dense(each, other, example_inputs=(X,))
+    assert [id(p) for p in model.parameters()] == cores
+    assert relative(model(X).detach(), straight(X).detach()) < 1e-5
+    assert parameters(model) == parameters(straight)
+
+
 def test_it_is_saved_trained_and_exported_like_any_other(tmp_path: Path) -> None:
     model = tensorize.weight.aligned(small(Gated, {"*": 12}), (X,))
     tensorize.save(model, tmp_path / "small")
