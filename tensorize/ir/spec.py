@@ -159,6 +159,7 @@ class TTSpec(Spec):
         column_modes: tuple[int, ...] = field(init=False, compare=False)
         ranks: tuple[int, ...] = field(init=False, compare=False)
         single: TTSpec = field(init=False, compare=False)
+        _plain: TTSpec = field(init=False, compare=False)
 
     def __init__(
         self,

@@ -32,9 +32,10 @@ CHAINS = (
 BLOCKED = (TTSpec.block((5, 6), (4, 6), 4), TTSpec.low_rank(12, 10, 6, experts=3))
 
 
-FORMS: tuple[dict[str, Any], ...] = (
+FORMS: tuple[Any, ...] = (
     {}, {"pivoted": True}, {"formats": "block"}, {"formats": "tt"},
-    {"formats": "block", "pivoted": True}, {"formats": "tt", "pivoted": True},
+    {"formats": "block", "pivoted": True},
+    pytest.param({"formats": "tt", "pivoted": True}, marks=pytest.mark.slow),
 )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def test_a_rank_that_is_asked_for_is_bare_where_that_pays() -> None:
         assert point.others[0].pivoted == pivoted
 
 
-@pytest.mark.parametrize("form", ["tt", "block"])
+@pytest.mark.parametrize("form", ["block", pytest.param("tt", marks=pytest.mark.slow)])
 def test_compile_makes_it_and_it_is_what_was_planned(form: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 48)).eval()
