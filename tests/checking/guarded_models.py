@@ -59,10 +59,10 @@ FORMS: dict[str, Callable[[int, int], Spec] | None] = {
 
 
 def net(form: str, *, trains: bool = False) -> nn.Module:
-    """The network with every weight in one form."""
+    """The network with every weight in one form; "bare ...": without identities."""
     torch.manual_seed(0)
     model = Net().eval()
-    make = FORMS[form]
+    make = FORMS[form.removeprefix("bare ")]
     names = ("table.weight", "up.weight", "down.weight", "mix", "head.weight")
     for name in names if make is not None else ():
         m, n = model.get_parameter(name).shape
@@ -72,6 +72,8 @@ def net(form: str, *, trains: bool = False) -> nn.Module:
         ]
         order = [torch.randperm(n).int()] if spec.indices else []
         install(model, [name], spec, [*cores, *order])
+    if form.startswith("bare "):
+        tensorize.weight.pivoted(model)
     settle(model)
     return model.requires_grad_(trains)
 

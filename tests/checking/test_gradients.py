@@ -26,7 +26,10 @@ def wrong(gradient: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("form", FORMS)
+BARE = ("bare train", "bare block")
+
+
+@pytest.mark.parametrize("form", [*FORMS, *BARE])
 def test_gradients_are_those_of_the_model_without_a_guard(form: str) -> None:
     plain, model = net(form, trains=True), guarded(form, trains=True)
     want, got = gradients(plain), gradients(model)
@@ -59,7 +62,7 @@ def test_a_flip_in_a_gradient_of_an_input_is_computed_again(form: str) -> None:
     assert outcomes & {"recomputed", "skipped"}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *BARE])
 def test_a_step_with_a_wrong_gradient_of_a_weight_is_skipped_and_counted(form: str) -> None:
     model: Any = guarded(form, trains=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
