@@ -234,7 +234,7 @@ def test_orders_are_timed_remembered_and_used(
     assert known
     (breakpoints,) = {holder.breakpoints for holder in holders(tuned)}
     for name, found in factored(tuned):
-        for asked, _, plans in contenders(found.spec, "columns", GENERIC, breakpoints):
+        for asked, _, plans in contenders(found.spec.plain, "columns", GENERIC, breakpoints):
             assert asked in known, name
             (slowest,) = aten.layouts(plans[-1], 2)[-1].pieces
             assert known[asked] == (slowest.tree, slowest.layout)
