@@ -146,12 +146,12 @@ class StandIns(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if any(id(tensor) in self._tensors for tensor in _tensors(args, kwargs)):
-            args, kwargs = pytree.tree_map(self._instead, (args, kwargs))
+        named: dict[str, Any] = kwargs or {}
+        if any(id(tensor) in self._tensors for tensor in _tensors(args, named)):
+            args, named = pytree.tree_map(self._instead, (args, named))
             if args and not isinstance(args[0], Tensor):
-                return _asked(args[0], func, args[1:], kwargs)
-        return func(*args, **kwargs)
+                return _asked(args[0], func, args[1:], named)
+        return func(*args, **named)
 
     def _instead(self, value: Any) -> Any:
         return self._tensors.get(id(value), value)
