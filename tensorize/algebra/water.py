@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.metric import Metric
-from tensorize.algebra.quantise import codes_of_steps, pivots, unit
+from tensorize.algebra.quantise import codes_of_steps, damped, side_pivots, unit
 
 MOST = 2**15 - 129
 """The largest code."""
@@ -73,8 +73,15 @@ class Filled:
     metric: Metric
 
     @cached_property
+    def _roots(self) -> tuple[Tensor | None, Tensor | None]:
+        work = self.matrix.float()
+        return damped(self.metric.left, work), damped(self.metric.right, work)
+
+    @cached_property
     def _pivots(self) -> tuple[Tensor, Tensor]:
-        return pivots(self.metric, self.matrix.float())
+        sides = zip(self._roots, self.matrix.shape, strict=True)
+        down, across = (side_pivots(root, size, self.matrix) for root, size in sides)
+        return down, across
 
     def steps(self, theta: float) -> Steps:
         """Those with which every entry loses θ."""
@@ -84,7 +91,7 @@ class Filled:
     def codes(self, theta: float) -> tuple[Steps, Tensor]:
         """Codes (M, N) that lose little, with their steps."""
         steps = self.steps(theta)
-        return steps, codes_of_steps(self.matrix, steps.each, MOST, self.metric)
+        return steps, codes_of_steps(self.matrix, steps.each, MOST, *map(unit, self._roots))
 
     def expected(self, theta: float) -> Expected:
         """About what ``codes`` gives, without rounding one after the other.
@@ -120,8 +127,7 @@ class Filled:
     @cached_property
     def _inverses(self) -> tuple[Tensor | None, Tensor | None]:
         """B⁻¹ and A⁻¹."""
-        sides = (self.metric.left, self.metric.right)
-        units = (unit(side, self.matrix.float()) for side in sides)
+        units = map(unit, self._roots)
         left, right = (None if mixing is None else _inverse(mixing) for mixing in units)
         return left, right
 

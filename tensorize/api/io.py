@@ -256,7 +256,7 @@ class _InMetric:
                 expected = self._filling.expected(cost.theta)
             made = coder.coded(self._filling, expected)
         else:
-            given = Budget(bytes=self._asked.file).limits(self._plan.dense)["bytes"]
+            given = self._asked.limits(self._plan.dense)["file"]
             made = coder.within_bytes(
                 self._filling,
                 int(given),
