@@ -248,8 +248,11 @@ class Allocate:
             loss, interval = analysed.predictor.predict(found.lost - found.coded, self.refine)
             error = analysed.predictor.output_error(loss)
             metrics = analysed.predictor.predict_metrics(loss, interval)
-        dense = dense_totals(analysed, self.batch_sizes)
+        dense, notes = dense_totals(analysed, self.batch_sizes), (*analysed.notes, *self.notes)
         file = None if self.budget is None else self.budget.limits(dense).get("file")
+        if file is not None and analysed.predictor is not None:
+            in_file, _ = analysed.predictor.predict(found.lost, self.refine)
+            notes += (f"a file of {file:,.0f} bytes is expected to lose {in_file:.3g}, with codes",)
         predicted = Prediction(
             parameters=int(used[0]),
             bytes=int(used[1]),
@@ -275,7 +278,7 @@ class Allocate:
             refine=self.refine,
             gap=found.gap,
             machine=analysed.machine.name,
-            notes=(*analysed.notes, *self.notes),
+            notes=notes,
         )
 
 

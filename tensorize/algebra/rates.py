@@ -89,11 +89,11 @@ def matrix_at(theta: float, scale: float, rows: Side, columns: Side) -> tuple[fl
     counts = np.outer(rows.counts, columns.counts)
     whole = scale * np.outer(rows.sizes, columns.sizes)
     more = theta * (np.outer(rows.pushed, columns.pushed) - 1)
-    left = np.ones(())
+    aimed = whole
     for _ in range(_ROUNDS):
+        left = (counts * _lost(aimed / theta)).sum() / counts.sum()
         aimed = whole + left * more
-        found = _lost(aimed / theta)
-        left = (counts * found).sum() / counts.sum()
+    found = _lost(aimed / theta)
     weights = np.outer(rows.weights, columns.weights)
     bits = float((counts * _bits(aimed / theta)).sum())
     return _LONGER * bits, theta * float((counts * weights * found).sum())

@@ -42,8 +42,8 @@ class Budget:
         loss: largest predicted rise of the loss to preserve (needs calibration data).
         file: of the files of weights, which may be coded in fewer bits than memory holds: a share
             of the dense model's bytes, or an int of bytes. For ``tensorize.save(coded=)``; of a
-            plan it is what ``save(coded=True)`` codes at, beside its limits on costs in memory
-            (alone, nothing becomes smaller there).
+            plan it is what ``save(coded=True)`` codes at, and ranks are those that lose least in
+            such a file, within the other limits. A limit on the loss is then one of the file's.
         entry_error: largest error of any entry of any stored tensor, a float, or as
             ``"1e-3 relative"`` a share of each tensor's range. For ``tensorize.save(coded=)``.
 
