@@ -67,8 +67,12 @@ class Spectrum:
     @property
     def codes(self) -> bool:
         """Whether files may hold the weight in codes that are chosen in its metric."""
-        apart = any(metric.apart for metric in self.metrics)
-        return self.squares is not None and not apart and not self.site.modes
+        return self.squares is not None and not self.apart and not self.site.modes
+
+    @property
+    def apart(self) -> bool:
+        """Whether every matrix of a stack has a metric of its own."""
+        return any(metric.apart for metric in self.metrics)
 
     @property
     def scale(self) -> float:

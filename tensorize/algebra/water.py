@@ -84,9 +84,13 @@ class Filled:
         return down, across
 
     def steps(self, theta: float) -> Steps:
-        """Those with which every entry loses θ."""
+        """Those with which every entry loses θ; in rows whose codes would be too large, more."""
         down, across = self._pivots
-        return Steps(_exponents(12 * theta / self.metric.scale / down), _exponents(1 / across))
+        found = Steps(_exponents(12 * theta / self.metric.scale / down), _exponents(1 / across))
+        largest = (self.matrix.double().abs() / powers(found.across)).amax(1) / powers(found.down)
+        more = (4 * (largest * (2 / MOST)).clamp_min(1).log2()).ceil()
+        down = (found.down + more).clamp_max(_WIDEST).to(torch.int16)
+        return Steps(down, found.across)
 
     def codes(self, theta: float) -> tuple[Steps, Tensor]:
         """Codes (M, N) that lose little, with their steps."""

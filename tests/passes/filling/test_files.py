@@ -98,6 +98,15 @@ def test_a_file_has_at_most_its_bytes_and_not_far_fewer(
     assert 0.9 * share * whole < size <= share * whole
 
 
+def test_a_file_that_is_larger_than_it_need_be_loses_next_to_nothing(tmp_path: Path) -> None:
+    """Codes have fifteen bits at most: steps stay as wide as entries want."""
+    size, told = saved(compressed(0.5), tmp_path, file=1.0)
+    whole = sum(p.nbytes for p in dense().parameters())
+    assert size < 0.5 * whole
+    assert told["loss"] < 1e-5
+    assert divergence(compressed(0.5), tensorize.load(tmp_path, model=Net())) < 1e-5
+
+
 def test_the_model_in_it_is_the_one_that_is_loaded(tmp_path: Path) -> None:
     _, told = saved(compressed(0.5), tmp_path, file=0.2)
     one, other = (tensorize.load(tmp_path, model=Net()) for _ in range(2))
