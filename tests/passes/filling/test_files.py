@@ -265,7 +265,11 @@ def lost(plan: tensorize.Plan, file: int) -> float:
 
 @pytest.mark.parametrize(
     ("share", "others", "gains"),
-    [(0.1, {}, 0.9), (0.15, {"params": 0.5}, 1.05), (0.1, {"params": 0.7, "flops": 0.6}, 1.0)],
+    [
+        (0.1, {}, 0.9),
+        (0.15, {"params": 0.5}, 1.05),
+        pytest.param(0.1, {"params": 0.7, "flops": 0.6}, 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_are_those_that_lose_least_in_a_file_of_the_size(
     share: float, others: dict[str, float], gains: float
