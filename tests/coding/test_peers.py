@@ -53,13 +53,13 @@ def test_it_holds_a_smooth_field_within_the_bound(name: str, dtype: torch.dtype)
 
 
 @EACH
-@pytest.mark.parametrize("seed", range(60))
-def test_no_entry_of_any_tensor_passes_the_bound(name: str, seed: int) -> None:
-    draw = random.Random(seed)
-    before = draw_tensor(draw, draw.choice(FLOATS))
-    bound = range_of(before) * 10 ** draw.uniform(-9, 0) or 10 ** draw.uniform(-9, 0)
-    after, _ = there_and_back(name, before, bound)
-    assert farthest(before, after) <= bound
+def test_no_entry_of_any_tensor_passes_the_bound(name: str) -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        before = draw_tensor(draw, draw.choice(FLOATS))
+        bound = range_of(before) * 10 ** draw.uniform(-9, 0) or 10 ** draw.uniform(-9, 0)
+        after, _ = there_and_back(name, before, bound)
+        assert farthest(before, after) <= bound
 
 
 @EACH
