@@ -30,14 +30,16 @@ from tensorize.passes.allocate.candidates import (
     scales,
     takes_ranks,
 )
-from tensorize.passes.allocate.choose import Chosen
+from tensorize.passes.allocate.choose import Chosen, least_lost_in_file
 from tensorize.passes.allocate.demand import SLOWER, Demand
 from tensorize.passes.allocate.feasible import refusal
 from tensorize.passes.allocate.flops import element_size
+from tensorize.passes.allocate.forms import BITS
 from tensorize.passes.allocate.groups import group_points
 from tensorize.passes.allocate.inputs import Inputs
 from tensorize.passes.allocate.slower import slow_choices, with_excess, without_slow_points
 from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.filed import Filed, first_theta
 from tensorize.passes.curves.formats import joins
 from tensorize.passes.curves.precisions import PrecisionOption, integers, takes_own
 from tensorize.passes.observe.select import matches, require_match
@@ -94,7 +96,7 @@ class Allocate:
             points = self._points(analysed, last_resort=False)
             chosen = Chosen(points, [0] * len(points), 0.0)
         else:
-            demand, budget = self.demand(analysed), self.budget.of_bytes
+            demand, budget = self._demand_of(analysed), self.budget.of_bytes
             found = demand.choose(budget)
             if found is None:
                 raise refusal(demand, budget)
@@ -105,12 +107,31 @@ class Allocate:
         summary = f"{factorized} weights factorized, {100 * kept:.2f} % of the parameters kept"
         return analysed.to(Planned, plan=plan, summary=summary)
 
-    def demand(self, analysed: Analysed) -> Demand:
+    def _demand_of(self, analysed: Analysed) -> Demand:
+        """That in which the budget is met best: of files at the θ where least is lost."""
+        assert self.budget is not None
+        if self.budget.file is None:
+            return self.demand(analysed)
+        worth = {} if analysed.predictor is None else analysed.predictor.worth
+        made: dict[float, Demand] = {}
+
+        def chosen_at(theta: float) -> Chosen | None:
+            made[theta] = self.demand(analysed, Filed(theta, worth.get(BITS, 1.0)))
+            return made[theta].choose(replace(self.budget.of_bytes, loss=None))
+
+        limit = self.budget.limits(dense_totals(analysed))["file"]
+        first = first_theta(analysed.spectra, analysed.sizes, limit)
+        theta, _ = least_lost_in_file(chosen_at, first)
+        if theta not in made:
+            chosen_at(theta)
+        return made[theta]
+
+    def demand(self, analysed: Analysed, filed: Filed | None = None) -> Demand:
         """What budgets can be asked of; it knows nothing of this one."""
         sizes, machine = self.batch_sizes, analysed.machine
-        points = [self._points(analysed, last_resort=False)]
+        points = [self._points(analysed, last_resort=False, filed=filed)]
         if any(site.last_resort and site.blocked is None for site in analysed.sites):
-            points.append(self._points(analysed, last_resort=True))
+            points.append(self._points(analysed, last_resort=True, filed=filed))
         made = [with_excess(each, sizes, machine) for each in points]
         tiers, negligible = [each for each, _ in made], made[0][1]
         fast = without_slow_points(tiers[0], negligible)
@@ -136,7 +157,9 @@ class Allocate:
         """The formats that a weight may take."""
         return curve.formats if self.formats is None else self.formats[curve.site.name]
 
-    def _points(self, analysed: Analysed, *, last_resort: bool) -> list[Points]:
+    def _points(
+        self, analysed: Analysed, *, last_resort: bool, filed: Filed | None = None
+    ) -> list[Points]:
         unable = {
             name: f"of formats={'/'.join(self._allowed(curve))} it can take none at a rank"
             for name, curve in analysed.spectra.items()
@@ -174,7 +197,9 @@ class Allocate:
                     )
                 result.append(
                     forced_point(
-                        *(curve, forced, itemsize, load[0], allowed, load[1]), pivots=pivots
+                        *(curve, forced, itemsize, load[0], allowed, load[1]),
+                        pivots=pivots,
+                        filed=filed,
                     )
                 )
             elif site.last_resort and not last_resort:
@@ -188,7 +213,7 @@ class Allocate:
                 given = curve, allowed, itemsize, load[0], self.rank_multiple, load[1]
                 how: dict[str, Any] = {"pivots": pivots, "always": self.always}
                 how |= {"own": takes_own(self.precision, site.dtype), "precisions": bits}
-                how |= {"inputs": inputs}
+                how |= {"inputs": inputs, "filed": filed}
                 how |= {"worth": analysed.predictor and analysed.predictor.worth}
                 result.append(curve_points(*given, scale[site.name], **how))
         names = {
@@ -199,7 +224,7 @@ class Allocate:
         }
         if self.even:
             return together(result)
-        given = names, scale, self.rank_multiple, self.batch_sizes, pivots
+        given = names, scale, self.rank_multiple, self.batch_sizes, pivots, filed
         return _grouped(result, analysed, *given)
 
     # ------------------------------------------------------------------------------ the plan
@@ -220,9 +245,14 @@ class Allocate:
         loss, interval, metrics = None, None, ()
         error = max((site.predicted_error for site in sites), default=0.0)
         if analysed.predictor is not None:
-            loss, interval = analysed.predictor.predict(found.lost, self.refine)
+            loss, interval = analysed.predictor.predict(found.lost - found.coded, self.refine)
             error = analysed.predictor.output_error(loss)
             metrics = analysed.predictor.predict_metrics(loss, interval)
+        dense, notes = dense_totals(analysed, self.batch_sizes), (*analysed.notes, *self.notes)
+        file = None if self.budget is None else self.budget.limits(dense).get("file")
+        if file is not None and analysed.predictor is not None:
+            in_file, _ = analysed.predictor.predict(found.lost, self.refine)
+            notes += (f"a file of {file:,.0f} bytes is expected to lose {in_file:.3g}, with codes",)
         predicted = Prediction(
             parameters=int(used[0]),
             bytes=int(used[1]),
@@ -233,13 +263,14 @@ class Allocate:
             latency=tuple(float(t) for t in used[len(COSTS) :]),
             communication=int(used[3]),
             metrics=metrics,
+            file=None if file is None else int(file),
         )
         return Plan(
             sites=sites,
             budget="none" if self.budget is None else str(self.budget),
             metric=analysed.metric,
             predicted=predicted,
-            dense=dense_totals(analysed, self.batch_sizes),
+            dense=dense,
             batch_sizes=tuple(self.batch_sizes),
             limits_errors=self.budget is not None and self.budget.error is not None,
             seed=analysed.seed,
@@ -247,7 +278,7 @@ class Allocate:
             refine=self.refine,
             gap=found.gap,
             machine=analysed.machine.name,
-            notes=(*analysed.notes, *self.notes),
+            notes=notes,
         )
 
 
@@ -313,6 +344,7 @@ def _grouped(
     rank_multiple: int,
     batch_sizes: Sequence[int],
     pivots: bool,
+    filed: Filed | None,
 ) -> list[Points]:
     """Weights of one input as one choice, where they may share a first factor and gain by it."""
     result = {p.site.name: p for p in points}
@@ -324,7 +356,11 @@ def _grouped(
     for members in groups.values():
         curves = [analysed.spectra[p.site.name] for p in members]
         load = [scale[p.site.name] for p in members], rank_multiple, batch_sizes, analysed.machine
-        group = group_points(members, curves, *load, pivots=pivots) if len(members) > 1 else None
+        group = (
+            group_points(members, curves, *load, pivots=pivots, filed=filed)
+            if len(members) > 1
+            else None
+        )
         if group is not None:
             for p in members:
                 del result[p.site.name]

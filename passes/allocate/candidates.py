@@ -19,6 +19,7 @@ from tensorize.passes.allocate.flops import dense_flops, spec_flops
 from tensorize.passes.allocate.forms import (
     PRECISION,
     Forms,
+    in_file,
     labelled,
     labels,
     rounding_lost,
@@ -30,10 +31,15 @@ from tensorize.passes.allocate.forms import (
 from tensorize.passes.allocate.inputs import Inputs, inputs_lost
 from tensorize.passes.allocate.times import dense_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.filed import SAID, STREAMS, Filed
 from tensorize.passes.stages import Analysed
 
-COSTS = ("params", "bytes", "flops", "communication")
-"""The first columns of a point's costs; then come its times, one for each of the batch sizes."""
+COSTS = ("params", "bytes", "flops", "communication", "file")
+"""The first columns of a point's costs; then come its times, one for each of the batch sizes.
+
+``file`` is the bytes in a file whose entries lose some θ; without one, those in memory."""
+
+BYTES, FILE = COSTS.index("bytes"), COSTS.index("file")
 
 # Without a loss, errors of different weights have no common unit. Distortion is divided by the
 # weight's own size to this power: 0 compares absolute errors, 1 relative ones. Both fail badly on
@@ -51,6 +57,7 @@ class Points:
     ``costs`` is (P, costs), ``distortion`` what a point adds to the predicted loss, ``objective``
     what the allocation minimises, ``errors`` the weight's relative error. ``labels`` says what a
     point is: 0 dense, above 0 low rank in one of its ``forms``, -k the k-th of ``others``.
+    ``coded``: what of the distortion is that of codes in a file; None: nothing is.
     """
 
     site: Site
@@ -61,6 +68,7 @@ class Points:
     labels: np.ndarray
     others: tuple[Spec, ...] = ()
     fixed: str | None = None
+    coded: np.ndarray | None = None
 
     def spec(self, k: int) -> Spec | None:
         """The factorization at point k; None is the dense weight."""
@@ -68,6 +76,10 @@ class Points:
         if label > 0:
             return spec_of(self.site, *labelled(label))
         return None if label == 0 else self.others[-label - 1]
+
+    def coded_at(self, k: int) -> float:
+        """What of the distortion at point k is that of codes in a file."""
+        return 0.0 if self.coded is None else float(self.coded[k])
 
     @property
     def in_bits(self) -> np.ndarray:
@@ -97,7 +109,7 @@ class Points:
             shape=self.site.shape,
             spec=self.spec(k),
             predicted_error=float(self.errors[k]),
-            predicted_loss=float(self.distortion[k]),
+            predicted_loss=float(self.distortion[k]) - self.coded_at(k),
             reason=reason,
             reals=self.site.reals,
         )
@@ -112,6 +124,7 @@ class Points:
             objective=self.objective[keep],
             errors=self.errors[keep],
             labels=self.labels[keep],
+            coded=None if self.coded is None else self.coded[keep],
         )
 
 
@@ -131,18 +144,21 @@ def other_costs(analysed: Analysed, batch_sizes: Sequence[int] = ()) -> np.ndarr
     """Parameters and bytes of everything that is no site: biases, norms, scales."""
     listed = {site.name for site in analysed.sites}
     rest = [size for name, size in analysed.sizes.items() if name not in listed]
-    known = [sum(n for n, _ in rest), sum(b for _, b in rest), 0.0, 0.0]
+    sizes = sum(n for n, _ in rest), sum(b for _, b in rest)
+    known = [*sizes, 0.0, 0.0, sizes[1] + SAID * len(rest) + STREAMS]
     return np.array(known + [0.0] * len(batch_sizes))
 
 
 def _costs(
     site: Site, spec: Spec, itemsize: int, batch_sizes: Sequence[int], machine: Machine
 ) -> list[float]:
+    size = spec.bytes(itemsize, len(site.names))
     return [
         spec.parameters * site.reals,
-        spec.bytes(itemsize, len(site.names)),
+        size,
         spec_flops(site, spec, batch_sizes, machine),
         spec_sent(site, spec),
+        size,
         *spec_times(site, spec, batch_sizes, machine),
     ]
 
@@ -152,7 +168,7 @@ def _dense_costs(
 ) -> list[float]:
     times = dense_times(site, batch_sizes, machine)
     sizes = [site.parameters * site.reals, site.parameters * itemsize, dense_flops(site)]
-    return [*sizes, dense_sent(site), *times]
+    return [*sizes, dense_sent(site), sizes[1], *times]
 
 
 def dense_point(
@@ -205,6 +221,7 @@ def curve_points(
     precisions: Sequence[str] = (),
     inputs: Inputs = _USUAL,
     worth: Mapping[str, float] | None = None,
+    filed: Filed | None = None,
 ) -> Points:
     """All points of a weight; low ranks above ``rank_multiple`` only at its multiples.
 
@@ -212,7 +229,7 @@ def curve_points(
     store what a change of basis can remove, and ``always``: where it need not it does not.
     ``own``: entries may keep the weight's own dtype; ``precisions``: those that they may have;
     ``inputs``: what inputs may be rounded to; ``worth``: by what the distortion of a family of
-    forms counts.
+    forms counts; ``filed``: the file that the weight will be in.
     """
     site = curve.site
     spectral = any(named(name).spectral for name in allowed)
@@ -258,15 +275,21 @@ def curve_points(
     order = np.lexsort((distortion, costs[:, 0]))
     costs, distortion, found = costs[order], distortion[order], np.concatenate(kinds)[order]
     rises = curve.rise(distortion) * worth_of(found, worth or {})
+    coded = None
+    if filed is not None:
+        tails = [curve.distortion.numpy()]
+        costs[:, FILE], coded = in_file(filed, (curve,), tails, found, costs[:, BYTES])
+        rises = rises + coded
     return Points(
         site,
         costs,
-        rises if curve.in_nats else np.zeros_like(rises),
+        rises * curve.in_nats,
         rises * scale,
         curve.errors(distortion),
         found,
         others,
         fixed=reason,
+        coded=None if coded is None else coded * curve.in_nats,
     )
 
 
@@ -313,6 +336,7 @@ def forced_point(
     machine: Machine = GENERIC,
     *,
     pivots: bool = False,
+    filed: Filed | None = None,
 ) -> Points:
     """The one point that ``ranks=`` asks for, of a weight that ``takes_ranks``."""
     site = curve.site
@@ -331,14 +355,20 @@ def forced_point(
         spec = exact.with_ranks(cut)
         spec = (without_identities(site, spec, itemsize) if pivots else None) or spec
     lost = curve.distortion_of(spec)
-    rise = curve.rise(np.array([lost]))
+    rise, coded = curve.rise(np.array([lost])), None
+    costs = np.array([_costs(site, spec, itemsize, batch_sizes, machine)], dtype=float)
+    if filed is not None and named(spec.format).spectral:
+        label, tails = labels(np.array(spec.ranks[:1]), spec.pivoted), [curve.distortion.numpy()]
+        costs[:, FILE], coded = in_file(filed, (curve,), tails, label, costs[:, BYTES])
+        rise, coded = rise + coded, coded * curve.in_nats
     return Points(
         site,
-        np.array([_costs(site, spec, itemsize, batch_sizes, machine)], dtype=float),
+        costs,
         rise * curve.in_nats,
         rise,
         np.array([curve.error(lost)]),
         np.array([-1]),
         (spec,),
         fixed=f"ranks={rank!r}",
+        coded=coded,
     )

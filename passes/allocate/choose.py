@@ -7,7 +7,8 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,12 @@ REBUILT = 10.0
 _LEVELS = 2
 """How often it is looked between two choices, and between two of those."""
 
+_STRIDES = (4, 2, 1)
+"""How far the θ of a file is moved in a search, in half octaves."""
+
+_COARSEST = 80
+"""How far beyond the first it is looked for."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -36,8 +43,20 @@ class Chosen:
     @property
     def lost(self) -> float:
         """The sum of distortions."""
-        pairs = zip(self.points, self.choice, strict=True)
-        return sum(float(p.distortion[k]) for p, k in pairs)
+        return sum(float(p.distortion[k]) for p, k in self._pairs)
+
+    @property
+    def coded(self) -> float:
+        """What of that is by codes in a file."""
+        return sum(p.coded_at(k) for p, k in self._pairs)
+
+    @property
+    def objective(self) -> float:
+        return sum(float(p.objective[k]) for p, k in self._pairs)
+
+    @property
+    def _pairs(self) -> Iterator[tuple[Points, int]]:
+        return zip(self.points, self.choice, strict=True)
 
 
 @dataclass(frozen=True)
@@ -161,3 +180,30 @@ class Tiers:
         mine = float(figure(one)[k])
         least = min(mine, max(map(bound, every)))
         return Chosen(self.points[tier], one.pick(k), 1 - least / mine if mine > 0 else 0.0)
+
+
+def least_lost_in_file(
+    chosen_at: Callable[[float], Chosen | None], first: float
+) -> tuple[float, Chosen | None]:
+    """The θ of a file, and the choice at it, that lose least of all; None: none fits at any θ.
+
+    Begun at the ``first``, with strides that become shorter.
+    """
+    known: dict[int, Chosen | None] = {}
+
+    def at(k: int) -> Chosen | None:
+        if k not in known:
+            known[k] = chosen_at(first * 2 ** (k / 2))
+        return known[k]
+
+    def lost(k: int) -> float:
+        found = at(k)
+        return math.inf if found is None else found.objective
+
+    best = next((k for k in range(0, _COARSEST, _STRIDES[0]) if at(k) is not None), None)
+    if best is None:
+        return first * 2.0 ** (_COARSEST / 2), None
+    for stride in _STRIDES:
+        while lost(beside := min(best - stride, best + stride, key=lost)) < lost(best):
+            best = beside
+    return first * 2 ** (best / 2), at(best)

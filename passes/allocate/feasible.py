@@ -13,7 +13,7 @@ from tensorize.passes.allocate.candidates import COSTS, Points
 from tensorize.passes.allocate.demand import Demand, rounded_errors
 
 _UNITS = {"params": "", "bytes": " bytes", "flops": " FLOPs a row", "latency": " µs"}
-_UNITS["communication"] = " bytes a row"
+_UNITS |= {"communication": " bytes a row", "file": " bytes in a file"}
 
 
 def refusal(demand: Demand, budget: Budget) -> BudgetError:

@@ -25,6 +25,7 @@ from tensorize.passes.allocate.communication import spec_sent
 from tensorize.passes.allocate.flops import spec_flops
 from tensorize.passes.allocate.times import dense_times, first_times, spec_times
 from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.filed import Filed
 
 _PIVOTED, PRECISION = 1 << 32, 1 << 40
 _PIVOTS_FROM = 0.02
@@ -110,7 +111,8 @@ class Forms:
         flops = spec_flops(stack, every, self.batch_sizes) + 0 * ranks
         sent = spec_sent(stack, every) + 0 * ranks
         sizes = np.stack(
-            [every.parameters * count * stack.reals, size * count, flops, sent], axis=1
+            [every.parameters * count * stack.reals, size * count, flops, sent, size * count],
+            axis=1,
         )
         return np.hstack([sizes, self._times(ranks, pivoted, precision, inputs)])
 
@@ -183,6 +185,34 @@ def labelled(label: int) -> tuple[int, int, str | None, str]:
     pivoted, rank = divmod(rest, _PIVOTED)
     inputs, precision = _KINDS[kind - 1] if kind else (ONE_DIGIT, None)
     return rank, pivoted, precision, inputs
+
+
+def in_file(
+    filed: Filed,
+    curves: Sequence[Spectrum],
+    tails: Sequence[np.ndarray],
+    labels: np.ndarray,
+    held: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes in a file, and what its codes add, at each label; ``held`` are the bytes in memory.
+
+    Of one weight, or of several with one first factor; ``tails`` are what each loses by rank.
+    """
+    size, added = held.copy(), np.zeros(len(labels))
+    if not all(curve.codes for curve in curves):
+        return size, added
+    dense = labels == 0
+    if dense.any():
+        (curve,) = curves
+        size[dense], added[dense] = filed.dense(curve)
+    factors = np.flatnonzero((labels > 0) & (labels < PRECISION))
+    if len(factors) and not curves[0].site.experts:
+        pivoted, ranks = np.divmod(labels[factors], _PIVOTED)
+        for form, (bytes_, lost) in enumerate(filed.factors(curves, tails)):
+            those = (pivoted > 0) == bool(form)
+            size[factors[those]] = bytes_[ranks[those]]
+            added[factors[those]] = lost[ranks[those]]
+    return size, added
 
 
 def worth_of(labels: np.ndarray, worth: Mapping[str, float]) -> np.ndarray:

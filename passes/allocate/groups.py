@@ -11,11 +11,12 @@ from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
-from tensorize.passes.allocate.candidates import COSTS, Points
+from tensorize.passes.allocate.candidates import BYTES, COSTS, FILE, Points
 from tensorize.passes.allocate.flops import element_size
-from tensorize.passes.allocate.forms import Forms, labelled, labels, rounding_lost
+from tensorize.passes.allocate.forms import Forms, in_file, labelled, labels, rounding_lost
 from tensorize.passes.allocate.optimise import lower_hull
 from tensorize.passes.curves.curve import Spectrum
+from tensorize.passes.curves.filed import Filed
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def group_points(
     machine: Machine = GENERIC,
     *,
     pivots: bool = False,
+    filed: Filed | None = None,
 ) -> GroupPoints | None:
     """One choice for weights of one input; None where a first factor in common gains nothing.
 
@@ -84,7 +86,8 @@ def group_points(
     growing budget would take them.
     """
     # With bits a budget is one of bytes.
-    size = COSTS.index("bytes" if any(p.in_bits.any() for p in members) else "params")
+    size = BYTES if any(p.in_bits.any() for p in members) else COSTS.index("params")
+    size = size if filed is None else FILE
     picks = _along_hulls(members, size)
     columns = range(len(members))
 
@@ -94,13 +97,16 @@ def group_points(
     costs, objective = total([p.costs for p in members]), total([p.objective for p in members])
     lost = total([p.distortion for p in members])
     errors = np.max([members[i].errors[picks[:, i]] for i in columns], axis=0)
+    codes = total([np.zeros(len(p.labels)) if p.coded is None else p.coded for p in members])
     shared = [curve.shared.distortion.numpy() for curve in curves if curve.shared is not None]
     ranks = np.arange(1, min(map(len, shared)))
     ranks = ranks[(ranks % rank_multiple == 0) | (ranks < rank_multiple)]
     sites = tuple(curve.site for curve in curves)
     forms = Forms(sites, element_size(sites[0]), batch_sizes, machine)
     order = np.argsort(costs[:, size], kind="stable")
-    rows: list[tuple[np.ndarray, ...]] = [(costs, lost, objective, errors, np.arange(len(picks)))]
+    rows: list[tuple[np.ndarray, ...]] = [
+        (costs, lost, objective, errors, codes, np.arange(len(picks)))
+    ]
     for pivoted, those in forms.worthwhile(ranks, pivots=pivots).items():
         own = forms.costs(those, pivoted)
         pairs = zip(shared, curves, strict=True)
@@ -109,14 +115,21 @@ def group_points(
         weighed = np.sum([r * each for r, each in zip(rises, scale, strict=True)], axis=0)
         nats = np.sum([r * curve.in_nats for r, curve in zip(rises, curves, strict=True)], axis=0)
         off = [curve.errors(tail) for tail, curve in zip(tails, curves, strict=True)]
+        kinds = labels(those, pivoted)
+        coded = np.zeros(len(those))
+        if filed is not None:
+            own[:, FILE], coded = in_file(filed, curves, shared, kinds, own[:, BYTES])
+            # Members are of one unit, and count alike.
+            weighed, nats = weighed + coded * scale[0], nats + coded * curves[0].in_nats
+            coded = coded * curves[0].in_nats
         better = weighed < np.interp(
             own[:, size], costs[order, size], objective[order], left=np.inf
         )
-        found = own, nats, weighed, np.max(off, axis=0), -labels(those, pivoted)
+        found = own, nats, weighed, np.max(off, axis=0), coded, -kinds
         rows.append(tuple(each[better] for each in found))
     if not any(len(objective) for _, _, objective, *_ in rows[1:]):
         return None
-    costs, lost, objective, errors, kinds = (
+    costs, lost, objective, errors, codes, kinds = (
         np.concatenate(each) for each in zip(*rows, strict=True)
     )
     return GroupPoints(
@@ -126,6 +139,7 @@ def group_points(
         objective=objective,
         errors=errors,
         labels=kinds,
+        coded=None if filed is None else codes,
         members=tuple(members),
         curves=tuple(curves),
         picks=picks,

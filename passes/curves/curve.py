@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-from tensorize.algebra.metric import Metric
+from tensorize.algebra.metric import Metric, average
+from tensorize.algebra.rates import Side, sides_of
 from tensorize.base.errors import AnalysisError
 from tensorize.formats.dense import is_dense
 from tensorize.formats.format import TensorTrain
@@ -46,7 +48,8 @@ class Spectrum:
     False for a weight that the calibration data say nothing about. ``shared`` is the curve with a
     first factor in common with other weights. ``measured`` are pairs of a distortion and the rise
     of the loss that it was found to cost, of a weight measured by itself. ``roundings`` say what
-    fewer bits add, for every precision that was asked for.
+    fewer bits add, for every precision that was asked for. ``squares`` are the means of the squares
+    of its rows and of its columns, where its entries are real.
     """
 
     site: Site
@@ -59,6 +62,34 @@ class Spectrum:
     shared: SharedFactor | None = None
     measured: tuple[tuple[float, float], ...] = ()
     roundings: tuple[Rounding, ...] = ()
+    squares: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def codes(self) -> bool:
+        """Whether files may hold the weight in codes that are chosen in its metric."""
+        return self.squares is not None and not self.apart and not self.site.modes
+
+    @property
+    def apart(self) -> bool:
+        """Whether every matrix of a stack has a metric of its own."""
+        return any(metric.apart for metric in self.metrics)
+
+    @property
+    def scale(self) -> float:
+        """That of its metric."""
+        return self._metric.scale
+
+    @cached_property
+    def sides(self) -> tuple[Side, Side]:
+        """What is to be known of its rows and columns to say what codes take."""
+        assert self.squares is not None
+        rows, columns = self.squares
+        mean = columns.double().mean().clamp_min(1e-300)
+        return sides_of(self._metric, (rows, columns.double() / mean))
+
+    @cached_property
+    def _metric(self) -> Metric:
+        return average(self.metrics)
 
     def rise(self, distortion: np.ndarray) -> np.ndarray:
         """What distortions add to the loss: as much, or as was measured for this weight.

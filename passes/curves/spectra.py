@@ -84,8 +84,13 @@ class ComputeSpectra:
                 moments.terms.clear()
             weight = as_matrix(site, weights(site.name))
             curve = spectrum(site, weight, metrics, asked[site.name])
-            rounded = roundings(at_work(weight), metrics, self.precisions)
-            return replace(curve, roundings=rounded, in_nats=reached and observed.metric == "loss")
+            work = at_work(weight)
+            return replace(
+                curve,
+                roundings=roundings(work, metrics, self.precisions),
+                squares=None if work.is_complex() else _squares(work),
+                in_nats=reached and observed.metric == "loss",
+            )
 
         spectra, whole = dict(known), len(observed.free)
         observed.progress("spectra", len(spectra), whole)
@@ -153,6 +158,13 @@ def spectrum(
                 cores = form.factors(spec, weight, metrics, exact)
                 points.append((spec, form.error(spec, cores, weight, metrics)))
     return replace(curve, trains=tuple(found), train_points=tuple(points))
+
+
+def _squares(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of the squares of rows (M,) and of columns (N,), over all matrices of a stack."""
+    squares = weight.square()
+    *lead, _, _ = range(squares.dim())
+    return squares.mean((*lead, -1)).cpu(), squares.mean((*lead, -2)).cpu()
 
 
 def _summed_tails(

@@ -48,7 +48,11 @@ def within_bytes(
     """
     best: Filled | None = None
     longer, margin = 1.0, _AIMED
-    for _ in range(_TRIES):
+    if not filling.weights:
+        nothing = Filled((), Expected(0.0, 0.0, 0.0), 0.0, {})
+        about = beside(nothing)
+        best = nothing if about <= limit else None
+    for _ in range(_TRIES if filling.weights else 0):
         aimed = max(margin * (limit - about) / longer, 1.0)
         expected = filling.within_bytes(aimed)
         if expected is None:

@@ -96,6 +96,8 @@ class Filling:
     @property
     def least(self) -> float:
         """The bytes that are expected where next to nothing is left of the weights."""
+        if not self.weights:
+            return 0.0
         return self.expected(math.exp(_COARSEST)).bytes
 
     @property
@@ -104,7 +106,9 @@ class Filling:
         if self._known:
             return math.log(next(reversed(self._known)))
         count = sum(tensor.numel() for weight in self.weights for tensor in weight.tensors)
-        return math.log(max(sum(weight.whole for weight in self.weights), 1e-30) / (100 * count))
+        return math.log(
+            max(sum(weight.whole for weight in self.weights), 1e-30) / (100 * max(count, 1))
+        )
 
 
 def _found(excess: Callable[[float], float], start: float, side: int) -> float | None:

@@ -102,6 +102,7 @@ class Pairs:
     right: Tensor
     order: Tensor | None
     metrics: tuple[Metric, ...]
+    convolves: bool = False
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -109,7 +110,7 @@ class Pairs:
 
     @property
     def rows(self) -> Sequence[Rows]:
-        return (_plain_rows,) * len(self.tensors)
+        return () if self.convolves else (_plain_rows,) * len(self.tensors)
 
     @property
     def whole(self) -> float:
@@ -173,10 +174,11 @@ def _stacked(found: Sequence[tuple[Steps, Tensor]]) -> Coded:
 def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Weight]:
     """The weights of a model that have a metric, each once.
 
-    What was rounded to codes already is none of them, nor are trains, blocks and complex numbers.
+    What was rounded to codes already is none of them, nor are trains, blocks, complex numbers, and
+    stacks of matrices with a metric each.
     """
     seen: set[int] = set()
-    pairs: dict[int, list[tuple[FactoredWeight, Metric]]] = {}
+    pairs: dict[int, list[tuple[FactoredWeight, Metric, Spectrum]]] = {}
     for name, factors in factored(model):
         first = id(factors.cores[0])
         seen |= {id(core) for core in factors.cores}
@@ -184,23 +186,29 @@ def weights_of(model: nn.Module, curves: Mapping[str, Spectrum]) -> Iterator[Wei
             metric = average(curves[name].metrics)
             turned = metric.transposed() if factors.frame.transposed else metric
             group = pairs.setdefault(id(factors.cores[1]), [])
-            if first not in (id(other.cores[0]) for other, _ in group):
-                group.append((factors, turned))
+            if first not in (id(other.cores[0]) for other, *_ in group):
+                group.append((factors, turned, curves[name]))
     for group in pairs.values():
-        weights, metrics = zip(*group, strict=True)
+        weights, metrics, own = zip(*group, strict=True)
         (order,) = weights[0].indices or (None,)
         lefts = tuple(weight.cores[0] for weight in weights)
-        yield Pairs(lefts, weights[0].cores[1], order, metrics)
+        yield Pairs(lefts, weights[0].cores[1], order, metrics, any(map(_convolves, own)))
     for name, parameter in model.named_parameters():
-        real = not parameter.is_complex() and name in curves and not curves[name].site.modes
-        if real and id(parameter) not in seen:
+        curve = curves.get(name)
+        if curve is None or id(parameter) in seen or parameter.is_complex():
+            continue
+        if not curve.site.modes and not curve.apart:
             seen.add(id(parameter))
-            matrix = at_work(as_matrix(curves[name].site, parameter.detach()))
+            matrix = at_work(as_matrix(curve.site, parameter.detach()))
             matrices = tuple(matrix) if matrix.dim() == 3 else (matrix,)
-            curve = curves[name]
             plain = len(matrices) == len(curve.metrics) == 1 and not curve.site.last_resort
-            rows = (_plain_rows,) if plain else ()
+            rows = (_plain_rows,) if plain and not _convolves(curve) else ()
             yield Whole(parameter, matrices, average(curve.metrics), rows)
+
+
+def _convolves(curve: Spectrum) -> bool:
+    """Whether a weight's rows are patches of an image."""
+    return any(use.convolves for use in curve.site.uses)
 
 
 def _is_pair(factors: FactoredWeight) -> bool:

@@ -108,17 +108,25 @@ def grid(
 
 def codes_for(weight: Tensor, found: Grid, metric: Metric) -> Tensor:
     """Codes (M, N) that lose little in a metric: each takes up what the others lose."""
-    return _codes(weight.float(), _Rounding.of(found), metric)
+    target = weight.float()
+    roots = (damped(side, target) for side in (metric.left, metric.right))
+    return _codes(target, _Rounding.of(found), *map(unit, roots))
 
 
-def codes_of_steps(weight: Tensor, steps: Tensor, most: int, metric: Metric) -> Tensor:
-    """The same for a step of every entry (M, N): whole numbers within ±most, as int32."""
+def codes_of_steps(
+    weight: Tensor, steps: Tensor, most: int, outputs: Tensor | None, inputs: Tensor | None
+) -> Tensor:
+    """The same for a step of every entry (M, N): whole numbers within ±most, as int32.
+
+    ``outputs`` and ``inputs`` are the ``unit`` of both sides.
+    """
     rounding = _Rounding(steps, torch.zeros_like(steps), (-most, most), torch.int32)
-    return _codes(weight.float(), rounding, metric)
+    return _codes(weight.float(), rounding, outputs, inputs)
 
 
-def _codes(target: Tensor, rounding: _Rounding, metric: Metric) -> Tensor:
-    inputs, outputs = unit(metric.right, target), unit(metric.left, target)
+def _codes(
+    target: Tensor, rounding: _Rounding, outputs: Tensor | None, inputs: Tensor | None
+) -> Tensor:
     if inputs is None and outputs is None:
         return rounding(target, (slice(None),))[0]
     if inputs is None:
@@ -143,8 +151,9 @@ def expected_by_column(steps: Tensor, down: Tensor) -> Tensor:
 
 def pivots(metric: Metric, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """D_R (M,) and D_K (N,) for a matrix (M, N): the same for every number of bits."""
-    m, n = matrix.shape
-    return _pivots(metric.left, m, matrix), _pivots(metric.right, n, matrix)
+    sides = zip((metric.left, metric.right), matrix.shape, strict=True)
+    down, across = (side_pivots(damped(root, matrix), size, matrix) for root, size in sides)
+    return down, across
 
 
 # ------------------------------------------------------------------------------- one after another
@@ -274,29 +283,26 @@ class _Rounding:
 # --------------------------------------------------------------------------------- the two moments
 
 
-def _cholesky(root: Tensor, like: Tensor) -> Tensor:
-    """The root of a full moment, damped."""
+def damped(root: Tensor | None, like: Tensor) -> Tensor | None:
+    """The Cholesky factor of a full moment, damped; a root that mixes nothing as it is."""
+    if root is None or root.dim() == 1:
+        return root
     moment = root.to(like) @ root.to(like).mT
     diagonal = moment.diagonal()
     diagonal.add_(DAMPING * diagonal.mean())
     return torch.linalg.cholesky(moment)
 
 
-def unit(root: Tensor | None, like: Tensor) -> Tensor | None:
-    """A of K = A D Aᵀ; None where K mixes nothing."""
-    if root is None or root.dim() == 1:
-        return None
-    found = _cholesky(root, like)
-    return found / found.diagonal()
+def unit(root: Tensor | None) -> Tensor | None:
+    """A of K = A D Aᵀ, from a Cholesky factor; None where K mixes nothing."""
+    return None if root is None or root.dim() == 1 else root / root.diagonal()
 
 
-def _pivots(root: Tensor | None, size: int, like: Tensor) -> Tensor:
-    """D of K = A D Aᵀ, in float64."""
+def side_pivots(root: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """D of K = A D Aᵀ, in float64, from a Cholesky factor."""
     if root is None:
         return torch.ones(size, dtype=torch.float64, device=like.device)
-    if root.dim() == 1:
-        return root.double().square()
-    return _cholesky(root, like).diagonal().double().square()
+    return (root if root.dim() == 1 else root.diagonal()).double().square()
 
 
 def _diagonal(root: Tensor | None, size: int, like: Tensor) -> Tensor:

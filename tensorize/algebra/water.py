@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.metric import Metric
-from tensorize.algebra.quantise import codes_of_steps, pivots, unit
+from tensorize.algebra.quantise import codes_of_steps, damped, side_pivots, unit
 
 MOST = 2**15 - 129
 """The largest code."""
@@ -73,18 +73,29 @@ class Filled:
     metric: Metric
 
     @cached_property
+    def _roots(self) -> tuple[Tensor | None, Tensor | None]:
+        work = self.matrix.float()
+        return damped(self.metric.left, work), damped(self.metric.right, work)
+
+    @cached_property
     def _pivots(self) -> tuple[Tensor, Tensor]:
-        return pivots(self.metric, self.matrix.float())
+        sides = zip(self._roots, self.matrix.shape, strict=True)
+        down, across = (side_pivots(root, size, self.matrix) for root, size in sides)
+        return down, across
 
     def steps(self, theta: float) -> Steps:
-        """Those with which every entry loses θ."""
+        """Those with which every entry loses θ; in rows whose codes would be too large, more."""
         down, across = self._pivots
-        return Steps(_exponents(12 * theta / self.metric.scale / down), _exponents(1 / across))
+        found = Steps(_exponents(12 * theta / self.metric.scale / down), _exponents(1 / across))
+        largest = (self.matrix.double().abs() / powers(found.across)).amax(1) / powers(found.down)
+        more = (4 * (largest * (2 / MOST)).clamp_min(1).log2()).ceil()
+        down = (found.down + more).clamp_max(_WIDEST).to(torch.int16)
+        return Steps(down, found.across)
 
     def codes(self, theta: float) -> tuple[Steps, Tensor]:
         """Codes (M, N) that lose little, with their steps."""
         steps = self.steps(theta)
-        return steps, codes_of_steps(self.matrix, steps.each, MOST, self.metric)
+        return steps, codes_of_steps(self.matrix, steps.each, MOST, *map(unit, self._roots))
 
     def expected(self, theta: float) -> Expected:
         """About what ``codes`` gives, without rounding one after the other.
@@ -120,8 +131,7 @@ class Filled:
     @cached_property
     def _inverses(self) -> tuple[Tensor | None, Tensor | None]:
         """B⁻¹ and A⁻¹."""
-        sides = (self.metric.left, self.metric.right)
-        units = (unit(side, self.matrix.float()) for side in sides)
+        units = map(unit, self._roots)
         left, right = (None if mixing is None else _inverse(mixing) for mixing in units)
         return left, right
 

@@ -117,7 +117,7 @@ class Analysis:
         self._require(options.precision)
         refine, why_not = self._refinement(options.refine, budget)
         return Allocate(
-            None if budget is None else budget.of_memory,
+            budget,
             ranks=options.ranks,
             formats=chosen,
             batch_sizes=options.batch_sizes,
@@ -260,9 +260,6 @@ def planned(analysis: Analysis, options: Options) -> AnalysedPlan:
     budget = options.limits(analysis.unit)
     if budget is not None and budget.of_bytes.bytes is not None:
         plan = replace(plan, notes=(*plan.notes, *analysis.others(budget, options.precision)))
-    if budget is not None and budget.file is not None:
-        size = int(Budget(bytes=budget.file).limits(plan.dense)["bytes"])
-        plan = replace(plan, budget=str(budget), predicted=replace(plan.predicted, file=size))
     return AnalysedPlan(**vars(plan), analysis=analysis)
 
 

@@ -16,6 +16,7 @@ from tensorize.base.errors import AnalysisError, BudgetError, CheckpointError, c
 from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
 from tensorize.checking.kept import guard_record, note_artefact, resume
+from tensorize.coding.peers import PEERS
 from tensorize.coding.tensors import Coding, encode
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
@@ -49,6 +50,7 @@ def save(
     format: str = "tensorize",
     coded: str | bool | Budget | None = None,
     analysis: Analysis | None = None,
+    coder: str | None = None,
 ) -> None:
     """Write a compiled model as safetensors and JSON, atomically; with its limits if guarded.
 
@@ -68,11 +70,15 @@ def save(
             all of them.
         analysis: how errors of the weights count, for ``file`` and ``loss``: the one that the
             model was made by. None: the one that its plan finds in ``cache_dir``.
+        coder: who codes within an ``entry_error``. None: we do. ``"sz3"`` or ``"zfp"``: these do
+            (packages ``pysz`` and ``zfpy``), of every tensor that they hold within the bound, which
+            is checked; ours of the others, which the manifest names. To load it, the package must
+            be there.
 
     Raises:
         CheckpointError: the model was not made by tensorize, a weight is of no form that the format
-            holds, the format is not ours and ``coded`` is asked for, or the directory cannot be
-            written.
+            holds, the format is not ours and ``coded`` is asked for, the ``coder`` is not
+            installed, or the directory cannot be written.
         BudgetError: ``coded`` is nothing that a file can be, or no file is so small.
         AnalysisError: nothing says how errors of the weights count.
 
@@ -81,10 +87,10 @@ def save(
     """
     check_one_of("format", format, ("tensorize", compressed_tensors.METHOD), CheckpointError)
     if format == "tensorize":
-        coder = coder_for(model, coded, analysis)
-        checkpoint.save(model, directory, coder, guard_record(unwrapped(model)))
+        made_by = coder_for(model, coded, analysis, coder)
+        checkpoint.save(model, directory, made_by, guard_record(unwrapped(model)))
         note_artefact(unwrapped(model), Path(directory))
-    elif coded is None:
+    elif coded is None and coder is None:
         compressed_tensors.save(model, directory)
     else:
         raise CheckpointError(
@@ -127,14 +133,20 @@ def load(
 
 
 def coder_for(
-    model: nn.Module, asked: str | bool | Budget | None, analysis: Analysis | None
+    model: nn.Module,
+    asked: str | bool | Budget | None,
+    analysis: Analysis | None,
+    by: str | None = None,
 ) -> Coder | None:
     """What codes a model's tensors as a caller asks for it; None: nothing does.
 
     Raises:
         BudgetError: it is nothing that a file can be.
         AnalysisError: nothing says how errors of the model's weights count.
+        CheckpointError: what it is to be coded ``by`` is not there, or keeps no such limit.
     """
+    if by is not None:
+        _check_coder(by, asked)
     if asked is None:
         return None
     if asked == LOSSLESS:
@@ -152,12 +164,23 @@ def coder_for(
     if limit == "entry_error":
         assert isinstance(asked, Budget)
         assert asked.entry_error is not None
-        return within(asked.entry_error)
+        return within(asked.entry_error, by)
     assert isinstance(asked, Budget)
     plan = report(model).plan
     program = _program(plan, analysis)
     data = _Data() if analysis is None else _Data(analysis.calibration, analysis.loss_fn)
     return _InMetric(model, program, plan, data, asked)
+
+
+def _check_coder(name: str, asked: Any) -> None:
+    """Raises CheckpointError for a coder that is not there, or for another limit than its own."""
+    check_one_of("coder", name, tuple(PEERS), CheckpointError)
+    if not isinstance(asked, Budget) or _only_limit(asked) != "entry_error":
+        raise CheckpointError(
+            f"coder={name!r} keeps a largest error of entries, and no other limit",
+            way_out=f"coded=tensorize.Budget(entry_error=1e-3), coder={name!r}",
+        )
+    assert PEERS[name].module is not None
 
 
 def _only_limit(asked: Any) -> str:
@@ -256,7 +279,7 @@ class _InMetric:
                 expected = self._filling.expected(cost.theta)
             made = coder.coded(self._filling, expected)
         else:
-            given = Budget(bytes=self._asked.file).limits(self._plan.dense)["bytes"]
+            given = self._asked.limits(self._plan.dense)["file"]
             made = coder.within_bytes(
                 self._filling,
                 int(given),

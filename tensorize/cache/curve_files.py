@@ -29,8 +29,9 @@ log = logging.getLogger("tensorize")
 
 
 # Of what is kept: entries of another format have other keys.
-FORMAT = 6
+FORMAT = 7
 _ENDING = ".safetensors"
+_SQUARES = ("squares of rows", "squares of columns")
 # Names of groups, so that they are not those of weights.
 SHARED_CURVES = "shared: "
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
@@ -203,6 +204,7 @@ def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any
         tensors |= {f"metric{k}.{s}": root for s, root in sides.items() if root is not None}
         metrics.append({"scale": metric.scale, **names})
     tensors |= {f"{each.precision}.distortion": each.low_rank for each in curve.roundings}
+    tensors |= dict(zip(_SQUARES, curve.squares or (), strict=False))
     for k, train in enumerate(curve.trains):
         tensors |= {f"train{k}.{j}": core for j, core in enumerate(train.cores)}
     return {
@@ -240,4 +242,5 @@ def _curve_from_dict(
             Rounding(name, dense, tensors[f"{name}.distortion"])
             for name, dense in data["roundings"]
         ),
+        squares=(tensors[_SQUARES[0]], tensors[_SQUARES[1]]) if _SQUARES[0] in tensors else None,
     )

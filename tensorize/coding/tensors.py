@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tensorize.coding import planes, steps
+from tensorize.coding import peers, planes, steps
 from tensorize.coding.symbols import PACKINGS
 
 ENTRIES = 1 << 20
@@ -25,6 +25,9 @@ ENTRIES = 1 << 20
 
 _PLANES = -1
 """The packing of a block that holds its entries as they are."""
+
+_PEERS = {-2: "sz3", -3: "zfp"}
+"""The packing of a block that holds a whole tensor as another coder does."""
 
 _FEW = 0.01
 """The share of entries kept beside up to which no smaller step is tried."""
@@ -82,6 +85,28 @@ def encode(tensor: Tensor, bound: float = 0.0) -> tuple[Coding, bytes]:
     return _coding(tensor, [block for block, *_ in done], bound, found), _joined(done)
 
 
+def encode_by(name: str, tensor: Tensor, bound: float) -> tuple[Coding, bytes]:
+    """The same by another coder, of ``peers.PEERS``, where that can hold the tensor.
+
+    Raises:
+        CheckpointError: the coder is not installed.
+    """
+    own = bound / math.sqrt(2) if tensor.is_complex() else bound
+    made = peers.encoded(peers.PEERS[name], _reals(tensor), own)
+    if made is None:
+        return encode(tensor, bound)
+    data, found = made
+    (packing,) = (each for each, known in _PEERS.items() if known == name)
+    count = _flat(tensor).numel()
+    block = Block(count, packing, 0.0, 0, (len(data),))
+    return _coding(tensor, [block], bound, found * (own and bound / own)), data
+
+
+def coder_of(coding: Coding) -> str | None:
+    """The other coder that holds a tensor; None: it is ours."""
+    return next((_PEERS[b.packing] for b in coding.blocks if b.packing in _PEERS), None)
+
+
 def _block(entries: Tensor, *, bound: float) -> tuple[Block, list[bytes], float]:
     """A block that takes few bytes, and its largest error."""
     held = 8 * entries.numel() * entries.element_size()
@@ -137,9 +162,13 @@ def _joined(done: Iterable[Sequence[Any]]) -> bytes:
 
 def _flat(tensor: Tensor) -> Tensor:
     """The entries in a row: complex ones as two each."""
+    return _reals(tensor).contiguous().reshape(-1)
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    """Complex entries as a last dimension of two."""
     plain = tensor.detach().cpu()
-    plain = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
-    return plain.contiguous().reshape(-1)
+    return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
 
 
 # --------------------------------------------------------------------------------------- decoding
@@ -160,6 +189,12 @@ def decode(coding: Coding, data: memoryview) -> Tensor:
         raise ValueError(f"blocks are not of the entries of {coding.shape}")
     if any(min(block.parts, default=0) < 0 or block.entries < 0 for block in coding.blocks):
         raise ValueError("a block has less than no bytes")
+    if (name := coder_of(coding)) is not None:
+        if len(coding.blocks) > 1:
+            raise ValueError(f"of {name} there is more than one block")
+        shape = (*coding.shape, 2) if dtype.is_complex else coding.shape
+        found = peers.decoded(peers.PEERS[name], data, shape, real)
+        return torch.view_as_complex(found) if dtype.is_complex else found
     result = torch.empty(count, dtype=real)
     offsets = accumulate((sum(b.parts) for b in coding.blocks), initial=0)
     starts = accumulate((block.entries for block in coding.blocks), initial=0)

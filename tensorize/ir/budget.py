@@ -42,8 +42,8 @@ class Budget:
         loss: largest predicted rise of the loss to preserve (needs calibration data).
         file: of the files of weights, which may be coded in fewer bits than memory holds: a share
             of the dense model's bytes, or an int of bytes. For ``tensorize.save(coded=)``; of a
-            plan it is what ``save(coded=True)`` codes at, beside its limits on costs in memory
-            (alone, nothing becomes smaller there).
+            plan it is what ``save(coded=True)`` codes at, and ranks are those that lose least in
+            such a file, within the other limits. A limit on the loss is then one of the file's.
         entry_error: largest error of any entry of any stored tensor, a float, or as
             ``"1e-3 relative"`` a share of each tensor's range. For ``tensorize.save(coded=)``.
 
@@ -114,26 +114,12 @@ class Budget:
         """The same limits by the names of what plans cost."""
         return self if self.stored is None else replace(self, bytes=self.stored, stored=None)
 
-    @property
-    def of_memory(self) -> Budget:
-        """The limits on the model in memory: all of it, where only its file is limited."""
-        given = {f.name for f in fields(self) if getattr(self, f.name) is not None}
-        if "file" not in given:
-            return self
-        return replace(self, file=None) if len(given) > 1 else Budget(params=1.0)
-
     def check_of_plan(self) -> None:
         """Raises BudgetError for a limit that no plan keeps, but ``save`` alone."""
         if self.entry_error is not None:
             raise BudgetError(
                 f"{self} limits what is saved, and not what is compiled",
                 way_out=f"tensorize.save(model, directory, coded=tensorize.Budget({self}))",
-            )
-        if self.file is not None and self.loss is not None:
-            raise BudgetError(
-                f"{self}: how small a file is and what it loses are not limited together",
-                way_out="compile to one, and look at the other; save(coded=tensorize.Budget(loss=))"
-                " finds the smallest file of a loss",
             )
 
     def limits(self, dense: Totals) -> dict[str, float]:
@@ -142,7 +128,7 @@ class Budget:
         The time at the k-th of the batch sizes is called ``latency[k]``.
         """
         whole = {"params": dense.parameters, "bytes": dense.bytes, "flops": dense.flops}
-        whole["communication"] = dense.communication
+        whole |= {"communication": dense.communication, "file": dense.bytes}
         limits: dict[str, float] = {}
         if self.latency is not None:
             for k, time in enumerate(dense.latency):

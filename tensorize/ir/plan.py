@@ -165,7 +165,8 @@ class Totals:
     @property
     def costs(self) -> tuple[float, ...]:
         """All of them, in the order of the costs of a point."""
-        return (self.parameters, self.bytes, self.flops, self.communication, *self.latency)
+        sizes = self.parameters, self.bytes, self.flops, self.communication
+        return (*sizes, self.bytes, *self.latency)  # of a file a share is one of the bytes
 
 
 @dataclass(frozen=True, eq=False)

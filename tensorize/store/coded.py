@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from tensorize.base.tensorfile import Layout, Writer
 from tensorize.base.tensors import raw_bytes
 from tensorize.coding import groups
 from tensorize.coding.groups import Group
-from tensorize.coding.tensors import Coding, decode, encode, range_of
+from tensorize.coding.tensors import Coding, coder_of, decode, encode, encode_by, range_of
 from tensorize.ir.budget import entry_bound
 from tensorize.store.contents import dtype_of
 
@@ -95,16 +96,21 @@ def lossless(stored: Mapping[str, Tensor]) -> CodedTensors:
     return CodedTensors({key: encode(tensor) for key, tensor in stored.items()})
 
 
-def within(error: float | str) -> Coder:
-    """No entry is further from what it was than ``Budget(entry_error=)`` says."""
+def within(error: float | str, by: str | None = None) -> Coder:
+    """No entry is further from what it was than ``Budget(entry_error=)`` says.
+
+    ``by`` another coder, of ``peers.PEERS``, wherever that keeps it.
+    """
     value, relative = entry_bound(error)
+    encoded = encode if by is None else partial(encode_by, by)
 
     def coder(stored: Mapping[str, Tensor]) -> CodedTensors:
         bounds = {k: value * range_of(t) if relative else value for k, t in stored.items()}
-        return CodedTensors(
-            {key: encode(tensor, bounds[key]) for key, tensor in stored.items()},
-            known={"entry_error": error},
-        )
+        found = {key: encoded(tensor, bounds[key]) for key, tensor in stored.items()}
+        known: dict[str, Any] = {"entry_error": error}
+        if by is not None:
+            known |= {"coder": by, "own": [k for k, (c, _) in found.items() if not coder_of(c)]}
+        return CodedTensors(found, known=known)
 
     return coder
 

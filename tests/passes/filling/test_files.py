@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ import torch
 from torch import nn
 
 import tensorize
+from tensorize.algebra.factors import best_factors
+from tensorize.algebra.metric import average
 from tensorize.base.errors import AnalysisError, BudgetError
+from tensorize.coding.groups import Coded, sizes_of
+from tensorize.passes.allocate.candidates import FILE, other_costs
+from tensorize.passes.curves.filed import Filed
 from tensorize.passes.filling.coder import coded, within_bytes
 from tensorize.passes.filling.fill import Filling
 from tensorize.passes.filling.refit import Refit
-from tensorize.passes.filling.weights import weights_of
+from tensorize.passes.filling.weights import Pairs, weights_of
 from tensorize.store.manifest import MANIFEST
 from tests.store.saved_models import weights_file
 
@@ -90,6 +96,15 @@ def test_a_file_has_at_most_its_bytes_and_not_far_fewer(
     assert 0.9 * share * whole < size <= share * whole
     size, _ = saved(compressed(budget), tmp_path, file=int(share * whole))
     assert 0.9 * share * whole < size <= share * whole
+
+
+def test_a_file_that_is_larger_than_it_need_be_loses_next_to_nothing(tmp_path: Path) -> None:
+    """Codes have fifteen bits at most: steps stay as wide as entries want."""
+    size, told = saved(compressed(0.5), tmp_path, file=1.0)
+    whole = sum(p.nbytes for p in dense().parameters())
+    assert size < 0.5 * whole
+    assert told["loss"] < 1e-5
+    assert divergence(compressed(0.5), tensorize.load(tmp_path, model=Net())) < 1e-5
 
 
 def test_the_model_in_it_is_the_one_that_is_loaded(tmp_path: Path) -> None:
@@ -237,5 +252,79 @@ def test_a_plan_without_a_file_has_none_to_write(tmp_path: Path) -> None:
 def test_what_no_plan_keeps_is_refused() -> None:
     with pytest.raises(BudgetError, match="coded="):
         analysis().plan(tensorize.Budget(entry_error=1e-3))
-    with pytest.raises(BudgetError, match="not limited together"):
-        analysis().plan(tensorize.Budget(file=0.1, loss=0.1))
+
+
+def lost(plan: tensorize.Plan, file: int) -> float:
+    """What a plan and the codes of so many bytes lose by the curves."""
+    small = tensorize.apply(dense(), plan, progress=False)
+    filling = Filling(list(weights_of(small, analysis().program.spectra)))
+    expected = filling.within_bytes(file - other_costs(analysis().program)[FILE])
+    assert expected is not None
+    return sum(site.predicted_loss for site in plan.sites) + expected.distortion
+
+
+@pytest.mark.parametrize(
+    ("share", "others", "gains"),
+    [
+        (0.1, {}, 0.9),
+        (0.15, {"params": 0.5}, 1.05),
+        pytest.param(0.1, {"params": 0.7, "flops": 0.6}, 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_are_those_that_lose_least_in_a_file_of_the_size(
+    share: float, others: dict[str, float], gains: float
+) -> None:
+    together = analysis().plan(tensorize.Budget(file=share, **others), precision=None, refine=None)
+    ranks_first = analysis().plan(
+        tensorize.Budget(**(others or {"params": 1.0})), precision=None, refine=None
+    )
+    assert together.predicted.file is not None
+    limits = tensorize.Budget(**others).limits(together.dense) if others else {}
+    assert together.predicted.parameters <= limits.get("params", together.dense.parameters)
+    assert together.predicted.flops <= limits.get("flops", together.dense.flops)
+    sizes = [lost(plan, together.predicted.file) for plan in (together, ranks_first)]
+    assert sizes[0] <= gains * sizes[1]
+
+
+def test_a_file_and_a_loss_are_limited_together() -> None:
+    limit = tensorize.Budget(file=0.12, loss=1.0)
+    assert analysis().plan(limit, precision=None).predicted.file
+    with pytest.raises(BudgetError, match="predicted rise of the loss") as caught:
+        analysis().plan(tensorize.Budget(file=0.1, loss=1e-6), precision=None)
+    named = float(re.search(r"allow loss=([^,]+),", str(caught.value))[1])  # type: ignore[index]
+    analysis().plan(tensorize.Budget(file=0.1, loss=named), precision=None)
+
+
+def test_a_file_that_is_too_small_for_any_plan_names_one_that_is_not() -> None:
+    with pytest.raises(BudgetError, match="bytes in a file") as caught:
+        analysis().plan(tensorize.Budget(file=500), precision=None)
+    least = re.search(r"smallest feasible value is ([\d,]+)", str(caught.value))
+    assert least is not None
+    analysis().plan(tensorize.Budget(file=int(least[1].replace(",", ""))), precision=None)
+
+
+@pytest.mark.parametrize("theta", [1e-8, 1e-7, 1e-6])
+def test_what_weights_take_and_lose_is_told_by_their_sizes_alone(theta: float) -> None:
+    filed = Filed(theta)
+    curves = analysis().program.spectra
+    filling = Filling(list(weights_of(dense(), curves)))
+    expected, found = filling.expected(theta), [filed.dense(curve) for curve in curves.values()]
+    assert sum(size for size, _ in found) == pytest.approx(expected.bytes, rel=0.15)
+    assert sum(cost for _, cost in found) == pytest.approx(expected.distortion, rel=0.15)
+
+
+@pytest.mark.parametrize("theta", [1e-8, 1e-7])
+def test_what_factors_take_and_lose_is_told_by_their_singular_values(theta: float) -> None:
+    filed, curves = Filed(theta), analysis().program.spectra
+    cost, told_size, told_cost, coded = 0.0, 0.0, 0.0, list[Coded]()
+    for name, curve in curves.items():
+        metric, (m, n) = average(curve.metrics), curve.site.matrix
+        rank = min(m, n) // 2
+        weight = dense().get_parameter(name).detach()
+        left, right = best_factors(weight, metric, rank)
+        found, own = Pairs((left,), right, None, (metric,)).expected(theta)
+        coded, cost = coded + found, cost + own
+        (sizes, costs), _ = filed.factors((curve,), [curve.distortion.numpy()])
+        told_size, told_cost = told_size + sizes[rank], told_cost + costs[rank]
+    assert told_size == pytest.approx(sizes_of(coded), rel=0.2)
+    assert told_cost == pytest.approx(cost, rel=0.35)
