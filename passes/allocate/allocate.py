@@ -94,13 +94,20 @@ class Allocate:
     def run(self, analysed: Analysed) -> Planned:
         if self.budget is None:
             points = self._points(analysed, last_resort=False)
-            chosen = Chosen(points, [0] * len(points), 0.0)
-        else:
-            demand, budget = self._demand_of(analysed), self.budget.of_bytes
-            found = demand.choose(budget)
-            if found is None:
-                raise refusal(demand, budget)
-            chosen = found
+            return self._planned(analysed, Chosen(points, [0] * len(points), 0.0))
+        return self.within(self._demand_of(analysed))
+
+    def within(self, demand: Demand) -> Planned:
+        """The plan for the budget, of what was asked of others before: it is the same for all that
+        differ in nothing else, and limit no file."""
+        assert self.budget is not None
+        budget = self.budget.of_bytes
+        found = demand.choose(budget)
+        if found is None:
+            raise refusal(demand, budget)
+        return self._planned(demand.analysed, found)
+
+    def _planned(self, analysed: Analysed, chosen: Chosen) -> Planned:
         plan = self._plan(analysed, chosen)
         kept = plan.predicted.parameters / plan.dense.parameters
         factorized = sum(site.spec is not None for site in plan.sites)

@@ -188,14 +188,17 @@ class Analysis:
                 way_out="curve([0.25, 0.5]), and plan(tensorize.Budget(bytes=1e6)) for others",
             )
         points: list[CurvePoint] = []
+        demand = None
         for budget in CURVE_BUDGETS if budgets is None else budgets:
+            allocation = self._asked(budget, self.precision)
+            demand = demand or allocation.demand(self.program)
             try:
-                predicted = self._predicted(budget, self.precision)
+                planned = allocation.within(demand)
             except BudgetError:
                 if budgets is not None:
                     raise
                 continue
-            point = CurvePoint(**vars(predicted), budget=budget)
+            point = CurvePoint(**vars(planned.plan.predicted), budget=budget)
             alone = self.ranks_alone(Budget(stored=budget))
             points.append(replace(point, ranks_alone=alone))
         return Curve(tuple(points), self.metric)
@@ -207,9 +210,13 @@ class Analysis:
     def _predicted(
         self, budget: float | Budget, precision: PrecisionOption, refine: str | None = "auto"
     ) -> Prediction:
+        return self._asked(budget, precision, refine).run(self.program).plan.predicted
+
+    def _asked(
+        self, budget: float | Budget, precision: PrecisionOption, refine: str | None = "auto"
+    ) -> Allocate:
         asked = {"precision": precision, "activations": self.activations, "refine": refine}
-        options = Options.of({"budget": budget, **asked})
-        return self._allocation(options).run(self.program).plan.predicted
+        return self._allocation(Options.of({"budget": budget, **asked}))
 
     def ranks_alone(self, budget: Budget) -> float | None:
         """The predicted quality of ranks alone within a budget, where bits were analysed as well.
