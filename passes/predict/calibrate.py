@@ -113,6 +113,7 @@ class CalibratePrediction:
             metrics=reference.metrics,
             batches=len(self._batches),
             text_loss=reference.text_loss,
+            row=reference.row,
         )
         predictor = self._with_families(ranks, learned, reference)
         plain = [trial for trial in predictor.trials if trial.refine is None]
