@@ -69,13 +69,14 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Row:
-    """One figure of all models; ``hint`` says what it is, ``is_place`` that it tells where."""
+    """One figure of all models; ``hint`` says what it is, ``ends`` that what stands beside is a text whose end
+    matters."""
 
     title: str
     hint: str
     dense: str
     cells: tuple[_Cell, ...]
-    is_place: bool = False
+    ends: bool = False
 
 
 Read = Callable[[Figures], float | None]
@@ -124,7 +125,7 @@ def _times(before: float, after: float, how: str) -> str:
     if after <= 0 or before <= 0:
         return ""
     ratio = before / after
-    if 0.97 < ratio < 1.03:
+    if 0.95 < ratio < 1.05:
         return "the same"
     other = {"smaller": "larger", "faster": "slower"}[how]
     text = printer.number(max(ratio, 1 / ratio), 2 if max(ratio, 1 / ratio) < 10 else 3)
@@ -214,10 +215,11 @@ def _worst(evaluation: Evaluation) -> _Row:
     cells = []
     for figures in evaluation.models:
         worst = figures.quality.worst
-        place = f"{evaluation.row} {worst.row} of batch {worst.batch}"
+        place = f"{evaluation.row} {worst.row}, batch {worst.batch}"
         cells.append(_Cell(printer.number(worst.value), " ".join(worst.text.split()) or place))
     unit = "KL in nats" if evaluation.unit == "nats" else "error"
-    return _Row(f"Worst {evaluation.row}", f"{unit}, and where", "0", tuple(cells), is_place=True)
+    written = any(figures.quality.worst.text for figures in evaluation.models)
+    return _Row(f"Worst {evaluation.row}", f"{unit}, and where", "0", tuple(cells), written)
 
 
 # ------------------------------------------------------------------------------------ the curve
