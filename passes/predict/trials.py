@@ -25,8 +25,8 @@ from tensorize.passes.observe.outputs import (
     call,
     essential,
     outputs_of,
-    row_total,
     row_name,
+    row_total,
     samples_of,
 )
 from tensorize.passes.observe.text import TextLoss

@@ -1,7 +1,7 @@
 """The command line.
 
-``tensorize compile | analyze | info | report | eval | bench | heal | densify | kernels | graphs |
-calibrate | doctor``.
+``tensorize compile | analyze | info | report | eval | bench | heal | serve | densify | kernels |
+graphs | calibrate | doctor``.
 
 Results go to standard output (``--json``: one JSON object and nothing else), everything said on
 the way to standard error (``--quiet``: nothing, ``--verbose``: more). Exit codes: 0 done, 2 wrong
@@ -89,6 +89,12 @@ COMMANDS = {
             "heal",
             "Train the factors of a saved model on to the dense one's outputs, and save it.",
             "tensorize heal ./small --dense ./my-llama --data text.txt --steps 300 --out ./healed",
+        ),
+        Command(
+            "serve",
+            "serve",
+            "Answer OpenAI's completions over HTTP, a batch at a time; a small server, no engine.",
+            "tensorize serve ./small --port 8017",
         ),
         Command(
             "densify",

@@ -74,7 +74,8 @@ class Evaluation:
         distance = "KL to the dense model" if self.unit == "nats" else f"distance: {self.unit}"
         return (
             f"{len(self.models)} model{'s' * (len(self.models) != 1)} beside the dense one, over "
-            f"{self.rows:,} {self.row}s. {distance[0].upper()}{distance[1:]}; worst: of one {self.row}."
+            f"{self.rows:,} {self.row}s. {distance[0].upper()}{distance[1:]}; "
+            f"worst: of one {self.row}."
         )
 
     def _class_table(self) -> str:

@@ -69,8 +69,8 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Row:
-    """One figure of all models; ``hint`` says what it is, ``ends`` that what stands beside is a text whose end
-    matters."""
+    """One figure of all models; ``hint`` says what it is, ``ends`` that what stands beside is a
+    text whose end matters."""
 
     title: str
     hint: str
@@ -246,12 +246,12 @@ def _chart(evaluation: Evaluation, peers: Peers) -> dict[str, Any] | None:
     shares = [s for s, *_ in ours] + [s for curve in others.values() for s, _ in curve]
     step, most = budget_steps(max(1.0, *shares))
     scale = Scale(most, *log_ends(min(values), max(values)), **_CURVE)
-    lines = [[(s, q) for s, q, _, way in ours if way == each] for each in (RANKS, BITS)]
+    lines = {way: [(s, q) for s, q, _, each in ours if each == way] for way in (RANKS, BITS)}
     return {
         **_CURVE,
         "x_ticks": budget_ticks(scale, step),
         "y_ticks": log_ticks(scale),
-        "lines": [(way, _points(scale, line)) for way, line in zip((RANKS, BITS), lines)],
+        "lines": [(way, _points(scale, line)) for way, line in lines.items()],
         "dots": [
             (scale.x(s), scale.y(q), printer.shorten_end(name, 22), q, way, s > most / 2)
             for s, q, name, way in ours

@@ -5,7 +5,6 @@ The weights of a 7 B model are some 200; of kinds it has 9. ``templates/layers.h
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,9 +55,13 @@ class Layers(Generic[W]):
     @property
     def prefix(self) -> str:
         """What the names of all kinds that have layers begin with: ``"model.layers.*."``."""
-        names = [kind.name for kind in self.kinds if kind.alone is None]
-        shared = os.path.commonprefix(names) if len(names) > 1 else ""
-        return shared[: shared.rfind(".") + 1]
+        parts = [kind.name.split(".")[:-1] for kind in self.kinds if kind.alone is None]
+        shared = ""
+        for part, *others in zip(*parts, strict=False):
+            if any(other != part for other in others):
+                break
+            shared += f"{part}."
+        return shared
 
     @property
     def some_alone(self) -> bool:
