@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import tensorize
-from tensorize.base import progress
+from tensorize.base import printer, progress
 
 INTERRUPTED = 130
 
@@ -167,6 +167,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    # Left to itself, click takes 48 to 78 columns, whatever the terminal has.
+    context_settings={"terminal_width": printer.prose_width()},
 )
 
 
