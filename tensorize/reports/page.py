@@ -40,6 +40,7 @@ def _contents(report: Report) -> dict[str, Any]:
         "predicted": report.plan.predicted,
         "totals": report.totals,
         "share": report.totals.share,
+        "flops": _flops(report.totals),
         "times": _times(report.totals, report.plan.batch_sizes),
         "unit": loss_unit(report),
         "layers": folded,
@@ -62,6 +63,12 @@ def loss_unit(report: Report) -> str:
     if unit == NATS:
         return f"nats {printer.each(report.outlook.row)}"
     return "of the outputs' variance, squared" if unit == OF_VARIANCE else unit or ""
+
+
+def _flops(totals: ReportTotals) -> dict[str, Any]:
+    what, before, after = totals.counted_flops
+    share = share_of(after, before)
+    return {"what": printer.each(what), "before": before, "after": after, "share": share}
 
 
 @dataclass(frozen=True)
