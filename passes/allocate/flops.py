@@ -36,12 +36,10 @@ def flops_of_uses(
     for site in sites:
         spec = specs.get(site.name)
         for use in site.uses:
-            alone = replace(site, uses=(use,))
-            row = (
-                dense_flops(alone)
-                if spec is None
-                else spec_flops(alone, spec, (use.rows,), machine)
-            )
+            if not use.rows:
+                continue
+            alone, counts = replace(site, uses=(use,)), (use.rows,)
+            row = dense_flops(alone) if spec is None else spec_flops(alone, spec, counts, machine)
             total += use.rows * use.groups * row
     return total
 

@@ -121,7 +121,7 @@ class Verdict:
         text += _words(lost, unit, self.outlook.row)
         interval = self.plan.predicted.loss_interval
         if self.measured is None and interval is not None:
-            text += f" (90 %: {printer.interval(interval)})"
+            text += f" (90 %: {_span(interval, unit)})"
         if self.outlook.text_loss is not None and unit == NATS:
             known = self.outlook.text_loss
             old, new = (math.exp(min(loss, 700.0)) for loss in (known, known + lost))
@@ -162,6 +162,13 @@ def _several(items: Iterable[object]) -> str:
     """``1, 16 and 256``."""
     *others, last = map(str, items)
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def _span(ends: tuple[float, float], unit: str | None) -> str:
+    """An interval, in what ``_words`` counts in."""
+    if unit == OF_VARIANCE:
+        return " to ".join(printer.percent(end) for end in ends)
+    return printer.interval(ends)
 
 
 def _words(lost: float, unit: str | None, row: str) -> str:
