@@ -62,7 +62,7 @@ def loss_unit(report: Report) -> str:
     unit = report.outlook.unit
     if unit == NATS:
         return f"nats {printer.each(report.outlook.row)}"
-    return "of the outputs' variance, squared" if unit == OF_VARIANCE else unit or ""
+    return "a share of the outputs' variance" if unit == OF_VARIANCE else unit or ""
 
 
 def _flops(totals: ReportTotals) -> dict[str, Any]:
