@@ -8,6 +8,7 @@
 #   make zoo        compile every architecture in transformers that can be built small
 #   make check      lint, formatting, types
 #   make docs       build the documentation, into build/site
+#   make dist       build the wheel, into dist
 #   make clean      remove what was made, the environment included
 #
 # Variables: PYTHON, the interpreter that makes the environment (3.11 or newer); WORKERS, the test
@@ -35,7 +36,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo materials test test-all serve-test serve-test-all zoo check docs clean
+.PHONY: help demo materials test test-all serve-test serve-test-all zoo check docs dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -79,6 +80,12 @@ check: $(STAMP)
 docs: $(DOCS_STAMP)
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 	@echo "the documentation is in build/site/index.html"
+
+# build/lib keeps files that are gone from the tree, and would put them into the wheel.
+dist: $(STAMP)
+	@rm -rf build/lib dist
+	@$(BIN)/python -m pip wheel -qq --no-deps -w dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf .venv .venv-docs .venv-serve build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

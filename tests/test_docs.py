@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tensorize
-from docs import pages
+from docs import pages, pictures
 from tensorize.cli import COMMANDS
 from tests.paths import ROOT
 
@@ -45,6 +45,13 @@ def test_every_kind_of_error_has_its_exit_code() -> None:
         assert telling._exit_code(getattr(tensorize, name)("something", way_out="")) == int(
             told[name]
         )
+
+
+def test_the_pictures_are_what_their_script_makes() -> None:
+    concepts = (DOCS / "concepts.md").read_text()
+    kept = {path.stem: path.read_text() for path in (DOCS / "pictures").glob("*.svg")}
+    assert kept == {name: pictures.svg(name) for name in pictures.PICTURES}
+    assert all(f"](pictures/{name}.svg)" in concepts for name in kept)
 
 
 @pytest.mark.slow

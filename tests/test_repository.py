@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +35,23 @@ def test_paths_and_targets_that_a_page_names_exist(page: str) -> None:
         assert path == "benchmarks/results/" or any(place.exists() for place in places), path
     targets = set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
     assert all(re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.M) for name in targets)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_its_templates_and_nothing_else(tmp_path: Path) -> None:
+    tree, out = tmp_path / "tree", tmp_path / "dist"
+    tree.mkdir()
+    for name in ("tensorize", "passes", "codegen", "examples"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = out.iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"tensorize", f"tensorize-{tensorize.__version__}.dist-info"}
+    kept = {str(path.relative_to(ROOT)) for path in (ROOT / "tensorize").rglob("*.j2")}
+    assert kept < set(names)
+    assert "tensorize/passes/pipeline.py" in names  # a real file, where the tree has a link

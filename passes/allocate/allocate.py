@@ -246,7 +246,8 @@ class Allocate:
         )
         for name, those in slow.items():
             batches = ", ".join(f"{each.batch:,}" for each in those)
-            reason = f"{chosen[name].reason}; slower than dense at {batches} rows"
+            rows = "row" if [each.batch for each in those] == [1] else "rows"
+            reason = f"{chosen[name].reason}; slower than dense at {batches} {rows}"
             chosen[name] = replace(chosen[name], reason=reason)
         sites = tuple(chosen[site.name] for site in analysed.sites)
         loss, interval, metrics = None, None, ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ def dense_flops(site: Site) -> int:
     """
     m, n = site.matrix if len(site.shape) >= 2 else (1, site.parameters)
     return sum(2 * m * n * site.reals**2 for use in site.uses if use.contract != "lookup")
+
+
+def flops_of_uses(
+    sites: Sequence[Site], specs: Mapping[str, Spec | None], machine: Machine = GENERIC
+) -> int:
+    """FLOPs of all uses, each of as many rows as were seen of it; dense where there is no spec."""
+    total = 0
+    for site in sites:
+        spec = specs.get(site.name)
+        for use in site.uses:
+            if not use.rows:
+                continue
+            alone, counts = replace(site, uses=(use,)), (use.rows,)
+            row = dense_flops(alone) if spec is None else spec_flops(alone, spec, counts, machine)
+            total += use.rows * use.groups * row
+    return total
 
 
 def spec_flops(

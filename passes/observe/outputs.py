@@ -99,6 +99,28 @@ def samples_of(result: Any, model: nn.Module) -> int | None:
     return counts.pop() if pooled and len(counts) == 1 else None
 
 
+def row_name(result: Any, batch: Batch, model: nn.Module) -> str:
+    """What a row of a model's outputs is: ``"token"``, ``"image"``, ``"sample"`` or ``"row"``."""
+    samples = samples_of(result, model)
+    if images_in(batch) and images_in(batch) == samples:
+        return "image"
+    ids = [x.shape for x in _tensors(batch) if x.dim() == 2 and not x.is_floating_point()]
+    outputs = [_by_rows(*each, model).shape for each in _preserved_tensors(result)]
+    if any(shape[:-1] in ids for shape in outputs):
+        return "token"
+    return "row" if samples is None else "sample"
+
+
+def images_in(batch: Batch) -> int:
+    """How many images it holds; 0 where its inputs are none."""
+    found = (len(x) for x in _tensors(batch) if x.dim() == 4 and x.is_floating_point())
+    return next(found, 0)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)]
+
+
 def _by_rows(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
     """An output with its rows' entries along the last axis.
 

@@ -21,6 +21,7 @@ from tensorize.ir.plan import POLISH, REFIT, RUINED
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
+from tensorize.passes.observe.outputs import images_in
 from tensorize.passes.predict.families import (
     REFIT_LOSSES,
     mixed,
@@ -113,6 +114,8 @@ class CalibratePrediction:
             metrics=reference.metrics,
             batches=len(self._batches),
             text_loss=reference.text_loss,
+            row=reference.row,
+            images=_images(learned, reference),
         )
         predictor = self._with_families(ranks, learned, reference)
         plain = [trial for trial in predictor.trials if trial.refine is None]
@@ -212,6 +215,12 @@ def refined_shares(
 def _trial(planned: Planned, found: Measurement, refine: str | None) -> Trial:
     raw = sum(site.predicted_loss for site in planned.plan.sites)
     return Trial(raw, found.rise, found.spread, found.output_error, refine, found.metrics)
+
+
+def _images(learned: Learned, reference: Reference) -> int:
+    """How many images the batch holds by which uses were seen, where a row of outputs is one."""
+    seen = learned.inputs
+    return 0 if seen is None or reference.row != "image" else images_in(seen)
 
 
 def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[str]:

@@ -83,6 +83,10 @@ class Predictor:
     """How many these are of."""
     text_loss: float | None = None
     """Of a decoder: the dense model's cross-entropy of the text of the trials, in nats a token."""
+    row: str = "row"
+    """What a row of the outputs is."""
+    images: int = 0
+    """How many images the batch holds by which uses were seen; 0 where a row is no image."""
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]

@@ -25,6 +25,7 @@ from tensorize.passes.observe.outputs import (
     call,
     essential,
     outputs_of,
+    row_name,
     row_total,
     samples_of,
 )
@@ -54,7 +55,8 @@ class Reference:
     """The dense model's outputs on some batches: what other weights are measured against.
 
     Those that take no more than a quarter of a gigabyte are held, others made again each time.
-    ``one_row_a_sample``: whether they have one row for each, however many positions it has.
+    ``one_row_a_sample``: whether they have one row for each, however many positions it has;
+    ``row``: what a row is.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Reference:
                     self._text.add(batch, result)
                 if k == 0:
                     self.one_row_a_sample = samples_of(result, model) is not None
+                    self.row = row_name(result, batch, model)
                 self.rows += row_total(result, batch, model)
                 dense.append(self._values(result, batch, result))
         means = (mean_of(values) for values in zip(*dense, strict=True))

@@ -22,7 +22,7 @@ from tensorize.ir.plan import RUINED, Plan, Prediction, Totals
 from tensorize.ir.precision import INTEGERS
 from tensorize.ir.sites import Site
 from tensorize.passes.allocate.candidates import other_costs
-from tensorize.passes.allocate.flops import element_size
+from tensorize.passes.allocate.flops import element_size, flops_of_uses
 from tensorize.passes.allocate.forms import spec_of
 from tensorize.passes.allocate.inputs import meets_rows
 from tensorize.passes.allocate.slower import slow_choices
@@ -66,6 +66,7 @@ def report_of(
             plan.dense,
             totals_of(done.model, plan.predicted),
             packed_bytes(done),
+            image_flops(done),
         ),
         curve=curve,
         history=done.history,
@@ -86,6 +87,18 @@ def totals_of(model: nn.Module, predicted: Prediction) -> Totals:
         predicted.flops,
         predicted.latency,
     )
+
+
+def image_flops(done: Rewritten) -> tuple[int, int] | None:
+    """FLOPs of an image before and after, where outputs have a row for each; None elsewhere, and
+    where weights share a factor."""
+    images = 0 if done.predictor is None else done.predictor.images
+    specs = {choice.name: choice.spec for choice in done.plan.sites}
+    if not images or any(choice.shared for choice in done.plan.sites):
+        return None
+    both = (flops_of_uses(done.sites, each, done.machine) for each in ({}, specs))
+    before, after = (round(flops / images) for flops in both)
+    return before, after
 
 
 def packed_bytes(done: Rewritten) -> int:
@@ -138,7 +151,7 @@ def outlook_of(plan: Plan, analysis: Analysis) -> Outlook:
     predictor, bits = analysis.program.predictor, bool(integers(analysis.precision))
     if predictor is None:
         return NOTHING_KNOWN
-    known = Outlook(predictor.unit, predictor.text_loss, in_bytes=bits)
+    known = Outlook(predictor.unit, predictor.text_loss, in_bytes=bits, row=predictor.row)
     lost, limit = plan.predicted.loss, RUINED.get(predictor.unit)
     if lost is None or limit is None or lost <= limit:
         return known

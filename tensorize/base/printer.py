@@ -122,6 +122,11 @@ def plural(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
+def each(noun: str) -> str:
+    """``"a row"``, ``"an image"``."""
+    return f"a{'n' * (noun[0] in 'aeiou')} {noun}"
+
+
 def shape_text(shape: Sequence[int | str]) -> str:
     """``"3072×768"``; symbolic sizes are given as text."""
     return "×".join(str(size) for size in shape)

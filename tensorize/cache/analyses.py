@@ -138,6 +138,8 @@ def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
             "without": predictor.without,
             "worth": predictor.worth,
             "text_loss": predictor.text_loss,
+            "row": predictor.row,
+            "images": predictor.images,
             "metrics": predictor.metrics,
             "batches": predictor.batches,
             "trials": [astuple(trial) for trial in predictor.trials],

@@ -1,7 +1,7 @@
 """The command line.
 
-``tensorize compile | analyze | info | report | eval | bench | heal | densify | kernels | graphs |
-calibrate | doctor``.
+``tensorize compile | analyze | info | report | eval | bench | heal | serve | densify | kernels |
+graphs | calibrate | doctor``.
 
 Results go to standard output (``--json``: one JSON object and nothing else), everything said on
 the way to standard error (``--quiet``: nothing, ``--verbose``: more). Exit codes: 0 done, 2 wrong
@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import tensorize
-from tensorize.base import progress
+from tensorize.base import printer, progress
 
 INTERRUPTED = 130
 
@@ -89,6 +89,12 @@ COMMANDS = {
             "heal",
             "Train the factors of a saved model on to the dense one's outputs, and save it.",
             "tensorize heal ./small --dense ./my-llama --data text.txt --steps 300 --out ./healed",
+        ),
+        Command(
+            "serve",
+            "serve",
+            "Answer OpenAI's completions over HTTP, a batch at a time; a small server, no engine.",
+            "tensorize serve ./small --port 8017",
         ),
         Command(
             "densify",
@@ -161,6 +167,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    # Left to itself, click takes 48 to 78 columns, whatever the terminal has.
+    context_settings={"terminal_width": printer.prose_width()},
 )
 
 

@@ -38,7 +38,7 @@ from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.hidden import shifts_labels
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.observe.outputs import call, outputs_of
+from tensorize.passes.observe.outputs import call, outputs_of, row_name
 from tensorize.passes.observe.text import next_tokens, shifted
 from tensorize.reports.attach import known_report
 from tensorize.weight.whole_model import numbers
@@ -107,7 +107,7 @@ def evaluate(
     """
     dense = check_model(dense)
     given = calibration_batches(batches, dense, tokenizer, "batches", to_inputs)
-    samples, kind, causal = _samples(given, dense, labels)
+    samples, kind, row, causal = _samples(given, dense, labels)
     ways = (quantize,) if isinstance(quantize, str) else tuple(quantize)
     for way in ways:
         _check_quantization(way)
@@ -144,7 +144,7 @@ def evaluate(
         shown_prompts = tuple(tokenizer.decode(ids[0].tolist()) for ids in starts)
         return Evaluation(
             kind, loss.unit, counted, figures[0], tuple(figures[1:]), shown_prompts,
-            _spectra(dense, figures, tell),
+            _spectra(dense, figures, tell), row,
         )  # fmt: skip
 
 
@@ -215,8 +215,9 @@ def _measure(
 
 def _samples(
     given: Sequence[Batch], dense: nn.Module, labels: Iterable[Tensor] | None
-) -> tuple[list[Sample], str, bool]:
-    """The batches with their targets, the kind of outputs, and whether the model is a decoder."""
+) -> tuple[list[Sample], str, str, bool]:
+    """The batches with their targets, the kind of outputs, what a row of them is, and whether the
+    model is a decoder."""
     beside = None if labels is None else list(labels)
     if beside is not None and len(beside) != len(given):
         raise CaptureError(
@@ -224,7 +225,7 @@ def _samples(
             way_out="labels= holds one tensor for each batch",
         )
     accepted = takes(dense, "labels")
-    samples, kind, causal = [], OUTPUTS, False
+    samples, kind, row, causal = [], OUTPUTS, "row", False
     for batch in given:
         own = batch.kwargs.get("labels")
         if own is not None and not accepted:
@@ -235,12 +236,13 @@ def _samples(
         ids = only_ids(batch)
         if not samples:
             with untouched(dense):
-                output = outputs_of(call(dense, batch), batch, dense)[0]
+                result = call(dense, batch)
+                output, row = outputs_of(result, batch, dense)[0], row_name(result, batch, dense)
                 if output.logits and ids is not None and output.shape[:-1] == ids.shape:
                     causal = is_causal(dense, batch, ids)
             kind = _kind(output.shape, output.logits, own, dense)
         samples.append(_sample(batch, own, ids, causal, dense))
-    return samples, kind, causal
+    return samples, kind, row, causal
 
 
 def _kind(shape: tuple[int, ...], logits: bool, labels: Any, dense: nn.Module) -> str:

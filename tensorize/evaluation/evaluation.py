@@ -10,7 +10,7 @@ from typing import Any
 
 from tensorize.base import files, html, printer
 from tensorize.base.records import by_field, encode, plain
-from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, TEXT
+from tensorize.evaluation.quality import NEIGHBOURS
 from tensorize.evaluation.results import Figures, Spectrum
 
 
@@ -19,7 +19,8 @@ class Evaluation:
     """Models beside the dense one that they were made from.
 
     ``kind`` is "text" (a vocabulary at every position), "classes" or "outputs"; ``unit`` that of
-    ``Quality.distance``; ``rows`` are the tokens or samples that counted.
+    ``Quality.distance``; ``rows`` are those that counted, and ``row`` what each
+    is: "token", "image", "sample" or "row".
 
     Examples:
         >>> found = tensorize.evaluate(small, dense, batches, time=False)
@@ -34,6 +35,7 @@ class Evaluation:
     models: tuple[Figures, ...]
     prompts: tuple[str, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
+    row: str = "row"
 
     def share(self, figures: Figures) -> float:
         """Parameters that are left, as a share of the dense model's."""
@@ -50,7 +52,7 @@ class Evaluation:
         columns = [column for column in _COLUMNS if any(column.has(f) for f in self._all)]
         rows = [(f.name, *(column.text(f, self) for column in columns)) for f in self._all]
         align = _numbers(len(columns))
-        titles = ("model", *(column.title for column in columns))
+        titles = ("model", *(column.title.format(row=self.row) for column in columns))
         blocks = [
             "\n".join(textwrap.wrap(self._head(), printer.prose_width())),
             printer.table(titles, rows, align=align),
@@ -69,11 +71,11 @@ class Evaluation:
         return (self.dense, *self.models)
 
     def _head(self) -> str:
-        noun = {TEXT: "tokens", CLASSES: "samples"}.get(self.kind, "rows")
         distance = "KL to the dense model" if self.unit == "nats" else f"distance: {self.unit}"
         return (
             f"{len(self.models)} model{'s' * (len(self.models) != 1)} beside the dense one, over "
-            f"{self.rows:,} {noun}. {distance[0].upper()}{distance[1:]}; worst: of one row."
+            f"{self.rows:,} {self.row}s. {distance[0].upper()}{distance[1:]}; "
+            f"worst: of one {self.row}."
         )
 
     def _class_table(self) -> str:
@@ -86,7 +88,7 @@ class Evaluation:
                 for f in self._all
             ]
             rows.append((name, self.dense.quality.classes[k].rows, *cells))
-        head = ("precision / recall", "rows", *(f.name for f in self._all))
+        head = ("precision / recall", f"{self.row}s", *(f.name for f in self._all))
         align = _numbers(len(head) - 1)
         return printer.table(head, rows, align=align)
 
@@ -164,7 +166,7 @@ _COLUMNS = (
     _Column("cosine", lambda f: f.quality.cosine, lambda x: f"{x:.4f}"),
     _Column(f"{NEIGHBOURS} nearest", lambda f: f.quality.neighbours, printer.percent),
     _Column("latency", lambda f: f.latency, printer.seconds),
-    _Column("rows/s", lambda f: f.throughput, printer.count),
+    _Column("{row}s/s", lambda f: f.throughput, printer.count),
 )
 
 

@@ -6,7 +6,6 @@ The page itself is ``templates/evaluation.html.j2``; here is what it shows, and 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from tensorize.base.charts import Scale, budget_steps, budget_ticks, log_ends, l
 from tensorize.base.html import environment
 from tensorize.evaluation.evaluation import Evaluation
 from tensorize.evaluation.quality import NEIGHBOURS
-from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
+from tensorize.evaluation.results import Figures, Spectrum
 from tensorize.formats.dense import is_dense
+from tensorize.formats.registry import names
+from tensorize.reports import layers
 
 Peers = Mapping[str, Mapping[float, float]]
 # The drawing areas of the two pictures, in their own units.
@@ -39,12 +40,12 @@ def render(evaluation: Evaluation, peers: Peers) -> str:
         "chart": _chart(evaluation, peers),
         "maps": [m for m in (_heat_map(f) for f in evaluation.models) if m is not None],
         "spectra": _spectra(evaluation),
-        "noun": {"text": "tokens", "classes": "samples"}.get(evaluation.kind, "rows"),
+        "formats": _formats(evaluation),
         "share": evaluation.share,
         "nats": evaluation.unit == "nats",
     }
     pages = environment()
-    pages.filters["flat"] = _without_blank_lines
+    pages.filters.update(flat=_without_blank_lines, cell_label=layers.label, hint=layers.hint)
     return pages.get_template("evaluation.html.j2").render(contents)
 
 
@@ -58,7 +59,8 @@ def _without_blank_lines(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A figure of one model, how it compares with the dense one, and a bar from 0 to 1."""
+    """A figure of one model, how it compares with the dense one, and a bar from 0 to 1, which is
+    the longer the better."""
 
     text: str
     beside: str = ""
@@ -67,13 +69,14 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Row:
-    """One figure of all models; ``hint`` says what it is, ``is_place`` that it tells where."""
+    """One figure of all models; ``hint`` says what it is, ``ends`` that what stands beside is a
+    text whose end matters."""
 
     title: str
     hint: str
     dense: str
     cells: tuple[_Cell, ...]
-    is_place: bool = False
+    ends: bool = False
 
 
 Read = Callable[[Figures], float | None]
@@ -107,11 +110,13 @@ def _less(evaluation: Evaluation, title: str, hint: str, read: Read, unit: str) 
     dense = read(evaluation.dense)
     if not dense:
         return None
-    cells = []
-    for figures in evaluation.models:
-        value = read(figures) or 0.0
-        how = "faster" if unit == "seconds" else "smaller"
-        cells.append(_Cell(show(value), _times(dense, value, how), min(1.0, value / dense)))
+    how = "faster" if unit == "seconds" else "smaller"
+    values = [read(figures) or 0.0 for figures in evaluation.models]
+    least = min(dense, *values)
+    cells = [
+        _Cell(show(value), _times(dense, value, how), least / value if value else 1.0)
+        for value in values
+    ]
     return _Row(title, hint, show(dense), tuple(cells))
 
 
@@ -120,7 +125,7 @@ def _times(before: float, after: float, how: str) -> str:
     if after <= 0 or before <= 0:
         return ""
     ratio = before / after
-    if 0.97 < ratio < 1.03:
+    if 0.95 < ratio < 1.05:
         return "the same"
     other = {"smaller": "larger", "faster": "slower"}[how]
     text = printer.number(max(ratio, 1 / ratio), 2 if max(ratio, 1 / ratio) < 10 else 3)
@@ -137,8 +142,9 @@ def _speed(evaluation: Evaluation) -> _Row | None:
         _Cell(f"{printer.count(rate)}/s", _times(rate, dense, "faster"), rate / most)
         for rate in rates
     ]
-    noun = "tokens" if evaluation.kind == "text" else "rows"
-    return _Row("Throughput", f"{noun} a second", f"{printer.count(dense)}/s", tuple(cells))
+    return _Row(
+        "Throughput", f"{evaluation.row}s a second", f"{printer.count(dense)}/s", tuple(cells)
+    )
 
 
 def _text_loss(evaluation: Evaluation) -> _Row | None:
@@ -148,7 +154,8 @@ def _text_loss(evaluation: Evaluation) -> _Row | None:
     cells = []
     for figures in evaluation.models:
         value = figures.quality.perplexity or math.inf
-        cells.append(_Cell(printer.number(value), _more(dense.perplexity, value)))
+        part = min(1.0, dense.perplexity / value)
+        cells.append(_Cell(printer.number(value), _more(dense.perplexity, value), part))
     return _Row("Perplexity", "of the text", printer.number(dense.perplexity), tuple(cells))
 
 
@@ -176,14 +183,17 @@ def _labelled(evaluation: Evaluation, name: str) -> _Row | None:
 
 
 def _distance(evaluation: Evaluation) -> _Row:
+    """Of KL the bar is the share of a choice's probability that is left, on the geometric mean; of
+    an error the share of the variance that is not lost."""
     nats = evaluation.unit == "nats"
-    cells = [
-        _Cell(printer.number(f.quality.distance), f"1 % exceed {printer.number(f.quality.tail)}")
-        for f in evaluation.models
-    ]
+    cells = []
+    for figures in evaluation.models:
+        value = figures.quality.distance
+        part = math.exp(-value) if nats else max(0.0, 1 - value)
+        said = f"1 % exceed {printer.number(figures.quality.tail)}"
+        cells.append(_Cell(printer.number(value), said, part if math.isfinite(value) else 0.0))
     title = "KL to dense" if nats else "Error"
-    noun = "token" if evaluation.kind == "text" else "row"
-    unit = f"nats a {noun}" if nats else "squared, over variance"
+    unit = f"nats {printer.each(evaluation.row)}" if nats else "squared, over variance"
     return _Row(title, unit, "0", tuple(cells))
 
 
@@ -202,24 +212,27 @@ def _agreement(evaluation: Evaluation, title: str, hint: str, name: str) -> _Row
 
 
 def _worst(evaluation: Evaluation) -> _Row:
-    noun = {"text": "token", "classes": "sample"}.get(evaluation.kind, "row")
     cells = []
     for figures in evaluation.models:
         worst = figures.quality.worst
-        said = " ".join(worst.text.split()) or f"{noun} {worst.row} of batch {worst.batch}"
-        cells.append(_Cell(printer.number(worst.value), said))
+        place = f"{evaluation.row} {worst.row}, batch {worst.batch}"
+        cells.append(_Cell(printer.number(worst.value), " ".join(worst.text.split()) or place))
     unit = "KL in nats" if evaluation.unit == "nats" else "error"
-    return _Row(f"Worst {noun}", f"{unit}, and where", "0", tuple(cells), is_place=True)
+    written = any(figures.quality.worst.text for figures in evaluation.models)
+    return _Row(f"Worst {evaluation.row}", f"{unit}, and where", "0", tuple(cells), written)
 
 
 # ------------------------------------------------------------------------------------ the curve
 
 
 def _chart(evaluation: Evaluation, peers: Peers) -> dict[str, Any] | None:
-    """Distance over the share of the memory; None where nothing fits a logarithmic axis."""
+    """Distance over the share of the memory; None where nothing fits a logarithmic axis.
+
+    The dense model, which has no distance, stands where the axis ends.
+    """
     whole = max(evaluation.dense.bytes, 1)
     ours = sorted(
-        (f.bytes / whole, f.quality.distance, f.name)
+        (f.bytes / whole, f.quality.distance, f.name, _way(f))
         for f in evaluation.models
         if 0 < f.quality.distance < math.inf
     )
@@ -227,25 +240,39 @@ def _chart(evaluation: Evaluation, peers: Peers) -> dict[str, Any] | None:
         name: sorted((share, q) for share, q in curve.items() if 0 < q < math.inf)
         for name, curve in peers.items()
     }
-    values = [q for _, q, _ in ours] + [q for curve in others.values() for _, q in curve]
+    values = [q for _, q, _, _ in ours] + [q for curve in others.values() for _, q in curve]
     if not values:
         return None
-    shares = [s for s, _, _ in ours] + [s for curve in others.values() for s, _ in curve]
-    step, most = budget_steps(max(shares))
+    shares = [s for s, *_ in ours] + [s for curve in others.values() for s, _ in curve]
+    step, most = budget_steps(max(1.0, *shares))
     scale = Scale(most, *log_ends(min(values), max(values)), **_CURVE)
-    # A quantized model is another method: the line joins those that are not.
-    line = [(s, q) for s, q, name in ours if not _is_quantized(name)]
+    lines = {way: [(s, q) for s, q, _, each in ours if each == way] for way in (RANKS, BITS)}
     return {
         **_CURVE,
         "x_ticks": budget_ticks(scale, step),
         "y_ticks": log_ticks(scale),
-        "line": _points(scale, line),
-        "dots": [(scale.x(s), scale.y(q), name, q, _is_quantized(name)) for s, q, name in ours],
+        "lines": [(way, _points(scale, line)) for way, line in lines.items()],
+        "dots": [
+            (scale.x(s), scale.y(q), printer.shorten_end(name, 22), q, way, s > most / 2)
+            for s, q, name, way in ours
+        ],
+        "ways": [way for way in (RANKS, BITS, QUANTIZED) if any(way == each[3] for each in ours)],
+        "dense": scale.x(1.0),
         "peers": [
             (name, k % COLORS, _points(scale, curve), [(scale.x(s), scale.y(q)) for s, q in curve])
             for k, (name, curve) in enumerate(others.items())
         ],
     }
+
+
+RANKS, BITS, QUANTIZED = "ranks", "bits and ranks", "quantized by torchao"
+
+
+def _way(figures: Figures) -> str:
+    """How a model was made small: a line joins those of one way."""
+    if _is_quantized(figures.name):
+        return QUANTIZED
+    return BITS if any(weight.precision for weight in figures.weights) else RANKS
 
 
 def _is_quantized(name: str) -> bool:
@@ -259,31 +286,16 @@ def _points(scale: Scale, curve: Sequence[tuple[float, float]]) -> str:
 # ----------------------------------------------------------------------------- ranks, by layer
 
 
-def _place(name: str) -> tuple[str, int | None]:
-    """What kind of weight it is, and in which layer: its name with the first number taken out."""
-    found = re.search(r"(?<=\.)\d+(?=\.)", name)
-    kind = name.removesuffix(".weight")
-    if found is None:
-        return kind, None
-    return kind[: found.start()] + "*" + kind[found.end() :], int(found[0])
-
-
 def _heat_map(figures: Figures) -> dict[str, Any] | None:
     """One model's weights: a row a kind, a column a layer."""
     if not figures.weights or _is_quantized(figures.name):
         return None
-    rows: dict[str, dict[int | None, WeightFigures]] = {}
-    for weight in figures.weights:
-        kind, layer = _place(weight.name)
-        rows.setdefault(kind, {})[layer] = weight
-    layers = sorted({layer for row in rows.values() for layer in row if layer is not None})
-    single = [(kind, row[None]) for kind, row in rows.items() if None in row]
-    several = [
-        (kind, [row.get(layer) for layer in layers])
-        for kind, row in rows.items()
-        if None not in row
-    ]
-    return {"name": figures.name, "layers": layers, "rows": several, "single": single}
+    return {"name": figures.name, "layers": layers.folded(figures.weights)}
+
+
+def _formats(evaluation: Evaluation) -> list[str]:
+    found = {weight.format for figures in evaluation.models for weight in figures.weights}
+    return [name for name in names() if name in found]
 
 
 # ------------------------------------------------------------------------------------ spectra
@@ -293,7 +305,7 @@ def _spectra(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One picture a kind of weight: a line a layer, and the ranks that the models kept."""
     kinds: dict[str, list[Spectrum]] = {}
     for spectrum in evaluation.spectra:
-        kinds.setdefault(_place(spectrum.name)[0], []).append(spectrum)
+        kinds.setdefault(layers.place(spectrum.name)[0], []).append(spectrum)
     pictures = []
     for kind, spectra in kinds.items():
         most = max(min(s.shape) for s in spectra)

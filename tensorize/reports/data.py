@@ -88,12 +88,21 @@ class Shares:
 class ReportTotals:
     """The whole model before and after, parameters that are no site included.
 
-    ``packed``: the bytes that a CPU holds beside those after, once all weights have run.
+    ``packed``: the bytes that a CPU holds beside those after, once all weights have run. ``image``:
+    FLOPs of an image before and after, of a model that has one row of outputs for each.
     """
 
     before: Totals
     after: Totals
     packed: int = 0
+    image: tuple[int, int] | None = None
+
+    @property
+    def counted_flops(self) -> tuple[str, float, float]:
+        """FLOPs before and after, and of what: an image where that is known, else a row."""
+        if self.image is not None:
+            return ("image", *self.image)
+        return "row", self.before.flops, self.after.flops
 
     @property
     def share(self) -> Shares:

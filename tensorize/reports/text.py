@@ -47,11 +47,14 @@ def totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
     for title, name, text in (
         ("parameters", "parameters", printer.count),
         ("bytes", "bytes", printer.bytes_),
-        ("FLOPs a row", "flops", printer.count),
     ):
         sides = (totals.before, totals.after, totals.share)
         before, after, share = (getattr(side, name) for side in sides)
         rows.append((title, text(before), text(after), printer.percent(share)))
+    what, before, after = totals.counted_flops
+    share = printer.percent(share_of(after, before))
+    shown = (printer.count(before), printer.count(after), share)
+    rows.append((f"FLOPs {printer.each(what)}", *shown))
     if totals.packed:
         held = totals.after.bytes + totals.packed
         share = printer.percent(share_of(held, totals.before.bytes))

@@ -44,7 +44,8 @@ class Outlook:
 
     ``unit`` is None where no loss is predicted. ``text_loss`` is the dense model's cross-entropy of
     the text that predictions were measured on, in nats a token. ``bits`` is what was not tried:
-    the most bits that fit into the bytes of the plan, or the fewest there are.
+    the most bits that fit into the bytes of the plan, or the fewest there are. ``row``: what a row
+    of the outputs is, a token or an image.
     """
 
     unit: str | None = None
@@ -52,6 +53,7 @@ class Outlook:
     nearest: tuple[Nearest, ...] = ()
     bits: Bits | None = None
     in_bytes: bool = False
+    row: str = "row"
 
 
 NOTHING_KNOWN = Outlook()
@@ -116,10 +118,10 @@ class Verdict:
             )
         said = "RUINED" if self.ruined else "lost"
         text = f"{said}: {'measured' if self.measured is not None else 'predicted'} to lose "
-        text += _words(lost, unit)
+        text += _words(lost, unit, self.outlook.row)
         interval = self.plan.predicted.loss_interval
         if self.measured is None and interval is not None:
-            text += f" (90 %: {printer.interval(interval)})"
+            text += f" (90 %: {_span(interval, unit)})"
         if self.outlook.text_loss is not None and unit == NATS:
             known = self.outlook.text_loss
             old, new = (math.exp(min(loss, 700.0)) for loss in (known, known + lost))
@@ -162,10 +164,17 @@ def _several(items: Iterable[object]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _words(lost: float, unit: str | None) -> str:
+def _span(ends: tuple[float, float], unit: str | None) -> str:
+    """An interval, in what ``_words`` counts in."""
+    if unit == OF_VARIANCE:
+        return " to ".join(printer.percent(end) for end in ends)
+    return printer.interval(ends)
+
+
+def _words(lost: float, unit: str | None, row: str) -> str:
     """A rise of the loss in the words of what it is counted in."""
     if unit == NATS:
-        return f"{printer.number(lost)} nats a row"
+        return f"{printer.number(lost)} nats {printer.each(row)}"
     if unit == OF_VARIANCE:
         return f"{printer.percent(lost)} of the outputs' variance"
     return f"{printer.number(lost)} in the loss"

@@ -1,1 +1,1 @@
-"""What other people's engines need to serve compressed models."""
+"""What compressed models are served by: other people's engines, and a small server of our own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -58,13 +59,35 @@ def test_help_needs_no_torch_and_is_there_at_once() -> None:
         "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help'];"
         "from tensorize.cli import main; main()"
     )
-    for width in ("40", "200"):
+    for width in ("30", "40", "200"):
         env = {**os.environ, "COLUMNS": width, "TERMINAL_WIDTH": width, "PYTHONPATH": str(ROOT)}
         start = time.process_time(), os.times().children_user
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert all(name in done.stdout for name in COMMANDS)
+        assert max(map(len, done.stdout.splitlines())) <= int(width)
         assert os.times().children_user - start[1] < 1.0  # of processor time: others may work, too
+
+
+# --------------------------------------------------------------------------------------- serve
+
+
+def test_only_what_writes_text_is_served(small: Path) -> None:
+    refused = invoke("serve", small)
+    assert refused.exit_code == CHECKPOINT
+    assert "only Hugging Face models" in refused.stderr
+
+
+def test_a_taken_port_is_said_with_a_way_out() -> None:
+    tiny_llama(Path("dense"))
+    done = invoke("compile", "dense", "--budget", "0.9", "--metric", "frobenius", "--out", "small")
+    assert done.exit_code == 0, done.output
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        refused = invoke("serve", "small", "--port", taken.getsockname()[1])
+    assert refused.exit_code == CAPTURE
+    assert "--port 0" in refused.stderr
 
 
 # --------------------------------------------------------------------------------- saved models

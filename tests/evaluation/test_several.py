@@ -12,6 +12,7 @@ import torch
 
 import tensorize
 from tensorize.base.errors import CaptureError, TensorizeError
+from tensorize.evaluation import page
 from tests.evaluation.measured_models import llama, measured, padded
 from tests.hub.compressed_models import tokenizer
 from tests.models import CASES
@@ -123,20 +124,38 @@ PEERS = {"SVD": {0.5: 3.0, 0.7: 1.5, 0.9: 0.2}, "<b>ASVD</b>": {0.5: 2.5, 0.9: 0
 def test_the_page_needs_nothing_else(three: tensorize.Evaluation, tmp_path: Path) -> None:
     three.to_html(tmp_path / "page.html", peers=PEERS)
     source = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page = _Page(source)
-    assert not page.loaded
-    assert "script" not in page.tags
+    shown_page = _Page(source)
+    assert not shown_page.loaded
+    assert "script" not in shown_page.tags
     assert "nan" not in re.sub(r"[^0-9a-z. ]", " ", source).split()
     shown = (
         "What you gain", "What you lose", "Perplexity", "Worst token", "SVD", "<b>ASVD</b>",
         "Ranks by layer", "Spectra", "model.layers.*.mlp.up_proj",
     )  # fmt: skip
     for expected in shown:
-        assert expected in page.text
+        assert expected in shown_page.text
     for figures in three.models:
-        assert figures.name in page.text
+        assert figures.name in shown_page.text
     with pytest.raises(TensorizeError, match="does not exist"):
         three.to_html(tmp_path / "missing" / "page.html")
+
+
+def test_of_every_bar_longer_is_better(three: tensorize.Evaluation) -> None:
+    """Smaller budgets gain more memory, and lose more of everything else."""
+    rows = {row.title: row for _, _, found in page._groups(three) for row in found}
+    for title, longest_first in (("Memory", True), ("Parameters", True), ("KL to dense", False)):
+        parts = [cell.part for cell in rows[title].cells]
+        assert parts == sorted(parts, reverse=longest_first)
+        assert all(0 <= part <= 1 for part in parts)
+    assert rows["Memory"].cells[0].part == 1  # the smallest of all
+    assert [title for title, row in rows.items() if row.cells[0].part is None] == ["Worst token"]
+
+
+def test_the_dense_model_is_in_the_chart(three: tensorize.Evaluation) -> None:
+    chart = page._chart(three, {})
+    assert chart is not None
+    assert chart["dense"] > max(x for x, *_ in chart["dots"])
+    assert chart["x_ticks"][-1][1] == "100 %"
 
 
 def test_pages_of_other_kinds(tmp_path: Path) -> None:
@@ -158,16 +177,16 @@ def test_pages_of_other_kinds(tmp_path: Path) -> None:
 def test_three_budgets_are_answered_without_scrolling(
     three: tensorize.Evaluation, tmp_path: Path
 ) -> None:
-    page = tmp_path / "page.html"
-    three.to_html(page, peers=PEERS)
+    file = tmp_path / "page.html"
+    three.to_html(file, peers=PEERS)
     measure = """<script>
     document.documentElement.dataset.bottom = Math.round(
       document.querySelector(".top").getBoundingClientRect().bottom);
     document.documentElement.dataset.wide = document.documentElement.scrollWidth;
     </script>"""
-    source = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r"<meta http-equiv=.Content-Security[^>]*>", "", source) + measure)
-    dom = browse(tmp_path, page, "--dump-dom", "--window-size=1280,800").stdout
+    source = file.read_text(encoding="utf-8")
+    file.write_text(re.sub(r"<meta http-equiv=.Content-Security[^>]*>", "", source) + measure)
+    dom = browse(tmp_path, file, "--dump-dom", "--window-size=1280,800").stdout
     found = {name: int(value) for name, value in re.findall(r'data-(bottom|wide)="(\d+)"', dom)}
     assert found["bottom"] <= 800
     assert found["wide"] <= 1280

@@ -59,7 +59,7 @@ def test_page_shows_everything(report: Report, tmp_path: Path) -> None:
     page = Page(write(report, tmp_path))
     for site in report.sites:
         assert site.name in page.text
-        assert site.reason in page.text
+        assert page.text.partition("Plan as JSON")[0].count(site.reason) == 1
     for text in (*report.notes, *(stage.summary for stage in report.history)):
         assert text in page.text
     for name, value in report.environment:
@@ -68,6 +68,38 @@ def test_page_shows_everything(report: Report, tmp_path: Path) -> None:
     assert "10.2 M" in page.text
     assert "15.3 % of 67.1 M" in page.text
     assert report.plan.to_json() in page.text
+
+
+def test_what_was_measured_stands_beside_what_was_predicted(report: Report, tmp_path: Path) -> None:
+    text = re.sub(r"\s+", " ", Page(write(report, tmp_path)).text)
+    assert "0.0312predicted 0.0334measured" in text
+    assert "0.173predicted 0.168measured" in text
+
+
+def test_times_are_among_the_cards(report: Report, tmp_path: Path) -> None:
+    before, after = report.totals.before, report.totals.after
+    report = replace(
+        report,
+        totals=replace(
+            report.totals,
+            before=replace(before, latency=(500.0, 900.0, 9000.0)),
+            after=replace(after, latency=(500.0, 600.0, 3000.0)),
+        ),
+    )
+    text = re.sub(r"\s+", " ", Page(write(report, tmp_path)).text)
+    assert "1.0 to 3.0×" in text
+    assert "1 row: 500 → 500 µs" in text
+    assert "256 rows: 9.00 → 3.00 ms" in text
+
+
+def test_sites_are_folded_by_layer(report: Report, tmp_path: Path) -> None:
+    page = Page(write(make_report(bert_plans(32)), tmp_path))
+    kinds = [attributes for tag, attributes in page.elements if tag == "th"]
+    rows = [each for each in kinds if each.get("scope") == "row"]
+    assert len(rows) == 3 + 6  # two tables, the pooler, and six weights a layer
+    cells = [a for tag, a in page.elements if tag == "td" and "title" in a and "heat" in a["class"]]
+    assert len(cells) == 3 + 6 * 32
+    assert any("layer.31." in cell["title"] for cell in cells)
 
 
 def test_page_needs_nothing_else(report: Report, tmp_path: Path) -> None:
@@ -85,13 +117,13 @@ def test_page_escapes_names(tmp_path: Path) -> None:
     report = replace(report, notes=(DEVIL,), history=(Stage(DEVIL, 0.0, DEVIL),))
     page = Page(write(report, tmp_path))
     assert [tag for tag, _ in page.elements].count("script") == 1
-    assert page.text.count(DEVIL) >= 5
+    assert page.text.count(DEVIL.removesuffix(".weight")) >= 5
 
 
 def test_page_of_many_sites_without_data(tmp_path: Path) -> None:
     report = make_report(bert_plans(24), loss=False)
     page = Page(write(report, tmp_path))
-    assert "87 further sites" in page.text
+    assert "147 sites, one by one" in page.text
     assert "Predicted error by budget" in page.text
     assert all(site.name in page.text for site in report.sites)
 
