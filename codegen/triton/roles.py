@@ -76,6 +76,11 @@ def sides(spec: TTSpec, contract: str) -> tuple[tuple[str, ...], tuple[str, ...]
     return (spec.columns, spec.rows) if contract == "columns" else (spec.rows, spec.columns)
 
 
+def suffix(work: Work, k: int) -> str:
+    """What tells the operands of several weights apart."""
+    return f"_{k}" if len(work.specs) > 1 else ""
+
+
 def roles(spec: TTSpec, contract: str) -> Roles:
     """The roles of a two-core spec, read from its named indices alone.
 

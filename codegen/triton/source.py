@@ -50,13 +50,15 @@ def decode(work: Work, tiles: Tiles) -> Source:
     return triton_decode.decode(work, tiles)
 
 
-def lookup(spec: TTSpec, tiles: Tiles, notes: Sequence[str] = ()) -> Source:
-    """The kernel that gives rows of W by number.
+def lookup(
+    spec: TTSpec, tiles: Tiles, notes: Sequence[str] = (), *, guarded: bool = False
+) -> Source:
+    """The kernel that gives rows of W by number; ``guarded``: every one is checked.
 
     Raises:
         NotCovered: no family computes it.
     """
-    work = Work((spec,), notes=tuple(notes))
+    work = Work((spec,), "rows", guarded=guarded, notes=tuple(notes))
     check(work)
     if is_pair(spec):
         return pair.lookup(work, tiles)

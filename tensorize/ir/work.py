@@ -6,7 +6,7 @@ Passes find it in graphs, code generators make text of it, and an operation take
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from tensorize.base.records import plain, record
@@ -51,6 +51,7 @@ class Work:
     ``gated``: two weights, one result: activation(x W_0ᵀ) · (x W_1ᵀ), then scale and residual.
     ``shared``: all weights have the first factor of the first one, whose product with x they use.
     ``saved``: the intermediate of the two cores is stored as well, for the gradients.
+    ``guarded``: every product is checked, and the rows that are wrong are counted.
     ``notes`` are lines on the plan that it comes from.
 
     Its inputs, in this order: x; the norm's gain and shift; the cores and the bias of every weight
@@ -64,6 +65,7 @@ class Work:
     gated: bool = False
     shared: bool = False
     saved: bool = False
+    guarded: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -91,6 +93,7 @@ class Work:
             "gated" if self.gated else "",
             "" if what.scale is None else f"scale {what.scale:g}",
             "residual" if what.residual else "",
+            "guard" if self.guarded else "",
         )
         return ", ".join(part for part in found if part)
 
@@ -104,11 +107,17 @@ class Work:
             found += [(self.outs[k],)] * self.epilogue.bias
         return found + [(rows, width) for width in self.results] * self.epilogue.residual
 
+    @property
+    def unguarded(self) -> Work:
+        """The same without checks, which is cut and timed as this is."""
+        return replace(self, guarded=False) if self.guarded else self
+
     def to_text(self) -> str:
         """As JSON, for an operation to take; ``work_of`` reads it."""
         data = plain(self)
         named = ("specs", "norm", "epilogue", "contract", "gated", "shared", "saved")
-        return json.dumps({name: data[name] for name in named})
+        guarded = ("guarded",) if self.guarded else ()  # what was timed is known without
+        return json.dumps({name: data[name] for name in (*named, *guarded)})
 
 
 @lru_cache(maxsize=4096)
