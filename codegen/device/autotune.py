@@ -157,7 +157,7 @@ def _recorded(
 
 def _key(work: Work, dtype: torch.dtype, most: int, precision: str) -> str:
     """Everything that the time depends on."""
-    return f"{work.to_text()} {dtype} {precision} {most}"
+    return f"{work.unguarded.to_text()} {dtype} {precision} {most}"
 
 
 @lru_cache(maxsize=16)
@@ -203,7 +203,7 @@ def tune(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
     if not device.startswith("cuda"):
         raise ValueError(f"kernels are timed on a GPU, not on {device}")
     with torch.cuda.device(device):  # whose streams are timed
-        return _tuned(work, dtype, rows, device)
+        return _tuned(work.unguarded, dtype, rows, device)
 
 
 def _tuned(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorize.codegen.device import autotune, launch, reference
+from tensorize.codegen.device import autotune, guarded, launch, reference
 from tensorize.codegen.device.triton_env import DTYPES, check_device
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
@@ -119,16 +119,26 @@ def _contract(
     return y, t
 
 
-def _launch(work: Work, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """One launch, of inputs of any leading shape."""
+def _launch(
+    work: Work,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    known: Sequence[guarded.Known] = (),
+) -> Tensor | None:
+    """One launch, of inputs of any leading shape; what it counted, where it is guarded."""
     rows = _rows(inputs[0])
     source = autotune.source(work, rows.dtype, rows.shape[0], str(rows.device))
     assert source is not None, work
+    wrong = None
+    if work.guarded:
+        own, wrong = guarded.operands(work, source.checked, work.cores(inputs), known)
+        inputs = [*inputs, *own, wrong]
     others = [
         _rows(tensor) if name.startswith("residual") else tensor.contiguous()
         for name, tensor in zip(source.inputs[1:], inputs[1:], strict=True)
     ]
     launch.run(source, rows, *others, *(y.view(-1, y.shape[-1]) for y in outputs))
+    return wrong
 
 
 @lru_cache(maxsize=4096)
@@ -165,6 +175,41 @@ def _fused(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
 def _(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
     x = inputs[0]
     return [x.new_empty(*x.shape[:-1], width) for width in work_of(work).results]
+
+
+@torch.library.custom_op("tensorize::triton_guarded", mutates_args=())
+def _guarded(
+    inputs: Sequence[Tensor],
+    work: str,
+    signs: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    limits: Sequence[float],
+) -> list[Tensor]:
+    """As ``triton_fused``, with a check of every product; last comes how many rows of each weight
+    were wrong (int32).
+
+    ``signs``, ``sums``: what is known of every weight; ``limits``: two numbers for each.
+    """
+    what, x = work_of(work), inputs[0]
+    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    pairs = zip(limits[::2], limits[1::2], strict=True)
+    known = [guarded.Known(*each) for each in zip(signs, sums, *zip(*pairs), strict=True)]
+    wrong = _launch(what, inputs, results, known)
+    assert wrong is not None
+    return [*results, wrong]
+
+
+@_guarded.register_fake
+def _(
+    inputs: Sequence[Tensor],
+    work: str,
+    signs: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    limits: Sequence[float],
+) -> list[Tensor]:
+    x, what = inputs[0], work_of(work)
+    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    return [*results, x.new_empty(len(what.specs), dtype=torch.int32)]
 
 
 @torch.library.custom_op("tensorize::triton_core_gradients", mutates_args=())
@@ -323,6 +368,7 @@ class Launches:
 
     contract = torch.ops.tensorize.triton_contract.default
     fused = torch.ops.tensorize.triton_fused.default
+    guarded = torch.ops.tensorize.triton_guarded.default
 
     def uses(self, work: Work, x: Tensor, measured: bool) -> bool:
         """Whether a launch is used for x; ``measured``: only where it was seen to win."""

@@ -25,10 +25,11 @@ from tensorize.passes.lowering.cpu_products import ChooseProducts
 from tensorize.passes.lowering.graph import LoweringPass, lower
 from tensorize.passes.lowering.group import GroupProjections
 from tensorize.passes.lowering.orders import ComputeInOrder
-from tensorize.passes.lowering.packed import value, with_packed
+from tensorize.passes.lowering.packed import with_packed
 from tensorize.reports.attach import note_fused
 from tensorize.running.fuse_graph import fuse, has_gradients
 from tensorize.running.in_use import launches
+from tensorize.weight.made import made_of
 
 log = logging.getLogger("tensorize")
 
@@ -63,7 +64,7 @@ def lower_graph(
     if inner == "eager":
         return with_packed(lowered.graph.forward, lowered, names)
     given = dict(zip(names, example_inputs, strict=True))
-    packed = [value(p.pack, [given[name] for name in p.names]) for p in lowered.packed]
+    packed = [made_of(p.pack, [given[name] for name in p.names]) for p in lowered.packed]
     compiled = compile_by_inductor(lowered.graph, example_inputs, packed)
     return with_packed(compiled, lowered, names)
 

@@ -53,24 +53,50 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
         return
     dtype = working(y.dtype if use.contract == LOOKUP else torch.promote_types(x.dtype, y.dtype))
     vectors = use.rounded.get(dtype, exact)
+    limits = limit.relative, limit.floor
     with torch.no_grad():
-        signs = vectors.signs.to(dtype)
-        seen = (y.detach().to(dtype) * signs).sum(-1)
         if use.contract == LOOKUP:
             assert vectors.sizes is not None
+            seen = (y.to(dtype) * vectors.signs.to(dtype)).sum(-1)
             expected, scale = vectors.sums.to(dtype)[x], vectors.sizes.to(dtype)[x]
+            site.count.add_(_beyond(seen - expected, scale, *limits))
+        elif trains:
+            signs = vectors.signs.to(dtype)
+            sums = times(matrix, signs[None].double(), other_side(use.contract))[0].to(dtype)
+            offset = vectors.offset.to(dtype)
+            offset = offset if bias is None else (bias.detach().to(dtype) * signs).sum()[None]
+            wrong = wrong_rows(x.detach(), y.detach(), signs, sums, offset, *limits)
+            site.count.add_(wrong * TRAINING)
         else:
-            sums, offset = vectors.sums.to(dtype), vectors.offset.to(dtype)
-            if trains:
-                sums = times(matrix, signs[None].double(), other_side(use.contract))[0].to(dtype)
-                offset = offset if bias is None else (bias.detach().to(dtype) * signs).sum()
-            inputs = x.detach().to(dtype)
-            expected = (inputs * sums).sum(-1) + offset
-            scale = inputs.square().sum(-1).sqrt()
-        allowed = (limit.relative * scale).clamp(min=limit.floor)
-        right = (seen - expected).abs() <= allowed
-        wrong = (~right & torch.isfinite(scale)).sum()
-        site.count.add_(wrong * TRAINING if trains else wrong)
+            # Exported programs run where this operation is not known.
+            count = wrong_rows if torch.compiler.is_exporting() else torch.ops.tensorize.wrong_rows
+            made = vectors.signs, vectors.sums, vectors.offset
+            site.count.add_(count(x, y, *made, *limits))
+
+
+def wrong_rows(
+    x: Tensor, y: Tensor, signs: Tensor, sums: Tensor, offset: Tensor, relative: float, floor: float
+) -> Tensor:
+    """How many rows of y = x Wᵀ + bias are wrong: one operation for what lowers graphs, whose
+    kernels may count instead; pointwise work and sums for inductor."""
+    dtype = working(torch.promote_types(x.dtype, y.dtype))
+    seen = (y.to(dtype) * signs.to(dtype)).sum(-1)
+    inputs = x.to(dtype)
+    expected = (inputs * sums.to(dtype)).sum(-1) + offset.to(dtype)
+    return _beyond(seen - expected, inputs.square().sum(-1).sqrt(), relative, floor)
+
+
+def _beyond(off: Tensor, scale: Tensor, relative: float, floor: float) -> Tensor:
+    right = off.abs() <= (relative * scale).clamp(min=floor)
+    return (~right & torch.isfinite(scale)).sum()
+
+
+_library = torch.library.Library("tensorize", "FRAGMENT")
+_library.define(
+    "wrong_rows(Tensor x, Tensor y, Tensor signs, Tensor sums, Tensor offset, float relative, "
+    "float floor) -> Tensor"
+)
+_library.impl("wrong_rows", wrong_rows, "CompositeImplicitAutograd")
 
 
 @torch.library.custom_op("tensorize::settle_faults", mutates_args=("counts",))

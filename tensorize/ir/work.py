@@ -6,11 +6,15 @@ Passes find it in graphs, code generators make text of it, and an operation take
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 from tensorize.base.records import plain, record
 from tensorize.ir.spec import TTSpec
+
+_Input = TypeVar("_Input")
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 NORMS = ("rms", "layer")
@@ -106,6 +110,16 @@ class Work:
             found += spec.core_shapes[: 1 if self.shared and k else None]
             found += [(self.outs[k],)] * self.epilogue.bias
         return found + [(rows, width) for width in self.results] * self.epilogue.residual
+
+    def cores(self, inputs: Sequence[_Input]) -> list[tuple[_Input, ...]]:
+        """Of its inputs the cores of every weight, a shared one in each."""
+        rest = list(inputs[1 + (0 if self.norm is None else 1 + (self.norm.kind == "layer")) :])
+        found: list[tuple[_Input, ...]] = []
+        for k, spec in enumerate(self.specs):
+            own = 1 if self.shared and k else len(spec.core_shapes)
+            cores, rest = rest[:own], rest[own + self.epilogue.bias :]
+            found.append((*cores, *(found[0][1:] if own < len(spec.core_shapes) else ())))
+        return found
 
     @property
     def unguarded(self) -> Work:

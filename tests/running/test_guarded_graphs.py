@@ -1,0 +1,62 @@
+"""Guarded models that run by kernels: launches check their products and count what is wrong."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tensorize
+from tests.kernels import here, holds_under_the_interpreter
+from tests.running.fused_graphs import EAGER, Block, RMSNorm, X, by_kernels, mlp, swiglu, traced
+from tests.running.fused_graphs import three as grouped
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.mark.slow
+def test_everything_holds_under_the_interpreter() -> None:
+    holds_under_the_interpreter(__file__)
+
+
+LAUNCHES = {
+    "grouped": (Block(grouped, RMSNorm(24)), ["rms norm, 3 weights, guard"]),
+    "gated": (
+        Block(swiglu, RMSNorm(24)),
+        ["rms norm, 2 weights, silu, gated, guard", "residual, guard"],
+    ),
+    "an MLP": (Block(mlp), ["gelu_tanh, guard", "scale 0.5, residual, guard"]),
+    "one weight": (Block(lambda m, x, y: m.a(x)), ["guard"]),
+}
+
+
+def guarded(name: str, **options: Any) -> nn.Module:
+    """Limits of the dense library's rounding: kernels need a GPU, or the interpreter."""
+    small = by_kernels(copy.deepcopy(LAUNCHES[name][0])).requires_grad_(False)
+    torch.manual_seed(0)
+    data = [torch.randn(64, 24) for _ in range(4)]
+    with tensorize.weight.whole_model.other_kernels(small, lambda spec: {}):
+        return tensorize.guard(small, calibration=data, **options)
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_takes_the_checks_of_its_weights(name: str) -> None:
+    program = traced(guarded(name), X)
+    assert [work.fused for work, _ in program.fused] == LAUNCHES[name][1]
+    targets = [str(node.target) for node in program.graph.graph.nodes]
+    assert not any("wrong_rows" in target for target in targets)
+    weights = sum(len(work.specs) for work, _ in program.fused)
+    assert targets.count("add_") == weights
+    assert targets.index("add_") > targets.index("tensorize.triton_guarded.default")
+
+
+def test_a_check_whose_product_no_launch_computes_stays_as_it_was() -> None:
+    small: Any = guarded("one weight").double()
+    data = [torch.randn(64, 24).double() for _ in range(4)]
+    program = traced(tensorize.guard(small, calibration=data), X.double())
+    assert program.fused == ()
+    (check,) = (n for n in program.graph.graph.nodes if "wrong_rows" in str(n.target))
+    assert all(isinstance(value, torch.fx.Node) for value in check.args[:5])
