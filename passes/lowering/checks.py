@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import fx
 
+from tensorize.passes.lowering.graph import memory_of, written
+
 _OPERATION = "tensorize.wrong_rows"
-"""(x, y, signs, sums, offset, relative, floor), which gives how many rows of y are wrong."""
+"""(x, y, signs, sums, offset, relative, floor, the guard's key), which gives how many rows of y are
+wrong."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,26 @@ class Check:
         self.node.update_arg(1, self.y)
 
 
+def guards_of(graph: fx.Graph) -> list[str]:
+    """The keys of the guards whose checks are in a graph that leaves nothing behind but their
+    counts: where it finds a fault, it may be run again. None of any other graph."""
+    checks = [node for node in graph.nodes if _is_check(node)]
+    counts = {memory_of(user.args[0]) for node in checks for user in node.users}
+    outside = {memory_of(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    if (written(graph) & outside) - counts:
+        return []
+    return list(dict.fromkeys(str(node.args[7]) for node in checks))
+
+
+def _is_check(node: fx.Node) -> bool:
+    return str(node.target).startswith(_OPERATION)
+
+
 def take_checks(graph: fx.Graph, contract: Any) -> dict[fx.Node, Check]:
     """Those of products by one operation, by the node of the product; they read them no more."""
     found = {}
     for node in graph.nodes:
-        if not str(node.target).startswith(_OPERATION) or len(node.users) != 1:
+        if not _is_check(node) or len(node.users) != 1:
             continue
         x, y, (add,) = node.args[0], node.args[1], node.users
         made: Any = y.args[0] if y.args else None  # y is a part of what the operation gives

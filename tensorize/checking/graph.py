@@ -65,20 +65,21 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
             sums = times(matrix, signs[None].double(), other_side(use.contract))[0].to(dtype)
             offset = vectors.offset.to(dtype)
             offset = offset if bias is None else (bias.detach().to(dtype) * signs).sum()[None]
-            wrong = wrong_rows(x.detach(), y.detach(), signs, sums, offset, *limits)
+            wrong = wrong_rows(x.detach(), y.detach(), signs, sums, offset, *limits, site.guard.key)
             site.count.add_(wrong * TRAINING)
         else:
             # Exported programs run where this operation is not known.
             count = wrong_rows if torch.compiler.is_exporting() else torch.ops.tensorize.wrong_rows
             made = vectors.signs, vectors.sums, vectors.offset
-            site.count.add_(count(x, y, *made, *limits))
+            site.count.add_(count(x, y, *made, *limits, site.guard.key))
 
 
 def wrong_rows(
-    x: Tensor, y: Tensor, signs: Tensor, sums: Tensor, offset: Tensor, relative: float, floor: float
-) -> Tensor:
+    x: Tensor, y: Tensor, signs: Tensor, sums: Tensor, offset: Tensor,
+    relative: float, floor: float, key: str,
+) -> Tensor:  # fmt: skip
     """How many rows of y = x Wᵀ + bias are wrong: one operation for what lowers graphs, whose
-    kernels may count instead; pointwise work and sums for inductor."""
+    kernels may count instead; pointwise work and sums for inductor. ``key``: of the guard."""
     dtype = working(torch.promote_types(x.dtype, y.dtype))
     seen = (y.to(dtype) * signs.to(dtype)).sum(-1)
     inputs = x.to(dtype)
@@ -94,7 +95,7 @@ def _beyond(off: Tensor, scale: Tensor, relative: float, floor: float) -> Tensor
 _library = torch.library.Library("tensorize", "FRAGMENT")
 _library.define(
     "wrong_rows(Tensor x, Tensor y, Tensor signs, Tensor sums, Tensor offset, float relative, "
-    "float floor) -> Tensor"
+    "float floor, str key) -> Tensor"
 )
 _library.impl("wrong_rows", wrong_rows, "CompositeImplicitAutograd")
 

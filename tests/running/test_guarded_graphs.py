@@ -60,3 +60,50 @@ def test_a_check_whose_product_no_launch_computes_stays_as_it_was() -> None:
     assert program.fused == ()
     (check,) = (n for n in program.graph.graph.nodes if "wrong_rows" in str(n.target))
     assert all(isinstance(value, torch.fx.Node) for value in check.args[:5])
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    return [p.data for name, p in model.named_parameters() if name.startswith("a.first")]
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gated", "one weight"])
+def test_a_flipped_bit_is_counted_mended_and_the_graph_run_again(name: str) -> None:
+    model = guarded(name)
+    fast = torch.compile(model, backend="tensorize", options=EAGER, fullgraph=True)
+    want = fast(X)
+    assert tensorize.guard_report(model).faults == ()
+    (weight,) = weights_of(model)
+    before = weight.clone()
+    weight.view(torch.int32)[2, 3] ^= 1 << 27
+    assert torch.equal(fast(X), want)
+    assert torch.equal(weight, before)
+    (fault,) = tensorize.guard_report(model).faults
+    assert (fault.weight, fault.outcome) == ("a.weight", "mended")
+    weight_of: Any = model
+    weight_of.a.first.weight.mul_(1.5)  # which is no fault
+    assert not torch.equal(fast(X), want)
+    assert len(tensorize.guard_report(model).faults) == 1
+
+
+@here
+@torch.no_grad()
+def test_a_graph_raises_where_it_is_asked_to_and_where_nothing_can_be_mended() -> None:
+    model = guarded("one weight", on_fault="raise")
+    fast = torch.compile(model, backend="tensorize", options=EAGER)
+    fast(X)
+    (weight,) = weights_of(model)
+    weight[2, 3] += 1.0
+    damaged = weight.clone()
+    with pytest.raises(tensorize.FaultError, match=r"a\.weight.*nothing was changed"):
+        fast(X)
+    assert torch.equal(weight, damaged)
+    heard: list[Any] = []
+    model = guarded("one weight", on_fault=heard.append)
+    fast = torch.compile(model, backend="tensorize", options=EAGER)
+    fast(X)
+    weights_of(model)[0][1:4, 2:5] += 1.0
+    with pytest.raises(tensorize.FaultError, match="is damaged"):
+        fast(X)
+    assert [fault.weight for fault in heard] == ["a.weight"]
