@@ -4,12 +4,14 @@
     python -m benchmarks.faults alarms --model llama
     python -m benchmarks.faults generate
     python -m benchmarks.faults cost --threads 1
+    python -m benchmarks.faults compiled --threads 1
 
 ``flips``: one bit of a weight, an input, a result or an unfinished sum flips in one product of the
 compressed model, on rows of unseen text. It is harmful where an output moves by more than 1e-3 of
 the outputs' root mean square; so many harmful ones are tried. ``alarms``: unseen text without any
 flip. ``generate``: the compressed Llama writes text while bits flip all the time. ``cost``: a layer
-and the compressed Llama, guarded over not guarded; interleaved rounds, medians.
+and the compressed Llama, guarded over not guarded; interleaved rounds, medians. ``compiled``: the
+same under ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ from tensorize.weight.install import install
 
 BUDGET, ROWS, HARM = 0.5, 32, 1e-3
 """Share of the bytes that is kept; rows of one product; of the outputs' root mean square."""
+ROUNDINGS = 4.0
+"""Eps of a row's length: eight times what one rounding to 16 bits may do to it, at worst."""
 
 SHAPES = ((768, 768, 64), (768, 768, 256), (3072, 768, 256))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def compressed(name: str, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Any]:
@@ -75,6 +79,21 @@ def met(model: nn.Module, batch: Any) -> dict[str, tuple[nn.Module, Tensor]]:
     return found
 
 
+def harm(bad: Tensor, right: Tensor) -> float:
+    """How much a result moved, in units of what is harmful.
+
+    In float32 the furthest output counts, against ``HARM`` of the root mean square of all. Rounding
+    to 16 bits moves every output of a row by up to half an eps, whatever computes it: there a row
+    counts as a whole, against ``ROUNDINGS`` eps of its length.
+    """
+    off, right = bad.double() - right.double(), right.double()
+    eps = torch.finfo(bad.dtype).eps
+    if bad.dtype is torch.float32:
+        return float(off.abs().max() / right.square().mean().sqrt()) / HARM
+    lengths = right.norm(dim=-1).clamp(min=1e-3 * float(right.square().mean().sqrt()))
+    return float((off.norm(dim=-1) / lengths).nan_to_num(nan=math.inf).max()) / (ROUNDINGS * eps)
+
+
 @torch.no_grad()
 def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """Of so many harmful flips, how many were noticed, and what came out after."""
@@ -103,7 +122,7 @@ def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any
             bad = other(x)
         if not made:
             continue
-        moved = float((bad.double() - wanted[site].double()).abs().max()) / scales[site]
+        moved = harm(bad, wanted[site])
         if where == "weights":
             for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
                 mine.data.copy_(theirs)
@@ -113,7 +132,7 @@ def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any
         noticed = len(guard.log.faults) > before
         if where == "weights":
             guard.mend(guard.sites[site])
-        if moved <= HARM:
+        if moved <= 1:
             harmless += noticed
             continue
         total[where] += 1
@@ -199,8 +218,8 @@ def generate(per_second: float, tokens: int, rounds: int, seed: int) -> dict[str
     }
 
 
-def cost(seed: int) -> dict[str, Any]:
-    """Times of guarded models over those of the same ones without."""
+def cost(seed: int, *, compiled: bool) -> dict[str, Any]:
+    """Times of guarded models over those of the same ones without; ``compiled``: by inductor."""
     found: dict[str, Any] = {}
     for m, n, rank in SHAPES:
         for rows in (1, 16, 256, 2048):
@@ -209,11 +228,13 @@ def cost(seed: int) -> dict[str, Any]:
             cores = [nn.Parameter(torch.randn(shape) / 10, False) for shape in spec.core_shapes]
             install(model, ["0.weight"], spec, cores)
             x = torch.randn(rows, n)
-            found[f"{m}x{n} rank {rank}, {rows} rows"] = _over(model, x, [torch.randn(256, n)])
+            found[f"{m}x{n} rank {rank}, {rows} rows"] = _over(
+                model, x, [torch.randn(256, n)], compiled=compiled
+            )
     small = small_llama(seed)
     for rows in (1, 16, 256):
         ids = gpt.windows("held_out", 1, rows, seed)
-        found[f"llama, {rows} rows"] = _over(small, ids, windows(seed))
+        found[f"llama, {rows} rows"] = _over(small, ids, windows(seed), compiled=compiled)
     return found
 
 
@@ -228,8 +249,11 @@ def small_llama(seed: int) -> nn.Module:
     return tensorize.compile(model, BUDGET, calibration=windows(seed), refine=None)
 
 
-def _over(model: nn.Module, x: Tensor, data: list[Tensor]) -> float:
-    guarded = tensorize.guard(copy.deepcopy(model), calibration=data)
+def _over(model: nn.Module, x: Tensor, data: list[Tensor], *, compiled: bool) -> float:
+    guarded: Any = tensorize.guard(copy.deepcopy(model), calibration=data)
+    if compiled:
+        torch._dynamo.reset()
+        model, guarded = (torch.compile(each, dynamic=False) for each in (model, guarded))  # type: ignore[assignment]
     with torch.no_grad():
         times = interleaved({"plain": partial(model, x), "guarded": partial(guarded, x)})
     return times["guarded"].over(times["plain"])
@@ -237,7 +261,7 @@ def _over(model: nn.Module, x: Tensor, data: list[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("flips", "alarms", "generate", "cost"))
+    parser.add_argument("what", choices=("flips", "alarms", "generate", "cost", "compiled"))
     parser.add_argument("--model", default="llama", choices=sorted(MODELS))
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
     parser.add_argument("--flips", type=int, default=20_000)
@@ -256,7 +280,8 @@ def main() -> None:
     elif given.what == "generate":
         cell, made = "llama", generate(50.0, given.tokens, given.rounds, seed)
     else:
-        cell, made = f"{given.threads} threads", cost(seed)
+        compiled = given.what == "compiled"
+        cell, made = f"{given.threads} threads", cost(seed, compiled=compiled)
     results = kept("faults")
     results.setdefault(given.what, {})[cell] = made
     keep("faults", results)

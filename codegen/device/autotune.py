@@ -72,7 +72,7 @@ def _source(
 
 def emit(work: Work, choice: Choice) -> Source:
     make = triton_source.decode if choice.family == "decode" else triton_source.forward
-    return make(work, choice.tiles)
+    return make(work, tiles.with_check(work, choice.tiles))
 
 
 def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:

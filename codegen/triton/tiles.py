@@ -44,7 +44,7 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
     Where row blocks alone leave processors idle, each is cut into slices of the outputs, all of
     which compute the intermediate anew.
     """
-    tiles = _fitting(work, dtype)
+    tiles = with_check(work, _fitting(work, dtype))
     if rows is None or not all(map(is_pair, work.specs)):
         return tiles
     if rows <= 512:
@@ -53,6 +53,14 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
         tiles = replace(tiles, rows=min(tiles.rows, 16 if wide else 32))
     slices = max(1, PROCESSORS // -(-rows // tiles.rows))
     return replace(tiles, slice=-(-max(work.outs) // slices)) if slices > 1 else tiles
+
+
+def with_check(work: Work, tiles: Tiles) -> Tiles:
+    """Tiles that leave registers for the sums of a guarded work's check: two of every row and
+    weight."""
+    deep = len(work.specs[0].cores) > 2
+    most = (16 if deep else 64) if work.guarded and (deep or work.shared) else tiles.rows
+    return replace(tiles, rows=min(tiles.rows, most))
 
 
 def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
