@@ -42,8 +42,8 @@ from tensorize.weight.install import install
 
 BUDGET, ROWS, HARM = 0.5, 32, 1e-3
 """Share of the bytes that is kept; rows of one product; of the outputs' root mean square."""
-ROUNDINGS = 4.0
-"""Eps of a row's length: eight times what one rounding to 16 bits may do to it, at worst."""
+ROUNDINGS = 16.0
+"""Of 16 bits: so many times what rounding does to a row."""
 
 SHAPES = ((768, 768, 64), (768, 768, 256), (3072, 768, 256))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,19 +79,29 @@ def met(model: nn.Module, batch: Any) -> dict[str, tuple[nn.Module, Tensor]]:
     return found
 
 
-def harm(bad: Tensor, right: Tensor) -> float:
+def rounding(module: nn.Module, x: Tensor, y: Tensor) -> float:
+    """What 16 bits do to a row of a product, relative to its length: the root mean square of rows.
+
+    One rounding of y at least, which does a fifth of an eps.
+    """
+    exact = copy.deepcopy(module).double()(x.double() if x.is_floating_point() else x)
+    lengths = exact.norm(dim=-1)
+    off = ((y.double() - exact).norm(dim=-1) / lengths)[lengths > 0]
+    return max(float(off.square().mean().sqrt()), torch.finfo(y.dtype).eps / 5)
+
+
+def harm(bad: Tensor, right: Tensor, rounds: float) -> float:
     """How much a result moved, in units of what is harmful.
 
-    In float32 the furthest output counts, against ``HARM`` of the root mean square of all. Rounding
-    to 16 bits moves every output of a row by up to half an eps, whatever computes it: there a row
-    counts as a whole, against ``ROUNDINGS`` eps of its length.
+    In float32 the furthest output counts, against ``HARM`` of the root mean square of all. In 16
+    bits all outputs of a row are off by more than that already, whatever computes them: there a row
+    counts as a whole, against ``ROUNDINGS`` times what rounding does to its product.
     """
     off, right = bad.double() - right.double(), right.double()
-    eps = torch.finfo(bad.dtype).eps
     if bad.dtype is torch.float32:
         return float(off.abs().max() / right.square().mean().sqrt()) / HARM
     lengths = right.norm(dim=-1).clamp(min=1e-3 * float(right.square().mean().sqrt()))
-    return float((off.norm(dim=-1) / lengths).nan_to_num(nan=math.inf).max()) / (ROUNDINGS * eps)
+    return float((off.norm(dim=-1) / lengths).nan_to_num(nan=math.inf).max()) / (ROUNDINGS * rounds)
 
 
 @torch.no_grad()
@@ -105,9 +115,14 @@ def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any
     bare = guard_of(plain)
     assert bare is not None
     bare.detach()
+
+    def plain_of(site: str) -> nn.Module:
+        return plain.get_submodule(site.rpartition(".")[0])
+
     inputs = met(model, subject.unseen.batches[0])
     wanted = {site: module(x) for site, (module, x) in inputs.items()}
     scales = {site: float(y.double().square().mean().sqrt()) for site, y in wanted.items()}
+    rounds = {site: rounding(plain_of(site), x, wanted[site]) for site, (_, x) in inputs.items()}
     names = list(inputs)
     total, found, exact, harmless = Counter(), Counter(), 0, 0
     missed, worst, trial = [], 0.0, 0
@@ -115,14 +130,13 @@ def flips(name: str, count: int, dtype: torch.dtype, seed: int) -> dict[str, Any
         trial += 1
         site, where = draw.choice(names), draw.choice(PLACES)
         module, x = inputs[site]
-        path = site.rpartition(".")[0]
         how: dict[str, Any] = {"rate": 0.5, "where": where, "most": 1, "seed": trial}
-        other = plain.get_submodule(path)
+        other = plain_of(site)
         with tensorize.inject(other, **how) as made:
             bad = other(x)
         if not made:
             continue
-        moved = harm(bad, wanted[site])
+        moved = harm(bad, wanted[site], rounds[site])
         if where == "weights":
             for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):
                 mine.data.copy_(theirs)

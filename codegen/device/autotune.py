@@ -72,7 +72,7 @@ def _source(
 
 def emit(work: Work, choice: Choice) -> Source:
     make = triton_source.decode if choice.family == "decode" else triton_source.forward
-    return make(work, tiles.with_check(work, choice.tiles))
+    return make(work, tiles.limited(work, choice.tiles))
 
 
 def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
@@ -214,6 +214,8 @@ def _tuned(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
         return values.to(dtype)
 
     inputs = [draw(shape) for shape in work.input_shapes(rows)]
+    for k in work.orders:
+        inputs[k] = torch.randperm(len(inputs[k]), generator=generator, device=device).int()
     outputs = [inputs[0].new_empty(rows, width) for width in work.results]
     flush = torch.empty(_FLUSHED // 4, dtype=torch.int32, device=device)
     best: tuple[float, Choice] | None = None

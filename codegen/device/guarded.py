@@ -39,7 +39,10 @@ class Known:
 
 
 def operands(
-    work: Work, outputs: Sequence[Outputs], cores: Sequence[Sequence[Tensor]], known: Sequence[Known]
+    work: Work,
+    outputs: Sequence[Outputs],
+    cores: Sequence[Sequence[Tensor]],
+    known: Sequence[Known],
 ) -> tuple[list[Tensor], Tensor]:
     """What the launch of a guarded work is given beside its own inputs, in its order; the last one
     is the counter, in which weights that are not what they were count already.
@@ -63,7 +66,7 @@ def operands(
 def _sums(
     spec: TTSpec, contract: str, outputs: Outputs, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, bool]:
-    """The signs and the sums (programs, N) in float32; whether they are those of the whole weight."""
+    """The signs and the sums (programs, N) in float32; whether it is the weight that is known."""
     *cores, signs, known = tensors
     wide = [core if is_index(core) else core.double() for core in cores]
     signs = signs.double()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorize.base.tensors import is_index
 from tensorize.codegen.device import autotune, guarded, launch, reference
 from tensorize.codegen.device.triton_env import DTYPES, check_device
 from tensorize.codegen.triton import source as triton_source
@@ -192,8 +193,8 @@ def _guarded(
     """
     what, x = work_of(work), inputs[0]
     results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
-    pairs = zip(limits[::2], limits[1::2], strict=True)
-    known = [guarded.Known(*each) for each in zip(signs, sums, *zip(*pairs), strict=True)]
+    every = zip(signs, sums, limits[::2], limits[1::2], strict=True)
+    known = [guarded.Known(*each) for each in every]
     wrong = _launch(what, inputs, results, known)
     assert wrong is not None
     return [*results, wrong]
@@ -314,11 +315,13 @@ class TritonContraction:
     def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
         gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
-        if (self.measured and gradients) or (learning and not self.gradients):
+        without = self.measured or self.spec.pivoted  # kernels whose gradients nobody has
+        if (without and gradients) or (learning and not self.gradients):
             return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, cores = x.to(dtype), [core.to(dtype) for core in cores]
+            x = x.to(dtype)
+            cores = [core if is_index(core) else core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
         if x.dtype not in DTYPES or cores[0].dtype != x.dtype:
             return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
@@ -339,8 +342,13 @@ class TritonContraction:
 
 def why_not(spec: TTSpec) -> str | None:
     """The reason why a weight of this spec has no kernels, None where it has."""
-    reasons = (covered(spec, side) for side in OTHER)
+    reasons = (covered(spec, side) for side in _sides(spec))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _sides(spec: TTSpec) -> tuple[str, ...]:
+    """The sides that kernels are to contract: of pivoted weights x meets one only."""
+    return ("columns",) if spec.pivoted else tuple(OTHER)
 
 
 def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonContraction]:
@@ -353,11 +361,11 @@ def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonCon
 
     def contraction(contract: str) -> TritonContraction:
         side = "columns" if contract == "lookup" else contract
-        gradients = _has_gradients(spec, side)
+        gradients = not spec.pivoted and _has_gradients(spec, side)
         return TritonContraction(spec, text, contract, gradients, measured, planned)
 
     lookup = () if measured or covered(spec, "lookup") else ("lookup",)
-    return {contract: contraction(contract) for contract in (*OTHER, *lookup)}
+    return {contract: contraction(contract) for contract in (*_sides(spec), *lookup)}
 
 
 # --------------------------------------------------------------------- what graphs are fused by

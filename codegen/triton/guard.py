@@ -56,9 +56,7 @@ class Outputs:
         return [owner(output) for output in range(math.prod(size.values()))]
 
 
-def operands(
-    work: Work, outputs: Sequence[Outputs], *, looked_up: bool = False
-) -> list[Operand]:
+def operands(work: Work, outputs: Sequence[Outputs], *, looked_up: bool = False) -> list[Operand]:
     """What a launch is given for its check; none where it has none. ``looked_up``: x are numbers of
     rows."""
     if not work.guarded:
@@ -152,9 +150,7 @@ class Check:
             self.text.load("signs_tile", signs(self.work, k), (outer,))
             self.text(f"{self._of('y', k)} += tl.sum({tile} * signs_tile[None, :], 1)")
 
-    def see_all(
-        self, k: int, tile: str, outputs: tuple[Dimension, Dimension], of_row: int
-    ) -> None:
+    def see_all(self, k: int, tile: str, outputs: tuple[Dimension, Dimension], of_row: int) -> None:
         """All outputs of a program in ``tile``, in which a row of x has ``of_row`` rows."""
         if k not in self.group:
             return

@@ -239,6 +239,8 @@ def title(work: Work, what: str, *, planned: bool = True) -> list[str]:
         lines.append(f"{name} {spec.shape}: {cores}; {sizes}.")
     if work.shared:
         lines.append("All have the first factor of W_0, whose product with x is computed once.")
+    if any(spec.pivoted for spec in work.specs):
+        lines.append("V is the identity in the columns that order names first: they are not in c1.")
     if work.guarded:
         lines.append("Rows that are off by more than the limits are counted in wrong, by weight.")
     if work.norm is not None:

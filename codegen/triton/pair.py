@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from tensorize.codegen.triton import guard
 from tensorize.codegen.triton.guard import Check, Outputs
 from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
+from tensorize.codegen.triton.pivoted import REST, columns, order_of
 from tensorize.codegen.triton.roles import Roles, Tiles, check_on_chip, chunks, roles, suffix
 from tensorize.codegen.triton.text import DOT, Axis, Lines, Operand, power, quotient
 from tensorize.ir.spec import TTSpec
@@ -98,6 +100,8 @@ def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
             inputs.append(Operand.of("shift", role.x, size))
     for k, spec in enumerate(work.specs):
         inputs += [core(work, k, number) for number in range(1 if work.shared and k else 2)]
+        if spec.pivoted and not (work.shared and k):
+            inputs.append(order_of(work, k))
         if work.epilogue.bias:
             inputs.append(Operand.of(f"bias{suffix(work, k)}", roles(spec, work.contract).y, size))
     for k, spec in enumerate(work.specs[:1] if work.gated else work.specs):
@@ -117,7 +121,10 @@ def core(work: Work, k: int, number: int) -> Operand:
     if work.shared and number == 1:
         k = 0  # the first factor that all have
     spec = work.specs[k]
-    return Operand.of(f"c{number}{suffix(work, k)}", spec.cores[number], spec.size)
+    axes, size = spec.cores[number], dict(spec.size)
+    if spec.pivoted and number == 1:
+        axes, size[REST] = (axes[0], REST), spec.core_shapes[1][-1]
+    return Operand.of(f"c{number}{suffix(work, k)}", axes, size)
 
 
 # ----------------------------------------------------------------------------------- the body
@@ -174,6 +181,7 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int], checked: Sequence[Outp
             nest.enter_context(text.block(f"for {axis} in range({size[axis]})"))
         _project(text, work, tiles, heads, role, ranks, check)
         used += [core(work, k, number) for k in group for number in range(2)]
+        used += [order_of(work, k) for k in heads if work.specs[k].pivoted]
         for k in heads:
             if work.saved:
                 saved = known[f"t{suffix(work, k)}"]
@@ -266,6 +274,7 @@ def _project(
     size = work.specs[group[0]].size
     names = [(k, c, f"t{_mark(group, k)}{c}") for k in group for c in range(len(ranks[k]))]
     width = {name: chunks(work.specs[k].size[role.link])[c][1] for k, c, name in names}
+    pivoted = work.specs[group[0]].pivoted > 0
     for _, _, name in names:
         text.zeros(name, tiles.rows, width[name])
     block = (Axis("b", "b", "rows"),)
@@ -280,13 +289,34 @@ def _project(
     if work.norm is not None and work.norm.kind == "layer":
         _row_statistics(text, work.norm, x, over_row, block, inner, tiles.rows)
     rides_along = start_norm(text, work, tiles.rows)
-    with over_row():
-        text.load("x_tile", x, (block, inner))
-        apply_norm(text, work, role, inner)
-        check.meet(inner)
+
+    def meet(met: tuple[Axis, ...]) -> None:
+        text.load("x_tile", x, (block, met))
+        apply_norm(text, work, role, met)
+        check.meet(met)
+
+    loop, held = over_row, inner
+    if pivoted:
+        n, rest = work.into, work.specs[group[0]].core_shapes[1][-1]
+        tile = min(tiles.inner, power(rest, DOT))
+        held = (axis_of(REST, rest, tile),)
+        inner = (Axis(role.inner, role.inner, n if rest % tile else None),)
+        loop = partial(inner_loop, text, REST, "0", str(rest), tile, rest)
+    with loop():
+        if pivoted:
+            within = f"{REST} < {rest}" if rest % tile else ""
+            columns(text, work, group[0], role.inner, f"{n - rest} + {REST}", within)
+        meet(inner)
         for k, c, name in names:
-            text.load("first", core(work, k, role.first), (inner, ranks[k][c]))
+            text.load("first", core(work, k, role.first), (held, ranks[k][c]))
             text.dot(name, "x_tile", "first")
+    if pivoted:
+        text.note("Where the first factor is the identity.")
+        for (rank,), (k, _, name) in zip(ranks[group[0]], names, strict=True):
+            within = f"{rank.variable} < {rank.limit}" if rank.limit is not None else ""
+            columns(text, work, k, "kept", rank.variable, within)
+            meet((Axis(role.inner, "kept", n if within else None),))
+            text(f"{name} += x_tile.to(tl.float32)")
     if rides_along:
         text(f"scale = {scale_of(work)}")
         check.scale("scale")

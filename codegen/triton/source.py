@@ -47,6 +47,8 @@ def decode(work: Work, tiles: Tiles) -> Source:
         NotCovered: no family computes the work.
     """
     check(work)
+    if any(spec.pivoted for spec in work.specs):
+        raise NotCovered("few rows: no columns in an order, whose sums no slice of the rank has")
     return triton_decode.decode(work, tiles)
 
 
@@ -71,5 +73,5 @@ def gradients(spec: TTSpec, contract: str, tiles: Tiles, notes: Sequence[str] = 
     Raises:
         NotCovered: the spec has not two cores.
     """
-    check(Work((spec,), contract))
+    check(Work((spec,), contract, saved=True))
     return pair_gradients.gradients(spec, contract, tiles, tuple(notes))

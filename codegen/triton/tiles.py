@@ -44,7 +44,7 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
     Where row blocks alone leave processors idle, each is cut into slices of the outputs, all of
     which compute the intermediate anew.
     """
-    tiles = with_check(work, _fitting(work, dtype))
+    tiles = limited(work, _fitting(work, dtype))
     if rows is None or not all(map(is_pair, work.specs)):
         return tiles
     if rows <= 512:
@@ -55,11 +55,21 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
     return replace(tiles, slice=-(-max(work.outs) // slices)) if slices > 1 else tiles
 
 
-def with_check(work: Work, tiles: Tiles) -> Tiles:
-    """Tiles that leave registers for the sums of a guarded work's check: two of every row and
-    weight."""
-    deep = len(work.specs[0].cores) > 2
-    most = (16 if deep else 64) if work.guarded and (deep or work.shared) else tiles.rows
+_GATHERED = 4096
+"""Entries of x that are read by number at a time, each by an address of 64 bits of its own."""
+
+
+def limited(work: Work, tiles: Tiles) -> Tiles:
+    """Tiles that leave registers for what a work holds beside its products: the sums of a check,
+    two of every row and weight, and addresses of columns that are read by number."""
+    deep, most = len(work.specs[0].cores) > 2, tiles.rows
+    if work.guarded and (deep or work.shared):
+        most = 16 if deep else 64
+    room = _GATHERED // 2 if work.guarded or work.norm is not None else _GATHERED
+    for spec in work.specs:
+        if spec.pivoted:
+            widest = max(width for _, width in chunks(spec.ranks[0]))
+            most = min(most, max(DOT, room // widest))
     return replace(tiles, rows=min(tiles.rows, most))
 
 

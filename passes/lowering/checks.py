@@ -1,4 +1,4 @@
-"""The checks of a guarded model's products, out of the way of what fuses, and counted by launches."""
+"""The checks of a guarded model's products: out of the way of fusing, and counted by launches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import fx
 from tensorize.passes.lowering.graph import memory_of, written
 
 _OPERATION = "tensorize.wrong_rows"
-"""(x, y, signs, sums, offset, relative, floor, the guard's key), which gives how many rows of y are
-wrong."""
+"""(x, y, signs, sums, offset, many sums or none, limits, limits before rounding, the guard's key),
+which gives how many rows of y are wrong."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Check:
 
     @property
     def known(self) -> tuple[fx.Node, fx.Node]:
-        """The signs and the sums of the weight."""
+        """The signs and the sums of the weight: before rounding one is enough of 16 bits too."""
         signs, sums = self.node.args[2:4]
         return signs, sums  # type: ignore[return-value]
 
     @property
     def limits(self) -> tuple[float, float]:
-        relative, floor = self.node.args[5:7]
+        relative, floor = self.node.args[7]  # type: ignore[misc]
         return relative, floor  # type: ignore[return-value]
 
     @property
@@ -61,7 +61,7 @@ def guards_of(graph: fx.Graph) -> list[str]:
     outside = {memory_of(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     if (written(graph) & outside) - counts:
         return []
-    return list(dict.fromkeys(str(node.args[7]) for node in checks))
+    return list(dict.fromkeys(str(node.args[8]) for node in checks))
 
 
 def _is_check(node: fx.Node) -> bool:

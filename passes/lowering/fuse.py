@@ -178,7 +178,7 @@ class _Launch:
         weights = self.weights
         low_rank = all(weight.is_pair for weight in weights)
         columns = weights[0].contract == "columns"
-        same = len({weight.cores[-1] for weight in weights}) == 1
+        same = len({weight.cores[1:] for weight in weights}) == 1
         return len(weights) > 1 and low_rank and columns and same
 
     @property
@@ -231,6 +231,8 @@ def _gated(weight: _Weight, among: Mapping[_Weight, None], changed: set[int]) ->
     if activation is None or product is None or product.target not in TIMES:
         return None
     for up in among:
+        if weight.spec.pivoted and weight.cores[1:] != up.cores[1:]:
+            continue  # each reads the columns of x in an order of its own
         both = set(product.args) == {activated, up.y} and _next(up.y, changed) is product
         if both and up is not weight and up.is_pair:
             epilogue, taken = Epilogue(activation=activation), (weight.y, up.y, activated)

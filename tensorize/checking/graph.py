@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tensorize.checking.identity import LOOKUP, Weight, other_side, times, working
-from tensorize.checking.use import Use, name_of
+from tensorize.checking.use import Use, name_of, unrounded_name
 
 if TYPE_CHECKING:
     from tensorize.checking.site import Site
@@ -54,6 +55,7 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
     dtype = working(y.dtype if use.contract == LOOKUP else torch.promote_types(x.dtype, y.dtype))
     vectors = use.rounded.get(dtype, exact)
     limits = limit.relative, limit.floor
+    unrounded = use.limits.get(unrounded_name(x), limit)  # what a kernel is held to
     with torch.no_grad():
         if use.contract == LOOKUP:
             assert vectors.sizes is not None
@@ -65,26 +67,44 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
             sums = times(matrix, signs[None].double(), other_side(use.contract))[0].to(dtype)
             offset = vectors.offset.to(dtype)
             offset = offset if bias is None else (bias.detach().to(dtype) * signs).sum()[None]
-            wrong = wrong_rows(x.detach(), y.detach(), signs, sums, offset, *limits, site.guard.key)
-            site.count.add_(wrong * TRAINING)
+            off, scale = _off(x.detach(), y.detach(), signs, sums, offset)
+            site.count.add_(_beyond(off, scale, *limits) * TRAINING)
         else:
             # Exported programs run where this operation is not known.
             count = wrong_rows if torch.compiler.is_exporting() else torch.ops.tensorize.wrong_rows
             made = vectors.signs, vectors.sums, vectors.offset
-            site.count.add_(count(x, y, *made, *limits, site.guard.key))
+            launch = [unrounded.relative, unrounded.floor]
+            site.count.add_(count(x, y, *made, vectors.many, limits, launch, site.guard.key))
 
 
 def wrong_rows(
     x: Tensor, y: Tensor, signs: Tensor, sums: Tensor, offset: Tensor,
-    relative: float, floor: float, key: str,
+    many: Sequence[Tensor] | None, limits: Sequence[float], unrounded: Sequence[float], key: str,
 ) -> Tensor:  # fmt: skip
     """How many rows of y = x Wᵀ + bias are wrong: one operation for what lowers graphs, whose
-    kernels may count instead; pointwise work and sums for inductor. ``key``: of the guard."""
+    kernels may count instead; pointwise work and sums for inductor.
+
+    ``limits``: of y as it is; ``unrounded``: of y before it was rounded. ``key``: of the guard.
+    """
+    if many is None:
+        return _beyond(*_off(x, y, signs, sums, offset), *limits)
+    signs, sums, offset = many
+    x, y = x.float(), y.float()
+    off = (y @ signs - x @ sums - offset).abs().amax(-1)
+    outward = y.square().sum(-1).sqrt()
+    scale = torch.where(torch.isfinite(outward), outward, 0.0)
+    return _beyond(off, torch.where(torch.isfinite(x.square().sum(-1)), scale, torch.inf), *limits)
+
+
+def _off(
+    x: Tensor, y: Tensor, signs: Tensor, sums: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far off rows are by one sum, and what rounding is relative to."""
     dtype = working(torch.promote_types(x.dtype, y.dtype))
     seen = (y.to(dtype) * signs.to(dtype)).sum(-1)
     inputs = x.to(dtype)
     expected = (inputs * sums.to(dtype)).sum(-1) + offset.to(dtype)
-    return _beyond(seen - expected, inputs.square().sum(-1).sqrt(), relative, floor)
+    return seen - expected, inputs.square().sum(-1).sqrt()
 
 
 def _beyond(off: Tensor, scale: Tensor, relative: float, floor: float) -> Tensor:
@@ -94,8 +114,8 @@ def _beyond(off: Tensor, scale: Tensor, relative: float, floor: float) -> Tensor
 
 _library = torch.library.Library("tensorize", "FRAGMENT")
 _library.define(
-    "wrong_rows(Tensor x, Tensor y, Tensor signs, Tensor sums, Tensor offset, float relative, "
-    "float floor, str key) -> Tensor"
+    "wrong_rows(Tensor x, Tensor y, Tensor signs, Tensor sums, Tensor offset, Tensor[]? many, "
+    "float[] limits, float[] unrounded, str key) -> Tensor"
 )
 _library.impl("wrong_rows", wrong_rows, "CompositeImplicitAutograd")
 

@@ -58,8 +58,9 @@ class Work:
     ``guarded``: every product is checked, and the rows that are wrong are counted.
     ``notes`` are lines on the plan that it comes from.
 
-    Its inputs, in this order: x; the norm's gain and shift; the cores and the bias of every weight
-    (a shared first factor once); a residual for every result.
+    Its inputs, in this order: x; the norm's gain and shift; the cores, the order of the columns
+    where the weight is pivoted, and the bias of every weight (a shared first factor and its order
+    once); a residual for every result.
     """
 
     specs: tuple[TTSpec, ...]
@@ -107,7 +108,8 @@ class Work:
         if self.norm is not None:
             found += [(self.into,)] * (2 if self.norm.kind == "layer" else 1)
         for k, spec in enumerate(self.specs):
-            found += spec.core_shapes[: 1 if self.shared and k else None]
+            held = (*spec.core_shapes, *(index.shape for index in spec.indices))
+            found += held[: 1 if self.shared and k else None]
             found += [(self.outs[k],)] * self.epilogue.bias
         return found + [(rows, width) for width in self.results] * self.epilogue.residual
 
@@ -116,10 +118,17 @@ class Work:
         rest = list(inputs[1 + (0 if self.norm is None else 1 + (self.norm.kind == "layer")) :])
         found: list[tuple[_Input, ...]] = []
         for k, spec in enumerate(self.specs):
-            own = 1 if self.shared and k else len(spec.core_shapes)
+            own = 1 if self.shared and k else len(spec.core_shapes) + len(spec.indices)
             cores, rest = rest[:own], rest[own + self.epilogue.bias :]
-            found.append((*cores, *(found[0][1:] if own < len(spec.core_shapes) else ())))
+            found.append((*cores, *(found[0][1:] if self.shared and k else ())))
         return found
+
+    @property
+    def orders(self) -> list[int]:
+        """The places of the orders among its inputs."""
+        cores = self.cores(range(len(self.input_shapes(1))))
+        places = (c[-1] for c, spec in zip(cores, self.specs, strict=True) if spec.pivoted)
+        return list(dict.fromkeys(places))
 
     @property
     def unguarded(self) -> Work:

@@ -1,4 +1,4 @@
-"""Kernels that check their own product: clean data are right, flipped bits of weights are counted."""
+"""Kernels that check their own product: clean rows are right, flipped weights are counted."""
 
 from __future__ import annotations
 
