@@ -87,11 +87,14 @@ def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
     if not is_pair(spec):
         # Four bytes an entry at more than 16 rows leave no registers for unaligned addresses.
         most, warps = (16, 8) if single else (64, 4)
-        return Tiles(min(rows, most), 32, 64, warps=warps, stages=2)
+        inner = 16 if single and work.guarded else 32
+        return Tiles(min(rows, most), inner, 64, warps=warps, stages=2)
     if any(size % 8 for spec in work.specs for _, size in spec.sizes):
         inner, outer = 16, min(outer, 32)  # entries are read one by one, each by its own address
     if work.norm is not None and work.norm.kind == "layer":
         rows, inner, warps = min(rows, 32), 32, 8  # two sums over the first core ride along
+    if single and any(spec.pivoted for spec in work.specs):
+        inner = 16  # with more, ptxas keeps to 64 registers, and spills some bytes
     return Tiles(rows=rows, inner=inner, outer=outer, warps=warps, stages=stages)
 
 

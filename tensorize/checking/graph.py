@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorize.checking.identity import LOOKUP, Weight, other_side, times, working
-from tensorize.checking.use import Use, name_of, unrounded_name
+from tensorize.checking.use import Use, unrounded_name
 
 if TYPE_CHECKING:
     from tensorize.checking.site import Site
@@ -47,8 +47,8 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
     What x meets was made of the weight when the model was guarded. While it trains, the weight is
     another one in every step, and the graph makes it; not for a table, which would be read whole.
     """
-    limit, exact = use.limits.get(name_of(x, y)), use.exact
     trains = torch.is_grad_enabled() and y.requires_grad
+    limit, exact = use.limits.get(use.name(x, y, gradients=trains)), use.exact
     traced(site.guard.key)
     if limit is None or exact is None or (trains and use.contract == LOOKUP):
         return
@@ -63,12 +63,14 @@ def count(site: Site, use: Use, matrix: Weight, bias: Tensor | None, x: Tensor, 
             expected, scale = vectors.sums.to(dtype)[x], vectors.sizes.to(dtype)[x]
             site.count.add_(_beyond(seen - expected, scale, *limits))
         elif trains:
-            signs = vectors.signs.to(dtype)
-            sums = times(matrix, signs[None].double(), other_side(use.contract))[0].to(dtype)
-            offset = vectors.offset.to(dtype)
-            offset = offset if bias is None else (bias.detach().to(dtype) * signs).sum()[None]
-            off, scale = _off(x.detach(), y.detach(), signs, sums, offset)
-            site.count.add_(_beyond(off, scale, *limits) * TRAINING)
+            signs, _, offset = vectors.many or (vectors.signs[:, None], None, vectors.offset)
+            signs = signs.to(dtype)
+            sums = times(matrix, signs.t().double(), other_side(use.contract)).t().to(dtype)
+            offset = offset.to(dtype) if bias is None else bias.detach().to(dtype) @ signs
+            one, many = (signs[:, 0], sums[:, 0], offset[:1]), (signs, sums, offset)
+            many = None if vectors.many is None else many
+            found = x.detach(), y.detach(), *one, many, limits, limits, site.guard.key
+            site.count.add_(wrong_rows(*found) * TRAINING)
         else:
             # Exported programs run where this operation is not known.
             count = wrong_rows if torch.compiler.is_exporting() else torch.ops.tensorize.wrong_rows

@@ -103,11 +103,11 @@ class Site:
             return None
         vectors = use.vectors(product, outputs.dtype, gradients=gradients)
         use.rows += len(outputs)
-        limit, better = use.limit(x, y), None
+        limit, better = use.limit(x, y, gradients=gradients), None
         if self.log.calibrating:
-            seen = use.seen.setdefault(name_of(x, y), Seen())
+            seen = use.seen.setdefault(use.name(x, y, gradients=gradients), Seen())
             seen.note(vectors.off(inputs, outputs), vectors.scale(inputs, outputs))
-            if vectors.many is not None and contract != LOOKUP:
+            if vectors.many is not None and contract != LOOKUP and not gradients:
                 self._note_unrounded(use, product, inputs, outputs)
         elif limit is None:
             self.miss(use, f"calibration saw nothing of it in {name_of(x, y)}")
@@ -120,6 +120,7 @@ class Site:
             self._watch(use, product, y)
         return better
 
+    @torch.no_grad()
     def _note_unrounded(self, use: Use, product: Product, x: Tensor, y: Tensor) -> None:
         """What kernels are to be held to, which check a product of 16 bits before it is rounded."""
         exact = use.exact

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tensorize.checking.identity import LOOKUP, Vectors, Weight, rows_of, times
+from tensorize.checking.identity import LOOKUP, NARROW, Vectors, Weight, rows_of, times
 from tensorize.checking.limits import MARGIN, NARROW_MARGIN, Limit, Seen
 from tensorize.checking.memory import state_of
 
@@ -22,6 +22,10 @@ def name_of(x: Tensor, y: Tensor) -> str:
     """The dtypes that a limit is of."""
     names = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, y))
     return " to ".join(dict.fromkeys(names))
+
+
+_LEARNING = " with gradients"
+"""Of 16 bits: what is saved for gradients is rounded where it need not be without."""
 
 
 def unrounded_name(x: Tensor) -> str:
@@ -60,7 +64,7 @@ class Use:
     missed: dict[str, int] = field(default_factory=dict)
     exact: Vectors | None = None
     rounded: dict[torch.dtype, Vectors] = field(default_factory=dict)
-    _by_dtype: dict[tuple[torch.dtype, torch.dtype], Limit] = field(default_factory=dict)
+    _by_dtype: dict[tuple[torch.dtype, torch.dtype, bool], Limit] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Use:
         copied = memo[id(self)] = Use(self.contract, dict(self.limits), dict(self.back_limits))
@@ -68,12 +72,16 @@ class Use:
             copied.exact = replace(copy.deepcopy(self.exact, memo), state=())
         return copied
 
-    def limit(self, x: Tensor, y: Tensor) -> Limit | None:
+    def name(self, x: Tensor, y: Tensor, *, gradients: bool) -> str:
+        """What the limit of a product goes by."""
+        return name_of(x, y) + (_LEARNING if gradients and y.dtype in NARROW else "")
+
+    def limit(self, x: Tensor, y: Tensor, *, gradients: bool) -> Limit | None:
         """The limit of these dtypes; None where calibration saw none."""
-        key = x.dtype, y.dtype
+        key = x.dtype, y.dtype, gradients
         found = self._by_dtype.get(key)
         if found is None:
-            found = self.limits.get(name_of(x, y))
+            found = self.limits.get(self.name(x, y, gradients=gradients))
             if found is not None:
                 self._by_dtype[key] = found
         return found
@@ -170,7 +178,7 @@ class Use:
     def _rounding(self, dtypes: str, *, narrow: bool) -> float:
         """What one rounding of all outputs does to a row of scale 1, about."""
         assert self.exact is not None
-        eps = torch.finfo(getattr(torch, dtypes.split(" to ")[-1])).eps
+        eps = torch.finfo(getattr(torch, dtypes.removesuffix(_LEARNING).split(" to ")[-1])).eps
         if narrow:
             return eps / 4
         if self.exact.sizes is not None:

@@ -107,3 +107,23 @@ def test_a_graph_raises_where_it_is_asked_to_and_where_nothing_can_be_mended() -
     with pytest.raises(tensorize.FaultError, match="is damaged"):
         fast(X)
     assert [fault.weight for fault in heard] == ["a.weight"]
+
+
+def test_weights_that_store_no_identity_are_launches_too() -> None:
+    small = tensorize.weight.pivoted(by_kernels(Block(grouped, RMSNorm(24))))
+    (work, _), *others = traced(small.requires_grad_(False), X).fused
+    assert not others
+    assert work.fused == "rms norm, 3 weights"
+    assert all(spec.pivoted for spec in work.specs)
+
+
+@here
+@torch.no_grad()
+def test_weights_that_store_no_identity_give_what_whole_ones_do() -> None:
+    whole = by_kernels(Block(swiglu, RMSNorm(24))).requires_grad_(False)
+    want = whole(X)
+    small = tensorize.weight.pivoted(copy.deepcopy(whole))
+    fast = torch.compile(small, backend="tensorize", options=EAGER, fullgraph=True)
+    assert torch.allclose(small(X), want, atol=1e-5)
+    assert torch.allclose(fast(X), want, atol=1e-5)
+    assert any(spec.pivoted for work, _ in traced(small, X).fused for spec in work.specs)
