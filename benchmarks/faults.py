@@ -8,10 +8,11 @@
 
 ``flips``: one bit of a weight, an input, a result or an unfinished sum flips in one product of the
 compressed model, on rows of unseen text. It is harmful where an output moves by more than 1e-3 of
-the outputs' root mean square; so many harmful ones are tried. ``alarms``: unseen text without any
-flip. ``generate``: the compressed Llama writes text while bits flip all the time. ``cost``: a layer
-and the compressed Llama, guarded over not guarded; interleaved rounds, medians. ``compiled``: the
-same under ``torch.compile``.
+the outputs' root mean square, in 16 bits where a row moves by more than 16 times what rounding does
+to it; so many harmful ones are tried. ``alarms``: unseen text without any flip. ``generate``: the
+compressed Llama writes text while bits flip all the time. ``cost``: a layer and the compressed
+Llama, guarded over not guarded; interleaved rounds, medians. ``compiled``: the same under
+``torch.compile``.
 """
 
 from __future__ import annotations
