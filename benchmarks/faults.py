@@ -96,12 +96,14 @@ def harm(bad: Tensor, right: Tensor, rounds: float) -> float:
 
     In float32 the furthest output counts, against ``HARM`` of the root mean square of all. In 16
     bits all outputs of a row are off by more than that already, whatever computes them: there a row
-    counts as a whole, against ``ROUNDINGS`` times what rounding does to its product.
+    counts as a whole, against ``ROUNDINGS`` times what rounding does to one of its length (to one of
+    the rows' root mean square, if it is shorter).
     """
     off, right = bad.double() - right.double(), right.double()
     if bad.dtype is torch.float32:
         return float(off.abs().max() / right.square().mean().sqrt()) / HARM
-    lengths = right.norm(dim=-1).clamp(min=1e-3 * float(right.square().mean().sqrt()))
+    lengths = right.norm(dim=-1)
+    lengths = lengths.clamp(min=float(lengths.square().mean().sqrt()))
     return float((off.norm(dim=-1) / lengths).nan_to_num(nan=math.inf).max()) / (ROUNDINGS * rounds)
 
 

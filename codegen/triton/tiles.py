@@ -135,7 +135,7 @@ def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tile
     return Tiles(
         rows=FEW_ROWS,
         inner=inner,
-        outer=64,
+        outer=32 if work.guarded and item == 4 else 64,  # with more, ptxas spills some bytes
         slice=-(-outputs // output_slices),
         rank=rank_tile,
         inner_slice=-(-work.into // inner_slices),

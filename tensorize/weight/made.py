@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 # By the first of the tensors: how the others and their values were, and what was made of them.
 _Made = tuple[list[TensorWeakRef], list[tuple[int, int]], Any]
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_made: Any = WeakTensorKeyDictionary()
 
 
 def made_of(
