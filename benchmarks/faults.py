@@ -96,8 +96,8 @@ def harm(bad: Tensor, right: Tensor, rounds: float) -> float:
 
     In float32 the furthest output counts, against ``HARM`` of the root mean square of all. In 16
     bits all outputs of a row are off by more than that already, whatever computes them: there a row
-    counts as a whole, against ``ROUNDINGS`` times what rounding does to one of its length (to one of
-    the rows' root mean square, if it is shorter).
+    counts as a whole, against ``ROUNDINGS`` times what rounding does to a row of its length, or of
+    the root mean square of rows if that is more.
     """
     off, right = bad.double() - right.double(), right.double()
     if bad.dtype is torch.float32:
