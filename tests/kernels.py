@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ from tensorize.ir.work import Epilogue, Norm, Work
 from tests.paths import ROOT
 
 low_rank = TTSpec.low_rank
+
+
+def pivoted(m: int, n: int, rank: int, neighbours: int = 1) -> TTSpec:
+    return low_rank(m, n, rank, pivoted=neighbours)
+
 
 here = pytest.mark.skipif(
     not interpreting(), reason="runs under the interpreter, in a process of its own"
@@ -81,24 +87,54 @@ def _gradients(spec: TTSpec) -> Callable[[torch.dtype], Source]:
     )
 
 
+PIVOTED: Mapping[str, Work] = {
+    "pivoted": Work(
+        (pivoted(4096, 4096, 128),), norm=Norm("rms", 1e-6), epilogue=Epilogue(bias=True)
+    ),
+    "pivoted by groups": Work((pivoted(4096, 4096, 256, 4), pivoted(1024, 4096, 64, 4))),
+    "pivoted shared": Work(
+        (pivoted(4096, 4096, 128), pivoted(1024, 4096, 128)),
+        shared=True,
+        norm=Norm("layer", 1e-5),
+    ),
+}
+DECODED: Mapping[str, Work] = {
+    "decode": Work((low_rank(4096, 4096, 512),), epilogue=Epilogue(bias=True)),
+    "decode gated": Work(
+        WORKS["gated"].specs,
+        gated=True,
+        norm=Norm("rms", 1e-6),
+        epilogue=Epilogue(activation="silu"),
+    ),
+    "decode grouped": WORKS["grouped"],
+    "decode shared": WORKS["shared"],
+}
 FAMILIES: Mapping[str, Callable[[torch.dtype], Source]] = {
     **{name: _forward(work) for name, work in WORKS.items()},
-    "decode": _decode(Work((low_rank(4096, 4096, 512),), epilogue=Epilogue(bias=True))),
-    "decode gated": _decode(
-        Work(
-            WORKS["gated"].specs,
-            gated=True,
-            norm=Norm("rms", 1e-6),
-            epilogue=Epilogue(activation="silu"),
-        )
-    ),
-    "decode grouped": _decode(WORKS["grouped"]),
-    "decode shared": _decode(WORKS["shared"]),
+    **{name: _forward(work) for name, work in PIVOTED.items()},
+    **{name: _decode(work) for name, work in DECODED.items()},
     **{f"lookup, {name}": _lookup(spec) for name, spec in TABLES.items()},
     "gradients": _gradients(low_rank(4096, 4096, 128)),
     "gradients, two cores": _gradients(TTSpec((64, 64), (64, 64), (16,))),
     "gradients, block": _gradients(TTSpec.block((64, 64), (64, 64), 16)),
 }
+
+
+def _watched(work: Work) -> Work:
+    return replace(work, guarded=True)
+
+
+def _watched_lookup(spec: TTSpec) -> Callable[[torch.dtype], Source]:
+    return lambda dtype: triton_source.lookup(spec, tiles.default_lookup(spec, dtype), guarded=True)
+
+
+GUARDED: Mapping[str, Callable[[torch.dtype], Source]] = {
+    **{f"{name}, guarded": _forward(_watched(work)) for name, work in WORKS.items()},
+    "pivoted, guarded": _forward(_watched(PIVOTED["pivoted"])),
+    **{f"{name}, guarded": _decode(_watched(work)) for name, work in DECODED.items()},
+    **{f"lookup, {name}, guarded": _watched_lookup(spec) for name, spec in TABLES.items()},
+}
+"""Every family with its check."""
 
 _small, _odd = low_rank(30, 24, 8), low_rank(7, 24, 20)
 SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {

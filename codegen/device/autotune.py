@@ -72,7 +72,7 @@ def _source(
 
 def emit(work: Work, choice: Choice) -> Source:
     make = triton_source.decode if choice.family == "decode" else triton_source.forward
-    return make(work, choice.tiles)
+    return make(work, tiles.limited(work, choice.tiles))
 
 
 def candidates(work: Work, dtype: torch.dtype, rows: int) -> Iterator[Choice]:
@@ -157,7 +157,7 @@ def _recorded(
 
 def _key(work: Work, dtype: torch.dtype, most: int, precision: str) -> str:
     """Everything that the time depends on."""
-    return f"{work.to_text()} {dtype} {precision} {most}"
+    return f"{work.unguarded.to_text()} {dtype} {precision} {most}"
 
 
 @lru_cache(maxsize=16)
@@ -203,7 +203,7 @@ def tune(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
     if not device.startswith("cuda"):
         raise ValueError(f"kernels are timed on a GPU, not on {device}")
     with torch.cuda.device(device):  # whose streams are timed
-        return _tuned(work, dtype, rows, device)
+        return _tuned(work.unguarded, dtype, rows, device)
 
 
 def _tuned(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
@@ -214,6 +214,8 @@ def _tuned(work: Work, dtype: torch.dtype, rows: int, device: str) -> Choice:
         return values.to(dtype)
 
     inputs = [draw(shape) for shape in work.input_shapes(rows)]
+    for k in work.orders:
+        inputs[k] = torch.randperm(len(inputs[k]), generator=generator, device=device).int()
     outputs = [inputs[0].new_empty(rows, width) for width in work.results]
     flush = torch.empty(_FLUSHED // 4, dtype=torch.int32, device=device)
     best: tuple[float, Choice] | None = None

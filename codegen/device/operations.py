@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorize.codegen.device import autotune, launch, reference
+from tensorize.base.tensors import is_index
+from tensorize.codegen.device import autotune, guarded, launch, reference
 from tensorize.codegen.device.triton_env import DTYPES, check_device
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
@@ -119,16 +120,26 @@ def _contract(
     return y, t
 
 
-def _launch(work: Work, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """One launch, of inputs of any leading shape."""
+def _launch(
+    work: Work,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    known: Sequence[guarded.Known] = (),
+) -> Tensor | None:
+    """One launch, of inputs of any leading shape; what it counted, where it is guarded."""
     rows = _rows(inputs[0])
     source = autotune.source(work, rows.dtype, rows.shape[0], str(rows.device))
     assert source is not None, work
+    wrong = None
+    if work.guarded:
+        own, wrong = guarded.operands(work, source.checked, work.cores(inputs), known)
+        inputs = [*inputs, *own, wrong]
     others = [
         _rows(tensor) if name.startswith("residual") else tensor.contiguous()
         for name, tensor in zip(source.inputs[1:], inputs[1:], strict=True)
     ]
     launch.run(source, rows, *others, *(y.view(-1, y.shape[-1]) for y in outputs))
+    return wrong
 
 
 @lru_cache(maxsize=4096)
@@ -165,6 +176,41 @@ def _fused(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
 def _(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
     x = inputs[0]
     return [x.new_empty(*x.shape[:-1], width) for width in work_of(work).results]
+
+
+@torch.library.custom_op("tensorize::triton_guarded", mutates_args=())
+def _guarded(
+    inputs: Sequence[Tensor],
+    work: str,
+    signs: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    limits: Sequence[float],
+) -> list[Tensor]:
+    """As ``triton_fused``, with a check of every product; last comes how many rows of each weight
+    were wrong (int32).
+
+    ``signs``, ``sums``: what is known of every weight; ``limits``: two numbers for each.
+    """
+    what, x = work_of(work), inputs[0]
+    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    every = zip(signs, sums, limits[::2], limits[1::2], strict=True)
+    known = [guarded.Known(*each) for each in every]
+    wrong = _launch(what, inputs, results, known)
+    assert wrong is not None
+    return [*results, wrong]
+
+
+@_guarded.register_fake
+def _(
+    inputs: Sequence[Tensor],
+    work: str,
+    signs: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    limits: Sequence[float],
+) -> list[Tensor]:
+    x, what = inputs[0], work_of(work)
+    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    return [*results, x.new_empty(len(what.specs), dtype=torch.int32)]
 
 
 @torch.library.custom_op("tensorize::triton_core_gradients", mutates_args=())
@@ -269,11 +315,13 @@ class TritonContraction:
     def __call__(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         learning = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
         gradients = learning or (torch.is_grad_enabled() and x.requires_grad)
-        if (self.measured and gradients) or (learning and not self.gradients):
+        without = self.measured or self.spec.pivoted  # kernels whose gradients nobody has
+        if (without and gradients) or (learning and not self.gradients):
             return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, cores = x.to(dtype), [core.to(dtype) for core in cores]
+            x = x.to(dtype)
+            cores = [core if is_index(core) else core.to(dtype) for core in cores]
             bias = None if bias is None else bias.to(dtype)
         if x.dtype not in DTYPES or cores[0].dtype != x.dtype:
             return products.matmul(self.spec, self.planned, cores, x, self.contract, bias)
@@ -294,8 +342,13 @@ class TritonContraction:
 
 def why_not(spec: TTSpec) -> str | None:
     """The reason why a weight of this spec has no kernels, None where it has."""
-    reasons = (covered(spec, side) for side in OTHER)
+    reasons = (covered(spec, side) for side in _sides(spec))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _sides(spec: TTSpec) -> tuple[str, ...]:
+    """The sides that kernels are to contract: of pivoted weights x meets one only."""
+    return ("columns",) if spec.pivoted else tuple(OTHER)
 
 
 def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonContraction]:
@@ -308,11 +361,11 @@ def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonCon
 
     def contraction(contract: str) -> TritonContraction:
         side = "columns" if contract == "lookup" else contract
-        gradients = _has_gradients(spec, side)
+        gradients = not spec.pivoted and _has_gradients(spec, side)
         return TritonContraction(spec, text, contract, gradients, measured, planned)
 
     lookup = () if measured or covered(spec, "lookup") else ("lookup",)
-    return {contract: contraction(contract) for contract in (*OTHER, *lookup)}
+    return {contract: contraction(contract) for contract in (*_sides(spec), *lookup)}
 
 
 # --------------------------------------------------------------------- what graphs are fused by
@@ -323,6 +376,7 @@ class Launches:
 
     contract = torch.ops.tensorize.triton_contract.default
     fused = torch.ops.tensorize.triton_fused.default
+    guarded = torch.ops.tensorize.triton_guarded.default
 
     def uses(self, work: Work, x: Tensor, measured: bool) -> bool:
         """Whether a launch is used for x; ``measured``: only where it was seen to win."""

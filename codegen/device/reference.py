@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorize.formats import low_rank
 from tensorize.ir.work import Norm, Work
 from tensorize.weight import products
 from tensorize.weight.contractions import contractions
@@ -30,10 +31,11 @@ def run(work: Work, inputs: Sequence[Tensor]) -> list[Tensor]:
     product: Tensor | None = None
     for spec in work.specs:
         left = next(operands)
-        others = [] if product is not None else [next(operands) for _ in spec.cores[1:]]
+        count = len(spec.cores) - 1 + len(spec.indices)
+        others = [] if product is not None else [next(operands) for _ in range(count)]
         bias = next(operands) if work.epilogue.bias else None
         if work.shared:
-            product = F.linear(x, *others) if product is None else product
+            product = low_rank.product(x, *others) if product is None else product
             found.append(F.linear(product, left, bias))
         else:
             cores = (left, *others)

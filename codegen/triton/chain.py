@@ -12,6 +12,8 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 
+from tensorize.codegen.triton import guard
+from tensorize.codegen.triton.guard import Check, Outputs
 from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton.pair import epilogue, inner_loop
 from tensorize.codegen.triton.roles import NotCovered, Tiles, sides
@@ -76,7 +78,7 @@ class _Widths:
         return None if axis is None or self.size[axis] == width else self.size[axis]
 
 
-def check(spec: TTSpec, contract: str) -> None:
+def check_on_chip(spec: TTSpec, contract: str) -> None:
     """Raises NotCovered where the accumulators of 16 rows do not fit into registers."""
     widths = _Widths(spec, contract)
     last = len(spec.cores) - 1
@@ -102,7 +104,7 @@ def block_rows(spec: TTSpec, contract: str, most: int) -> int:
 def forward(work: Work, tiles: Tiles) -> Source:
     """y = epilogue(x Wᵀ) of one chain; one output index of the last core is a program's own."""
     (spec,) = work.specs
-    check(spec, work.contract)
+    check_on_chip(spec, work.contract)
     widths = _Widths(spec, work.contract)
     cores, last = widths.cores, len(spec.cores) - 1
     if cores[last].summed is None:
@@ -115,19 +117,34 @@ def forward(work: Work, tiles: Tiles) -> Source:
     if out:
         text(f"{out} = part")
     programs = spec.size[out] if out else 1
+    grid = (out,) if out else ()
+    checked = [Outputs(tuple((axis, spec.size[axis]) for axis in y_axes), programs, grid)]
+    check = Check(text, work, (0,), checked, tiles.rows)
+    check.start("part")
     for k in range(last, 0, -1):
         text.vector(f"r{k}", "", widths.rank(k))
     columns = [_columns(text, widths, k) for k in range(last)]
-    _level(text, widths, tiles, known["x"], columns, 0)
+    _level(text, widths, tiles, known["x"], columns, 0, check)
     block = _output_rows(text, widths, tiles)
     text("y_tile = t0")
+    check.see_all(0, "y_tile", (block, columns[0]), _rows_of(widths, tiles, 0) // tiles.rows)
+    check.count(0)
     epilogue(text, work, known, (0,), "", block, columns[0])
     y = known["y"] if cores[0].out else known["y"].over(NONE)
     text.store(y, (block, columns[0]), "y_tile.to(y.dtype.element_ty)")
     inputs = [operand for name, operand in known.items() if name != "y"]
-    body = Body(tuple(text.lines), tuple(known.values()), programs)
+    inputs += guard.operands(work, checked)
+    body = Body(tuple(text.lines), (*known.values(), *check.operands), programs)
     about = title(work, "y = x through the cores from the last to the first, all on chip")
-    return assemble("chain", about, [body], inputs=inputs, outputs=[known["y"]], tiles=tiles)
+    return assemble(
+        "chain",
+        about,
+        [body],
+        inputs=inputs,
+        outputs=[known["y"]],
+        tiles=tiles,
+        checked=checked,
+    )
 
 
 def _operands(work: Work, x_axes: tuple[str, ...], y_axes: tuple[str, ...]) -> list[Operand]:
@@ -163,7 +180,13 @@ def _rows_of(widths: _Widths, tiles: Tiles, k: int) -> int:
 
 
 def _level(
-    text: Lines, widths: _Widths, tiles: Tiles, x: Operand, columns: list[Dimension], k: int
+    text: Lines,
+    widths: _Widths,
+    tiles: Tiles,
+    x: Operand,
+    columns: list[Dimension],
+    k: int,
+    check: Check,
 ) -> None:
     """t_k = what x through the cores from the last to k leaves."""
     core, last = widths.cores[k], len(widths.cores) - 1
@@ -174,9 +197,9 @@ def _level(
         loop = text.block(f"for {core.summed} in range({widths.size[core.summed]})")
     with loop:
         if k + 1 == last:
-            _first(text, widths, tiles, x)
+            _first(text, widths, tiles, x, check)
         else:
-            _level(text, widths, tiles, x, columns, k + 1)
+            _level(text, widths, tiles, x, columns, k + 1, check)
         rank = (Axis(f"r{k + 1}", f"r{k + 1}", widths.limit(f"r{k + 1}", widths.rank(k + 1))),)
         operand = core.operand if k or core.out else core.operand.over(NONE)
         text.load("w", operand, (rank, columns[k]))
@@ -187,7 +210,7 @@ def _level(
         text.dot(f"t{k}", f"rows_of_t{k}", "w")
 
 
-def _first(text: Lines, widths: _Widths, tiles: Tiles, x: Operand) -> None:
+def _first(text: Lines, widths: _Widths, tiles: Tiles, x: Operand, check: Check) -> None:
     """x meets the last core."""
     last = len(widths.cores) - 1
     core = widths.cores[last]
@@ -198,6 +221,7 @@ def _first(text: Lines, widths: _Widths, tiles: Tiles, x: Operand) -> None:
     with inner_loop(text, axis, "0", str(widths.size[axis]), tile, widths.size[axis]):
         inner = (Axis(axis, axis, widths.size[axis] if widths.size[axis] % tile else None),)
         text.load("x_tile", x, ((Axis("b", "b", "rows"),), inner))
+        check.meet(inner)
         rank = (Axis(f"r{last}", f"r{last}", widths.limit(f"r{last}", widths.rank(last))),)
         text.load("w", core.operand, (inner, rank))
         text.dot(f"t{last}", "x_tile", "w")
@@ -241,6 +265,11 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     text.note("A row that the table lacks gives what no one takes for a result.")
     text(f"inside = (number >= 0) & (number < {math.prod(spec.row_modes)})")
     text("left = tl.where(inside, number, 0)")
+    checked = [Outputs(tuple((axis, spec.size[axis]) for axis in spec.columns))]
+    check = Check(text, work, (0,), checked, 1, looked_up=True)
+    if work.guarded:
+        text("asked = left + tl.arange(0, 1)")
+        check.look_up("asked")
     for k in range(len(spec.cores) - 1, -1, -1):
         mode = spec.row_modes[k]
         if mode > 1:
@@ -286,19 +315,22 @@ def lookup(work: Work, tiles: Tiles) -> Source:
             digit = f"i // {inside} % {out[k]}" if inside > 1 else f"i % {out[k]}"
             text(f"n{k}_of_i = {digit}")
             block.append(Axis(f"n{k}", f"n{k}_of_i", _limit(spec, f"n{k}", out[k])))
+    check.see_all(0, "y_tile", (tuple(block), columns), rows)
+    check.count(0)
     text('y_tile = tl.where(inside, y_tile, float("nan"))')
     place = y.over("n0").over(f"n{last}")
     text.store(place, (tuple(block), columns), "y_tile.to(y.dtype.element_ty)")
-    body = Body(tuple(text.lines), (row, *operands, y), 1)
+    body = Body(tuple(text.lines), (row, *operands, y, *check.operands), 1)
     about = title(work, "y = rows of W by number, from one slice of every core", planned=False)
     return assemble(
         "lookup",
         about,
         [body],
-        inputs=[row, *operands],
+        inputs=[row, *operands, *guard.operands(work, checked, looked_up=True)],
         outputs=[y],
         tiles=replace(tiles, rows=1),
         rows_of="row",
+        checked=checked,
     )
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from tensorize.codegen.triton import guard
+from tensorize.codegen.triton.guard import Check, Outputs
 from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
 from tensorize.codegen.triton.pair import (
     apply_norm,
@@ -24,9 +26,8 @@ from tensorize.codegen.triton.pair import (
     operands,
     scale_of,
     start_norm,
-    suffix,
 )
-from tensorize.codegen.triton.roles import NotCovered, Tiles, is_pair, roles
+from tensorize.codegen.triton.roles import NotCovered, Tiles, is_pair, roles, suffix
 from tensorize.codegen.triton.text import DOT, Axis, Dimension, Lines, Operand, power, quotient
 from tensorize.ir.work import Work
 
@@ -43,16 +44,23 @@ def decode(work: Work, tiles: Tiles) -> Source:
     groups = [(0, 1)] if work.gated else [(k,) for k in range(len(work.specs))]
     cuts = [_Cut(work, tiles, group) for group in groups]
     counters = sum(cut.slices for cut in cuts)
+    checked = [
+        _checked(work, cut, k) for group, cut in zip(groups, cuts, strict=True) for k in group
+    ]
     bodies, scratch, first = [], {}, 0
     for group, cut in zip(groups, cuts, strict=True):
-        bodies.append(_body(work, tiles, group, cut, first, counters))
+        bodies.append(_body(work, tiles, group, cut, first, counters, checked))
         first += cut.slices
         for k in group:
             scratch[f"shares{suffix(work, k)}"] = f"{cut.shares}, rows, {work.outs[k]}"
         if work.norm is not None:
             end = suffix(work, group[0])
             scratch[f"norms{end}"] = f"{cut.slices}, {cut.inner_slices}, rows"
+        if work.guarded:
+            end, sums = suffix(work, group[0]), len(group) + 1
+            scratch[f"checks{end}"] = f"{cut.slices}, {sums}, {cut.inner_slices}, rows"
     inputs, outputs = operands(work)
+    inputs += guard.operands(work, checked)
     what = "y = (x c1ᵀ) c0ᵀ for few rows" if work.contract == "columns" else "y = (x c0) c1"
     return assemble(
         "decode",
@@ -63,7 +71,14 @@ def decode(work: Work, tiles: Tiles) -> Source:
         tiles=tiles,
         scratch=scratch,
         counters=counters,
+        checked=checked,
     )
+
+
+def _checked(work: Work, cut: _Cut, k: int) -> Outputs:
+    size, role = work.specs[k].size, roles(work.specs[k], work.contract)
+    axes = tuple((axis, size[axis]) for axis in role.y)
+    return Outputs(axes, cut.slices, (), cut.outer, cut.outer_slice)
 
 
 class _Cut:
@@ -92,7 +107,13 @@ class _Cut:
 
 
 def _body(
-    work: Work, tiles: Tiles, group: Sequence[int], cut: _Cut, first_counter: int, counters: int
+    work: Work,
+    tiles: Tiles,
+    group: Sequence[int],
+    cut: _Cut,
+    first_counter: int,
+    counters: int,
+    checked: Sequence[Outputs],
 ) -> Body:
     role = roles(work.specs[0], work.contract)
     known = {o.name: o for part in operands(work) for o in part}
@@ -116,16 +137,18 @@ def _body(
     row_block(text, tiles, narrow=True)
     many = f"{cut.slices} slices of outputs, {cut.rank_slices} of the rank"
     text.note(f"{many}, {cut.inner_slices} of the summed entries.")
+    check = Check(text, work, group, checked, tiles.rows)
     text(f"piece = part % {cut.slices}")
     text(f"share = part // {cut.slices}")
     text(f"rank_slice = share % {cut.rank_slices}")
-    if cut.inner_slices > 1 or work.norm is not None:
+    if cut.inner_slices > 1 or work.norm is not None or work.guarded:
         text(f"inner_slice = share // {cut.rank_slices}")
     text.vector("r", f"rank_slice * {cut.rank_tile}", cut.rank_tile)
     heads = group[:1] if work.shared else group
     for k in heads:
         text.zeros(_name("t", heads, k), tiles.rows, cut.rank_tile)
     start_norm(text, work, tiles.rows)
+    check.start("piece")
     inner_limit = cut.inner_size if cut.inner_size % cut.inner_tile else None
     inner = (Axis(cut.inner, cut.inner, inner_limit),)
     if cut.inner_slices > 1:
@@ -140,6 +163,7 @@ def _body(
     with inner_loop(text, cut.inner, *bounds, cut.inner_tile, cut.inner_size):
         text.load("x_tile", known["x"], (block, inner))
         apply_norm(text, work, role, inner)
+        check.meet(inner)
         for k in heads:
             first = core(work, k, role.first)
             text.load("first", first, (inner, _rank(work, cut, k)))
@@ -169,10 +193,13 @@ def _body(
             if work.norm is not None:
                 text("y_tile = y_tile / seen[:, None]")
             text.store(shares[k], (block, outer), "y_tile")
-    if work.norm is not None:
+    if work.norm is not None or work.guarded:
         with text.block("if rank_slice == 0"):
-            text.store(norms, (block,), "squares")
-        used.append(norms)
+            if work.norm is not None:
+                text.store(norms, (block,), "squares")
+                used.append(norms)
+            for number, name in enumerate(check.sums_of_x):
+                text.store(_checks(work, group, cut, number), (block,), name)
     text.note(
         "Each wave of threads counts, once it has written: a barrier waits for no stores on AMD."
     )
@@ -194,6 +221,16 @@ def _body(
                 text.load("parts", norms, (slices, block), ['cache_modifier=".cg"'])
                 text("squares += tl.sum(parts, 0)")
             text(f"scale = {scale_of(work)}")
+        for number, name in enumerate(check.sums_of_x):
+            text.zeros(name, tiles.rows)
+            with _some_at_once(text, "inner_slice", cut.inner_slices) as slices:
+                kept = _checks(work, group, cut, number)
+                text.load("parts", kept, (slices, block), ['cache_modifier=".cg"'])
+                text(f"{name} += tl.sum(parts, 0)")
+        if work.norm is not None:
+            check.scale("scale")
+        for k in group:
+            check.begin(k)
         with inner_loop(text, cut.outer, "low_output", last, cut.outer_tile, cut.outer_size):
             for k in group:
                 text.zeros(_result(group, k), tiles.rows, cut.outer_tile)
@@ -206,14 +243,28 @@ def _body(
             if work.norm is not None:
                 for k in group:
                     text(f"{_result(group, k)} *= scale[:, None]")
+            for k in group:
+                check.see(k, _result(group, k), outer)
             used += epilogue(text, work, known, group, end, block, outer)
             y = known[f"y{end}"]
             text.store(y, (block, outer), f"y_tile.to({y.name}.dtype.element_ty)")
             used.append(y)
+        for k in group:
+            check.count(k)
         text("tl.store(counter, 0)")
     if work.norm is not None:
         used.append(known["gain"])
+    if work.guarded:
+        used += [*check.operands, _checks(work, group, cut, 0)]
     return Body(tuple(text.lines), (*used, *shares.values()), cut.slices * cut.shares)
+
+
+def _checks(work: Work, group: Sequence[int], cut: _Cut, number: int) -> Operand:
+    """Where a program leaves one of its check's sums over x, for the last one to arrive."""
+    before = ((f"{number * cut.inner_slices}", "rows"),) if number else ()
+    every = f"{(len(group) + 1) * cut.inner_slices} * rows"
+    strides = (("piece", every), *before, ("inner_slice", "rows"), ("b", 1))
+    return Operand(f"checks{suffix(work, group[0])}", strides, "float32")
 
 
 @contextlib.contextmanager

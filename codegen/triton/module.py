@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tensorize.codegen.triton.guard import Outputs
 from tensorize.codegen.triton.roles import NotCovered, Tiles, flops_a_row, roles
 from tensorize.codegen.triton.text import Lines, Operand
 from tensorize.ir.orders import Tree
@@ -33,7 +34,8 @@ class Source:
     """The text of a kernel and how it is called.
 
     ``name`` is the kernel's function; ``text`` also defines ``launch(*tensors, precision, widen)``,
-    whose tensors are ``inputs`` then ``outputs``. ``results`` says of each output its columns.
+    whose tensors are ``inputs`` then ``outputs``. ``checked``: which outputs of every weight the
+    programs have, whose sums they are to be given.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Source:
     tiles: Tiles
     programs: int
     counters: int = 0
+    checked: tuple[Outputs, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -80,6 +83,7 @@ def assemble(
     scratch: Mapping[str, str] | None = None,
     counters: int = 0,
     rows_of: str = "x",
+    checked: Sequence[Outputs] = (),
 ) -> Source:
     """The module's text: docstring, ``dot``, the bodies, the kernel and its ``launch``.
 
@@ -89,6 +93,7 @@ def assemble(
         scratch: workspaces by name, and the shape of each (in terms of ``rows``).
         counters: int32 zeros that the kernel needs a row block, and leaves as zeros.
         rows_of: the input whose first size is the number of rows.
+        checked: the outputs of every program, for checks.
     """
     scratch = dict(scratch or {})
     operands = list(dict.fromkeys(o for body in bodies for o in body.operands))
@@ -150,6 +155,7 @@ def assemble(
         tiles,
         programs,
         counters,
+        tuple(checked) if any(o.name == "wrong" for o in inputs) else (),
     )
 
 
@@ -233,6 +239,10 @@ def title(work: Work, what: str, *, planned: bool = True) -> list[str]:
         lines.append(f"{name} {spec.shape}: {cores}; {sizes}.")
     if work.shared:
         lines.append("All have the first factor of W_0, whose product with x is computed once.")
+    if any(spec.pivoted for spec in work.specs):
+        lines.append("V is the identity in the columns that order names first: they are not in c1.")
+    if work.guarded:
+        lines.append("Rows that are off by more than the limits are counted in wrong, by weight.")
     if work.norm is not None:
         lines.append(f"x goes through a {work.norm.kind} norm (eps {work.norm.eps}) on the way in.")
     specs = work.specs if planned else ()

@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
+from tensorize.codegen.triton import guard
+from tensorize.codegen.triton.guard import Check, Outputs
 from tensorize.codegen.triton.module import Body, Source, assemble, row_block, title
-from tensorize.codegen.triton.roles import Roles, Tiles, check_on_chip, chunks, roles
+from tensorize.codegen.triton.pivoted import REST, columns, order_of
+from tensorize.codegen.triton.roles import Roles, Tiles, check_on_chip, chunks, roles, suffix
 from tensorize.codegen.triton.text import DOT, Axis, Lines, Operand, power, quotient
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
@@ -24,14 +28,18 @@ def forward(work: Work, tiles: Tiles) -> Source:
     check_on_chip(work)
     every = tuple(range(len(work.specs)))
     groups = [every] if work.gated or work.shared else [(k,) for k in every]
-    bodies = [_body(work, tiles, group) for group in groups]
+    checked = [each for group in groups for each in _checked(work, tiles, group)]
+    bodies = [_body(work, tiles, group, checked) for group in groups]
     what = "y = (x c1ᵀ) c0ᵀ" if work.contract == "columns" else "y = (x c0) c1"
     if work.gated:
         what = f"y = {work.epilogue.activation or 'gate'}(x W_0ᵀ) · (x W_1ᵀ)"
     inputs, outputs = operands(work)
+    inputs += guard.operands(work, checked)
     name = "gated" if work.gated else "grouped" if len(every) > 1 else "pair"
     about = title(work, f"{what}, what is between the cores stays on chip")
-    return assemble(name, about, bodies, inputs=inputs, outputs=outputs, tiles=tiles)
+    return assemble(
+        name, about, bodies, inputs=inputs, outputs=outputs, tiles=tiles, checked=checked
+    )
 
 
 def lookup(work: Work, tiles: Tiles) -> Source:
@@ -41,7 +49,13 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     row, y = Operand("row", (("b", 1),), "int64"), Operand.rows("y", spec.columns, spec.size)
     role = roles(spec, "rows")
     text = Lines()
+    outer_tile, outputs = _outer_tile(tiles, spec.size[role.outer]), spec.size[role.outer]
+    programs = quotient(outputs, _slice(tiles, outputs))
+    width = _of_each(outputs, programs, outer_tile)
+    checked = [Outputs(((role.outer, outputs),), programs, (), role.outer, width)]
+    check = Check(text, work, (0,), checked, tiles.rows, looked_up=True)
     row_block(text, tiles)
+    check.start("part")
     widths = chunks(spec.size[role.link])
     table, second = (Operand.of(f"c{k}", spec.cores[k], spec.size) for k in range(2))
     block = (Axis("b", "b", "rows"),)
@@ -49,20 +63,30 @@ def lookup(work: Work, tiles: Tiles) -> Source:
     text.note("A row that the table lacks gives what no one takes for a result.")
     text(f"inside = (number >= 0) & (number < {spec.size[role.inner]})")
     text("number = tl.where(inside, number, 0)")
+    check.look_up("number")
+    check.begin(0)
     ranks = _ranks(text, spec, role, widths)
     for k, rank in enumerate(ranks):
         text.load(f"t{k}", table, ((Axis(role.inner, "number"),), rank))
-    outer_tile = _outer_tile(tiles, spec.size[role.outer])
-    outputs = spec.size[role.outer]
-    programs = quotient(outputs, _slice(tiles, outputs))
     with _outputs(text, outputs, role.outer, outer_tile, programs) as outer:
         _expand(text, second, ranks, outer, tiles, outer_tile, "y_tile")
+        check.see(0, "y_tile", outer)
         text('y_tile = tl.where(inside[:, None], y_tile, float("nan"))')
         text.store(y, (block, outer), "y_tile.to(y.dtype.element_ty)")
-    body = Body(tuple(text.lines), (row, table, second, y), programs)
+    check.count(0)
+    body = Body(tuple(text.lines), (row, table, second, y, *check.operands), programs)
     about = title(work, "y = rows of W by number", planned=False)
-    inputs = (row, table, second)
-    return assemble("lookup", about, [body], inputs=inputs, outputs=[y], tiles=tiles, rows_of="row")
+    inputs = [row, table, second, *guard.operands(work, checked, looked_up=True)]
+    return assemble(
+        "lookup",
+        about,
+        [body],
+        inputs=inputs,
+        outputs=[y],
+        tiles=tiles,
+        rows_of="row",
+        checked=checked,
+    )
 
 
 def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
@@ -76,6 +100,8 @@ def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
             inputs.append(Operand.of("shift", role.x, size))
     for k, spec in enumerate(work.specs):
         inputs += [core(work, k, number) for number in range(1 if work.shared and k else 2)]
+        if spec.pivoted and not (work.shared and k):
+            inputs.append(order_of(work, k))
         if work.epilogue.bias:
             inputs.append(Operand.of(f"bias{suffix(work, k)}", roles(spec, work.contract).y, size))
     for k, spec in enumerate(work.specs[:1] if work.gated else work.specs):
@@ -91,21 +117,37 @@ def operands(work: Work) -> tuple[list[Operand], list[Operand]]:
     return inputs, outputs
 
 
-def suffix(work: Work, k: int) -> str:
-    return f"_{k}" if len(work.specs) > 1 else ""
-
-
 def core(work: Work, k: int, number: int) -> Operand:
     if work.shared and number == 1:
         k = 0  # the first factor that all have
     spec = work.specs[k]
-    return Operand.of(f"c{number}{suffix(work, k)}", spec.cores[number], spec.size)
+    axes, size = spec.cores[number], dict(spec.size)
+    if spec.pivoted and number == 1:
+        axes, size[REST] = (axes[0], REST), spec.core_shapes[1][-1]
+    return Operand.of(f"c{number}{suffix(work, k)}", axes, size)
 
 
 # ----------------------------------------------------------------------------------- the body
 
 
-def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
+def _checked(work: Work, tiles: Tiles, group: Sequence[int]) -> list[Outputs]:
+    """Which outputs the programs of a body have, of every weight of its group."""
+    role = roles(work.specs[group[0]], work.contract)
+    widest = max(work.specs[k].size[role.outer] for k in group)
+    found = []
+    for k in group:
+        size = work.specs[k].size
+        width = _outer_tile(tiles, widest)
+        slices = quotient(widest, width if role.loops else _slice(tiles, widest))
+        if not role.loops:
+            width = _of_each(size[role.outer], slices, width)
+        programs = slices * math.prod(size[axis] for axis in role.grid)
+        axes = tuple((axis, size[axis]) for axis in role.y)
+        found.append(Outputs(axes, programs, role.grid, role.outer, width))
+    return found
+
+
+def _body(work: Work, tiles: Tiles, group: Sequence[int], checked: Sequence[Outputs]) -> Body:
     spec = work.specs[group[0]]
     role = roles(spec, work.contract)
     size = spec.size
@@ -114,6 +156,8 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
     widest = max(work.specs[k].size[role.outer] for k in group)
     text = Lines()
     row_block(text, tiles)
+    check = Check(text, work, group, checked, tiles.rows)
+    check.start("part")
     # Which program: a slice of the outputs, and one entry of every index of the grid.
     slices = quotient(widest, _slice(tiles, widest))
     for axis in reversed(role.grid):
@@ -135,8 +179,9 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
     with contextlib.ExitStack() as nest:
         for axis in role.loops:
             nest.enter_context(text.block(f"for {axis} in range({size[axis]})"))
-        _project(text, work, tiles, heads, role, ranks)
+        _project(text, work, tiles, heads, role, ranks, check)
         used += [core(work, k, number) for k in group for number in range(2)]
+        used += [order_of(work, k) for k in heads if work.specs[k].pivoted]
         for k in heads:
             if work.saved:
                 saved = known[f"t{suffix(work, k)}"]
@@ -150,7 +195,10 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
             for c, rank in enumerate(ranks[group[0]]):
                 text.load(f"w{c}", second, (rank, outer))
                 text.dot("y_tile", f"t{c}", f"w{c}")
+    for k in group:
+        check.begin(k)
     if role.loops:
+        check.see(group[0], "y_tile", outer)
         used += _finish(text, work, known, group, block, outer)
     else:
         results = [group] if work.gated else [(k,) for k in group]
@@ -163,9 +211,13 @@ def _body(work: Work, tiles: Tiles, group: Sequence[int]) -> Body:
                     head = k if k in heads else heads[0]
                     name, mark = _result(result, k), _mark(heads, head)
                     _expand(text, second, ranks[head], outer, tiles, outer_tile, name, mark)
+                    check.see(k, name, outer)
                 used += _finish(text, work, known, result, block, outer)
     if work.norm is not None:
         used += [known[name] for name in ("gain", "shift") if name in known]
+    for k in group:
+        check.count(k)
+    used += check.operands
     return Body(tuple(text.lines), tuple(used), programs)
 
 
@@ -186,6 +238,11 @@ def _slice(tiles: Tiles, outputs: int) -> int:
     """Outputs of one program: whole tiles."""
     tile = _outer_tile(tiles, outputs)
     return tile * quotient(min(tiles.slice, outputs), tile)
+
+
+def _of_each(outputs: int, slices: int, tile: int) -> int:
+    """Outputs of each of so many slices: whole tiles."""
+    return tile * quotient(quotient(outputs, slices), tile)
 
 
 def _outer_tile(tiles: Tiles, outputs: int) -> int:
@@ -211,11 +268,13 @@ def _project(
     group: Sequence[int],
     role: Roles,
     ranks: dict[int, list[tuple[Axis, ...]]],
+    check: Check,
 ) -> None:
     """t = norm(x) times the first core of every weight of the group, rounded to x's dtype."""
     size = work.specs[group[0]].size
     names = [(k, c, f"t{_mark(group, k)}{c}") for k in group for c in range(len(ranks[k]))]
     width = {name: chunks(work.specs[k].size[role.link])[c][1] for k, c, name in names}
+    pivoted = work.specs[group[0]].pivoted > 0
     for _, _, name in names:
         text.zeros(name, tiles.rows, width[name])
     block = (Axis("b", "b", "rows"),)
@@ -230,14 +289,37 @@ def _project(
     if work.norm is not None and work.norm.kind == "layer":
         _row_statistics(text, work.norm, x, over_row, block, inner, tiles.rows)
     rides_along = start_norm(text, work, tiles.rows)
-    with over_row():
-        text.load("x_tile", x, (block, inner))
-        apply_norm(text, work, role, inner)
+
+    def meet(met: tuple[Axis, ...]) -> None:
+        text.load("x_tile", x, (block, met))
+        apply_norm(text, work, role, met)
+        check.meet(met)
+
+    loop, held = over_row, inner
+    if pivoted:
+        n, rest = work.into, work.specs[group[0]].core_shapes[1][-1]
+        tile = min(tiles.inner, power(rest, DOT))
+        held = (axis_of(REST, rest, tile),)
+        inner = (Axis(role.inner, role.inner, n if rest % tile else None),)
+        loop = partial(inner_loop, text, REST, "0", str(rest), tile, rest)
+    with loop():
+        if pivoted:
+            within = f"{REST} < {rest}" if rest % tile else ""
+            columns(text, work, group[0], role.inner, f"{n - rest} + {REST}", within)
+        meet(inner)
         for k, c, name in names:
-            text.load("first", core(work, k, role.first), (inner, ranks[k][c]))
+            text.load("first", core(work, k, role.first), (held, ranks[k][c]))
             text.dot(name, "x_tile", "first")
+    if pivoted:
+        text.note("Where the first factor is the identity.")
+        for (rank,), (k, _, name) in zip(ranks[group[0]], names, strict=True):
+            within = f"{rank.variable} < {rank.limit}" if rank.limit is not None else ""
+            columns(text, work, k, "kept", rank.variable, within)
+            meet((Axis(role.inner, "kept", n if within else None),))
+            text(f"{name} += x_tile.to(tl.float32)")
     if rides_along:
         text(f"scale = {scale_of(work)}")
+        check.scale("scale")
     for _, _, name in names:
         if rides_along:
             text(f"{name} *= scale[:, None]")
@@ -343,7 +425,7 @@ def _outputs(
     if slices == 1:
         first, last = "0", str(outputs)
     else:
-        part = tile * quotient(quotient(outputs, slices), tile)
+        part = _of_each(outputs, slices, tile)
         text(f"low = part * {part}")
         first = "low"
         whole = outputs == part * slices

@@ -76,6 +76,11 @@ def sides(spec: TTSpec, contract: str) -> tuple[tuple[str, ...], tuple[str, ...]
     return (spec.columns, spec.rows) if contract == "columns" else (spec.rows, spec.columns)
 
 
+def suffix(work: Work, k: int) -> str:
+    """What tells the operands of several weights apart."""
+    return f"_{k}" if len(work.specs) > 1 else ""
+
+
 def roles(spec: TTSpec, contract: str) -> Roles:
     """The roles of a two-core spec, read from its named indices alone.
 
@@ -138,8 +143,11 @@ def check(work: Work) -> None:
     for spec in work.specs:
         if spec.batch:
             raise NotCovered(f"{spec} is a stack of experts")
-        if spec.pivoted:
-            raise NotCovered(f"{spec} does not store all of its second factor")
+        apart = work.gated and not work.shared
+        if spec.pivoted and (work.contract != "columns" or work.saved or apart):
+            raise NotCovered(f"{spec} has an order: x alone is read by it, by one first factor")
+        if spec.pivoted and spec.shape[-1] == spec.ranks[0]:
+            raise NotCovered(f"{spec} has no second factor")
         if any(math.prod(shape) >= 1 << 31 for shape in spec.core_shapes):
             raise NotCovered(f"a core of {spec} has more entries than 32 bits count")
         if not is_pair(spec) and not is_small_chain(spec):
@@ -180,7 +188,8 @@ def flops_a_row(spec: TTSpec, contract: str) -> int:
     if len(spec.cores) == 2:
         role = roles(spec, contract)
         times = math.prod(spec.size[axis] for axis in (*role.grid, *role.loops, role.link))
-        return 2 * times * (spec.size[role.inner] + spec.size[role.outer])
+        kept = spec.ranks[0] if spec.pivoted else 0  # columns that are added, not multiplied
+        return 2 * times * (spec.size[role.inner] - kept + spec.size[role.outer])
     open_axes, total = set(x), 0
     for core in reversed(spec.cores):
         touched = open_axes | set(core)

@@ -47,16 +47,20 @@ def decode(work: Work, tiles: Tiles) -> Source:
         NotCovered: no family computes the work.
     """
     check(work)
+    if any(spec.pivoted for spec in work.specs):
+        raise NotCovered("few rows: no columns in an order, whose sums no slice of the rank has")
     return triton_decode.decode(work, tiles)
 
 
-def lookup(spec: TTSpec, tiles: Tiles, notes: Sequence[str] = ()) -> Source:
-    """The kernel that gives rows of W by number.
+def lookup(
+    spec: TTSpec, tiles: Tiles, notes: Sequence[str] = (), *, guarded: bool = False
+) -> Source:
+    """The kernel that gives rows of W by number; ``guarded``: every one is checked.
 
     Raises:
         NotCovered: no family computes it.
     """
-    work = Work((spec,), notes=tuple(notes))
+    work = Work((spec,), "rows", guarded=guarded, notes=tuple(notes))
     check(work)
     if is_pair(spec):
         return pair.lookup(work, tiles)
@@ -69,5 +73,5 @@ def gradients(spec: TTSpec, contract: str, tiles: Tiles, notes: Sequence[str] = 
     Raises:
         NotCovered: the spec has not two cores.
     """
-    check(Work((spec,), contract))
+    check(Work((spec,), contract, saved=True))
     return pair_gradients.gradients(spec, contract, tiles, tuple(notes))

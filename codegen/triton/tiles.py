@@ -44,7 +44,7 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
     Where row blocks alone leave processors idle, each is cut into slices of the outputs, all of
     which compute the intermediate anew.
     """
-    tiles = _fitting(work, dtype)
+    tiles = limited(work, _fitting(work, dtype))
     if rows is None or not all(map(is_pair, work.specs)):
         return tiles
     if rows <= 512:
@@ -53,6 +53,24 @@ def default(work: Work, dtype: torch.dtype, rows: int | None = None) -> Tiles:
         tiles = replace(tiles, rows=min(tiles.rows, 16 if wide else 32))
     slices = max(1, PROCESSORS // -(-rows // tiles.rows))
     return replace(tiles, slice=-(-max(work.outs) // slices)) if slices > 1 else tiles
+
+
+_GATHERED = 4096
+"""Entries of x that are read by number at a time, each by an address of 64 bits of its own."""
+
+
+def limited(work: Work, tiles: Tiles) -> Tiles:
+    """Tiles that leave registers for what a work holds beside its products: the sums of a check,
+    two of every row and weight, and addresses of columns that are read by number."""
+    deep, most = len(work.specs[0].cores) > 2, tiles.rows
+    if work.guarded and (deep or work.shared):
+        most = 16 if deep else 64
+    room = _GATHERED // 2 if work.guarded or work.norm is not None else _GATHERED
+    for spec in work.specs:
+        if spec.pivoted:
+            widest = max(width for _, width in chunks(spec.ranks[0]))
+            most = min(most, max(DOT, room // widest))
+    return replace(tiles, rows=min(tiles.rows, most))
 
 
 def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
@@ -69,11 +87,14 @@ def _fitting(work: Work, dtype: torch.dtype) -> Tiles:
     if not is_pair(spec):
         # Four bytes an entry at more than 16 rows leave no registers for unaligned addresses.
         most, warps = (16, 8) if single else (64, 4)
-        return Tiles(min(rows, most), 32, 64, warps=warps, stages=2)
+        inner = 16 if single and work.guarded else 32
+        return Tiles(min(rows, most), inner, 64, warps=warps, stages=2)
     if any(size % 8 for spec in work.specs for _, size in spec.sizes):
         inner, outer = 16, min(outer, 32)  # entries are read one by one, each by its own address
     if work.norm is not None and work.norm.kind == "layer":
         rows, inner, warps = min(rows, 32), 32, 8  # two sums over the first core ride along
+    if single and any(spec.pivoted for spec in work.specs):
+        inner = 16  # with more, ptxas keeps to 64 registers, and spills some bytes
     return Tiles(rows=rows, inner=inner, outer=outer, warps=warps, stages=stages)
 
 
@@ -114,7 +135,7 @@ def default_decode(work: Work, dtype: torch.dtype, rows: int = FEW_ROWS) -> Tile
     return Tiles(
         rows=FEW_ROWS,
         inner=inner,
-        outer=64,
+        outer=32 if work.guarded and item == 4 else 64,  # with more, ptxas spills some bytes
         slice=-(-outputs // output_slices),
         rank=rank_tile,
         inner_slice=-(-work.into // inner_slices),

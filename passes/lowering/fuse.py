@@ -29,6 +29,7 @@ from tensorize.base.dynamo import VALUE, value_of
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
+from tensorize.passes.lowering.checks import Check, take_checks
 from tensorize.passes.lowering.graph import Lowered, memory_of, written
 from tensorize.passes.lowering.norms import PLUS, TIMES, one_function, written_out
 
@@ -38,10 +39,13 @@ class Kernels(Protocol):
 
     ``contract`` is that of one weight: (x, cores, bias, spec as JSON, contract, saved, measured).
     ``fused`` is that of one launch: (inputs, work as text), which gives the list of results.
+    ``guarded`` takes what is known of every weight as well, (…, signs, sums, limits), and gives how
+    many rows of each were wrong, last.
     """
 
     contract: Any
     fused: Any
+    guarded: Any
 
     def uses(self, work: Work, x: Tensor, measured: bool) -> bool:
         """Whether a launch is used for x; ``measured``: only where it was seen to win."""
@@ -58,6 +62,7 @@ class FuseKernels:
     def run(self, program: Lowered) -> Lowered:
         graph = program.graph.graph
         changed = written(graph)
+        checks = take_checks(graph, self.kernels.contract)
         fused, seen = [], set()
         for node in list(graph.nodes):
             if node.target is not self.kernels.contract or node in seen:
@@ -65,18 +70,20 @@ class FuseKernels:
             # A launch before may have given its input a new node, so readers are asked for now.
             readers = list(node.args[0].users)
             seen.update(readers)
-            found = (self._weight(reader) for reader in readers)
+            found = (self._weight(reader, checks) for reader in readers)
             for weights in _alike_in_kind([weight for weight in found if weight is not None]):
                 for launch in _launches(weights, changed):
                     attempts = (*_with_norm(launch), launch)
                     used = next((each for each in attempts if self._used(each, changed)), None)
                     if used is not None:
-                        _replace(graph, used, self.kernels.fused)
+                        _replace(graph, used, self.kernels)
                         fused.append(_record(used, program.parameters))
+        for check in checks.values():
+            check.put_back()
         many = f"{len(fused)} launches take in what is around their weights"
         return replace(program, fused=tuple(fused), summary=many)
 
-    def _weight(self, node: fx.Node) -> _Weight | None:
+    def _weight(self, node: fx.Node, checks: Mapping[fx.Node, Check]) -> _Weight | None:
         """A call of one weight, whose result alone is used."""
         if node.target is not self.kernels.contract:
             return None
@@ -85,15 +92,17 @@ class FuseKernels:
         if saved or y is None or y.target is not operator.getitem:
             return None
         spec = TTSpec.from_dict(json.loads(spec))
-        return _Weight(node, y, x, tuple(cores), bias, spec, contract, measured)
+        check = checks.get(y)
+        return _Weight(node, y, x, tuple(cores), bias, spec, contract, measured, check)
 
     def _used(self, launch: _Launch, changed: set[int]) -> bool:
         x, work = value_of(launch.x), launch.work
         if x is None or not work.fused:  # one weight by itself is what it was
             return False
-        if any(memory_of(node) in changed for node in launch.inputs):
+        inputs = [*launch.inputs, *(node for check in launch.checks for node in check.known)]
+        if any(memory_of(node) in changed for node in inputs):
             return False
-        known = all(node < min(launch.results) for node in launch.inputs)
+        known = all(node < min(launch.results) for node in inputs)
         return known and self.kernels.uses(work, x, launch.weights[0].measured)
 
 
@@ -112,6 +121,7 @@ class _Weight:
     spec: TTSpec
     contract: str
     measured: bool
+    check: Check | None
 
     @property
     def is_pair(self) -> bool:
@@ -121,9 +131,10 @@ class _Weight:
 
 def _alike_in_kind(weights: Sequence[_Weight]) -> list[list[_Weight]]:
     """Those that one launch may compute together, by what it has one of."""
-    found: dict[tuple[str, bool, bool], list[_Weight]] = defaultdict(list)
+    found: dict[tuple[Any, ...], list[_Weight]] = defaultdict(list)
     for weight in weights:
-        found[weight.contract, weight.measured, weight.bias is not None].append(weight)
+        has = weight.bias is not None, weight.check is not None
+        found[weight.contract, weight.measured, *has].append(weight)
     return list(found.values())
 
 
@@ -154,14 +165,20 @@ class _Launch:
             replace(self.epilogue, bias=weights[0].bias is not None),
             self.gated,
             shared=self._shared,
+            guarded=weights[0].check is not None,
         )
+
+    @property
+    def checks(self) -> list[Check]:
+        """Those of its weights."""
+        return [weight.check for weight in self.weights if weight.check is not None]
 
     @property
     def _shared(self) -> bool:
         weights = self.weights
         low_rank = all(weight.is_pair for weight in weights)
         columns = weights[0].contract == "columns"
-        same = len({weight.cores[-1] for weight in weights}) == 1
+        same = len({weight.cores[1:] for weight in weights}) == 1
         return len(weights) > 1 and low_rank and columns and same
 
     @property
@@ -214,6 +231,8 @@ def _gated(weight: _Weight, among: Mapping[_Weight, None], changed: set[int]) ->
     if activation is None or product is None or product.target not in TIMES:
         return None
     for up in among:
+        if weight.spec.pivoted and weight.cores[1:] != up.cores[1:]:
+            continue  # each reads the columns of x in an order of its own
         both = set(product.args) == {activated, up.y} and _next(up.y, changed) is product
         if both and up is not weight and up.is_pair:
             epilogue, taken = Epilogue(activation=activation), (weight.y, up.y, activated)
@@ -321,11 +340,21 @@ def _is_scale(node: Any, width: torch.Size, x: fx.Node) -> bool:
     return value is not None and value.shape == width and value.dtype == other.dtype  # type: ignore[union-attr]
 
 
-def _replace(graph: fx.Graph, launch: _Launch, fused: Any) -> None:
+def _replace(graph: fx.Graph, launch: _Launch, kernels: Kernels) -> None:
     """Put one call in place of the weights and of what it takes in."""
+    checks = launch.checks
+    arguments: tuple[Any, ...] = (launch.inputs, launch.work.to_text())
+    target = kernels.guarded if checks else kernels.fused
+    if checks:
+        signs, sums = ([check.known[k] for check in checks] for k in range(2))
+        arguments += (signs, sums, [limit for check in checks for limit in check.limits])
     with graph.inserting_before(min(launch.results)):
-        call = graph.call_function(fused, (launch.inputs, launch.work.to_text()))
+        call = graph.call_function(target, arguments)
         call.meta[VALUE] = [value_of(result) for result in launch.results]
+        if checks:
+            wrong = graph.call_function(operator.getitem, (call, len(launch.results)))
+            for k, check in enumerate(checks):
+                check.count(graph.call_function(operator.getitem, (wrong, k)))
         for k, result in enumerate(launch.results):
             part = graph.call_function(operator.getitem, (call, k))
             part.meta.update(result.meta)

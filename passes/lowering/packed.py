@@ -3,8 +3,7 @@
 A graph of dynamo's is not one model's own: layers of equal shapes share it when they are compiled
 one by one, and a parameter may be replaced by another. So what a pass packs is not kept in the
 graph but found at every call, by the very tensors that the graph is called with, and made again
-where one of them was changed. Writes are those that torch counts: one through ``.data`` is not
-seen, as autograd does not see it either.
+where one of them was changed (``weight/made.py``).
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch import fx
 
-from tensorize.passes.lowering.graph import Lowered, Pack, Packed
+from tensorize.passes.lowering.graph import Lowered, Packed
+from tensorize.weight.made import made_of
 
 
 def add_packed(program: Lowered, name: str, packed: Packed) -> tuple[Lowered, fx.Node]:
@@ -42,32 +40,6 @@ def with_packed(
     wanted = [(p.pack, [place[name] for name in p.names]) for p in program.packed]
 
     def run_packed(*given: Any) -> Any:
-        return run(*given, *[value(pack, [given[k] for k in at]) for pack, at in wanted])
+        return run(*given, *[made_of(pack, [given[k] for k in at]) for pack, at in wanted])
 
     return run_packed
-
-
-# By the first of the tensors: how the others and their values were, and what was made of them.
-_Made = tuple[list[TensorWeakRef], list[tuple[int, int]], Tensor]
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def value(pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
-    """What ``pack`` makes of tensors as they are now; kept as long as the first of them is."""
-    known: dict[Any, _Made] = _made.setdefault(tensors[0], {})
-    key = pack, tuple(map(id, tensors))
-    state = [(_version(tensor), tensor.data_ptr()) for tensor in tensors]
-    if key in known:
-        references, before, result = known[key]
-        same = (ref() is tensor for ref, tensor in zip(references, tensors, strict=True))
-        if before == state and all(same):
-            return result
-    with torch.no_grad():
-        result = pack([tensor.detach() for tensor in tensors])
-    known[key] = [TensorWeakRef(tensor) for tensor in tensors], state, result
-    return result
-
-
-def _version(tensor: Tensor) -> int:
-    """The number of writes to a tensor; what inference mode made does not count them."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -127,7 +127,7 @@ class Analysis:
             notes=() if why_not is None else (f"{NO_REFIT}: {why_not}",),
             rank_multiple=self.program.machine.rank_multiple if multiple is None else multiple,
             fingerprint=self.fingerprint,
-            pivots=options.backend != "triton",  # whose kernels read whole factors only
+            pivots=options.backend != "triton",  # whose other kernels read whole factors only
         )
 
     def _require(self, precision: PrecisionOption) -> None:

@@ -16,19 +16,23 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from tensorize.api.options import Options
 from tensorize.base.dynamo import compile_by_inductor, inductor_finds_a_compiler
+from tensorize.base.errors import FaultError
+from tensorize.passes.lowering.checks import guards_of
 from tensorize.passes.lowering.cleanup import RemoveDead, RemoveRepeats
 from tensorize.passes.lowering.cpu_products import ChooseProducts
 from tensorize.passes.lowering.graph import LoweringPass, lower
 from tensorize.passes.lowering.group import GroupProjections
 from tensorize.passes.lowering.orders import ComputeInOrder
-from tensorize.passes.lowering.packed import value, with_packed
+from tensorize.passes.lowering.packed import with_packed
 from tensorize.reports.attach import note_fused
 from tensorize.running.fuse_graph import fuse, has_gradients
 from tensorize.running.in_use import launches
+from tensorize.weight.made import made_of
 
 log = logging.getLogger("tensorize")
 
@@ -60,12 +64,42 @@ def lower_graph(
         passes.append(ChooseProducts(gradients))
     lowered = lower(lowered, [*passes, RemoveDead()])
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    guards = [] if gradients else guards_of(graph.graph)
     if inner == "eager":
-        return with_packed(lowered.graph.forward, lowered, names)
+        run = with_packed(lowered.graph.forward, lowered, names)
+        return _settled(run, guards) if guards else run
     given = dict(zip(names, example_inputs, strict=True))
-    packed = [value(p.pack, [given[name] for name in p.names]) for p in lowered.packed]
+    packed = [made_of(p.pack, [given[name] for name in p.names]) for p in lowered.packed]
     compiled = compile_by_inductor(lowered.graph, example_inputs, packed)
-    return with_packed(compiled, lowered, names)
+    run = with_packed(compiled, lowered, names)
+    return _settled(run, guards) if guards else run
+
+
+_ATTEMPTS = 4
+"""How often a graph is run again: while faults are many, the second run may be hit too."""
+
+
+def _settled(run: Callable[..., Any], guards: Sequence[str]) -> Callable[..., Any]:
+    """A guarded graph that is run again where it found a fault that is mended, or is gone."""
+
+    def call(*inputs: Any) -> Any:
+        told: list[FaultError] = []
+        while True:
+            result = run(*inputs)
+            try:
+                for guard in guards:
+                    torch.ops.tensorize.settle_faults([], guard)
+            except FaultError as error:
+                told.append(error)
+                if error.came_right is None or len(told) > _ATTEMPTS:
+                    raise
+                continue
+            for error in told:
+                assert error.came_right is not None
+                error.came_right()
+            return result
+
+    return call
 
 
 def _best_inner(device: str) -> str:

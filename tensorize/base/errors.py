@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tensorize.base.printer import plain
@@ -99,6 +99,9 @@ class FaultError(TensorizeError):
         ...     print(error.site)
         0.weight
     """
+
+    came_right: Callable[[], None] | None = None
+    """Of a compiled graph: it may be right when it is run again, and this is called if it was."""
 
 
 def check_one_of(

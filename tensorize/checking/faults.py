@@ -121,18 +121,24 @@ class Log:
             "weights from disk, and a machine that does it often should leave the job",
         )
 
-    def raised_by_graph(
+    def found_by_graph(
         self, weight: str, rows: int, at: Tensor, mend: Callable[[], tuple[list[Mend], list[str]]]
-    ) -> None:
-        """Take down rows that a compiled graph found wrong.
+    ) -> FaultError:
+        """Take down rows that a compiled graph found wrong; the error that is to be raised.
 
         Raises:
-            FaultError: always.
+            FaultError: ``on_fault`` is ``"raise"``.
         """
         fault = self.note(weight, f"product ({rows} rows of a compiled graph)", at, None, 1.0)
-        _, lost = mend()
+        mends, lost = mend()
         state = f"{', '.join(lost)} is damaged" if lost else "its weight is whole now"
-        raise self.refused(fault, f"a compiled graph computes nothing again; {state}")
+        error = self.refused(fault, f"a compiled graph computes nothing again; {state}")
+
+        def came_right() -> None:
+            fault.outcome = "mended" if mends else "recomputed"
+
+        error.came_right = None if lost else came_right
+        return error
 
     def skip(self, fault: Fault) -> None:
         """A gradient is wrong and stays so: the step that it was for is not taken."""

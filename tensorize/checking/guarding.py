@@ -6,7 +6,7 @@ import copy
 import math
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
+from tensorize.base.errors import FaultError
 from tensorize.base.tensors import is_plain
 from tensorize.capture.forward import of_the_model, once, untouched
 from tensorize.checking import graph
@@ -167,17 +168,30 @@ class Guard:
         Raises:
             FaultError: there was a fault: a graph computes nothing again.
         """
-        for site in self.sites.values():
-            found = int(site.count)
-            if found == 0:
-                continue
-            site.count.zero_()
+        errors: list[FaultError] = []
+        for site, found in self._taken_counts():
             found, training = found % graph.TRAINING, found // graph.TRAINING
             if not training and site.is_stale():  # the graph's sums were of the weight before
                 site.refresh()
                 continue
             found += training
-            self.log.raised_by_graph(site.name, found, site.count, self.mend)
+            errors.append(self.log.found_by_graph(site.name, found, site.count, self.mend))
+        if errors:  # one of them says it, all are in the log
+            errors[0].came_right = _together([error.came_right for error in errors])
+            raise errors[0]
+
+    def _taken_counts(self) -> list[tuple[Site, int]]:
+        """What compiled graphs counted since, where it is not 0; one copy from each device."""
+        by_device: dict[torch.device, list[Site]] = defaultdict(list)
+        for site in self.sites.values():
+            by_device[site.count.device].append(site)
+        found = []
+        for sites in by_device.values():
+            counts = torch.stack([site.count for site in sites]).tolist()
+            found += [(site, count) for site, count in zip(sites, counts, strict=True) if count]
+        for site, _ in found:
+            site.count.zero_()
+        return found
 
     def skips(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: let it do nothing where a gradient was wrong."""
@@ -213,6 +227,17 @@ class _Settle:
                 torch.ops.tensorize.settle_faults(counts, guard.key)
         elif guard.traced:
             guard.settle_counts()
+
+
+def _together(calls: Sequence[Callable[[], None] | None]) -> Callable[[], None] | None:
+    """One call for all; None where one of them is missing."""
+    known = [call for call in calls if call is not None]
+
+    def every() -> None:
+        for call in known:
+            call()
+
+    return every if len(known) == len(calls) else None
 
 
 def guard_of(model: nn.Module) -> Guard | None:

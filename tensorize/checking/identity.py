@@ -8,7 +8,7 @@ checks, which are all that lie between x and y.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -39,6 +39,11 @@ _ROWS_AT_ONCE = 4096
 
 _TRIED = 16
 """Signs that are tried for a weight."""
+
+NARROW = (torch.bfloat16, torch.float16)
+MANY = 12
+"""Sums of a product of 16 bits. Rounding is so large there that a fault of several times its size
+hides behind it in one of them, as its signs have it; in twelve it does not."""
 
 
 @lru_cache(maxsize=256)
@@ -90,6 +95,21 @@ def times(weight: Weight, x: Tensor, contract: str) -> Tensor:
         return products.matmul(spec, planned, wide_cores, x, contract)
 
 
+def unrounded(
+    made: tuple[Weight, Tensor | None], x: Tensor, contract: str, *, otherwise: Tensor
+) -> Tensor:
+    """A product as kernels have it before they round it: only what is between two factors is
+    rounded. ``otherwise``: what is taken for it of a weight that is no plain pair."""
+    weight, bias = made
+    if isinstance(weight, Tensor) or not weight.format.pair or weight.spec.pivoted:
+        return otherwise
+    left, right = (core.detach() for core in weight.plain_cores)
+    first, second = (right.t(), left.t()) if contract == COLUMNS else (left, right)
+    between = x.reshape(-1, x.shape[-1]) @ first
+    y = between.float() @ second.float()
+    return y if bias is None else y + bias.detach().float()
+
+
 def shape_of(weight: Weight) -> tuple[int, int]:
     """(M, N) of the matrix itself, however it is looked at."""
     held = weight if isinstance(weight, Tensor) else weight.spec
@@ -118,6 +138,7 @@ class Vectors:
     ``signs`` meet the outputs; ``sums`` are Wᵀ signs, and meet the inputs (of a lookup: W signs,
     one number for each row of the table); ``offset`` (1,) is what the bias adds. ``back`` checks
     the gradient of the input: gx · ``in_signs`` = gy · ``back``. ``sizes``: of a lookup's rows.
+    ``many``: signs, sums and offsets of ``MANY`` sums, for weights of 16 bits.
     """
 
     contract: str
@@ -128,6 +149,7 @@ class Vectors:
     back: Tensor | None
     in_signs: Tensor | None
     sizes: Tensor | None
+    many: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     @torch.no_grad()
@@ -155,13 +177,26 @@ class Vectors:
         elif gradients:
             inward = signs(into, device)
             back = times(weight, inward[None], contract)[0]
-        return cls(contract, state, outward, sums, offset, back, inward, sizes)
+        many = None
+        if weight.dtype in NARROW:
+            every = torch.cat([outward[None], _signs(out, _TRIED + MANY)[1 - MANY :].to(device)])
+            offsets = offset.new_zeros(MANY) if bias is None else every @ bias.detach().double()
+            many = every.t().contiguous(), times(weight, every, other_side(contract)).t(), offsets
+        return cls(contract, state, outward, sums, offset, back, inward, sizes, many)
 
     def to(self, dtype: torch.dtype) -> Vectors:
         """The same, rounded."""
         parts = (self.signs, self.sums, self.offset, self.back, self.in_signs, self.sizes)
         rounded = (None if part is None else part.to(dtype) for part in parts)
-        return Vectors(self.contract, self.state, *rounded)  # type: ignore[arg-type]
+        many = None if self.many is None else tuple(part.to(dtype) for part in self.many)
+        return Vectors(self.contract, self.state, *rounded, many)  # type: ignore[arg-type]
+
+    def with_offsets(self, other: Vectors) -> Vectors:
+        """With what the bias adds to another one."""
+        many = self.many
+        if many is not None and other.many is not None:
+            many = (*many[:2], other.many[2])
+        return replace(self, offset=other.offset, many=many)
 
     def differs(self, other: Vectors) -> bool:
         """Whether any of it is another number."""
@@ -175,7 +210,9 @@ class Vectors:
 
     @property
     def _tensors(self) -> Sequence[Tensor | None]:
-        return self.signs, self.sums, self.offset, self.back, self.in_signs, self.sizes
+        many = (None, None, None) if self.many is None else self.many
+        parts = self.signs, self.sums, self.offset, self.back, self.in_signs, self.sizes
+        return *parts, *many
 
     def expected(self, x: Tensor) -> Tensor:
         """What y · signs is to be: of inputs (B, N), or row numbers (B,)."""
@@ -184,11 +221,23 @@ class Vectors:
         return torch.addmv(self.offset, x, self.sums)
 
     def off(self, x: Tensor, y: Tensor) -> Tensor:
-        """How far each row of y (B, M) is off, either way."""
+        """How far each row of y (B, M) is off, either way; of many sums the worst."""
+        if self.many is not None:
+            signs, sums, offset = self.many
+            expected = sums[x] if self.contract == LOOKUP else torch.addmm(offset, x, sums)
+            return torch.addmm(expected, y, signs, beta=-1).abs().amax(-1)
         return torch.addmv(self.expected(x), y, self.signs, beta=-1)
 
-    def scale(self, x: Tensor) -> Tensor:
-        """What rounding is relative to, row by row."""
+    def scale(self, x: Tensor, y: Tensor) -> Tensor:
+        """What rounding is relative to, row by row; not finite where nothing is known.
+
+        It is in proportion to what is rounded: of 16 bits that is y.
+        """
         if self.sizes is not None:
             return self.sizes[x]
-        return torch.linalg.vector_norm(x, dim=-1)
+        lengths = torch.linalg.vector_norm(x, dim=-1)
+        if self.many is None:
+            return lengths
+        outward = torch.linalg.vector_norm(y, dim=-1)
+        outward = torch.where(torch.isfinite(outward), outward, 0.0)
+        return torch.where(torch.isfinite(lengths), outward, lengths)

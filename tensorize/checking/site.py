@@ -14,10 +14,10 @@ from tensorize.capture.matmul import Matmul
 from tensorize.checking import graph
 from tensorize.checking.faults import FORWARD, INPUT_GRADIENT, Fault, Mend
 from tensorize.checking.gradients import watch
-from tensorize.checking.identity import COLUMNS, LOOKUP, ROWS, Weight, times, working
+from tensorize.checking.identity import COLUMNS, LOOKUP, ROWS, Weight, times, unrounded, working
 from tensorize.checking.limits import Limit, Seen
 from tensorize.checking.memory import COUNT, state_of
-from tensorize.checking.use import Product, Use, in_rows, name_of
+from tensorize.checking.use import Product, Use, in_rows, name_of, unrounded_name
 from tensorize.weight.cores import Cores, FactoredLinear
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.low_rank import LowRankLinear
@@ -103,10 +103,12 @@ class Site:
             return None
         vectors = use.vectors(product, outputs.dtype, gradients=gradients)
         use.rows += len(outputs)
-        limit, better = use.limit(x, y), None
+        limit, better = use.limit(x, y, gradients=gradients), None
         if self.log.calibrating:
-            seen = use.seen.setdefault(name_of(x, y), Seen())
-            seen.note(vectors.off(inputs, outputs), vectors.scale(inputs))
+            seen = use.seen.setdefault(use.name(x, y, gradients=gradients), Seen())
+            seen.note(vectors.off(inputs, outputs), vectors.scale(inputs, outputs))
+            if vectors.many is not None and contract != LOOKUP and not gradients:
+                self._note_unrounded(use, product, inputs, outputs)
         elif limit is None:
             self.miss(use, f"calibration saw nothing of it in {name_of(x, y)}")
         elif not use.fast(vectors, limit, inputs, outputs):
@@ -117,6 +119,16 @@ class Site:
         if gradients:
             self._watch(use, product, y)
         return better
+
+    @torch.no_grad()
+    def _note_unrounded(self, use: Use, product: Product, x: Tensor, y: Tensor) -> None:
+        """What kernels are to be held to, which check a product of 16 bits before it is rounded."""
+        exact = use.exact
+        assert exact is not None
+        y = unrounded(product.make(), product.x, use.contract, otherwise=y)
+        one = replace(exact, many=None)
+        seen = use.seen.setdefault(unrounded_name(product.x), Seen())
+        seen.note(one.off(x.double(), y.double()), one.scale(x, y))
 
     def _again(self, fault: Fault, use: Use, limit: Limit, product: Product) -> Tensor:
         """The product computed anew: with the weight as it is, and then as it was."""

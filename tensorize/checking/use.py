@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tensorize.checking.identity import LOOKUP, Vectors, Weight, rows_of, times
-from tensorize.checking.limits import Limit, Seen
+from tensorize.checking.identity import LOOKUP, NARROW, Vectors, Weight, rows_of, times
+from tensorize.checking.limits import MARGIN, NARROW_MARGIN, Limit, Seen
 from tensorize.checking.memory import state_of
 
 Found = tuple[Tensor, float]
@@ -22,6 +22,15 @@ def name_of(x: Tensor, y: Tensor) -> str:
     """The dtypes that a limit is of."""
     names = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, y))
     return " to ".join(dict.fromkeys(names))
+
+
+_LEARNING = " with gradients"
+"""Of 16 bits: what is saved for gradients is rounded where it need not be without."""
+
+
+def unrounded_name(x: Tensor) -> str:
+    """As ``name_of``, of a product of 16 bits before it is rounded."""
+    return f"{name_of(x, x)} to float32"
 
 
 @dataclass(slots=True)
@@ -55,7 +64,7 @@ class Use:
     missed: dict[str, int] = field(default_factory=dict)
     exact: Vectors | None = None
     rounded: dict[torch.dtype, Vectors] = field(default_factory=dict)
-    _by_dtype: dict[tuple[torch.dtype, torch.dtype], Limit] = field(default_factory=dict)
+    _by_dtype: dict[tuple[torch.dtype, torch.dtype, bool], Limit] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Use:
         copied = memo[id(self)] = Use(self.contract, dict(self.limits), dict(self.back_limits))
@@ -63,12 +72,16 @@ class Use:
             copied.exact = replace(copy.deepcopy(self.exact, memo), state=())
         return copied
 
-    def limit(self, x: Tensor, y: Tensor) -> Limit | None:
+    def name(self, x: Tensor, y: Tensor, *, gradients: bool) -> str:
+        """What the limit of a product goes by."""
+        return name_of(x, y) + (_LEARNING if gradients and y.dtype in NARROW else "")
+
+    def limit(self, x: Tensor, y: Tensor, *, gradients: bool) -> Limit | None:
         """The limit of these dtypes; None where calibration saw none."""
-        key = x.dtype, y.dtype
+        key = x.dtype, y.dtype, gradients
         found = self._by_dtype.get(key)
         if found is None:
-            found = self.limits.get(name_of(x, y))
+            found = self.limits.get(self.name(x, y, gradients=gradients))
             if found is not None:
                 self._by_dtype[key] = found
         return found
@@ -100,7 +113,7 @@ class Use:
         assert old is not None
         back = old.back is not None
         made = Vectors.of(weight, None, self.contract, old.state, gradients=back, outward=old.signs)
-        made = replace(made, offset=old.offset)
+        made = made.with_offsets(old)
         rounded = {dtype: made.to(dtype) for dtype in self.rounded}
         before = [old, *self.rounded.values()]
         changed = any(a.differs(b) for a, b in zip([made, *rounded.values()], before, strict=True))
@@ -111,6 +124,8 @@ class Use:
     def fast(self, vectors: Vectors, limit: Limit, x: Tensor, y: Tensor) -> bool:
         """Whether no row can be wrong, by one number of all rows."""
         off = vectors.off(x, y)
+        if vectors.many is not None:  # whose noise is near its limit: each row by its own
+            return _beyond(off, vectors.scale(x, y), limit) is None
         return float(torch.linalg.vector_norm(off, torch.inf)) <= limit.floor
 
     def wrong(self, limit: Limit, x: Tensor, y: Tensor) -> Found | None:
@@ -120,7 +135,8 @@ class Use:
         """
         assert self.exact is not None
         x = x.double() if x.is_floating_point() else x
-        return _beyond(self.exact.off(x, y.double()), self.exact.scale(x), limit)
+        y = y.double()
+        return _beyond(self.exact.off(x, y), self.exact.scale(x, y), limit)
 
     def wrong_back(self, limit: Limit, gy: Tensor, gx: Tensor) -> Found | None:
         """The same of the gradient of the input."""
@@ -147,15 +163,24 @@ class Use:
         """Make limits of what was seen."""
         for seen, limits in ((self.seen, self.limits), (self.back_seen, self.back_limits)):
             for name, part in seen.items():
-                made = part.limit(self._rounding(name))
+                narrow = seen is self.seen and self._is_narrow(name)
+                margin = NARROW_MARGIN if narrow else MARGIN
+                made = part.limit(self._rounding(name, narrow=narrow), margin)
                 if made is not None:
                     limits[name] = made
             seen.clear()
 
-    def _rounding(self, dtypes: str) -> float:
+    def _is_narrow(self, dtypes: str) -> bool:
+        """Whether limits of these dtypes are of many sums, relative to y."""
+        many = self.exact is not None and self.exact.many is not None
+        return many and not dtypes.endswith(" to float32")
+
+    def _rounding(self, dtypes: str, *, narrow: bool) -> float:
         """What one rounding of all outputs does to a row of scale 1, about."""
         assert self.exact is not None
-        eps = torch.finfo(getattr(torch, dtypes.split(" to ")[-1])).eps
+        eps = torch.finfo(getattr(torch, dtypes.removesuffix(_LEARNING).split(" to ")[-1])).eps
+        if narrow:
+            return eps / 4
         if self.exact.sizes is not None:
             return eps
         return eps * float(self.exact.sums.norm()) / math.sqrt(len(self.exact.sums))

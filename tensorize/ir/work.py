@@ -6,11 +6,15 @@ Passes find it in graphs, code generators make text of it, and an operation take
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 from tensorize.base.records import plain, record
 from tensorize.ir.spec import TTSpec
+
+_Input = TypeVar("_Input")
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 NORMS = ("rms", "layer")
@@ -51,10 +55,12 @@ class Work:
     ``gated``: two weights, one result: activation(x W_0ᵀ) · (x W_1ᵀ), then scale and residual.
     ``shared``: all weights have the first factor of the first one, whose product with x they use.
     ``saved``: the intermediate of the two cores is stored as well, for the gradients.
+    ``guarded``: every product is checked, and the rows that are wrong are counted.
     ``notes`` are lines on the plan that it comes from.
 
-    Its inputs, in this order: x; the norm's gain and shift; the cores and the bias of every weight
-    (a shared first factor once); a residual for every result.
+    Its inputs, in this order: x; the norm's gain and shift; the cores, the order of the columns
+    where the weight is pivoted, and the bias of every weight (a shared first factor and its order
+    once); a residual for every result.
     """
 
     specs: tuple[TTSpec, ...]
@@ -64,6 +70,7 @@ class Work:
     gated: bool = False
     shared: bool = False
     saved: bool = False
+    guarded: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -91,6 +98,7 @@ class Work:
             "gated" if self.gated else "",
             "" if what.scale is None else f"scale {what.scale:g}",
             "residual" if what.residual else "",
+            "guard" if self.guarded else "",
         )
         return ", ".join(part for part in found if part)
 
@@ -100,15 +108,39 @@ class Work:
         if self.norm is not None:
             found += [(self.into,)] * (2 if self.norm.kind == "layer" else 1)
         for k, spec in enumerate(self.specs):
-            found += spec.core_shapes[: 1 if self.shared and k else None]
+            held = (*spec.core_shapes, *(index.shape for index in spec.indices))
+            found += held[: 1 if self.shared and k else None]
             found += [(self.outs[k],)] * self.epilogue.bias
         return found + [(rows, width) for width in self.results] * self.epilogue.residual
+
+    def cores(self, inputs: Sequence[_Input]) -> list[tuple[_Input, ...]]:
+        """Of its inputs the cores of every weight, a shared one in each."""
+        rest = list(inputs[1 + (0 if self.norm is None else 1 + (self.norm.kind == "layer")) :])
+        found: list[tuple[_Input, ...]] = []
+        for k, spec in enumerate(self.specs):
+            own = 1 if self.shared and k else len(spec.core_shapes) + len(spec.indices)
+            cores, rest = rest[:own], rest[own + self.epilogue.bias :]
+            found.append((*cores, *(found[0][1:] if self.shared and k else ())))
+        return found
+
+    @property
+    def orders(self) -> list[int]:
+        """The places of the orders among its inputs."""
+        cores = self.cores(range(len(self.input_shapes(1))))
+        places = (c[-1] for c, spec in zip(cores, self.specs, strict=True) if spec.pivoted)
+        return list(dict.fromkeys(places))
+
+    @property
+    def unguarded(self) -> Work:
+        """The same without checks, which is cut and timed as this is."""
+        return replace(self, guarded=False) if self.guarded else self
 
     def to_text(self) -> str:
         """As JSON, for an operation to take; ``work_of`` reads it."""
         data = plain(self)
         named = ("specs", "norm", "epilogue", "contract", "gated", "shared", "saved")
-        return json.dumps({name: data[name] for name in named})
+        guarded = ("guarded",) if self.guarded else ()  # what was timed is known without
+        return json.dumps({name: data[name] for name in (*named, *guarded)})
 
 
 @lru_cache(maxsize=4096)

@@ -22,8 +22,9 @@ def kernels(model: nn.Module, example_inputs: Any = None) -> dict[str, Kernel]:
 
     ``str(kernel)`` is its source; ``kernel.compile("cuda:90")`` compiles it, without a GPU. What
     serves some numbers of rows only has their most in its name (``forward_to_64``, ``forward``).
-    Weights that no kernel family covers have none, nor have those of low rank that store no
-    identity: ``tensorize.weight.plain(model)`` gives them both factors whole.
+    Weights that no kernel family covers have none. Those of low rank that store no identity have
+    one for many rows and no gradients: ``tensorize.weight.plain(model)`` gives them both factors
+    whole, and all kernels.
 
     Args:
         example_inputs: as in ``compile``. With them the launches that take in norms, activations

@@ -76,7 +76,7 @@ class LowRankLinear(nn.Module):
         # A product that serves other layers as well is computed by itself.
         alone = not self._shares(x, right)
         if self.nonlinearity is None and (own or (alone and in_float32(x, right.shape[0]))):
-            cores = (left, right, self.order) if pivoted else (left, right)
+            cores = (left, right, self._order_in_common()) if pivoted else (left, right)
             return products.matmul(self.spec, own or {}, cores, x, "columns", bias)
         factor = (right, self._order_in_common()) if pivoted else (right,)
         if self.input_product is None or alone or torch.compiler.is_compiling():

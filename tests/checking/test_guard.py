@@ -174,6 +174,35 @@ def test_a_flip_after_a_write_is_mended_to_what_was_written() -> None:
     assert [fault.outcome for fault in faults(model)] == ["mended"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_checked_beside_their_rounding(dtype: torch.dtype) -> None:
+    with torch.enable_grad():  # gradients are calibrated as well
+        trains = net("low rank", trains=True).to(dtype)
+        model: Any = tensorize.guard(trains, calibration=data(12, 200))
+    model.requires_grad_(False)
+    draw = torch.Generator().manual_seed(99)
+    model(torch.randint(0, 50, (2000, 3), generator=draw))
+    assert faults(model) == ()
+    want = model(BATCH)
+    sign, large = 15, 13 if dtype is torch.float16 else 12
+    for seed in range(6):
+        how = {"where": "intermediates", "bits": [sign, large], "most": 1, "seed": seed}
+        before = len(faults(model))
+        with tensorize.inject(model, rate=0.4, **how) as flips:
+            got = model(BATCH)
+        moved = abs(flips[0].after - flips[0].before)
+        if flips[0].weight != "mix" and moved > 0.5:  # rounding hides what is small
+            assert len(faults(model)) > before
+            assert torch.equal(got, want)
+    weight = model.up.first.weight
+    weight.data[2, 3] += 4.0
+    assert torch.equal(model(BATCH), want)
+    assert faults(model)[-1].outcome == "mended"
+    for uses in (site.limits for site in tensorize.guard_report(model).sites):
+        assert uses
+
+
 def test_no_rows_and_inputs_by_name_are_no_trouble() -> None:
     model: Any = guarded("low rank")
     with torch.no_grad():

@@ -13,17 +13,18 @@ from tensorize.codegen.device.compiler import TARGETS
 from tensorize.codegen.triton import source, tiles
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work
-from tests.kernels import FAMILIES, SMALL
+from tests.kernels import FAMILIES, GUARDED, SMALL
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+EVERY = {**FAMILIES, **GUARDED}
 # One dtype is enough for the default run; float16 compiles as bfloat16 does.
 CASES = [
     pytest.param(
         name, target, dtype, id=f"{name}-{target}-{dtype}", marks=() if quick else pytest.mark.slow
     )
-    for name in FAMILIES
+    for name in EVERY
     for target in TARGETS
     for dtype in DTYPES
     for quick in [dtype == "bfloat16" and name in ("pair", "decode", "three cores")]
@@ -46,7 +47,7 @@ def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "target", "dtype"), CASES)
 def test_it_fits(name: str, target: str, dtype: str) -> None:
-    made = compiler.compile(FAMILIES[name](DTYPES[dtype]), target, DTYPES[dtype])
+    made = compiler.compile(EVERY[name](DTYPES[dtype]), target, DTYPES[dtype])
     assert made.spills == 0
     assert 0 < made.registers <= (256 if target.startswith("cuda") else 512)
     assert 0 < made.shared_bytes <= SHARED_LIMIT[target]

@@ -19,7 +19,7 @@ from tensorize.codegen.triton.roles import NotCovered
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
 from tensorize.passes.orders.by_flops import plan_contraction
-from tests.kernels import FAMILIES, TABLES, WORKS
+from tests.kernels import FAMILIES, GUARDED, TABLES, WORKS
 from tests.paths import GOLDEN, ROOT
 
 
@@ -27,22 +27,26 @@ def golden(name: str) -> Path:
     return GOLDEN / f"kernel_{re.sub('[^a-z]+', '_', name)}.txt"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+EVERY = {**FAMILIES, **GUARDED}
+KEPT = [*FAMILIES, *(f"{name}, guarded" for name in ("pair", "decode grouped", "three cores"))]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_text_is_golden(name: str) -> None:
     """``UPDATE_GOLDEN=1 pytest tests/codegen/triton/test_source.py`` writes them again."""
-    text = FAMILIES[name](torch.bfloat16).text
+    text = EVERY[name](torch.bfloat16).text
     if os.environ.get("UPDATE_GOLDEN"):
         golden(name).write_text(text)
     assert text == golden(name).read_text()
 
 
 def test_every_golden_text_has_its_family() -> None:
-    assert {path.name for path in GOLDEN.glob("kernel_*")} == {golden(n).name for n in FAMILIES}
+    assert {path.name for path in GOLDEN.glob("kernel_*")} == {golden(n).name for n in KEPT}
 
 
 def test_texts_are_formatted_and_clean(tmp_path: Path) -> None:
-    for name, dtype in product(FAMILIES, (torch.bfloat16, torch.float32)):
-        text = FAMILIES[name](dtype).text
+    for name, dtype in product(EVERY, (torch.bfloat16, torch.float32)):
+        text = EVERY[name](dtype).text
         (tmp_path / f"{golden(name).stem}_{str(dtype)[6:]}.py").write_text(text)
     ruff = Path(sys.executable).parent / "ruff"
     if not ruff.exists():
@@ -57,10 +61,10 @@ def test_texts_are_formatted_and_clean(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_text_runs_alone(name: str) -> None:
     """It imports torch and triton only, and defines the kernel and its launch."""
-    source = FAMILIES[name](torch.float16)
+    source = EVERY[name](torch.float16)
     tree = ast.parse(source.text)
     imported = {
         a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
