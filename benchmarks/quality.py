@@ -24,7 +24,8 @@ squares, and as TT-SVD leaves them.
 
 Results are kept by model, after every draw of text: a run of some models leaves those of the
 others as they were, and ``--resume`` adds the draws that are missing. ``--ours`` runs ours alone,
-and leaves what was measured of the other methods on the same text as it is.
+and leaves what was measured of the other methods on the same text as it is. ``--methods`` names the
+others that are wanted, as a real language model takes each of them many minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,10 +71,13 @@ Run = dict[str, dict[str, dict[str, float]]]
 # ------------------------------------------------------------------------------------ measuring
 
 
-def compare(name: str, seed: int, others: Run | None = None) -> tuple[Run, dict[str, float]]:
+def compare(
+    name: str, seed: int, others: Run | None = None, only: Collection[str] | None = None
+) -> tuple[Run, dict[str, float]]:
     """All methods on one model and one draw of text, and the rank correlation of our curves.
 
-    ``others``: what is known of the methods that are not ours, which are then not run again.
+    ``others``: what is known of the methods that are not ours, which are then not run again;
+    ``only``: those of them that are wanted.
     """
     subject = MODELS[name](seed)
     model, calibration, alone = subject.model, subject.calibration.batches, subject.sensed > 0
@@ -96,6 +100,7 @@ def compare(name: str, seed: int, others: Run | None = None) -> tuple[Run, dict[
             calibration,
             subject.calibration.alone(subject.sensed) if alone else None,
         ).methods()
+        methods = {k: v for k, v in methods.items() if only is None or k in only}
     found |= {k: v for k, v in (others or {}).items() if not k.startswith(("ours", "dense"))}
     for method, refine in OURS.items():
         if alone or refine != "polish":
@@ -253,8 +258,8 @@ def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
 def result(draws: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What is kept of one model, from what is kept of each draw of text."""
     runs = [draw["run"] for draw in draws.values()]
-    first_of = runs[0]["SVD"][str(compared(runs)[0])]
-    keys = [key for key in TITLES if key in first_of]
+    measured = next(iter(figures for method, figures in runs[0].items() if method != "dense"))
+    keys = [key for key in TITLES if key in next(iter(measured.values()))]
     return {
         "draws": draws,
         **{f"ratio_{key}": ratios(runs, key) for key in keys},
@@ -305,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ours", action="store_true", help="others as they were measured before")
     parser.add_argument("--resume", action="store_true", help="keep the draws that are there")
+    parser.add_argument("--methods", nargs="+", help="which of the others; all")
     parser.add_argument("--trains", action="store_true", help="tensor trains of ours alone")
     parser.add_argument("--predictions", action="store_true", help="predictions of ours alone")
     parser.add_argument("--budgets", type=float, nargs="+", default=MEASURED, help="of predictions")
@@ -325,7 +331,7 @@ def main() -> None:
             key = next(key for key in TITLES if key in runs[0]["ours, trains"][str(BUDGETS[0])])
             print(table(["method", *(f"{b:g} kept" for b in BUDGETS)], summary(runs, key)))
         return
-    if not options.ours:
+    if not options.ours and "TT" in (options.methods or ["TT"]):
         peers.tltorch()  # says now that it is missing
     for name in options.models:
         before = kept("quality").get(name, {}).get("draws", {})
@@ -336,7 +342,7 @@ def main() -> None:
             if str(seed) in draws:
                 continue
             known = before.get(str(seed), {}).get("run") if options.ours else None
-            run, correlation = compare(name, seed, known)
+            run, correlation = compare(name, seed, known, options.methods)
             draw = {"made_with": circumstances(), "run": run, "rank_correlation": correlation}
             # Read again: another process may have kept other draws meanwhile.
             results = kept("quality")
