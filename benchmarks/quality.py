@@ -50,7 +50,7 @@ from tensorize.base.printer import table
 from tensorize.capture.inputs import batch_of
 
 BUDGETS = (0.1, 0.25, 0.5, 0.75)
-OF_LARGE = (0.5, 0.75, 0.9)  # those of a model that takes long
+OF_LARGE = (0.75, 0.9)  # those of a model that takes long
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured
 PREDICTED = (0.25, 0.5, 0.75, 0.9)  # those at which predictions are meant to hold
 PREDICTED_ON = {"alike": "other text of the calibration's files", "unseen": "text of other files"}
@@ -105,7 +105,7 @@ def compare(
     for method, refine in OURS.items():
         if alone or refine != "polish":
             methods[method] = peers.applied(model, partial(ours.plan, refine=refine))
-    for method, options in WITHOUT.items():
+    for method, options in WITHOUT.items() if alone else ():
         methods[f"ours, {method}"] = peers.applied(model, partial(ours.plan, **options))
     for method, compress in methods.items():
         for budget in sorted({*budgets, *MEASURED[len(BUDGETS) :]} if method in OURS else budgets):
