@@ -56,17 +56,37 @@ def peculiar(
     return Peculiar(changed - whole, frozenset(whole))
 
 
+@dataclass(frozen=True)
+class Probed:
+    """A scalar whose gradients are taken, of how many output rows it is, and of how many samples
+    where the outputs have one row for each."""
+
+    scalar: Tensor
+    rows: int
+    samples: int | None
+
+
+def probing(
+    loss: PreservedLoss, batch: Batch, model: nn.Module, generator: torch.Generator
+) -> Callable[[Any], Probed]:
+    """What probes the loss of a model's outputs for a batch."""
+
+    def probe(result: Any) -> Probed:
+        return Probed(*loss.probe(result, batch, model, generator), samples_of(result, model))
+
+    return probe
+
+
 def backward(
     model: nn.Module,
     batch: Batch,
     wanted: Sequence[tuple[str, nn.Parameter]],
     on_rows: Callable[[str, Frame, Matmul, Tensor, int, int | None], None],
-    loss: PreservedLoss,
-    generator: torch.Generator,
+    probe: Callable[[Any], Probed],
     changed: Collection[str] = (),
     whole: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> int:
-    """One backward pass of a probe of the loss; the number of output rows that count.
+    """One backward pass of a probe of the outputs; the number of output rows that count.
 
     ``on_rows(name, frame, matmul, gradient, call, samples)`` is called for each matmul against a
     wanted weight with what arrives at its rows, the number of the call among the weight's own, and
@@ -77,20 +97,20 @@ def backward(
     Raises:
         ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
     """
-    samples: int | None = None
-    rows = 0
+    made: Probed | None = None
 
     def arrives(name: str, frame: Frame, matmul: Matmul, call: int, gradient: Tensor) -> None:
-        on_rows(name, frame, matmul, matmul.to_rows(gradient), call, samples)
+        assert made is not None
+        on_rows(name, frame, matmul, matmul.to_rows(gradient), call, made.samples)
 
-    def probe(result: Any) -> Tensor:
-        nonlocal samples, rows
-        scalar, rows = loss.probe(result, batch, model, generator)
-        samples = samples_of(result, model)
-        return scalar
+    def scalar(result: Any) -> Tensor:
+        nonlocal made
+        made = probe(result)
+        return made.scalar
 
-    pass_back(model, batch, wanted, probe, arrives, changed, whole)
-    return rows
+    pass_back(model, batch, wanted, scalar, arrives, changed, whole)
+    assert made is not None
+    return made.rows
 
 
 def pass_back(
@@ -111,7 +131,7 @@ def pass_back(
         ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
     """
     whole = whole or {}
-    seen = bool(whole)
+    seen = bool(whole) or not wanted
     roots: list[Tensor] = []
     calls: Counter[str] = Counter()
     # Inputs may carry gradients of the caller's own: backward passes end at the weights.

@@ -15,8 +15,9 @@ What arrives tells whether there is an influence, not how large it is:
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -102,7 +103,38 @@ def counted_rows(
         ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
     """
     wanted = [(name, p) for name, p in model.named_parameters() if name in sites]
+    return reached_rows(model, batch, wanted, sites, reading(model, batch, loss_fn))
+
+
+def reading(
+    model: nn.Module, batch: Batch, loss_fn: LossFunction | None
+) -> Callable[[Any], Tensor]:
+    """A scalar of the outputs of a batch that depends on all of their rows that count."""
     generator = torch.Generator().manual_seed(0)
+
+    def probe(result: Any) -> Tensor:
+        roots = _read_by(loss_fn, result, batch) if loss_fn else _counted(result, batch, model)
+        total = torch.zeros((), dtype=torch.float32)
+        for rows in roots:
+            noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+            total = total.to(rows.device) + (noise * rows.float()).sum()
+        return total
+
+    return probe
+
+
+def reached_rows(
+    model: nn.Module,
+    batch: Batch,
+    wanted: Sequence[tuple[str, nn.Parameter]],
+    sites: Mapping[str, Site],
+    probe: Callable[[Any], Tensor],
+) -> Counted:
+    """The rows of all calls of the ``wanted`` weights that a scalar of the outputs depends on.
+
+    Raises:
+        ModelError: the model does not run, forward or backward, or no gradient arrives anywhere.
+    """
     found: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def arrives(name: str, frame: Frame, matmul: Matmul, number: int, gradient: Tensor) -> Tensor:
@@ -114,14 +146,6 @@ def counted_rows(
         if rows is not None:
             found[name][number] = (rows != 0).any(-1).cpu()
         return matmul.from_rows(passed)
-
-    def probe(result: Any) -> Tensor:
-        roots = _read_by(loss_fn, result, batch) if loss_fn else _counted(result, batch, model)
-        total = torch.zeros((), dtype=torch.float32)
-        for rows in roots:
-            noise = torch.randn(rows.shape, generator=generator).to(rows.device)
-            total = total.to(rows.device) + (noise * rows.float()).sum()
-        return total
 
     with _Straight():
         pass_back(model, batch, wanted, probe, arrives)
@@ -170,6 +194,15 @@ def _read_by(loss_fn: LossFunction, result: Any, batch: Batch) -> list[Tensor]:
 
 def _pools(model: nn.Module, batch: Batch, wanted: Sequence[tuple[str, nn.Parameter]]) -> bool:
     """Whether some product has more rows than the outputs, or rows that are sorted into stacks."""
+    with untouched(model), most_rows(wanted) as most:
+        outputs = outputs_of(call(model, batch), batch, model)
+    return most() > min(len(output.rows) for output in outputs)
+
+
+@contextlib.contextmanager
+def most_rows(wanted: Sequence[tuple[str, nn.Parameter]]) -> Iterator[Callable[[], int]]:
+    """The largest number of rows of a product in here; without bound where they are sorted into
+    stacks."""
     most = 0
 
     def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
@@ -180,9 +213,8 @@ def _pools(model: nn.Module, batch: Batch, wanted: Sequence[tuple[str, nn.Parame
         most = max(most, count if not routed else 1 << 62)
         return output
 
-    with untouched(model), Observer(wanted, on_matmul):
-        outputs = outputs_of(call(model, batch), batch, model)
-    return most > min(len(output.rows) for output in outputs)
+    with Observer(wanted, on_matmul):
+        yield lambda: most
 
 
 # --------------------------------------------------------------------------------- activations

@@ -17,7 +17,7 @@ import tensorize
 from tensorize.base.errors import AnalysisError, CaptureError
 from tensorize.capture import observer, synthetic
 from tensorize.passes.curves import metric, spectra
-from tensorize.passes.observe import outputs, statistics
+from tensorize.passes.observe import gathering, outputs
 from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.rewrite import polish, refit
 from tests.models import CASES, MLP
@@ -161,7 +161,7 @@ def test_memory_that_runs_out(
         raise error
 
     if ours:
-        monkeypatch.setattr(statistics, "_add_rows", full)
+        monkeypatch.setattr(gathering, "_add_rows", full)
     note = alone(compiled(MLP() if ours else Changed(full)))
     assert note == f"as memory ran out on data of its own ({type(error).__name__}: {error})"
 
@@ -190,9 +190,9 @@ STAGES: dict[str, tuple[Any, str]] = {
     "the data": (synthetic, "_drawn"),
     "what the data are like": (synthetic, "_looked_up"),
     "the loss": (outputs, "_by_rows"),
-    "changed inputs": (statistics, "peculiar"),
-    "moments, in the backward pass": (statistics, "_add_term"),
-    "moments, after it": (statistics, "_normalise"),
+    "changed inputs": (gathering, "peculiar"),
+    "moments, in the backward pass": (gathering, "_add_term"),
+    "moments, after it": (gathering, "_normalise"),
     "metrics": (metric, "shrinkage"),
     "spectra": (spectra, "singular_squares"),
     "refits, in the model": (refit, "stand_in"),
@@ -275,7 +275,7 @@ def test_keys_that_stop_a_run_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compiled(Changed(interrupted))
-    broken(monkeypatch, statistics, "_add_term", KeyboardInterrupt())
+    broken(monkeypatch, gathering, "_add_term", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         compiled(MLP())
 

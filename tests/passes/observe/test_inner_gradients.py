@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev, vmap
 import tensorize
 from tensorize.base.errors import TensorizeError
 from tensorize.capture.batches import calibration_batches
-from tensorize.passes.observe.backward import backward
+from tensorize.passes.observe.backward import backward, probing
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.stages import Given
@@ -202,7 +202,8 @@ def test_a_whole_gradient_goes_through_the_inner_one() -> None:
     got: dict[str, Tensor] = {}
     takes = {name: (lambda g, name=name: got.update({name: g})) for name, _ in wanted}
     loss = PreservedLoss(squares, {}, "loss_fn")
-    rows = backward(model, batch, wanted, _no_rows, loss, torch.Generator(), whole=takes)
+    probe = probing(loss, batch, model, torch.Generator())
+    rows = backward(model, batch, wanted, _no_rows, probe, whole=takes)
     model.create_graph = True
     truth = torch.autograd.grad(squares(model(X.double()), None) * rows, [p for _, p in wanted])
     for (name, _), gradient in zip(wanted, truth, strict=True):

@@ -1,0 +1,164 @@
+"""The parts of a model in turn: their weights are there while they run, what they give is kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensorize.base.progress import Progress
+from tensorize.base.tensors import give_back
+from tensorize.capture.forward import untouched
+from tensorize.ir.sites import Batch
+from tensorize.passes.curves.curve import Weights
+from tensorize.passes.layers.chain import Back, Block, Chain, Front
+from tensorize.passes.layers.work import Work
+from tensorize.passes.observe.outputs import call
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A chain with what it runs on. ``values`` gives a parameter or a buffer by its name.
+
+    In ``work`` lie what arrives at every block (``hidden``), for every batch, and what else it is
+    given. One part's weights are in memory at a time, on the ``device``, and one batch.
+    """
+
+    chain: Chain
+    values: Weights
+    batches: tuple[Batch, ...]
+    work: Work
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _given: dict[int, list[tuple[list[Any], Any]]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.chain.blocks)
+
+    def run(self, progress: Progress) -> None:
+        """Run all batches through all blocks; what is finished is not done again."""
+        total = (self.count + 1) * len(self.batches)
+        with self.outer(), torch.no_grad():
+            for j, batch in enumerate(self.batches):
+                progress("forward", j, total)
+                self._enter(j, batch)
+        for k in range(self.count):
+            todo = [j for j in range(len(self.batches)) if not self.work.has(_hidden(k + 1, j))]
+            with self.block(k) if todo else contextlib.nullcontext() as block:
+                for j in todo:
+                    progress("forward", (k + 1) * len(self.batches) + j, total)
+                    with untouched(block):
+                        self.work.put(_hidden(k + 1, j), hidden=call(block, self.inputs(k, j)))
+                    give_back()
+        progress("forward", total, total)
+
+    def _enter(self, j: int, batch: Batch) -> None:
+        """Keep what arrives at the first block, and what else every block is given."""
+        hidden, found = self.chain.arguments(self.on_device(batch))
+        names: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        self._given[j] = []
+        for arguments in found:
+            leaves, spec = pytree.tree_flatten(arguments)
+            for k, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    leaves[k] = _Named(names.setdefault(id(leaf), f"argument{len(names)}"))
+                    tensors[leaves[k].name] = leaf
+            self._given[j].append((leaves, spec))
+        if not self.work.has(_hidden(0, j)):
+            self.work.put(_arguments(j), **tensors)
+            self.work.put(_hidden(0, j), hidden=hidden)
+
+    def hidden(self, k: int, j: int) -> Tensor:
+        """What arrives at the k-th block of the j-th batch; beyond the last, at the back."""
+        return self.work.get(_hidden(k, j))["hidden"].to(self.device)
+
+    def inputs(self, k: int, j: int) -> Batch:
+        """A call of the k-th block."""
+        leaves, spec = self._given[j][k]
+        wanted = {leaf.name for leaf in leaves if isinstance(leaf, _Named)}
+        tensors = self.work.get(_arguments(j)) if wanted else {}
+        filled = [
+            tensors[leaf.name].to(self.device) if isinstance(leaf, _Named) else leaf
+            for leaf in leaves
+        ]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return self._as_call(j, (self.hidden(k, j), *args), kwargs)
+
+    def outputs_from(self, j: int) -> Batch:
+        """A call of the back."""
+        batch = self.on_device(self.batches[j])
+        return self._as_call(j, (self.hidden(self.count, j), *batch.args), dict(batch.kwargs))
+
+    def _as_call(self, j: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        batch = self.batches[j]
+        return Batch(args, kwargs, batch.given, number=batch.number, source=batch.source)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """A batch of the caller's where the parts run."""
+        given = batch.args, dict(batch.kwargs)
+        args, kwargs = pytree.tree_map(
+            lambda value: value.to(self.device) if isinstance(value, Tensor) else value, given
+        )
+        return replace(batch, args=args, kwargs=kwargs)
+
+    # ------------------------------------------------------------------------------------- parts
+
+    @contextlib.contextmanager
+    def block(self, k: int) -> Iterator[Block]:
+        """The k-th block with its weights."""
+        with self._present(lambda name: self.chain.part_of(name) == k):
+            yield Block(self.chain, k)
+
+    @contextlib.contextmanager
+    def outer(self) -> Iterator[tuple[Front, Back]]:
+        """What is before and after the blocks, with its weights: tables of tokens, the head."""
+        with self._present(lambda name: self.chain.part_of(name) is None):
+            yield Front(self.chain), Back(self.chain)
+
+    @contextlib.contextmanager
+    def _present(self, belongs: Callable[[str], bool]) -> Iterator[None]:
+        made: dict[int, Tensor] = {}
+        places: list[tuple[nn.Module, str, Tensor]] = []
+        for path, module in self.chain.model.named_modules():
+            for leaf, blank in (*module._parameters.items(), *module._buffers.items()):
+                name = f"{path}.{leaf}" if path else leaf
+                if blank is None or not belongs(name):
+                    continue
+                if id(blank) not in made:
+                    made[id(blank)] = self._value(name, blank)
+                places.append((module, leaf, blank))
+        try:
+            for module, leaf, blank in places:
+                setattr(module, leaf, made[id(blank)])
+            yield
+        finally:
+            for module, leaf, blank in places:
+                setattr(module, leaf, blank)
+            made.clear()
+            give_back()
+
+    def _value(self, name: str, blank: Tensor) -> Tensor:
+        value = self.values(name).to(self.device)
+        own = isinstance(blank, nn.Parameter)
+        return nn.Parameter(value, requires_grad=blank.requires_grad) if own else value
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a tensor on disk."""
+
+    name: str
+
+
+def _hidden(k: int, j: int) -> str:
+    return f"hidden-{k:04}-{j:05}"
+
+
+def _arguments(j: int) -> str:
+    return f"arguments-{j:05}"
