@@ -193,6 +193,10 @@ class Store(Protocol):
 
     def keep(self, curve: Spectrum) -> Spectrum: ...
 
+    def complete(self, curve: Spectrum) -> Spectrum:
+        """One that it gave back, with all of its tensors."""
+        ...
+
     def find_shared(self, group: str) -> Mapping[str, SharedFactor] | None: ...
 
     def keep_shared(

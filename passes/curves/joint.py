@@ -37,13 +37,13 @@ def with_shared_factors(
     result = dict(spectra)
     alike: dict[str, list[Spectrum]] = {}
     for group, members in groups.items():
-        rights = [curve.metrics[0].right for curve in members]
+        rights = [curve.metrics[0].right for curve in _whole(members, store)]
         if len(members) > 1 and all(_alike(right, rights[0]) for right in rights):
             alike[group] = members
     kept = {} if store is None else {group: store.find_shared(group) for group in alike}
     todo = [group for group in alike if kept.get(group) is None]
     made = side_by_side(
-        lambda group: _common_factors(alike[group], weights),
+        lambda group: _common_factors(_whole(alike[group], store), weights),
         todo,
         lambda group: all(is_small(curve.site) for curve in alike[group]),
     )
@@ -56,6 +56,10 @@ def with_shared_factors(
         for curve in members:
             result[curve.site.name] = replace(curve, shared=kept[group][curve.site.name])
     return result
+
+
+def _whole(members: Sequence[Spectrum], store: Store | None) -> Sequence[Spectrum]:
+    return members if store is None else [store.complete(curve) for curve in members]
 
 
 def joint_factors(

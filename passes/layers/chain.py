@@ -9,8 +9,8 @@ first of them, the back what comes after the last.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from tensorize.base.errors import AnalysisError
 from tensorize.capture.forward import untouched
 from tensorize.capture.inner_gradients import differentiates
 from tensorize.ir.sites import Batch, Site
+from tensorize.passes.observe.counted import most_rows
 from tensorize.passes.observe.outputs import call
 
 _WAY_OUT = 'metric="frobenius" judges weights alone; or load the model, and compile it in memory'
@@ -34,12 +35,16 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Chain:
     """``blocks`` are the names of modules of the model, in the order of their calls.
 
-    ``tuples``: of how many entries is what each gives; 0: it is a tensor.
+    ``tuples``: of how many entries is what each gives; 0: it is a tensor. Of the batch that it was
+    found with, what goes from block to block takes so many bytes (``passed``), and no product has
+    more than ``most_rows``.
     """
 
     model: nn.Module
     blocks: tuple[str, ...]
     tuples: tuple[int, ...]
+    passed: int = 0
+    most_rows: int = 0
 
     def modules(self) -> list[nn.Module]:
         return [self.model.get_submodule(name) for name in self.blocks]
@@ -186,8 +191,10 @@ class Front(nn.Module):
 # ------------------------------------------------------------------------------------- finding it
 
 
-def find_chain(model: nn.Module, running: nn.Module, batch: Batch) -> Chain:
-    """The chain of a model, as a batch goes through ``running``, a copy of it.
+def find_chain(model: nn.Module, running: nn.Module, batch: Batch, names: Collection[str]) -> Chain:
+    """The chain of a model, as a batch goes through ``running``, which is a copy of it.
+
+    ``names`` are the weights that products are counted of.
 
     Raises:
         AnalysisError: it is none, or does not run in parts.
@@ -197,11 +204,13 @@ def find_chain(model: nn.Module, running: nn.Module, batch: Batch) -> Chain:
     if getattr(getattr(running, "config", None), "is_encoder_decoder", False):
         _refuse("it is an encoder and a decoder, which reads all that the encoder gave")
     name = _longest_list(running)
-    blocks = list(running.get_submodule(name).children())
-    names = tuple(f"{name}.{key}" for key, _ in running.get_submodule(name).named_children())
-    tuples = _in_sequence(running, batch, name, blocks)
-    _check_arguments(Chain(running, names, tuples), batch)
-    return Chain(model, names, tuples)
+    blocks = tuple(f"{name}.{key}" for key, _ in running.get_submodule(name).named_children())
+    wanted = [(n, p) for n, p in running.named_parameters() if n in names]
+    with most_rows(wanted) as most:
+        tuples, passed = _in_sequence(running, batch, blocks)
+    chain = Chain(running, blocks, tuples, passed, most())
+    _check_arguments(chain, batch)
+    return replace(chain, model=model)
 
 
 def check_apart(chain: Chain, sites: Sequence[Site]) -> None:
@@ -223,9 +232,10 @@ def _longest_list(model: nn.Module) -> str:
 
 
 def _in_sequence(
-    model: nn.Module, batch: Batch, name: str, blocks: Sequence[nn.Module]
-) -> tuple[int, ...]:
-    """Of how many entries is what every block gives, where they are a chain."""
+    model: nn.Module, batch: Batch, names: Sequence[str]
+) -> tuple[tuple[int, ...], int]:
+    """Of how many entries is what every block gives, and the bytes of the first of them."""
+    blocks = [model.get_submodule(name) for name in names]
     calls: list[tuple[int, Any, Any]] = []
 
     def watching(k: int) -> Callable[..., Any]:
@@ -242,16 +252,17 @@ def _in_sequence(
     with untouched(model), _forwards(blocks, lambda k: makers[k]):
         call(model, batch)
     if [k for k, _, _ in calls] != list(range(len(blocks))):
-        _refuse(f"the modules of {name} are not called one after the other, once each")
+        _refuse(f"{names[0]} and those after it are not called one after the other, once each")
     before: Any = None
     for k, hidden, given in calls:
         first = given[0] if isinstance(given, tuple) and given else given
         if not isinstance(hidden, Tensor) or not isinstance(first, Tensor):
-            _refuse(f"{name}.{k} is not called with a tensor first, or gives none")
+            _refuse(f"{names[k]} is not called with a tensor first, or gives none")
         if k > 0 and hidden is not before:
-            _refuse(f"{name}.{k} is not called with what {name}.{k - 1} gave")
+            _refuse(f"{names[k]} is not called with what {names[k - 1]} gave")
         before = first
-    return tuple(len(given) if isinstance(given, tuple) else 0 for _, _, given in calls)
+    counts = [len(given) if isinstance(given, tuple) else 0 for _, _, given in calls]
+    return tuple(counts), before.nbytes
 
 
 def _check_arguments(chain: Chain, batch: Batch) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tensorize.base.errors import AnalysisError
 from tensorize.base.progress import Progress
 from tensorize.base.tensors import give_back
+from tensorize.capture.batches import moved
 from tensorize.capture.forward import untouched
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import Weights
 from tensorize.passes.layers.chain import Back, Block, Chain, Front
 from tensorize.passes.layers.work import Work
 from tensorize.passes.observe.outputs import call
+from tensorize.passes.observe.parts import ALIKE, Together
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class Layers:
 
     In ``work`` lie what arrives at every block (``hidden``), for every batch, and what else it is
     given. One part's weights are in memory at a time, on the ``device``, and one batch.
+    ``together`` tells whether batches were cut rightly.
     """
 
     chain: Chain
     values: Weights
     batches: tuple[Batch, ...]
     work: Work
+    together: Together | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _given: dict[int, list[tuple[list[Any], Any]]] = field(default_factory=dict)
 
@@ -41,25 +46,49 @@ class Layers:
         return len(self.chain.blocks)
 
     def run(self, progress: Progress) -> None:
-        """Run all batches through all blocks; what is finished is not done again."""
-        total = (self.count + 1) * len(self.batches)
+        """Run all batches through all blocks; what is finished is not done again.
+
+        Raises:
+            AnalysisError: what the model gives for some samples hangs on the others.
+        """
+        count = len(self._all)
+        total = (self.count + 1) * count
         with self.outer(), torch.no_grad():
-            for j, batch in enumerate(self.batches):
+            for j in range(count):
                 progress("forward", j, total)
-                self._enter(j, batch)
+                self._enter(j)
         for k in range(self.count):
-            todo = [j for j in range(len(self.batches)) if not self.work.has(_hidden(k + 1, j))]
+            todo = [j for j in range(count) if not self.work.has(_hidden(k + 1, j))]
             with self.block(k) if todo else contextlib.nullcontext() as block:
                 for j in todo:
-                    progress("forward", (k + 1) * len(self.batches) + j, total)
+                    progress("forward", (k + 1) * count + j, total)
                     with untouched(block):
                         self.work.put(_hidden(k + 1, j), hidden=call(block, self.inputs(k, j)))
                     give_back()
         progress("forward", total, total)
+        self._check_samples_apart()
 
-    def _enter(self, j: int, batch: Batch) -> None:
+    @property
+    def _all(self) -> tuple[Batch, ...]:
+        return self.batches if self.together is None else (*self.batches, self.together.batch)
+
+    def _check_samples_apart(self) -> None:
+        if self.together is None:
+            return
+        whole = self.hidden(self.count, len(self.batches))
+        parts = torch.cat([self.hidden(self.count, j) for j in self.together.parts])
+        size = float(whole.abs().max())
+        same = whole.shape == parts.shape
+        if not (same and torch.allclose(whole, parts, rtol=0.0, atol=ALIKE * size, equal_nan=True)):
+            raise AnalysisError(
+                "batches are cut, so that a backward pass fits into memory, and what the model "
+                "gives for some samples of them hangs on the others",
+                way_out="give batches of so few samples that none is cut: calibration=[…]",
+            )
+
+    def _enter(self, j: int) -> None:
         """Keep what arrives at the first block, and what else every block is given."""
-        hidden, found = self.chain.arguments(self.on_device(batch))
+        hidden, found = self.chain.arguments(self.arguments(j))
         names: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         self._given[j] = []
@@ -92,20 +121,16 @@ class Layers:
 
     def outputs_from(self, j: int) -> Batch:
         """A call of the back."""
-        batch = self.on_device(self.batches[j])
+        batch = self.arguments(j)
         return self._as_call(j, (self.hidden(self.count, j), *batch.args), dict(batch.kwargs))
 
     def _as_call(self, j: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        batch = self.batches[j]
+        batch = self._all[j]
         return Batch(args, kwargs, batch.given, number=batch.number, source=batch.source)
 
-    def on_device(self, batch: Batch) -> Batch:
-        """A batch of the caller's where the parts run."""
-        given = batch.args, dict(batch.kwargs)
-        args, kwargs = pytree.tree_map(
-            lambda value: value.to(self.device) if isinstance(value, Tensor) else value, given
-        )
-        return replace(batch, args=args, kwargs=kwargs)
+    def arguments(self, j: int) -> Batch:
+        """A call of the whole model, and of the front."""
+        return moved(self._all[j], self.device)
 
     # ------------------------------------------------------------------------------------- parts
 

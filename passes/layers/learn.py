@@ -45,14 +45,12 @@ class LearnInLayers:
     """Learns the curves of all weights, from those of the layers' batches whose places are
     ``learnt``.
 
-    ``most_rows`` is the largest number of rows of a product for the first batch. Curves that the
-    store of ``spectra`` has kept are not made again.
+    Curves that the store of ``spectra`` has kept are not made again.
     """
 
     layers: Layers
     learnt: tuple[int, ...]
     spectra: ComputeSpectra
-    most_rows: int
     loss_fn: LossOption = None
     most_probes: int = 4
     name: str = "curves"
@@ -76,13 +74,15 @@ class LearnInLayers:
 
     def _told(self) -> tuple[tuple[str, ...], dict[str, int]]:
         """What was said of the weights of all parts, by their names."""
-        notes: list[str] = []
+        work = self.layers.work
         few: dict[str, int] = {}
+        probes, notes = work.noted(_PROBES), list[str]()
         for part in (None, *range(self.layers.count)):
-            if told := self.layers.work.noted(_told(part)):
+            if told := work.noted(_told(part)):
                 notes += told["notes"]
                 few |= told["few"]
-        return tuple(sorted(notes)), few
+        first = [probes["note"]] if probes and probes["note"] else []
+        return (*first, *sorted(notes)), few
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class _Probes:
     count: int
     samples: list[int | None]
     masked: list[int]
+    note: str | None = None
 
 
 @dataclass
@@ -164,7 +165,7 @@ class _Sweep:
             least = min(len(each.rows) for each in outputs_of(first, batches[0], model))
             del first
         loss_fn = function_of(given.loss_fn)
-        everywhere = loss_fn is not None or given.most_rows > least
+        everywhere = loss_fn is not None or layers.chain.most_rows > least
         masked = [j for j in given.learnt if everywhere or hides_rows(batches[j])]
         for j in masked:
             probe = reading(model, batches[j], loss_fn)
@@ -204,8 +205,7 @@ class _Sweep:
             if number == 0:
                 probes = probes_for(rows, self.given.most_probes)
             number += 1
-        total = rows if probes == 1 else rows * probes
-        return _Probes(total, probes, samples, masked)
+        return _Probes(rows * probes, probes, samples, masked, loss.note)
 
     # -------------------------------------------------------------------------------- the layers
 
@@ -220,11 +220,7 @@ class _Sweep:
         self._learn(k, gathering, todo, probes)
 
     def _front(self, front: nn.Module, back: Part, gathering: Gathering, probes: _Probes) -> None:
-        layers = self.layers
-
-        def inputs(j: int) -> Batch:
-            return layers.on_device(layers.batches[j])
-
+        layers, inputs = self.layers, self.layers.arguments
         wanted = _used(front, inputs(0), self._wanted(None, gathering))
         for j in probes.masked if wanted else ():
             after = self._of_back.get(j, {})

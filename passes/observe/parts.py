@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import ModelError
+from tensorize.capture.batches import moved
 from tensorize.capture.forward import untouched
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
@@ -22,7 +23,7 @@ _MOST = 16
 _KEPT_BYTES = 1 << 28
 """What a backward pass may keep of a batch, of more than one sample."""
 # Outputs of a part and of the whole may differ by what rounding does.
-_ALIKE = 1e-3
+ALIKE = 1e-3
 
 
 def in_parts(
@@ -73,9 +74,9 @@ class CutBatches:
         batches, model = found.calibration, found.model
         if self.whole or all(_samples(batch) < 2 for batch in batches):
             return replace(found, summary="as they are")
-        largest = max(batches, key=_entries)
+        largest = max(batches, key=entries_of)
         with untouched(model):
-            kept = _kept(found, largest) / max(_entries(largest), 1)
+            kept = _kept(found, largest) / max(entries_of(largest), 1)
             cut = {batch: _places(batch, kept) for batch in batches}
             if not cut[largest]:
                 return replace(found, summary="as they are")
@@ -91,13 +92,48 @@ class CutBatches:
         return replace(found, calibration=tuple(smaller), summary=summary)
 
 
+@dataclass(frozen=True)
+class Together:
+    """Some samples of one batch, and the places of the parts that it was cut into with them."""
+
+    batch: Batch
+    parts: tuple[int, ...]
+
+
+def cut_by_size(found: Found) -> tuple[Found, Together | None]:
+    """The batches as ``CutBatches`` cuts them, for a model that has no values yet.
+
+    Where any are cut, what the model gives for some samples together, and for the parts, will tell
+    whether that was right.
+    """
+    batches, model = found.calibration, found.model
+    if all(_samples(batch) < 2 for batch in batches):
+        return found, None
+    largest = max(batches, key=entries_of)
+    device = next(model.parameters()).device
+    with untouched(model):
+        kept = _kept(found, moved(largest, device)) / max(entries_of(largest), 1)
+    cut = {batch: _places(batch, kept) for batch in batches}
+    if not cut[largest]:
+        return found, None
+    smaller: list[Batch] = []
+    together = None
+    for batch in batches:
+        first = len(smaller)
+        smaller += [_part(batch, some) for some in cut[batch]] or [batch]
+        if batch is largest and cut[batch]:
+            both = slice(0, cut[batch][1].stop)
+            together = Together(_part(batch, both), (first, first + 1))
+    return replace(found, calibration=tuple(smaller)), together
+
+
 def _places(batch: Batch, kept: float) -> list[slice]:
     """The samples of every part of a batch, of whose entries a backward pass keeps so many bytes.
 
     None, where it is small enough.
     """
     samples = _samples(batch)
-    bytes_ = kept * _entries(batch)
+    bytes_ = kept * entries_of(batch)
     if samples < 2 or bytes_ <= _KEPT_BYTES:
         return []
     step = max(int(samples * _KEPT_BYTES / bytes_), 1)
@@ -120,7 +156,8 @@ def _kept(found: Found, batch: Batch) -> int:
     return total
 
 
-def _entries(batch: Batch) -> int:
+def entries_of(batch: Batch) -> int:
+    """How many numbers a batch holds: what it takes to run it grows with them."""
     return sum(leaf.numel() for leaf in _leaves(batch))
 
 
@@ -166,6 +203,6 @@ def _is_whole(model: nn.Module, batch: Batch, whole: Any, places: Sequence[slice
             if found is None or found.shape != mine.shape:
                 return False
             size = float(tensor.abs().max())
-            if not torch.allclose(found, mine, rtol=0.0, atol=_ALIKE * size, equal_nan=True):
+            if not torch.allclose(found, mine, rtol=0.0, atol=ALIKE * size, equal_nan=True):
                 return False
     return True

@@ -35,22 +35,6 @@ from tensorize.store.save import save_written
 from tensorize.weight.install import blank, factored, held_names, names_now, owner_of
 from tensorize.weight.whole_model import settle
 
-_NEEDS = {
-    "loss": "it needs the backward pass of the whole model",
-    "input": "it needs the inputs of every weight, of forward passes of the whole model",
-}
-
-
-def check_metric(metric: str | None) -> None:
-    """Raises AnalysisError for a metric that needs more of the model than one weight."""
-    if metric not in (None, "frobenius"):
-        why = _NEEDS.get(metric, "there is no such metric")
-        raise AnalysisError(
-            f"metric={metric!r} cannot be had while a checkpoint streams: {why}",
-            way_out='metric="frobenius" judges weights alone; load the model to compile it with '
-            "calibration data, with max_memory= where its second moments are too large",
-        )
-
 
 @contextlib.contextmanager
 def workplace(out: Path) -> Iterator[Path]:

@@ -78,6 +78,12 @@ class Curves:
             return curve
         return replace(curve, metrics=tuple(metric.packed() for metric in curve.metrics))
 
+    def complete(self, curve: Spectrum) -> Spectrum:
+        """One that ``find`` or ``keep`` gave, with all of its tensors."""
+        if self.held is not Held.shapes:
+            return curve
+        return replace(self.whole(curve.site), shared=curve.shared)
+
     def find_shared(self, group: str) -> dict[str, SharedFactor] | None:
         """The first factor of a group of weights, by the names of its members."""
         found = self._find(SHARED_CURVES + group)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import CaptureError
 from tensorize.capture.inputs import accepted_names, batch_of, most_positional, positional
@@ -58,6 +60,15 @@ def calibration_batches(
             batch = replace(batch, args=batch.args[:most])
         found.append(replace(batch, names=names, number=k, source=name))
     return tuple(found)
+
+
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its arguments on a device; what the caller gave stays where it is."""
+    given = batch.args, dict(batch.kwargs)
+    args, kwargs = pytree.tree_map(
+        lambda value: value.to(device) if isinstance(value, Tensor) else value, given
+    )
+    return replace(batch, args=args, kwargs=kwargs)
 
 
 def left_out(batches: Sequence[Batch]) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ import contextlib
 import copy
 import importlib
 import json
-import mmap
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tensorize.base.tensors import is_finite
 from tensorize.store.contents import PARAMETER, slots_of, transient_buffers
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.manifest import MANIFEST
-from tensorize.store.transformers_build import architecture
+from tensorize.store.transformers_build import ParametersOnMeta, architecture
 from tensorize.weight.install import owner_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -96,6 +96,21 @@ class Checkpoint:
             )
         return value.to(blank.dtype)
 
+    def value(self, name: str) -> Tensor:
+        """``read``, also of a buffer that is computed and in no checkpoint."""
+        if name in self.recipes:
+            return self.read(name)
+        return self._computed[name].clone()
+
+    @cached_property
+    def _computed(self) -> dict[str, Tensor]:
+        """The buffers that are no part of the state dict, as the architecture computes them."""
+        model = self.model
+        shapes = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
+        with _built_as(model.config.dtype), ParametersOnMeta(shapes):
+            twin = type(model)(copy.deepcopy(model.config))
+        return {slot.key: slot.tensor for slot in transient_buffers(twin)}
+
     def fingerprint(self, tell: Callable[[int, int], None]) -> str:
         """What ``analysis.fingerprint`` says of the model once loaded; checks that all is finite.
 
@@ -146,30 +161,6 @@ class Checkpoint:
                 way_out=_WHOLE,
             )
         return value
-
-
-CAN_BE_WITHOUT_MEMORY = hasattr(mmap, "MAP_ANONYMOUS")
-
-
-def without_memory(model: nn.Module) -> nn.Module:
-    """A copy of a model on meta that runs on the CPU, with weights of zero.
-
-    For models that do not run on meta, as the way through them hangs on values. The system gives
-    pages that are only read no memory of their own: all of them are one page of zeros.
-    """
-    copied = copy.deepcopy(model)
-    made: dict[int, Tensor] = {}
-    for slot in (*slots_of(copied), *transient_buffers(copied)):
-        tensor = slot.tensor
-        if id(tensor) not in made and slot.kind == PARAMETER and tensor.numel():
-            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-            memory = mmap.mmap(-1, tensor.numel() * tensor.element_size(), **private)
-            zeros = torch.frombuffer(memory, dtype=tensor.dtype).reshape(tensor.shape)
-            made[id(tensor)] = nn.Parameter(zeros, requires_grad=tensor.requires_grad)
-        elif id(tensor) not in made:  # buffers, which a run may write to
-            made[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-        slot.put(made[id(tensor)])
-    return copied
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -281,7 +272,6 @@ def _blank_model(directory: Path, tensors: Mapping[str, Tensor]) -> Any:
     """The architecture of config.json on the meta device, in evaluation mode."""
     try:
         transformers: Any = importlib.import_module("transformers")
-        initialization: Any = importlib.import_module("transformers.initialization")
     except ImportError as error:
         raise CaptureError(
             f"{directory} is a Hugging Face checkpoint, and transformers is not installed",
@@ -294,7 +284,7 @@ def _blank_model(directory: Path, tensors: Mapping[str, Tensor]) -> Any:
         kind = architecture(config)
         dtype = _dtype(config, tensors)
         config.dtype = dtype
-        with _default_dtype(dtype), initialization.no_init_weights(), torch.device("meta"):
+        with _built_as(dtype), torch.device("meta"):
             model = kind(config)
         model.tie_weights()
         model.generation_config = _generation_config(transformers, directory, model)
@@ -322,11 +312,14 @@ def _dtype(config: Any, tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _built_as(dtype: torch.dtype) -> Iterator[None]:
+    """Build an architecture in a dtype, without initial values."""
+    initialization: Any = importlib.import_module("transformers.initialization")
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]), initialization.no_init_weights():
+            yield
     finally:
         torch.set_default_dtype(before)
 

@@ -122,7 +122,7 @@ def _quiet_build(manifest: Manifest, dtype: Any) -> Iterator[None]:
     if built_with and dtype_of(name).is_floating_point:
         torch.set_default_dtype(dtype_of(name))
     try:
-        with torch.random.fork_rng(devices=[]), no_init(), _ParametersOnMeta(matrices):
+        with torch.random.fork_rng(devices=[]), no_init(), ParametersOnMeta(matrices):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -132,7 +132,7 @@ _MADE_FOR_PARAMETERS = (torch.empty,)
 _FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.normal)
 
 
-class _ParametersOnMeta(TorchFunctionMode):
+class ParametersOnMeta(TorchFunctionMode):
     """Sends to the meta device the tensors that become parameters, and keeps the rest real.
 
     Layers make their weights with ``torch.empty``. What other factories make is a weight where it

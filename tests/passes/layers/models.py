@@ -20,9 +20,8 @@ from tensorize.passes.layers.chain import find_chain
 from tensorize.passes.layers.layers import Layers
 from tensorize.passes.layers.learn import LearnInLayers
 from tensorize.passes.layers.work import Work
-from tensorize.passes.observe.counted import CountRows, most_rows
+from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.observe.outputs import call
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.stages import Found, Given, Learned
@@ -107,18 +106,14 @@ def in_layers(
     loss_fn: Any = None,
 ) -> Learned:
     found = found_in(model, batches, metric, progress)
-    layers = layered(model, batches, folder)
-    free = {site.name for site in found.free}
-    wanted = [(name, p) for name, p in model.named_parameters() if name in free]
-    with torch.no_grad(), most_rows(wanted) as most:
-        call(model, batches[0])
+    layers = layered(model, found, folder)
     spectra = ComputeSpectra(weights=values_of(model), store=store)
-    learn = LearnInLayers(layers, tuple(range(len(batches))), spectra, most(), loss_fn)
-    return learn.run(found)
+    return LearnInLayers(layers, tuple(range(len(batches))), spectra, loss_fn).run(found)
 
 
-def layered(model: Any, batches: Sequence[Batch], folder: Path) -> Layers:
+def layered(model: Any, found: Found, folder: Path) -> Layers:
     blank = copy.deepcopy(model).to("meta")
     blank.tie_weights()  # moving a model unties it
-    chain = find_chain(blank, model, batches[0])
-    return Layers(chain, values_of(model), tuple(batches), Work(folder))
+    names = {site.name for site in found.free}
+    chain = find_chain(blank, model, found.calibration[0], names)
+    return Layers(chain, values_of(model), found.calibration, Work(folder))
