@@ -16,10 +16,13 @@ from tensorize.base.progress import Progress
 from tensorize.base.tensors import give_back
 from tensorize.capture.batches import moved
 from tensorize.capture.forward import untouched
+from tensorize.capture.inputs import without_cache
+from tensorize.capture.synthetic import changed_last, only_ids, with_ids
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import Weights
 from tensorize.passes.layers.chain import Back, Block, Chain, Front
 from tensorize.passes.layers.work import Work
+from tensorize.passes.observe.loss import LossOption, PreservedLoss
 from tensorize.passes.observe.outputs import call
 from tensorize.passes.observe.parts import ALIKE, Together
 
@@ -30,7 +33,8 @@ class Layers:
 
     In ``work`` lie what arrives at every block (``hidden``), for every batch, and what else it is
     given. One part's weights are in memory at a time, on the ``device``, and one batch.
-    ``together`` tells whether batches were cut rightly.
+    ``together`` tells whether batches were cut rightly, ``texts``, two that differ in their last
+    token, whether the model is a decoder; both go through the blocks as well.
     """
 
     chain: Chain
@@ -38,6 +42,7 @@ class Layers:
     batches: tuple[Batch, ...]
     work: Work
     together: Together | None = None
+    texts: Batch | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _given: dict[int, list[tuple[list[Any], Any]]] = field(default_factory=dict)
 
@@ -70,7 +75,13 @@ class Layers:
 
     @property
     def _all(self) -> tuple[Batch, ...]:
-        return self.batches if self.together is None else (*self.batches, self.together.batch)
+        more = None if self.together is None else self.together.batch, self.texts
+        return (*self.batches, *(batch for batch in more if batch is not None))
+
+    @property
+    def of_texts(self) -> int:
+        """The place of ``texts`` behind the batches."""
+        return len(self._all) - 1
 
     def _check_samples_apart(self) -> None:
         if self.together is None:
@@ -107,8 +118,8 @@ class Layers:
         """What arrives at the k-th block of the j-th batch; beyond the last, at the back."""
         return self.work.get(_hidden(k, j))["hidden"].to(self.device)
 
-    def inputs(self, k: int, j: int) -> Batch:
-        """A call of the k-th block."""
+    def inputs(self, k: int, j: int, hidden: Tensor | None = None) -> Batch:
+        """A call of the k-th block, on what arrives there or on something else."""
         leaves, spec = self._given[j][k]
         wanted = {leaf.name for leaf in leaves if isinstance(leaf, _Named)}
         tensors = self.work.get(_arguments(j)) if wanted else {}
@@ -117,12 +128,13 @@ class Layers:
             for leaf in leaves
         ]
         args, kwargs = pytree.tree_unflatten(filled, spec)
-        return self._as_call(j, (self.hidden(k, j), *args), kwargs)
+        return self._as_call(j, (self.hidden(k, j) if hidden is None else hidden, *args), kwargs)
 
-    def outputs_from(self, j: int) -> Batch:
-        """A call of the back."""
+    def outputs_from(self, j: int, hidden: Tensor | None = None) -> Batch:
+        """A call of the back, on what arrives there or on something else."""
         batch = self.arguments(j)
-        return self._as_call(j, (self.hidden(self.count, j), *batch.args), dict(batch.kwargs))
+        hidden = self.hidden(self.count, j) if hidden is None else hidden
+        return self._as_call(j, (hidden, *batch.args), dict(batch.kwargs))
 
     def _as_call(self, j: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         batch = self._all[j]
@@ -172,6 +184,25 @@ class Layers:
         value = self.values(name).to(self.device)
         own = isinstance(blank, nn.Parameter)
         return nn.Parameter(value, requires_grad=blank.requires_grad) if own else value
+
+
+def fitted_loss(layers: Layers, back: Back, loss_fn: LossOption) -> PreservedLoss:
+    """The loss to preserve, of what the back gives for all batches."""
+    places = {batch: j for j, batch in enumerate(layers.batches)}
+
+    def outputs(model: nn.Module, batch: Batch) -> Any:
+        return call(back, layers.outputs_from(places[batch]))
+
+    return PreservedLoss.fit(layers.chain.model, layers.batches, loss_fn, outputs)
+
+
+def two_texts(model: nn.Module, batch: Batch) -> Batch | None:
+    """A text of a batch, and the same with another last token; None where it holds none."""
+    ids = only_ids(batch)
+    if ids is None or ids.shape[1] < 2:
+        return None
+    both = torch.cat([ids[:1], changed_last(ids[:1])])
+    return without_cache(model, with_ids(batch, both))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from tensorize.capture.observer import Observer
 from tensorize.ir.sites import Batch, Site
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.curves.spectra import ComputeSpectra
-from tensorize.passes.layers.chain import Part, check_apart
-from tensorize.passes.layers.layers import Layers
+from tensorize.passes.layers.chain import Back, Part, check_apart
+from tensorize.passes.layers.layers import Layers, fitted_loss
 from tensorize.passes.observe.backward import Probed, probing
 from tensorize.passes.observe.counted import Counted, reached_rows, reading
 from tensorize.passes.observe.gathering import Gathering, Masks, Wanted, probes_for
@@ -151,17 +151,14 @@ class _Sweep:
 
     # ------------------------------------------------------------------------------- the outputs
 
-    def _back(self, back: Part, gathering: Gathering) -> _Probes:
+    def _back(self, back: Back, gathering: Gathering) -> _Probes:
         """Probe the outputs of all batches; keep the gradients at what the last block gave."""
         layers, found, given = self.layers, self.found, self.given
         model, batches = layers.chain.model, layers.batches
         wanted = self._wanted(None, gathering)
 
-        def outputs(model: nn.Module, batch: Batch) -> Any:
-            return call(back, layers.outputs_from(batches.index(batch)))
-
         with torch.no_grad():
-            first = outputs(model, batches[0])
+            first = call(back, layers.outputs_from(0))
             least = min(len(each.rows) for each in outputs_of(first, batches[0], model))
             del first
         loss_fn = function_of(given.loss_fn)
@@ -173,7 +170,7 @@ class _Sweep:
         self._of_back = dict(self._masks)
         if found.metric != "loss":
             return _Probes(0, 1, [None] * len(batches), masked)
-        loss = PreservedLoss.fit(model, batches, given.loss_fn, outputs)
+        loss = fitted_loss(layers, back, given.loss_fn)
         return self._probe(back, gathering, wanted, loss, masked)
 
     def _probe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from tensorize.base.files import replacing, write_at_once
 from tensorize.base.tensorfile import Layout, Writer, is_padding
 
 _TENSORS, _RECORD = ".safetensors", ".json"
+
+
+def named_by(*values: Any) -> str:
+    """A name for what follows from plain values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

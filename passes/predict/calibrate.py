@@ -11,11 +11,9 @@ same way, at fewer points: it changes slowly with the size of the damage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from functools import partial
 
 from tensorize.ir.plan import POLISH, REFIT, RUINED
 from tensorize.ir.sites import Batch
@@ -31,14 +29,14 @@ from tensorize.passes.predict.families import (
 )
 from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.passes.predict.predictor import Predictor, Trial
-from tensorize.passes.predict.trials import Measurement, Reference, stand_ins, trial_plan, untried
-from tensorize.passes.rewrite.factorize import (
-    Components,
-    Cores,
-    best_components,
-    in_copy,
-    planned_cores,
+from tensorize.passes.predict.trials import (
+    Measurement,
+    Measuring,
+    Reference,
+    trial_plan,
+    untried,
 )
+from tensorize.passes.rewrite.factorize import Cores, in_copy
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Analysed, Learned, Opened, Planned, Rewritten
@@ -63,6 +61,7 @@ class CalibratePrediction:
 
     Trial plans are measured on ``held_out`` batches, or on those ``learnt`` from where there are
     none; ``refinements`` are measured as well, and so are ``metrics`` of the caller's.
+    ``measuring`` gives what measures plans there, where the model is not in memory.
     """
 
     learnt: tuple[Batch, ...]
@@ -70,6 +69,7 @@ class CalibratePrediction:
     loss: PreservedLoss | None
     refinements: tuple[str, ...] = ()
     metrics: Mapping[str, MetricFunction] | None = None
+    measuring: Callable[[], Measuring] | None = None
     name: str = "predict"
 
     @property
@@ -81,16 +81,19 @@ class CalibratePrediction:
             return _without(learned, "weights and inputs alone")
         if not any(curve.in_nats for curve in learned.spectra.values()):
             return _without(learned, "its gradients say nothing")
-        reference = Reference(learned.model, self._batches, self.loss, self.metrics)
+        reference = (
+            Reference(learned.model, self._batches, self.loss, self.metrics)
+            if self.measuring is None
+            else self.measuring()
+        )
         least = smallest_share(untried(learned))
         plans = {share: trial_plan(learned, trial_share(least, share)) for share in TRIAL_SHARES}
         # Of shares that come to one plan the first is tried.
         first = {p.plan.sites: share for share, p in reversed(plans.items()) if p is not None}
         chosen = {first[sites]: plans[first[sites]] for sites in reversed(first)}
         tried = {share: planned for share, planned in chosen.items() if planned is not None}
-        known = best_components(learned, first)
-        plain = self._at_once(learned, list(tried.values()), known, reference)
-        del known
+        found = reference.try_plans(learned, list(tried.values()), cut=True)
+        plain = [_trial(*each, None) for each in zip(tried.values(), found, strict=True)]
         lost = {share: trial.measured for share, trial in zip(tried, plain, strict=True)}
         refined = [
             (tried[share], refine)
@@ -104,7 +107,7 @@ class CalibratePrediction:
             )
         ]
         trials = plain + self._measured(learned, refined, reference)
-        without = None if self.held_out else reference.measure(_nothing(learned)).rise
+        without = None if self.held_out else reference.try_nothing(learned).rise
         ranks = Predictor(
             _ordered(trials),
             self.loss.unit,
@@ -127,7 +130,7 @@ class CalibratePrediction:
         known = {"predictor": predictor, "summary": summary}
         return learned.to(Analysed, **known, notes=(*learned.notes, *notes))
 
-    def _with_families(self, ranks: Predictor, learned: Learned, reference: Reference) -> Predictor:
+    def _with_families(self, ranks: Predictor, learned: Learned, reference: Measuring) -> Predictor:
         """Where there are precisions, with what their families are worth, and their trials."""
         if not precisions_of(learned):
             return ranks
@@ -143,41 +146,27 @@ class CalibratePrediction:
         trials = (*ranks.trials, *self._measured(learned, wanted, reference))
         return replace(ranks, trials=_ordered(trials), worth=worth)
 
-    def _at_once(
-        self, learned: Learned, plans: Sequence[Planned], known: Components, reference: Reference
-    ) -> list[Trial]:
-        """Plans whose factors are cut from those known, all tried in one run of the dense model."""
-        learned.progress("prediction", 0, len(plans))
-        cores = [planned_cores(learned, planned.plan.sites, known) for planned in plans]
-        made = [
-            stand_ins(learned, planned.plan.sites, own)
-            for planned, own in zip(plans, cores, strict=True)
-        ]
-        found = reference.measure_each(made)
-        learned.progress("prediction", len(plans), len(plans))
-        return [_trial(*each, None) for each in zip(plans, found, strict=True)]
-
     def _measured(
         self,
         learned: Learned,
         wanted: Sequence[tuple[Planned, str | None]],
-        reference: Reference,
+        reference: Measuring,
     ) -> list[Trial]:
         """Plans with what is done to their factors, each tried."""
-        trials: list[Trial] = []
-        for done, (planned, refine) in enumerate(wanted):
-            learned.progress("prediction", done, len(wanted))
-            reference.forget()  # it takes memory of its own
-            cores = self._cores(learned, planned, refine)
-            found = reference.measure(stand_ins(learned, planned.plan.sites, cores))
-            trials.append(_trial(planned, found, refine))
-        learned.progress("prediction", len(wanted), len(wanted))
+        plain = [planned for planned, refine in wanted if refine is None]
+        found = reference.try_plans(learned, plain, cut=False) if plain else []
+        trials = [_trial(*each, None) for each in zip(plain, found, strict=True)]
+        refined = [(planned, refine) for planned, refine in wanted if refine is not None]
+        for done, (planned, refine) in enumerate(refined):
+            learned.progress("prediction", done, len(refined))
+            cores = partial(self._cores, learned, planned, refine)
+            trials.append(_trial(planned, reference.try_refined(learned, planned, cores), refine))
+        if refined:
+            learned.progress("prediction", len(refined), len(refined))
         return trials
 
-    def _cores(self, learned: Learned, planned: Planned, refine: str | None) -> Mapping[str, Cores]:
+    def _cores(self, learned: Learned, planned: Planned, refine: str) -> Mapping[str, Cores]:
         """The factors of a plan, after what is done to them."""
-        if refine is None:
-            return planned_cores(learned, planned.plan.sites)
         loss = self.loss
         assert loss is not None
         tried: Opened | Rewritten = planned.to(Opened, model=learned.model, cores={})
@@ -217,13 +206,13 @@ def _trial(planned: Planned, found: Measurement, refine: str | None) -> Trial:
     return Trial(raw, found.rise, found.spread, found.output_error, refine, found.metrics)
 
 
-def _images(learned: Learned, reference: Reference) -> int:
+def _images(learned: Learned, reference: Measuring) -> int:
     """How many images the batch holds by which uses were seen, where a row of outputs is one."""
     seen = learned.inputs
     return 0 if seen is None or reference.row != "image" else images_in(seen)
 
 
-def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[str]:
+def _of_few(learned: Learned, reference: Measuring, held_out: bool) -> Iterator[str]:
     """What is to be said of few calibration data."""
     unseen = " that were held out" * held_out
     where = f"measured on {_rows(reference.rows)} of outputs{unseen}"
@@ -242,12 +231,6 @@ def _of_few(learned: Learned, reference: Reference, held_out: bool) -> Iterator[
 
 def _rows(count: int) -> str:
     return f"{count} row{'s' * (count != 1)}"
-
-
-def _nothing(learned: Learned) -> dict[str, Tensor]:
-    """The weights that may be compressed, all zero."""
-    parameters = dict(learned.model.named_parameters())
-    return {site.name: torch.zeros_like(parameters[site.name]) for site in learned.free}
 
 
 def _without(learned: Learned, why: str) -> Analysed:

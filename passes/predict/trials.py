@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, is_tensor, nn
@@ -32,7 +32,7 @@ from tensorize.passes.observe.outputs import (
 from tensorize.passes.observe.text import TextLoss
 from tensorize.passes.predict.metrics import MetricFunction, Value, mean_of, value_of
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
-from tensorize.passes.rewrite.factorize import stand_in
+from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores, stand_in
 from tensorize.passes.stages import Analysed, Learned, Planned
 
 _KEPT_BYTES = 1 << 28
@@ -49,6 +49,38 @@ class Measurement:
     spread: float
     output_error: float
     metrics: tuple[Value, ...] = ()
+
+
+class Measuring(Protocol):
+    """The dense model on some batches, and what other weights lose there."""
+
+    rows: int
+    one_row_a_sample: bool
+    metrics: tuple[Any, ...]
+
+    def try_plans(
+        self, learned: Learned, plans: Sequence[Planned], *, cut: bool
+    ) -> list[Measurement]:
+        """What plans lose, with the factors that curves give.
+
+        ``cut``: those of smaller ranks are cut from those of the largest.
+        """
+        ...
+
+    def try_nothing(self, learned: Learned) -> Measurement:
+        """What the model loses where all weights that may be compressed are zero."""
+        ...
+
+    def try_refined(
+        self, learned: Learned, planned: Planned, cores: Callable[[], Mapping[str, Cores]]
+    ) -> Measurement:
+        """What a plan loses with refined factors; ``cores`` makes those of a model in memory."""
+        ...
+
+    @property
+    def text_loss(self) -> float | None:
+        """The dense model's cross-entropy of the batches' text, in nats a token; None: no text."""
+        ...
 
 
 class Reference:
@@ -105,7 +137,7 @@ class Reference:
     def measure_each(self, several: Sequence[Mapping[str, Any]]) -> list[Measurement]:
         """The same, each time with others replaced; the dense model runs once for all of them."""
         model, parameters = self.model, dict(self.model.named_parameters())
-        tallies = [_Tally() for _ in several]
+        tallies = [Tally() for _ in several]
         instead = [{id(parameters[n]): w for n, w in weights.items()} for weights in several]
         with untouched(model):
             for k, batch in enumerate(self.batches):
@@ -113,10 +145,8 @@ class Reference:
                 for tally, tensors in zip(tallies, instead, strict=True):
                     with fitting(model, batch), StandIns(tensors):
                         after = once(model, batch)
-                    tally.rises.append(self.loss.rises(before, after, batch, model))
                     tally.metrics.append(self._values(after, batch, before))
-                    for a, b in self._outputs(before, after, batch):
-                        tally.add(a.rows, b.rows)
+                    tally.compare(self.loss, before, after, batch, model)
                     del after
                     give_back()
         return [tally.measurement() for tally in tallies]
@@ -140,19 +170,57 @@ class Reference:
         """The dense model's cross-entropy of the batches' text, in nats a token; None: no text."""
         return None if self._text is None else self._text.value
 
-    def _outputs(self, before: Any, after: Any, batch: Batch) -> list[tuple[Output, Output]]:
-        """The outputs that can be compared: with a loss of the caller's they may be anything."""
-        try:
-            those = (outputs_of(result, batch, self.model) for result in (before, after))
-            pairs = list(zip(*those, strict=True))
-        except (CaptureError, ValueError):
-            if self.loss.loss_fn is None:
-                raise
-            return []
-        return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
+    def try_plans(
+        self, learned: Learned, plans: Sequence[Planned], *, cut: bool
+    ) -> list[Measurement]:
+        """What plans lose; those that are cut are tried in one run of the dense model."""
+        every = [planned.plan.sites for planned in plans]
+        learned.progress("prediction", 0, len(plans))
+        if cut:
+            known = best_components(learned, every)
+            cores = [planned_cores(learned, sites, known) for sites in every]
+            found = self.measure_each(
+                [stand_ins(learned, *each) for each in zip(every, cores, strict=True)]
+            )
+        else:
+            found = []
+            for done, sites in enumerate(every):
+                learned.progress("prediction", done, len(plans))
+                self.forget()  # factors take memory of their own
+                found.append(self.measure(stand_ins(learned, sites, planned_cores(learned, sites))))
+        learned.progress("prediction", len(plans), len(plans))
+        return found
+
+    def try_refined(
+        self, learned: Learned, planned: Planned, cores: Callable[[], Mapping[str, Cores]]
+    ) -> Measurement:
+        """What a plan loses with other factors than its own."""
+        self.forget()  # to make them takes memory
+        return self.measure(stand_ins(learned, planned.plan.sites, cores()))
+
+    def try_nothing(self, learned: Learned) -> Measurement:
+        """What the model loses where all weights that may be compressed are zero."""
+        parameters = dict(learned.model.named_parameters())
+        return self.measure(
+            {site.name: torch.zeros_like(parameters[site.name]) for site in learned.free}
+        )
 
 
-class _Tally:
+def comparable(
+    loss: PreservedLoss, before: Any, after: Any, batch: Batch, model: nn.Module
+) -> list[tuple[Output, Output]]:
+    """The outputs that can be compared: with a loss of the caller's they may be anything."""
+    try:
+        those = (outputs_of(result, batch, model) for result in (before, after))
+        pairs = list(zip(*those, strict=True))
+    except (CaptureError, ValueError):
+        if loss.loss_fn is None:
+            raise
+        return []
+    return [(a, b) for a, b in pairs if a.rows.shape == b.rows.shape]
+
+
+class Tally:
     """What was found of one set of weights so far."""
 
     def __init__(self) -> None:
@@ -160,8 +228,15 @@ class _Tally:
         self.metrics: list[list[float]] = []
         self._error = self._size = 0.0
 
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Rows of an output."""
+    def compare(
+        self, loss: PreservedLoss, before: Any, after: Any, batch: Batch, model: nn.Module
+    ) -> None:
+        """Add what a model gives for a batch, as it is and with other weights."""
+        self.rises.append(loss.rises(before, after, batch, model))
+        for a, b in comparable(loss, before, after, batch, model):
+            self._add(a.rows, b.rows)
+
+    def _add(self, before: Tensor, after: Tensor) -> None:
         mean = before.mean(0, dtype=torch.float64)
         for one, other in in_rows(before, after):
             self._error += float((one - other).double().square().sum())

@@ -40,20 +40,21 @@ from tensorize.passes.curves.precisions import PrecisionOption, check_own, integ
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.layers.chain import find_chain
 from tensorize.passes.layers.cost import cost_in_layers
-from tensorize.passes.layers.layers import Layers
+from tensorize.passes.layers.layers import Layers, two_texts
 from tensorize.passes.layers.learn import LearnInLayers
+from tensorize.passes.layers.predict import PredictInLayers
 from tensorize.passes.layers.work import Work
 from tensorize.passes.observe.loss import split
 from tensorize.passes.observe.parts import cut_by_size
 from tensorize.passes.observe.select import Select
 from tensorize.passes.observe.sites import FindSites
 from tensorize.passes.pipeline import Pass, run_passes
+from tensorize.passes.predict.calibrate import CalibratePrediction
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.stages import (
     Analysed,
     Found,
     Given,
-    Learned,
     Observed,
     Opened,
     Planned,
@@ -154,12 +155,11 @@ def streamed(directory: Path, out: Path, options: Options, scratch: Path | None 
         curves = Curves(Path(base), Held.shapes)
         announce(cost_line(found))
         work = (scratch or folder) / f"layers-{Path(base).name}"
-        learned = run_passes(*stream.learning(found, running, curves, Work(work)), Learned)
-        analysed = replace(learned.to(Analysed, predictor=None), progress=no_progress)
+        analysed = run_passes(*stream.analysis(found, running, curves, Work(work)), Analysed)
         asked = {"precision": options.precision, "activations": options.activations}
-        analysis = Analysis(analysed, identity, **asked)
+        analysis = Analysis(replace(analysed, progress=no_progress), identity, **asked)
         plan = planned(analysis, replace(options, formats=None)).alone
-        opened = learned.to(Planned, predictor=None, plan=plan).to(Opened, model=source.model)
+        opened = analysed.to(Planned, plan=plan).to(Opened, model=source.model)
         factors = write_factors.Factors(source, curves, folder)
         done = run_passes(opened, rewriting(None, sink=factors.in_file), Rewritten)
         report = report_of_result(done, analysis)
@@ -224,10 +224,10 @@ class _Stream:
         check_own(options.precision, {site.dtype for site in found.free})
         return replace(found, model=model), running
 
-    def learning(
+    def analysis(
         self, found: Found, running: nn.Module, curves: Curves, work: Work
-    ) -> tuple[Record, tuple[Pass, ...]]:
-        """The passes that learn the curves, and what they begin with."""
+    ) -> tuple[Record, tuple[Pass[Any, Any], ...]]:
+        """The expensive passes, and what they begin with."""
         spectra = ComputeSpectra(
             self.options.formats,
             integers(self.options.precision),
@@ -235,19 +235,23 @@ class _Stream:
             curves,
         )
         if found.metric == "frobenius":
-            return found.to(Observed, statistics={}), (spectra,)
+            return found.to(Observed, statistics={}), (spectra, CalibratePrediction((), (), None))
         with zeros.WithoutWork():
             cut, together = cut_by_size(replace(found, model=running))
             found = replace(found, calibration=cut.calibration)
             first = moved(found.calibration[0], next(running.parameters()).device)
             names = {site.name for site in found.free}
             chain = find_chain(copy.deepcopy(self.source.model), running, first, names)
-        layers = Layers(chain, self.source.value, found.calibration, work, together, self.device)
-        announce(cost_in_layers(layers, found))
         place = {batch: j for j, batch in enumerate(found.calibration)}
-        learnt, _ = split(found.calibration)
+        learnt, held_out = split(found.calibration)
+        texts = two_texts(running, held_out[0])
+        layers = Layers(
+            chain, self.source.value, found.calibration, work, together, texts, self.device
+        )
+        announce(cost_in_layers(layers, found))
         learn = LearnInLayers(layers, tuple(place[batch] for batch in learnt), spectra)
-        return found, (learn,)
+        unseen = tuple(place[batch] for batch in held_out)
+        return found, (learn, PredictInLayers(layers, unseen, curves))
 
 
 def _running(model: nn.Module, data: Sequence[Batch]) -> tuple[Batch | None, nn.Module, str]:

@@ -82,7 +82,9 @@ class Curves:
         """One that ``find`` or ``keep`` gave, with all of its tensors."""
         if self.held is not Held.shapes:
             return curve
-        return replace(self.whole(curve.site), shared=curve.shared)
+        whole = self.whole(curve.site)
+        shared = None if curve.shared is None else whole.shared
+        return replace(whole, shared=shared, measured=curve.measured)
 
     def find_shared(self, group: str) -> dict[str, SharedFactor] | None:
         """The first factor of a group of weights, by the names of its members."""

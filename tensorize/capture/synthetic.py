@@ -71,7 +71,7 @@ def self_made(
             written = _written(model, inputs, vocabulary, sequences, seed, generator)
             if written is not None:
                 count, length = written.shape
-                batches = [_with_ids(inputs, part) for part in written.split(_BATCH)]
+                batches = [with_ids(inputs, part) for part in written.split(_BATCH)]
                 return _numbered(batches), f"{count} x {length} tokens that the model wrote itself"
     count = round(share * _DRAWN_BATCHES)
     drawn = [_drawn(inputs, vocabularies, generator) for _ in range(count)]
@@ -110,7 +110,7 @@ def only_ids(inputs: Batch) -> Tensor | None:
     return value
 
 
-def _with_ids(inputs: Batch, ids: Tensor) -> Batch:
+def with_ids(inputs: Batch, ids: Tensor) -> Batch:
     """A call with these ids alone, given as the model was given them."""
     if inputs.args:
         return Batch((ids,), {}, (ids,))
@@ -147,17 +147,28 @@ def is_causal(model: nn.Module, inputs: Batch, ids: Tensor) -> bool:
     """Whether it gives logits (B, T, V), and those of a position depend on nothing behind it."""
     if ids.shape[1] < 2:
         return False
-    other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % 2
+    other = changed_last(ids)
     try:
         with of_the_model("the model does not run on ids alone"):
             logits, changed = (
                 getattr(once(model, b), "logits", None)
-                for b in (_with_ids(inputs, ids), _with_ids(inputs, other))
+                for b in (with_ids(inputs, ids), with_ids(inputs, other))
             )
     except ModelError as error:  # it needs more than ids
         log.debug("%s", error)
         return False
+    return same_before_last(logits, changed, ids)
+
+
+def changed_last(ids: Tensor) -> Tensor:
+    """Texts (B, T) with other last tokens."""
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % 2
+    return other
+
+
+def same_before_last(logits: object, changed: object, ids: Tensor) -> bool:
+    """Whether they are logits (B, T, V) of texts, and those before the last position are alike."""
     if not isinstance(logits, Tensor) or not isinstance(changed, Tensor):
         return False
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
@@ -196,7 +207,7 @@ def _written(
             log.debug("%s", error)
     ids = start
     while ids.shape[1] < length:
-        batch = _with_ids(inputs, ids)
+        batch = with_ids(inputs, ids)
         try:
             with of_the_model(f"no text of {ids.shape[1]} tokens"):
                 logits = once(model, batch).logits[:, -1]

@@ -1,0 +1,36 @@
+"""The prediction of the loss, calibrated by trials that go through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensorize.passes.curves.curve import Store
+from tensorize.passes.layers.layers import Layers
+from tensorize.passes.layers.trials import LayeredReference
+from tensorize.passes.observe.loss import LossOption
+from tensorize.passes.predict.calibrate import CalibratePrediction
+from tensorize.passes.stages import Analysed, Learned
+
+_UNMEASURED = "no weight was measured by itself: that is done with the whole model in memory"
+
+
+@dataclass(frozen=True)
+class PredictInLayers:
+    """Makes the predictor, from trials on those of the layers' batches that are ``held_out``."""
+
+    layers: Layers
+    held_out: tuple[int, ...]
+    store: Store
+    loss_fn: LossOption = None
+    name: str = "predict"
+
+    def run(self, learned: Learned) -> Analysed:
+        if learned.metric != "loss":
+            return CalibratePrediction((), (), None).run(learned)
+        self.layers.run(learned.progress)  # where curves were all kept, nothing ran yet
+        reference = LayeredReference(self.layers, self.held_out, self.store, self.loss_fn)
+        batches = tuple(self.layers.batches[j] for j in self.held_out)
+        predict = CalibratePrediction((), batches, reference.loss, measuring=lambda: reference)
+        if reference.one_row_a_sample:
+            learned = learned.noted(_UNMEASURED)
+        return predict.run(learned)
