@@ -21,7 +21,7 @@ from tensorize.base import printer
 from tensorize.cli import options as option
 from tensorize.cli.parse import read_options
 from tensorize.cli.saving import check_emit, check_out, save_tokenizer, write_kernels
-from tensorize.cli.sources import Dtype, tokenizer_of
+from tensorize.cli.sources import Dtype, Loaded, read_batches, tokenizer_of
 from tensorize.cli.telling import (
     check_target,
     count_text,
@@ -30,6 +30,7 @@ from tensorize.cli.telling import (
     print_json,
     say,
 )
+from tensorize.hub.shards import open_checkpoint
 from tensorize.reports.report import Report
 
 
@@ -68,10 +69,17 @@ def compile_command(
         bool,
         typer.Option(
             "--stream",
-            help="Read a checkpoint directory one weight at a time and never load it; weights are "
-            "judged by themselves. A run that was killed goes on after the last weight.",
+            help="Never load a checkpoint directory: one weight at a time is read, and weights are "
+            "judged by themselves, or with --calibration one layer. A run that was killed goes on.",
         ),
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --stream: where activations lie meanwhile (default: in --out).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: option.Json = False,
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
@@ -83,8 +91,6 @@ def compile_command(
         if stream:
             _check_streams(
                 {
-                    "--calibration": calibration is not None,
-                    "--refine": refine not in ("auto", "none"),
                     "--max-memory": max_memory is not None,
                     "--dtype": dtype is not Dtype.auto,
                     "--backend": backend != Options.backend,
@@ -93,7 +99,8 @@ def compile_command(
                 }
             )
             with contextlib.redirect_stdout(sys.stderr):
-                report = _stream(source, out, options)
+                data = _data(source, calibration, batch_size, max_length)
+                report = _stream(source, out, replace(options, calibration=data), scratch)
                 if html is not None:
                     report.to_html(html)
             _tell_saved(out, report, html, as_json, "")
@@ -122,11 +129,19 @@ def _check_streams(given: Mapping[str, bool]) -> None:
             )
 
 
-def _stream(source: str, out: Path, options: Options) -> Report:
-    """Compress a checkpoint a weight at a time, and say what it took."""
+def _data(source: str, calibration: Path | None, batch_size: int, max_length: int) -> Any:
+    """The calibration batches of a model that is not loaded."""
+    if calibration is None or (str(calibration) == "self" and not calibration.exists()):
+        return None if calibration is None else "self"
+    model = open_checkpoint(Path(source)).model
+    return read_batches(calibration, Loaded(model, tokenizer_of(source)), batch_size, max_length)
+
+
+def _stream(source: str, out: Path, options: Options, scratch: Path | None) -> Report:
+    """Compress a checkpoint a weight or a layer at a time, and say what it took."""
     say(f"streaming {source} to {options.budget}")
     start = time.perf_counter()
-    report = streamed(Path(source), out, options)
+    report = streamed(Path(source), out, options, scratch)
     if (tokenizer := tokenizer_of(source)) is not None:
         save_tokenizer(tokenizer, out)
     seconds, count = time.perf_counter() - start, report.totals.before.parameters

@@ -51,16 +51,25 @@ def test_the_command_refuses_what_needs_the_whole_model(checkpoint: Path, tmp_pa
     assert "never loads it" in done.output
     done = run(*given, "--metric", "loss")
     assert done.exit_code == 3
-    assert "needs the backward pass of the whole model" in done.output
+    assert "needs calibration data" in done.output
 
 
 # ------------------------------------------------------------------------------------------- errors
 
 
-def test_metrics_that_do_not_stream(checkpoint: Path, tmp_path: Path) -> None:
-    for metric, why in (("loss", "backward pass"), ("input", "forward passes"), ("x", "no such")):
-        with pytest.raises(AnalysisError, match=why):
-            tensorize.compile_checkpoint(checkpoint, tmp_path / "small", metric=metric)
+def test_what_a_stream_does_not_do(checkpoint: Path, tmp_path: Path) -> None:
+    batch = {"input_ids": torch.arange(32).reshape(2, 16)}
+
+    def fails(match: str, **options: Any) -> None:
+        with pytest.raises(AnalysisError, match=match):
+            tensorize.compile_checkpoint(checkpoint, tmp_path / "small", **options)
+
+    fails("needs calibration data", metric="loss")
+    fails("needs calibration data", metric="input")
+    fails("metric='x'", metric="x")
+    fails("writes no text", calibration="self")
+    fails("holds one batch", calibration=[batch])
+    fails("not refined", calibration=[batch, batch], refine="refit")
 
 
 def test_a_directory_that_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
