@@ -127,6 +127,8 @@ class _Sweep:
             todo_here = self._todo(k)
             if todo_here or reached is None or k < reached:
                 self._block(k, todo_here, known)
+            else:
+                self._done += known.count * len(self.given.learnt)
             self._drop_gradients(k + 1, known)
         if todo:
             with layers.outer() as (front, back):

@@ -131,8 +131,10 @@ def _check_streams(given: Mapping[str, bool]) -> None:
 
 def _data(source: str, calibration: Path | None, batch_size: int, max_length: int) -> Any:
     """The calibration batches of a model that is not loaded."""
-    if calibration is None or (str(calibration) == "self" and not calibration.exists()):
-        return None if calibration is None else "self"
+    if calibration is None:
+        return None
+    if str(calibration) == "self" and not calibration.exists():
+        return "self"
     model = open_checkpoint(Path(source)).model
     return read_batches(calibration, Loaded(model, tokenizer_of(source)), batch_size, max_length)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,12 @@ import transformers as hf
 from torch import Tensor
 
 import tensorize
+from tensorize.base.errors import AnalysisError
+from tensorize.hub import shards
+from tensorize.passes.observe.gathering import Gathering
+from tensorize.store.manifest import MANIFEST
 from tests.api.checkpoints import assert_same, llama, saved
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
 
@@ -48,3 +58,138 @@ def test_layer_by_layer_writes_what_compile_and_save_write(name: str, tmp_path: 
     assert report.factorized
     assert_same(tmp_path / "streamed", whole(dense, tmp_path / "whole", calibration=data()))
     assert not (tmp_path / "streamed" / ".tensorize-stream").exists()
+
+
+# ------------------------------------------------------------------------------------ gone on with
+
+
+class Stopped(Exception):
+    """A run that ends in the middle: what it leaves is what a killed one leaves."""
+
+
+STOPS = [
+    ("forward", 5),
+    ("forward", 11),
+    ("statistics", 0),
+    ("statistics", 3),
+    ("spectra", 4),
+    ("statistics", 6),
+    ("shared factors", 1),
+    ("prediction", 4),
+    ("prediction", 12),
+    ("factorize", 3),
+]
+
+
+def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Wherever it ends: forth, back, between two curves of a layer, in the trials, at the file."""
+    dense, out = saved(llama(tie_word_embeddings=True), tmp_path / "dense"), tmp_path / "stopped"
+    told: list[tuple[str, int]] = []
+    for stop in (*STOPS, None):
+
+        def watch(stage: str, done: int, total: int, stop: Any = stop) -> None:
+            told.append((stage, done))
+            assert done <= total
+            if (stage, done) == stop:
+                raise Stopped
+
+        with contextlib.nullcontext() if stop is None else pytest.raises(Stopped):
+            tensorize.compile_checkpoint(dense, out, 0.5, calibration=data(), progress=watch)
+    assert_same(out, whole(dense, tmp_path / "whole", calibration=data()))
+    assert not (out / ".tensorize-stream").exists()
+
+
+def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, out = saved(llama(), tmp_path / "dense"), tmp_path / "stopped"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("prediction", 0):
+            raise Stopped
+
+    given = {"calibration": data(), "scratch": tmp_path / "scratch"}
+    with pytest.raises(Stopped):
+        tensorize.compile_checkpoint(dense, out, 0.5, progress=stop, **given)
+    assert list((tmp_path / "scratch").glob("layers-*/hidden-*"))
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("all curves are there")
+
+    monkeypatch.setattr(Gathering, "add_gradients", never)
+    report = tensorize.compile_checkpoint(dense, out, 0.5, **given)
+    curves = next(stage for stage in report.history if stage.name == "curves")
+    assert "16 kept by an earlier run" in curves.summary
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights of layers that were read no more are alive than those of one."""
+    dense = saved(llama(num_hidden_layers=4), tmp_path / "dense")
+    alive: list[tuple[str, Any]] = []
+    most: set[int] = set()
+    plain = shards.Checkpoint.read
+
+    def read(self: shards.Checkpoint, name: str) -> Tensor:
+        value = plain(self, name)
+        alive.append((name, weakref.ref(value.untyped_storage())))
+        held = {key.split(".")[2] for key, ref in alive if ref() is not None and "layers" in key}
+        most.add(len(held))
+        return value
+
+    def begin(stage: str, done: int, total: int) -> None:
+        if stage == "reading":  # where all weights are looked at, one by one
+            most.clear()
+
+    monkeypatch.setattr(shards.Checkpoint, "read", read)
+    given = {"calibration": data(2), "progress": begin}
+    tensorize.compile_checkpoint(dense, tmp_path / "small", 0.5, **given)
+    assert max(most) == 1
+
+
+SCRIPT = """
+import os, signal, sys
+import torch, tensorize
+from tests.api.test_stream_layers import data
+stage, count, dense, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def watch(now, done, total):
+    if now == stage and done == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+tensorize.compile_checkpoint(dense, out, 0.5, calibration=data(), progress=watch)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    dense, out = saved(llama(), tmp_path / "dense"), tmp_path / "killed"
+    for stage, count in (("forward", 6), ("statistics", 4), ("prediction", 5)):
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, stage, str(count), str(dense), str(out)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    tensorize.compile_checkpoint(dense, out, 0.5, calibration=data())
+    assert_same(out, whole(dense, tmp_path / "whole", calibration=data()))
+
+
+# ---------------------------------------------------------------------------------------- refused
+
+
+def test_what_is_no_chain_is_refused(tmp_path: Path) -> None:
+    config = hf.AlbertConfig(
+        vocab_size=96,
+        embedding_size=24,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=112,
+        max_position_embeddings=64,
+    )
+    dense = saved(hf.AlbertForMaskedLM(config), tmp_path / "dense")
+    with pytest.raises(AnalysisError, match=r'layer by layer: .*\n.*metric="frobenius"'):
+        tensorize.compile_checkpoint(dense, tmp_path / "small", 0.5, calibration=data())
+    assert not (tmp_path / "small" / MANIFEST).exists()
+    tensorize.compile_checkpoint(
+        dense, tmp_path / "small", 0.5, calibration=data(), metric="frobenius"
+    )
