@@ -30,12 +30,7 @@ from tensorize.passes.observe.loss import LossOption
 from tensorize.passes.observe.outputs import call, essential, row_total, samples_of
 from tensorize.passes.observe.text import TextLoss
 from tensorize.passes.predict.trials import Measurement, Tally, stand_ins
-from tensorize.passes.rewrite.factorize import (
-    Components,
-    Cores,
-    best_components,
-    planned_cores,
-)
+from tensorize.passes.rewrite.factorize import Components, Cores, best_components, planned_cores
 from tensorize.passes.stages import Learned, Planned
 
 

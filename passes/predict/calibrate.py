@@ -29,13 +29,7 @@ from tensorize.passes.predict.families import (
 )
 from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.passes.predict.predictor import Predictor, Trial
-from tensorize.passes.predict.trials import (
-    Measurement,
-    Measuring,
-    Reference,
-    trial_plan,
-    untried,
-)
+from tensorize.passes.predict.trials import Measurement, Measuring, Reference, trial_plan, untried
 from tensorize.passes.rewrite.factorize import Cores, in_copy
 from tensorize.passes.rewrite.pipeline import rewriting
 from tensorize.passes.rewrite.polish import Polish
