@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,20 @@ from tensorize.base.tensors import give_back
 from tensorize.capture.batches import moved
 from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import without_cache
+from tensorize.capture.matmul import Frame, Matmul
+from tensorize.capture.observer import Observer
 from tensorize.capture.synthetic import changed_last, only_ids, with_ids
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import Weights
 from tensorize.passes.layers.chain import Back, Block, Chain, Front
 from tensorize.passes.layers.work import Work
+from tensorize.passes.observe.gathering import Wanted
 from tensorize.passes.observe.loss import LossOption, PreservedLoss
 from tensorize.passes.observe.outputs import call
 from tensorize.passes.observe.parts import ALIKE, Together
+
+Place = int | Literal["front", "back"]
+"""A part of a model: a block, by its number, or what is before or after all of them."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,31 @@ class Layers:
         value = self.values(name).to(self.device)
         own = isinstance(blank, nn.Parameter)
         return nn.Parameter(value, requires_grad=blank.requires_grad) if own else value
+
+
+def wanted_in(chain: Chain, part: int | None, names: Collection[str]) -> Wanted:
+    """Those of some weights that are of a block (None: of what is outside of all)."""
+    return [
+        (name, parameter)
+        for name, parameter in chain.model.named_parameters()
+        if name in names and chain.part_of(name) == part
+    ]
+
+
+def used_in(front: nn.Module, batch: Batch, wanted: Wanted) -> Wanted:
+    """Those that a part uses."""
+    used: set[str] = set()
+
+    def on_matmul(name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+        used.add(name)
+        return output
+
+    def on_other(name: str, function: str) -> None:
+        used.add(name)
+
+    with untouched(front), Observer(wanted, on_matmul, on_other):
+        call(front, batch)
+    return [(name, parameter) for name, parameter in wanted if name in used]
 
 
 def fitted_loss(layers: Layers, back: Back, loss_fn: LossOption) -> PreservedLoss:

@@ -40,6 +40,7 @@ from tensorize.passes.curves.precisions import PrecisionOption, check_own, integ
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.layers.chain import find_chain
 from tensorize.passes.layers.cost import cost_in_layers
+from tensorize.passes.layers.count import CountInLayers
 from tensorize.passes.layers.layers import Layers, two_texts
 from tensorize.passes.layers.learn import LearnInLayers
 from tensorize.passes.layers.predict import PredictInLayers
@@ -251,7 +252,7 @@ class _Stream:
         announce(cost_in_layers(layers, found))
         learn = LearnInLayers(layers, tuple(place[batch] for batch in learnt), spectra)
         unseen = tuple(place[batch] for batch in held_out)
-        return found, (learn, PredictInLayers(layers, unseen, curves))
+        return found, (CountInLayers(layers), learn, PredictInLayers(layers, unseen, curves))
 
 
 def _running(model: nn.Module, data: Sequence[Batch]) -> tuple[Batch | None, nn.Module, str]:

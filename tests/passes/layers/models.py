@@ -17,6 +17,7 @@ from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import Store
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.layers.chain import find_chain
+from tensorize.passes.layers.count import CountInLayers
 from tensorize.passes.layers.layers import Layers
 from tensorize.passes.layers.learn import LearnInLayers
 from tensorize.passes.layers.work import Work
@@ -108,6 +109,7 @@ def in_layers(
     found = found_in(model, batches, metric, progress)
     layers = layered(model, found, folder)
     spectra = ComputeSpectra(weights=values_of(model), store=store)
+    found = CountInLayers(layers, loss_fn).run(found)
     return LearnInLayers(layers, tuple(range(len(batches))), spectra, loss_fn).run(found)
 
 
