@@ -16,11 +16,16 @@ _UNMEASURED = "no weight was measured by itself: that is done with the whole mod
 
 @dataclass(frozen=True)
 class PredictInLayers:
-    """Makes the predictor, from trials on those of the layers' batches that are ``held_out``."""
+    """Makes the predictor, from trials on those of the layers' batches that are ``held_out``.
+
+    ``refinements`` are measured as well: a refit, on those ``learnt`` from.
+    """
 
     layers: Layers
+    learnt: tuple[int, ...]
     held_out: tuple[int, ...]
     store: Store
+    refinements: tuple[str, ...] = ()
     loss_fn: LossOption = None
     name: str = "predict"
 
@@ -28,9 +33,13 @@ class PredictInLayers:
         if learned.metric != "loss":
             return CalibratePrediction((), (), None).run(learned)
         self.layers.run(learned.progress)  # where curves were all kept, nothing ran yet
-        reference = LayeredReference(self.layers, self.held_out, self.store, self.loss_fn)
+        reference = LayeredReference(
+            self.layers, self.learnt, self.held_out, self.store, self.loss_fn
+        )
         batches = tuple(self.layers.batches[j] for j in self.held_out)
-        predict = CalibratePrediction((), batches, reference.loss, measuring=lambda: reference)
+        predict = CalibratePrediction(
+            (), batches, reference.loss, self.refinements, measuring=lambda: reference
+        )
         if reference.one_row_a_sample:
             learned = learned.noted(_UNMEASURED)
         return predict.run(learned)

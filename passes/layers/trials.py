@@ -21,29 +21,40 @@ from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.observer import StandIns
 from tensorize.capture.synthetic import only_ids, same_before_last
-from tensorize.ir.plan import NATS
+from tensorize.ir.plan import NATS, RankPlan
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import Store
 from tensorize.passes.layers.layers import Layers, fitted_loss
+from tensorize.passes.layers.refit import Refitting
 from tensorize.passes.layers.work import Work, named_by
 from tensorize.passes.observe.loss import LossOption
 from tensorize.passes.observe.outputs import call, essential, row_total, samples_of
 from tensorize.passes.observe.text import TextLoss
 from tensorize.passes.predict.trials import Measurement, Tally, stand_ins
-from tensorize.passes.rewrite.factorize import Components, Cores, best_components, planned_cores
+from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores
 from tensorize.passes.stages import Learned, Planned
+
+Sites = Sequence[RankPlan]
+OfPart = Mapping[str, Cores]
+Make = Callable[[Learned, int | None, Sequence[Sites]], Iterator[OfPart]]
+"""Makes the factors of a part (None: of what is outside of the blocks) for every plan."""
 
 
 class LayeredReference:
     """The dense model on those of the layers' batches whose places are ``held_out``.
 
-    The ``store`` has the curves whole.
+    Refits are on those ``learnt`` from. The ``store`` has the curves whole.
     """
 
     def __init__(
-        self, layers: Layers, held_out: Sequence[int], store: Store, loss_fn: LossOption
+        self,
+        layers: Layers,
+        learnt: Sequence[int],
+        held_out: Sequence[int],
+        store: Store,
+        loss_fn: LossOption,
     ) -> None:
-        self._layers, self._places, self._store = layers, held_out, store
+        self._layers, self._learnt, self._places, self._store = layers, learnt, held_out, store
         self._model, self._batches = layers.chain.model, [layers.batches[j] for j in held_out]
         self.metrics: tuple[Any, ...] = ()
         self.rows, self.one_row_a_sample = 0, False
@@ -77,16 +88,32 @@ class LayeredReference:
     def try_refined(
         self, learned: Learned, planned: Planned, cores: Callable[[], Mapping[str, Cores]]
     ) -> Measurement:
-        raise AssertionError("factors are not refined")
+        """What a plan loses with its factors refit, layer by layer."""
+        sites = planned.plan.sites
+        refit = Refitting(self._layers, learned, sites, self._learnt, self._store)
+        refit.run()
+        (found,) = self._tried(learned, [planned], "refit", lambda _, k, __: iter([refit.cores(k)]))
+        return found
 
     def try_plans(
         self, learned: Learned, plans: Sequence[Planned], *, cut: bool
     ) -> list[Measurement]:
-        """What plans lose, all tried in one way through the layers; kept once it is known."""
+        """What plans lose, all tried in one way through the layers."""
+
+        def make(part: Learned, _: int | None, plans: Sequence[Sites]) -> Iterator[OfPart]:
+            known = best_components(part, plans) if cut else None
+            return (planned_cores(part, sites, known) for sites in plans)
+
+        return self._tried(learned, plans, "cut" if cut else "alone", make)
+
+    def _tried(
+        self, learned: Learned, plans: Sequence[Planned], how: str, make: Make
+    ) -> list[Measurement]:
+        """What plans lose with the factors that are made; kept once it is known."""
         work = self._layers.work
-        name = named_by(plain([planned.plan.sites for planned in plans]), cut)
+        name = named_by(plain([planned.plan.sites for planned in plans]), how)
         if (known := work.noted(f"trials-{name}")) is None:
-            found = _Trials(self, learned, plans, cut, name).run()
+            found = _Trials(self, learned, plans, make, name).run()
             known = {"found": [asdict(each) for each in found]}
             work.note(f"trials-{name}", known)
         return [Measurement(**{**each, "metrics": ()}) for each in known["found"]]
@@ -100,10 +127,10 @@ class _Trials:
         reference: LayeredReference,
         learned: Learned,
         plans: Sequence[Planned],
-        cut: bool,
+        make: Make,
         name: str,
     ) -> None:
-        self._reference, self._learned, self._cut, self._name = reference, learned, cut, name
+        self._reference, self._learned, self._make, self._name = reference, learned, make, name
         self._plans = [planned.plan.sites for planned in plans]
         self._done = 0
 
@@ -174,10 +201,9 @@ class _Trials:
         whole = {n: self._reference._store.complete(curve) for n, curve in own.items()}
         part = replace(learned, model=chain.model, spectra=whole)
         plans = [[choice for choice in sites if choice.name in own] for sites in self._plans]
-        known: Components | None = best_components(part, plans) if self._cut else None
         parameters = dict(chain.model.named_parameters())
-        for sites in plans:
-            stands = stand_ins(part, sites, planned_cores(part, sites, known))
+        for sites, cores in zip(plans, self._make(part, k, plans), strict=True):
+            stands = stand_ins(part, sites, cores)
             yield {id(parameters[name]): stand for name, stand in stands.items()}
 
     # -------------------------------------------------------------------------------------- files

@@ -33,7 +33,7 @@ from tensorize.passes.observe.text import TextLoss
 from tensorize.passes.predict.metrics import MetricFunction, Value, mean_of, value_of
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, student_90
 from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores, stand_in
-from tensorize.passes.stages import Analysed, Learned, Planned
+from tensorize.passes.stages import Analysed, Dense, Learned, Planned
 
 _KEPT_BYTES = 1 << 28
 # Of the rises of single rows: their standard deviation, relative to their mean.
@@ -276,7 +276,7 @@ def _spread(rises: Sequence[Tensor], rise: float) -> float:
 
 
 def stand_ins(
-    learned: Learned, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
+    learned: Dense, sites: Sequence[RankPlan], cores: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Any]:
     """What stands for the dense weights of a plan, by parameter name: it runs as it will.
 

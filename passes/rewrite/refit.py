@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorize.algebra.factors import best_factors
 from tensorize.algebra.metric import Metric
@@ -64,6 +64,21 @@ def refit(
     solve: Solve | None = None,
 ) -> dict[str, Cores]:
     """The cores of a plan, those of plain low-rank weights solved again: by ``solve``."""
+    return refit_part(dense, sites, dense.model, [(batch, batch) for batch in batches], solve)
+
+
+@torch.no_grad()
+def refit_part(
+    dense: Dense,
+    sites: Sequence[RankPlan],
+    part: nn.Module,
+    batches: Sequence[tuple[Batch, Batch]],
+    solve: Solve | None = None,
+) -> dict[str, Cores]:
+    """The same of weights of a part of the model, by runs of that part.
+
+    ``batches``: what it is given in the dense model, and in the small one.
+    """
     solve = solve or best_on_what_is_seen
     chosen = {choice.name: choice for choice in sites if choice.spec is not None}
     specs: dict[str, Any] = {name: choice.made_as for name, choice in chosen.items()}
@@ -83,16 +98,19 @@ def refit(
             weight = weight.as_pair()
         return weight.run(matmul)
 
-    with untouched(dense.model):
+    with untouched(part):
         # What a run writes is seen here: runs that wait for each other are not watched.
-        used = run_order(dense.model, batches[0], parameters)
+        used = run_order(part, batches[0][0], parameters)
         order = [n for n in used if _solvable(by_name[n], chosen[n], dense.spectra[n])]
         together = _together(sites, order)
         order = [name for name in order if name in together]
 
-        def pair(batch: Batch) -> Pair:
-            given = dense.model, batch, parameters, order
-            return WeightRun(*given, None), WeightRun(*given, compressed)
+        def pair(given: tuple[Batch, Batch]) -> Pair:
+            whole, small = given
+            return (
+                WeightRun(part, whole, parameters, order, None),
+                WeightRun(part, small, parameters, order, compressed),
+            )
 
         def masks(batch: Batch, name: str) -> Tensor | None:
             return _counted(dense.counted, batch, together[name])

@@ -7,20 +7,22 @@ the small model multiplies the later ones by is then what they will really see.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from tensorize.ir.sites import Batch
 from tensorize.passes.rewrite.drift import Drift, Pair, Rows
 
+T = TypeVar("T")
 Masks = Callable[[Batch, str], Tensor | None]
 """Which rows of a batch count for a weight; None: all do."""
 
 
 def in_order(
     order: Sequence[str],
-    batches: Sequence[Batch],
-    pair: Callable[[Batch], Pair],
+    batches: Sequence[T],
+    pair: Callable[[T], Pair],
     rows: Mapping[str, Rows],
     masks: Masks,
 ) -> Iterator[tuple[str, Drift]]:

@@ -33,6 +33,7 @@ from tensorize.capture.synthetic import is_self
 from tensorize.codegen.machine import rates as machine
 from tensorize.hub import shards, zeros
 from tensorize.ir.budget import Budget
+from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
@@ -44,6 +45,7 @@ from tensorize.passes.layers.count import CountInLayers
 from tensorize.passes.layers.layers import Layers, two_texts
 from tensorize.passes.layers.learn import LearnInLayers
 from tensorize.passes.layers.predict import PredictInLayers
+from tensorize.passes.layers.refit import RefitInLayers
 from tensorize.passes.layers.work import Work
 from tensorize.passes.observe.loss import split
 from tensorize.passes.observe.parts import cut_by_size
@@ -104,7 +106,7 @@ def compile_checkpoint(
             seed, progress: as in ``compile``.
         metric: ``"loss"`` or ``"input"``, with ``calibration``, or ``"frobenius"``. The first two
             stream where the model is a list of layers that are called one after the other.
-        refine: None; "auto" is the same, as factors of a stream are not refined.
+        refine: None, ``"refit"`` or "auto", as in ``compile``; a polish needs the whole model.
         device: where layers and decompositions run; None: a GPU where there is one, else the CPU.
         cache_dir: keep what is learned here, for other budgets, and not in ``out``.
         scratch: where activations lie meanwhile; None: in ``out``.
@@ -128,7 +130,8 @@ def compile_checkpoint(
 def streamed(directory: Path, out: Path, options: Options, scratch: Path | None = None) -> Report:
     """``compile_checkpoint`` with its options as one record."""
     _check_options(options)
-    options = replace(options, refine=None)
+    if options.calibration is None or options.metric == "frobenius":
+        options = replace(options, refine=None)
     options.check_choice()
     limits = options.budget if options.calibration is not None else options.limits(None)
     if isinstance(limits, Budget) and limits.file is not None:
@@ -156,12 +159,19 @@ def streamed(directory: Path, out: Path, options: Options, scratch: Path | None 
         curves = Curves(Path(base), Held.shapes)
         announce(cost_line(found))
         work = (scratch or folder) / f"layers-{Path(base).name}"
-        analysed = run_passes(*stream.analysis(found, running, curves, Work(work)), Analysed)
+        layers, found = stream.layers(found, running, Work(work))
+        analysed = run_passes(*stream.analysis(found, curves, layers), Analysed)
         asked = {"precision": options.precision, "activations": options.activations}
-        analysis = Analysis(replace(analysed, progress=no_progress), identity, **asked)
+        quiet = replace(analysed, progress=no_progress)
+        analysis = Analysis(quiet, identity, calibration=found.calibration, **asked)
         plan = planned(analysis, replace(options, formats=None)).alone
         opened = analysed.to(Planned, plan=plan).to(Opened, model=source.model)
         factors = write_factors.Factors(source, curves, folder)
+        if plan.refine is not None:
+            assert layers is not None
+            refit = RefitInLayers(layers, curves)
+            opened = run_passes(opened, (refit,), Opened)
+            factors = replace(factors, refined=refit.found(opened))
         done = run_passes(opened, rewriting(None, sink=factors.in_file), Rewritten)
         report = report_of_result(done, analysis)
         factors.artefact(done.model, done.plan).save(done.model, report, out)
@@ -178,10 +188,10 @@ def _check_options(options: Options) -> None:
             "calibration='self': a model that is not loaded writes no text",
             way_out="calibration= with batches, or with strings and tokenizer=",
         )
-    if options.refine not in (None, "auto"):
+    if options.refine == POLISH:
         raise AnalysisError(
-            f"refine={options.refine!r}: factors of a stream are not refined",
-            way_out="refine=None; heal() refines what was written, once it is loaded",
+            "refine='polish' needs gradients of the whole model, which a stream never loads",
+            way_out="refine='refit'",
         )
 
 
@@ -225,34 +235,43 @@ class _Stream:
         check_own(options.precision, {site.dtype for site in found.free})
         return replace(found, model=model), running
 
-    def analysis(
-        self, found: Found, running: nn.Module, curves: Curves, work: Work
-    ) -> tuple[Record, tuple[Pass[Any, Any], ...]]:
-        """The expensive passes, and what they begin with."""
-        spectra = ComputeSpectra(
-            self.options.formats,
-            integers(self.options.precision),
-            lambda name: self.source.read(name).to(self.device),
-            curves,
-        )
+    def layers(self, found: Found, running: nn.Module, work: Work) -> tuple[Layers | None, Found]:
+        """The model layer by layer, where data go through it; and its batches, cut."""
         if found.metric == "frobenius":
-            return found.to(Observed, statistics={}), (spectra, CalibratePrediction((), (), None))
+            return None, replace(found, calibration=())
         with zeros.WithoutWork():
             cut, together = cut_by_size(replace(found, model=running))
             found = replace(found, calibration=cut.calibration)
             first = moved(found.calibration[0], next(running.parameters()).device)
             names = {site.name for site in found.free}
             chain = find_chain(copy.deepcopy(self.source.model), running, first, names)
-        place = {batch: j for j, batch in enumerate(found.calibration)}
-        learnt, held_out = split(found.calibration)
-        texts = two_texts(running, held_out[0])
+        texts = two_texts(running, split(found.calibration)[1][0])
         layers = Layers(
             chain, self.source.value, found.calibration, work, together, texts, self.device
         )
         announce(cost_in_layers(layers, found))
-        learn = LearnInLayers(layers, tuple(place[batch] for batch in learnt), spectra)
-        unseen = tuple(place[batch] for batch in held_out)
-        return found, (CountInLayers(layers), learn, PredictInLayers(layers, unseen, curves))
+        return layers, found
+
+    def analysis(
+        self, found: Found, curves: Curves, layers: Layers | None
+    ) -> tuple[Record, tuple[Pass[Any, Any], ...]]:
+        """The expensive passes, and what they begin with."""
+        options = self.options
+        spectra = ComputeSpectra(
+            options.formats,
+            integers(options.precision),
+            lambda name: self.source.read(name).to(self.device),
+            curves,
+        )
+        if layers is None:
+            return found.to(Observed, statistics={}), (spectra, CalibratePrediction((), (), None))
+        place = {batch: j for j, batch in enumerate(found.calibration)}
+        learnt, held_out = (
+            tuple(place[batch] for batch in part) for part in split(found.calibration)
+        )
+        refinements = () if options.refine is None else (REFIT,)
+        predict = PredictInLayers(layers, learnt, held_out, curves, refinements)
+        return found, (CountInLayers(layers), LearnInLayers(layers, learnt, spectra), predict)
 
 
 def _running(model: nn.Module, data: Sequence[Batch]) -> tuple[Batch | None, nn.Module, str]:

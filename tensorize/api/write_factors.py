@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tensorize.cache.curve_files import Curves
 from tensorize.hub.shards import Checkpoint
 from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Site
-from tensorize.passes.rewrite.factorize import Place, factorized, put_cores, replace_weight
+from tensorize.passes.rewrite.factorize import Cores, Place, factorized, put_cores, replace_weight
 from tensorize.passes.rewrite.verify import check_weight
 from tensorize.passes.stages import Opened
 from tensorize.reports.report import Report
@@ -60,11 +60,15 @@ def workplace(out: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of a checkpoint's weights in a file, laid out as ``checkpoint.save`` does it."""
+    """The factors of a checkpoint's weights in a file, laid out as ``checkpoint.save`` does it.
+
+    ``refined`` gives those that are not the curve's.
+    """
 
     source: Checkpoint
     curves: Curves
     folder: Path
+    refined: Callable[[str], Cores | None] = lambda name: None
 
     @contextlib.contextmanager
     def in_file(self, opened: Opened) -> Iterator[Place]:
@@ -117,7 +121,8 @@ class Factors:
             site = sites[choice.name]
             _put_dense(scratch, site, self.source.read(site.name))
             curve = self.curves.whole(site)
-            errors[choice.name] = replace_weight(scratch, site, choice, curve)
+            cores = self.refined(site.name)
+            errors[choice.name] = replace_weight(scratch, site, choice, curve, cores)
             for owner in {name.rpartition(".")[0] for name in site.names}:
                 for leaf, factors in factored(scratch.get_submodule(owner)):
                     if not factors.is_meta:

@@ -47,7 +47,7 @@ def whole(directory: Path, out: Path, **options: Any) -> Path:
     """What is to be matched: the model loaded whole, compiled and saved."""
     config = hf.AutoConfig.from_pretrained(directory)
     model = getattr(hf, config.architectures[0]).from_pretrained(directory, dtype="auto")
-    tensorize.save(tensorize.compile(model, 0.5, refine=None, **options), out)
+    tensorize.save(tensorize.compile(model, 0.5, **options), out)
     return out
 
 
