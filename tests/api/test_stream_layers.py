@@ -38,9 +38,13 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
 }
 
 
-def data(count: int = 4) -> list[dict[str, Tensor]]:
+def data(count: int = 4, *, hidden: int = 0) -> list[dict[str, Tensor]]:
+    """Batches of three texts; of the last one so many tokens are padding."""
     generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(96, (3, 16), generator=generator)} for _ in range(count)]
+    ids = [torch.randint(96, (3, 16), generator=generator) for _ in range(count)]
+    mask = torch.ones(3, 16, dtype=torch.long)
+    mask[-1, 16 - hidden :] = 0
+    return [{"input_ids": each, "attention_mask": mask} for each in ids]
 
 
 def whole(directory: Path, out: Path, **options: Any) -> Path:
@@ -53,10 +57,12 @@ def whole(directory: Path, out: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_by_layer_writes_what_compile_and_save_write(name: str, tmp_path: Path) -> None:
-    dense = saved(MODELS[name](), tmp_path / "dense")
-    report = tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.5, calibration=data())
+    dense, given = saved(MODELS[name](), tmp_path / "dense"), {"calibration": data(hidden=5)}
+    given["refine"] = "refit"
+    report = tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.5, **given)
     assert report.factorized
-    assert_same(tmp_path / "streamed", whole(dense, tmp_path / "whole", calibration=data()))
+    assert report.plan.refine == "refit"
+    assert_same(tmp_path / "streamed", whole(dense, tmp_path / "whole", **given))
     assert not (tmp_path / "streamed" / ".tensorize-stream").exists()
 
 
@@ -70,6 +76,7 @@ class Stopped(Exception):
 STOPS = [
     ("forward", 5),
     ("forward", 11),
+    ("rows", 6),
     ("statistics", 0),
     ("statistics", 3),
     ("spectra", 4),
@@ -77,6 +84,7 @@ STOPS = [
     ("shared factors", 1),
     ("prediction", 4),
     ("prediction", 12),
+    ("refit", 2),
     ("factorize", 3),
 ]
 
@@ -84,6 +92,7 @@ STOPS = [
 def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """Wherever it ends: forth, back, between two curves of a layer, in the trials, at the file."""
     dense, out = saved(llama(tie_word_embeddings=True), tmp_path / "dense"), tmp_path / "stopped"
+    given = {"calibration": data(hidden=5), "refine": "refit"}
     told: list[tuple[str, int]] = []
     for stop in (*STOPS, None):
 
@@ -94,8 +103,8 @@ def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(tmp_path: Path) 
                 raise Stopped
 
         with contextlib.nullcontext() if stop is None else pytest.raises(Stopped):
-            tensorize.compile_checkpoint(dense, out, 0.5, calibration=data(), progress=watch)
-    assert_same(out, whole(dense, tmp_path / "whole", calibration=data()))
+            tensorize.compile_checkpoint(dense, out, 0.5, progress=watch, **given)
+    assert_same(out, whole(dense, tmp_path / "whole", **given))
     assert not (out / ".tensorize-stream").exists()
 
 
