@@ -174,25 +174,27 @@ class _Trials:
                 give_back()
 
     def _compared(self) -> list[Measurement]:
-        """What the back gives for every plan, beside what it gives in the dense model."""
+        """What the back gives for every plan, beside what it gives in the dense model.
+
+        The dense model's outputs are made again for each: one plan's factors are there at a time.
+        """
         reference, layers = self._reference, self._layers
-        tallies = [Tally() for _ in self._plans]
-        with layers.outer() as (_, back):
-            instead = list(self._stand_ins(None))
-            for j, batch in zip(reference._places, reference._batches, strict=True):
-                self._tell()
-                with untouched(back):
+        found: list[Measurement] = []
+        with layers.outer() as (_, back), untouched(back):
+            for p, tensors in enumerate(self._stand_ins(None)):
+                tally = Tally()
+                for j, batch in zip(reference._places, reference._batches, strict=True):
+                    self._tell()
                     before = call(back, layers.outputs_from(j))
                     before = before if reference.loss.loss_fn else essential(before)
-                    for p, (tally, tensors) in enumerate(zip(tallies, instead, strict=True)):
-                        given = layers.outputs_from(j, self._hidden(layers.count, p, j))
-                        with fitting(back, given), StandIns(tensors):
-                            after = once(back, given)
-                        tally.metrics.append([])
-                        tally.compare(reference.loss, before, after, batch, layers.chain.model)
-                        del after
-                        give_back()
-        return [tally.measurement() for tally in tallies]
+                    given = layers.outputs_from(j, self._hidden(layers.count, p, j))
+                    with fitting(back, given), StandIns(tensors):
+                        after = once(back, given)
+                    tally.compare(reference.loss, before, after, batch, layers.chain.model)
+                    del before, after
+                    give_back()
+                found.append(tally.measurement())
+        return found
 
     def _stand_ins(self, k: int | None) -> Iterator[dict[int, Any]]:
         """What stands for the weights of a part that is there, for every plan."""
@@ -228,6 +230,6 @@ class _Trials:
 
     def _tell(self) -> None:
         batches = len(self._reference._places)
-        total = batches * (len(self._plans) * (self._layers.count + 1) + 1)
+        total = batches * len(self._plans) * (self._layers.count + 2)
         self._learned.progress("prediction", self._done, total)
         self._done += 1

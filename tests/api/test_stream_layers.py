@@ -19,6 +19,7 @@ from torch import Tensor
 import tensorize
 from tensorize.base.errors import AnalysisError
 from tensorize.hub import shards
+from tensorize.passes.observe import parts
 from tensorize.passes.observe.gathering import Gathering
 from tensorize.store.manifest import MANIFEST
 from tests.api.checkpoints import assert_same, llama, saved
@@ -55,7 +56,9 @@ def whole(directory: Path, out: Path, **options: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["llama in bfloat16", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_layer_by_layer_writes_what_compile_and_save_write(name: str, tmp_path: Path) -> None:
     dense, given = saved(MODELS[name](), tmp_path / "dense"), {"calibration": data(hidden=5)}
     given["refine"] = "refit"
@@ -89,6 +92,7 @@ STOPS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_again_and_again_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """Wherever it ends: forth, back, between two curves of a layer, in the trials, at the file."""
     dense, out = saved(llama(tie_word_embeddings=True), tmp_path / "dense"), tmp_path / "stopped"
@@ -115,7 +119,7 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
         if (stage, done) == ("prediction", 0):
             raise Stopped
 
-    given = {"calibration": data(), "scratch": tmp_path / "scratch"}
+    given = {"calibration": data(2), "refine": None, "scratch": tmp_path / "scratch"}
     with pytest.raises(Stopped):
         tensorize.compile_checkpoint(dense, out, 0.5, progress=stop, **given)
     assert list((tmp_path / "scratch").glob("layers-*/hidden-*"))
@@ -132,7 +136,7 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the weights of layers that were read no more are alive than those of one."""
-    dense = saved(llama(num_hidden_layers=4), tmp_path / "dense")
+    dense = saved(llama(num_hidden_layers=3), tmp_path / "dense")
     alive: list[tuple[str, Any]] = []
     most: set[int] = set()
     plain = shards.Checkpoint.read
@@ -149,7 +153,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
             most.clear()
 
     monkeypatch.setattr(shards.Checkpoint, "read", read)
-    given = {"calibration": data(2), "progress": begin}
+    given = {"calibration": data(2), "refine": None, "progress": begin}
     tensorize.compile_checkpoint(dense, tmp_path / "small", 0.5, **given)
     assert max(most) == 1
 
@@ -180,6 +184,22 @@ def test_a_run_killed_three_times_goes_on_to_the_same_bits(tmp_path: Path) -> No
         assert done.returncode == -signal.SIGKILL, done.stderr
     tensorize.compile_checkpoint(dense, out, 0.5, calibration=data())
     assert_same(out, whole(dense, tmp_path / "whole", calibration=data()))
+
+
+@pytest.mark.slow
+def test_batches_are_cut_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that little is kept of each, where the model gives the same for parts of one."""
+    monkeypatch.setattr(parts, "_KEPT_BYTES", 200_000)
+    dense = saved(llama(), tmp_path / "dense")
+    given, totals = {"calibration": data(2), "refine": None}, set[int]()
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage == "forward":
+            totals.add(total)
+
+    tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.5, progress=watch, **given)
+    assert totals == {(2 + 1) * (6 + 2)}, "six texts, two of them together, and two that differ"
+    assert_same(tmp_path / "streamed", whole(dense, tmp_path / "whole", **given))
 
 
 # ---------------------------------------------------------------------------------------- refused

@@ -69,7 +69,7 @@ def test_what_a_stream_does_not_do(checkpoint: Path, tmp_path: Path) -> None:
     fails("metric='x'", metric="x")
     fails("writes no text", calibration="self")
     fails("holds one batch", calibration=[batch])
-    fails("not refined", calibration=[batch, batch], refine="refit")
+    fails("gradients of the whole model", calibration=[batch, batch], refine="polish")
 
 
 def test_a_directory_that_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

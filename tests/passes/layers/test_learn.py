@@ -38,8 +38,14 @@ def assert_same(one: Learned, other: Learned) -> None:
     assert one.notes == other.notes
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("hidden", [0, 5])
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("llama", 0),
+        ("tied llama in bfloat16", 5),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("gpt2", 0), ("gpt2", 5))),
+    ],
+)
 def test_curves_are_those_of_the_whole_model(name: str, hidden: int, tmp_path: Path) -> None:
     model = MODELS[name]()
     batches = batches_for(model, tokens(2, hidden=hidden))
