@@ -60,7 +60,7 @@ def whole(directory: Path, out: Path, **options: Any) -> Path:
     "name", ["llama in bfloat16", pytest.param("gpt2", marks=pytest.mark.slow)]
 )
 def test_layer_by_layer_writes_what_compile_and_save_write(name: str, tmp_path: Path) -> None:
-    dense, given = saved(MODELS[name](), tmp_path / "dense"), {"calibration": data(hidden=5)}
+    dense, given = saved(MODELS[name](), tmp_path / "dense"), {"calibration": data(2, hidden=5)}
     given["refine"] = "refit"
     report = tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.5, **given)
     assert report.factorized

@@ -52,7 +52,7 @@ def test_curves_are_those_of_the_whole_model(name: str, hidden: int, tmp_path: P
     assert_same(in_layers(model, batches, tmp_path), in_memory(model, batches))
 
 
-@pytest.mark.parametrize("hidden", [0, 5])
+@pytest.mark.parametrize("hidden", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_of_inputs_alone(hidden: int, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
     batches = batches_for(model, tokens(2, hidden=hidden))
