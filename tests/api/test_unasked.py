@@ -197,7 +197,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "spectra": (spectra, "singular_squares"),
     "refits, in the model": (refit, "stand_in"),
     "refits": (refit, "best_factors"),
-    "prediction": (CalibratePrediction, "_measure"),
+    "prediction": (CalibratePrediction, "_measured"),
 }
 
 
