@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from tensorize.passes.curves.curve import Store
 from tensorize.passes.layers.layers import Layers
 from tensorize.passes.layers.trials import LayeredReference
 from tensorize.passes.observe.loss import LossOption
 from tensorize.passes.predict.calibrate import CalibratePrediction
+from tensorize.passes.predict.largest import MeasureLargest
 from tensorize.passes.stages import Analysed, Learned
-
-_UNMEASURED = "no weight was measured by itself: that is done with the whole model in memory"
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class PredictInLayers:
         if learned.metric != "loss":
             return CalibratePrediction((), (), None).run(learned)
         self.layers.run(learned.progress)  # where curves were all kept, nothing ran yet
-        reference = LayeredReference(
-            self.layers, self.learnt, self.held_out, self.store, self.loss_fn
-        )
+        reference = self._reference(self.held_out)
+        if reference.one_row_a_sample:
+            everything = tuple(range(len(self.layers.batches)))
+            learned = MeasureLargest((), None, partial(self._reference, everything)).run(learned)
         batches = tuple(self.layers.batches[j] for j in self.held_out)
         predict = CalibratePrediction(
             (), batches, reference.loss, self.refinements, measuring=lambda: reference
         )
-        if reference.one_row_a_sample:
-            learned = learned.noted(_UNMEASURED)
         return predict.run(learned)
+
+    def _reference(self, places: tuple[int, ...]) -> LayeredReference:
+        return LayeredReference(self.layers, self.learnt, places, self.store, self.loss_fn)

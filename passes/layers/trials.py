@@ -21,7 +21,7 @@ from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.observer import StandIns
 from tensorize.capture.synthetic import only_ids, same_before_last
-from tensorize.ir.plan import NATS, RankPlan
+from tensorize.ir.plan import NATS
 from tensorize.ir.sites import Batch
 from tensorize.passes.curves.curve import Store
 from tensorize.passes.layers.layers import Layers, fitted_loss
@@ -30,11 +30,10 @@ from tensorize.passes.layers.work import Work, named_by
 from tensorize.passes.observe.loss import LossOption
 from tensorize.passes.observe.outputs import call, essential, row_total, samples_of
 from tensorize.passes.observe.text import TextLoss
-from tensorize.passes.predict.trials import Measurement, Tally, stand_ins
+from tensorize.passes.predict.trials import Measurement, Sites, Tally, stand_ins
 from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores
-from tensorize.passes.stages import Learned, Planned
+from tensorize.passes.stages import Learned
 
-Sites = Sequence[RankPlan]
 OfPart = Mapping[str, Cores]
 Make = Callable[[Learned, int | None, Sequence[Sites]], Iterator[OfPart]]
 """Makes the factors of a part (None: of what is outside of the blocks) for every plan."""
@@ -86,17 +85,16 @@ class LayeredReference:
         raise AssertionError("some batches are always held out")
 
     def try_refined(
-        self, learned: Learned, planned: Planned, cores: Callable[[], Mapping[str, Cores]]
+        self, learned: Learned, sites: Sites, cores: Callable[[], Mapping[str, Cores]]
     ) -> Measurement:
         """What a plan loses with its factors refit, layer by layer."""
-        sites = planned.plan.sites
         refit = Refitting(self._layers, learned, sites, self._learnt, self._store)
         refit.run()
-        (found,) = self._tried(learned, [planned], "refit", lambda _, k, __: iter([refit.cores(k)]))
+        (found,) = self._tried(learned, [sites], "refit", lambda _, k, __: iter([refit.cores(k)]))
         return found
 
     def try_plans(
-        self, learned: Learned, plans: Sequence[Planned], *, cut: bool
+        self, learned: Learned, plans: Sequence[Sites], *, cut: bool
     ) -> list[Measurement]:
         """What plans lose, all tried in one way through the layers."""
 
@@ -107,11 +105,11 @@ class LayeredReference:
         return self._tried(learned, plans, "cut" if cut else "alone", make)
 
     def _tried(
-        self, learned: Learned, plans: Sequence[Planned], how: str, make: Make
+        self, learned: Learned, plans: Sequence[Sites], how: str, make: Make
     ) -> list[Measurement]:
         """What plans lose with the factors that are made; kept once it is known."""
         work = self._layers.work
-        name = named_by(plain([planned.plan.sites for planned in plans]), how)
+        name = named_by(plain([list(sites) for sites in plans]), list(self._places), how)
         if (known := work.noted(f"trials-{name}")) is None:
             found = _Trials(self, learned, plans, make, name).run()
             known = {"found": [asdict(each) for each in found]}
@@ -126,12 +124,12 @@ class _Trials:
         self,
         reference: LayeredReference,
         learned: Learned,
-        plans: Sequence[Planned],
+        plans: Sequence[Sites],
         make: Make,
         name: str,
     ) -> None:
         self._reference, self._learned, self._make, self._name = reference, learned, make, name
-        self._plans = [planned.plan.sites for planned in plans]
+        self._plans = plans
         self._done = 0
 
     @property

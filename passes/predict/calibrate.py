@@ -86,7 +86,7 @@ class CalibratePrediction:
         first = {p.plan.sites: share for share, p in reversed(plans.items()) if p is not None}
         chosen = {first[sites]: plans[first[sites]] for sites in reversed(first)}
         tried = {share: planned for share, planned in chosen.items() if planned is not None}
-        found = reference.try_plans(learned, list(tried.values()), cut=True)
+        found = reference.try_plans(learned, [p.plan.sites for p in tried.values()], cut=True)
         plain = [_trial(*each, None) for each in zip(tried.values(), found, strict=True)]
         lost = {share: trial.measured for share, trial in zip(tried, plain, strict=True)}
         refined = [
@@ -148,13 +148,15 @@ class CalibratePrediction:
     ) -> list[Trial]:
         """Plans with what is done to their factors, each tried."""
         plain = [planned for planned, refine in wanted if refine is None]
-        found = reference.try_plans(learned, plain, cut=False) if plain else []
+        sites = [planned.plan.sites for planned in plain]
+        found = reference.try_plans(learned, sites, cut=False) if plain else []
         trials = [_trial(*each, None) for each in zip(plain, found, strict=True)]
         refined = [(planned, refine) for planned, refine in wanted if refine is not None]
         for done, (planned, refine) in enumerate(refined):
             learned.progress("prediction", done, len(refined))
             cores = partial(self._cores, learned, planned, refine)
-            trials.append(_trial(planned, reference.try_refined(learned, planned, cores), refine))
+            lost = reference.try_refined(learned, planned.plan.sites, cores)
+            trials.append(_trial(planned, lost, refine))
         if refined:
             learned.progress("prediction", len(refined), len(refined))
         return trials

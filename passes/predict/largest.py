@@ -13,17 +13,17 @@ curve, which in a model that is compressed as a whole it does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from tensorize.base.progress import no_progress
 from tensorize.formats.registry import named
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.sites import Batch, Site
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.passes.observe.loss import PreservedLoss
-from tensorize.passes.predict.trials import Reference, stand_ins, trial_plan
-from tensorize.passes.rewrite.factorize import Components, best_components, planned_cores
+from tensorize.passes.predict.trials import Measuring, Reference, trial_plan
 from tensorize.passes.stages import Learned
 
 LARGE = 0.1
@@ -41,63 +41,65 @@ TRIAL = 0.25
 class MeasureLargest:
     """Gives the largest weights curves with what they really cost at some ranks.
 
-    It is measured on ``batches``.
+    It is measured on ``batches``; by ``measuring``, where the model is not in memory.
     """
 
     batches: tuple[Batch, ...]
     loss: PreservedLoss | None
+    measuring: Callable[[], Measuring] | None = None
     name: str = "largest"
 
     def run(self, learned: Learned) -> Learned:
-        if learned.metric != "loss" or self.loss is None:
+        if learned.metric != "loss" or (self.loss is None and self.measuring is None):
             return replace(learned, summary="nothing to measure: there is no loss")
         whole = sum(elements for elements, _ in learned.sizes.values())
         curves = [c for c in learned.spectra.values() if c.site.parameters >= LARGE * whole]
-        trials = {curve.site.name: _alone(curve) for curve in curves}
-        if not any(trials.values()):
+        alone = {curve.site.name: _alone(curve) for curve in curves}
+        trials = {name: choices for name, choices in alone.items() if choices}
+        if not trials:
             return replace(learned, summary="no weight is large enough to be measured by itself")
-        first = Reference(learned.model, self.batches[:1], self.loss)
-        if not first.one_row_a_sample:
+        reference = self._reference(learned)
+        if reference is None:
             return replace(learned, summary="not measured: every position has an output of its own")
-        reference = Reference(learned.model, self.batches, self.loss)
-        found, done = dict(learned.spectra), 0
+        found, quiet = dict(learned.spectra), replace(learned, progress=no_progress)
         ratios: list[str] = []
-        for name, choices in trials.items():
-            known = best_components(learned, [(choice,) for choice in choices])
-            pairs: list[tuple[float, float]] = []
-            for choice in choices:
-                learned.progress("largest", done, sum(map(len, trials.values())))
-                pairs.append((choice.predicted_loss, _rise(learned, [choice], known, reference)))
-                done += 1
+        for done, (name, choices) in enumerate(trials.items()):
+            learned.progress("largest", done, len(trials))
+            tried = reference.try_plans(quiet, [[choice] for choice in choices], cut=True)
+            pairs = [
+                (choice.predicted_loss, lost.rise)
+                for choice, lost in zip(choices, tried, strict=True)
+            ]
             found[name] = replace(found[name], measured=tuple(sorted(pairs)))
             ratios.append(f"{name} {', '.join(f'{rise / lost:.2f}' for lost, rise in pairs)}")
-        learned.progress("largest", done, done)
+        learned.progress("largest", len(trials), len(trials))
         measured = replace(learned, spectra=found)
         summary = f"measured : predicted alone: {'; '.join(ratios)}"
-        if not _is_better(measured, learned, reference):
+        if not _is_better(replace(measured, progress=no_progress), quiet, reference):
             return replace(learned, summary=f"{summary}; not used, as plans with it lose more")
         return replace(measured, summary=summary)
 
+    def _reference(self, learned: Learned) -> Measuring | None:
+        """What weights are measured against, where a sample has one output row."""
+        if self.measuring is not None:
+            reference = self.measuring()
+            return reference if reference.one_row_a_sample else None
+        assert self.loss is not None
+        if not Reference(learned.model, self.batches[:1], self.loss).one_row_a_sample:
+            return None
+        return Reference(learned.model, self.batches, self.loss)
 
-def _is_better(one: Learned, other: Learned, reference: Reference) -> bool:
+
+def _is_better(one: Learned, other: Learned, reference: Measuring) -> bool:
     """Whether a trial plan by one's curves loses less than by the other's."""
     rises = []
     for learned in (one, other):
         planned = trial_plan(learned, TRIAL)
         if planned is None:
             return False
-        rises.append(_rise(learned, planned.plan.sites, None, reference))
+        (lost,) = reference.try_plans(learned, [planned.plan.sites], cut=False)
+        rises.append(lost.rise)
     return rises[0] < rises[1]
-
-
-def _rise(
-    learned: Learned,
-    sites: Sequence[RankPlan],
-    known: Components | None,
-    reference: Reference,
-) -> float:
-    cores = planned_cores(learned, sites, known)
-    return reference.measure(stand_ins(learned, sites, cores)).rise
 
 
 def _alone(curve: Spectrum) -> list[RankPlan]:

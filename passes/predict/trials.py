@@ -51,6 +51,10 @@ class Measurement:
     metrics: tuple[Value, ...] = ()
 
 
+Sites = Sequence[RankPlan]
+"""What is done to some weights."""
+
+
 class Measuring(Protocol):
     """The dense model on some batches, and what other weights lose there."""
 
@@ -59,7 +63,7 @@ class Measuring(Protocol):
     metrics: tuple[Any, ...]
 
     def try_plans(
-        self, learned: Learned, plans: Sequence[Planned], *, cut: bool
+        self, learned: Learned, plans: Sequence[Sites], *, cut: bool
     ) -> list[Measurement]:
         """What plans lose, with the factors that curves give.
 
@@ -72,7 +76,7 @@ class Measuring(Protocol):
         ...
 
     def try_refined(
-        self, learned: Learned, planned: Planned, cores: Callable[[], Mapping[str, Cores]]
+        self, learned: Learned, sites: Sites, cores: Callable[[], Mapping[str, Cores]]
     ) -> Measurement:
         """What a plan loses with refined factors; ``cores`` makes those of a model in memory."""
         ...
@@ -171,20 +175,19 @@ class Reference:
         return None if self._text is None else self._text.value
 
     def try_plans(
-        self, learned: Learned, plans: Sequence[Planned], *, cut: bool
+        self, learned: Learned, plans: Sequence[Sites], *, cut: bool
     ) -> list[Measurement]:
         """What plans lose; those that are cut are tried in one run of the dense model."""
-        every = [planned.plan.sites for planned in plans]
         learned.progress("prediction", 0, len(plans))
         if cut:
-            known = best_components(learned, every)
-            cores = [planned_cores(learned, sites, known) for sites in every]
+            known = best_components(learned, plans)
+            cores = [planned_cores(learned, sites, known) for sites in plans]
             found = self.measure_each(
-                [stand_ins(learned, *each) for each in zip(every, cores, strict=True)]
+                [stand_ins(learned, *each) for each in zip(plans, cores, strict=True)]
             )
         else:
             found = []
-            for done, sites in enumerate(every):
+            for done, sites in enumerate(plans):
                 learned.progress("prediction", done, len(plans))
                 self.forget()  # factors take memory of their own
                 found.append(self.measure(stand_ins(learned, sites, planned_cores(learned, sites))))
@@ -192,11 +195,11 @@ class Reference:
         return found
 
     def try_refined(
-        self, learned: Learned, planned: Planned, cores: Callable[[], Mapping[str, Cores]]
+        self, learned: Learned, sites: Sites, cores: Callable[[], Mapping[str, Cores]]
     ) -> Measurement:
         """What a plan loses with other factors than its own."""
         self.forget()  # to make them takes memory
-        return self.measure(stand_ins(learned, planned.plan.sites, cores()))
+        return self.measure(stand_ins(learned, sites, cores()))
 
     def try_nothing(self, learned: Learned) -> Measurement:
         """What the model loses where all weights that may be compressed are zero."""

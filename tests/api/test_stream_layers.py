@@ -23,20 +23,64 @@ from tensorize.passes.observe import parts
 from tensorize.passes.observe.gathering import Gathering
 from tensorize.store.manifest import MANIFEST
 from tests.api.checkpoints import assert_same, llama, saved
+from tests.api.test_stream import gpt2, mixtral
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
 
 
-def gpt2() -> hf.PreTrainedModel:
-    config = hf.GPT2Config(vocab_size=96, n_positions=64, n_embd=48, n_layer=2, n_head=4)
-    return hf.GPT2LMHeadModel(config)
+def gemma() -> hf.PreTrainedModel:
+    """Layers that are given different masks and positions."""
+    sizes = llama().config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    config = hf.Gemma3TextConfig(
+        **{name: sizes[name] for name in names},
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        head_dim=12,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    return hf.Gemma3ForCausalLM(config)
+
+
+def opt() -> hf.PreTrainedModel:
+    """Linears before and after the layers."""
+    config = hf.OPTConfig(
+        vocab_size=96,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
+    return hf.OPTForCausalLM(config)
+
+
+def classifier() -> hf.PreTrainedModel:
+    """One output row a sample, and a table that is measured by itself."""
+    config = hf.BertConfig(
+        vocab_size=96,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=112,
+        max_position_embeddings=64,
+        num_labels=5,
+    )
+    return hf.BertForSequenceClassification(config)
 
 
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama in bfloat16": lambda: llama().to(torch.bfloat16),
     "gpt2": gpt2,
+    "gemma": gemma,
+    "opt": opt,
+    "mixtral": mixtral,
+    "classifier": classifier,
 }
+FAST = "llama in bfloat16"
 
 
 def data(count: int = 4, *, hidden: int = 0) -> list[dict[str, Tensor]]:
@@ -57,7 +101,8 @@ def whole(directory: Path, out: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama in bfloat16", pytest.param("gpt2", marks=pytest.mark.slow)]
+    "name",
+    [pytest.param(name, marks=() if name == FAST else pytest.mark.slow) for name in MODELS],
 )
 def test_layer_by_layer_writes_what_compile_and_save_write(name: str, tmp_path: Path) -> None:
     dense, given = saved(MODELS[name](), tmp_path / "dense"), {"calibration": data(2, hidden=5)}
