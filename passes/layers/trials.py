@@ -28,7 +28,7 @@ from tensorize.passes.layers.layers import Layers, fitted_loss
 from tensorize.passes.layers.refit import Refitting
 from tensorize.passes.layers.work import Work, named_by
 from tensorize.passes.observe.loss import LossOption
-from tensorize.passes.observe.outputs import call, essential, row_total, samples_of
+from tensorize.passes.observe.outputs import call, essential, row_name, row_total, samples_of
 from tensorize.passes.observe.text import TextLoss
 from tensorize.passes.predict.trials import Measurement, Sites, Tally, stand_ins
 from tensorize.passes.rewrite.factorize import Cores, best_components, planned_cores
@@ -68,6 +68,7 @@ class LayeredReference:
                         text.add(batch, result)
                     if j == held_out[0]:
                         self.one_row_a_sample = samples_of(result, self._model) is not None
+                        self.row = row_name(result, batch, self._model)
                     self.rows += row_total(result, batch, self._model)
         self.text_loss = text.value if self.loss.unit == NATS else None
 

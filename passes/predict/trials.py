@@ -60,6 +60,7 @@ class Measuring(Protocol):
 
     rows: int
     one_row_a_sample: bool
+    row: str
     metrics: tuple[Any, ...]
 
     def try_plans(
