@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tensorize
 from tensorize.base.errors import AnalysisError
+from tensorize.cli import app
 from tensorize.hub import shards
 from tensorize.passes.observe import parts
 from tensorize.passes.observe.gathering import Gathering
@@ -245,6 +248,19 @@ def test_batches_are_cut_as_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.5, progress=watch, **given)
     assert totals == {(2 + 1) * (6 + 2)}, "six texts, two of them together, and two that differ"
     assert_same(tmp_path / "streamed", whole(dense, tmp_path / "whole", **given))
+
+
+@pytest.mark.slow
+def test_the_command_takes_data(tmp_path: Path) -> None:
+    dense, given = saved(llama(), tmp_path / "dense"), [batch["input_ids"] for batch in data()]
+    save_file({"input_ids": torch.cat(given)}, tmp_path / "tokens.safetensors")
+    arguments = ["compile", str(dense), "--stream", "--metric", "loss", "--budget", "0.5"]
+    arguments += ["--calibration", str(tmp_path / "tokens.safetensors"), "--batch-size", "3"]
+    arguments += ["--out", str(tmp_path / "streamed"), "--scratch", str(tmp_path / "scratch")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    batches = [{"input_ids": ids} for ids in given]
+    assert_same(tmp_path / "streamed", whole(dense, tmp_path / "whole", calibration=batches))
 
 
 # ---------------------------------------------------------------------------------------- refused
