@@ -16,6 +16,7 @@ from tensorize.capture.inputs import check_model, needed
 from tensorize.codegen.machine import rates
 from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach, known_report, samples_of
+from tensorize.running.in_use import use_kernels
 from tensorize.store import transformers_config
 from tensorize.weight.forms import to_pivoted, to_plain
 from tensorize.weight.hidden_units import align, linears, may_reorder, readers
@@ -140,3 +141,4 @@ def _note(model: nn.Module, specs: Mapping[str, Spec], notes: tuple[str, ...] = 
             notes=(*found.notes, *notes),
         ),
     )
+    use_kernels(model, found.backend)  # those of the factors before are gone

@@ -150,6 +150,9 @@ class Options:
     seed: int = _option(0, _seed, help="Seed of the probes.")
     device: torch.device | str | None = None
     cache_dir: str | os.PathLike[str] | None = _option(None, help="Directory that keeps analyses.")
+    scratch: str | os.PathLike[str] | None = _option(
+        None, help="With --stream: where activations lie meanwhile (default: in --out)."
+    )
     max_memory: int | None = _option(
         None,
         parse_bytes,

@@ -123,11 +123,11 @@ def compile_checkpoint(
             checkpoint.
     """
     options = Options.of(locals())
-    return streamed(Path(directory), Path(out), options, None if scratch is None else Path(scratch))
+    return streamed(Path(directory), Path(out), options)
 
 
 @in_usual_modes("compile_checkpoint")
-def streamed(directory: Path, out: Path, options: Options, scratch: Path | None = None) -> Report:
+def streamed(directory: Path, out: Path, options: Options) -> Report:
     """``compile_checkpoint`` with its options as one record."""
     _check_options(options)
     if options.calibration is None or options.metric == "frobenius":
@@ -158,7 +158,7 @@ def streamed(directory: Path, out: Path, options: Options, scratch: Path | None 
         assert base is not None
         curves = Curves(Path(base), Held.shapes)
         announce(cost_line(found))
-        work = (scratch or folder) / f"layers-{Path(base).name}"
+        work = Path(options.scratch or folder) / f"layers-{Path(base).name}"
         layers, found = stream.layers(found, running, Work(work))
         analysed = run_passes(*stream.analysis(found, curves, layers), Analysed)
         asked = {"precision": options.precision, "activations": options.activations}

@@ -73,13 +73,7 @@ def compile_command(
             "judged by themselves, or with --calibration one layer. A run that was killed goes on.",
         ),
     ] = False,
-    scratch: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --stream: where activations lie meanwhile (default: in --out).",
-            show_default=False,
-        ),
-    ] = None,
+    scratch: option.Scratch = None,
     as_json: option.Json = False,
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
@@ -100,11 +94,13 @@ def compile_command(
             )
             with contextlib.redirect_stdout(sys.stderr):
                 data = _data(source, calibration, batch_size, max_length)
-                report = _stream(source, out, replace(options, calibration=data), scratch)
+                report = _stream(source, out, replace(options, calibration=data))
                 if html is not None:
                     report.to_html(html)
             _tell_saved(out, report, html, as_json, "")
             return
+        if scratch is not None:
+            raise typer.BadParameter("is for --stream", param_hint="--scratch")
         with contextlib.redirect_stdout(sys.stderr):
             loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
             say(f"compressing {count_text(loaded.model)} parameters to {options.budget}")
@@ -139,11 +135,11 @@ def _data(source: str, calibration: Path | None, batch_size: int, max_length: in
     return read_batches(calibration, Loaded(model, tokenizer_of(source)), batch_size, max_length)
 
 
-def _stream(source: str, out: Path, options: Options, scratch: Path | None) -> Report:
+def _stream(source: str, out: Path, options: Options) -> Report:
     """Compress a checkpoint a weight or a layer at a time, and say what it took."""
     say(f"streaming {source} to {options.budget}")
     start = time.perf_counter()
-    report = streamed(Path(source), out, options, scratch)
+    report = streamed(Path(source), out, options)
     if (tokenizer := tokenizer_of(source)) is not None:
         save_tokenizer(tokenizer, out)
     seconds, count = time.perf_counter() - start, report.totals.before.parameters

@@ -163,6 +163,7 @@ def test_errors_are_one_message(arguments: list[str], code: int, message: str) -
         (["analyze", "clinet:make", "--plot", "curve.xyz"], "--plot"),
         (["analyze", "clinet:make", "--plot", "curve"], "--plot"),
         (["compile", "clinet:make", "--out", "small", "--max-memory", "much"], "--max-memory"),
+        (["compile", "clinet:make", "--out", "small", "--scratch", "work"], "--scratch"),
         (["calibrate", "--rows", "banana"], "--rows"),
         (
             ["eval", "s", "--dense", "clinet:make", "--data", "x.txt", "--calibration", "y.txt"],
