@@ -18,6 +18,7 @@ from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
 BUILDER = ROOT / ".venv-docs/bin/python"
+# What needs several processes, an engine or a model of the reader's is ```py, and is not run.
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "```python" in path.read_text())
 
 

@@ -102,8 +102,8 @@ def compile_checkpoint(
         directory: ``config.json`` and safetensors, in shards or in one file.
         out: where the result goes; until it is complete, a folder in it keeps what is finished.
         calibration: at least two batches, as in ``compile``.
-        tokenizer, to_inputs, budget, include, exclude, formats, precision, activations, ranks,
-            seed, progress: as in ``compile``.
+        budget, include, exclude, formats, precision, activations, ranks: as in ``compile``.
+        tokenizer, to_inputs, seed, progress: likewise.
         metric: ``"loss"`` or ``"input"``, with ``calibration``, or ``"frobenius"``. The first two
             stream where the model is a list of layers that are called one after the other.
         refine: None, ``"refit"`` or "auto", as in ``compile``; a polish needs the whole model.
