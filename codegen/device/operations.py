@@ -160,6 +160,11 @@ def _(
     return _outputs(x, _spec(spec), contract, saved)
 
 
+def _results(x: Tensor, work: Work) -> list[Tensor]:
+    """Room for what a launch gives for x."""
+    return [x.new_empty(*x.shape[:-1], width) for width in work.results]
+
+
 @torch.library.custom_op("tensorize::triton_fused", mutates_args=())
 def _fused(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
     """One launch of a ``Work`` (its ``to_text``): weights with what is before and behind them.
@@ -167,15 +172,14 @@ def _fused(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
     ``inputs`` are in the order that ``Work`` says, x of any leading shape. It has no gradients.
     """
     what, x = work_of(work), inputs[0]
-    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    results = _results(x, what)
     _launch(what, inputs, results)
     return results
 
 
 @_fused.register_fake
 def _(inputs: Sequence[Tensor], work: str) -> list[Tensor]:
-    x = inputs[0]
-    return [x.new_empty(*x.shape[:-1], width) for width in work_of(work).results]
+    return _results(inputs[0], work_of(work))
 
 
 @torch.library.custom_op("tensorize::triton_guarded", mutates_args=())
@@ -192,7 +196,7 @@ def _guarded(
     ``signs``, ``sums``: what is known of every weight; ``limits``: two numbers for each.
     """
     what, x = work_of(work), inputs[0]
-    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    results = _results(x, what)
     every = zip(signs, sums, limits[::2], limits[1::2], strict=True)
     known = [guarded.Known(*each) for each in every]
     wrong = _launch(what, inputs, results, known)
@@ -209,7 +213,7 @@ def _(
     limits: Sequence[float],
 ) -> list[Tensor]:
     x, what = inputs[0], work_of(work)
-    results = [x.new_empty(*x.shape[:-1], width) for width in what.results]
+    results = _results(x, what)
     return [*results, x.new_empty(len(what.specs), dtype=torch.int32)]
 
 

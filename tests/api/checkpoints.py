@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import transformers as hf
 
 import tensorize
 from tensorize.store.manifest import MANIFEST
+from tests.paths import ROOT
 
 
 def llama(**changes: Any) -> hf.PreTrainedModel:
@@ -56,3 +60,15 @@ def assert_same(one: Path, other: Path) -> None:
     assert first.name == second.name
     assert first.read_bytes() == second.read_bytes()
     assert the_manifest(one) == the_manifest(other)
+
+
+def kill(script: str, stage: str, count: int, dense: Path, out: Path) -> None:
+    """Run a script in a process of its own, which kills itself so far into a stage."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, stage, str(count), str(dense), str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr

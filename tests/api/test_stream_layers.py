@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +22,8 @@ from tensorize.hub import shards
 from tensorize.passes.observe import parts
 from tensorize.passes.observe.gathering import Gathering
 from tensorize.store.manifest import MANIFEST
-from tests.api.checkpoints import assert_same, llama, saved
+from tests.api.checkpoints import assert_same, kill, llama, saved
 from tests.api.test_stream import gpt2, mixtral
-from tests.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
 
@@ -222,14 +218,7 @@ tensorize.compile_checkpoint(dense, out, 0.5, calibration=data(), progress=watch
 def test_a_run_killed_three_times_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     dense, out = saved(llama(), tmp_path / "dense"), tmp_path / "killed"
     for stage, count in (("forward", 6), ("statistics", 4), ("prediction", 5)):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, stage, str(count), str(dense), str(out)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        kill(SCRIPT, stage, count, dense, out)
     tensorize.compile_checkpoint(dense, out, 0.5, calibration=data())
     assert_same(out, whole(dense, tmp_path / "whole", calibration=data()))
 

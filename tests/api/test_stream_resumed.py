@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,7 @@ from tensorize.api import write_factors
 from tensorize.base.errors import CheckpointError
 from tensorize.store import transformers_config
 from tensorize.store.manifest import MANIFEST
-from tests.api.checkpoints import assert_same, compiled, llama, saved
-from tests.paths import ROOT
+from tests.api.checkpoints import assert_same, compiled, kill, llama, saved
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
 
@@ -55,14 +51,7 @@ tensorize.compile_checkpoint(dense, out, 0.5, progress=watch)
 def test_a_run_killed_twice_goes_on_after_the_last_weight(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     for stage, count in (("spectra", 5), ("factorize", 6)):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, stage, str(count), str(checkpoint), str(out)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        kill(SCRIPT, stage, count, checkpoint, out)
         assert not (out / MANIFEST).exists()
     report = tensorize.compile_checkpoint(checkpoint, out, 0.5)
     spectra = next(stage for stage in report.history if stage.name == "spectra")
