@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +134,9 @@ def pass_back(
     whole = whole or {}
     seen = bool(whole) or not wanted
     roots: list[Tensor] = []
+    # A graph holds its hooks, and they, by what the caller makes of gradients, may hold the graph:
+    # a circle that no collector sees, with all activations in it.
+    hooks = ExitStack()
     calls: Counter[str] = Counter()
     # Inputs may carry gradients of the caller's own: backward passes end at the weights.
     args, kwargs = pytree.tree_map(_detached, (batch.args, dict(batch.kwargs)))
@@ -156,7 +160,7 @@ def pass_back(
             with torch.no_grad(), ours():
                 return arrives(name, frame, matmul, number, gradient)
 
-        output.register_hook(on_gradient)
+        hooks.callback(output.register_hook(on_gradient).remove)
         nonlocal seen
         seen = True
         return output
@@ -169,7 +173,7 @@ def pass_back(
         for parameter in model.parameters():
             own = parameter.detach().requires_grad_(parameter.requires_grad)
             leaves.setdefault(id(parameter), own)
-    with untouched(model), torch.enable_grad():
+    with untouched(model), torch.enable_grad(), hooks:
         with Observer(wanted, on_matmul, frozen=True, stand_ins=leaves):
             result = call(model, batch)
         scalar = probe(result)

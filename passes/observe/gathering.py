@@ -22,6 +22,7 @@ from tensorize.passes.observe.moments import (
     Term,
     alike,
     among,
+    conjugate,
     has_full_moments,
     has_moments,
     moment_of,
@@ -205,7 +206,7 @@ def _add_term(
     if matmul.contract == "columns":
         of_rows, of_columns = other, own
     else:
-        of_rows, of_columns = (None if m is None else m.conj().resolve_conj() for m in (own, other))
+        of_rows, of_columns = (None if m is None else conjugate(m) for m in (own, other))
     if frame.rows is not None and of_rows is not None:
         of_rows = among(of_rows, frame.rows, rows)
     term.add(of_rows, of_columns)

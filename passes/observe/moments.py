@@ -12,15 +12,34 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tensorize.algebra.triangle import Held, Triangle, entries, hermitian, packed
+from tensorize.algebra.triangle import Held, Triangle, add_products, entries, hermitian, packed
 from tensorize.base.tensors import doubled, squared
 from tensorize.ir.sites import LARGEST_FULL_MOMENT, Site
 
 # Gradients of samples, or products of their rows, are held so many elements at a time.
 _ELEMENTS = 16_000_000
 _SIDES = ("rows", "columns")
-# The width from which on a symmetric product is made in parts, in less time.
-_SYMMETRIC = 512
+
+
+@dataclass(frozen=True)
+class Products:
+    """Σ x xᴴ over rows x (R, N), not made before it is added to others."""
+
+    x: Tensor
+
+    def matrix(self) -> Tensor:
+        return products(self.x).cpu()
+
+    def add_to(self, held: Held | None) -> Held:
+        """Their sum with what is held (None: nothing yet), in place."""
+        if held is None:
+            width = self.x.shape[1]
+            held = packed(torch.zeros(width, width, dtype=self.x.dtype))
+        if self.x.device == held.device:
+            add_products(held, self.x)
+        else:
+            held.add_(self.matrix())
+        return held
 
 
 @dataclass
@@ -68,10 +87,12 @@ class Term:
     def _sum(self, side: str) -> Tensor | None:
         return hermitian(self.held[side]) if side in self.held else None
 
-    def add(self, rows: Tensor | None, columns: Tensor | None) -> None:
+    def add(self, rows: Tensor | Products | None, columns: Tensor | Products | None) -> None:
         """Add to both sums; None is nothing."""
         for side, part in zip(_SIDES, (rows, columns), strict=True):
-            if part is not None and side in self.held:
+            if isinstance(part, Products):
+                self.held[side] = part.add_to(self.held.get(side))
+            elif part is not None and side in self.held:
                 self.held[side].add_(part)
             elif part is not None:
                 self.held[side] = packed(part)
@@ -197,16 +218,24 @@ def alike(values: Tensor, width: int, count: int) -> Tensor:
     return torch.full((width,), size, dtype=torch.float64)
 
 
-def among(moment: Tensor, rows: tuple[int, int], width: int) -> Tensor:
+def among(moment: Tensor | Products, rows: tuple[int, int], width: int) -> Tensor:
     """The moment of some rows of a weight as one of all of them."""
     first, end = rows
+    moment = moment.matrix() if isinstance(moment, Products) else moment
     if moment.dim() == 1 or width > LARGEST_FULL_MOMENT:
         diagonal = moment if moment.dim() == 1 else moment.diagonal()
         return torch.nn.functional.pad(diagonal, (first, width - end))
     return torch.nn.functional.pad(moment, (first, width - end, first, width - end))
 
 
-def moment_of(rows: Tensor, width: int) -> Tensor:
+def conjugate(moment: Tensor | Products) -> Tensor | Products:
+    """The moment of the rows' conjugates."""
+    if isinstance(moment, Products):
+        return Products(moment.x.conj())
+    return moment.conj().resolve_conj()
+
+
+def moment_of(rows: Tensor, width: int) -> Tensor | Products:
     """Σ x xᴴ over the rows: full (width, width), or its diagonal (width,).
 
     Of rows of several matrices (E, R, width) one for each.
@@ -215,29 +244,13 @@ def moment_of(rows: Tensor, width: int) -> Tensor:
         return (rows.mT @ rows.conj()).cpu()
     if width > LARGEST_FULL_MOMENT:
         return squared(widened(rows)).sum(0, dtype=torch.float64).cpu()
-    return products(rows).cpu()
+    return Products(widened(rows))
 
 
 def products(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Σ x yᴴ over the rows of x and y (x itself where there is none), in their precision."""
     x = widened(x)
-    if x.is_complex():
-        return x.t() @ (x if y is None else y).conj()
-    return _square(x) if y is None else x.t() @ widened(y)
-
-
-def _square(x: Tensor) -> Tensor:
-    """xᵀ x (N, N), of which what lies on both sides of the diagonal is made once."""
-    width = x.shape[1]
-    if width < _SYMMETRIC:
-        return x.t() @ x
-    half = width // 2
-    result = x.new_empty(width, width)
-    left, right = x[:, :half], x[:, half:]
-    result[:half, :half], result[half:, half:] = _square(left), _square(right)
-    torch.mm(left.t(), right, out=result[:half, half:])
-    result[half:, :half] = result[:half, half:].t()
-    return result
+    return x.t() @ (x if y is None else widened(y)).conj()
 
 
 def widened(rows: Tensor) -> Tensor:

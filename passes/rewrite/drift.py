@@ -23,7 +23,7 @@ from tensorize.algebra.metric import root_times
 from tensorize.capture.matmul import Matmul
 from tensorize.passes.curves.metric import damped, shrinkage
 from tensorize.passes.observe.loss import split
-from tensorize.passes.observe.moments import products
+from tensorize.passes.observe.moments import products, widened
 from tensorize.passes.rewrite.runs import WeightRun
 
 Pair = tuple[WeightRun, WeightRun]
@@ -47,12 +47,12 @@ class Sums:
         self.drift: Tensor | None = None
 
     def add(self, x: Tensor, seen: Tensor) -> None:
-        parts = products(seen), products(x - seen, seen)
+        x, seen = widened(x), widened(seen)
         if self.own is None or self.drift is None:
-            self.own, self.drift = parts
+            self.own, self.drift = products(seen), products(x - seen, seen)
         else:
-            self.own += parts[0]
-            self.drift += parts[1]
+            self.own.addmm_(seen.t(), seen.conj())
+            self.drift.addmm_((x - seen).t(), seen.conj())
 
 
 class Drift:
