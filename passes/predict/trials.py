@@ -140,13 +140,16 @@ class Reference:
         return found
 
     def measure_each(self, several: Sequence[Mapping[str, Any]]) -> list[Measurement]:
-        """The same, each time with others replaced; the dense model runs once for all of them."""
+        """The same, each time with others replaced; the dense model runs once for all of them.
+
+        Then what it gives is not held either: several models' factors take memory of their own.
+        """
         model, parameters = self.model, dict(self.model.named_parameters())
         tallies = [Tally() for _ in several]
         instead = [{id(parameters[n]): w for n, w in weights.items()} for weights in several]
         with untouched(model):
             for k, batch in enumerate(self.batches):
-                before = self._outputs_for(k)
+                before = self._outputs_for(k, hold=len(several) == 1)
                 for tally, tensors in zip(tallies, instead, strict=True):
                     with fitting(model, batch), StandIns(tensors):
                         after = once(model, batch)
@@ -156,11 +159,13 @@ class Reference:
                     give_back()
         return [tally.measurement() for tally in tallies]
 
-    def _outputs_for(self, k: int) -> Any:
+    def _outputs_for(self, k: int, *, hold: bool = True) -> Any:
         """The dense model's outputs for the k-th batch."""
         if k in self._kept:
             return self._kept[k]
         result = self._run(self.batches[k])
+        if not hold:
+            return result
         if not self._kept or _size(self._kept) + _size(result) <= _KEPT_BYTES:
             self._kept[k] = result
         return result
@@ -181,6 +186,7 @@ class Reference:
         """What plans lose; those that are cut are tried in one run of the dense model."""
         learned.progress("prediction", 0, len(plans))
         if cut:
+            self.forget()
             known = best_components(learned, plans)
             cores = [planned_cores(learned, sites, known) for sites in plans]
             found = self.measure_each(

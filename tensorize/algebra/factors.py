@@ -122,11 +122,12 @@ def left_times(root: Tensor | None, basis: Tensor) -> Tensor:
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Each component's two vectors brought to the same length.
+    """Each component's two vectors brought to the same length, in place.
 
     Laid out as they are once they were kept on disk: how a matmul rounds hangs on it.
     """
     a, b = left.norm(dim=-2), right.norm(dim=-1)
     ratio = (b / a.clamp_min(1e-30)).clamp(1e-15, 1e15).sqrt()
-    left, right = left * ratio.unsqueeze(-2), right / ratio.unsqueeze(-1)
+    left.mul_(ratio.unsqueeze(-2))
+    right.div_(ratio.unsqueeze(-1))
     return left.contiguous(), right.contiguous()

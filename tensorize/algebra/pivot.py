@@ -254,12 +254,15 @@ def _exchanged(span: Tensor, kept: Tensor, others: Tensor, bound: float) -> tupl
     while True:
         table = torch.linalg.solve(span[kept], span[others], left=False)
         changed = False
-        while table.numel() and float(table.abs().max()) > bound:
-            row, column = divmod(int(table.abs().argmax()), table.shape[1])
+        while table.numel():
+            largest, place = table.abs().flatten().max(0)
+            if float(largest) <= bound:
+                break
+            row, column = divmod(int(place), table.shape[1])
             kept[column], others[row] = others[row].clone(), kept[column].clone()
             # One step of Gauss and Jordan.
             down, across = table[:, column].clone(), table[row] / table[row, column]
-            table -= torch.outer(down, across)
+            table.addr_(down, across, alpha=-1)
             table[:, column] = down / down[row]
             table[row] = -across
             table[row, column] = 1 / down[row]
