@@ -91,6 +91,47 @@ def pivoted(left: Tensor, right: Tensor, bound: float = BOUND, neighbours: int =
     return _with_order(left, span, upper, _ascending(kept, others))
 
 
+def pivoted_in_parts(left: Tensor, right: Tensor, parts: int) -> Pivoted | None:
+    """The same with as many kept columns in each of so many equal parts of V's, for whoever holds
+    one part of them; ``parts`` divides R and N.
+
+    Columns are exchanged within their part only, so that the bound holds there; None where
+    rounding would cost too many times what it costs U and V.
+    """
+    span, upper = torch.linalg.qr(doubled(right).mT)
+    kept = _spread(span, parts)
+    if kept is None:
+        return None
+    others = torch.ones(len(span), dtype=torch.bool, device=span.device)
+    others[kept] = False
+    kept, others = _exchanged(span, kept, others.nonzero()[:, 0], BOUND, len(span) // parts)
+    found = _with_order(left, span, upper, _ascending(kept, others))
+    if _rounding(found.left, found.rest, 1.0) > _COSTS**2 * _rounding(left, right, 0.0):
+        return None
+    return found
+
+
+def _spread(span: Tensor, parts: int) -> Tensor | None:
+    """As many rows of each part of an orthonormal matrix (N, R) as make R: in each those that are
+    farthest from what is spanned; None where a part has not so many."""
+    n, rank = span.shape
+    left, size = span.clone(), n // parts
+    chosen: list[int] = []
+    for part in range(parts):
+        free = torch.zeros(n, dtype=torch.bool, device=span.device)
+        free[part * size : (part + 1) * size] = True
+        for _ in range(rank // parts):
+            lengths = left.square().sum(1).where(free, -1.0)
+            best = int(lengths.argmax())
+            if not lengths[best] > _ADDS:
+                return None
+            chosen.append(best)
+            free[best] = False
+            new = left[best] / lengths[best].sqrt()
+            left -= torch.outer(left @ new, new)
+    return torch.tensor(chosen, device=span.device)
+
+
 def columns(order: Tensor, n: int) -> Tensor:
     """The order (…, N) of all columns, for that of groups of neighbours (…, N / g)."""
     width = n // order.shape[-1]
@@ -248,14 +289,24 @@ def _permutation(pivots: Tensor, n: int) -> Tensor:
     return torch.tensor(order, device=pivots.device)
 
 
-def _exchanged(span: Tensor, kept: Tensor, others: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Exchange columns until no entry of V' (here transposed: (N - R, R)) is above the bound."""
+def _exchanged(
+    span: Tensor, kept: Tensor, others: Tensor, bound: float, part: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exchange columns until no entry of V' (here transposed: (N - R, R)) is above the bound.
+
+    ``part``: how many columns are a part, none of which goes to another part.
+    """
     kept, others = kept.clone(), others.clone()
+    apart = None if part is None else (others // part)[:, None] != kept // part
+
+    def sizes(table: Tensor) -> Tensor:
+        return table.abs() if apart is None else table.abs().masked_fill_(apart, 0.0)
+
     while True:
         table = torch.linalg.solve(span[kept], span[others], left=False)
         changed = False
         while table.numel():
-            largest, place = table.abs().flatten().max(0)
+            largest, place = sizes(table).flatten().max(0)
             if float(largest) <= bound:
                 break
             row, column = divmod(int(place), table.shape[1])

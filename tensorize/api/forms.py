@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tensorize.api.outcome import totals_of
+from tensorize.base.sharded import of_first_rank
 from tensorize.base.tensors import unwrapped
 from tensorize.capture.elementwise import makers
 from tensorize.capture.forward import in_usual_modes
@@ -18,7 +19,7 @@ from tensorize.ir.spec import Spec
 from tensorize.reports.attach import attach, known_report, samples_of
 from tensorize.running.in_use import use_kernels
 from tensorize.store import transformers_config
-from tensorize.weight.forms import to_pivoted, to_plain
+from tensorize.weight.forms import to_parts, to_pivoted, to_plain
 from tensorize.weight.hidden_units import align, linears, may_reorder, readers
 
 
@@ -70,6 +71,14 @@ def plain(model: nn.Module) -> nn.Module:
     check_model(model, on_meta=True)
     _note(unwrapped(model), to_plain(unwrapped(model)))
     return model
+
+
+def in_parts(model: nn.Module, parts: int) -> None:
+    """Let a model's weights without an identity be ones that so many ranks can split: each has as
+    many kept columns in every part of the input, or, where that is slower, becomes plain."""
+    device = next(model.parameters()).device.type
+    machine = of_first_rank(rates.current(device if device == "cuda" else "cpu"))
+    _note(model, to_parts(model, parts, machine))
 
 
 @in_usual_modes("weight.aligned")

@@ -67,6 +67,14 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def of_first_rank(value: Any) -> Any:
+    """What that process has of a value, for all to decide by the same; all have to ask."""
+    held = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 def by_first_rank(write: Callable[[], None], failure: type[Exception]) -> None:
     """Let one process write; all go on after it, and all raise a failure of it."""
     found: list[Exception | None] = [None]

@@ -13,15 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from tensorize.distributed.matrices import Matrix, local
 from tensorize.distributed.ranks import fanned, gathered, scattered, summed
 from tensorize.weight.become import become, subclass
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+from tensorize.weight.low_rank import LowRankLinear
 
 
 def turn(module: nn.Module, way: str, **state: Any) -> None:
@@ -79,44 +75,39 @@ def _head_norm(self: Any, x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------- linears
 
 
-def _low_rank(self: Any, x: Tensor) -> Tensor:
+def _factors(self: Any, x: Tensor) -> Tensor:
     """Two factors: the first one's product comes reduced from all who read x, the second is this
     rank's rows."""
-    return _finished(self, self._between(self.reading(self, x)), self.second.weight, self.bias)
-
-
-def _low_rank_cores(self: Any, x: Tensor) -> Tensor:
-    """The same of a weight whose cores are tied to others'."""
-    return _finished(self, self.reading(self, x), self.weight_cores.core_0, self.bias)
+    narrow = self.reading(self, x)
+    if isinstance(self, LowRankLinear):
+        narrow = self._between(narrow)
+    return _finished(self, narrow)
 
 
 def _dense_reader(self: Any, x: Tensor) -> Tensor:
     """A dense weight that reads the whole stream and gives this rank's columns of its output."""
-    return _finished(self, self.reading(self, x), self.weight, self.bias)
+    return _finished(self, self.reading(self, x))
 
 
 def _dense_writer(self: Any, x: Tensor) -> Tensor:
     """A dense weight that reads this rank's columns, and gives its part of the stream."""
-    weight = local(self.weight)
-    y = scattered(F.linear(x, weight.t() if self.turned else weight), self.ranks)
+    y = scattered(F.linear(x, self.last()), self.ranks)
     return y if self.bias is None else y + local(self.bias)
 
 
-def _finished(self: Any, narrow: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with this rank's rows of a weight."""
-    weight, bias = rows_of(self, weight), None if bias is None else rows_of(self, bias)
-    y = F.linear(narrow, weight, bias)
+def _finished(self: Any, narrow: Tensor) -> Tensor:
+    """The product with this rank's rows of the last matrix, and the bias."""
+    bias = None if self.bias is None else own_rows_of(self, local(self.bias))
+    y = F.linear(narrow, own_rows_of(self, self.last()), bias)
     return gathered(y, self.ranks, partial=False) if self.whole else y
 
 
-def rows_of(self: Any, parameter: Tensor) -> Tensor:
-    """This rank's rows, of a parameter that is split by rows or, with ``rows``, held by all."""
-    held = local(parameter)
-    turned = self.turned and held.dim() > 1
-    if self.rows is not None:
-        own = [fanned(held, self.ranks).narrow(-1 if turned else 0, *rows) for rows in self.rows]
-        held = torch.cat(own, -1 if turned else 0) if len(own) > 1 else own[0]
-    return held.t() if turned else held
+def own_rows_of(self: Any, held: Tensor) -> Tensor:
+    """This rank's rows of what is split by rows or, with ``own_rows``, held by all."""
+    if self.own_rows is None:
+        return held
+    own = [fanned(held, self.ranks).narrow(0, *rows) for rows in self.own_rows]
+    return torch.cat(own) if len(own) > 1 else own[0]
 
 
 # ------------------------------------------------------------------------------------ embeddings
@@ -124,41 +115,39 @@ def rows_of(self: Any, parameter: Tensor) -> Tensor:
 
 def _embedding(self: Any, ids: Tensor) -> Tensor:
     """Split by columns: nothing is told to anybody."""
-    return F.embedding(ids, local(self.weight), self.padding_idx)
+    return F.embedding(ids, self.last(), self.padding_idx)
 
 
 def _embedding_of_rows(self: Any, ids: Tensor) -> Tensor:
     """Split by rows, as the head that shares the table has them."""
-    return scattered(own_rows(self, local(self.weight), ids), self.ranks)
+    return scattered(rows_held(self, self.last, ids), self.ranks)
 
 
-def _embedding_cores(self: Any, ids: Tensor) -> Tensor:
-    """Low rank: the first factor split by rows, the second by columns."""
-    cores = self.weight_cores
-    narrow = summed(own_rows(self, local(cores.core_0), ids), self.ranks)
-    return F.linear(fanned(narrow, self.ranks), local(cores.core_1).t())
+def _embedding_factors(self: Any, ids: Tensor) -> Tensor:
+    """Low rank: the table split by rows, what widens its rows by columns."""
+    narrow = summed(rows_held(self, self.last, ids), self.ranks)
+    return F.linear(fanned(narrow, self.ranks), self.first_matrix.columns().t())
 
 
-def own_rows(self: Any, table: Tensor, ids: Tensor) -> Tensor:
+def rows_held(self: Any, table: Matrix, ids: Tensor) -> Tensor:
     """The rows of ids that this rank holds, and zeros for the others."""
-    first, count = self.ranks.this * len(table), len(table)
-    at, padding = ids - first, self.padding_idx
+    count = self.num_embeddings // self.ranks.count
+    first, padding = self.ranks.this * count, self.padding_idx
+    at = ids - first
     held = (at >= 0) & (at < count)
     if padding is not None:
         padding = padding - first if 0 <= padding - first < count else None
-    found = F.embedding(at.clamp(0, count - 1), table, padding)
-    return found * held.unsqueeze(-1)
+    return table.rows(at.clamp(0, count - 1), padding) * held.unsqueeze(-1)
 
 
 _WAYS: dict[str, Callable[..., Tensor]] = {
     "dense reader": _dense_reader,
     "dense writer": _dense_writer,
     "embedding": _embedding,
-    "embedding cores": _embedding_cores,
+    "embedding factors": _embedding_factors,
     "embedding of rows": _embedding_of_rows,
+    "factors": _factors,
     "head norm": _head_norm,
     "layer norm": _layer_norm,
-    "low rank": _low_rank,
-    "low rank cores": _low_rank_cores,
     "rms norm": _hand_on,
 }

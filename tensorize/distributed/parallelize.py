@@ -13,7 +13,7 @@ from tensorize.base.tensors import unwrapped
 from tensorize.distributed.pipeline import stage_of
 from tensorize.distributed.same import check_same
 from tensorize.distributed.shapes import SHAPES, shape_of
-from tensorize.distributed.tensor_parallel import split_over
+from tensorize.distributed.styles import split_over
 
 DIMENSIONS = ("pp", "dp", "tp")
 
@@ -22,6 +22,7 @@ def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
+    style: str = "btp",
     compute_dtype: torch.dtype | None = None,
     chunks: int = 1,
 ) -> nn.Module:
@@ -31,8 +32,9 @@ def parallelize(
     residual stream, so that only products of a low rank are communicated
     (``tensor_parallel``); ``dp`` shards parameters, gradients and optimizer states (FSDP2), and
     every rank of it takes other data; ``pp`` gives every rank some of the blocks, which
-    ``schedule`` runs. Low rank that stores no identity is stored whole over ``tp``
-    (``tensorize.weight.plain``). The model computes what it does on one machine, to rounding.
+    ``schedule`` runs. Over ``tp``, low rank that stores no identity has it in as many columns of
+    every rank's part, or is stored whole where that is predicted to be faster. The model computes
+    what it does on one machine, to rounding.
 
         mesh = init_device_mesh("cuda", (2, 4, 2), mesh_dim_names=("pp", "dp", "tp"))
         model = tensorize.distributed.parallelize(model, mesh)
@@ -62,7 +64,7 @@ def parallelize(
         )
     check_same(inner)
     if "tp" in names:
-        split_over(inner, shape_of(inner), mesh["tp"])
+        split_over(inner, shape_of(inner), mesh["tp"], style)
     if "pp" in names:
         stage = stage_of(inner, shape_of(inner), mesh["pp"], chunks)
         if "dp" in names:

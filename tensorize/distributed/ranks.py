@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tensorize.formats.order import in_order, inverse
 from tensorize.training.checkpointing import ALWAYS_SAVED
 
 
@@ -127,7 +128,12 @@ def scattered(x: Tensor, ranks: Ranks) -> Tensor:
 
 @torch.library.custom_op("tensorize::reduced_product", mutates_args=())
 def reduced_product(
-    x: Tensor, weights: Sequence[Tensor], squares: Tensor | None, group: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    squares: Tensor | None,
+    group: str,
+    this: int,
 ) -> tuple[Tensor, Tensor]:
     """The sum over ranks of x Wᵀ for all weights side by side, and of ``squares``.
 
@@ -136,11 +142,18 @@ def reduced_product(
 
     Args:
         x: (…, n), this rank's columns.
-        weights: each (r, n).
+        weights: each (r, n), or (r, n - k) where k columns of W are an identity's.
+        orders: for each weight its columns (n,), those k first, or an empty one where it has all;
+            empty where all have all.
         squares: (…, 1), float32; None gives an empty tensor back.
         group: the name of the process group.
+        this: which rank this is: the k columns are the identity's in its rows.
     """
-    narrow = x @ _side_by_side(weights).t()
+    if not orders:
+        narrow = x @ _side_by_side(weights).t()
+    else:
+        each = zip(weights, orders, strict=True)
+        narrow = torch.cat([_product(x, weight, order, this) for weight, order in each], -1)
     reduce = torch.ops._c10d_functional.all_reduce
     if squares is None:
         return _waited(reduce(narrow, "sum", group)), x.new_empty(0, dtype=torch.float32)
@@ -151,13 +164,32 @@ def reduced_product(
     return _waited(parts[0]), _waited(parts[1])
 
 
+def _product(x: Tensor, weight: Tensor, order: Tensor, this: int) -> Tensor:
+    """x times a weight transposed; what meets an identity is added to this rank's rows."""
+    if not len(order):
+        return x @ weight.t()
+    kept, others = in_order(x, order).tensor_split([x.shape[-1] - weight.shape[1]], -1)
+    y = others @ weight.t()
+    _own_rows(y, kept.shape[-1], this).add_(kept)
+    return y
+
+
+def _own_rows(y: Tensor, count: int, this: int) -> Tensor:
+    return y.narrow(-1, this * count, count)
+
+
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(weights)) if len(weights) > 1 else weights[0]
 
 
 @reduced_product.register_fake
 def _(
-    x: Tensor, weights: Sequence[Tensor], squares: Tensor | None, group: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    squares: Tensor | None,
+    group: str,
+    this: int,
 ) -> tuple[Tensor, Tensor]:
     shape = *x.shape[:-1], sum(w.shape[0] for w in weights)
     other = (0,) if squares is None else squares.shape
@@ -165,17 +197,34 @@ def _(
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, squares, _ = inputs
+    x, weights, ctx.orders, squares, _, ctx.this = inputs
     ctx.with_squares = squares is not None
     ctx.save_for_backward(x, *weights)
 
 
 def _gradients(ctx: Any, narrow: Tensor, squares: Tensor) -> Any:
     x, *weights = ctx.saved_tensors
-    rows = narrow.flatten(0, -2).t() @ x.flatten(0, -2)
     sizes = [weight.shape[0] for weight in weights]
+    if not ctx.orders:
+        of_x = narrow @ _side_by_side(weights)
+        rows = list((narrow.flatten(0, -2).t() @ x.flatten(0, -2)).split(sizes))
+    else:
+        each = zip(narrow.split(sizes, -1), weights, ctx.orders, strict=True)
+        found = [_back(x, *one, ctx.this) for one in each]
+        of_x = torch.stack([one for one, _ in found]).sum(0)
+        rows = [one for _, one in found]
     of_squares = squares if ctx.with_squares else None
-    return narrow @ _side_by_side(weights), list(rows.split(sizes)), of_squares, None
+    return of_x, rows, [None] * len(ctx.orders), of_squares, None, None
+
+
+def _back(x: Tensor, g: Tensor, weight: Tensor, order: Tensor, this: int) -> tuple[Tensor, Tensor]:
+    """The gradients of ``_product``, of x and of the weight."""
+    of_x, seen = g @ weight, x
+    if len(order):
+        count = x.shape[-1] - weight.shape[1]
+        seen = in_order(x, order)[..., count:]
+        of_x = in_order(torch.cat([_own_rows(g, count, this), of_x], -1), inverse(order))
+    return of_x, g.flatten(0, -2).t() @ seen.flatten(0, -2)
 
 
 reduced_product.register_autograd(_gradients, setup_context=_keep)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.distributed.layers import gained, local, scale_of
+from tensorize.distributed.layers import gained, scale_of
+from tensorize.distributed.matrices import Matrix
 from tensorize.distributed.ranks import Ranks, fanned, gathered, reduced_product, summed
-from tensorize.weight.low_rank import LowRankLinear
 
 
 class OneReading:
@@ -24,19 +24,19 @@ class OneReading:
 
     Args:
         ranks: among which it is split.
-        readers: linears, in the order in which they are called.
+        firsts: the first factor of each linear that reads it; None of a dense one.
         norm: the RMSNorm that hands the tensor on; None: there is none, or it is applied already.
     """
 
     def __init__(
-        self, ranks: Ranks, readers: Sequence[nn.Module], norm: nn.Module | None = None
+        self, ranks: Ranks, firsts: Sequence[Matrix | None], norm: nn.Module | None = None
     ) -> None:
         self.ranks, self.norm = ranks, norm
-        self.narrow = [reader for reader in readers if first_holder(reader) is not None]
-        self.count = len(readers)
+        self.firsts = [first for first in firsts if first is not None]
+        self.count = len(firsts)
         self._last: Any = None
 
-    def __call__(self, reader: nn.Module, x: Tensor) -> Tensor:
+    def __call__(self, reader: Any, x: Tensor) -> Tensor:
         last = self._last
         if last is None or last[0]() is not x:
             last = self._last = [weakref.ref(x), *self._computed(x), self.count]
@@ -44,25 +44,28 @@ class OneReading:
         last[-1] -= 1
         if not last[-1]:
             self._last = None  # nothing is kept alive once all have it
-        holder = first_holder(reader)
-        return whole if holder is None else narrow[id(_weight_in(holder))]
+        first = reader.first_matrix
+        return whole if first is None else narrow[id(first.parameter)]
 
     def _computed(self, x: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
         """The product of each first factor by its identity, and the whole tensor."""
-        firsts = {id(w): w for w in (_weight_in(first_holder(r)) for r in self.narrow)}
+        firsts = {id(first.parameter): first for first in self.firsts}
         part, squares = (x, None) if self.norm is None else gained(self.norm, x)
         narrow: dict[int, Tensor] = {}
         if firsts:
-            weights = [local(weight) for weight in firsts.values()]
-            part, *weights = _in_compute_dtype(part, *weights)
-            product, squares = reduced_product(part, weights, squares, self.ranks.group)
+            part, *weights = _in_compute_dtype(part, *(first() for first in firsts.values()))
+            orders = [first.order() for first in firsts.values()]
+            if not any(map(len, orders)):
+                orders = []
+            how = self.ranks.group, self.ranks.this
+            product, squares = reduced_product(part, weights, orders, squares, *how)
             if self.norm is not None:
                 product = (product * scale_of(self.norm, squares)).to(product.dtype)
             parts = fanned(product, self.ranks).split([len(w) for w in weights], -1)
             narrow = dict(zip(firsts, parts, strict=True))
         elif squares is not None:
             squares = summed(squares, self.ranks)
-        if len(self.narrow) == self.count:
+        if len(self.firsts) == self.count:
             return narrow, None
         whole = gathered(part, self.ranks, partial=True)
         if self.norm is not None:
@@ -72,22 +75,6 @@ class OneReading:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_last": None}
-
-
-def first_holder(reader: nn.Module) -> tuple[nn.Module, str] | None:
-    """Where a linear's first factor is, of low rank; None for a dense one."""
-    if isinstance(reader, LowRankLinear):
-        return reader.first, "weight"
-    cores = reader._modules.get("weight_cores")
-    return None if cores is None else (cores, "core_1")
-
-
-def _weight_in(holder: tuple[nn.Module, str] | None) -> Tensor:
-    assert holder is not None
-    module, leaf = holder
-    found = module._parameters[leaf]
-    assert found is not None
-    return found
 
 
 def _in_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

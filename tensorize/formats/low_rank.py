@@ -14,7 +14,15 @@ from torch import Tensor
 
 from tensorize.algebra.factors import best_factors, exact_factors
 from tensorize.algebra.metric import Metric, average, root_times, times_root
-from tensorize.algebra.pivot import fitted, pivoted, plain, rounded, rounded_left, whole
+from tensorize.algebra.pivot import (
+    fitted,
+    pivoted,
+    pivoted_in_parts,
+    plain,
+    rounded,
+    rounded_left,
+    whole,
+)
 from tensorize.algebra.reconstruct import reconstruct
 from tensorize.base.tensors import at_work
 from tensorize.formats.format import Chain, TensorTrain
@@ -142,6 +150,17 @@ class LowRank(Chain):
         found = rounded(pivoted(left, right, neighbours=together), dtype)
         return found.left.contiguous(), found.rest.contiguous(), found.order
 
+    def stored_in_parts(
+        self, cores: Sequence[Tensor], dtype: torch.dtype, parts: int
+    ) -> tuple[Tensor, ...] | None:
+        """What is stored pivoted, with as many kept columns in each of so many equal parts of the
+        input; None where it would lose too much."""
+        found = pivoted_in_parts(*cores, parts)
+        if found is None:
+            return None
+        found = rounded(found, dtype)
+        return found.left.contiguous(), found.rest.contiguous(), found.order
+
     def as_stored(self, spec: TTSpec, cores: Sequence[Tensor]) -> TTSpec:
         if not spec.pivoted:
             return spec
@@ -219,14 +238,17 @@ class LowRank(Chain):
         return took + matmul_time(machine, rows, rank, inner, dtype) + ordered
 
 
-def first_time(spec: Spec, rows: int, machine: Machine, dtype: str) -> Any:
-    """Microseconds of the product with the input, which weights of one first factor have once."""
+def first_time(spec: Spec, rows: int, machine: Machine, dtype: str, parts: int = 1) -> Any:
+    """Microseconds of the product with the input, which weights of one first factor have once.
+
+    ``parts``: of how many equal parts of the input it is the product with one.
+    """
     n, (rank,) = spec.shape[-1], spec.ranks
     if not spec.pivoted:
-        return matmul_time(machine, rows, n, rank, dtype)
-    took = matmul_time(machine, rows, n - rank, rank, dtype)
-    took += in_order_time(machine, rows, n, dtype, spec.pivoted)
-    return took + _added_time(machine, rows, rank, dtype)
+        return matmul_time(machine, rows, n // parts, rank, dtype)
+    took = matmul_time(machine, rows, (n - rank) // parts, rank, dtype)
+    took += in_order_time(machine, rows, n // parts, dtype, spec.pivoted)
+    return took + _added_time(machine, rows, rank / parts, dtype)
 
 
 def _added_time(machine: Machine, rows: Any, rank: Any, dtype: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,13 @@ class Coded:
         """Some rows of the matrix."""
         zeros = None if self.zeros is None else self.zeros[rows]
         return Coded(self.kind, self.columns, self.scale[rows], self.codes[rows], zeros)
+
+    def with_zeros_of(self, groups: int, part: slice) -> Coded:
+        """The same with the zero points of a part of so many groups, of those for all of them."""
+        assert self.zeros is not None
+        bits = self.kind.bits
+        own = packing.packed(packing.unpacked(self.zeros, bits, groups)[..., part], bits)
+        return replace(self, zeros=own)
 
 
 class Quantized(Format[QuantizedSpec]):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorize.formats.low_rank import first_time
 from tensorize.formats.order import MANY, neighbours
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.spec import Spec
@@ -49,6 +50,54 @@ def to_plain(model: nn.Module) -> dict[str, Spec]:
                 found[names[0]] = spec = weight.spec.plain
                 made = _put(model, names[0], weight, spec, weight.plain_cores, made)
     return found
+
+
+@torch.no_grad()
+def to_parts(model: nn.Module, parts: int, machine: Machine = GENERIC) -> dict[str, Spec]:
+    """Let weights of low rank without an identity have it in as many columns of each of so many
+    equal parts of their input, in place; their new specs by first name.
+
+    Those become plain for which that cannot be, or is slower for who holds one part.
+    """
+    found = {}
+    for group in list(_groups(model)):
+        if not all(weight.spec.pivoted for _, weight in group):
+            continue
+        made: tuple[Tensor, ...] = ()
+        first, pays = group[0][1], _pays_in_parts(group[0][1], parts, machine)
+        if pays and _is_in_parts(first, parts):
+            continue
+        leading = None
+        if pays:
+            leading = first.format.stored_in_parts(first.plain_cores, first.dtype, parts)
+        for names, weight in group:
+            spec, cores = weight.spec.plain, weight.plain_cores
+            if leading is not None:
+                spec = weight.spec.in_order_of(1)
+                cores = weight.format.stored(spec, cores, weight.dtype, made) if made else leading
+            found[names[0]] = spec
+            made = _put(model, names[0], weight, spec, cores, made)
+    return found
+
+
+def _pays_in_parts(weight: FactoredWeight, parts: int, machine: Machine) -> bool:
+    """Whether a weight can be without an identity in parts, and is no slower for who has one."""
+    spec, dtype = weight.spec, str(weight.dtype).removeprefix("torch.")
+    if weight.is_meta or not weight.format.pair or spec.batch:
+        return False
+    if any(size % parts for size in (*spec.ranks, spec.shape[-1])):
+        return False
+    every = spec.in_order_of(1), spec.plain
+    without, plain = (first_time(each, MANY, machine, dtype, parts) for each in every)
+    return bool(without <= plain)
+
+
+def _is_in_parts(weight: FactoredWeight, parts: int) -> bool:
+    (order,), n, (rank,) = weight.indices, weight.spec.shape[-1], weight.spec.ranks
+    if len(order) != n:
+        return False
+    counts = torch.bincount(order[:rank] // (n // parts), minlength=parts)
+    return bool((counts == rank // parts).all())
 
 
 def _neighbours(weight: FactoredWeight, machine: Machine) -> int:

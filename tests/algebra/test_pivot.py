@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorize.algebra.pivot import BOUND, columns, fitted, pivoted, plain, rounded
+from tensorize.algebra.pivot import (
+    BOUND,
+    columns,
+    fitted,
+    pivoted,
+    pivoted_in_parts,
+    plain,
+    rounded,
+)
 
 
 def _factors(m: int, n: int, rank: int, condition: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -37,6 +45,31 @@ def test_the_product_is_the_same_with_fewer_numbers(data: st.DataObject) -> None
     u, v = plain(found.left, found.rest, found.order)
     exact = left @ right
     assert (u @ v - exact).norm() <= 1e-12 * exact.norm()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_every_part_keeps_as_many_columns(data: st.DataObject) -> None:
+    parts = data.draw(st.sampled_from([2, 4]))
+    n, rank = parts * data.draw(st.integers(2, 10)), parts * data.draw(st.integers(1, 2))
+    m = data.draw(st.integers(rank, 40))
+    left, right = _factors(m, n, rank, 10.0 ** data.draw(st.integers(0, 4)), 0)
+    found = pivoted_in_parts(left, right, parts)
+    assert found is not None
+    kept, others = found.order.split([rank, n - rank])
+    assert torch.bincount(kept // (n // parts)).tolist() == [rank // parts] * parts
+    assert others.tolist() == sorted(others.tolist())
+    same = kept[None] // (n // parts) == others[:, None] // (n // parts)
+    assert bool((found.rest.mT[same].abs() <= BOUND * (1 + 1e-9)).all())
+    u, v = plain(found.left, found.rest, found.order)
+    assert (u @ v - left @ right).norm() <= 1e-10 * (left @ right).norm()
+
+
+def test_a_part_of_zeros_keeps_no_columns() -> None:
+    left, right = _factors(20, 16, 4, 10.0, 0)
+    right[:, 8:] = 0
+    assert pivoted_in_parts(left, right, 2) is None
+    assert pivoted(left, right).rest.abs().max() <= BOUND * (1 + 1e-9)
 
 
 def test_the_identity_stands_in_the_columns_that_come_first() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import tensorize
+from tensorize.api.forms import in_parts
+from tensorize.weight.install import factored
 from tests.models import relative
 
 WORDS, WIDTH, INNER, HEADS, RANK, LAYERS = 128, 64, 96, 8, 16, 2
@@ -69,6 +73,28 @@ def shared() -> nn.Module:
     return tensorize.weight.plain(model)
 
 
+def integers(model: nn.Module, precision: str, budget: float) -> nn.Module:
+    """Factors and dense weights whose entries are integers of a few bits; scales train."""
+    options: dict[str, Any] = {"metric": "frobenius", "example_inputs": (words(2),)}
+    model = tensorize.compile(model, budget, precision=precision, **options)
+    return model.requires_grad_()
+
+
+@contextlib.contextmanager
+def identities_cost() -> Iterator[None]:
+    """In here a machine is faster without identities; here and now it is not, at such sizes."""
+    with mock.patch("tensorize.weight.forms.first_time", lambda spec, *_: not spec.pivoted):
+        yield
+
+
+def no_identity(model: nn.Module, parts: int) -> nn.Module:
+    """The form that so many ranks split."""
+    with identities_cost():
+        in_parts(model, parts)
+    assert any(weight.spec.pivoted for _, weight in factored(model))
+    return model
+
+
 EMBEDDING, ENDS = "*embed*", ("*embed*", "lm_head*")
 
 CASES: dict[str, Callable[[], nn.Module]] = {
@@ -83,6 +109,12 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "some dense": lambda: low_rank(llama(), *ENDS, "*q_proj*", "*down_proj*", "*0.mlp*"),
     "Qwen2": lambda: low_rank(llama("Qwen2"), *ENDS),
     "Qwen3": lambda: low_rank(llama("Qwen3"), *ENDS),
+    "no identity": lambda: no_identity(low_rank(llama(tied=True), pivoted=True), 4),
+    "no identity, shared": lambda: no_identity(tensorize.weight.pivoted(shared()), 2),
+    "integers of 8 bits": lambda: integers(llama(), "int8", 0.16),
+    "integers of 4 bits": lambda: integers(llama(tied=True), "int4", 0.09),
+    "GPT-2, integers of 8 bits": lambda: integers(gpt2(), "int8", 0.16),
+    "GPT-2, integers of 3 bits": lambda: integers(gpt2(), "int3", 0.07),
     "GPT-2": lambda: low_rank(gpt2(), "*wte*", "*wpe*"),
     "GPT-2 dense, untied": lambda: gpt2(tied=False),
 }

@@ -69,16 +69,17 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def the_folder_of_one_machine_is_written(folder: Path) -> None:
-    for case in ("plain", "compressed tied ends", "shared first factors"):
+    integers = "integers of 8 bits", "GPT-2, integers of 3 bits"
+    for case in ("plain", "compressed tied ends", "shared first factors", "no identity", *integers):
         for sizes in ({"tp": 2}, {"dp": 2}):
             model = CASES[case]()
-            mine = folder / "alone" / str(dist.get_rank())
-            tensorize.save(model, mine)
-            together = folder / "together"
-            tensorize.save(parallelize(copy.deepcopy(model), over(**sizes)), together)
-            assert files(together).keys() == files(mine).keys(), (case, sizes)
-            found, want = (tensorize.report(tensorize.load(d)).plan for d in (together, mine))
-            assert found == want
+            alone = folder / "alone" / "model"
+            if dist.get_rank() == 0:  # it says how long making it took
+                tensorize.save(model, alone)
+            together = folder / "together" / "model"  # a card says its folder's name
+            with models.identities_cost():
+                tensorize.save(parallelize(copy.deepcopy(model), over(**sizes)), together)
+            assert files(together) == files(alone), (case, sizes)
             dist.barrier()
 
 

@@ -1,0 +1,44 @@
+"""The ways in which ``tp`` splits a model, by their names."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tensorize.api.forms import in_parts
+from tensorize.base.errors import AnalysisError, check_one_of
+from tensorize.distributed.bottlenecks import BottleneckSplit
+from tensorize.distributed.same import check_same
+from tensorize.distributed.shapes import Shape, Sizes
+from tensorize.distributed.split import Split
+from tensorize.ir.spec import DENSE, LOW_RANK
+from tensorize.weight.install import factored
+
+STYLES: dict[str, type[Split]] = {"btp": BottleneckSplit}
+
+
+def split_over(model: nn.Module, shape: Shape, mesh: DeviceMesh, style: str) -> None:
+    """Split a model over the ranks of a mesh of one dimension, in place.
+
+    Raises:
+        CaptureError: the ranks do not divide a size of it, or no rule is known for a parameter.
+        AnalysisError: a weight is factorized in a way that the style does not split.
+    """
+    check_one_of("style", style, STYLES)
+    sizes = Sizes.of(model, shape)
+    sizes.refuse(mesh.size())
+    _refuse_other_formats(model)
+    in_parts(model, mesh.size())
+    check_same(model)  # of what was chosen for itself on every rank
+    STYLES[style](model, shape, sizes, mesh).whole_model()
+
+
+def _refuse_other_formats(model: nn.Module) -> None:
+    for name, weight in factored(model):
+        if weight.spec.format not in (DENSE, LOW_RANK) or weight.spec.batch:
+            raise AnalysisError(
+                f"it is {weight.format.title}, and only dense and low-rank weights are split over "
+                "tp",
+                site=name,
+                way_out='formats="low_rank", or a mesh with dp alone',
+            )
