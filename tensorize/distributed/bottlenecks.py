@@ -23,6 +23,12 @@ from tensorize.distributed.split import Split, part_of
 class BottleneckSplit(Split):
     """Style ``"btp"``."""
 
+    by_inputs = True
+
+    @classmethod
+    def refuse(cls, model: nn.Module, ranks: int) -> None:
+        """It splits all that is dense or of low rank."""
+
     def ends(self, embedding: nn.Module, norm: nn.Module, head: nn.Module, tied: bool) -> None:
         self._norm(norm)
         self._readers([head], norm if self.shape.rms else None, whole=True)

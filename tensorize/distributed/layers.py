@@ -1,4 +1,4 @@
-"""What parts of a model do once the residual stream is split over the ranks.
+"""What parts of a model do once it is split over the ranks of ``tp``.
 
 Each becomes one of a class of its own (``weight.become``) with the same parameters under the same
 names, as DTensors; its forward takes and gives ordinary tensors, this rank's part.
@@ -67,9 +67,22 @@ def _layer_norm(self: Any, x: Tensor) -> Tensor:
 
 def _head_norm(self: Any, x: Tensor) -> Tensor:
     """An RMSNorm of single heads: the gain serves the heads of all ranks."""
+    return fanned(local(self.weight), self.ranks) * _of_length_one(self, x)
+
+
+def _whole_rms_norm(self: Any, x: Tensor) -> Tensor:
+    return local(self.weight) * _of_length_one(self, x)
+
+
+def _of_length_one(self: Any, x: Tensor) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-    return fanned(local(self.weight), self.ranks) * wide.to(x.dtype)
+    return wide.to(x.dtype)
+
+
+def _whole_layer_norm(self: Any, x: Tensor) -> Tensor:
+    bias = None if self.bias is None else local(self.bias)
+    return F.layer_norm(x, self.normalized_shape, local(self.weight), bias, self.eps)
 
 
 # --------------------------------------------------------------------------------------- linears
@@ -92,6 +105,21 @@ def _dense_reader(self: Any, x: Tensor) -> Tensor:
 def _dense_writer(self: Any, x: Tensor) -> Tensor:
     """A dense weight that reads this rank's columns, and gives its part of the stream."""
     y = scattered(F.linear(x, self.last()), self.ranks)
+    return y if self.bias is None else y + local(self.bias)
+
+
+def _summed_dense_writer(self: Any, x: Tensor) -> Tensor:
+    """A dense weight that reads this rank's columns, and gives the whole stream."""
+    y = summed(F.linear(x, self.last()), self.ranks)
+    return y if self.bias is None else y + local(self.bias)
+
+
+def _pair(self: Any, x: Tensor) -> Tensor:
+    """Two factors split by their rank, of a whole input and with a whole output."""
+    narrow = F.linear(fanned(x, self.ranks), self.first_matrix())
+    if isinstance(self, LowRankLinear):
+        narrow = self._between(narrow)
+    y = summed(F.linear(narrow, self.last()), self.ranks)
     return y if self.bias is None else y + local(self.bias)
 
 
@@ -129,6 +157,22 @@ def _embedding_factors(self: Any, ids: Tensor) -> Tensor:
     return F.linear(fanned(narrow, self.ranks), self.first_matrix.columns().t())
 
 
+def _summed_embedding_of_rows(self: Any, ids: Tensor) -> Tensor:
+    """The same where every rank has the whole stream."""
+    return summed(rows_held(self, self.last, ids), self.ranks)
+
+
+def _embedding_pair(self: Any, ids: Tensor) -> Tensor:
+    """Low rank, split by the rank, where every rank has the whole stream."""
+    narrow = self.last.rows(ids, self.padding_idx)
+    return summed(F.linear(narrow, self.first_matrix().t()), self.ranks)
+
+
+def _whole_embedding(self: Any, ids: Tensor) -> Tensor:
+    narrow = self.last.rows(ids, self.padding_idx)
+    return narrow if self.first_matrix is None else F.linear(narrow, self.first_matrix().t())
+
+
 def rows_held(self: Any, table: Matrix, ids: Tensor) -> Tensor:
     """The rows of ids that this rank holds, and zeros for the others."""
     count = self.num_embeddings // self.ranks.count
@@ -146,8 +190,15 @@ _WAYS: dict[str, Callable[..., Tensor]] = {
     "embedding": _embedding,
     "embedding factors": _embedding_factors,
     "embedding of rows": _embedding_of_rows,
+    "embedding pair": _embedding_pair,
     "factors": _factors,
     "head norm": _head_norm,
     "layer norm": _layer_norm,
+    "pair": _pair,
     "rms norm": _hand_on,
+    "summed dense writer": _summed_dense_writer,
+    "summed embedding of rows": _summed_embedding_of_rows,
+    "whole embedding": _whole_embedding,
+    "whole layer norm": _whole_layer_norm,
+    "whole rms norm": _whole_rms_norm,
 }

@@ -134,8 +134,8 @@ class CodedMatrix(Matrix):
         return found.t() if self.turned else found
 
     def rows(self, ids: Tensor, padding: int | None) -> Tensor:
-        assert self.side != COLUMNS
-        assert not self.turned
+        if self.side == COLUMNS or self.turned:
+            return super().rows(ids, padding)
         found = self._coded().at(ids.reshape(-1)).values().unflatten(0, ids.shape)
         if padding is None:
             return found

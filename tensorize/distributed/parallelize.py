@@ -43,6 +43,9 @@ def parallelize(
         model: dense or compressed, with the same numbers on every process, or on meta. It is
             changed in place. Make the optimizer after this.
         mesh: of dimensions named ``pp``, ``dp`` and ``tp``, or some of them.
+        style: how ``tp`` splits: ``"btp"`` as above; ``"naive"``: each pair of factors by its rank,
+            with a sum of every weight's outputs; ``"megatron"``: dense weights alone, in pairs. In
+            these two every rank has the whole residual stream.
         compute_dtype: what ``dp`` computes in, while parameters keep their dtype; None: theirs.
         chunks: over ``pp``, how many stages a rank has, each some blocks apart from the others.
 
@@ -54,7 +57,9 @@ def parallelize(
         CaptureError: the mesh has other dimensions, the model is sharded already, processes hold
             different numbers, a size is not divided, or (``tp`` and ``pp``) no rule is known for
             the model's class.
-        AnalysisError: a weight is factorized in a way that is not split (``tp`` only).
+        AnalysisError: a weight is factorized in a way that is not split, or not in this style
+            (``tp`` only).
+        TensorizeError: there is no such style.
     """
     names = _named(mesh)
     inner = unwrapped(model)

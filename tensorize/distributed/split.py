@@ -25,6 +25,14 @@ class Split(ABC):
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._placed: set[int] = set()
 
+    by_inputs = False
+    """Whether first factors are split by their columns: of those without an identity in parts."""
+
+    @classmethod
+    @abstractmethod
+    def refuse(cls, model: nn.Module, ranks: int) -> None:
+        """Raises AnalysisError for a weight that the style does not split."""
+
     @abstractmethod
     def ends(self, embedding: nn.Module, norm: nn.Module, head: nn.Module, tied: bool) -> None:
         """Split what stands before the first block and after the last one."""

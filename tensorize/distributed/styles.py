@@ -5,16 +5,21 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorize.api.forms import in_parts
+from tensorize.api.forms import in_parts, plain
 from tensorize.base.errors import AnalysisError, check_one_of
 from tensorize.distributed.bottlenecks import BottleneckSplit
 from tensorize.distributed.same import check_same
 from tensorize.distributed.shapes import Shape, Sizes
 from tensorize.distributed.split import Split
+from tensorize.distributed.whole_stream import MegatronSplit, NaiveSplit
 from tensorize.ir.spec import DENSE, LOW_RANK
 from tensorize.weight.install import factored
 
-STYLES: dict[str, type[Split]] = {"btp": BottleneckSplit}
+STYLES: dict[str, type[Split]] = {
+    "btp": BottleneckSplit,
+    "naive": NaiveSplit,
+    "megatron": MegatronSplit,
+}
 
 
 def split_over(model: nn.Module, shape: Shape, mesh: DeviceMesh, style: str) -> None:
@@ -28,9 +33,14 @@ def split_over(model: nn.Module, shape: Shape, mesh: DeviceMesh, style: str) -> 
     sizes = Sizes.of(model, shape)
     sizes.refuse(mesh.size())
     _refuse_other_formats(model)
-    in_parts(model, mesh.size())
-    check_same(model)  # of what was chosen for itself on every rank
-    STYLES[style](model, shape, sizes, mesh).whole_model()
+    kind = STYLES[style]
+    kind.refuse(model, mesh.size())
+    if kind.by_inputs:
+        in_parts(model, mesh.size())
+        check_same(model)  # of what was chosen for itself on every rank
+    else:
+        plain(model)
+    kind(model, shape, sizes, mesh).whole_model()
 
 
 def _refuse_other_formats(model: nn.Module) -> None:

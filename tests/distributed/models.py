@@ -58,10 +58,10 @@ def gpt2(*, tied: bool = True) -> Any:
     return _jittered(gpt2_of(tie_word_embeddings=tied))
 
 
-def low_rank(model: nn.Module, *dense: str, **options: Any) -> nn.Module:
+def low_rank(model: nn.Module, *dense: str, rank: int = RANK, **options: Any) -> nn.Module:
     """All weights of one rank, but the dense ones."""
     return tensorize.initialize(
-        model, ranks={"*": RANK}, budget=None, exclude=list(dense) or None, **options
+        model, ranks={"*": rank}, budget=None, exclude=list(dense) or None, **options
     )
 
 
@@ -73,9 +73,9 @@ def shared() -> nn.Module:
     return tensorize.weight.plain(model)
 
 
-def integers(model: nn.Module, precision: str, budget: float) -> nn.Module:
+def integers(model: nn.Module, precision: str, budget: float, **options: Any) -> nn.Module:
     """Factors and dense weights whose entries are integers of a few bits; scales train."""
-    options: dict[str, Any] = {"metric": "frobenius", "example_inputs": (words(2),)}
+    options |= {"metric": "frobenius", "example_inputs": (words(2),)}
     model = tensorize.compile(model, budget, precision=precision, **options)
     return model.requires_grad_()
 
@@ -113,6 +113,8 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "no identity, shared": lambda: no_identity(tensorize.weight.pivoted(shared()), 2),
     "integers of 8 bits": lambda: integers(llama(), "int8", 0.16),
     "integers of 4 bits": lambda: integers(llama(tied=True), "int4", 0.09),
+    "integers alone": lambda: integers(llama(), "int4", 0.9, formats="dense"),
+    "fewer key heads, dense": lambda: llama(keys=1),
     "GPT-2, integers of 8 bits": lambda: integers(gpt2(), "int8", 0.16),
     "GPT-2, integers of 3 bits": lambda: integers(gpt2(), "int3", 0.07),
     "GPT-2": lambda: low_rank(gpt2(), "*wte*", "*wpe*"),

@@ -18,11 +18,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorize
-from tensorize import AnalysisError, CaptureError
+from tensorize import AnalysisError, CaptureError, TensorizeError
 from tensorize.algebra.metric import Metric
 from tensorize.distributed import parallelize
 from tensorize.distributed.matrices import CodedMatrix, local
 from tensorize.distributed.ranks import Ranks
+from tensorize.distributed.strategy.reading import workload_of
+from tensorize.distributed.strategy.volumes import backward_messages, forward_messages
 from tensorize.formats.registry import format_of
 from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.weight.cores import Cores
@@ -50,17 +52,17 @@ def alone(case: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, models.gradients(model)
 
 
-def same_gradients(folder: Path, case: str, sizes: Sizes) -> None:
+def same_gradients(folder: Path, case: str, sizes: Sizes, style: str = "btp") -> None:
     model, want = alone(case)
     spread = copy.deepcopy(model)
     spread.zero_grad()
     mesh = mesh_of(sizes)
     with models.identities_cost():
-        assert parallelize(spread, mesh) is spread
+        assert parallelize(spread, mesh, style=style) is spread
     assert all(isinstance(p, DTensor) for p in spread.parameters())
     loss_of(spread, mine(words(BATCH), mesh)).backward()
-    assert (far := farthest(spread, want)) < EXACT.get(case, 2e-6), (case, far)
-    assert _forms(spread) == _forms(model)
+    assert (far := farthest(spread, want)) < EXACT.get(case, 2e-6), (case, style, far)
+    assert style != "btp" or _forms(spread) == _forms(model)
 
 
 def _forms(model: nn.Module) -> list[Any]:
@@ -140,10 +142,10 @@ class Messages(TorchDispatchMode):
         return result
 
 
-def messages_of(block: nn.Module) -> tuple[list[int], list[int]]:
+def messages_of(block: nn.Module, width: int = WIDTH // 2) -> tuple[list[int], list[int]]:
     """The sizes of what one block reduces, forward and backward; it sends nothing else."""
     torch.manual_seed(0)
-    x = torch.randn(BATCH, TIME, WIDTH // 2, requires_grad=True)
+    x = torch.randn(BATCH, TIME, width, requires_grad=True)
     turns = torch.ones(1, TIME, WIDTH // models.HEADS), torch.zeros(1, TIME, WIDTH // models.HEADS)
     with Messages() as forward:
         y = block(x, position_embeddings=turns)
@@ -160,6 +162,17 @@ def four_messages_a_layer(folder: Path) -> None:
     rows = BATCH * TIME
     assert forward == [rows * (3 * RANK + 1), rows * RANK, rows * (2 * RANK + 1), rows * RANK]
     assert sorted(backward) == sorted(rows * k * RANK for k in (1, 2, 1, 3))
+
+
+def other_styles_send_what_the_planner_counts(folder: Path) -> None:
+    for case, style in (("plain", "naive"), ("dense", "naive"), ("dense", "megatron")):
+        model: Any = CASES[case]()
+        (layer, *_) = workload_of(model, (words(1),)).layers
+        spread: Any = parallelize(model, mesh_of({"tp": 2}), style=style)
+        found = messages_of(spread.model.layers[0], WIDTH)
+        for got, messages in zip(found, (forward_messages, backward_messages), strict=True):
+            want = [BATCH * TIME * message.elements for message in messages(layer, style)]
+            assert sorted(got) == sorted(want), (case, style)
 
 
 def first_factors(model: nn.Module) -> list[set[str]]:
@@ -205,8 +218,8 @@ def other_numbers_are_refused(folder: Path) -> None:
         parallelize(model, mesh_of({"dp": 2}))
 
 
-def same_in(case: str, **sizes: int) -> processes.Check:
-    return partial(same_gradients, case=case, sizes=sizes)
+def same_in(case: str, style: str = "btp", **sizes: int) -> processes.Check:
+    return partial(same_gradients, case=case, sizes=sizes, style=style)
 
 
 OFTEN = (
@@ -215,8 +228,17 @@ OFTEN = (
     *("integers of 8 bits", "GPT-2, integers of 3 bits"),
 )
 
+NAIVE = (
+    *("plain", "tied", "silu between", "fewer key heads than ranks", "GPT-2 dense, untied"),
+    *("compressed ends", "compressed tied ends", "dense", "some dense", "Qwen3", "GPT-2"),
+)
+MEGATRON = "dense", "GPT-2 dense, untied", "integers alone", "fewer key heads, dense"
+
 IN_TWO: list[processes.Check] = [
     *(same_in(case, tp=2) for case in OFTEN),
+    *(same_in(case, "naive", tp=2) for case in ("some dense", "compressed tied ends")),
+    *(same_in(case, "megatron", tp=2) for case in ("dense", "GPT-2 dense, untied")),
+    other_styles_send_what_the_planner_counts,
     same_in("plain", dp=2),
     codes_are_split_where_nothing_is_cut,
     an_identity_is_stored_where_that_is_faster,
@@ -236,12 +258,16 @@ def test_two_processes(tmp_path: Path) -> None:
 def test_two_processes_with_all_models(tmp_path: Path) -> None:
     seldom = [case for case in CASES if case not in OFTEN]
     split = [same_in(case, tp=2) for case in seldom]
+    split += [same_in(case, "naive", tp=2) for case in NAIVE]
+    split += [same_in(case, "megatron", tp=2) for case in MEGATRON]
     processes.run([*split, *(same_in(case, dp=2) for case in CASES)], 2, tmp_path)
 
 
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
     split = [same_in(case, tp=4) for case in CASES]
+    split += [same_in(case, "naive", dp=2, tp=2) for case in NAIVE]
+    split += [same_in(case, "megatron", tp=4) for case in MEGATRON]
     processes.run([*split, *(same_in(case, dp=2, tp=2) for case in CASES)], 4, tmp_path)
 
 
@@ -301,3 +327,13 @@ def test_trains_are_refused() -> None:
     chain = tensorize.initialize(models.llama(), 0.5, formats="tt", exclude=list(models.ENDS))
     with pytest.raises(AnalysisError, match=r"q_proj.weight: it is .*train.*\n.*low_rank"):
         parallelize(chain, mesh_of({"tp": 8}))
+
+
+@pytest.mark.usefixtures("_eight_ranks")
+def test_what_a_style_does_not_split_is_named() -> None:
+    with pytest.raises(AnalysisError, match=r"weight: its rank is 12, which 8 ranks.*\n.*btp"):
+        parallelize(models.low_rank(models.llama(), rank=12), mesh_of({"tp": 8}), style="naive")
+    with pytest.raises(AnalysisError, match=r"weight: it is of low rank, and Megatron's.*\n.*btp"):
+        parallelize(models.low_rank(models.llama()), mesh_of({"tp": 8}), style="megatron")
+    with pytest.raises(TensorizeError, match="style='boost' is not one of"):
+        parallelize(models.llama(), mesh_of({"tp": 8}), style="boost")
