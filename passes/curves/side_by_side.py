@@ -1,4 +1,5 @@
-"""Small pieces of work side by side, each on one thread.
+"""Pieces of work side by side: small ones on a thread each, and, where that is asked for, shared
+out among processes.
 
 Decompositions of matrices of some hundred rows hardly use a second thread: on two quiet cores the
 eigenvectors of a 768 x 768 matrix took 98 ms on one thread, 74 on two, and two matrices at once on
@@ -8,13 +9,16 @@ and took up to 25 times as long as one.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 
+from tensorize.base.sharded import of_all_ranks
 from tensorize.ir.sites import Site
 
 Item = TypeVar("Item")
@@ -40,6 +44,53 @@ def side_by_side(
     Items that are not small come one by one, on all threads. How an item is computed hangs on
     nothing but itself, so that its result is the same bits whatever the others are.
     """
+    if _Shared.devices:
+        yield from _by_ranks(work, list(items), is_small, _Shared.devices[-1])
+    else:
+        yield from _here(work, items, is_small)
+
+
+class _Shared:
+    """Where results are to lie, of those who ask all processes to share the work."""
+
+    devices: ClassVar[list[torch.device]] = []
+
+
+@contextlib.contextmanager
+def shared_by_ranks(device: torch.device) -> Iterator[None]:
+    """In here every process does its share of the pieces, and all have all results.
+
+    All processes have to come here with the same pieces; results of others lie on ``device``.
+    """
+    _Shared.devices.append(device)
+    try:
+        yield
+    finally:
+        _Shared.devices.pop()
+
+
+def is_shared_by_ranks() -> bool:
+    """Whether processes share pieces of work now."""
+    return bool(_Shared.devices)
+
+
+def _by_ranks(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    is_small: Callable[[Item], bool],
+    device: torch.device,
+) -> Iterator[Result]:
+    # Neighbours stay together: what they have in common is sent once.
+    count, this = dist.get_world_size(), dist.get_rank()
+    first, end = (k * len(items) // count for k in (this, this + 1))
+    own = list(_here(work, items[first:end], is_small))
+    for results in of_all_ranks(own, device):
+        yield from results
+
+
+def _here(
+    work: Callable[[Item], Result], items: Iterable[Item], is_small: Callable[[Item], bool]
+) -> Iterator[Result]:
     threads = torch.get_num_threads()
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(min(threads, _MOST), initializer=_one_thread) as pool:

@@ -96,6 +96,8 @@ class ComputeSpectra:
         observed.progress("spectra", len(spectra), whole)
         for site, curve in zip(todo, side_by_side(curve_of, todo, is_small), strict=True):
             spectra[site.name] = curve if self.store is None else self.store.keep(curve)
+            if (other := observed.statistics.get(site.name)) is not None:
+                other.terms.clear()  # where another process made the curve
             give_back(site.parameters)
             observed.progress("spectra", len(spectra), whole)
         return spectra

@@ -23,7 +23,7 @@ from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import Spec
 from tensorize.passes.curves.curve import Spectrum, as_matrix
-from tensorize.passes.curves.side_by_side import is_small, side_by_side
+from tensorize.passes.curves.side_by_side import is_shared_by_ranks, is_small, side_by_side
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.stages import Dense, Opened, Planned, Rewritten
 from tensorize.weight.contractions import contractions
@@ -105,6 +105,9 @@ class Factorize:
     def run(self, opened: Opened) -> Rewritten:
         with self.sink(opened) as place:
             errors, count = dict(place.errors), len(place.units)
+            if is_shared_by_ranks():
+                missing = [c for c in factorized(opened) if c.name not in opened.cores]
+                opened.cores.update(planned_cores(opened, missing))
             for done, unit in enumerate(place.units):
                 opened.progress("factorize", done, count)
                 if unit[0].name not in errors:

@@ -22,6 +22,8 @@ from tensorize.api.options import Options
 from tensorize.api.wiring import figures
 from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
+from tensorize.base.sharded import of_all_ranks
+from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import ToInputs, calibration_batches, left_out
@@ -34,6 +36,7 @@ from tensorize.passes.beside.rehearse import Rehearse
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
+from tensorize.passes.curves.side_by_side import shared_by_ranks
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
@@ -49,6 +52,7 @@ from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque
 from tensorize.version import __version__
+from tensorize.weight.gathered import gathered, is_gathered
 from tensorize.weight.install import factored
 
 log = logging.getLogger("tensorize")
@@ -100,6 +104,8 @@ def analyze(
 def analyzed(model: nn.Module, options: Options) -> Analysis:
     """``analyze`` with its options as one record."""
     options.check_data()
+    if not is_gathered(unwrapped(model)):
+        return _analyzed_together(unwrapped(model), options)
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
     given, model = model, check_model(model, inplace=options.inplace)
@@ -113,6 +119,25 @@ def analyzed(model: nn.Module, options: Options) -> Analysis:
         if options.says_nothing_of_data:
             return _learned_unasked(found, identity, options)
         return _learned(found, identity, options)
+
+
+def _analyzed_together(model: nn.Module, options: Options) -> Analysis:
+    """The analysis of a sharded model: on every process the same, each doing its share."""
+    if options.cache_dir is not None or options.max_memory is not None:
+        raise AnalysisError(
+            "cache_dir= and max_memory= are of one process, and the model is sharded over several",
+            way_out="analyse it without them",
+        )
+    device = next(model.parameters()).device
+    with shared_by_ranks(device):
+        analysis = analyzed(gathered(model), options)
+    alike = repr(analysis.curve())
+    if any(other != alike for other in of_all_ranks(alike, "cpu")):
+        raise AnalysisError(
+            "processes learned different things of one model",
+            way_out="give all of them the same calibration data, on machines of one kind",
+        )
+    return analysis
 
 
 def found_in(model: nn.Module, options: Options, tell: Progress) -> Found:

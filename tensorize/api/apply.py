@@ -17,8 +17,9 @@ from tensorize.api.autotune import time_orders
 from tensorize.api.options import Options
 from tensorize.api.outcome import outlook_of, report_of, slow_weights
 from tensorize.base import timer
-from tensorize.base.errors import AnalysisError
+from tensorize.base.errors import AnalysisError, CaptureError
 from tensorize.base.progress import Progress, shown
+from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
 from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
@@ -29,6 +30,7 @@ from tensorize.ir.spec import SHARED
 from tensorize.passes.allocate.choices import check_choices
 from tensorize.passes.beside.compare import CompareRuns
 from tensorize.passes.beside.dense_reads import memory_of
+from tensorize.passes.curves.side_by_side import shared_by_ranks
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
 from tensorize.passes.observe.parts import in_parts
@@ -42,6 +44,7 @@ from tensorize.reports.attach import attach
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 from tensorize.store.fingerprint import fingerprint
+from tensorize.weight.gathered import gathered, is_gathered
 from tensorize.weight.lazy import FactoredWeight
 
 
@@ -90,6 +93,8 @@ def apply(
 @in_usual_modes("apply")
 def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     """``apply`` with its options as one record."""
+    if not is_gathered(unwrapped(model)):
+        return _applied_together(unwrapped(model), plan, options)
     model = check_model(model, inplace=options.inplace)
     if not isinstance(plan, Plan):
         raise AnalysisError(
@@ -121,6 +126,17 @@ def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
             )
         check_choices(plan, analysis.program, model)
         return apply_plan(model, plan, analysis, options, tell)
+
+
+def _applied_together(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
+    """A sharded model compressed, whole on every process, each making its share of the factors."""
+    if options.inplace:
+        raise CaptureError(
+            "a sharded model is not compressed in place: the result is whole on every process",
+            way_out="inplace=False, and tensorize.distributed.parallelize(small, mesh)",
+        )
+    with shared_by_ranks(next(model.parameters()).device):
+        return applied(gathered(model), plan, replace(options, inplace=True))
 
 
 def _check_loss(plan: Plan, loss_fn: LossOption) -> None:

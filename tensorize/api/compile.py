@@ -13,7 +13,7 @@ from torch import nn
 
 from tensorize.api.analysis import planned
 from tensorize.api.analyze import analyzed
-from tensorize.api.apply import apply_plan
+from tensorize.api.apply import applied, apply_plan
 from tensorize.api.options import Options
 from tensorize.base import printer
 from tensorize.base.progress import Progress, log, shown
@@ -30,6 +30,7 @@ from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.reports.attach import report
 from tensorize.reports.verdict import Verdict
 from tensorize.running.in_use import use_kernels
+from tensorize.weight.gathered import is_gathered
 
 
 def compile(
@@ -146,6 +147,9 @@ def compiled(model: nn.Module, options: Options) -> nn.Module:
         model = unwrapped(model)
         # It is one of the formats that were asked for, and of those that a probe found.
         plan = planned(analysis, replace(options, formats=None))
+        if not is_gathered(model):
+            small = applied(model, plan, replace(options, refine="auto", progress=tell))
+            return use_kernels(small, options.backend)
         return use_kernels(apply_plan(model, plan, analysis, options, tell), options.backend)
 
 

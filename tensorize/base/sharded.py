@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,20 @@ def of_first_rank(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(held)
     return held[0]
+
+
+def of_all_ranks(value: Any, device: torch.device | str) -> list[Any]:
+    """What every process has of a value, tensors on this one's device; all have to ask."""
+    written = io.BytesIO()
+    torch.save(value, written)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, written.getvalue())
+    return [
+        value
+        if rank == dist.get_rank()
+        else torch.load(io.BytesIO(held), map_location=device, weights_only=False)
+        for rank, held in enumerate(found)
+    ]
 
 
 def by_first_rank(write: Callable[[], None], failure: type[Exception]) -> None:

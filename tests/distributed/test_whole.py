@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import tensorize
-from tensorize import CheckpointError, TensorizeError
+from tensorize import AnalysisError, CaptureError, CheckpointError, TensorizeError
 from tensorize.distributed import parallelize
+from tensorize.passes.curves import spectra
+from tensorize.passes.rewrite import factorize
 from tests.distributed import models, processes
 from tests.distributed.models import CASES, whole, words
 
@@ -83,6 +88,45 @@ def the_folder_of_one_machine_is_written(folder: Path) -> None:
             dist.barrier()
 
 
+def compression_is_shared_out(folder: Path) -> None:
+    """Of an FSDP2 model: the plan and the factors of one machine, each rank making half of them."""
+    options: dict[str, Any] = {"calibration": [words(4, seed) for seed in range(5)]}
+    alone, sharded = models.llama(), parallelize(models.llama(), over(dp=2))
+    want = tensorize.analyze(alone, **options)
+    with mock.patch.object(spectra, "spectrum", wraps=spectra.spectrum) as made:
+        got = tensorize.analyze(sharded, **options)
+    assert made.call_count in (7, 8)  # of 16 weights, without those of trial plans
+    for refine in ("refit", None):
+        plans = [each.plan(0.5, refine=refine) for each in (got, want)]
+        assert plans[0] == plans[1]
+        with mock.patch.object(factorize, "_cores", wraps=factorize._cores) as made:
+            small = tensorize.apply(sharded, plans[0])
+        count = sum(site.spec is not None for site in plans[0].sites)
+        assert refine is not None or made.call_count in (count // 2, count - count // 2)
+        expected = tensorize.apply(alone, plans[1]).state_dict()
+        found = small.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert isinstance(next(sharded.parameters()), DTensor)  # the caller's is as it was
+    assert not any(isinstance(module, FSDPModule) for module in small.modules())
+    compiled = tensorize.compile(sharded, 0.5, **options).state_dict()
+    once = tensorize.compile(alone, 0.5, **options).state_dict()
+    assert all(torch.equal(compiled[name], once[name]) for name in once)
+    spread = parallelize(small, over(tp=2))
+    assert models.loss_of(spread, words(2)).isfinite()
+
+
+def what_is_learned_is_the_same_on_all(folder: Path) -> None:
+    sharded = parallelize(models.llama(), over(dp=2))
+    with pytest.raises(AnalysisError, match=r"learned different things.*\n.*same calibration"):
+        tensorize.analyze(sharded, calibration=[words(4, seed=dist.get_rank())], refine=None)
+    with pytest.raises(AnalysisError, match="cache_dir= and max_memory= are of one process"):
+        tensorize.analyze(sharded, cache_dir=folder)
+    split = parallelize(models.llama(), over(tp=2))
+    with pytest.raises(CaptureError, match=r"not sharded by FSDP2 alone(.|\n)*compress the model"):
+        tensorize.analyze(split)
+
+
 def all_processes_hear_of_a_failure(folder: Path) -> None:
     (folder / "a file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
@@ -130,6 +174,8 @@ IN_TWO: list[processes.Check] = [
     ties_stay_when_meta_is_filled,
     rates_are_those_of_one_machine,
     the_folder_of_one_machine_is_written,
+    compression_is_shared_out,
+    what_is_learned_is_the_same_on_all,
     all_processes_hear_of_a_failure,
     memory_is_of_one_rank,
     narrow_parameters_are_rounded_stochastically,
