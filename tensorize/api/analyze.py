@@ -30,6 +30,7 @@ from tensorize.capture.batches import ToInputs, calibration_batches, left_out
 from tensorize.capture.forward import in_usual_modes, out_of_memory
 from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper, without_cache
 from tensorize.capture.synthetic import affordable, is_self, self_made
+from tensorize.hub.gathered import gathered, is_gathered
 from tensorize.ir.plan import POLISH, REFIT
 from tensorize.ir.sites import Batch
 from tensorize.passes.beside.rehearse import Rehearse
@@ -52,7 +53,6 @@ from tensorize.passes.stages import Analysed, Found, Given
 from tensorize.store.fingerprint import fingerprint
 from tensorize.store.identity import Opaque
 from tensorize.version import __version__
-from tensorize.weight.gathered import gathered, is_gathered
 from tensorize.weight.install import factored
 
 log = logging.getLogger("tensorize")

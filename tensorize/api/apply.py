@@ -24,6 +24,7 @@ from tensorize.cache import analyses as disk
 from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs
+from tensorize.hub.gathered import gathered, is_gathered
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
@@ -44,7 +45,6 @@ from tensorize.reports.attach import attach
 from tensorize.reports.report import Report
 from tensorize.store import transformers_config
 from tensorize.store.fingerprint import fingerprint
-from tensorize.weight.gathered import gathered, is_gathered
 from tensorize.weight.lazy import FactoredWeight
 
 

@@ -20,6 +20,7 @@ from tensorize.base.progress import Progress, log, shown
 from tensorize.base.tensors import unwrapped
 from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
+from tensorize.hub.gathered import is_gathered
 from tensorize.ir.budget import Budget
 from tensorize.passes.allocate.allocate import RanksOption
 from tensorize.passes.curves.formats import FormatsOption
@@ -30,7 +31,6 @@ from tensorize.passes.predict.metrics import MetricFunction
 from tensorize.reports.attach import report
 from tensorize.reports.verdict import Verdict
 from tensorize.running.in_use import use_kernels
-from tensorize.weight.gathered import is_gathered
 
 
 def compile(

@@ -14,10 +14,14 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
+from tensorize.base.errors import AnalysisError
+from tensorize.distributed.experts import Stack
 from tensorize.distributed.layers import turn
 from tensorize.distributed.matrices import COLUMNS, ROWS, holder_of_bias, matrices_of
 from tensorize.distributed.readings import OneReading
+from tensorize.distributed.shapes import Experts
 from tensorize.distributed.split import Split, part_of
+from tensorize.weight.install import factored
 
 
 class BottleneckSplit(Split):
@@ -27,7 +31,13 @@ class BottleneckSplit(Split):
 
     @classmethod
     def refuse(cls, model: nn.Module, ranks: int) -> None:
-        """It splits all that is dense or of low rank."""
+        for name, weight in factored(model):
+            if weight.spec.batch and weight.spec.precision is not None:
+                raise AnalysisError(
+                    "its experts' entries are integers of a few bits, which no rule splits",
+                    site=name,
+                    way_out=f'precision={{"{name}": None}}, or a mesh with dp alone',
+                )
 
     def ends(self, embedding: nn.Module, norm: nn.Module, head: nn.Module, tied: bool) -> None:
         self._norm(norm)
@@ -53,11 +63,27 @@ class BottleneckSplit(Split):
         for name in shape.writers:
             self._writer(block.get_submodule(name))
         self.own_heads(attention)
+        if shape.experts is not None:
+            self._experts(block, shape.experts)
 
     # ------------------------------------------------------------------------------- its modules
 
-    def _norm(self, norm: nn.Module) -> None:
-        way = "rms norm" if self.shape.rms else "layer norm"
+    def _experts(self, block: nn.Module, names: Experts) -> None:
+        self._norm(block.get_submodule(names.norm), "summed rms norm")
+        router, experts = block.get_submodule(names.router), block.get_submodule(names.experts)
+        first, last = matrices_of(router, self.ranks)
+        turn(router, "router", ranks=self.ranks, first_matrix=first, last=last)
+        if first is not None:
+            first.place(self.put, COLUMNS)
+        last.place(self.put, COLUMNS if first is None else None)
+        opening = Stack(experts, names.opens, opens=True)
+        closing = Stack(experts, names.closes, opens=False)
+        turn(experts, "experts", ranks=self.ranks, opening=opening, closing=closing)
+        opening.place(self.put)
+        closing.place(self.put)
+
+    def _norm(self, norm: nn.Module, way: str | None = None) -> None:
+        way = way or ("rms norm" if self.shape.rms else "layer norm")
         turn(norm, way, ranks=self.ranks, width=self.sizes.hidden)
         self.put(norm, "weight", Shard(0))
         self.put(norm, "bias", Shard(0))

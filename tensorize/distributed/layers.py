@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorize.distributed.experts import experts, router
 from tensorize.distributed.matrices import Matrix, local
 from tensorize.distributed.ranks import fanned, gathered, scattered, summed
 from tensorize.weight.become import become, subclass
@@ -36,6 +37,13 @@ def parted(way: str, base: type[nn.Module]) -> type[nn.Module]:
 def _hand_on(self: Any, x: Tensor) -> Tensor:
     """An RMSNorm whose readers apply it: its statistic is reduced along with their product."""
     return x
+
+
+def _summed_rms_norm(self: Any, x: Tensor) -> Tensor:
+    """An RMSNorm whose statistic is summed at once: what reads it needs it whole."""
+    part, squares = gained(self, x)
+    squares = fanned(summed(squares, self.ranks), self.ranks)
+    return (part * scale_of(self, squares)).to(x.dtype)
 
 
 def gained(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,19 +192,22 @@ def rows_held(self: Any, table: Matrix, ids: Tensor) -> Tensor:
     return table.rows(at.clamp(0, count - 1), padding) * held.unsqueeze(-1)
 
 
-_WAYS: dict[str, Callable[..., Tensor]] = {
+_WAYS: dict[str, Callable[..., Any]] = {
     "dense reader": _dense_reader,
     "dense writer": _dense_writer,
     "embedding": _embedding,
     "embedding factors": _embedding_factors,
     "embedding of rows": _embedding_of_rows,
     "embedding pair": _embedding_pair,
+    "experts": experts,
     "factors": _factors,
     "head norm": _head_norm,
     "layer norm": _layer_norm,
     "pair": _pair,
     "rms norm": _hand_on,
+    "router": router,
     "summed dense writer": _summed_dense_writer,
+    "summed rms norm": _summed_rms_norm,
     "summed embedding of rows": _summed_embedding_of_rows,
     "whole embedding": _whole_embedding,
     "whole layer norm": _whole_layer_norm,

@@ -19,6 +19,7 @@ from tensorize.algebra.pivot import whole
 from tensorize.distributed.ranks import Ranks, fanned
 from tensorize.formats.quantized import Coded
 from tensorize.weight.become import dense_class
+from tensorize.weight.install import is_conv1d
 from tensorize.weight.low_rank import LowRankLinear
 
 Put = Callable[[nn.Module, str, Placement], None]
@@ -166,7 +167,7 @@ def matrices_of(linear: nn.Module, ranks: Ranks) -> tuple[Matrix | None, Matrix]
         if linear.spec.pivoted:
             first = PivotedMatrix(linear.first, "weight", linear, ranks)
         return first, Matrix(linear.second, "weight")
-    turned = not issubclass(dense_class(linear), nn.Linear | nn.Embedding)  # GPT-2's
+    turned = is_conv1d(dense_class(linear))
     cores: Any = linear._modules.get("weight_cores")
     if cores is None:
         return None, Matrix(linear, "weight", turned=turned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,15 +19,27 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The norm, the router and the experts of a block, by their names there."""
+
+    norm: str
+    router: str
+    experts: str
+    opens: str
+    closes: str
+
+
+@dataclass(frozen=True)
 class Shape:
     """Names in a causal language model; those of a block's parts are within the block.
 
     ``readings``: of the residual stream. ``writers``: linears that add to it. ``keys``: those whose
     rows are the key and value heads, where they are linears of their own; ``fused``: the linear
     whose rows are queries, keys and values one after the other. ``head_norms``: over single heads.
-    ``rms``: whether norms are RMSNorms, whose statistic goes along with a product; others have
-    theirs reduced before. ``places``: tables that are added to the embedding. ``rotary``: what
-    makes the turns of queries and keys. ``inner``: the configuration's name for the MLP's size.
+    ``experts``: what chooses among experts, and these, in the place of an MLP. ``rms``: whether
+    norms are RMSNorms, whose statistic goes along with a product; others have theirs reduced
+    before. ``places``: tables that are added to the embedding. ``rotary``: what makes the turns of
+    queries and keys. ``inner``: the configuration's name for the MLP's size.
     """
 
     blocks: str
@@ -40,6 +52,7 @@ class Shape:
     keys: tuple[str, ...] = ()
     fused: str | None = None
     head_norms: tuple[str, ...] = ()
+    experts: Experts | None = None
     rms: bool = True
     places: tuple[str, ...] = ()
     rotary: str | None = None
@@ -67,6 +80,15 @@ _LLAMA = Shape(
     rotary="model.rotary_emb",
 )
 
+_MIXTRAL = replace(
+    _LLAMA,
+    readings=_LLAMA.readings[:1],
+    writers=_LLAMA.writers[:1],
+    experts=Experts(
+        "post_attention_layernorm", "mlp.gate", "mlp.experts", "gate_up_proj", "down_proj"
+    ),
+)
+
 _GPT2 = Shape(
     blocks="transformer.h",
     embedding="transformer.wte",
@@ -84,6 +106,7 @@ _GPT2 = Shape(
 SHAPES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
+    "MixtralForCausalLM": _MIXTRAL,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _LLAMA,
     "GPT2LMHeadModel": _GPT2,

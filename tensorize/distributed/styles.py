@@ -45,7 +45,7 @@ def split_over(model: nn.Module, shape: Shape, mesh: DeviceMesh, style: str) -> 
 
 def _refuse_other_formats(model: nn.Module) -> None:
     for name, weight in factored(model):
-        if weight.spec.format not in (DENSE, LOW_RANK) or weight.spec.batch:
+        if weight.spec.format not in (DENSE, LOW_RANK):
             raise AnalysisError(
                 f"it is {weight.format.title}, and only dense and low-rank weights are split over "
                 "tp",

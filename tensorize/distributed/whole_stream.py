@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
-from tensorize.base.errors import AnalysisError
+from tensorize.base.errors import AnalysisError, CaptureError
 from tensorize.distributed.layers import turn
 from tensorize.distributed.matrices import COLUMNS, ROWS, Matrix, holder_of_bias, matrices_of
 from tensorize.distributed.ranks import Ranks, fanned
+from tensorize.distributed.shapes import shape_of
 from tensorize.distributed.split import Split, part_of
 from tensorize.weight.install import factored
 
@@ -138,6 +139,7 @@ class NaiveSplit(Split):
 
     @classmethod
     def refuse(cls, model: nn.Module, ranks: int) -> None:
+        _refuse_experts(model)
         for name, weight in factored(model):
             odd = [rank for rank in weight.spec.ranks if rank % ranks]
             if odd:
@@ -153,6 +155,7 @@ class MegatronSplit(NaiveSplit):
 
     @classmethod
     def refuse(cls, model: nn.Module, ranks: int) -> None:
+        _refuse_experts(model)
         for name, weight in factored(model):
             if weight.spec.ranks:
                 raise AnalysisError(
@@ -160,3 +163,8 @@ class MegatronSplit(NaiveSplit):
                     site=name,
                     way_out='style="btp", or style="naive"',
                 )
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    if shape_of(model).experts is not None:
+        raise CaptureError("it has experts, which this style does not split", way_out='style="btp"')

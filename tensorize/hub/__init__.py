@@ -1,1 +1,1 @@
-"""Where compressed models meet transformers, peft and sharded checkpoints."""
+"""Where models meet transformers, peft, FSDP2 and sharded checkpoints."""

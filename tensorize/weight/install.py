@@ -65,10 +65,10 @@ def is_plain_linear(owner: nn.Module, parameter: str) -> bool:
     if parameter != "weight" or len(owner._modules) > 0:
         return False
     kind = type(owner)
-    return kind is nn.Linear or _is_conv1d(kind)
+    return kind is nn.Linear or is_conv1d(kind)
 
 
-def _is_conv1d(kind: type) -> bool:
+def is_conv1d(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
@@ -99,7 +99,7 @@ def install(
         seen.add((id(owner), parameter))
         # The module that the caller holds keeps its class.
         plain = owner is not model and is_plain_linear(owner, parameter) and not spec.batch
-        if plain and format_of(spec).pair and not (tied and _is_conv1d(type(owner))):
+        if plain and format_of(spec).pair and not (tied and is_conv1d(type(owner))):
             _become_low_rank_linear(owner, spec, cores, nonlinearity)
             continue
         shape = tuple(owner._parameters[parameter].shape)  # type: ignore[union-attr]
@@ -161,7 +161,7 @@ def with_own_order(model: nn.Module, name: str, spec: Spec) -> Spec:
 def _become_low_rank_linear(
     owner: nn.Module, spec: Spec, cores: Sequence[Tensor], nonlinearity: str | None
 ) -> None:
-    transposed = _is_conv1d(type(owner))
+    transposed = is_conv1d(type(owner))
     if transposed:  # W is (in, out): the layer's own matrix is Wᵀ
         spec, cores = turned(spec, cores)
     left, right, *indices = cores

@@ -83,7 +83,7 @@ def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract
     """Each expert's rows of x (S, N) against its own low-rank weight; offsets: their ends (E,)."""
 
     def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        return _grouped(x, weight, offsets)
+        return grouped(x, weight, offsets)
 
     left, right, *order = cores
     if not order:
@@ -95,7 +95,7 @@ def grouped_matmul(cores: Sequence[Tensor], x: Tensor, offsets: Tensor, contract
     return _in_order(left, right, every[experts].long(), x, contract, multiply)
 
 
-def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows of x (S, K) between two offsets times their expert's weight (E, K, N)."""
     # ``grouped_mm`` wants strides of a multiple of 16 bytes, so odd sizes are padded with zeros,
     # and the first of more components are copied.

@@ -117,6 +117,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "fewer key heads, dense": lambda: llama(keys=1),
     "GPT-2, integers of 8 bits": lambda: integers(gpt2(), "int8", 0.16),
     "GPT-2, integers of 3 bits": lambda: integers(gpt2(), "int3", 0.07),
+    "Mixtral": lambda: low_rank(llama("Mixtral"), *ENDS),
+    "Mixtral, dense": lambda: llama("Mixtral"),
+    "Mixtral, some dense": lambda: low_rank(llama("Mixtral"), *ENDS, "*gate.*", "*0*down_proj"),
     "GPT-2": lambda: low_rank(gpt2(), "*wte*", "*wpe*"),
     "GPT-2 dense, untied": lambda: gpt2(tied=False),
 }

@@ -56,10 +56,12 @@ class Run:
         return load(self.model, self.optimizer, directory, others={"rate": self.rate})
 
 
-def goes_on(folder: Path, saved_on: dict[str, int], *others: dict[str, int]) -> None:
-    alone = Run()
+def goes_on(
+    folder: Path, saved_on: dict[str, int], *others: dict[str, int], case: str = "plain"
+) -> None:
+    alone = Run(case)
     want = [alone.step(number) for number in range(STEPS)]
-    run, directory = Run(**saved_on), folder / "run"
+    run, directory = Run(case, **saved_on), folder / case
     for number in range(SAVED):
         run.step(number)
     saving = run.save(directory, SAVED)
@@ -68,7 +70,7 @@ def goes_on(folder: Path, saved_on: dict[str, int], *others: dict[str, int]) -> 
     assert got == pytest.approx(want[SAVED:], rel=2e-6)
     saving.wait()
     for sizes in others:
-        again = Run(**sizes)
+        again = Run(case, **sizes)
         again.step(7)  # of other values, which are gone then
         assert again.load(directory) == SAVED
         got = [again.step(number) for number in range(SAVED, STEPS)]
@@ -83,6 +85,10 @@ def goes_on_in_four(folder: Path) -> None:
     goes_on(folder, {"dp": 2, "tp": 2}, {"dp": 4}, {"tp": 4}, {"dp": 1, "tp": 4}, {})
 
 
+def experts_go_on_in_four(folder: Path) -> None:
+    goes_on(folder, {"dp": 2, "tp": 2}, {"dp": 4}, {"tp": 4}, {}, case="Mixtral")
+
+
 IN_TWO: list[processes.Check] = [goes_on_in_two]
 
 
@@ -92,7 +98,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
-    processes.run([goes_on_in_four], 4, tmp_path)
+    processes.run([goes_on_in_four, experts_go_on_in_four], 4, tmp_path)
 
 
 # --------------------------------------------------------------------------------- one machine

@@ -225,7 +225,7 @@ def same_in(case: str, style: str = "btp", **sizes: int) -> processes.Check:
 OFTEN = (
     *("plain", "tied", "shared first factors", "fewer key heads than ranks"),
     *("compressed tied ends", "some dense", "Qwen3", "GPT-2", "no identity"),
-    *("integers of 8 bits", "GPT-2, integers of 3 bits"),
+    *("integers of 8 bits", "GPT-2, integers of 3 bits", "Mixtral"),
 )
 
 NAIVE = (
@@ -335,5 +335,10 @@ def test_what_a_style_does_not_split_is_named() -> None:
         parallelize(models.low_rank(models.llama(), rank=12), mesh_of({"tp": 8}), style="naive")
     with pytest.raises(AnalysisError, match=r"weight: it is of low rank, and Megatron's.*\n.*btp"):
         parallelize(models.low_rank(models.llama()), mesh_of({"tp": 8}), style="megatron")
+    with pytest.raises(CaptureError, match=r"has experts, which this style.*\n.*btp"):
+        parallelize(models.llama("Mixtral"), mesh_of({"tp": 8}), style="naive")
+    coded = models.integers(models.llama("Mixtral"), "int8", 0.2)
+    with pytest.raises(AnalysisError, match=r"experts.*: its experts' entries are integers"):
+        parallelize(coded, mesh_of({"tp": 2 * 4}))
     with pytest.raises(TensorizeError, match="style='boost' is not one of"):
         parallelize(models.llama(), mesh_of({"tp": 8}), style="boost")

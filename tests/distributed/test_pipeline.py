@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,25 @@ def over(**sizes: int) -> Any:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def same_gradients(folder: Path, kind: str, chunks: int, **sizes: int) -> None:
-    alone = four_blocks()
+CASES: dict[str, Callable[[], Any]] = {
+    "plain": four_blocks,
+    "silu between": lambda: low_rank(models.llama(layers=4), *ENDS, nonlinearity="silu"),
+    "shared first factors": models.shared,
+    "fewer key heads than ranks": lambda: low_rank(models.llama(keys=1, layers=4), *ENDS),
+    "compressed ends": lambda: low_rank(models.llama(layers=4)),
+    "integers of 8 bits": models.CASES["integers of 8 bits"],
+    "Mixtral": models.CASES["Mixtral"],
+    "GPT-2, untied": lambda: low_rank(models.gpt2(tied=False)),
+}
+
+
+def same_gradients(folder: Path, kind: str, chunks: int, case: str = "plain", **sizes: int) -> None:
+    alone = CASES[case]()
     loss = loss_of(alone, words(8))
     loss.backward()
     want = models.gradients(alone)
     mesh = over(**sizes)
-    stage = parallelize(four_blocks(), mesh, chunks=chunks)
+    stage = parallelize(CASES[case](), mesh, chunks=chunks)
     run = schedule(stage, loss_fn, kind, microbatches=4)
     mean = run.step(mine(words(8), mesh))
     if "dp" in sizes:
@@ -42,11 +55,11 @@ def same_gradients(folder: Path, kind: str, chunks: int, **sizes: int) -> None:
     assert float(mean) == pytest.approx(float(loss.detach()), rel=1e-6)
     got = models.gradients(stage)
     assert 0 < len(got) < len(want)
-    assert max(relative(got[name], want[name]) for name in got) < 2e-6, (kind, sizes)
+    assert max(relative(got[name], want[name]) for name in got) < 2e-6, (kind, case, sizes)
 
 
-def same(kind: str, chunks: int = 1, **sizes: int) -> processes.Check:
-    return partial(same_gradients, kind=kind, chunks=chunks, **sizes)
+def same(kind: str, chunks: int = 1, case: str = "plain", **sizes: int) -> processes.Check:
+    return partial(same_gradients, kind=kind, chunks=chunks, case=case, **sizes)
 
 
 def a_pipeline_goes_on_without_one(folder: Path) -> None:
@@ -98,7 +111,8 @@ def test_two_processes_with_all_schedules(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
-    checks = [same("1f1b", pp=2, tp=2), same("1f1b", pp=2, dp=2)]
+    checks = [same("1f1b", case=case, pp=2, tp=2) for case in CASES]
+    checks.append(same("1f1b", pp=2, dp=2))
     processes.run([*checks, same("zero-bubble", 2, pp=2, tp=2)], 4, tmp_path)
 
 
