@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,10 +34,21 @@ def calibrate_command(
     rows: Annotated[
         str, typer.Option(help="With --model: how many rows to time kernels for.")
     ] = _ROWS,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Measure a group of processes instead, which torchrun starts: what they send and "
+            'compute in how much time, for tensorize.distributed.plan(machine="measured").',
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what matmuls cost on this machine; plans are then made for it."""
     with errors_told():
+        if distributed:
+            _calibrate_group(as_json)
+            return
         if model is not None:
             _calibrate_kernels(model, rows, as_json)
             return
@@ -70,3 +82,29 @@ def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
     typer.echo(f"{won} kernels won")
     for line in found.running:
         typer.echo(f"  {line}")
+
+
+def _calibrate_group(as_json: bool) -> None:
+    from torch import distributed
+
+    from tensorize.distributed.strategy import cluster, measure  # a second and a half
+
+    if "RANK" not in os.environ:
+        raise TensorizeError(
+            "torchrun starts a group of processes, and it did not start this one",
+            way_out="torchrun --nproc-per-node 2 -m tensorize.cli calibrate --distributed",
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        found = measure.measure(device)
+        if distributed.get_rank() == 0:
+            path = cluster.keep(found)
+            if as_json:
+                print_json(plain(found))
+            else:
+                typer.echo(f"{found}\nkept in {path}")
+    finally:
+        distributed.destroy_process_group()

@@ -7,11 +7,18 @@ follows from where the members of a group stand in their nodes.
 
 from __future__ import annotations
 
+import json
 import math
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from tensorize.base import files
 from tensorize.base.errors import TensorizeError, check_one_of
+from tensorize.base.records import plain, record
 
 # Fitted to the three rows of the 7B model in BOOST's table alone (`python -m benchmarks.strategy`).
 _BEST, _THIN, _LINKS = 0.968, 593.0, 0.7975
@@ -28,7 +35,8 @@ class Cluster:
     ``host`` what it exchanges with the host's memory, ``updates`` how many parameters a second its
     share of the host's processor updates. ``direct``: the links of a node lead to each of the
     others, so that few members use few of them; else a switch joins them. ``best``, ``thin``,
-    ``links`` and ``passes`` are the shares of these that are reached.
+    ``links`` and ``passes`` are the shares of these that are reached. ``itemsize``: bytes of a
+    number that it computes with and sends.
     """
 
     name: str
@@ -46,10 +54,21 @@ class Cluster:
     links: float = _LINKS
     passes: float = _PASSES
     latency: float = _LATENCY
+    itemsize: int = 2
+
+    def __str__(self) -> str:
+        rates = f"{self.peak * self.best / 1e9:.4g} GFLOP/s, half of it at a side of"
+        half = -self.thin * math.log1p(-0.5)
+        return (
+            f"{self.name}: {rates} {half:.0f}; memory {self.bandwidth * self.passes / 1e9:.3g} "
+            f"GB/s; a message {1e6 * self.latency:.3g} us and {self.links * self.link / 1e9:.3g} "
+            f"GB/s in a node of {self.node}, {self.links * self.network / 1e9:.3g} out of it; "
+            f"{self.updates / 1e6:.4g} M parameters a second updated on the host"
+        )
 
     def product_seconds(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of (rows, inner) @ (inner, columns): by its FLOPs or by its bytes."""
-        moved = 2 * (rows * inner + inner * columns + rows * columns)
+        moved = self.itemsize * (rows * inner + inner * columns + rows * columns)
         flops = 2 * rows * inner * columns
         return max(
             flops / (self.peak * self.share(min(rows, inner, columns))), self.pass_seconds(moved)
@@ -109,14 +128,44 @@ CLUSTERS = {
 }
 
 
+MEASURED = "measured"
+"""The name of what ``tensorize calibrate --distributed`` found from this machine."""
+
+
+def place() -> Path:
+    """Where measured figures are kept."""
+    return files.of_this_machine("cluster", f"{platform.node()} {torch.__version__}")
+
+
+def keep(cluster: Cluster) -> Path:
+    """Write measured figures to where ``"measured"`` is looked for."""
+    path = place()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_at_once(path, json.dumps(plain(cluster), indent=1))
+    return path
+
+
+def _kept() -> Cluster:
+    found = files.read_records(place())
+    try:
+        return record(Cluster, found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TensorizeError(
+            "no group of processes was measured from this machine, or by another version",
+            way_out="torchrun --nproc-per-node 2 -m tensorize.cli calibrate --distributed",
+        ) from error
+
+
 def cluster_of(machine: str | Cluster) -> Cluster:
-    """A cluster by its name, or as it is.
+    """A cluster by its name, as it is, or as it was measured here.
 
     Raises:
-        TensorizeError: there is none of that name, or a figure of it makes no sense.
+        TensorizeError: there is none of that name, or none was measured.
     """
+    if machine == MEASURED:
+        return _kept()
     if isinstance(machine, str):
-        return CLUSTERS[check_one_of("machine", machine, CLUSTERS)]
+        return CLUSTERS[check_one_of("machine", machine, (*CLUSTERS, MEASURED))]
     if not isinstance(machine, Cluster):
         raise TensorizeError(
             f"machine= is a name or a Cluster, got {machine!r}", way_out='machine="h100"'

@@ -121,7 +121,9 @@ class Estimator:
     def memory(self, strategy: Strategy) -> dict[str, float]:
         """Bytes by cause on the device that holds most."""
         if strategy not in self._held:
-            self._held[strategy] = memory_of(self.over, strategy, self.sequence)
+            self._held[strategy] = memory_of(
+                self.over, strategy, self.sequence, self.cluster.itemsize
+            )
         return self._held[strategy]
 
     def __call__(self, strategy: Strategy, *, stages: bool = False) -> Estimate:
@@ -218,7 +220,7 @@ class Estimator:
 
     def _boundary(self, strategy: Strategy) -> float:
         """Bytes that a device hands on to the next stage."""
-        size = HALF * strategy.rows * self.sequence * self.workload.width
+        size = self.cluster.itemsize * strategy.rows * self.sequence * self.workload.width
         return size / (strategy.tp if strategy.style == BTP else 1)
 
     # ------------------------------------------------------------------------------- by the step
@@ -270,7 +272,7 @@ class Estimator:
     def _sent(self, strategy: Strategy) -> dict[str, float]:
         """Bytes of a step by cause, payloads on the device that has most of them."""
         tp, dp, micro, style = strategy.tp, strategy.dp, strategy.micro, strategy.style
-        rows = HALF * strategy.rows * self.sequence * micro
+        rows = self.cluster.itemsize * strategy.rows * self.sequence * micro
         found = {}
         if tp > 1:
             forward, backward = (

@@ -56,8 +56,10 @@ def kept_elements(layer: Layer, style: str, tp: int, checkpoint: str) -> float:
     return stream + ranks / (1 if style == BTP else tp)
 
 
-def memory_of(over: OverLayers, strategy: Strategy, sequence: int) -> dict[str, float]:
-    """Bytes by cause on the device that holds most."""
+def memory_of(
+    over: OverLayers, strategy: Strategy, sequence: int, itemsize: int
+) -> dict[str, float]:
+    """Bytes by cause on the device that holds most; ``itemsize`` of what is computed with."""
     workload, style, tp, dp = over.workload, strategy.style, strategy.tp, strategy.dp
     stages, how = strategy.pp, (style, tp, strategy.checkpoint)
     factors = over.stages(stages, "factors", lambda layer: layer.compressed) / tp
@@ -80,7 +82,7 @@ def memory_of(over: OverLayers, strategy: Strategy, sequence: int) -> dict[str, 
         "gradients": count * (GRADIENTS + COPIES) / sharded,
         "states of factors": factors * states,
         "states of others": others * states,
-        "activations": HALF * rows * (kept * live + again),
+        "activations": itemsize * rows * (kept * live + again),
         "logits": np.append(np.zeros(stages - 1), _LOSS * rows * workload.head.outputs / tp),
     }
     if strategy.sharded:  # whole layers: the one that runs, and the next one

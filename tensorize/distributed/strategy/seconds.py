@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tensorize.distributed.strategy.cluster import Cluster
-from tensorize.distributed.strategy.memory import HALF, saved_elements
+from tensorize.distributed.strategy.memory import saved_elements
 from tensorize.distributed.strategy.strategy import BTP, NAIVE
 from tensorize.distributed.strategy.volumes import Message
 from tensorize.distributed.strategy.workload import Group, Layer, Linear
@@ -37,7 +37,9 @@ def other_seconds(
         each = max(layer.attention // layer.heads, _HEAD)
         total += flops / (cluster.peak * cluster.share(each))
     # What is saved for the backward pass was written once and read once.
-    return total + cluster.pass_seconds(2 * HALF * rows * saved_elements(layer, style, tp))
+    return total + cluster.pass_seconds(
+        2 * cluster.itemsize * rows * saved_elements(layer, style, tp)
+    )
 
 
 def _second_seconds(cluster: Cluster, group: Group, style: str, tp: int, rows: int) -> float:
@@ -61,7 +63,7 @@ def message_seconds(cluster: Cluster, messages: tuple[Message, ...], tp: int, ro
         return 0.0
     total = 0.0
     for message in messages:
-        size = HALF * rows * message.elements
+        size = cluster.itemsize * rows * message.elements
         kind = cluster.gather_seconds if message.half else cluster.all_reduce_seconds
         total += kind(size, tp)
     return total

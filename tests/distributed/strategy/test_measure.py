@@ -1,0 +1,98 @@
+"""Figures of a group of processes: fitted to what was measured, kept, and planned with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tensorize
+from tensorize import TensorizeError
+from tensorize.distributed import Workload
+from tensorize.distributed.strategy.cluster import CLUSTERS, Cluster, cluster_of, keep
+from tensorize.distributed.strategy.measure import alpha_beta, measure, saturation
+from tests.distributed import processes
+from tests.paths import ROOT
+
+MADE = Cluster("made up", 2e10, 8e9, 5e9, 2, 1e9, 5e8, 2e9, 1e8, links=1.0, itemsize=4)
+
+
+@pytest.mark.parametrize("members", [2, 4, 8])
+def test_latency_and_bandwidth_are_those_that_the_planner_reckons_with(members: int) -> None:
+    sizes = [2.0**k for k in range(12, 25, 2)]
+    flat = Cluster("flat", 1e10, 1e9, 1e9, members, 3e8, 3e8, 1e9, 1e8, links=1.0, latency=2e-4)
+    seconds = [flat.all_reduce_seconds(size, members) for size in sizes]
+    latency, rate = alpha_beta(sizes, seconds, members)
+    assert latency == pytest.approx(flat.latency, rel=1e-6)
+    assert rate == pytest.approx(flat.link, rel=1e-6)
+
+
+def test_no_latency_is_below_zero() -> None:
+    sizes = [2.0**k for k in range(12, 25, 2)]
+    latency, rate = alpha_beta(sizes, [size**1.2 / 1e9 for size in sizes], 2)
+    assert latency == 0
+    assert rate > 0
+
+
+def test_peak_and_thin_side_are_those_of_the_rates() -> None:
+    of = CLUSTERS["a100-40"]
+    widths = (16, 64, 256, 1024)
+    peak, thin = saturation(widths, [of.peak * of.share(width) for width in widths])
+    assert thin == pytest.approx(of.thin, rel=0.05)
+    assert peak == pytest.approx(of.peak * of.best, rel=0.05)
+
+
+def test_what_was_measured_is_kept_and_planned_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORIZE_CACHE_DIR", str(tmp_path))
+    workload = Workload.decoder(256, 704, 4, 8, 512, rank=64)
+    options = {"devices": 2, "batch": 8, "sequence": 128}
+    with pytest.raises(TensorizeError, match=r"no group of processes was measured.*\n.*torchrun"):
+        tensorize.distributed.plan(workload, machine="measured", **options)
+    keep(MADE)
+    assert cluster_of("measured") == MADE
+    plan = tensorize.distributed.plan(workload, machine="measured", **options)
+    assert plan.cluster == MADE
+    (tmp_path / next(tmp_path.iterdir()).name).write_text("{}")
+    with pytest.raises(TensorizeError, match="no group of processes was measured"):
+        cluster_of("measured")
+
+
+def test_what_is_sent_counts_by_the_size_of_its_numbers() -> None:
+    workload = Workload.decoder(256, 704, 4, 8, 512, rank=64)
+    how = tensorize.distributed.Strategy(tp=2, style="btp", rows=4, micro=1)
+    options = {"devices": 2, "batch": 4, "sequence": 128}
+    sent = [
+        tensorize.distributed.plan(workload, machine=machine, **options).explain(how).sent
+        for machine in (MADE, Cluster(**{**vars(MADE), "itemsize": 2}))
+    ]
+    assert sent[0]["tensor parallel"] == 2 * sent[1]["tensor parallel"]
+
+
+def test_one_process_has_nothing_to_measure() -> None:
+    with pytest.raises(TensorizeError, match=r"no group of several runs\n.*torchrun"):
+        measure()
+
+
+def test_the_command_says_what_starts_it() -> None:
+    command = [sys.executable, "-m", "tensorize.cli", "calibrate", "--distributed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "torchrun --nproc-per-node 2 -m tensorize.cli calibrate --distributed" in done.stderr
+
+
+def figures_make_sense(folder: Path) -> None:
+    found = measure()
+    assert found.node == 2
+    assert found.itemsize == 4
+    positive = "peak", "memory", "bandwidth", "link", "network", "host", "updates", "thin"
+    assert all(0 < getattr(found, name) < float("inf") for name in positive)
+    assert found.latency >= 0
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    processes.run([figures_make_sense], 2, tmp_path)
