@@ -99,10 +99,7 @@ def _whole_layer_norm(self: Any, x: Tensor) -> Tensor:
 def _factors(self: Any, x: Tensor) -> Tensor:
     """Two factors: the first one's product comes reduced from all who read x, the second is this
     rank's rows."""
-    narrow = self.reading(self, x)
-    if isinstance(self, LowRankLinear):
-        narrow = self._between(narrow)
-    return _finished(self, narrow)
+    return _finished(self, _between(self, self.reading(self, x)))
 
 
 def _dense_reader(self: Any, x: Tensor) -> Tensor:
@@ -124,11 +121,14 @@ def _summed_dense_writer(self: Any, x: Tensor) -> Tensor:
 
 def _pair(self: Any, x: Tensor) -> Tensor:
     """Two factors split by their rank, of a whole input and with a whole output."""
-    narrow = F.linear(fanned(x, self.ranks), self.first_matrix())
-    if isinstance(self, LowRankLinear):
-        narrow = self._between(narrow)
+    narrow = _between(self, F.linear(fanned(x, self.ranks), self.first_matrix()))
     y = summed(F.linear(narrow, self.last()), self.ranks)
     return y if self.bias is None else y + local(self.bias)
+
+
+def _between(linear: nn.Module, narrow: Tensor) -> Tensor:
+    """What a linear has between its factors."""
+    return linear._between(narrow) if isinstance(linear, LowRankLinear) else narrow
 
 
 def _finished(self: Any, narrow: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.formats.low_rank import first_time
+from tensorize.formats.low_rank import LowRank, first_time
 from tensorize.formats.order import MANY, neighbours
 from tensorize.ir.machine import GENERIC, Machine
 from tensorize.ir.spec import Spec
@@ -69,6 +69,7 @@ def to_parts(model: nn.Module, parts: int, machine: Machine = GENERIC) -> dict[s
             continue
         leading = None
         if pays:
+            assert isinstance(first.format, LowRank)
             leading = first.format.stored_in_parts(first.plain_cores, first.dtype, parts)
         for names, weight in group:
             spec, cores = weight.spec.plain, weight.plain_cores
