@@ -247,8 +247,8 @@ def plan(
     Args:
         model: dense, compressed or initialized, on any device or on meta; or a ``Workload``.
         devices: how many there are, of all nodes.
-        machine: the name of a kind of devices (``CLUSTERS``), a ``Cluster``, or ``"measured"``: what
-            ``tensorize calibrate --distributed`` found from this machine.
+        machine: the name of a kind of devices (``CLUSTERS``), a ``Cluster``, or ``"measured"``:
+            what ``tensorize calibrate --distributed`` found from this machine.
         batch: sequences of a step, over all devices.
         sequence: tokens of a sequence.
         example_inputs: what forward takes, where the model has no inputs of its own.

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import tensorize
 from tensorize import TensorizeError
+from tensorize.cli import app
 from tensorize.distributed import Workload
 from tensorize.distributed.strategy.cluster import CLUSTERS, Cluster, cluster_of, keep
 from tensorize.distributed.strategy.measure import alpha_beta, measure, saturation
 from tests.distributed import processes
-from tests.paths import ROOT
 
 MADE = Cluster("made up", 2e10, 8e9, 5e9, 2, 1e9, 5e8, 2e9, 1e8, links=1.0, itemsize=4)
 
@@ -77,11 +76,11 @@ def test_one_process_has_nothing_to_measure() -> None:
         measure()
 
 
-def test_the_command_says_what_starts_it() -> None:
-    command = [sys.executable, "-m", "tensorize.cli", "calibrate", "--distributed"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "torchrun --nproc-per-node 2 -m tensorize.cli calibrate --distributed" in done.stderr
+def test_the_command_says_what_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    done = CliRunner().invoke(app, ["calibrate", "--distributed"])
+    assert done.exit_code != 0
+    assert "torchrun --nproc-per-node 2 -m tensorize.cli calibrate --distributed" in done.output
 
 
 def figures_make_sense(folder: Path) -> None:
