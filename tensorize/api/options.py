@@ -1,8 +1,8 @@
 """The options of the verbs, of the backend and of the command line: one record.
 
-A field is an option: its default, what checks it, and the words of the command line for it. What it
-means in Python stands in the docstring of ``compile``. Functions that users call have signatures of
-their own, make the record of them, and hand it on.
+A field is an option: its default, and what checks it. What it means stands in the docstring of
+``compile``, and in the words of the command line (``cli/options.py``). Functions that users call
+have signatures of their own, make the record of them, and hand it on.
 """
 # ruff: noqa: RUF009 -- _option gives a field
 
@@ -21,6 +21,7 @@ from tensorize.base.progress import Progress
 from tensorize.capture.batches import ToInputs, check_batches
 from tensorize.capture.synthetic import is_self
 from tensorize.ir.budget import AUTO, AUTO_LOSSES, Budget, as_written, parse_bytes
+from tensorize.ir.choices import Activations, Backend, Inner, Metric, Refine
 from tensorize.ir.plan import POLISH, REFIT, THE_CALLERS
 from tensorize.passes.allocate.allocate import BATCH_SIZES, RanksOption, check_ranks
 from tensorize.passes.curves.formats import FormatsOption, check_formats
@@ -29,20 +30,13 @@ from tensorize.passes.observe.loss import LossOption, check_loss
 from tensorize.passes.observe.select import Select, check_select
 from tensorize.passes.predict.metrics import MetricFunction, check_metrics
 
-Metric = Literal["frobenius", "input", "loss"]
-Refine = Literal["auto", None, "refit", "polish"]
-Backend = Literal["auto", "aten", "triton", "inductor"]
-Inner = Literal["auto", "eager", "inductor"]
-Activations = Literal["float", "int8", "int16"]
-
-
 OF_WEIGHTS = "frobenius", "input"
 """Metrics that predict no loss."""
 
 
-def _option(default: Any, check: Callable[[Any], Any] | None = None, help: str = "") -> Any:
-    """A field. ``check`` gives a value as it is used, or raises; ``help`` is the command line's."""
-    return field(default=default, metadata={"check": check, "help": help})
+def _option(default: Any, check: Callable[[Any], Any]) -> Any:
+    """A field. ``check`` gives a value as it is used, or raises."""
+    return field(default=default, metadata={"check": check})
 
 
 def _budget(given: Any) -> Any:
@@ -78,87 +72,43 @@ class Options:
         TensorizeError: a value that an option cannot have; of the kind that ``compile`` names.
     """
 
-    budget: Budget | Literal["auto"] | None = _option(
-        0.1,
-        _budget,
-        help="Share of the parameters to keep as 0.3 or 30%, a size as 10MB, auto (the smallest "
-        "model that is predicted to lose next to nothing), or params=0.3,error=0.05,bytes=2e6,"
-        "flops=...,latency=...,loss=... (up to 1: a share; above: an absolute number).",
-    )
+    budget: Budget | Literal["auto"] | None = _option(0.1, _budget)
     example_inputs: Any = None
-    calibration: Iterable[Any] | str | None = _option(
-        None,
-        _data,
-        help="A text file (documents are separated by blank lines, or are lines), or a "
-        ".safetensors file with a tensor for each input, whose first axis is the sample; or self: "
-        "the model makes its own.",
-    )
+    calibration: Iterable[Any] | str | None = _option(None, _data)
     tokenizer: Any = None
     to_inputs: ToInputs | None = _option(None, _function)
     loss_fn: LossOption = _option(None, check_loss)
     metrics: Mapping[str, MetricFunction] | None = _option(None, check_metrics)
     metric: Metric | None = _option(
-        None,
-        lambda given: check_one_of("metric", given, get_args(Metric), AnalysisError),
-        help="Default: loss; frobenius (the weights alone) where there are no calibration data and "
-        "the model is too large to make some unasked.",
+        None, lambda given: check_one_of("metric", given, get_args(Metric), AnalysisError)
     )
     refine: Refine = _option(
-        "auto",
-        lambda given: check_one_of("refine", given, get_args(Refine), AnalysisError),
-        help="What is done to the factors with the calibration data.",
+        "auto", lambda given: check_one_of("refine", given, get_args(Refine), AnalysisError)
     )
-    include: Select = _option(
-        None, check_select, help="Shell pattern of weights to consider; repeatable."
-    )
-    exclude: Select = _option(
-        None, check_select, help="Shell pattern of weights to leave dense; repeatable."
-    )
-    formats: FormatsOption = _option(
-        None,
-        check_formats,
-        help="dense, low_rank, shared, tt or block, or PATTERN=FORMAT,...; repeatable.",
-    )
-    precision: PrecisionOption = _option(
-        None,
-        check_precision,
-        help="Bits of the weights: auto, or int8, int4, int3, int2; repeatable. A budget that is a "
-        "share is then one of the bytes.",
-    )
+    include: Select = _option(None, check_select)
+    exclude: Select = _option(None, check_select)
+    formats: FormatsOption = _option(None, check_formats)
+    precision: PrecisionOption = _option(None, check_precision)
     activations: Activations = _option(
         None,
         lambda given: check_one_of("activations", given, get_args(Activations), AnalysisError),
-        help="What inputs of quantized weights are rounded to on a CPU: int8, int16, or float "
-        "(nothing, and weights are made numbers at every call). Default: what is good and fast.",
     )
     ranks: RanksOption = _option(None, check_ranks)
     batch_sizes: Sequence[int] = BATCH_SIZES
     rank_multiple: int | None = None
     backend: Backend = _option(
-        "auto",
-        lambda given: check_one_of("backend", given, get_args(Backend)),
-        help="What weights run by once the model is loaded: torch's matmuls (aten), kernels "
-        "(triton), or kernels where they were measured to be faster (auto).",
+        "auto", lambda given: check_one_of("backend", given, get_args(Backend))
     )
     inner: Inner = _option(
         "auto", lambda given: check_one_of("options['inner']", given, get_args(Inner))
     )
-    autotune: bool = _option(
-        False, help="Time the contraction orders of tensor trains on this machine."
-    )
+    autotune: bool = False
     inplace: bool = False
-    seed: int = _option(0, _seed, help="Seed of the probes.")
+    seed: int = _option(0, _seed)
     device: torch.device | str | None = None
-    cache_dir: str | os.PathLike[str] | None = _option(None, help="Directory that keeps analyses.")
-    scratch: str | os.PathLike[str] | None = _option(
-        None, help="With --stream: where activations lie meanwhile (default: in --out)."
-    )
-    max_memory: int | None = _option(
-        None,
-        parse_bytes,
-        help="The most that second moments may take at once, as 4GB: weights are then analysed in "
-        "groups, to the same bits.",
-    )
+    cache_dir: str | os.PathLike[str] | None = None
+    scratch: str | os.PathLike[str] | None = None
+    max_memory: int | None = _option(None, parse_bytes)
     progress: Progress | bool | None = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,8 @@ usage, 3 a model, its inputs or its calibration data cannot be used, 4 the budge
 5 an artefact cannot be read or written, 130 interrupted, 1 a defect. ``TENSORIZE_DEBUG=1`` shows
 the traceback of an error.
 
-A command's file is imported when the command is asked for, so that help need not wait for torch.
+A command's file is imported when the command is asked for, and what it works with when it runs, so
+that help need not wait for torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 import tensorize
@@ -116,13 +117,13 @@ COMMANDS = {
         ),
         Command(
             "calibrate",
-            "calibrate",
+            "machine",
             "Measure what matmuls cost on this machine; plans are then made for it.",
             "tensorize calibrate; tensorize calibrate --model ./my-llama-small",
         ),
         Command(
             "doctor",
-            "doctor",
+            "machine",
             "Look at this machine: what is installed, what is known of it, what will be fast.",
             "tensorize doctor",
         ),
@@ -132,8 +133,29 @@ COMMANDS = {
 _ANYWHERE = {"--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
 
 
+_NARROW = 60
+_Usual: Any = TyperGroup.context_class
+
+
+class _Formatter(_Usual.formatter_class):
+    """Help in two columns, and on a narrow terminal the words below the names."""
+
+    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl(rows, col_max if self.width > _NARROW else 2, col_spacing)
+
+
+class _Context(_Usual):
+    formatter_class = _Formatter
+
+
+class _Command(TyperCommand):
+    context_class = _Context
+
+
 class _Commands(TyperGroup):
     """The commands, each imported when it is asked for."""
+
+    context_class = _Context
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -144,7 +166,7 @@ class _Commands(TyperGroup):
             return None
         module = import_module(f"tensorize.cli.{found.file}")
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        named = alone.command(found.name, epilog=f"Example: {found.example}")
+        named = alone.command(found.name, cls=_Command, epilog=f"Example: {found.example}")
         named(getattr(module, f"{found.name}_command"))
         return get_command(alone)
 

@@ -10,20 +10,8 @@ from typing import Annotated
 
 import typer
 
-from tensorize.api.analyze import analyzed
-from tensorize.api.options import Options
 from tensorize.cli import options as option
-from tensorize.cli.parse import parse_shares, read_options
-from tensorize.cli.sources import Dtype
-from tensorize.cli.telling import (
-    check_target,
-    count_text,
-    errors_told,
-    load_result,
-    print_json,
-    say,
-)
-from tensorize.reports.curve import check_plotting
+from tensorize.cli.telling import check_target, errors_told, print_json, say
 
 
 def analyze_command(
@@ -43,12 +31,12 @@ def analyze_command(
     formats: option.Formats = None,
     precision: option.Precision = None,
     activations: option.Activations = None,
-    seed: option.Seed = Options.seed,
+    seed: option.Seed = 0,
     cache_dir: option.Cache = None,
     max_memory: option.MaxMemory = None,
     batch_size: option.BatchSize = 8,
     max_length: option.MaxLength = 512,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the curve: .png, .svg or .pdf.", show_default=False),
@@ -56,13 +44,19 @@ def analyze_command(
     as_json: option.Json = False,
 ) -> None:
     """Predict quality, size and cost for several budgets, without compressing anything."""
+    given = locals()
+    from tensorize.api.analyze import analyzed
+    from tensorize.cli.parse import parse_shares, read_options
+    from tensorize.cli.sources import load_told
+    from tensorize.weight.whole_model import numbers
+
     with errors_told():
-        options = read_options(locals())
+        options = read_options(given)
         shares = None if budgets is None else parse_shares(budgets)
         _check_plot(plot)
         with contextlib.redirect_stdout(sys.stderr):
-            loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
-            say(f"analysing {count_text(loaded.model)} parameters")
+            loaded, batches = load_told(source, dtype, calibration, batch_size, max_length)
+            say(f"analysing {numbers(loaded.model):,} parameters")
             data = {"example_inputs": loaded.example_inputs, "calibration": batches}
             analysis = analyzed(loaded.model, replace(options, **data))
             curve = analysis.curve(shares)
@@ -82,6 +76,8 @@ def _check_plot(path: Path | None) -> None:
     check_target(path, "--plot")
     if path is None:
         return
+    from tensorize.reports.curve import check_plotting
+
     check_plotting()
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise typer.BadParameter(f"{path} is no .png, .svg or .pdf", param_hint="--plot")

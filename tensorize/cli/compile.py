@@ -9,35 +9,26 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tensorize
-from tensorize.api.compile import compiled
-from tensorize.api.options import Options
-from tensorize.api.stream import streamed
 from tensorize.base import printer
 from tensorize.cli import options as option
-from tensorize.cli.parse import read_options
-from tensorize.cli.saving import check_emit, check_out, save_tokenizer, write_kernels
-from tensorize.cli.sources import Dtype, Loaded, read_batches, tokenizer_of
-from tensorize.cli.telling import (
-    check_target,
-    count_text,
-    errors_told,
-    load_result,
-    print_json,
-    say,
-)
-from tensorize.hub.shards import open_checkpoint
-from tensorize.reports.report import Report
+from tensorize.cli.telling import check_target, errors_told, print_json, say
+
+if TYPE_CHECKING:
+    from tensorize.api.options import Options
+    from tensorize.reports.report import Report
+
+_BACKEND = "auto"
 
 
 def compile_command(
     source: option.Source,
     out: Annotated[Path, typer.Option(help="Directory to save the result in.", show_default=False)],
-    budget: option.Budget = str(Options.budget),
+    budget: option.Budget = "0.1",
     calibration: option.Calibration = None,
     metric: option.Metric = None,
     refine: option.Refine = "auto",
@@ -46,14 +37,14 @@ def compile_command(
     formats: option.Formats = None,
     precision: option.Precision = None,
     activations: option.Activations = None,
-    seed: option.Seed = Options.seed,
+    seed: option.Seed = 0,
     cache_dir: option.Cache = None,
     max_memory: option.MaxMemory = None,
     batch_size: option.BatchSize = 8,
     max_length: option.MaxLength = 512,
-    dtype: option.DtypeOption = Dtype.auto,
-    backend: option.Backend = Options.backend,
-    autotune: option.Autotune = Options.autotune,
+    dtype: option.DtypeOption = option.Dtype.auto,
+    backend: option.Backend = _BACKEND,
+    autotune: option.Autotune = False,
     html: Annotated[
         Path | None, typer.Option(help="Also write the report as a page.", show_default=False)
     ] = None,
@@ -77,8 +68,15 @@ def compile_command(
     as_json: option.Json = False,
 ) -> None:
     """Compress a model and save it: weights, report, and the tokenizer where there is one."""
+    given = locals()
+    from tensorize.api.compile import compiled
+    from tensorize.cli.parse import read_options
+    from tensorize.cli.saving import check_emit, check_out, save_tokenizer, write_kernels
+    from tensorize.cli.sources import load_told
+    from tensorize.weight.whole_model import numbers
+
     with errors_told():
-        options = read_options(locals())
+        options = read_options(given)
         check_target(html, "--html")
         check_out(out, source)
         check_emit(emit, target)
@@ -86,8 +84,8 @@ def compile_command(
             _check_streams(
                 {
                     "--max-memory": max_memory is not None,
-                    "--dtype": dtype is not Dtype.auto,
-                    "--backend": backend != Options.backend,
+                    "--dtype": dtype is not option.Dtype.auto,
+                    "--backend": backend != _BACKEND,
                     "--autotune": autotune,
                     "--emit": emit is not None,
                 }
@@ -102,8 +100,8 @@ def compile_command(
         if scratch is not None:
             raise typer.BadParameter("is for --stream", param_hint="--scratch")
         with contextlib.redirect_stdout(sys.stderr):
-            loaded, batches = load_result(source, dtype, calibration, batch_size, max_length)
-            say(f"compressing {count_text(loaded.model)} parameters to {options.budget}")
+            loaded, batches = load_told(source, dtype, calibration, batch_size, max_length)
+            say(f"compressing {numbers(loaded.model):,} parameters to {options.budget}")
             data = {"example_inputs": loaded.example_inputs, "calibration": batches}
             model = compiled(loaded.model, replace(options, inplace=True, **data))
             report = tensorize.report(model)
@@ -127,6 +125,9 @@ def _check_streams(given: Mapping[str, bool]) -> None:
 
 def _data(source: str, calibration: Path | None, batch_size: int, max_length: int) -> Any:
     """The calibration batches of a model that is not loaded."""
+    from tensorize.cli.sources import Loaded, read_batches, tokenizer_of
+    from tensorize.hub.shards import open_checkpoint
+
     if calibration is None:
         return None
     if str(calibration) == "self" and not calibration.exists():
@@ -137,6 +138,10 @@ def _data(source: str, calibration: Path | None, batch_size: int, max_length: in
 
 def _stream(source: str, out: Path, options: Options) -> Report:
     """Compress a checkpoint a weight or a layer at a time, and say what it took."""
+    from tensorize.api.stream import streamed
+    from tensorize.cli.saving import save_tokenizer
+    from tensorize.cli.sources import tokenizer_of
+
     say(f"streaming {source} to {options.budget}")
     start = time.perf_counter()
     report = streamed(Path(source), out, options)

@@ -6,25 +6,19 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 import tensorize
 from tensorize.base import printer
 from tensorize.cli import options as option
-from tensorize.cli.parse import parse_shares
-from tensorize.cli.sources import Dtype, Loaded, example_tokens, load_compressed, read_batches
-from tensorize.cli.telling import (
-    check_target,
-    errors_told,
-    load_result,
-    parse_counts,
-    print_json,
-    say,
-)
-from tensorize.evaluation.speed import speeds
+from tensorize.cli.telling import check_target, errors_told, parse_counts, print_json, say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tensorize.cli.sources import Loaded
 
 
 def eval_command(
@@ -60,7 +54,7 @@ def eval_command(
     ] = None,
     batch_size: option.BatchSize = 8,
     max_length: option.MaxLength = 512,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     timing: Annotated[bool, typer.Option("--time/--no-time", help="Measure times.")] = True,
     html: Annotated[
         Path | None, typer.Option(help="Also write it as a page.", show_default=False)
@@ -68,6 +62,9 @@ def eval_command(
     as_json: option.Json = False,
 ) -> None:
     """Measure compressed models beside the dense one: quality, agreement, size and speed."""
+    from tensorize.cli.parse import parse_shares
+    from tensorize.cli.sources import load_told, read_batches
+
     with errors_told():
         shares = [] if budgets is None else parse_shares(budgets)
         if not shares and not sources:
@@ -76,7 +73,7 @@ def eval_command(
             raise typer.BadParameter("is for --budgets; give both", param_hint="--calibration")
         check_target(html, "--html")
         with contextlib.redirect_stdout(sys.stderr):
-            loaded, learnt = load_result(dense, dtype, calibration, batch_size, max_length)
+            loaded, learnt = load_told(dense, dtype, calibration, batch_size, max_length)
             batches = read_batches(data, loaded, batch_size, max_length, labels=True)
             models: dict[str, Any] = dict(_compressed(sources or (), loaded))
             models |= {f"{printer.percent(share)} kept": share for share in shares}
@@ -115,14 +112,17 @@ def bench_command(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Time them through torch.compile as well.")
     ] = False,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     as_json: option.Json = False,
 ) -> None:
     """Time compressed models beside the dense one, in turn on this machine."""
+    from tensorize.cli.sources import example_tokens, load_told
+    from tensorize.evaluation.speed import speeds
+
     with errors_told():
         counts = parse_counts(samples, "--samples")
         with contextlib.redirect_stdout(sys.stderr):
-            loaded, _ = load_result(dense, dtype, None, 1, length)
+            loaded, _ = load_told(dense, dtype, None, 1, length)
             models = _compressed(sources, loaded)
             found = speeds(
                 models,
@@ -139,6 +139,8 @@ def bench_command(
 
 def _compressed(sources: Sequence[str], loaded: Loaded) -> dict[str, nn.Module]:
     """Saved models by the names of their directories, in full where two have one name."""
+    from tensorize.cli.sources import load_compressed
+
     models: dict[str, nn.Module] = {}
     for source in sources:
         name = Path(source).name

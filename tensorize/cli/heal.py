@@ -12,9 +12,7 @@ import typer
 import tensorize
 from tensorize.base.records import plain
 from tensorize.cli import options as option
-from tensorize.cli.saving import check_out, save_tokenizer
-from tensorize.cli.sources import Dtype, load_compressed, read_batches
-from tensorize.cli.telling import errors_told, load_result, print_json, say
+from tensorize.cli.telling import errors_told, print_json, say
 
 
 def heal_command(
@@ -38,14 +36,17 @@ def heal_command(
     seed: option.Seed = 0,
     batch_size: option.BatchSize = 8,
     max_length: option.MaxLength = 512,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     as_json: option.Json = False,
 ) -> None:
     """Train the factors of a saved model on to the dense one's outputs, and save it."""
+    from tensorize.cli.saving import check_out, save_tokenizer
+    from tensorize.cli.sources import load_compressed, load_told, read_batches
+
     with errors_told():
         check_out(out, source)
         with contextlib.redirect_stdout(sys.stderr):
-            loaded, _ = load_result(dense, dtype, None, batch_size, max_length)
+            loaded, _ = load_told(dense, dtype, None, batch_size, max_length)
             batches = read_batches(data, loaded, batch_size, max_length)
             model = load_compressed(source, loaded)
             say(f"healing on {len(batches)} batches from {data}")

@@ -5,25 +5,19 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from safetensors.torch import save_model
-from torch import nn
 
 import tensorize
 from tensorize.base.errors import CheckpointError
 from tensorize.cli import options as option
-from tensorize.cli.saving import check_emit, check_out, save_tokenizer, write_kernels
-from tensorize.cli.sources import (
-    Dtype,
-    Loaded,
-    example_tokens,
-    load_compressed,
-    load_source,
-    tokenizer_of,
-)
 from tensorize.cli.telling import check_target, errors_told, print_json, say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tensorize.cli.sources import Loaded
 
 _WEIGHTS = "model.safetensors"
 _TRACED = 16  # tokens that a graph is traced with
@@ -41,7 +35,9 @@ Dense = Annotated[
 ]
 
 
-def _loaded(directory: str, dense: str | None, dtype: Dtype) -> tuple[nn.Module, Loaded]:
+def _loaded(directory: str, dense: str | None, dtype: option.Dtype) -> tuple[nn.Module, Loaded]:
+    from tensorize.cli.sources import Loaded, load_compressed, load_source, tokenizer_of
+
     say(f"loading {directory}")
     if dense is None:
         model = tensorize.load(directory)
@@ -54,10 +50,12 @@ def densify_command(
     directory: Saved,
     out: Annotated[Path, typer.Option(help="Directory to write it to.", show_default=False)],
     dense: Dense = None,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     as_json: option.Json = False,
 ) -> None:
     """Write a saved model with dense weights again, which any tool reads."""
+    from tensorize.cli.saving import check_out
+
     with errors_told():
         check_out(out, directory)
         with contextlib.redirect_stdout(sys.stderr):
@@ -70,6 +68,10 @@ def densify_command(
 
 
 def _write(model: Any, loaded: Loaded, out: Path) -> None:
+    from safetensors.torch import save_model
+
+    from tensorize.cli.saving import save_tokenizer
+
     try:
         out.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
@@ -91,10 +93,12 @@ def kernels_command(
     ] = None,
     target: option.Target = None,
     dense: Dense = None,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     as_json: option.Json = False,
 ) -> None:
     """List the Triton kernels of a saved model, or write them."""
+    from tensorize.cli.saving import check_emit, write_kernels
+
     with errors_told():
         check_emit(out, target, "--out")
         with contextlib.redirect_stdout(sys.stderr):
@@ -121,9 +125,11 @@ def graphs_command(
         bool, typer.Option("--full", help="Both graphs in full, not what changed.")
     ] = False,
     dense: Dense = None,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
 ) -> None:
     """Show what the rewrite changed in a saved model's graph."""
+    from tensorize.cli.sources import example_tokens
+
     with errors_told():
         check_target(svg, "--svg")
         with contextlib.redirect_stdout(sys.stderr):

@@ -7,22 +7,18 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from torch import nn
 
-from tensorize.api.analyze import found_in
-from tensorize.api.options import Options
 from tensorize.base import printer
 from tensorize.base.progress import no_progress
 from tensorize.cli import options as option
 from tensorize.cli.options import Json
-from tensorize.cli.sources import Dtype, load_source
 from tensorize.cli.telling import check_target, errors_told, print_json, say
-from tensorize.serve.service import check, services_of, told
-from tensorize.store.manifest import MANIFEST, read_report
-from tensorize.weight.whole_model import numbers
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def report_command(
@@ -40,6 +36,8 @@ def report_command(
     as_json: Json = False,
 ) -> None:
     """Show what was done to a saved model; reads the manifest only."""
+    from tensorize.store.manifest import read_report
+
     with errors_told():
         check_target(html, "--html")
         if serve is not None:
@@ -58,10 +56,13 @@ def report_command(
 
 def info_command(
     source: option.Source,
-    dtype: option.DtypeOption = Dtype.auto,
+    dtype: option.DtypeOption = option.Dtype.auto,
     as_json: option.Json = False,
 ) -> None:
     """Say what a model is: a dense one by its weights, a saved one by its verdict."""
+    from tensorize.cli.sources import load_source
+    from tensorize.store.manifest import MANIFEST, read_report
+
     with errors_told():
         if (Path(source) / MANIFEST).is_file():
             report = read_report(source)
@@ -82,6 +83,10 @@ def info_command(
 
 
 def _about(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    from tensorize.api.analyze import found_in
+    from tensorize.api.options import Options
+    from tensorize.weight.whole_model import numbers
+
     found = found_in(model, Options(example_inputs=inputs), no_progress)
     held = {id(p): p for p in model.parameters()}.values()
     kept = Counter(site.blocked for site in found.sites if site.blocked is not None)
@@ -112,6 +117,8 @@ def _told(known: dict[str, Any]) -> str:
 
 
 def _say_how_it_is_served(directory: Path, as_json: bool) -> None:
+    from tensorize.serve.service import check, services_of, told
+
     found = services_of(directory)
     if as_json:
         print_json({"weights": [asdict(each) for each in found]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,9 @@ import tensorize
 from tensorize.base import printer
 from tensorize.base.errors import CheckpointError, TensorizeError
 from tensorize.cli.telling import errors_told, say
-from tensorize.serve.http import Batcher, Server
+
+if TYPE_CHECKING:
+    from tensorize.serve.http import Batcher, Server
 
 _TOKENIZER = "tokenizer.json"
 
@@ -32,6 +34,8 @@ def serve_command(
 
     Where many ask at once, `vllm serve DIR` serves the same folder.
     """
+    from tensorize.serve.http import Batcher
+
     with errors_told():
         with contextlib.redirect_stdout(sys.stderr):
             model = tensorize.load(source)
@@ -55,6 +59,8 @@ def serve_command(
 
 
 def _listening(host: str, port: int, batcher: Batcher) -> Server:
+    from tensorize.serve.http import Server
+
     try:
         return Server((host, port), batcher)
     except OSError as error:

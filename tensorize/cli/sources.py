@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,11 @@ from torch import Tensor, nn
 from tensorize.base.errors import CaptureError
 from tensorize.capture.batches import tokenized
 from tensorize.capture.inputs import accepted_names, takes
+from tensorize.cli.options import Dtype
+from tensorize.cli.telling import say
 from tensorize.store.load import load
 from tensorize.store.manifest import MANIFEST
 from tensorize.store.transformers_build import architecture
-
-
-class Dtype(StrEnum):
-    """The dtype to load the weights in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,22 @@ def example_tokens(loaded: Loaded, length: int) -> Any:
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     generator = torch.Generator().manual_seed(0)
     return {"input_ids": torch.randint(words, (1, length), generator=generator)}
+
+
+def load_told(
+    source: str, dtype: Dtype, calibration: Path | None, batch_size: int, max_length: int
+) -> tuple[Loaded, list[Any] | str | None]:
+    """The model and its calibration batches, said on the way."""
+    say(f"loading {source}")
+    loaded = load_source(source, dtype)
+    if calibration is None:
+        return loaded, None
+    if str(calibration) == "self" and not calibration.exists():
+        say("the model makes its own calibration data")
+        return loaded, "self"
+    batches = read_batches(calibration, loaded, batch_size, max_length)
+    say(f"calibrating on {len(batches)} batches from {calibration}")
+    return loaded, batches
 
 
 def load_source(source: str, dtype: Dtype) -> Loaded:

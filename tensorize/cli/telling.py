@@ -11,31 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from torch import nn
 
 from tensorize.base import progress
 from tensorize.base.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.cli import INTERRUPTED
-from tensorize.cli.sources import Dtype, Loaded, load_source, read_batches
-from tensorize.weight.whole_model import numbers
 
 DEFECT, USAGE, CAPTURE, BUDGET, CHECKPOINT = 1, 2, 3, 4, 5
-
-
-def load_result(
-    source: str, dtype: Dtype, calibration: Path | None, batch_size: int, max_length: int
-) -> tuple[Loaded, list[Any] | str | None]:
-    """The model and its calibration batches, said on the way."""
-    say(f"loading {source}")
-    loaded = load_source(source, dtype)
-    if calibration is None:
-        return loaded, None
-    if str(calibration) == "self" and not calibration.exists():
-        say("the model makes its own calibration data")
-        return loaded, "self"
-    batches = read_batches(calibration, loaded, batch_size, max_length)
-    say(f"calibrating on {len(batches)} batches from {calibration}")
-    return loaded, batches
 
 
 def parse_counts(text: str, option: str) -> list[int]:
@@ -64,10 +45,6 @@ def say(line: str) -> None:
 
 def print_json(data: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(data, indent=1, allow_nan=False))
-
-
-def count_text(model: nn.Module) -> str:
-    return f"{numbers(model):,}"
 
 
 @contextlib.contextmanager

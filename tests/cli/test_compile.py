@@ -205,7 +205,7 @@ def test_a_defect_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def defect(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("tensorize.cli.compile.compiled", defect)
+    monkeypatch.setattr("tensorize.api.compile.compiled", defect)
     result = invoke("compile", "clinet:make", "--out", "small")
     assert result.exit_code == DEFECT
     assert "ZeroDivisionError: by zero" in result.stderr

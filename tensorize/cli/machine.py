@@ -1,4 +1,4 @@
-"""``tensorize calibrate``."""
+"""``tensorize calibrate`` and ``doctor``: this machine, measured and looked at."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 import tensorize
+from tensorize.base import printer
 from tensorize.base.errors import TensorizeError
 from tensorize.base.records import plain
 from tensorize.cli.options import Json
 from tensorize.cli.telling import errors_told, parse_counts, print_json
-from tensorize.codegen.machine import rates
-from tensorize.running import tuning
-
-_ROWS = ",".join(map(str, tuning.ROWS))
 
 
 def calibrate_command(
@@ -32,8 +28,12 @@ def calibrate_command(
         ),
     ] = None,
     rows: Annotated[
-        str, typer.Option(help="With --model: how many rows to time kernels for.")
-    ] = _ROWS,
+        str | None,
+        typer.Option(
+            help="With --model: how many rows to time kernels for, as 1,16,256.",
+            show_default=False,
+        ),
+    ] = None,
     distributed: Annotated[
         bool,
         typer.Option(
@@ -45,6 +45,10 @@ def calibrate_command(
     as_json: Json = False,
 ) -> None:
     """Measure what matmuls cost on this machine; plans are then made for it."""
+    import torch
+
+    from tensorize.codegen.machine import rates
+
     with errors_told():
         if distributed:
             _calibrate_group(as_json)
@@ -52,7 +56,7 @@ def calibrate_command(
         if model is not None:
             _calibrate_kernels(model, rows, as_json)
             return
-        if rows != _ROWS:
+        if rows is not None:
             raise typer.BadParameter("is for kernels; give --model as well", param_hint="--rows")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         measured = rates.measure(device)
@@ -64,8 +68,28 @@ def calibrate_command(
         typer.echo(f"kept in {path}")
 
 
-def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
-    counts = parse_counts(rows, "--rows")
+def doctor_command(as_json: Json = False) -> None:
+    """Look at this machine: what is installed, what is known of it, what will be fast."""
+    from tensorize.cli.findings import findings
+
+    with errors_told():
+        found = list(findings())
+        if as_json:
+            print_json({"findings": [plain(each) for each in found]})
+            return
+        width = max(len(each.name) for each in found)
+        for each in found:
+            typer.echo(printer.plain(f"{each.name.ljust(width)}  {each.found}"))
+            if each.advice is not None:
+                typer.echo(printer.plain(f"{' ' * width}  -> {each.advice}"))
+
+
+def _calibrate_kernels(directory: Path, rows: str | None, as_json: bool) -> None:
+    import torch
+
+    from tensorize.running.tuning import ROWS
+
+    counts = ROWS if rows is None else parse_counts(rows, "--rows")
     if not torch.cuda.is_available():
         raise TensorizeError(
             "kernels are timed on a GPU, and this machine has none",
@@ -85,9 +109,10 @@ def _calibrate_kernels(directory: Path, rows: str, as_json: bool) -> None:
 
 
 def _calibrate_group(as_json: bool) -> None:
+    import torch
     from torch import distributed
 
-    from tensorize.distributed.strategy import cluster, measure  # a second and a half
+    from tensorize.distributed.strategy import cluster, measure
 
     if "RANK" not in os.environ:
         raise TensorizeError(

@@ -1,4 +1,4 @@
-"""``tensorize doctor``: what is here, what is known of this machine, and what will be fast."""
+"""What ``tensorize doctor`` looks at."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import typer
 
 from tensorize.base import files, printer
-from tensorize.base.records import plain
-from tensorize.cli.options import Json
-from tensorize.cli.telling import errors_told, print_json
 from tensorize.codegen.device.triton_env import interpreting
 from tensorize.codegen.machine import rates
 from tensorize.version import __version__
@@ -38,21 +34,8 @@ class Finding:
     advice: str | None = None
 
 
-def doctor_command(as_json: Json = False) -> None:
-    """Look at this machine: what is installed, what is known of it, what will be fast."""
-    with errors_told():
-        found = list(_findings())
-        if as_json:
-            print_json({"findings": [plain(each) for each in found]})
-            return
-        width = max(len(each.name) for each in found)
-        for each in found:
-            typer.echo(printer.plain(f"{each.name.ljust(width)}  {each.found}"))
-            if each.advice is not None:
-                typer.echo(printer.plain(f"{' ' * width}  -> {each.advice}"))
-
-
-def _findings() -> Iterator[Finding]:
+def findings() -> Iterator[Finding]:
+    """What is here, what is known of this machine, and what will be fast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield Finding("tensorize", f"{__version__}, Python {platform.python_version()}")
     yield Finding("torch", str(torch.__version__))
