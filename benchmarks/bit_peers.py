@@ -67,8 +67,8 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """A model whose weights hold what codes stand for, and the bytes that it would take."""
+class Changed:
+    """A model whose weights hold what is left of them, and the bytes that it would take."""
 
     model: nn.Module
     bytes: int
@@ -76,7 +76,7 @@ class Rounded:
 
 def configurations(
     method: str, model: nn.Module, calibration: Sequence[Any]
-) -> Iterator[tuple[str, Rounded]]:
+) -> Iterator[tuple[str, Changed]]:
     """What each configuration of a method makes of a model, by name, one after another.
 
     Args:
@@ -90,19 +90,19 @@ def configurations(
     for setting in METHODS[method]:
         small = layers_rounded(model, layers, data, setting)
         kinds = dict.fromkeys(layers, setting)
-        yield f"{setting}, ends in 16 bits", Rounded(small, size(model, kinds))
+        yield f"{setting}, ends in 16 bits", Changed(small, size(model, kinds))
         for end in (Setting(bits, setting.group) for bits in ENDS):
             whole = copy.deepcopy(small)
             round_all(whole, ends, end)
             sizes = size(model, {**kinds, **dict.fromkeys(ends, end)})
-            yield f"{setting}, ends in {end.bits} bits", Rounded(whole, sizes)
+            yield f"{setting}, ends in {end.bits} bits", Changed(whole, sizes)
         whole = copy.deepcopy(model)
         plain = replace(setting, rank=0)
         round_all(whole, tables, plain)
         every = [name for name in (*layers, *ends) if name not in tables]
         kinds = {**dict.fromkeys(every, setting), **dict.fromkeys(tables, plain)}
         whole = layers_rounded(whole, every, data, setting)
-        yield f"{setting}, everything", Rounded(whole, size(model, kinds))
+        yield f"{setting}, everything", Changed(whole, size(model, kinds))
 
 
 def parts(model: nn.Module) -> tuple[list[str], list[str]]:
