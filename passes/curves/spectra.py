@@ -20,6 +20,7 @@ from torch import Tensor
 from tensorize.algebra.factors import best_factors, singular_squares
 from tensorize.algebra.metric import Metric, average, root_times, times_root
 from tensorize.algebra.svd import tail_sums
+from tensorize.base.printer import seconds
 from tensorize.base.tensors import at_work, doubled, give_back, squared
 from tensorize.formats import registry
 from tensorize.formats.format import TensorTrain
@@ -121,7 +122,7 @@ class ComputeSpectra:
         if before := len(ordered) - len(last):
             summary += f"; {before} were kept by an earlier run"
         if parameters := sum(site.parameters for site in last):
-            summary += f"; {1e6 * (time.perf_counter() - begun) / parameters:.2g} us a parameter"
+            summary += f"; {seconds((time.perf_counter() - begun) / parameters)} a parameter"
         return found.to(Learned, spectra=ordered, summary=summary)
 
 

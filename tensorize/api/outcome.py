@@ -142,7 +142,7 @@ def slow_weights(done: Rewritten, timed: Timed) -> tuple[str, ...]:
 
 
 def _both(how: str, factorized: float, dense: float) -> str:
-    ours, own = (printer.plain(printer.seconds(1e-6 * time)) for time in (factorized, dense))
+    ours, own = (printer.seconds(1e-6 * time) for time in (factorized, dense))
     return f"{ours} {how}, {own} dense"
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from tensorize.base import printer
 from tensorize.cli import options as option
 from tensorize.cli.telling import check_target, errors_told, print_json, say
 
@@ -67,7 +68,7 @@ def analyze_command(
             return
         typer.echo(str(curve))
         for note in analysis.notes:
-            typer.echo(f"note: {note}")
+            typer.echo(printer.plain(f"note: {note}"))
         if plot is not None:
             typer.echo(f"the curve is drawn in {plot}")
 

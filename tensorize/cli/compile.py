@@ -151,8 +151,8 @@ def _stream(source: str, out: Path, options: Options) -> Report:
     for stage in report.history:
         say(f"{stage.name}: {printer.seconds(stage.seconds)}: {stage.summary}")
     say(
-        f"{count:,} parameters in {printer.seconds(seconds)}, {1e6 * seconds / count:.3g} us a "
-        f"parameter{_peak_memory()}"
+        f"{count:,} parameters in {printer.seconds(seconds)}, "
+        f"{printer.seconds(seconds / count)} a parameter{_peak_memory()}"
     )
     return report
 

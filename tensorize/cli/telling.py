@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from tensorize.base import progress
+from tensorize.base import printer, progress
 from tensorize.base.errors import BudgetError, CheckpointError, TensorizeError
 from tensorize.cli import INTERRUPTED
 
@@ -40,7 +40,7 @@ def check_target(path: Path | None, option: str) -> None:
 def say(line: str) -> None:
     """Something on the way, for people who want to hear it."""
     if not progress.is_quiet():
-        typer.echo(f"tensorize: {line}", err=True)
+        typer.echo(printer.plain(f"tensorize: {line}"), err=True)
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tensorize.base import printer
+
 _BYTES = {"complex128": 16, "complex64": 8, "float64": 8, "float32": 4, "int8": 1}
 
 
@@ -42,13 +44,14 @@ class Machine:
         return self.rank_multiple == 1
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {1e6 * self.launch:.3g} us a call"]
+        call = printer.seconds(self.launch)
+        lines = [f"{self.name}: {self.bandwidth / 1e9:.3g} GB/s, {call} a call"]
         for dtype, rates in self.rates:
             known = zip(self.rows, rates, strict=True)
             each = ", ".join(f"{rate / 1e9:.4g} at {rows}" for rows, rate in known)
             lines.append(f"{dtype}: GFLOP/s at so many rows: {each}")
-        lines.append(f"an element by its index: {1e9 * self.by_index:.3g} ns")
-        return "\n".join(lines)
+        lines.append(f"an element by its index: {printer.seconds(self.by_index)}")
+        return printer.plain("\n".join(lines))
 
 
 GENERIC = Machine(

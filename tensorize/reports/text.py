@@ -62,7 +62,7 @@ def totals_table(totals: ReportTotals, batch_sizes: Sequence[int]) -> str:
         rows.insert(2, ("bytes with packs, once it has run on a CPU", before, after, share))
     times = zip(batch_sizes, totals.before.latency, totals.after.latency, strict=False)
     for count, before, after in times:
-        title = f"us at {count} row{'s' * (count > 1)}, predicted"
+        title = f"µs at {count} row{'s' * (count > 1)}, predicted"
         share = printer.percent(share_of(after, before))
         rows.append((title, printer.number(before), printer.number(after), share))
     align: list[printer.Align] = ["left", "right", "right", "right"]

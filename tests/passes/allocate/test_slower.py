@@ -140,9 +140,12 @@ def test_a_limit_on_the_latency_speaks_for_itself() -> None:
 def test_the_report_says_what_was_measured() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     small = tensorize.compile(model, None, ranks={"*": 8}, example_inputs=(torch.randn(2, 16),))
-    (note,) = [n for n in tensorize.report(small).notes if "slower than dense" in n]
+    report = tensorize.report(small)
+    (note,) = [n for n in report.notes if "slower than dense" in n]
     assert note.startswith("0.weight and 1 like it: slower than dense at ")
-    assert "us predicted" in note
+    assert "µs predicted" in note  # as the cards of the page say it
+    assert "us predicted" in " ".join(str(report).split())  # ASCII, for any pipe
+    assert report.to_dict()["notes"] == list(report.notes)
     assert "measured" in note
 
 
