@@ -1,0 +1,62 @@
+"""The tables of the pages say what the benchmarks have kept, figure by figure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from benchmarks import bits, quality
+from benchmarks.record import kept
+from tensorize.base import printer
+from tests.paths import ROOT
+
+KEYS = {"minilm": "error"}
+NOT_SHOWN = {"ours, no shared factors"}
+
+
+def table(page: str, headers: Sequence[str]) -> list[list[str]]:
+    """The rows of the table of a page that has these headers."""
+    head = re.escape(f"| {' | '.join(headers)} |\n")
+    found = re.search(rf"^{head}\|[-| ]+\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.M)
+    assert found is not None, f"{page} has no table {headers}"
+    lines = found.group(1).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def runs_of(name: str) -> list[quality.Run]:
+    return [draw["run"] for draw in kept("quality")[name]["draws"].values()]
+
+
+@pytest.mark.parametrize("name", kept("quality"))
+def test_tables_of_the_quality(name: str) -> None:
+    runs = runs_of(name)
+    budgets = [f"{100 * budget:g}% kept" for budget in quality.compared(runs)]
+    rows = table("docs/benchmarks.md", [name, *budgets])
+    wanted = quality.summary(runs, KEYS.get(name, "kl"))
+    assert rows == [row for row in wanted if row[0] not in NOT_SHOWN]
+
+
+def test_the_table_of_bits() -> None:
+    runs = [{m: run[m] for m in bits.METHODS if m in run} for run in kept("bits")["llama"].values()]
+    budgets = [f"{100 * budget:g}%" for budget in bits.BUDGETS]
+    assert table("docs/benchmarks.md", ["llama", *budgets]) == list(bits.rows(runs, "kl"))
+
+
+def of_the_readme() -> Iterator[list[str]]:
+    """What the rows of the README's table are to be."""
+    (run,) = runs_of("smollm2")
+    for budget in ("0.9", "0.75"):
+        ours, other = run["ours, refit"][budget], run["MPIFA"][budget]["kl"]
+        best = min(run[m][budget]["kl"] for m in run if not m.startswith(("ours", "dense")))
+        assert other == best
+        predicted = f"{printer.number(ours['predicted'])} "
+        predicted += f"({printer.interval((ours['low'], ours['high']))})"
+        measured = (ours["alike"], ours["kl"], other)
+        yield [f"{100 * float(budget):g} %", predicted, *map(printer.number, measured)]
+
+
+def test_the_table_of_the_readme() -> None:
+    head = ["kept", "predicted (90 %)", "other pages", "docstrings", "docstrings, MPIFA"]
+    assert table("README.md", head) == list(of_the_readme())
