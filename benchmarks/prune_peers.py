@@ -39,7 +39,12 @@ Prune = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
 def configurations(
-    method: str, model: nn.Module, calibration: Sequence[Any], budgets: Sequence[float]
+    method: str,
+    model: nn.Module,
+    calibration: Sequence[Any],
+    budgets: Sequence[float],
+    *,
+    ends_too: bool = True,
 ) -> Iterator[tuple[str, Changed]]:
     """What a method makes of a model at shares of its bytes, by name, one after another.
 
@@ -48,11 +53,15 @@ def configurations(
         model: in float32, with the numbers of a model in bfloat16.
         calibration: what the layers' inputs are made of.
         budgets: shares of the model's bytes in bfloat16.
+        ends_too: try pruned ends as well.
     """
     layers, ends = parts(model)
     moments = second_moments(model, [*layers, *(n for n in ends if n == HEAD)], calibration)
     total = sum(2 * p.numel() for p in model.parameters())
-    for name, pruned in (("ends stay", layers), ("everything", [*layers, *ends])):
+    choices = {"ends stay": layers, "everything": [*layers, *ends]}
+    for name, pruned in choices.items():
+        if pruned is not layers and not ends_too:
+            continue
         entries = sum(weight_of(model, each).numel() for each in pruned)
         rest = total - 2 * entries
         kept = {f"2:4, {name}": None}
