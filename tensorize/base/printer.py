@@ -72,7 +72,7 @@ def _scaled(value: float, units: Sequence[str]) -> str:
     # 999.5 is already "1.00" of the next unit: three digits are all that is shown.
     while abs(value) >= (999.5 if step else 1000) and step < len(units) - 1:
         value, step = value / 1000, step + 1
-    text = _digits(value) if step else f"{value:g}"
+    text = _digits(value) if step or value % 1 else f"{value:g}"
     return f"{text} {units[step]}".strip()
 
 

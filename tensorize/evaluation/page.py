@@ -57,14 +57,19 @@ def _without_blank_lines(text: str) -> str:
 # --------------------------------------------------------------------------- gains and losses
 
 
+_SAME = 1.05
+"""Sizes and times that differ by less are called the same."""
+
+
 @dataclass(frozen=True)
 class _Cell:
     """A figure of one model, how it compares with the dense one, and a bar from 0 to 1, which is
-    the longer the better."""
+    the longer the better. ``worse``: than the dense one's, where models usually gain."""
 
     text: str
     beside: str = ""
     part: float | None = None
+    worse: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,12 @@ def _less(evaluation: Evaluation, title: str, hint: str, read: Read, unit: str) 
     values = [read(figures) or 0.0 for figures in evaluation.models]
     least = min(dense, *values)
     cells = [
-        _Cell(show(value), _times(dense, value, how), least / value if value else 1.0)
+        _Cell(
+            show(value),
+            _times(dense, value, how),
+            least / value if value else 1.0,
+            worse=value > _SAME * dense,
+        )
         for value in values
     ]
     return _Row(title, hint, show(dense), tuple(cells))
@@ -125,7 +135,7 @@ def _times(before: float, after: float, how: str) -> str:
     if after <= 0 or before <= 0:
         return ""
     ratio = before / after
-    if 0.95 < ratio < 1.05:
+    if 1 / _SAME < ratio < _SAME:
         return "the same"
     other = {"smaller": "larger", "faster": "slower"}[how]
     text = printer.number(max(ratio, 1 / ratio), 2 if max(ratio, 1 / ratio) < 10 else 3)
@@ -139,7 +149,12 @@ def _speed(evaluation: Evaluation) -> _Row | None:
     rates = [figures.throughput or 0.0 for figures in evaluation.models]
     most = max(dense, *rates)
     cells = [
-        _Cell(f"{printer.count(rate)}/s", _times(rate, dense, "faster"), rate / most)
+        _Cell(
+            f"{printer.count(rate)}/s",
+            _times(rate, dense, "faster"),
+            rate / most,
+            worse=_SAME * rate < dense,
+        )
         for rate in rates
     ]
     return _Row(

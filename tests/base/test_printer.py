@@ -60,6 +60,8 @@ def after() -> fx.GraphModule:
     [
         (0, "0"),
         (768, "768"),
+        (390.042, "390"),  # a rate
+        (2.5, "2.50"),
         (1000, "1.00 K"),
         (589_824, "590 K"),
         (999_499, "999 K"),
@@ -68,7 +70,7 @@ def after() -> fx.GraphModule:
         (1_300_000_000, "1.30 G"),
     ],
 )
-def test_count(value: int, text: str) -> None:
+def test_count(value: float, text: str) -> None:
     assert printer.count(value) == text
 
 

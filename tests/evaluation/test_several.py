@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,20 @@ def test_of_every_bar_longer_is_better(three: tensorize.Evaluation) -> None:
         assert all(0 <= part <= 1 for part in parts)
     assert rows["Memory"].cells[0].part == 1  # the smallest of all
     assert [title for title, row in rows.items() if row.cells[0].part is None] == ["Worst token"]
+
+
+def test_what_got_slower_is_no_gain(three: tensorize.Evaluation) -> None:
+    dense = replace(three.dense, latency=1.0, throughput=100.0)
+    times = ((0.5, 200.0), (1.02, 98.0), (1.5, 60.0))
+    models = [
+        replace(figures, latency=latency, throughput=rate)
+        for figures, (latency, rate) in zip(three.models, times, strict=True)
+    ]
+    timed = replace(three, dense=dense, models=tuple(models))
+    rows = {row.title: row for _, _, found in page._groups(timed) for row in found}
+    for title in ("Latency", "Throughput"):
+        assert [cell.worse for cell in rows[title].cells] == [False, False, True]
+        assert "slower" in rows[title].cells[2].beside
 
 
 def test_the_dense_model_is_in_the_chart(three: tensorize.Evaluation) -> None:
