@@ -65,7 +65,7 @@ class Draw:
     @cached_property
     def reference(self) -> nn.Module:
         """The same numbers in float32."""
-        return copy.deepcopy(self.model).float()
+        return copy.deepcopy(self.model).to(torch.float32)
 
     @cached_property
     def unseen(self) -> Measure:
@@ -111,7 +111,7 @@ class Draw:
         took = {"seconds": time.perf_counter() - began, "share": stored_bytes(small) / self.bytes}
         runs = {f"{key} {AS_IT_RUNS}": value for key, value in self.unseen(small).items()}
         with inputs_in_full():
-            return {**took, **self.unseen(small.float()), **runs}
+            return {**took, **self.unseen(small.to(torch.float32)), **runs}
 
     def _of_others(self, method: str) -> Iterator[tuple[str, dict[str, float]]]:
         calibration = self.subject.calibration.batches
