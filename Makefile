@@ -79,7 +79,8 @@ check: $(STAMP)
 
 docs: $(DOCS_STAMP)
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
-	@echo "the documentation is in build/site/index.html"
+	@echo "the documentation is in build/site/index.html;" \
+		"python -m http.server -d build/site serves it, with its search"
 
 # build/lib keeps files that are gone from the tree, and would put them into the wheel.
 dist: $(STAMP)
