@@ -26,6 +26,7 @@ from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs
 from tensorize.hub.gathered import gathered, is_gathered
 from tensorize.ir.plan import Plan
+from tensorize.ir.precision import Precision
 from tensorize.ir.sites import Batch, Site, Use
 from tensorize.ir.spec import SHARED
 from tensorize.passes.allocate.choices import check_choices
@@ -36,6 +37,7 @@ from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
 from tensorize.passes.observe.parts import in_parts
 from tensorize.passes.pipeline import Pass, run_passes
+from tensorize.passes.predict.rounded import Rounded
 from tensorize.passes.rewrite.copies import copy_sharing
 from tensorize.passes.rewrite.norms import EstimateNorms, norms_of
 from tensorize.passes.rewrite.pipeline import rewriting
@@ -43,6 +45,7 @@ from tensorize.passes.rewrite.polish import Polish
 from tensorize.passes.stages import Opened, Planned, Rewritten
 from tensorize.reports.attach import attach
 from tensorize.reports.report import Report
+from tensorize.reports.verdict import Outlook
 from tensorize.store import transformers_config
 from tensorize.store.fingerprint import fingerprint
 from tensorize.weight.lazy import FactoredWeight
@@ -190,6 +193,7 @@ def apply_plan(
         loss = PreservedLoss.fit(dense, analysis.calibration, analysis.loss_fn)
         return dense, *split(analysis.calibration), loss
 
+    outlook = outlook_of(plan, analysis, _bits_of(model, analysis))
     refine = plan.refine if replaced else None
     passes: tuple[Pass[Any, Any], ...] = (
         *rewriting(refine, analysis.calibration, lambda: Polish(*beside())),
@@ -201,15 +205,28 @@ def apply_plan(
     done = run_passes(planned.to(Opened, model=target), passes, Rewritten)
     if options.autotune:
         time_orders(done)
-    attach(target, report_of_result(done, analysis))
+    attach(target, report_of_result(done, analysis, outlook))
     if plan.predicted.file is not None:
         keep_analysis(target, analysis)
     transformers_config.note_factors(target)
     return target
 
 
-def report_of_result(done: Rewritten, analysis: Analysis) -> Report:
-    outlook = outlook_of(done.plan, analysis)
+def _bits_of(model: nn.Module, analysis: Analysis) -> Callable[[Precision], float] | None:
+    """What the dense model, as it is now, loses with fewer bits, on batches that are held out."""
+    sites, batches = analysis.program.free, split(analysis.calibration)[1]
+    if not batches or any(site.modes for site in sites):  # complex numbers are no integers
+        return None
+
+    @functools.cache
+    def rounded() -> Rounded:
+        loss = PreservedLoss.fit(model, analysis.calibration, analysis.loss_fn)
+        return Rounded(model, sites, batches, loss)
+
+    return lambda precision: rounded().loses(precision)
+
+
+def report_of_result(done: Rewritten, analysis: Analysis, outlook: Outlook) -> Report:
     return report_of(done, analysis.curve(), slow_weights(done, _timed), outlook)
 
 

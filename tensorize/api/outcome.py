@@ -19,7 +19,7 @@ from tensorize.base import printer
 from tensorize.base.errors import BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import RUINED, Plan, Prediction, Totals
-from tensorize.ir.precision import INTEGERS
+from tensorize.ir.precision import INTEGERS, Precision
 from tensorize.ir.sites import Site
 from tensorize.passes.allocate.candidates import other_costs
 from tensorize.passes.allocate.flops import element_size, flops_of_uses
@@ -146,8 +146,13 @@ def _both(how: str, factorized: float, dense: float) -> str:
     return f"{ours} {how}, {own} dense"
 
 
-def outlook_of(plan: Plan, analysis: Analysis) -> Outlook:
-    """What the report of a plan says beside it. Nothing new is learned of the model for it."""
+def outlook_of(
+    plan: Plan, analysis: Analysis, try_bits: Callable[[Precision], float] | None = None
+) -> Outlook:
+    """What the report of a plan says beside it.
+
+    ``try_bits``: what the dense model loses with weights of a precision; asked where it is ruined.
+    """
     predictor, bits = analysis.program.predictor, bool(integers(analysis.precision))
     if predictor is None:
         return NOTHING_KNOWN
@@ -155,9 +160,13 @@ def outlook_of(plan: Plan, analysis: Analysis) -> Outlook:
     lost, limit = plan.predicted.loss, RUINED.get(predictor.unit)
     if lost is None or limit is None or lost <= limit:
         return known
+    nearest = tuple(_nearest(plan, analysis, bits))
+    if bits:
+        return replace(known, nearest=nearest)
+    if try_bits is not None:
+        return replace(known, nearest=nearest, bits=_tried_bits(analysis.program, try_bits))
     most = plan.predicted.bytes / max(plan.dense.bytes, 1)
-    not_tried = None if bits else _bits(analysis.program, most)
-    return replace(known, nearest=tuple(_nearest(plan, analysis, bits)), bits=not_tried)
+    return replace(known, nearest=nearest, bits=_bits(analysis.program, most))
 
 
 def _nearest(plan: Plan, analysis: Analysis, bits: bool) -> Iterator[Nearest]:
@@ -183,6 +192,16 @@ def _bits(analysed: Analysed, most: float) -> Bits | None:
         return None
     name = max(fitting, key=fitting.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
     return Bits(name, sizes[name])
+
+
+def _tried_bits(analysed: Analysed, try_bits: Callable[[Precision], float]) -> Bits | None:
+    """The fewest bits that lose no more than is wanted, else the most that there are."""
+    found = None
+    for name, share in sorted(_sizes(analysed), key=lambda each: each[1]):
+        found = Bits(name, share, try_bits(INTEGERS[name]))
+        if found.loss is not None and found.loss <= max(WANTED_LOSSES):
+            break
+    return found
 
 
 def _sizes(analysed: Analysed) -> Iterator[tuple[str, float]]:

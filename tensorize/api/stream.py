@@ -22,6 +22,7 @@ from tensorize.api.analysis import Analysis, planned
 from tensorize.api.analyze import cost_line, place_of
 from tensorize.api.apply import report_of_result
 from tensorize.api.options import Options
+from tensorize.api.outcome import outlook_of
 from tensorize.base.errors import AnalysisError, BudgetError, CheckpointError
 from tensorize.base.progress import Progress, announce, no_progress, shown
 from tensorize.cache import analyses as disk
@@ -173,7 +174,7 @@ def streamed(directory: Path, out: Path, options: Options) -> Report:
             opened = run_passes(opened, (refit,), Opened)
             factors = replace(factors, refined=refit.found(opened))
         done = run_passes(opened, rewriting(None, sink=factors.in_file), Rewritten)
-        report = report_of_result(done, analysis)
+        report = report_of_result(done, analysis, outlook_of(done.plan, analysis))
         factors.artefact(done.model, done.plan).save(done.model, report, out)
         for finished in (work, folder):
             shutil.rmtree(finished, ignore_errors=True)

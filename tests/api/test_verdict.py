@@ -13,8 +13,12 @@ import torch
 
 import tensorize
 from examples import gpt
+from tensorize.algebra.metric import Metric
+from tensorize.algebra.quantise import grid
 from tensorize.api.outcome import outlook_of
+from tensorize.base import printer
 from tensorize.ir.plan import NATS, OF_VARIANCE
+from tensorize.ir.precision import INTEGERS, Precision
 from tensorize.passes.observe.loss import split
 from tensorize.reports.report import Report
 from tensorize.reports.verdict import Nearest
@@ -104,6 +108,45 @@ def test_bits_that_fit_are_told_by_their_size(analysis: tensorize.Analysis) -> N
         options = {"precision": precision, "formats": "dense", "refine": None}
         whole = tensorize.analyze(sharp_gpt(), calibration=batches, **options).plan(1.0)
         assert bits.share == whole.predicted.bytes / whole.dense.bytes
+
+
+def test_bits_that_were_tried_are_the_fewest_that_lose_little(
+    analysis: tensorize.Analysis,
+) -> None:
+    model, asked = sharp_gpt(), []
+
+    def try_bits(precision: Precision) -> float:
+        asked.append(precision.name)
+        return {"int2": 3.0, "int3": 0.4, "int4": 0.09, "int8": 0.001}[precision.name]
+
+    plan = analysis.plan(0.1, refine=None)
+    bits = outlook_of(plan, analysis, try_bits).bits
+    assert bits is not None
+    assert (bits.precision, bits.loss, asked) == ("int4", 0.09, ["int2", "int3", "int4"])
+    small = tensorize.apply(model, plan)
+    verdict = tensorize.report(small).verdict
+    tried = verdict.outlook.bits
+    assert tried is not None
+    assert tried.loss is not None
+    assert f"{tried.precision} alone keeps" in says(small)
+    assert f"of the bytes and loses {printer.number(tried.loss)}" in says(small)
+    assert tried.loss == pytest.approx(rounded_by_hand(tried.precision, analysis), rel=1e-3)
+
+
+def rounded_by_hand(precision: str, analysis: tensorize.Analysis) -> float:
+    """KL of a model whose weights are all rounded to the nearest code, on the held-out batches."""
+    dense, model = sharp_gpt(), sharp_gpt()
+    kind = INTEGERS[precision]
+    for site in analysis.program.free:
+        weight = model.get_parameter(site.name)
+        found = grid(weight.detach(), kind, Metric(1.0, None, None))
+        weight.data = found.values(found.nearest(weight.detach()))
+    kl = []
+    with torch.no_grad():
+        for batch in split(analysis.calibration)[1]:
+            p, q = (each(*batch.args).logits.double().log_softmax(-1) for each in (dense, model))
+            kl.append((p.exp() * (p - q)).sum(-1).mean())
+    return float(torch.stack(kl).mean())
 
 
 def test_a_good_model_is_not_called_ruined(analysis: tensorize.Analysis) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from benchmarks import bits, quality
+from benchmarks import bits, prune_peers, pruning, quality
 from benchmarks.record import kept
 from tensorize.base import printer
 from tests.paths import ROOT
@@ -18,7 +18,7 @@ NOT_SHOWN = {"ours, no shared factors"}
 
 def table(page: str, headers: Sequence[str]) -> list[list[str]]:
     """The rows of the table of a page that has these headers."""
-    head = re.escape(f"| {' | '.join(headers)} |\n")
+    head = re.escape("| " + " | ".join(headers).lstrip() + " |\n")
     found = re.search(rf"^{head}\|[-| ]+\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.M)
     assert found is not None, f"{page} has no table {headers}"
     lines = found.group(1).splitlines()
@@ -42,6 +42,33 @@ def test_the_table_of_bits() -> None:
     runs = [{m: run[m] for m in bits.METHODS if m in run} for run in kept("bits")["llama"].values()]
     budgets = [f"{100 * budget:g}%" for budget in bits.BUDGETS]
     assert table("docs/benchmarks.md", ["llama", *budgets]) == list(bits.rows(runs, "kl"))
+
+
+def test_the_table_of_pruning() -> None:
+    found = kept("pruning")["llama"]
+    pairs = "2:4, ends stay"
+    assert {round(100 * found[method][pairs]["share"]) for method in found} == {63}
+    rows = []
+    for method in prune_peers.METHODS:
+        free = {name: f for name, f in found[method].items() if not name.startswith("2:4")}
+        chosen = [str(bits.best(free, budget, "kl")) for budget in pruning.OF_SMALL]
+        values = [*(free[name]["kl"] for name in chosen), found[method][pairs]["kl"]]
+        rows.append([method, *(f"{value:.3g}" for value in values)])
+    ranks = kept("bits")["llama"]["0"]["ours, ranks alone"]
+    rows.append(["ranks alone", *(f"{ranks[str(b)]['kl']:.3g}" for b in pruning.OF_SMALL), "–"])
+    head = ["50 %", "25 %", "12.5 %", "2:4, at 63 %"]
+    assert table("docs/when-not.md", ["", *head]) == rows
+
+
+def test_what_is_said_beside_distillation() -> None:
+    text = " ".join((ROOT / "docs/when-not.md").read_text().split())
+    healed = kept("heal")["gpt, 10 %, 300"]["cores"]
+    assert f"loses {healed['before']['kl']:.2f} nats as it comes" in text
+    assert f"and {healed['after']['kl']:.2f} after 300 steps" in text
+    found = kept("distil")["0.1"]
+    students = [f["kl"] for name, f in found.items() if name.startswith("narrower, 300 steps")]
+    assert f"comes to {min(students):.2f} (" in text
+    assert min(students) > found["compressed"]["kl"]
 
 
 def of_the_readme() -> Iterator[list[str]]:
