@@ -70,7 +70,7 @@ class CountRows:
         if differentiates(found.model):  # what arrives at a row depends on that itself
             return replace(found, counted={}, summary="all count: the model differentiates")
         everywhere = self.loss_fn is not None or _pools(found.model, self.batches[0], wanted)
-        some = [batch for batch in self.batches if everywhere or hides_rows(batch)]
+        some = [batch for batch in self.batches if everywhere or hides_rows(batch, found.model)]
         counted: dict[Batch, Counted] = {}
         for done, batch in enumerate(some):
             found.progress("rows", done, len(some))
@@ -143,8 +143,7 @@ def reached_rows(
         there = sizes > _ROUNDING * _usual(sizes)
         passed = torch.where(there, entries / sizes, torch.zeros_like(entries))
         rows = gradient_rows(sites[name], matmul, passed)
-        if rows is not None:
-            found[name][number] = (rows != 0).any(-1).cpu()
+        found[name][number] = (rows != 0).any(-1).cpu()
         return matmul.from_rows(passed)
 
     with _Straight():

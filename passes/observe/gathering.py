@@ -20,7 +20,6 @@ from tensorize.passes.observe.backward import Peculiar, Probed, backward, not_wa
 from tensorize.passes.observe.moments import (
     Moments,
     Term,
-    alike,
     among,
     conjugate,
     has_full_moments,
@@ -188,21 +187,17 @@ def _add_term(
         count = x.shape[0] * x.shape[1]
     else:
         x, g = matmul_rows(site, matmul, gradient)
-        if x is not None and counted is not None and len(counted) == len(x):
+        if counted is not None and len(counted) == len(x):
             x = x[counted]
             g = None if g is None else g[counted]
-        count = int(matmul.x.shape[0]) if x is None else x.shape[0]
+        count = x.shape[0]
     term.input_rows += count
-    width, other_width = (columns, rows) if matmul.contract == "columns" else (rows, columns)
-    if x is None:
-        own = alike(matmul.x, width, count)
-    elif lookup:
+    width = columns if matmul.contract == "columns" else rows
+    if lookup:
         own = torch.bincount(x, minlength=rows).double().cpu()
     else:
         own = moment_of(x, width)
     other = None if g is None else moment_of(g, g.shape[-1])
-    if other is None and gradient is not None:
-        other = alike(gradient, other_width, count)
     if matmul.contract == "columns":
         of_rows, of_columns = other, own
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.triangle import Held, Triangle, add_products, entries, hermitian, packed
-from tensorize.base.tensors import doubled, squared
+from tensorize.base.tensors import squared
 from tensorize.ir.sites import LARGEST_FULL_MOMENT, Site
 
 # Gradients of samples, or products of their rows, are held so many elements at a time.
@@ -210,12 +210,6 @@ def sample_moments(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
         total_rows += own_rows.cpu()
         total_columns += own_columns.cpu()
     return total_rows, total_columns, squares
-
-
-def alike(values: Tensor, width: int, count: int) -> Tensor:
-    """The diagonal for ``count`` rows of which only the mean square of an entry is known."""
-    size = float(squared(doubled(values.detach())).mean()) * count
-    return torch.full((width,), size, dtype=torch.float64)
 
 
 def among(moment: Tensor | Products, rows: tuple[int, int], width: int) -> Tensor:

@@ -14,34 +14,32 @@ from tensorize.capture.uses import patches
 from tensorize.ir.sites import Site
 
 
-def input_rows(site: Site, matmul: Matmul) -> Tensor | None:
-    """The rows (rows, width) that a call multiplies the matrix by; None where none can be told."""
+def input_rows(site: Site, matmul: Matmul) -> Tensor:
+    """The rows (rows, width) that a call multiplies the matrix by."""
     return matmul_rows(site, matmul, None)[0]
 
 
 def matmul_rows(
     site: Site, matmul: Matmul, gradient: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The rows that one call multiplies the matrix by, and what arrives at each product.
-
-    None for a side whose rows cannot be told (a convolution in three dimensions).
-    """
+) -> tuple[Tensor, Tensor | None]:
+    """The rows that one call multiplies the matrix by, and what arrives at each product."""
     x = matmul.x.detach()
     if matmul.bag is not None:
         ids, _ = _bag_rows(x, matmul.bag, site.matrix[0], None)
     elif matmul.convolution is None:
         ids = x.reshape(-1) if matmul.contract == "lookup" else _as_rows(x)
     else:
-        ids = patches(matmul, site.shape[2:])
-        ids = None if ids is None else ids.detach()
+        ids = patches(matmul, site.shape[2:]).detach()
     return ids, None if gradient is None else gradient_rows(site, matmul, gradient)
 
 
-def gradient_rows(site: Site, matmul: Matmul, gradient: Tensor) -> Tensor | None:
-    """What arrives at each row that one call multiplies; None where rows cannot be told."""
+def gradient_rows(site: Site, matmul: Matmul, gradient: Tensor) -> Tensor:
+    """What arrives at each row that one call multiplies."""
     call = matmul.convolution
     if matmul.bag is not None:
-        return _bag_rows(matmul.x.detach(), matmul.bag, site.matrix[0], gradient)[1]
+        arrived = _bag_rows(matmul.x.detach(), matmul.bag, site.matrix[0], gradient)[1]
+        assert arrived is not None
+        return arrived
     if call is None:
         return _as_rows(gradient)
     if call.output_padding is None:
@@ -85,7 +83,7 @@ def rows_by_sample(
     if matmul.contract == "lookup" or site.experts or site.reals > 1:
         return None
     x, g = matmul_rows(site, matmul, gradient)
-    if x is None or g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:
+    if g is None or len(x) != len(g) or len(x) <= samples or len(x) % samples:
         return None
     mask = torch.ones(len(x), dtype=torch.bool) if counted is None else counted
     mask = mask.to(x.device)

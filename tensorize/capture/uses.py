@@ -11,6 +11,7 @@ meets the input: ``"columns"`` for y = x Wᵀ, ``"rows"`` for y = x W, ``"lookup
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,33 +217,32 @@ def _convolution_transpose(args: tuple, kwargs: dict, weight: Any) -> Matmul | N
     )
 
 
-def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor | None:
+def patches(matmul: Matmul, kernel: tuple[int, ...]) -> Tensor:
     """The rows that a convolution multiplies its matrix by: (B·L·groups, in / groups · kernel).
 
-    For a transposed one its input's pixels, (B·L, in). None in three dimensions.
+    For a transposed one its input's pixels, (B·L, in).
     """
     call, x, dims = matmul.convolution, matmul.x, len(kernel)
     assert call is not None
     if call.output_padding is not None:
         return x.movedim(1, -1).reshape(-1, x.shape[1])
-    if dims > 2:
-        return None
 
-    def both(value: Any, absent: int) -> tuple[int, ...]:
+    def each(value: Any) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
-        return (absent, *values) if dims == 1 else values * (2 // len(values))
+        return values * (dims // len(values))
 
-    if dims == 1:
-        x, kernel = x.unsqueeze(-2), (1, *kernel)
-    padding, dilation = call.padding, both(call.dilation, 1)
+    stride, dilation, padding = each(call.stride), each(call.dilation), call.padding
     if isinstance(padding, str):
         missing = [
             d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)
         ]
         sides = [(both_sides // 2, both_sides - both_sides // 2) for both_sides in missing]
-        x, padding = F.pad(x, (*sides[1], *sides[0])), 0
-    columns = F.unfold(x, kernel, dilation, both(padding, 0), both(call.stride, 1))
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1] // call.groups)
+    else:
+        sides = [(side, side) for side in each(padding)]
+    x = F.pad(x, [side for axis in reversed(sides) for side in axis])
+    for k in range(dims):  # (B, in, places, kernel)
+        x = x.unfold(2 + k, dilation[k] * (kernel[k] - 1) + 1, stride[k])[..., :: dilation[k]]
+    return x.movedim(1, dims + 1).reshape(-1, x.shape[1] // call.groups * math.prod(kernel))
 
 
 _READERS: dict[Any, Reader] = {

@@ -6,6 +6,7 @@ Shapes: B and T rows, M rows and N columns of the weight W, E experts, C channel
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,12 @@ def test_patches_of_a_padding_in_words(padding: str, kernel: tuple[int, int]) ->
     check(frame, matmul, output, weight)
 
 
-def test_patches_in_three_dimensions_are_not_told() -> None:
-    weight = parameter(M, 2, 3, 3, 3)
-    _, matmul, _ = the_matmul(lambda: F.conv3d(draw((1, 2, 5, 5, 5)), weight), weight)
-    assert (matmul.kind, patches(matmul, (3, 3, 3))) == ("conv3d", None)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding", [0, (1, 0, 2), "same"])
+def test_patches_in_three_dimensions(padding: Any, groups: int) -> None:
+    weight = parameter(M, 4 // groups, 3, 1, 3)
+    frame, matmul, output = the_matmul(
+        lambda: F.conv3d(draw((B, 4, 5, 4, 6)), weight, padding=padding, groups=groups), weight
+    )
+    assert matmul.kind == "conv3d"
+    check(frame, matmul, output, weight)

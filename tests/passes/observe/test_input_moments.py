@@ -113,10 +113,20 @@ def test_inputs_of_a_transposed_convolution_are_its_pixels() -> None:
     close(term.rows, second_moment(x.movedim(1, -1)))
 
 
-def test_inputs_of_a_convolution_in_three_dimensions_are_known_by_their_size() -> None:
-    model, x = nn.Conv3d(2, 3, 3, padding=1).double(), draw((4, 2, 5, 6, 7))
-    term = the_term(collect(model, [x, 3 * x], "input")["weight"])
-    close(term.columns, 5 * x.square().mean() * torch.ones(54, dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"), [(1, 0, 1), ((2, 1, 3), 1, 1), (1, (2, 0, 1), (1, 2, 1))]
+)
+def test_inputs_of_a_convolution_in_three_dimensions(
+    stride: Any, padding: Any, dilation: Any
+) -> None:
+    """As of videos, whose patches are read over several frames."""
+    model = nn.Conv3d(2, 3, (2, 3, 1), stride, padding, dilation).double()
+    x = draw((4, 2, 5, 6, 7))
+    units = torch.eye(12, dtype=torch.float64).reshape(12, 2, 2, 3, 1)
+    rows = F.conv3d(x, units, None, stride, padding, dilation).movedim(1, -1)
+    term = the_term(collect(model, [x], "input")["weight"])
+    close(term.columns, second_moment(rows))
+    assert term.input_rows == rows.shape[:-1].numel()
 
 
 def test_rows_of_a_packed_weight_have_their_own_gradients() -> None:
