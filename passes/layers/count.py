@@ -48,12 +48,12 @@ class CountInLayers:
 
     def _masked(self, back: Back) -> list[int]:
         """The batches where not all rows count, or may not."""
-        layers, batches = self.layers, self.layers.batches
+        layers, batches, model = self.layers, self.layers.batches, self.layers.chain.model
         with torch.no_grad():
-            outputs = outputs_of(call(back, layers.outputs_from(0)), batches[0], layers.chain.model)
+            outputs = outputs_of(call(back, layers.outputs_from(0)), batches[0], model)
         least = min(len(output.rows) for output in outputs)
         everywhere = function_of(self.loss_fn) is not None or layers.chain.most_rows > least
-        return [j for j, batch in enumerate(batches) if everywhere or hides_rows(batch)]
+        return [j for j, batch in enumerate(batches) if everywhere or hides_rows(batch, model)]
 
     def _run(self, found: Found, masked: list[int]) -> None:
         layers, work = self.layers, self.layers.work

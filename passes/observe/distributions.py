@@ -3,16 +3,25 @@
 What is called ``logits`` is known by its name. Of other outputs the numbers tell: rows whose
 exponentials add up to 1 in every batch are log-probabilities, rows that do so themselves are
 chances. No other output has such rows unless it is made to.
+
+Parameters of other distributions (a mean and a spread) and logits by another name are numbers like
+others. Where the model says that it gives the first, or where classes stand in the data beside what
+could be the second, it is to be asked about.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.utils import _pytree as pytree
 
+from tensorize.ir.sites import Batch
+from tensorize.passes.observe.hidden import IGNORED
 from tensorize.passes.observe.outputs import Output
 
 Reading = Literal["logits", "squared", "probabilities"]
@@ -24,9 +33,11 @@ _EXACT, _HALF = 1e-3, 0.05
 
 @dataclass
 class Looks:
-    """What the rows of one output look like in all batches so far."""
+    """What the rows of one output look like in all batches so far; ``classes``: whether each of
+    them holds a class for every row."""
 
     known: set[Reading] = field(default_factory=lambda: {"logits", "probabilities"})
+    classes: bool = True
 
     def add(self, rows: Tensor) -> None:
         """See more rows (R, width)."""
@@ -60,3 +71,34 @@ def as_read(output: Output, reading: Reading | None) -> Output:
         tiny = torch.finfo(output.rows.dtype).tiny
         return replace(output, rows=output.rows.clamp_min(tiny).log(), logits=True)
     return replace(output, logits=reading == "logits")
+
+
+def parametrised(result: Any, model: nn.Module) -> str | None:
+    """The name of the distribution whose parameters a model's outputs are; None: of none.
+
+    torch's own are known by their kind, heads of transformers by their place in the model.
+    """
+    leaves = pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result)
+    given = [leaf for leaf in leaves if isinstance(leaf, Distribution)]
+    if given:
+        return type(given[0]).__name__
+    head = getattr(model, "distribution_output", None)
+    known = getattr(head, "distribution_class", None)
+    return None if known is None else known.__name__
+
+
+def has_classes(output: Output, batch: Batch) -> bool:
+    """Whether a batch holds, beside what the model is given, a class for every row of an output."""
+    width = output.shape[-1]
+    if width < 2:
+        return False
+    given = {id(leaf) for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs)))}
+    return any(
+        isinstance(leaf, Tensor)
+        and leaf.dtype in (torch.int64, torch.int32)
+        and id(leaf) not in given
+        and tuple(leaf.shape) == output.shape[:-1]
+        and bool(((leaf >= 0) | (leaf == IGNORED)).all())
+        and int(leaf.max()) < width
+        for leaf in pytree.tree_leaves(batch.given)
+    )

@@ -1,7 +1,8 @@
-"""Which rows of an output a batch's masks and labels hide."""
+"""Which rows of an output a batch's masks, labels and pictures hide."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ _HIDDEN, _HIDDEN_BY_DECODER = "key_padding_mask", "tgt_key_padding_mask"
 _DECODERS = {_SHOWN_BY_DECODER, _HIDDEN_BY_DECODER}
 # Some use these names in the one way, some in the other.
 _EITHER = "padding_mask", "pad_mask"
+# Of a configuration of transformers: the id at whose places a picture's, a video's or a sound's
+# features are put.
+_NO_WORD = re.compile(r"(image|video|audio|sound)(_context)?_token_(id|index)")
 
 
 def counted_rows(output: Tensor, batch: Batch, model: nn.Module, result: Any) -> Tensor | None:
@@ -32,18 +36,20 @@ def counted_rows(output: Tensor, batch: Batch, model: nn.Module, result: Any) ->
             # Position t predicts label t + 1; the last position predicts nothing.
             labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
         counted = _over_rows(labels != IGNORED, lead)
-    for mask in _of_outputs(batch, model):
+    words = _before_words(batch, model)
+    for mask in _of_outputs(batch, model) + ([] if words is None else [words]):
         shown = _over_rows(mask, lead)
         if shown is not None:
             counted = shown if counted is None else counted & shown
     return counted
 
 
-def hides_rows(batch: Batch) -> bool:
-    """Whether a batch's masks or labels hide anything."""
-    labels = batch.argument("labels")
+def hides_rows(batch: Batch, model: nn.Module) -> bool:
+    """Whether a batch's masks, labels or pictures hide anything."""
+    labels, words = batch.argument("labels"), _before_words(batch, model)
     ignored = isinstance(labels, Tensor) and bool((labels == IGNORED).any())
-    return ignored or not all(bool(mask.all()) for mask in _masks(batch).values())
+    masks = [*_masks(batch).values(), *([] if words is None else [words])]
+    return ignored or not all(bool(mask.all()) for mask in masks)
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -82,6 +88,23 @@ def loss_of(result: Any) -> Tensor | None:
     """The loss that a model computed by itself."""
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+def _before_words(batch: Batch, model: nn.Module) -> Tensor | None:
+    """A mask of the positions (samples, T) of a decoder's ids that a word follows on, or nothing.
+
+    What it says of the next token where that stands for a part of a picture is read by nobody, and
+    was never learnt: such places have no label. None for models that take no pictures.
+    """
+    ids, config = batch.argument("input_ids"), getattr(model, "config", None)
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not shifts_labels(model):
+        return None
+    names = [name for name in dir(config) if _NO_WORD.fullmatch(name)]
+    known = {getattr(config, name) for name in names} - {None}
+    if not known:
+        return None
+    word = ~torch.isin(ids, torch.tensor(sorted(known), device=ids.device))
+    return F.pad(word[:, 1:], (0, 1), value=True)
 
 
 def _over_rows(mask: Tensor, lead: tuple[int, ...]) -> Tensor | None:

@@ -22,7 +22,14 @@ from tensorize.base.tensors import in_rows
 from tensorize.capture.forward import once, untouched
 from tensorize.ir.plan import NATS, OF_VARIANCE, THE_CALLERS
 from tensorize.ir.sites import Batch
-from tensorize.passes.observe.distributions import WORDS, Looks, Reading, as_read
+from tensorize.passes.observe.distributions import (
+    WORDS,
+    Looks,
+    Reading,
+    as_read,
+    has_classes,
+    parametrised,
+)
 from tensorize.passes.observe.outputs import Output, call, outputs_of, row_total
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -134,9 +141,12 @@ class PreservedLoss:
             return cls(loss_fn, {}, THE_CALLERS)
         sums: dict[str, _Sums] = {}
         looks: dict[str, Looks] = {}
+        distribution: str | None = None
         with untouched(model):
             for batch in batches:
-                for output in outputs_of(run(model, batch), batch, model):
+                result = run(model, batch)
+                distribution = distribution or parametrised(result, model)
+                for output in outputs_of(result, batch, model):
                     if loss_fn == LOGITS:
                         _require_several(output)
                         looks.setdefault(output.name, Looks({LOGITS}))
@@ -145,6 +155,7 @@ class PreservedLoss:
                         _require_finite(output, batch)
                         return cls(None, {}, NATS)
                     seen = looks.setdefault(output.name, Looks())
+                    seen.classes = seen.classes and has_classes(output, batch)
                     for (rows,) in in_rows(output.rows):
                         seen.add(rows)
                     _require_finite(replace(output, logits=seen.reading == LOGITS), batch)
@@ -160,7 +171,12 @@ class PreservedLoss:
         if known and len(known) == len(found):
             said = None if loss_fn == LOGITS else _recognised(known)
             return cls(None, {}, NATS, known, said)
-        return cls(None, variances, OF_VARIANCE, note=_mixed(known) if known else None)
+        note = _mixed(known) if known else None
+        if distribution is not None:
+            note = _of_parameters(distribution)
+        elif not known:
+            note = _of_classes([name for name, seen in looks.items() if seen.classes])
+        return cls(None, variances, OF_VARIANCE, note=note)
 
     def outputs(self, result: Any, batch: Batch, model: nn.Module) -> list[Output]:
         """The outputs to preserve, read as what they are."""
@@ -320,6 +336,26 @@ def _mixed(readings: Mapping[str, Reading]) -> str:
     return (
         f"{words}, and other outputs do not: all are compared as numbers, by squared errors; pass "
         "loss_fn=, a function (outputs, batch) -> scalar, where it should not be so"
+    )
+
+
+def _of_parameters(distribution: str) -> str:
+    """That outputs are parameters of a distribution, and are compared as numbers."""
+    return (
+        f"the outputs are parameters of a distribution ({distribution}), and each is compared as a "
+        "number, by squared errors: pass loss_fn=, a function (outputs, batch) -> scalar as the "
+        'negative log-likelihood of what was observed, or loss_fn="squared" if that is meant'
+    )
+
+
+def _of_classes(names: Sequence[str]) -> str | None:
+    """That outputs may be logits of the classes that stand in the data."""
+    if not names:
+        return None
+    return (
+        f"the batches hold a class for every row of {', '.join(names)}, which is compared as "
+        'numbers, by squared errors: loss_fn="logits" compares the chances of the classes, '
+        'loss_fn="squared" says that there are none'
     )
 
 

@@ -20,6 +20,8 @@ from tensorize.passes.observe.hidden import counted_rows, loss_of
 LOGITS = "logits"
 # Outputs that are by-products: caches, and copies of what other outputs already hold.
 _BY_PRODUCTS = ("loss", "past_key_values", "hidden_states", "attentions", "cache", "router")
+# What a forecast is called, of a number or of a distribution's parameters, and what it is made of.
+_FORECASTS, _HIDDEN = ("prediction", "params"), "hidden_state"
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,13 @@ def _by_rows(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
 
 
 def _preserved_tensors(result: Any) -> list[tuple[str, Tensor]]:
-    """The logits of a model's outputs; where there are none, all that could count."""
+    """The logits of a model's outputs; where there are none, all that could count.
+
+    That is, all but hidden states where they end in a forecast.
+    """
     named = [(name, t) for name, t in _named_tensors(result) if _has_rows(t)]
+    if any(part in name for name, _ in named for part in _FORECASTS):
+        named = [(name, t) for name, t in named if _HIDDEN not in name]
     return [(name, t) for name, t in named if name == LOGITS] or named
 
 

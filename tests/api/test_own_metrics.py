@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, Normal
 
 import tensorize
 from tensorize.base.errors import AnalysisError
@@ -39,6 +40,9 @@ class Classes(nn.Module):
             "both": lambda: (logits.log_softmax(-1), self.first(x)),
             "nearly": lambda: logits.softmax(-1) * 1.01,
             "one": lambda: logits[:, :1],
+            "positions": lambda: logits.unflatten(0, (4, -1)).log_softmax(-1),
+            "normal": lambda: Normal(logits, (0.1 * logits).exp()),
+            "categorical": lambda: Categorical(logits=logits),
         }
         return forms[self.form]()
 
@@ -126,6 +130,48 @@ def test_distributions_are_compared_as_such(form: str) -> None:
     squared = analysed(form, loss_fn="squared")
     assert squared.unit != "nats"
     assert not any("holds" in note for note in squared.notes)
+
+
+@pytest.mark.parametrize("form", ["positions", "categorical"])
+def test_distributions_of_other_shapes_are_known_as_well(form: str) -> None:
+    """Log-probabilities of every position, as a ProteinMPNN gives them, and torch's own classes."""
+    wanted, found = (analysed(each, refine=None) for each in ("logits", form))
+    assert found.unit == "nats"
+    one, other = (each.plan(0.5, refine=None).predicted.loss for each in (wanted, found))
+    assert other == pytest.approx(one, rel=1e-2)
+
+
+def test_parameters_of_a_distribution_are_asked_about() -> None:
+    found = analysed("normal", refine=None)
+    assert found.unit != "nats"
+    assert any("parameters of a distribution (Normal)" in note for note in found.notes)
+    told = analysed("normal", loss_fn="squared", refine=None)
+    assert not any("distribution" in note for note in told.notes)
+
+    def surprise(outputs: Normal, batch: Any) -> Tensor:
+        return -outputs.log_prob(batch[:, :6]).mean()
+
+    own = analysed("normal", loss_fn=surprise, refine=None)
+    assert not any("distribution" in note for note in own.notes)
+
+
+@pytest.mark.parametrize(
+    ("beside", "asked"),
+    [
+        (lambda x: torch.arange(24) % 6, True),
+        (lambda x: (torch.arange(24) % 6).masked_fill(x[:, 0] > 0, -100), True),
+        (lambda x: torch.arange(24) % 7, False),  # not one of six
+        (lambda x: torch.arange(20) % 6, False),  # not one a row
+        (lambda x: torch.rand(24), False),
+    ],
+)
+def test_classes_beside_plain_numbers_are_asked_about(beside: Any, asked: bool) -> None:
+    data = [(x, beside(x)) for x in rows(4)]
+    found = tensorize.analyze(classes("plain"), calibration=data, refine=None)
+    assert found.unit != "nats"
+    assert asked == any('loss_fn="logits"' in note for note in found.notes)
+    known = tensorize.analyze(classes("probabilities"), calibration=data, refine=None)
+    assert not any('loss_fn="logits"' in note for note in known.notes)
 
 
 def test_plain_logits_are_told_to_be_some() -> None:

@@ -48,7 +48,7 @@ def rows(given: Batch, shape: tuple[int, ...] = (3, 4, 5), owner: nn.Module = mo
 def test_names_and_values(name: str, value: Any, mask: Tensor) -> None:
     given = batch(**{name: value(mask)})
     assert torch.equal(rows(given), mask.reshape(-1))
-    assert hides_rows(given)
+    assert hides_rows(given, model)
 
 
 @pytest.mark.parametrize("mask", [WHOLE, WHOLE.flip(1), RIGHT[:, :-1], LEFT[:, 1:]])
@@ -75,7 +75,7 @@ def test_of_two_sequences_the_decoders_mask_counts() -> None:
     owner = nn.Identity()
     owner.config = SimpleNamespace(is_encoder_decoder=True)
     assert rows(batch(attention_mask=RIGHT), owner=owner) is None
-    assert hides_rows(batch(attention_mask=RIGHT))  # rows of the encoder
+    assert hides_rows(batch(attention_mask=RIGHT), model)  # rows of the encoder
     both = batch(attention_mask=RIGHT, decoder_attention_mask=LEFT)
     assert torch.equal(rows(both, owner=owner), LEFT.reshape(-1))
 
@@ -83,7 +83,8 @@ def test_of_two_sequences_the_decoders_mask_counts() -> None:
 def test_a_mask_that_hides_nothing_and_no_mask_are_one() -> None:
     assert bool(rows(batch(attention_mask=torch.ones(3, 4))).all())
     assert bool(rows(batch(attention_mask=torch.zeros(3, 1, 1, 4))).all())  # added to scores
-    assert not hides_rows(batch(attention_mask=torch.ones(3, 4), labels=torch.zeros(3, 4)))
+    nothing = batch(attention_mask=torch.ones(3, 4), labels=torch.zeros(3, 4))
+    assert not hides_rows(nothing, model)
     assert rows(batch()) is None
 
 
@@ -110,3 +111,25 @@ def test_a_models_own_loss_tells_whether_labels_are_shifted(by: int) -> None:
     for held in (result, essential(result)):
         (output,) = outputs_of(held, given, owner)
         assert torch.equal(output.rows, logits[:, 2 - by])
+
+
+@pytest.mark.parametrize("name", ["image_token_id", "video_token_index", "sound_context_token_id"])
+def test_what_comes_before_a_part_of_a_picture_is_read_by_nobody(name: str) -> None:
+    """0 stands for a part of a picture: positions that predict one do not count; the last does."""
+    ids = torch.tensor([[5, 0, 0, 6], [0, 7, 8, 9], [0, 0, 0, 0]])
+    given, owner = batch(input_ids=ids), nn.Identity()
+    owner.loss_type = "ForConditionalGeneration"  # type: ignore[assignment]
+    owner.config = SimpleNamespace(**{name: 0, "image_size": 7, "vision_start_token_id": 8})
+    wanted = [[False, False, True, True], [True] * 4, [False, False, False, True]]
+    assert torch.equal(rows(given, owner=owner), torch.tensor(wanted).reshape(-1))
+    assert hides_rows(given, owner)
+    masked = batch(input_ids=ids, attention_mask=RIGHT)
+    both = torch.tensor(wanted) & RIGHT
+    assert torch.equal(rows(masked, owner=owner), both.reshape(-1))
+    text = batch(input_ids=ids + 1)
+    assert bool(rows(text, owner=owner).all())
+    assert not hides_rows(text, owner)
+    owner.config = SimpleNamespace(**{name: None})  # a shape that may take pictures, and does not
+    assert rows(given, owner=owner) is None
+    owner.config = SimpleNamespace(**{name: 0}, is_encoder_decoder=True)
+    assert rows(given, owner=owner) is None  # its decoder has ids of its own

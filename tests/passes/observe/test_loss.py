@@ -125,6 +125,20 @@ def test_outputs_may_be_nested() -> None:
     assert names == ["boxes.left", "boxes.right.output 0", "boxes.right.output 1.far"]
 
 
+@pytest.mark.parametrize("forecast", ["prediction_outputs", "mean_predictions", "params"])
+def test_hidden_states_that_end_in_a_forecast_are_no_outputs(forecast: str) -> None:
+    """Of forecasters of transformers, which give both; of encoders hidden states are all there is.
+
+    A forecast may be one tensor, or the parameters of a distribution.
+    """
+    whole = Given(lambda y: {forecast: (y, y.exp()), "encoder_last_hidden_state": y, "loc": y})
+    names = [output.name for output in outputs(whole, draw(4, 8))]
+    assert names == [f"{forecast}[0]", f"{forecast}[1]", "loc"]
+    encoder = Given(lambda y: {"last_hidden_state": y, "pooler_output": y[:, :2]})
+    names = [output.name for output in outputs(encoder, draw(4, 8))]
+    assert names == ["last_hidden_state", "pooler_output"]
+
+
 def test_with_a_loss_of_the_caller_outputs_may_be_anything() -> None:
     class Boxes:
         __slots__ = ("held",)
