@@ -11,7 +11,7 @@ import contextlib
 import copy
 import importlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +28,18 @@ from tensorize.capture.forward import untouched
 from tensorize.capture.inputs import check_model, takes
 from tensorize.capture.kept import watching
 from tensorize.capture.synthetic import is_causal, only_ids
+from tensorize.evaluation.choices import (
+    Answer,
+    Question,
+    choice_figures,
+    chosen,
+    encoded,
+    logits_of,
+    questions_of,
+)
 from tensorize.evaluation.evaluation import Evaluation
 from tensorize.evaluation.meter import Meter, Sample, continued, size_in_bytes
-from tensorize.evaluation.quality import CLASSES, OUTPUTS, TEXT
+from tensorize.evaluation.quality import CLASSES, OUTPUTS, TEXT, ChoiceFigures, TaskFigures
 from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
 from tensorize.evaluation.speed import first_sample, times
 from tensorize.formats.dense import is_dense
@@ -59,6 +68,8 @@ Models = (
     | Mapping[str, nn.Module | float | Budget]
     | Sequence[nn.Module | float | Budget]
 )
+Task = Callable[[Any], Any]
+"""Of a model, a number."""
 
 
 def evaluate(
@@ -72,6 +83,8 @@ def evaluate(
     calibration: Iterable[Any] | str | None = None,
     quantize: str | Sequence[str] = (),
     prompts: Sequence[str] | None = None,
+    questions: Sequence[Mapping[str, Any]] = (),
+    tasks: Mapping[str, Task] | None = None,
     time: bool = True,
     progress: Progress | bool | None = None,
 ) -> Evaluation:
@@ -93,21 +106,39 @@ def evaluate(
         quantize: ``"int8"``, ``"int4"`` or both: one more row for every model, and for the dense
             one, with its linear layers quantized by torchao.
         prompts: what to write on from; None: the beginnings of the first samples.
+        questions: multiple choice, dicts with ``question``, ``choices`` (texts) and ``answer`` (the
+            right one's number from 0), for decoders with a tokenizer.
+        tasks: name, with its unit → a function of a model that gives a number: a roll-out's error,
+            a relaxation's energy.
         time: measure latency and throughput, the models in turns.
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
 
     Raises:
-        CaptureError: the batches do not fit a model's forward, or the labels the batches.
+        CaptureError: the batches do not fit a model's forward, the labels the batches, or the
+            questions a model; or a task gives no number.
         TensorizeError: torchao is not installed.
 
     Examples:
         >>> found = tensorize.evaluate(small, dense, batches, time=False)
         >>> found.models[0].parameters < found.dense.parameters
         True
+        >>> def largest(model):
+        ...     return model(batches[0]).abs().max()
+        >>> tasks = {"largest": largest}
+        >>> found = tensorize.evaluate(small, dense, batches, tasks=tasks, time=False)
+        >>> found.dense.tasks[0].name
+        'largest'
     """
     dense = check_model(dense)
     given = calibration_batches(batches, dense, tokenizer, "batches", to_inputs)
     samples, kind, row, causal = _samples(given, dense, labels)
+    asked = questions_of(questions)
+    if asked and not (causal and hasattr(tokenizer, "encode")):
+        raise CaptureError(
+            "questions= asks a decoder, and needs its tokenizer",
+            way_out="pass tokenizer= and batches of its token ids, or leave questions= out",
+        )
+    answers_of_all = encoded(asked, tokenizer, _longest(dense, samples))
     ways = (quantize,) if isinstance(quantize, str) else tuple(quantize)
     for way in ways:
         _check_quantization(way)
@@ -128,6 +159,8 @@ def evaluate(
         latencies, throughputs = _timed(rows, samples, time)
         starts = _prompts(prompts, samples, tokenizer) if causal else []
         written = _written(rows, starts, samples, tokenizer, tell)
+        answers = _answered(rows, asked, answers_of_all, samples, tell)
+        done = _done(rows, tasks or {}, tell)
         figures = [
             Figures(
                 name=name,
@@ -138,6 +171,8 @@ def evaluate(
                 throughput=throughputs[k],
                 written=tuple(written[name]),
                 weights=_weights(each),
+                choices=answers.get(name),
+                tasks=done[name],
             )
             for k, (name, each) in enumerate(rows.items())
         ]
@@ -369,6 +404,65 @@ def _written(
                 found[name].append(tokenizer.decode(tokens))
         tell("writing", done + 1, len(rows))
     return found
+
+
+def _longest(dense: nn.Module, samples: Sequence[Sample]) -> int:
+    """How many tokens the model surely takes at once."""
+    limit = getattr(getattr(dense, "config", None), "max_position_embeddings", None)
+    ids = samples[0].ids
+    return limit or (1 if ids is None else ids.shape[1])
+
+
+@torch.no_grad()
+def _answered(
+    rows: Mapping[str, nn.Module],
+    questions: Sequence[Question],
+    answers: Sequence[Sequence[Answer]],
+    samples: Sequence[Sample],
+    tell: Progress,
+) -> dict[str, ChoiceFigures]:
+    """How every model answers the questions, by name."""
+    if not questions:
+        return {}
+    ids = samples[0].ids
+    assert ids is not None
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for done, (name, model) in enumerate(rows.items()):
+        tell("asking", done, len(rows))
+        with untouched(model), watching():
+            found[name] = chosen(logits_of(model, ids.device), answers)
+    tell("asking", len(rows), len(rows))
+    dense, _ = found["dense"]
+    return {name: choice_figures(questions, each, dense) for name, each in found.items()}
+
+
+def _done(
+    rows: Mapping[str, nn.Module], tasks: Mapping[str, Task], tell: Progress
+) -> dict[str, tuple[TaskFigures, ...]]:
+    """What the tasks give for every model, by name, in evaluation mode and with gradients."""
+    found: dict[str, tuple[TaskFigures, ...]] = {}
+    total = len(rows) * len(tasks)
+    for name, model in rows.items():
+        figures = []
+        for task, function in tasks.items():
+            tell("tasks", len(found) * len(tasks) + len(figures), total)
+            with untouched(model), torch.enable_grad():
+                figures.append(TaskFigures(task, _number(task, function(model))))
+        found[name] = tuple(figures)
+    tell("tasks", total, total)
+    return found
+
+
+def _number(task: str, value: Any) -> float:
+    single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not single and (isinstance(value, bool) or not isinstance(value, int | float)):
+        tensor = isinstance(value, Tensor)
+        kind = f"a tensor of shape {tuple(value.shape)}" if tensor else repr(value)
+        raise CaptureError(
+            f"tasks[{task!r}] gives no number but {kind}",
+            way_out="a task is a function of a model that returns one number",
+        )
+    return float(value)
 
 
 def _weights(model: nn.Module) -> tuple[WeightFigures, ...]:

@@ -63,6 +63,10 @@ class Evaluation:
             blocks.append(printer.table(head, worst, align=["left", "end"]))
         if any(f.quality.classes for f in self._all):
             blocks.append(self._class_table())
+        if self.dense.choices is not None:
+            blocks.append(self._choice_table())
+        if self.dense.tasks:
+            blocks.append(self._task_table())
         blocks += list(self._texts())
         return printer.plain("\n\n".join(blocks))
 
@@ -91,6 +95,30 @@ class Evaluation:
         head = ("precision / recall", f"{self.row}s", *(f.name for f in self._all))
         align = _numbers(len(head) - 1)
         return printer.table(head, rows, align=align)
+
+    def _choice_table(self) -> str:
+        rows = []
+        for figures in self._all:
+            found = figures.choices
+            assert found is not None
+            shares = (
+                found.right, found.right_by_length, found.same, found.precision, found.recall,
+            )  # fmt: skip
+            rows.append((figures.name, *map(printer.percent, shares)))
+        assert self.dense.choices is not None
+        asked = self.dense.choices.questions
+        head = (
+            f"{asked} questions", "right", "by length", "as dense", "precision", "recall",
+        )  # fmt: skip
+        return printer.table(head, rows, align=_numbers(len(head) - 1))
+
+    def _task_table(self) -> str:
+        rows = [
+            (task.name, *(printer.number(f.tasks[k].value) for f in self._all))
+            for k, task in enumerate(self.dense.tasks)
+        ]
+        head = ("task", *(f.name for f in self._all))
+        return printer.table(head, rows, align=_numbers(len(head) - 1))
 
     def _texts(self) -> Iterable[str]:
         for k, prompt in enumerate(self.prompts):

@@ -7,7 +7,6 @@ nothing (``passes/observe/loss.py``).
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError
 from tensorize.base.tensors import plain_parts
-from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, ClassFigures, Quality, Worst
+from tensorize.evaluation.quality import CLASSES, NEIGHBOURS, Quality, Worst, class_figures, macro
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import PreservedLoss, row_divergence
 from tensorize.passes.observe.outputs import Output
@@ -171,23 +170,9 @@ class Meter:
     def _classes(self) -> dict[str, Any]:
         """Precision and recall of every class that occurs, and their means."""
         assert self.confusion is not None
-        confusion = self.confusion.double()
-        right, truth, given = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        classes = tuple(
-            ClassFigures(
-                self.names.get(k, str(k)),
-                int(truth[k]),
-                float(right[k] / given[k].clamp_min(1)),
-                float(right[k] / truth[k]),
-            )
-            for k in range(len(confusion))
-            if truth[k] > 0
-        )
-        return {
-            "classes": classes,
-            "precision": statistics.fmean(c.precision for c in classes),
-            "recall": statistics.fmean(c.recall for c in classes),
-        }
+        classes = class_figures(self.confusion, self.names)
+        precision, recall = macro(classes)
+        return {"classes": classes, "precision": precision, "recall": recall}
 
 
 def _divergences(dense: Tensor, logits: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def render(evaluation: Evaluation, peers: Peers) -> str:
         "dense": evaluation.dense,
         "models": evaluation.models,
         "groups": _groups(evaluation),
+        "tables": _tables(evaluation),
         "chart": _chart(evaluation, peers),
         "maps": [m for m in (_heat_map(f) for f in evaluation.models) if m is not None],
         "spectra": _spectra(evaluation),
@@ -98,6 +99,8 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, str, list[_Row]]]:
     losses = [
         _text_loss(evaluation),
         *(_labelled(evaluation, name) for name in ("accuracy", "precision", "recall")),
+        *_answers(evaluation),
+        *_tasks(evaluation),
         _distance(evaluation),
         _agreement(evaluation, "Same first choice", "top-1 agreement", "top1"),
         _agreement(evaluation, "Same best five", "top-5 overlap", "top5"),
@@ -107,6 +110,20 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, str, list[_Row]]]:
     ]
     groups = (("gain", "What you gain", gains), ("lose", "What you lose", losses))
     return [(key, title, [r for r in rows if r is not None]) for key, title, rows in groups]
+
+
+def _tables(evaluation: Evaluation) -> list[tuple[str, str, str, str, list[Any]]]:
+    """Precision and recall apart: id, title, words, unit, and the classes of every model."""
+    every, found = (evaluation.dense, *evaluation.models), []
+    said = "Precision and recall of every {} that occurs."
+    if evaluation.dense.quality.classes:
+        classes = [figures.quality.classes for figures in every]
+        unit = f"{evaluation.row.capitalize()}s"
+        found.append(("h-classes", "Classes", said.format("class"), unit, classes))
+    if evaluation.dense.choices is not None:
+        answers = [figures.choices.classes for figures in every if figures.choices is not None]
+        found.append(("h-answers", "Answers", said.format("answer"), "Questions", answers))
+    return found
 
 
 def _less(evaluation: Evaluation, title: str, hint: str, read: Read, unit: str) -> _Row | None:
@@ -190,11 +207,51 @@ def _labelled(evaluation: Evaluation, name: str) -> _Row | None:
     cells = []
     for figures in evaluation.models:
         value = getattr(figures.quality, name)
-        points = 100 * (value - dense)
-        sign = "+" if points >= 0 else "−"
-        cells.append(_Cell(printer.percent(value), f"{sign}{abs(points):.1f} points", value))
+        cells.append(_Cell(printer.percent(value), _points_off(dense, value), value))
     hint = "of the labels" if name == "accuracy" else "mean over classes"
     return _Row(name.capitalize(), hint, printer.percent(dense), tuple(cells))
+
+
+def _points_off(before: float, after: float) -> str:
+    points = 100 * (after - before)
+    return f"{'+' if points >= 0 else '−'}{abs(points):.1f} points"
+
+
+def _answers(evaluation: Evaluation) -> list[_Row]:
+    """Multiple choice: right answers, precision and recall apart, and the dense model's again."""
+    dense = evaluation.dense.choices
+    if dense is None:
+        return []
+    asked = f"of {dense.questions} questions"
+    titles = {
+        "right": ("Right answers", asked),
+        "right_by_length": ("Right by length", "likelihood over length"),
+        "precision": ("Answers' precision", "mean over answers"),
+        "recall": ("Answers' recall", "mean over answers"),
+        "same": ("Same answers", "as the dense model"),
+    }
+    rows = []
+    for name, (title, hint) in titles.items():
+        cells, before = [], getattr(dense, name)
+        for figures in evaluation.models:
+            value = getattr(figures.choices, name)
+            beside = "" if name == "same" else _points_off(before, value)
+            cells.append(_Cell(printer.percent(value), beside, value))
+        rows.append(_Row(title, hint, printer.percent(before), tuple(cells)))
+    return rows
+
+
+def _tasks(evaluation: Evaluation) -> list[_Row]:
+    """The caller's tasks; whether more is better is not known, so there is no bar."""
+    rows = []
+    for k, task in enumerate(evaluation.dense.tasks):
+        values = [figures.tasks[k].value for figures in evaluation.models]
+        cells = [
+            _Cell(printer.number(value), _more(task.value, value) if task.value else "")
+            for value in values
+        ]
+        rows.append(_Row(task.name, "a task", printer.number(task.value), tuple(cells)))
+    return rows
 
 
 def _distance(evaluation: Evaluation) -> _Row:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 TEXT, CLASSES, OUTPUTS = "text", "classes", "outputs"
 """Logits of a vocabulary at every position, logits of a few classes, and everything else."""
@@ -32,6 +36,54 @@ class ClassFigures:
     rows: int
     precision: float
     recall: float
+
+
+def class_figures(confusion: Tensor, names: Mapping[int, str]) -> tuple[ClassFigures, ...]:
+    """Precision and recall of every class that occurs, of counts (true class, given class)."""
+    counts = confusion.double()
+    right, truth, given = counts.diagonal(), counts.sum(1), counts.sum(0)
+    return tuple(
+        ClassFigures(
+            names.get(k, str(k)),
+            int(truth[k]),
+            float(right[k] / given[k].clamp_min(1)),
+            float(right[k] / truth[k]),
+        )
+        for k in range(len(counts))
+        if truth[k] > 0
+    )
+
+
+def macro(classes: Sequence[ClassFigures]) -> tuple[float, float]:
+    """The means over classes of precision and of recall."""
+    precisions, recalls = ([getattr(c, name) for c in classes] for name in ("precision", "recall"))
+    return statistics.fmean(precisions), statistics.fmean(recalls)
+
+
+@dataclass(frozen=True)
+class ChoiceFigures:
+    """How a model answers questions with several answers.
+
+    ``right``: by likelihood, ``right_by_length``: by likelihood over the answers' lengths;
+    ``same``: the share of answers that are the dense model's; ``precision`` and ``recall``: means
+    over ``classes``, the answers, or their places A, B, C.
+    """
+
+    questions: int
+    right: float
+    right_by_length: float
+    same: float
+    precision: float
+    recall: float
+    classes: tuple[ClassFigures, ...]
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """What a task of the caller's gave for a model: its name and value, in units of its own."""
+
+    name: str
+    value: float
 
 
 @dataclass(frozen=True)

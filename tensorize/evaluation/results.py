@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tensorize.evaluation.quality import Quality
+from tensorize.evaluation.quality import ChoiceFigures, Quality, TaskFigures
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Figures:
     """One model.
 
     ``latency`` is the seconds of a call with one sample, ``throughput`` rows a second with the
-    first batch. ``written`` continues the prompts of the evaluation.
+    first batch. ``written`` continues the prompts of the evaluation, ``choices`` answers its
+    questions, and ``tasks`` holds what its tasks gave.
     """
 
     name: str
@@ -43,3 +44,5 @@ class Figures:
     throughput: float | None = None
     written: tuple[str, ...] = ()
     weights: tuple[WeightFigures, ...] = ()
+    choices: ChoiceFigures | None = None
+    tasks: tuple[TaskFigures, ...] = ()
