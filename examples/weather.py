@@ -1,6 +1,6 @@
 """Weather on a plane, learnt by a transformer of several scales and compressed: do forecasts hold?
 
-    python -m examples.weather --budgets 0.75 0.5 0.35 --within 1.1
+    python -m examples.weather --budgets 0.75 0.5 0.35 --within 1.1 --html weather.html
 
 The weather is made here: the shallow-water equations on a rotating, periodic plane of 4,000 km,
 ∂u/∂t = (ζ + f) k × u - ∇(g h + |u|²/2), ∂h/∂t = -∇·((H + h) u), in Fourier space with Runge-Kutta
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -301,6 +301,28 @@ def measured(
     return Row(name, sum(p.numel() for p in model.parameters()), errors, bands)
 
 
+def report(
+    dense: Forecaster,
+    small: Mapping[str, nn.Module],
+    scales: Scales,
+    solver: Solver,
+    tests: Tensor,
+) -> tensorize.Evaluation:
+    """All of it in one: outputs of a step, size, speed, and the forecasts as tasks."""
+    hours = f"{INTERVAL / 3600 * (len(tests) - 1):g} h"
+
+    def wind(model: nn.Module) -> float:
+        return measured(None, model, scales, solver, tests).errors[-1]
+
+    def left(band: str) -> Callable[[nn.Module], float]:
+        return lambda model: measured(None, model, scales, solver, tests).bands[band]
+
+    tasks = {f"wind off at {hours}, m/s": wind}
+    tasks |= {f"energy {band}, of true": left(band) for band in BANDS}
+    unseen = list((tests[:-1] / scales.state).flatten(0, 1).split(16))
+    return tensorize.evaluate(small, dense, unseen, tasks=tasks)
+
+
 def compare(
     model: Forecaster,
     budgets: Sequence[float],
@@ -308,8 +330,8 @@ def compare(
     solver: Solver,
     states: Tensor,
     tests: Tensor,
-) -> list[Row]:
-    """The dense model, and one for every budget, calibrated on ``states``."""
+) -> tuple[list[Row], dict[str, nn.Module]]:
+    """The dense model and one for every budget, calibrated on ``states``; the latter by name."""
 
     def step_error(found: Tensor, batch: Tensor, dense: Tensor) -> Tensor:
         return wind_error(scales.change * found, scales.change * dense)
@@ -319,16 +341,16 @@ def compare(
         model, calibration=calibration, metrics={WIND_ERROR: step_error}, refine=None
     )
     rows = [measured(None, model, scales, solver, tests)]
-    unseen = tests[0] / scales.state
+    unseen, models = tests[0] / scales.state, dict[str, nn.Module]()
     for budget in sorted(budgets, reverse=True):
         plan = analysis.plan(budget, refine=None)
-        small = tensorize.apply(model, plan)
+        small = models[f"{percent(budget)} kept"] = tensorize.apply(model, plan)
         row = measured(budget, small, scales, solver, tests)
         with torch.no_grad():
             step = float(step_error(small(unseen), unseen, model(unseen)))
         span = plan.predicted.metric(WIND_ERROR).interval
         rows.append(Row(budget, row.parameters, row.errors, row.bands, step, span))
-    return rows
+    return rows, models
 
 
 def chosen(rows: Sequence[Row], within: float, energy: float) -> Row:
@@ -370,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], list[float]
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--trajectories", type=int, default=96, help="to learn from")
     parser.add_argument("--times", type=int, default=8, help="intervals of a forecast")
+    parser.add_argument("--html", metavar="PAGE", help="write all of it, with speed, as a page")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
@@ -381,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], list[float]
     model = Forecaster(options.side, options.width, options.layers)
     error = train(model, scales, states, options.steps, options.batch, generator)
     print(f"trained {options.steps} steps: the change of one interval is off by {percent(error)}")
-    rows = compare(model, options.budgets, scales, solver, states, tests)
+    rows, small = compare(model, options.budgets, scales, solver, states, tests)
     persistence = wind_error(tests[:1], tests[1:]).tolist()
     print(shown(rows, persistence, options.within, options.energy))
     best = chosen(rows, options.within, options.energy)
@@ -391,6 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], list[float]
         f"within {percent(options.energy)} of its in every band: {count(best.parameters)} "
         f"parameters, {kept} of them"
     )
+    if options.html:
+        report(model, small, scales, solver, tests).to_html(options.html)
     return rows, persistence
 
 

@@ -18,7 +18,7 @@ nothing is None until a later pass fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -73,13 +73,15 @@ class _Asked(Record):
 @dataclass(frozen=True, kw_only=True)
 class WithSites(_Asked):
     """``sizes`` holds (elements, bytes) of every parameter of the dense model, once. ``counted``:
-    which rows count, of those batches where not all do; None: nobody looked yet. ``few``: how many
-    rows a weight met in the data, of weights that met fewer than they have columns."""
+    which rows count, of those batches where not all do; None: nobody looked yet. ``few``: the rows
+    that a weight met in the data, and its columns, of weights that met fewer. ``unforeseen``: of
+    tables, the share of lookups to come that are of rows that were not met."""
 
     sites: tuple[Site, ...]
     sizes: Mapping[str, tuple[int, int]]
     counted: Mapping[Batch, Counted] | None = None
-    few: Mapping[str, int] = field(default_factory=dict)
+    few: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    unforeseen: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def free(self) -> tuple[Site, ...]:

@@ -61,25 +61,28 @@ class LearnInLayers:
             sweep = _Sweep(self, found, spectra)
             sweep.run()
             spectra = sweep.spectra
-        notes, few = self._told()
+        told = self._told()
         last = [site for site in found.free if site.name not in known]
-        found = replace(found, notes=(*found.notes, *notes), few=few)
+        notes = (*found.notes, *told.pop("notes"))
+        found = replace(found, notes=notes, **told)
         learned = self.spectra.learned(found, spectra, last, begun)
         counted = f"{self.layers.count} layers of weights"
         summary = f"{counted}, {len(known)} kept by an earlier run; {learned.summary}"
         return replace(learned, summary=summary)
 
-    def _told(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """What was said of the weights of all parts, by their names."""
+    def _told(self) -> dict[str, Any]:
+        """What was said of the weights of all parts, by their names: fields of the stage."""
         work = self.layers.work
-        few: dict[str, int] = {}
+        few: dict[str, Sequence[int]] = {}
+        unforeseen: dict[str, float] = {}
         probes, notes = work.noted(_PROBES), list[str]()
         for part in (None, *range(self.layers.count)):
             if told := work.noted(_told(part)):
                 notes += told["notes"]
-                few |= told["few"]
+                few |= {name: tuple(met) for name, met in told["few"].items()}
+                unforeseen |= told["unforeseen"]
         first = [probes["note"]] if probes and probes["note"] else []
-        return (*first, *sorted(notes)), few
+        return {"notes": (*first, *sorted(notes)), "few": few, "unforeseen": unforeseen}
 
 
 @dataclass(frozen=True)
@@ -230,9 +233,12 @@ class _Sweep:
         """Turn moments into curves, each kept as soon as it is made."""
         found, work = self.found, self.layers.work
         observed = gathering.observed(probes.rows, probes.count, len(self.given.learnt))
-        told = work.noted(_told(part)) or {"notes": [], "few": {}}
+        told = work.noted(_told(part)) or {"notes": [], "few": {}, "unforeseen": {}}
         notes = {*told["notes"], *observed.notes[len(found.notes) :]}
-        work.note(_told(part), {"notes": sorted(notes), "few": {**told["few"], **observed.few}})
+        by_name = {
+            name: {**told[name], **getattr(observed, name)} for name in ("few", "unforeseen")
+        }
+        work.note(_told(part), {"notes": sorted(notes), **by_name})
         moved = found.to(Observed, statistics=observed.statistics)
         self.spectra = self.given.spectra.curves(moved, todo, self.spectra)
 

@@ -119,13 +119,15 @@ class Gathering:
             term.output_rows, term.probes = output_rows, probes
             if term.contract == "lookup" and (counts := term.rows) is not None:
                 term.unseen = unseen_share(counts, probes)
-        few = _few(moments, sites, probes)
+        few, unforeseen = _few(moments, sites, probes), _unforeseen(moments)
         notes = [*found.notes, *_normalise(moments, sites, output_rows, found.metric)]
         summary = f"{batches} batches, {output_rows or 'unknown'} output rows"
         summary += f" in {probes} probes" if probes > 1 else ""
         if any(term.pooled for moment in moments.values() for term in moment.terms.values()):
             summary += ", one a sample: its positions are added up"
-        known = {"summary": summary, "notes": tuple(notes), "few": few}
+        known = {
+            "summary": summary, "notes": tuple(notes), "few": few, "unforeseen": unforeseen
+        }  # fmt: skip
         return found.to(Observed, statistics=moments, **known)
 
 
@@ -223,9 +225,11 @@ def _add_samples(
     term.input_rows += int(counted.sum())
 
 
-def _few(moments: Mapping[str, Moments], sites: Mapping[str, Site], probes: int) -> dict[str, int]:
-    """The rows that weights met which met fewer than they have columns."""
-    found: dict[str, int] = {}
+def _few(
+    moments: Mapping[str, Moments], sites: Mapping[str, Site], probes: int
+) -> dict[str, tuple[int, int]]:
+    """The rows that weights met, and their columns, of weights that met fewer."""
+    found: dict[str, tuple[int, int]] = {}
     for name, moment in moments.items():
         site, rows, widths = sites[name], 0, {0}
         for term in moment.terms.values():
@@ -233,8 +237,18 @@ def _few(moments: Mapping[str, Moments], sites: Mapping[str, Site], probes: int)
                 rows += term.input_rows // probes // max(site.experts, 1)
                 widths.add(site.matrix[1 if term.contract == "columns" else 0])
         if 0 < rows < max(widths):
-            found[name] = rows
+            found[name] = rows, max(widths)
     return found
+
+
+def _unforeseen(moments: Mapping[str, Moments]) -> dict[str, float]:
+    """Of tables, the share of lookups to come that are of rows that were not met."""
+    return {
+        name: term.unseen
+        for name, moment in moments.items()
+        for term in moment.terms.values()
+        if term.contract == "lookup" and term.input_rows
+    }
 
 
 def _normalise(

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from tensorize.base import printer
 from tensorize.ir.plan import POLISH, REFIT, RUINED
 from tensorize.ir.sites import Batch
+from tensorize.ir.sufficiency import MOST_UNSEEN, OUTPUTS, Sufficiency
 from tensorize.passes.allocate.allocate import smallest_share
 from tensorize.passes.observe.loss import PreservedLoss
 from tensorize.passes.observe.outputs import images_in
@@ -45,8 +47,6 @@ _REFINED_POOLED = (0.75, 0.5, 0.25)
 
 # A refinement leaves at least this share of a rise, as far as predictions go.
 _NOTHING = 0.01
-# Outputs to measure on, below which that is said.
-_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class CalibratePrediction:
             text_loss=reference.text_loss,
             row=reference.row,
             images=_images(learned, reference),
+            sufficiency=_sufficiency(learned, reference),
         )
         predictor = self._with_families(ranks, learned, reference)
         plain = [trial for trial in predictor.trials if trial.refine is None]
@@ -213,16 +214,41 @@ def _of_few(learned: Learned, reference: Measuring, held_out: bool) -> Iterator[
     unseen = " that were held out" * held_out
     where = f"measured on {_rows(reference.rows)} of outputs{unseen}"
     if learned.few:
-        name = min(learned.few, key=lambda n: learned.few[n] / max(learned.spectra[n].site.matrix))
-        m, n = learned.spectra[name].site.matrix
+        name = _worst_off(learned)
+        (m, n), (met, _) = learned.spectra[name].site.matrix, learned.few[name]
         others = f" and {len(learned.few) - 1} more" * (len(learned.few) > 1)
         yield (
             f"few calibration data: {name}{others} met fewer rows than they have columns "
-            f"({_rows(learned.few[name])} for {m} x {n}), so new data hold what none of these had; "
+            f"({_rows(met)} for {m} x {n}), so new data hold what none of these had; "
             f"what is predicted was {where}"
         )
-    elif reference.rows < _FEW:
+    elif reference.rows < OUTPUTS:
         yield f"few calibration data: what is predicted was {where}"
+    table = max(learned.unforeseen, key=learned.unforeseen.__getitem__, default="")
+    if table and (share := learned.unforeseen[table]) > MOST_UNSEEN:
+        yield (
+            f"few calibration data: of lookups to come in {table} some {printer.percent(share)} "
+            "are of rows (words, elements) that none of these met, which are judged by their "
+            "weights alone"
+        )
+
+
+def _sufficiency(learned: Learned, reference: Measuring) -> Sufficiency:
+    """How far the data suffice, as figures."""
+    found = Sufficiency(outputs=min(reference.rows / OUTPUTS, 1.0))
+    if learned.few:
+        name = _worst_off(learned)
+        met, columns = learned.few[name]
+        found = replace(found, rows=met / columns, weight=name)
+    if learned.unforeseen:
+        table = max(learned.unforeseen, key=learned.unforeseen.__getitem__)
+        found = replace(found, lookups=1.0 - learned.unforeseen[table], table=table)
+    return found
+
+
+def _worst_off(learned: Learned) -> str:
+    """The weight that met the fewest rows for its size, of those that met few."""
+    return min(learned.few, key=lambda name: learned.few[name][0] / learned.few[name][1])
 
 
 def _rows(count: int) -> str:

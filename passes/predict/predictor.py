@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tensorize.ir.plan import PredictedMetric
+from tensorize.ir.sufficiency import Sufficiency
 from tensorize.passes.predict.metrics import predicted_metric
 
 NORMAL_90 = 1.645
@@ -87,6 +88,8 @@ class Predictor:
     """What a row of the outputs is."""
     images: int = 0
     """How many images the batch holds by which uses were seen; 0 where a row is no image."""
+    sufficiency: Sufficiency = field(default_factory=Sufficiency)
+    """How far the calibration data suffice."""
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]

@@ -14,6 +14,7 @@ from tensorize.base.errors import AnalysisError, BudgetError
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import POLISH, REFIT, Plan, Prediction
 from tensorize.ir.sites import Batch
+from tensorize.ir.sufficiency import Sufficiency
 from tensorize.passes.allocate.allocate import BATCH_SIZES, Allocate, RanksOption
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
@@ -67,6 +68,11 @@ class Analysis:
     @property
     def notes(self) -> tuple[str, ...]:
         return self.program.notes
+
+    @property
+    def sufficiency(self) -> Sufficiency | None:
+        """How far the calibration data suffice; None where no loss is predicted from any."""
+        return None if self.program.predictor is None else self.program.predictor.sufficiency
 
     def plan(
         self,

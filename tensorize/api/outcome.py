@@ -156,7 +156,10 @@ def outlook_of(
     predictor, bits = analysis.program.predictor, bool(integers(analysis.precision))
     if predictor is None:
         return NOTHING_KNOWN
-    known = Outlook(predictor.unit, predictor.text_loss, in_bytes=bits, row=predictor.row)
+    known = Outlook(
+        predictor.unit, predictor.text_loss, in_bytes=bits, row=predictor.row,
+        sufficiency=predictor.sufficiency,
+    )  # fmt: skip
     lost, limit = plan.predicted.loss, RUINED.get(predictor.unit)
     if lost is None or limit is None or lost <= limit:
         return known

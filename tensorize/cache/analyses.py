@@ -142,6 +142,7 @@ def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
             "images": predictor.images,
             "metrics": predictor.metrics,
             "batches": predictor.batches,
+            "sufficiency": plain(predictor.sufficiency),
             "trials": [astuple(trial) for trial in predictor.trials],
         },
     }

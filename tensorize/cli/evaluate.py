@@ -52,6 +52,14 @@ def eval_command(
             show_default=False,
         ),
     ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Multiple choice to ask of language models: JSON lines with question, choices and "
+            "answer, the right one's number from 0.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: option.BatchSize = 8,
     max_length: option.MaxLength = 512,
     dtype: option.DtypeOption = option.Dtype.auto,
@@ -63,7 +71,7 @@ def eval_command(
 ) -> None:
     """Measure compressed models beside the dense one: quality, agreement, size and speed."""
     from tensorize.cli.parse import parse_shares
-    from tensorize.cli.sources import load_told, read_batches
+    from tensorize.cli.sources import load_told, read_batches, read_questions
 
     with errors_told():
         shares = [] if budgets is None else parse_shares(budgets)
@@ -75,6 +83,7 @@ def eval_command(
         with contextlib.redirect_stdout(sys.stderr):
             loaded, learnt = load_told(dense, dtype, calibration, batch_size, max_length)
             batches = read_batches(data, loaded, batch_size, max_length, labels=True)
+            asked = [] if questions is None else read_questions(questions)
             models: dict[str, Any] = dict(_compressed(sources or (), loaded))
             models |= {f"{printer.percent(share)} kept": share for share in shares}
             say(f"evaluating on {len(batches)} batches from {data}")
@@ -85,6 +94,7 @@ def eval_command(
                 tokenizer=loaded.tokenizer,
                 calibration=learnt,
                 quantize=quantize or (),
+                questions=asked,
                 time=timing,
             )
             if html is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import os
 import re
 import sys
@@ -212,6 +213,24 @@ def _tensor_batches(path: Path, model: nn.Module, batch_size: int, more: set[str
             way_out=f"name the tensors as its arguments: {', '.join(sorted(accepted or ()))}",
         )
     return [{name: tensor[cut] for name, tensor in tensors.items()} for cut in cuts]
+
+
+def read_questions(path: Path) -> list[Any]:
+    """Multiple choice as JSON lines: question, choices and answer, as MMLU's files have them.
+
+    Raises:
+        CaptureError: there is no such file, or a line is no JSON.
+    """
+    if not path.is_file():
+        raise CaptureError(f"there is no file {path}", way_out="check the path")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise CaptureError(
+            f"{path} is no file of JSON lines: {error}",
+            way_out='one object a line: {"question": "…", "choices": ["…", "…"], "answer": 0}',
+        ) from error
 
 
 def documents(text: str) -> list[str]:

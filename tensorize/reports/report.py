@@ -122,7 +122,9 @@ class Report:
         return printer.plain("\n\n".join(blocks))
 
     def _quality(self) -> Iterator[tuple[str, str]]:
-        """What is known of the quality: predictions, and what was measured."""
+        """What is known of the quality: predictions, what was measured, and on what."""
+        if self.outlook.sufficiency is not None:
+            yield "calibration data", str(self.outlook.sufficiency)
         predicted, metric = self.plan.predicted, f", metric {self.plan.metric}"
         error = printer.number(predicted.output_error)
         if predicted.loss is not None:

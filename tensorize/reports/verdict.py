@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tensorize.base import printer
 from tensorize.ir.plan import NATS, OF_VARIANCE, RUINED, Plan
+from tensorize.ir.sufficiency import Sufficiency
 from tensorize.reports.data import ReportTotals, share_of
 
 WANTED_LOSSES = (0.1, 0.01)
@@ -55,6 +56,7 @@ class Outlook:
     was not to choose: where it was tried, the fewest bits that lose no more than the larger of
     ``WANTED_LOSSES`` (else the most there are), where not, the most that fit into the bytes of the
     plan, or the fewest there are. ``row``: what a row of the outputs is, a token or an image.
+    ``sufficiency``: how far the calibration data suffice.
     """
 
     unit: str | None = None
@@ -63,6 +65,7 @@ class Outlook:
     bits: Bits | None = None
     in_bytes: bool = False
     row: str = "row"
+    sufficiency: Sufficiency | None = None
 
 
 NOTHING_KNOWN = Outlook()

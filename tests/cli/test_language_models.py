@@ -53,8 +53,13 @@ def test_evaluate_saved_models_and_budgets(tmp_path: Path) -> None:
     assert "perplexity" in result.stdout
     assert "after: " in result.stdout  # its tokenizer lets it write
     assert "What do I lose" in Path("page.html").read_text(encoding="utf-8")
-    result = invoke("eval", "small", *common, "--json")
-    assert json.loads(result.stdout)["models"][0]["name"] == "small"
+    asked = {"question": "the cat", "choices": ["sat", "on"], "answer": 0}
+    Path("asked.jsonl").write_text(json.dumps(asked) + "\n\n")
+    result = invoke("eval", "small", *common, "--json", "--questions", "asked.jsonl")
+    (figures,) = json.loads(result.stdout)["models"]
+    assert (figures["name"], figures["choices"]["questions"]) == ("small", 1)
+    for wrong in ("none.jsonl", "text.txt"):
+        assert invoke("eval", "small", *common, "--questions", wrong).exit_code == CAPTURE
     assert invoke("eval", *common).exit_code == USAGE
     assert invoke("eval", "nowhere", *common).exit_code == CHECKPOINT
     assert invoke("eval", "small", *common[:2], "--data", "no.txt").exit_code == CAPTURE

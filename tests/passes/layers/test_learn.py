@@ -35,6 +35,7 @@ def assert_same(one: Learned, other: Learned) -> None:
         else:
             assert torch.equal(curve.shared.distortion, twin.shared.distortion)
     assert one.few == other.few
+    assert one.unforeseen == other.unforeseen
     assert one.notes == other.notes
 
 

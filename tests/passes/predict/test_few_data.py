@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import tensorize
 from tensorize.ir.plan import OF_VARIANCE, RUINED
+from tensorize.ir.sufficiency import Sufficiency
+from tensorize.passes.observe.loss import split
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, Trial, student_90
 
 
@@ -95,6 +97,72 @@ def test_fewer_rows_than_columns_are_told_and_enough_are_not() -> None:
     assert "15 rows" in note
     assert "held out" in note
     assert notes(2000) == []
+
+
+def test_the_report_says_how_far_the_data_suffice() -> None:
+    def given(rows: int) -> tensorize.Report:
+        torch.manual_seed(0)
+        data = [torch.randn(rows, 32)]
+        return tensorize.report(
+            tensorize.compile(mlp(32, 48, 16), 0.5, calibration=data, refine=None, progress=False)
+        )
+
+    few, enough = given(20), given(2000)
+    found = few.outlook.sufficiency
+    assert found is not None
+    assert (found.rows, found.outputs) == (pytest.approx(15 / 48), pytest.approx(5 / 32))
+    assert found.weight == "2.weight"  # 16 x 48
+    assert found.least == found.outputs
+    assert "calibration data" in str(few)
+    assert tensorize.Report.from_dict(few.to_dict()).outlook.sufficiency == found
+    assert enough.outlook.sufficiency == Sufficiency()
+    assert "100 % of what is enough" in str(enough)
+
+
+class Atoms(nn.Module):
+    """A sum over atoms, each known by its element alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = nn.Embedding(94, 32)
+        self.inner = mlp(32, 64, 8)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.inner(self.elements(numbers)).sum(1)
+
+
+@pytest.mark.parametrize("refine", [None, "refit"])
+def test_elements_that_were_not_met_are_foreseen_by_those_met_once(
+    refine: str | None, tmp_path: Any
+) -> None:
+    """Of crystals that hold any of 94 elements a few show some; of those that hold six, all."""
+
+    def crystals(number: int, elements: int, seed: int) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return [torch.randint(elements, (8, 6), generator=draw) for _ in range(number)]
+
+    def analysed(number: int, elements: int) -> tensorize.Analysis:
+        torch.manual_seed(0)
+        data = crystals(number, elements, 1)
+        return tensorize.analyze(
+            Atoms(), calibration=data, refine=refine, cache_dir=tmp_path, progress=False
+        )
+
+    few, all_of_them = analysed(4, 94), analysed(4, 6)
+    learnt, _ = split(tuple(crystals(4, 94, 1)))
+    met = torch.cat(learnt).unique()
+    new = torch.cat(crystals(200, 94, 2))
+    unmet = 1 - float(torch.isin(new, met).double().mean())
+    found = few.sufficiency
+    assert found is not None
+    assert found.table == "elements.weight"
+    assert 1 - found.lookups == pytest.approx(unmet, abs=0.12)
+    assert any("rows (words, elements) that none of these met" in note for note in few.notes)
+    assert all_of_them.sufficiency is not None
+    assert all_of_them.sufficiency.lookups == 1
+    assert not any("elements" in note for note in all_of_them.notes)
+    again = analysed(4, 94)  # as the cache has it
+    assert again.sufficiency == found
 
 
 def test_a_refit_is_tried_at_every_size_up_to_ruin_where_rows_are_few() -> None:
