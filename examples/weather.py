@@ -60,6 +60,11 @@ class Solver:
         self._kept = ((rows.abs() <= kept) & (columns <= kept)).float()
         self._damping = DAMPING * (self.wave_number / kept) ** 4
 
+    @property
+    def bands(self) -> dict[str, tuple[int, int]]:
+        """The bands of which there are waves."""
+        return {band: ends for band, ends in BANDS.items() if ends[0] <= self.side // 3}
+
     def balanced(self, number: int, generator: torch.Generator) -> Tensor:
         """Random states (B, C, S, S) in which the slope of the height holds the winds' rotation."""
         white = torch.fft.rfft2(torch.randn(number, self.side, self.side, generator=generator))
@@ -283,7 +288,7 @@ class Row:
 
     def holds(self, dense: Row, within: float, energy: float) -> bool:
         """Whether errors and every band's energy are as near the dense model's as was stated."""
-        near = (abs(self.bands[b] / dense.bands[b] - 1) <= energy for b in BANDS)
+        near = (abs(self.bands[b] / dense.bands[b] - 1) <= energy for b in dense.bands)
         return self.mean <= within * dense.mean and all(near)
 
 
@@ -296,7 +301,7 @@ def measured(
     energies = [solver.energy(states[-1]) for states in (found, tests)]
     bands = {
         band: float(energies[0][low : high + 1].sum() / energies[1][low : high + 1].sum())
-        for band, (low, high) in BANDS.items()
+        for band, (low, high) in solver.bands.items()
     }
     return Row(name, sum(p.numel() for p in model.parameters()), errors, bands)
 
@@ -318,7 +323,7 @@ def report(
         return lambda model: measured(None, model, scales, solver, tests).bands[band]
 
     tasks = {f"wind off at {hours}, m/s": wind}
-    tasks |= {f"energy {band}, of true": left(band) for band in BANDS}
+    tasks |= {f"energy {band}, of true": left(band) for band in solver.bands}
     unseen = list((tests[:-1] / scales.state).flatten(0, 1).split(16))
     return tensorize.evaluate(small, dense, unseen, tasks=tasks)
 
@@ -373,10 +378,10 @@ def shown(rows: Sequence[Row], persistence: Sequence[float], within: float, ener
             step = f"{number(row.step)} ({interval(row.predicted)})"
         winds.append((name, count(row.parameters), *(number(row.errors[t]) for t in times), step))
         holds = "yes" if row.holds(rows[0], within, energy) else "no"
-        bands.append((name, *(percent(row.bands[band]) for band in BANDS), holds))
+        bands.append((name, *map(percent, row.bands.values()), holds))
     winds.append(("no change", "–", *(number(persistence[t]) for t in times), "–"))
     headers = ("wind, m/s off", "parameters", *hours, "off dense in a step (predicted)")
-    return f"{table(headers, winds)}\n\n{table(('energy left', *BANDS, 'holds'), bands)}"
+    return f"{table(headers, winds)}\n\n{table(('energy left', *rows[0].bands, 'holds'), bands)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], list[float]]:

@@ -462,7 +462,7 @@ def _number(task: str, value: Any) -> float:
             f"tasks[{task!r}] gives no number but {kind}",
             way_out="a task is a function of a model that returns one number",
         )
-    return float(value)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _weights(model: nn.Module) -> tuple[WeightFigures, ...]:
