@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tensorize.base.errors import AnalysisError
+from tensorize.base.tensors import parameter_of
 from tensorize.formats.registry import format_of
 from tensorize.ir.plan import Plan, RankPlan
 from tensorize.passes.curves.curve import Spectrum
@@ -73,7 +74,7 @@ def _partner(
     spectral = choice.spec is not None and format_of(choice.spec).spectral
     if not (one and spectral) or None in groups or len(groups) > 1:
         return f"{choice.shared} has no first factor that it can share"
-    trained = {model.get_parameter(name).requires_grad for name in (choice.shared, choice.name)}
+    trained = {parameter_of(model, name).requires_grad for name in (choice.shared, choice.name)}
     if len(trained) > 1:
         return f"it is to share a first factor with {choice.shared}, and one of them is frozen"
     return None

@@ -14,6 +14,8 @@ from tensorize.passes.allocate.demand import Demand, rounded_errors
 
 _UNITS = {"params": "", "bytes": " bytes", "flops": " FLOPs a row", "latency": " µs"}
 _UNITS |= {"communication": " bytes a row", "file": " bytes in a file"}
+# A parameter that is no weight is told of from this share of the model on.
+_LARGE = 0.05
 
 
 def refusal(demand: Demand, budget: Budget) -> BudgetError:
@@ -103,6 +105,19 @@ def _excess(demand: Demand, budget: Budget, met: Budget, name: str) -> float:
     return max(new / max(old, 1e-300) for new, old in pairs)
 
 
+def _largest(demand: Demand) -> str:
+    """The largest of the parameters that are no weights, where it is no small one.
+
+    Some models hold matrices in vectors, which they cut up as they run.
+    """
+    listed = {site.name for site in demand.analysed.sites}
+    rest = {name: n for name, (n, _) in demand.analysed.sizes.items() if name not in listed}
+    name = max(rest, key=rest.__getitem__, default="")
+    if not name or rest[name] < _LARGE * sum(n for n, _ in demand.analysed.sizes.values()):
+        return ""
+    return f"; the largest is {name}, a vector of {rest[name]:,} numbers"
+
+
 def _too_small(
     demand: Demand, budget: Budget, met: Budget, by_itself: Budget, name: str
 ) -> BudgetError:
@@ -120,7 +135,7 @@ def _too_small(
     blocking = [f"{p.site.name} ({int(v):,}: {p.fixed})" for v, p in fixed[:3] if v > 0]
     if demand.overhead[j]:
         small = int(demand.overhead[j])
-        blocking.append(f"biases, norms and other small parameters ({small:,})")
+        blocking.append(f"biases, norms and other small parameters ({small:,}{_largest(demand)})")
     share = np.ceil(need / dense[j] * 1e4) / 1e4 if dense[j] else np.inf  # still enough
     short = name == "params" and share <= 1 and vars(met) == vars(Budget(params=met.params))
     of_dense = (

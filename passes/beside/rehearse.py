@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorize.base.errors import ModelError, TensorizeError
+from tensorize.base.tensors import parameter_of
 from tensorize.capture.kept import keeping
 from tensorize.ir.sites import Batch, Site
 from tensorize.ir.spec import TTSpec
@@ -74,7 +75,7 @@ class _Rehearsal:
     def goes_wrong(self, names: Sequence[str]) -> bool:
         """Whether the model does something else with these weights in factors."""
         model = self._copy()
-        memory = memory_of({name: model.get_parameter(name) for name in names})
+        memory = memory_of({name: parameter_of(model, name) for name in names})
         with followed(model):
             for name in names:
                 self._install(model, self.sites[name])
@@ -93,7 +94,7 @@ class _Rehearsal:
         """The calls of the dense model, with every weight rounded at random."""
         model = self._copy()
         for site in self.sites.values():
-            weight = model.get_parameter(site.name)
+            weight = parameter_of(model, site.name)
             noisy = rebuilt(weight, weight.detach, noise=self.unit)
             for name in site.names:
                 owner, leaf = owner_of(model, name)
@@ -101,7 +102,7 @@ class _Rehearsal:
         return self._calls(model)
 
     def _install(self, model: nn.Module, site: Site) -> None:
-        weight = as_matrix(site, model.get_parameter(site.name).detach())
+        weight = as_matrix(site, parameter_of(model, site.name).detach())
         m, n = weight.shape[-2:]
         spec = TTSpec.low_rank(m, n, min(m, n), experts=site.experts)
         key = min(m, n), site.experts, weight.dtype, weight.device

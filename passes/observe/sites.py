@@ -66,6 +66,11 @@ class FindSites:
             blocked = written.get(aliases[0]) or _blocked(site, parameter, function)
             if any(_is_of_factors(model, name) for name in aliases):
                 blocked = "it is a factor already, of a weight that the model keeps in factors"
+            if any(_is_shown_as_complex(model, name, parameter) for name in aliases):
+                blocked = (
+                    "its module holds pairs of reals, and shows complex numbers in their place: "
+                    "only complex parameters are factorized"
+                )
             if any(name.startswith(adapted) for name in aliases):
                 blocked = "it is part of a layer with an adapter: merge that first"
             sites.append(replace(site, blocked=blocked))
@@ -101,6 +106,15 @@ def _is_of_factors(model: nn.Module, name: str) -> bool:
     owners = (model.get_submodule(".".join(parts[: k + 1])) for k in range(len(parts)))
     kinds = ({kind.__name__ for kind in type(owner).__mro__} for owner in owners)
     return any("FactorizedTensor" in names and "DenseTensor" not in names for names in kinds)
+
+
+def _is_shown_as_complex(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a module gives complex numbers for a real parameter: tensorly-torch's of factors."""
+    path, _, leaf = name.rpartition(".")
+    if parameter.is_complex() or parameter.shape[-1:] != (2,):
+        return False
+    shown = getattr(model.get_submodule(path), leaf, None)
+    return isinstance(shown, Tensor) and shown.is_complex()
 
 
 def _squarest(shape: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensorize.algebra.metric import Metric
 from tensorize.base.errors import AnalysisError
-from tensorize.base.tensors import is_index
+from tensorize.base.tensors import is_index, parameter_of
 from tensorize.capture.matmul import Frame
 from tensorize.formats.registry import format_of
 from tensorize.ir.coded import QuantizedSpec
@@ -282,7 +282,7 @@ def put_cores(
 ) -> list[Tensor]:
     """Put cores in the place of a dense parameter; a common first factor is the first one's."""
     assert choice.spec is not None
-    trained = model.get_parameter(site.name).requires_grad
+    trained = parameter_of(model, site.name).requires_grad
     held = [core if is_index(core) else nn.Parameter(core, trained) for core in cores]
     held[1:] = _first_in_common(model, choice) or held[1:]
     for core in held:

@@ -17,7 +17,7 @@ from tensorize.api.apply import apply
 from tensorize.api.look import densify
 from tensorize.api.outcome import report_of
 from tensorize.base.errors import AnalysisError, CheckpointError
-from tensorize.base.tensors import unwrapped
+from tensorize.base.tensors import parameter_of, unwrapped
 from tensorize.capture.inputs import check_model
 from tensorize.ir.plan import Plan, RankPlan
 from tensorize.ir.sites import Site
@@ -70,7 +70,7 @@ def restructure(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mo
     target = model if inplace else copy_sharing(model, set(sites))
     with followed(target):
         for choice in choices:
-            dense = target.get_parameter(choice.name)
+            dense = parameter_of(target, choice.name)
             assert choice.spec is not None
             cores = [core.clone() for core in blank(choice.spec, dense.device, dense.dtype)]
             put_cores(target, sites[choice.name], choice, cores)

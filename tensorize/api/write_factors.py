@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tensorize.base.errors import AnalysisError, CheckpointError
 from tensorize.base.tensorfile import Layout, Writer
-from tensorize.base.tensors import is_index
+from tensorize.base.tensors import is_index, parameter_of
 from tensorize.cache.curve_files import Curves
 from tensorize.hub.shards import Checkpoint
 from tensorize.ir.plan import Plan, RankPlan
@@ -156,7 +156,7 @@ def planned_model(opened: Opened, model: nn.Module) -> nn.Module:
     sites = {site.name: site for site in opened.sites}
     for choice in factorized(opened):
         assert choice.spec is not None
-        dtype = planned.get_parameter(choice.name).dtype
+        dtype = parameter_of(planned, choice.name).dtype
         cores = blank(choice.spec, torch.device("meta"), dtype)
         put_cores(planned, sites[choice.name], choice, cores)
     settle(planned)
@@ -165,7 +165,7 @@ def planned_model(opened: Opened, model: nn.Module) -> nn.Module:
 
 def _put_dense(model: nn.Module, site: Site, value: Tensor) -> None:
     """Give a weight its values, under all of its names."""
-    empty = model.get_parameter(site.name)
+    empty = parameter_of(model, site.name)
     dense = nn.Parameter(value, requires_grad=empty.requires_grad)
     for name in site.names:
         owner, leaf = owner_of(model, name)

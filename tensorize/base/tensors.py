@@ -127,6 +127,21 @@ def untransformed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a qualified name, whatever its owner shows in its place.
+
+    tensorly-torch's complex tensors hold pairs of reals, and show complex numbers.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    path, _, leaf = name.rpartition(".")
+    found = model.get_submodule(path)._parameters.get(leaf)
+    if found is None:
+        raise AttributeError(f"{name} is no parameter")
+    return found
+
+
 def device_of(model: nn.Module) -> str:
     """The first GPU that a parameter is on, else the CPU."""
     return next((str(p.device) for p in model.parameters() if p.is_cuda), "cpu")

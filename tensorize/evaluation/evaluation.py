@@ -108,7 +108,8 @@ class Evaluation:
         assert self.dense.choices is not None
         asked = self.dense.choices.questions
         head = (
-            printer.plural(asked, "question"), "right", "by length", "as dense", "precision", "recall",
+            printer.plural(asked, "question"),
+            "right", "by length", "as dense", "precision", "recall",
         )  # fmt: skip
         return printer.table(head, rows, align=_numbers(len(head) - 1))
 
