@@ -81,6 +81,7 @@ class Slices(nn.Module):
         return field + self.out((share @ tokens).transpose(1, 2).flatten(2)).mT.view_as(field)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [Spherical, BlockDiagonal, Slices])
 def test_layers_of_operators_come_to_a_quarter(layer: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
