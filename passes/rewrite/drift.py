@@ -29,7 +29,7 @@ from tensorize.passes.rewrite.runs import WeightRun
 Pair = tuple[WeightRun, WeightRun]
 """A batch in the dense model, and in the small one."""
 
-Rows = Callable[[Matmul], Tensor | None]
+Rows = Callable[[Matmul], Tensor]
 """The rows (rows, N) that a weight is multiplied by in a call; None where they cannot be told."""
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
