@@ -30,7 +30,7 @@ Pair = tuple[WeightRun, WeightRun]
 """A batch in the dense model, and in the small one."""
 
 Rows = Callable[[Matmul], Tensor]
-"""The rows (rows, N) that a weight is multiplied by in a call; None where they cannot be told."""
+"""The rows (rows, N) that a weight is multiplied by in a call."""
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """What is tried as δ, beside no change at all."""
