@@ -29,7 +29,7 @@ DAY, WEEK = 24, 168
 PAST, FUTURE = 96, 24
 WIDTH, LAYERS = 48, 2
 _LAGS = [1, 2, DAY]
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "d_model": WIDTH, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
     "encoder_ffn_dim": 2 * WIDTH, "decoder_ffn_dim": 2 * WIDTH,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -161,7 +161,7 @@ class Row:
     parameters: int
     loss: float
     lost: float = 0.0
-    predicted: tuple[float, float] = (0.0, 0.0)
+    predicted: tuple[float, float] | None = None
 
 
 def compare(

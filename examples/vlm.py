@@ -249,7 +249,7 @@ class Row:
     parameters: int
     right: float
     lost: float = 0.0
-    predicted: tuple[float, float] = (0.0, 0.0)
+    predicted: tuple[float, float] | None = None
 
 
 def compare(

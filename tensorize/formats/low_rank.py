@@ -155,7 +155,8 @@ class LowRank(Chain):
     ) -> tuple[Tensor, ...] | None:
         """What is stored pivoted, with as many kept columns in each of so many equal parts of the
         input; None where it would lose too much."""
-        found = pivoted_in_parts(*cores, parts)
+        left, right = cores
+        found = pivoted_in_parts(left, right, parts)
         if found is None:
             return None
         found = rounded(found, dtype)
