@@ -90,6 +90,13 @@ def of_all_ranks(value: Any, device: torch.device | str) -> list[Any]:
     ]
 
 
+def on_any_rank(happened: bool, device: torch.device | str) -> bool:
+    """Whether something happened in any process; every process has to ask."""
+    told = torch.tensor(float(happened), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def by_first_rank(write: Callable[[], None], failure: type[Exception]) -> None:
     """Let one process write; all go on after it, and all raise a failure of it."""
     found: list[Exception | None] = [None]

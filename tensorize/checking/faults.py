@@ -92,15 +92,26 @@ class Log:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock())
 
-    def note(self, weight: str, what: str, at: Tensor, rows: Tensor | None, off: float) -> Fault:
-        """Take down a fault; then what the caller asked for is done.
+    def note(
+        self,
+        weight: str,
+        what: str,
+        at: Tensor,
+        rows: Tensor | None,
+        off: float,
+        rank: int | None = None,
+    ) -> Fault:
+        """Take down a fault, of this process or of another ``rank``; then what the caller asked for
+        is done.
 
         Raises:
             FaultError: ``on_fault`` is ``"raise"``.
         """
         first = () if rows is None else tuple(rows[:_MOST_ROWS].tolist())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        fault = Fault(weight, what, first, off, str(at.device), _rank(), now)
+        fault = Fault(
+            weight, what, first, off, str(at.device), _rank() if rank is None else rank, now
+        )
         with self._lock:
             self.faults.append(fault)
         if self.on_fault == RAISE:

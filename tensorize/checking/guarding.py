@@ -16,13 +16,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from tensorize.base.errors import FaultError
+from tensorize.base.sharded import is_sharded, on_any_rank, own_part, split_as
 from tensorize.base.tensors import is_plain
 from tensorize.capture.forward import of_the_model, once, untouched
 from tensorize.checking import graph
 from tensorize.checking.faults import Log, Mend, OnFault
 from tensorize.checking.gradients import Leaves
 from tensorize.checking.identity import COLUMNS, LOOKUP
-from tensorize.checking.memory import COUNT, Memory
+from tensorize.checking.memory import COUNT, Memory, held_by
 from tensorize.checking.site import CONV1D, HolderSite, ModuleSite, Site
 from tensorize.formats import packs
 from tensorize.ir.sites import Batch
@@ -40,18 +41,22 @@ _BACKWARDS = 4
 
 
 class Guard:
-    """What one guarded model knows."""
+    """What one guarded model knows.
 
-    def __init__(self, model: nn.Module, on_fault: OnFault) -> None:
+    ``together``: whether other processes train the same numbers, and skip the same steps.
+    """
+
+    def __init__(self, model: nn.Module, on_fault: OnFault, *, together: bool = False) -> None:
         self.model, self.log, self.memory = model, Log(on_fault), Memory()
+        self.together = together or any(map(is_sharded, model.parameters()))
         self.leaves = Leaves(self.log)
         self.handles: list[Any] = []
         self.traced = False
         self.sites: dict[str, Site] = {}
         inside: set[int] = set()  # modules that are a part of one that is checked as a whole
         for path, module in model.named_modules():
-            site = None if id(module) in inside else _site_of(path, module, self)
-            if site is not None:
+            found = () if id(module) in inside else _sites_of(path, module, self)
+            for site in found:
                 self.sites[site.name] = site
                 inside |= {id(part) for part in module.modules()}
         self._find_alone()
@@ -75,16 +80,11 @@ class Guard:
     # ------------------------------------------------------------------------------ on and off
 
     def attach(self) -> None:
-        """Put a hook on every weight that has a check."""
+        """Let every weight that has a check be checked."""
         for site in self.sites.values():
-            module = site.module
-            counted = torch.zeros((), dtype=torch.int64, device=_device(module))
-            module.register_buffer(COUNT, counted, persistent=False)
-            if isinstance(site, ModuleSite):
-                before = module.register_forward_pre_hook(site.before, with_kwargs=True)
-                self.handles += [before, module.register_forward_hook(site, with_kwargs=True)]
-            elif isinstance(site, HolderSite):
-                self.handles.append(module.register_forward_hook(site))
+            counted = torch.zeros((), dtype=torch.int64, device=_device(site.module))
+            site.module.register_buffer(COUNT, counted, persistent=False)
+            self.handles += site.attach()
         self.handles.append(self.model.register_forward_hook(_Settle(self)))
         self.model.__dict__[_GUARD] = self
 
@@ -144,7 +144,7 @@ class Guard:
 
         What checks multiply with is made anew of weights that were looked at, and of no others.
         """
-        only = None if site is None else [*site.module.parameters(), *site.module.buffers()]
+        only = None if site is None else held_by(site.module)
         mends, lost = self.memory.scrub(self.model, self._copy, only)
         for tensor in self.model.buffers() if only is None else only:
             packs.forget(tensor)  # nothing says whether they are whole
@@ -160,7 +160,11 @@ class Guard:
         if directory is None or not directory.exists():
             return None
         with opened(read_manifest(directory).weights) as file:
-            return file.get_tensor(name) if name in set(file.keys()) else None
+            if name not in set(file.keys()):
+                return None
+            values = file.get_tensor(name)
+        held = dict(self.model.named_parameters()).get(name)
+        return values if held is None else own_part(split_as(values, held))
 
     def settle_counts(self) -> None:
         """Take down what compiled graphs counted since, and do what is to be done.
@@ -194,15 +198,17 @@ class Guard:
         return found
 
     def skips(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before a step: let it do nothing where a gradient was wrong."""
-        if not self.log.skip_next:
+        """Before a step: let it do nothing where a gradient was wrong, in any process."""
+        skip = self.log.skip_next
+        if not (skip or self.together):
             return
         own = {id(parameter) for parameter in self.model.parameters()}
         stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
-        if stepped:
-            for parameter in stepped:
-                parameter.grad = None
-            self.log.skip_next, self.log.skipped = False, self.log.skipped + 1
+        if not stepped or not (on_any_rank(skip, stepped[0].device) if self.together else skip):
+            return
+        for parameter in stepped:
+            parameter.grad = None
+        self.log.skip_next, self.log.skipped = False, self.log.skipped + 1
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -255,6 +261,15 @@ def unguard(model: nn.Module) -> None:
 
 def _device(module: nn.Module) -> torch.device | None:
     return next((p.device for p in module.parameters()), None)
+
+
+def _sites_of(path: str, module: nn.Module, guard: Guard) -> Sequence[Site]:
+    """The checks of a module: its own, where it works in a way that only it knows."""
+    own = getattr(module, "guard_sites", None)
+    if own is not None:
+        return own(path, module, guard)
+    site = _site_of(path, module, guard)
+    return () if site is None else (site,)
 
 
 def _site_of(path: str, module: nn.Module, guard: Guard) -> Site | None:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensorize.base.errors import TensorizeError
-from tensorize.base.tensors import unwrapped
+from tensorize.base.tensors import plain_parts, unwrapped
 
 WEIGHTS, INPUTS, INTERMEDIATES, ACCUMULATORS = PLACES = (
     "weights", "inputs", "intermediates", "accumulators",
@@ -95,16 +95,14 @@ class _Flipping(TorchDispatchMode):
         self._next = time.perf_counter()
         self._places, self._bits, self._most = places, bits, most
         self._draw = random.Random(seed)
-        self._names = {
-            parameter.untyped_storage().data_ptr(): name
+        held = [
+            (name, part)
             for name, parameter in model.named_parameters()
             if parameter.dim() > 1
-        }
-        self._held = {
-            parameter.untyped_storage().data_ptr(): parameter
-            for parameter in model.parameters()
-            if parameter.dim() > 1
-        }
+            for part in plain_parts(parameter)
+        ]
+        self._names = {part.untyped_storage().data_ptr(): name for name, part in held}
+        self._held = {part.untyped_storage().data_ptr(): part for _, part in held}
         self._made: dict[int, tuple[weakref.ref, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

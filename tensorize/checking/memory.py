@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tensorize.base.tensors import lies_in_memory
+from tensorize.base.tensors import lies_in_memory, plain_parts
 from tensorize.checking.faults import Mend
 
 SUMS, ARTEFACT = "sums", "the artefact's copy"
@@ -222,11 +222,18 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer once; not what counts faults."""
-    yield from model.named_parameters()
-    for name, buffer in model.named_buffers():
-        if not name.endswith(COUNT):
-            yield name, buffer
+    """Every parameter and buffer once, of a shard this process's part; not what counts faults."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(COUNT):
+            continue
+        parts = list(plain_parts(tensor))
+        for k, part in enumerate(parts):
+            yield (name if len(parts) == 1 else f"{name}[{k}]"), part
+
+
+def held_by(module: nn.Module) -> list[Tensor]:
+    """The ordinary tensors that a module's parameters and buffers are made of, in this process."""
+    return [part for t in (*module.parameters(), *module.buffers()) for part in plain_parts(t)]
 
 
 COUNT = "_faults_seen"

@@ -72,19 +72,19 @@ def reported(guard: Guard) -> GuardReport:
     """The report of a guard."""
     sites, missing = [], [(what, "") for what in _NEVER]
     for site in guard.sites.values():
-        checked = [use for use in site.uses.values() if use.limits]
+        checked = [(name, use) for name, use in site.uses.items() if use.limits]
         if not checked:
             missing.append((site.name, "the calibration data do not reach it"))
         sites += [
             Checked(
                 site.name,
                 site.kind,
-                use.contract,
+                how,
                 use.rows,
                 {name: limit.relative for name, limit in use.limits.items()},
                 bool(use.back_limits),
             )
-            for use in checked
+            for how, use in checked
         ]
         for use in site.uses.values():
             missing += [(site.name, f"{why} ({n} times)") for why, n in use.missed.items()]

@@ -50,6 +50,10 @@ class Site:
         assert counted is not None
         return counted
 
+    def attach(self) -> list[Any]:
+        """Let the weight's products come here; what is to be removed again."""
+        raise NotImplementedError
+
     def matrix(self) -> Weight:
         """The weight as it is now."""
         raise NotImplementedError
@@ -223,6 +227,10 @@ class ModuleSite(Site):
         elif isinstance(module, nn.Linear):
             self.gradient_kind = "matrix"
 
+    def attach(self) -> list[Any]:
+        before = self.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        return [before, self.module.register_forward_hook(self, with_kwargs=True)]
+
     def matrix(self) -> Weight:
         weight: Any = self.module.weight
         return weight.t() if self.kind == CONV1D else weight  # (in, out) as it is held
@@ -330,6 +338,9 @@ def guarded_weight(weight: FactoredWeight, site: HolderSite) -> GuardedWeight:
 
 class HolderSite(Site):
     """Cores that stand for a parameter of a module with a forward of its own: a hook."""
+
+    def attach(self) -> list[Any]:
+        return [self.module.register_forward_hook(self)]
 
     def matrix(self) -> Weight:
         return self.module.forward()  # type: ignore[operator]

@@ -53,6 +53,7 @@ class Use:
     """How a weight is multiplied at one place.
 
     ``limits`` by dtypes of input and output; ``back_limits``: those of the gradient of the input.
+    ``outward``: the signs of outputs, where they are not to be chosen by the weight.
     """
 
     contract: str
@@ -62,12 +63,14 @@ class Use:
     back_seen: dict[str, Seen] = field(default_factory=dict)
     rows: int = 0
     missed: dict[str, int] = field(default_factory=dict)
+    outward: Tensor | None = None
     exact: Vectors | None = None
     rounded: dict[torch.dtype, Vectors] = field(default_factory=dict)
     _by_dtype: dict[tuple[torch.dtype, torch.dtype, bool], Limit] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Use:
         copied = memo[id(self)] = Use(self.contract, dict(self.limits), dict(self.back_limits))
+        copied.outward = self.outward
         if self.exact is not None:  # for graphs; else it is made of the copied weight
             copied.exact = replace(copy.deepcopy(self.exact, memo), state=())
         return copied
@@ -95,7 +98,7 @@ class Use:
                 product.wrote(product.held)
             weight, bias = product.make()
             back = gradients and self.contract != LOOKUP
-            chosen = None if exact is None else exact.signs
+            chosen = self.outward if exact is None else exact.signs
             exact = self.exact = Vectors.of(
                 weight, bias, self.contract, state, gradients=back, outward=chosen
             )
@@ -125,7 +128,7 @@ class Use:
         """Whether no row can be wrong, by one number of all rows."""
         off = vectors.off(x, y)
         if vectors.many is not None:  # whose noise is near its limit: each row by its own
-            return _beyond(off, vectors.scale(x, y), limit) is None
+            return beyond(off, vectors.scale(x, y), limit) is None
         return float(torch.linalg.vector_norm(off, torch.inf)) <= limit.floor
 
     def wrong(self, limit: Limit, x: Tensor, y: Tensor) -> Found | None:
@@ -136,12 +139,12 @@ class Use:
         assert self.exact is not None
         x = x.double() if x.is_floating_point() else x
         y = y.double()
-        return _beyond(self.exact.off(x, y), self.exact.scale(x, y), limit)
+        return beyond(self.exact.off(x, y), self.exact.scale(x, y), limit)
 
     def wrong_back(self, limit: Limit, gy: Tensor, gx: Tensor) -> Found | None:
         """The same of the gradient of the input."""
         off, scale = self.back_off(gy, gx)
-        return _beyond(off, scale, limit)
+        return beyond(off, scale, limit)
 
     def back_off(self, gy: Tensor, gx: Tensor) -> tuple[Tensor, Tensor]:
         """How far off rows of the gradient of the input are, and their scales."""
@@ -186,7 +189,8 @@ class Use:
         return eps * float(self.exact.sums.norm()) / math.sqrt(len(self.exact.sums))
 
 
-def _beyond(off: Tensor, scale: Tensor, limit: Limit) -> Found | None:
+def beyond(off: Tensor, scale: Tensor, limit: Limit) -> Found | None:
+    """Rows that are further off than their limits; nothing is known where a scale is not finite."""
     allowed = (limit.relative * scale).clamp(min=limit.floor)
     wrong = ~(off.abs() <= allowed) & torch.isfinite(scale)
     if not wrong.any():

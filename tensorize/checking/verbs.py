@@ -37,7 +37,8 @@ def guard(
 
     Args:
         model: dense or compressed.
-        calibration: as in ``compile``: some thousand rows of typical data.
+        calibration: as in ``compile``: some thousand rows of typical data. Of a model over several
+            processes all of them call this, with the same data where they share its weights.
         on_fault: ``"recompute"``: the product is computed again; if it stays wrong, the weight is
             mended (``scrub``) and the product computed once more. ``"raise"``: FaultError at once,
             and nothing is mended. A function: it is called with the ``Fault`` first.
@@ -63,7 +64,7 @@ def guard(
     before = guard_of(model)
     if before is not None:
         before.detach()
-    made = Guard(model, on_fault)
+    made = Guard(model, on_fault, together=isinstance(given, nn.parallel.DistributedDataParallel))
     try:
         made.attach()
         made.calibrate(batches)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from tensorize.base.errors import AnalysisError
 from tensorize.distributed.experts import Stack
+from tensorize.distributed.guarding import sites_of_linear
 from tensorize.distributed.layers import turn
 from tensorize.distributed.matrices import COLUMNS, ROWS, holder_of_bias, matrices_of
 from tensorize.distributed.readings import OneReading
@@ -106,7 +107,7 @@ class BottleneckSplit(Split):
                 linear,
                 "dense reader" if first is None else "factors",
                 **{"reading": reading, "ranks": self.ranks, "own_rows": own, "whole": whole},
-                **{"first_matrix": first, "last": last},
+                **{"first_matrix": first, "last": last, "guard_sites": sites_of_linear},
             )
             if first is not None:
                 first.place(self.put, COLUMNS)
@@ -119,7 +120,8 @@ class BottleneckSplit(Split):
         if first is not None:
             self._readers([linear], None)
             return
-        turn(linear, "dense writer", ranks=self.ranks, last=last)
+        known = {"last": last, "guard_sites": sites_of_linear}
+        turn(linear, "dense writer", ranks=self.ranks, **known)
         last.place(self.put, COLUMNS)
         self.put(linear, "bias", Shard(0))
 

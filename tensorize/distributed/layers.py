@@ -28,7 +28,8 @@ def turn(module: nn.Module, way: str, **state: Any) -> None:
 
 @cache
 def parted(way: str, base: type[nn.Module]) -> type[nn.Module]:
-    return subclass(base, {"forward": _WAYS[way]}, parted, way, base)
+    body = {"forward": _WAYS[way], "own_check": None, "sum_check": None}
+    return subclass(base, body, parted, way, base)
 
 
 # ------------------------------------------------------------------------------------------ norms
@@ -109,7 +110,10 @@ def _dense_reader(self: Any, x: Tensor) -> Tensor:
 
 def _dense_writer(self: Any, x: Tensor) -> Tensor:
     """A dense weight that reads this rank's columns, and gives its part of the stream."""
-    y = scattered(F.linear(x, self.last()), self.ranks)
+    if self.sum_check is None or torch.compiler.is_compiling():
+        y = scattered(F.linear(x, self.last()), self.ranks)
+    else:
+        y = self.sum_check.scattered(x)
     return y if self.bias is None else y + local(self.bias)
 
 
@@ -133,9 +137,17 @@ def _between(linear: nn.Module, narrow: Tensor) -> Tensor:
 
 def _finished(self: Any, narrow: Tensor) -> Tensor:
     """The product with this rank's rows of the last matrix, and the bias."""
-    bias = None if self.bias is None else own_rows_of(self, local(self.bias))
-    y = F.linear(narrow, own_rows_of(self, self.last()), bias)
+    if self.own_check is None or torch.compiler.is_compiling():
+        y = F.linear(narrow, *last_of(self))
+    else:
+        y = self.own_check.product(narrow)
     return gathered(y, self.ranks, partial=False) if self.whole else y
+
+
+def last_of(self: Any) -> tuple[Tensor, Tensor | None]:
+    """This rank's rows of the last matrix, and of the bias."""
+    bias = None if self.bias is None else own_rows_of(self, local(self.bias))
+    return own_rows_of(self, self.last()), bias
 
 
 def own_rows_of(self: Any, held: Tensor) -> Tensor:

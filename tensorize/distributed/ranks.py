@@ -21,15 +21,18 @@ from tensorize.training.checkpointing import ALWAYS_SAVED
 
 @dataclass(frozen=True)
 class Ranks:
-    """One dimension of a mesh: the name of its process group, how many ranks, and which this is."""
+    """One dimension of a mesh: the name of its process group, how many ranks, which this is, and
+    which ``processes`` they are."""
 
     group: str
     count: int
     this: int
+    processes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Ranks:
-        return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+        processes = tuple(mesh.mesh.flatten().tolist())
+        return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank(), processes)
 
     def part(self, size: int) -> slice:
         """This rank's part of so many entries, which the ranks divide."""
@@ -149,11 +152,7 @@ def reduced_product(
         group: the name of the process group.
         this: which rank this is: the k columns are the identity's in its rows.
     """
-    if not orders:
-        narrow = x @ _side_by_side(weights).t()
-    else:
-        each = zip(weights, orders, strict=True)
-        narrow = torch.cat([_product(x, weight, order, this) for weight, order in each], -1)
+    narrow = products(x, weights, orders, this)
     reduce = torch.ops._c10d_functional.all_reduce
     if squares is None:
         return _waited(reduce(narrow, "sum", group)), x.new_empty(0, dtype=torch.float32)
@@ -162,6 +161,14 @@ def reduced_product(
         return both[..., :-1].contiguous(), both[..., -1:].contiguous()
     parts = [reduce(narrow, "sum", group), reduce(squares, "sum", group)]
     return _waited(parts[0]), _waited(parts[1])
+
+
+def products(x: Tensor, weights: Sequence[Tensor], orders: Sequence[Tensor], this: int) -> Tensor:
+    """What this rank adds to ``reduced_product``."""
+    if not orders:
+        return x @ _side_by_side(weights).t()
+    each = zip(weights, orders, strict=True)
+    return torch.cat([_product(x, weight, order, this) for weight, order in each], -1)
 
 
 def _product(x: Tensor, weight: Tensor, order: Tensor, this: int) -> Tensor:

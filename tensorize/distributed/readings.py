@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorize.distributed.guarding import PartOfSum, summed_product
 from tensorize.distributed.layers import gained, scale_of
 from tensorize.distributed.matrices import Matrix
 from tensorize.distributed.ranks import Ranks, fanned, gathered, reduced_product, summed
@@ -34,6 +35,7 @@ class OneReading:
         self.ranks, self.norm = ranks, norm
         self.firsts = [first for first in firsts if first is not None]
         self.count = len(firsts)
+        self.checks: dict[int, PartOfSum] = {}
         self._last: Any = None
 
     def __call__(self, reader: Any, x: Tensor) -> Tensor:
@@ -57,8 +59,12 @@ class OneReading:
             orders = [first.order() for first in firsts.values()]
             if not any(map(len, orders)):
                 orders = []
-            how = self.ranks.group, self.ranks.this
-            product, squares = reduced_product(part, weights, orders, squares, *how)
+            checks = [self.checks.get(key) for key in firsts]
+            if None in checks or torch.compiler.is_compiling():
+                how = self.ranks.group, self.ranks.this
+                product, squares = reduced_product(part, weights, orders, squares, *how)
+            else:
+                product, squares = summed_product(checks, part, weights, orders, squares)
             if self.norm is not None:
                 product = (product * scale_of(self.norm, squares)).to(product.dtype)
             parts = fanned(product, self.ranks).split([len(w) for w in weights], -1)

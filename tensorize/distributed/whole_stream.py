@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
 from tensorize.base.errors import AnalysisError, CaptureError
+from tensorize.distributed.guarding import sites_of_linear
 from tensorize.distributed.layers import turn
 from tensorize.distributed.matrices import COLUMNS, ROWS, Matrix, holder_of_bias, matrices_of
 from tensorize.distributed.ranks import Ranks, fanned
@@ -111,6 +112,7 @@ class NaiveSplit(Split):
         """A dense weight whose output is split; ``whole``: and then gathered."""
         _, last = matrices_of(linear, self.ranks)
         state = {"own_rows": rows, "whole": whole, "last": last}
+        state |= {"first_matrix": None, "guard_sites": sites_of_linear}
         turn(linear, "dense reader", reading=fan, ranks=self.ranks, **state)
         last.place(self.put, ROWS if rows is None else None)
         self.put(linear, "bias", Shard(0) if rows is None else Replicate())

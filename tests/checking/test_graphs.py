@@ -35,9 +35,15 @@ def test_exported_programs_count_faults(form: str, dtype: torch.dtype) -> None:
         assert any(int(b) > 0 for name, b in runs.named_buffers() if name.endswith(COUNT))
 
 
-def test_the_operation_that_looks_at_counts_is_one() -> None:
+def test_the_operations_of_checks_pass_opcheck() -> None:
     counts = [torch.zeros((), dtype=torch.int64)]
     torch.library.opcheck(torch.ops.tensorize.settle_faults.default, (counts, "no model"))
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 6)
+    one = torch.ones(6), torch.randn(8), torch.zeros(1)
+    many = [torch.ones(6, 12), torch.randn(8, 12), torch.zeros(12)]
+    for given in ((x, y, *one, None), (x.bfloat16(), y.bfloat16(), *one, many)):
+        limits = [1e-3, 1e-3], [1e-3, 1e-3]
+        torch.library.opcheck(torch.ops.tensorize.wrong_rows.default, (*given, *limits, "none"))
 
 
 @pytest.mark.slow

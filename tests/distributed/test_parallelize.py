@@ -29,7 +29,7 @@ from tensorize.formats.registry import format_of
 from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.weight.cores import Cores
 from tensorize.weight.install import factored
-from tests.distributed import models, processes
+from tests.distributed import guarded, models, processes
 from tests.distributed.models import CASES, RANK, WIDTH, farthest, loss_of, mine, words
 
 BATCH, TIME = 4, 16
@@ -247,6 +247,7 @@ IN_TWO: list[processes.Check] = [
     shared_first_factors_are_one,
     checkpointing_repeats_no_product,
     other_numbers_are_refused,
+    *guarded.IN_TWO,
 ]
 
 
@@ -260,7 +261,8 @@ def test_two_processes_with_all_models(tmp_path: Path) -> None:
     split = [same_in(case, tp=2) for case in seldom]
     split += [same_in(case, "naive", tp=2) for case in NAIVE]
     split += [same_in(case, "megatron", tp=2) for case in MEGATRON]
-    processes.run([*split, *(same_in(case, dp=2) for case in CASES)], 2, tmp_path)
+    by_data = [same_in(case, dp=2) for case in CASES]
+    processes.run([*split, *by_data, *guarded.SELDOM], 2, tmp_path)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tensorize
+from tensorize.ir.work import work_of
 from tests.kernels import here, holds_under_the_interpreter
 from tests.running.fused_graphs import EAGER, Block, RMSNorm, X, by_kernels, mlp, swiglu, traced
 from tests.running.fused_graphs import three as grouped
@@ -60,6 +61,21 @@ def test_a_check_whose_product_no_launch_computes_stays_as_it_was() -> None:
     assert program.fused == ()
     (check,) = (n for n in program.graph.graph.nodes if "wrong_rows" in str(n.target))
     assert all(isinstance(value, torch.fx.Node) for value in check.args[:5])
+
+
+@here
+def test_the_launch_that_checks_passes_opcheck() -> None:
+    for name in ("grouped", "one weight"):
+        program = traced(guarded(name), X)
+        module = program.graph
+        (node,) = (n for n in module.graph.nodes if "triton_guarded" in str(n.target))
+        work = work_of(node.args[1])
+        shapes = work.input_shapes(3)
+        inputs = [torch.randn(shape) for shape in shapes]
+        signs = [torch.ones(spec.shape[0]) for spec in work.specs]
+        sums = [torch.randn(spec.shape[1]) for spec in work.specs]
+        given = inputs, node.args[1], signs, sums, [1.0, 1.0] * len(work.specs)
+        torch.library.opcheck(torch.ops.tensorize.triton_guarded, given)
 
 
 def weights_of(model: nn.Module) -> list[torch.Tensor]:

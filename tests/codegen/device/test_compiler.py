@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 EVERY = {**FAMILIES, **GUARDED}
-# One dtype is enough for the default run; float16 compiles as bfloat16 does.
+# One dtype is enough for the default run.
 CASES = [
     pytest.param(
         name, target, dtype, id=f"{name}-{target}-{dtype}", marks=() if quick else pytest.mark.slow
