@@ -87,8 +87,8 @@ def compare(
     ours = tensorize.analyze(
         model, calibration=calibration, refine=refine, seed=seed, progress=False
     )
-    found: Run = {"dense": {"all": {**subject.dense}}}
-    found["dense"]["all"]["seconds_of_analysis"] = time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    found: Run = {"dense": {"all": {**subject.dense(), "seconds_of_analysis": seconds}}}
     methods: dict[str, peers.Method] = {}
     if others is None:
         frobenius = {"example_inputs": batch_of(calibration[0]), "metric": "frobenius"}

@@ -79,7 +79,7 @@ class Subject:
 
     ``alike`` is of the same files as the calibration, ``unseen`` of other ones. So many batches as
     ``sensed`` serve where every weight is compressed alone; 0: that, and gradient steps, take too
-    long. ``dense`` are the dense model's own figures.
+    long. ``text``: the unseen one as windows of token ids, for models that have a loss of their own.
     """
 
     model: nn.Module
@@ -87,7 +87,11 @@ class Subject:
     alike: Measure
     unseen: Measure
     sensed: int
-    dense: dict[str, float]
+    text: Tensor | None
+
+    def dense(self) -> dict[str, float]:
+        """The dense model's own figures."""
+        return {} if self.text is None else {"loss": loss(self.model, self.text)}
 
 
 def predictions(
@@ -148,7 +152,7 @@ def decoder(load: Callable[[], nn.Module], seed: int) -> Subject:
         alike=alike,
         unseen=other,
         sensed=2,
-        dense={"loss": loss(model, unseen)},
+        text=unseen,
     )
 
 
@@ -172,7 +176,7 @@ def encoder(seed: int, count: int = SENTENCES) -> Subject:
         alike=on(known[count:]),
         unseen=on(unseen),
         sensed=SENSED_SENTENCES // BATCH,
-        dense={},
+        text=None,
     )
 
 
@@ -199,7 +203,7 @@ def language_model(packaged: Packaged, seed: int) -> Subject:
         alike=alike,
         unseen=unseen,
         sensed=0,
-        dense={"loss": loss(model, torch.cat(list(unseen.batches)))},
+        text=torch.cat(list(unseen.batches)),
     )
 
 
