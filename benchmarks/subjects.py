@@ -79,7 +79,7 @@ class Subject:
 
     ``alike`` is of the same files as the calibration, ``unseen`` of other ones. So many batches as
     ``sensed`` serve where every weight is compressed alone; 0: that, and gradient steps, take too
-    long. ``text``: the unseen one as windows of token ids, for models that have a loss of their own.
+    long. ``text``: the unseen one as windows of token ids, where models have a loss of their own.
     """
 
     model: nn.Module

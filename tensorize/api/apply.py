@@ -215,7 +215,7 @@ def apply_plan(
 def _bits_of(model: nn.Module, analysis: Analysis) -> Callable[[Precision], float] | None:
     """What the dense model, as it is now, loses with fewer bits, on batches that are held out."""
     sites, batches = analysis.program.free, split(analysis.calibration)[1]
-    if not batches or any(site.modes for site in sites):  # complex numbers are no integers
+    if not batches or any(site.reals > 1 for site in sites):  # complex numbers are no integers
         return None
 
     @functools.cache

@@ -265,7 +265,7 @@ def test_a_recurrent_weight_is_timed_with_its_rebuilding() -> None:
 
 def _microseconds(text: str) -> float:
     number, unit, *_ = text.split()
-    return float(number) * {"ns": 1e-3, "us": 1.0, "ms": 1e3}[unit]
+    return float(number) * {"ns": 1e-3, "µs": 1.0, "ms": 1e3}[unit]
 
 
 def test_recurrent_weights_stay_dense_where_others_are_enough() -> None:
