@@ -18,7 +18,7 @@ nothing is None until a later pass fills it in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -80,7 +80,7 @@ class WithSites(_Asked):
     sites: tuple[Site, ...]
     sizes: Mapping[str, tuple[int, int]]
     counted: Mapping[Batch, Counted] | None = None
-    few: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    few: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     unforeseen: Mapping[str, float] = field(default_factory=dict)
 
     @property

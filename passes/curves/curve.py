@@ -49,7 +49,9 @@ class Spectrum:
     first factor in common with other weights. ``measured`` are pairs of a distortion and the rise
     of the loss that it was found to cost, of a weight measured by itself. ``roundings`` say what
     fewer bits add, for every precision that was asked for. ``squares`` are the means of the squares
-    of its rows and of its columns, where its entries are real.
+    of its rows and of its columns, where its entries are real. ``few``: the rows that it met in the
+    data and its columns, where they were fewer; ``unforeseen``: of lookups to come the share that
+    will be of rows not met, of a table.
     """
 
     site: Site
@@ -63,6 +65,8 @@ class Spectrum:
     measured: tuple[tuple[float, float], ...] = ()
     roundings: tuple[Rounding, ...] = ()
     squares: tuple[Tensor, Tensor] | None = None
+    few: tuple[int, int] | None = None
+    unforeseen: float | None = None
 
     @property
     def codes(self) -> bool:

@@ -43,20 +43,15 @@ class LearnInGroups:
         todo = [site for site in found.free if site.name not in spectra]
         groups = groups_that_fit(todo, found.metric, self.max_bytes)
         notes, last, begun = found.notes, (), time.perf_counter()
-        few: dict[str, Sequence[int]] = {}
-        unforeseen: dict[str, float] = {}
         for last in groups:
             names = frozenset(site.name for site in last)
             observed = found.to(Observed, statistics={})
             if any(has_moments(site, found.metric) for site in last):
                 observed = replace(self.statistics, only=names).run(found)
             notes += observed.notes[len(found.notes) :]
-            few |= observed.few
-            unforeseen |= observed.unforeseen
             begun = time.perf_counter()
             spectra = self.spectra.curves(observed, last, spectra)
-        told = replace(found, notes=notes, few=few, unforeseen=unforeseen)
-        learned = self.spectra.learned(told, spectra, last, begun)
+        learned = self.spectra.learned(replace(found, notes=notes), spectra, last, begun)
         counted = f"{len(groups)} group{'s' * (len(groups) != 1)} of weights"
         summary = f"{counted}, {kept} kept by an earlier run; {learned.summary}"
         return replace(learned, summary=summary)

@@ -91,6 +91,8 @@ class ComputeSpectra:
                 roundings=roundings(work, metrics, self.precisions),
                 squares=None if work.is_complex() else _squares(work),
                 in_nats=reached and observed.metric == "loss",
+                few=observed.few.get(site.name),
+                unforeseen=observed.unforeseen.get(site.name),
             )
 
         spectra, whole = dict(known), len(observed.free)
@@ -123,7 +125,10 @@ class ComputeSpectra:
             summary += f"; {before} were kept by an earlier run"
         if parameters := sum(site.parameters for site in last):
             summary += f"; {seconds((time.perf_counter() - begun) / parameters)} a parameter"
-        return found.to(Learned, spectra=ordered, summary=summary)
+        few = {name: curve.few for name, curve in ordered.items() if curve.few is not None}
+        unforeseen = {n: c.unforeseen for n, c in ordered.items() if c.unforeseen is not None}
+        told = {"few": few, "unforeseen": unforeseen}
+        return found.to(Learned, spectra=ordered, summary=summary, **told)
 
 
 def spectrum(

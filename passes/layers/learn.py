@@ -61,28 +61,21 @@ class LearnInLayers:
             sweep = _Sweep(self, found, spectra)
             sweep.run()
             spectra = sweep.spectra
-        told = self._told()
         last = [site for site in found.free if site.name not in known]
-        notes = (*found.notes, *told.pop("notes"))
-        found = replace(found, notes=notes, **told)
+        found = replace(found, notes=(*found.notes, *self._told()))
         learned = self.spectra.learned(found, spectra, last, begun)
         counted = f"{self.layers.count} layers of weights"
         summary = f"{counted}, {len(known)} kept by an earlier run; {learned.summary}"
         return replace(learned, summary=summary)
 
-    def _told(self) -> dict[str, Any]:
-        """What was said of the weights of all parts, by their names: fields of the stage."""
+    def _told(self) -> tuple[str, ...]:
+        """What was said of the weights of all parts."""
         work = self.layers.work
-        few: dict[str, Sequence[int]] = {}
-        unforeseen: dict[str, float] = {}
         probes, notes = work.noted(_PROBES), list[str]()
         for part in (None, *range(self.layers.count)):
-            if told := work.noted(_told(part)):
-                notes += told["notes"]
-                few |= {name: tuple(met) for name, met in told["few"].items()}
-                unforeseen |= told["unforeseen"]
+            notes += (work.noted(_told(part)) or {"notes": ()})["notes"]
         first = [probes["note"]] if probes and probes["note"] else []
-        return {"notes": (*first, *sorted(notes)), "few": few, "unforeseen": unforeseen}
+        return (*first, *sorted(notes))
 
 
 @dataclass(frozen=True)
@@ -233,13 +226,11 @@ class _Sweep:
         """Turn moments into curves, each kept as soon as it is made."""
         found, work = self.found, self.layers.work
         observed = gathering.observed(probes.rows, probes.count, len(self.given.learnt))
-        told = work.noted(_told(part)) or {"notes": [], "few": {}, "unforeseen": {}}
+        told = work.noted(_told(part)) or {"notes": ()}
         notes = {*told["notes"], *observed.notes[len(found.notes) :]}
-        by_name = {
-            name: {**told[name], **getattr(observed, name)} for name in ("few", "unforeseen")
-        }
-        work.note(_told(part), {"notes": sorted(notes), **by_name})
-        moved = found.to(Observed, statistics=observed.statistics)
+        work.note(_told(part), {"notes": sorted(notes)})
+        met = {"few": observed.few, "unforeseen": observed.unforeseen}
+        moved = found.to(Observed, statistics=observed.statistics, **met)
         self.spectra = self.given.spectra.curves(moved, todo, self.spectra)
 
     # ----------------------------------------------------------------- what goes to the part before

@@ -29,7 +29,7 @@ log = logging.getLogger("tensorize")
 
 
 # Of what is kept: entries of another format have other keys.
-FORMAT = 7
+FORMAT = 8
 _ENDING = ".safetensors"
 _SQUARES = ("squares of rows", "squares of columns")
 # Names of groups, so that they are not those of weights.
@@ -222,6 +222,8 @@ def _curve_to_dict(curve: Spectrum, tensors: dict[str, Tensor]) -> dict[str, Any
         "train_points": plain(curve.train_points),
         "in_nats": curve.in_nats,
         "roundings": [[each.precision, each.dense] for each in curve.roundings],
+        "few": curve.few,
+        "unforeseen": curve.unforeseen,
     }
 
 
@@ -251,4 +253,6 @@ def _curve_from_dict(
             for name, dense in data["roundings"]
         ),
         squares=(tensors[_SQUARES[0]], tensors[_SQUARES[1]]) if _SQUARES[0] in tensors else None,
+        few=None if data["few"] is None else (data["few"][0], data["few"][1]),
+        unforeseen=data["unforeseen"],
     )

@@ -12,7 +12,8 @@ from tensorize.distributed.same import check_same
 from tensorize.distributed.shapes import Shape, Sizes
 from tensorize.distributed.split import Split
 from tensorize.distributed.whole_stream import MegatronSplit, NaiveSplit
-from tensorize.ir.spec import DENSE, LOW_RANK
+from tensorize.formats.dense import is_dense
+from tensorize.formats.registry import named
 from tensorize.weight.install import factored
 
 STYLES: dict[str, type[Split]] = {
@@ -45,7 +46,8 @@ def split_over(model: nn.Module, shape: Shape, mesh: DeviceMesh, style: str) -> 
 
 def _refuse_other_formats(model: nn.Module) -> None:
     for name, weight in factored(model):
-        if weight.spec.format not in (DENSE, LOW_RANK):
+        inside = weight.spec.format  # of integers, that of what they stand for
+        if not (is_dense(inside) or named(inside).pair):
             raise AnalysisError(
                 f"it is {weight.format.title}, and only dense and low-rank weights are split over "
                 "tp",
