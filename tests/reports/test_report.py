@@ -172,7 +172,7 @@ def test_everything_that_prints_goes_to_any_pipe(encoding: str, report: Report) 
     plain_budget = replace(report.plan, budget="params=0.2")
     for each in (
         replace(report, plan=plain_budget, sites=own.sites, notes=()), report.curve, own,
-        own.curve, own.plan, *own.notes, analysis, analysis.plan(0.5), analysis.curve(),
+        own.curve, own.plan, analysis, analysis.plan(0.5), analysis.curve(),
         tensorize.plan_contraction(spec), spec, small, small[0].weight, graphs.diff(),
         graphs.print_readable(), *tensorize.kernels(small).values(),
     ):  # fmt: skip
