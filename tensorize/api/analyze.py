@@ -28,7 +28,13 @@ from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
 from tensorize.capture.batches import ToInputs, calibration_batches, left_out
 from tensorize.capture.forward import in_usual_modes, out_of_memory
-from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper, without_cache
+from tensorize.capture.inputs import (
+    check_model,
+    check_module,
+    find_inputs,
+    notes_on_wrapper,
+    without_cache,
+)
 from tensorize.capture.synthetic import affordable, is_self, self_made
 from tensorize.hub.gathered import gathered, is_gathered
 from tensorize.ir.plan import POLISH, REFIT
@@ -104,8 +110,9 @@ def analyze(
 def analyzed(model: nn.Module, options: Options) -> Analysis:
     """``analyze`` with its options as one record."""
     options.check_data()
-    if not is_gathered(unwrapped(model)):
-        return _analyzed_together(unwrapped(model), options)
+    inner = unwrapped(check_module(model))
+    if not is_gathered(inner):
+        return _analyzed_together(inner, options)
     if options.cache_dir is not None:
         disk.prepare(options.cache_dir)
     given, model = model, check_model(model, inplace=options.inplace)

@@ -23,7 +23,7 @@ from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
 from tensorize.capture.batches import ToInputs
 from tensorize.capture.forward import in_usual_modes
-from tensorize.capture.inputs import check_model, find_inputs
+from tensorize.capture.inputs import check_model, check_module, find_inputs
 from tensorize.hub.gathered import gathered, is_gathered
 from tensorize.ir.plan import Plan
 from tensorize.ir.precision import Precision
@@ -96,8 +96,9 @@ def apply(
 @in_usual_modes("apply")
 def applied(model: nn.Module, plan: Plan, options: Options) -> nn.Module:
     """``apply`` with its options as one record."""
-    if not is_gathered(unwrapped(model)):
-        return _applied_together(unwrapped(model), plan, options)
+    inner = unwrapped(check_module(model))
+    if not is_gathered(inner):
+        return _applied_together(inner, plan, options)
     model = check_model(model, inplace=options.inplace)
     if not isinstance(plan, Plan):
         raise AnalysisError(

@@ -29,6 +29,20 @@ from tensorize.ir.sites import EXAMPLE, Batch
 log = logging.getLogger("tensorize")
 
 
+def check_module(model: Any) -> nn.Module:
+    """What a caller gave as a model.
+
+    Raises:
+        CaptureError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}",
+            way_out="pass the module itself, not a function, a path or a state dict",
+        )
+    return model
+
+
 def check_model(model: Any, *, on_meta: bool = False, inplace: bool = False) -> nn.Module:
     """The module that a caller gave, out of torch's own wrappers.
 
@@ -39,11 +53,7 @@ def check_model(model: Any, *, on_meta: bool = False, inplace: bool = False) -> 
     Raises:
         CaptureError: it is no module with real parameters, or cannot be changed in place.
     """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}",
-            way_out="pass the module itself, not a function, a path or a state dict",
-        )
+    model = check_module(model)
     if inplace and isinstance(model, nn.parallel.DistributedDataParallel):
         raise CaptureError(
             "DistributedDataParallel gathers the gradients of the dense parameters, so its model "

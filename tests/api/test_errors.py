@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,21 @@ def test_a_pattern_that_matches_nothing_shows_near_names(option: str) -> None:
     assert "middle" in str(caught.value.way_out)
 
 
-def test_something_that_is_no_module() -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda given: tensorize.compile(given, budget=0.5),
+        tensorize.analyze,
+        lambda given: tensorize.apply(given, tensorize.analyze(MLP()).plan(0.5)),
+        lambda given: tensorize.restructure(given, tensorize.analyze(MLP()).plan(0.5)),
+        lambda given: tensorize.heal(given, MLP(), [], steps=1),
+        tensorize.densify,
+    ],
+    ids=["compile", "analyze", "apply", "restructure", "heal", "densify"],
+)
+def test_something_that_is_no_module(use: Callable[[Any], Any]) -> None:
     with pytest.raises(tensorize.CaptureError, match=r"must be a torch\.nn\.Module, got function"):
-        tensorize.compile(lambda x: x, budget=0.5)  # type: ignore[arg-type]
+        use(lambda x: x)
 
 
 def test_a_module_without_parameters() -> None:
