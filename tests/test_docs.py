@@ -49,10 +49,11 @@ def test_every_kind_of_error_has_its_exit_code() -> None:
 
 
 def test_the_pictures_are_what_their_script_makes() -> None:
-    concepts = (DOCS / "concepts.md").read_text()
     kept = {path.stem: path.read_text() for path in (DOCS / "pictures").glob("*.svg")}
-    assert kept == {name: pictures.svg(name) for name in pictures.PICTURES}
-    assert all(f"](pictures/{name}.svg)" in concepts for name in kept)
+    assert kept == pictures.pictures()
+    for page, drawn in pictures.PAGES.items():
+        shown = re.findall(r"\]\(pictures/(\w+)\.svg\)", (DOCS / f"{page}.md").read_text())
+        assert shown == [draw.__name__ for draw in drawn]
 
 
 @pytest.mark.slow
