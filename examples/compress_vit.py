@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tensorize
+from examples.fitting import fit
 from tensorize.base.printer import count, percent, table
 
 FIGURES = ("disc", "square", "triangle", "ring", "cross", "bar", "half disc", "frame")
@@ -93,21 +94,12 @@ def build(width: int, layers: int, patch: int) -> Any:
 
 def train(model: Any, steps: int, batch: int, generator: torch.Generator) -> float:
     """Train on images that are drawn as they are needed; the mean loss of the last steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    losses: list[float] = []
-    model.train()
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         pixels, labels = images(batch, generator)
-        loss = F.cross_entropy(model(pixel_values=pixels).logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    model.eval()
-    last = losses[-max(steps // 10, 1) :]
-    return sum(last) / len(last)
+        return F.cross_entropy(model(pixel_values=pixels).logits, labels)
+
+    return fit(model, loss, steps, rate=1e-3, decay=0.05)
 
 
 @torch.no_grad()

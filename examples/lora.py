@@ -22,6 +22,7 @@ from torch import Tensor
 
 import tensorize
 from examples import gpt, llama, stdlib_text
+from examples.fitting import fit
 from tensorize.base.printer import bytes_, count, percent, table
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,19 +70,13 @@ def with_adapters(model: Any, rank: int) -> Any:
 def train(model: Any, tokens: Tensor, steps: int, batch: int, rate: float) -> None:
     """Adam on the next token, at random places of a text."""
     generator = torch.Generator().manual_seed(0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    model.train()
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         starts = torch.randint(len(tokens) - CONTEXT, (batch,), generator=generator)
         ids = torch.stack([tokens[start : start + CONTEXT] for start in starts.tolist()])
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.eval()
+        return model(input_ids=ids, labels=ids).loss
+
+    fit(model, loss, steps, rate=rate, decay=0.0)
 
 
 def loads_to_the_same_bits(tuned: Any, small: Path, adapter: Path, ids: Tensor) -> bool:

@@ -23,6 +23,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import tensorize
+from examples.fitting import fit
 from tensorize.base.printer import count, interval, number, percent, table
 
 DAY, WEEK = 24, 168
@@ -127,16 +128,11 @@ SHAPES = {"patchtst": patchtst, "informer": informer, "timesfm": timesfm}
 
 def train(shape: Shape, steps: int, batch: int, generator: torch.Generator) -> None:
     """Learn to forecast random series by the model's own loss."""
-    optimizer = torch.optim.AdamW(shape.model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    shape.model.train()
-    for _ in range(steps):
-        loss = shape.model(**shape.given(*series(batch, generator))).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    shape.model.eval()
+
+    def loss() -> Tensor:
+        return shape.model(**shape.given(*series(batch, generator))).loss
+
+    fit(shape.model, loss, steps, rate=3e-3)
 
 
 @torch.no_grad()

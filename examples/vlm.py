@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 import tensorize
+from examples.fitting import fit
 from tensorize.base.printer import count, interval, number, percent, table
 
 COLOURS = {
@@ -200,21 +201,12 @@ def train(
     model: nn.Module, processor: Processor, steps: int, batch: int, generator: torch.Generator
 ) -> float:
     """Learn the answers to random pairs; the last loss, in nats a word."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    model.train()
-    losses: list[float] = []
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         inputs = processor(pairs(batch, generator))
-        loss = model(**inputs, labels=_answers(inputs["input_ids"])).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    model.eval()
-    last = losses[-max(steps // 20, 1) :]
-    return sum(last) / len(last)
+        return model(**inputs, labels=_answers(inputs["input_ids"])).loss
+
+    return fit(model, loss, steps, rate=3e-3)
 
 
 def _answers(ids: Tensor) -> Tensor:

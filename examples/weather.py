@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
+from examples.fitting import fit
 from tensorize.base.printer import count, interval, number, percent, table
 
 LENGTH = 4e6  # m, of a side
@@ -232,20 +233,12 @@ def train(
     """Learn the change from each state (T + 1, B, C, S, S) to the next; the last relative error."""
     now = (states[:-1] / scales.state).flatten(0, 1)
     change = (states.diff(dim=0) / scales.change).flatten(0, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    errors: list[float] = []
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(now), (batch,), generator=generator)
-        loss = (model(now[rows]) - change[rows]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        errors.append(math.sqrt(loss.item()))
-    model.eval()
-    last = errors[-max(steps // 20, 1) :]
-    return sum(last) / len(last)
+        return (model(now[rows]) - change[rows]).square().mean()
+
+    return math.sqrt(fit(model, loss, steps, rate=3e-3))
 
 
 @torch.no_grad()
