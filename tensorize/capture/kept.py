@@ -13,6 +13,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -99,10 +100,9 @@ def _same(live: Any, before: Any) -> bool:
         return False
     if isinstance(live, set):
         return live == before
-    if isinstance(live, dict) and not all(a is b for a, b in zip(live, before, strict=True)):
-        return False
-    values = (live.values(), before.values()) if isinstance(live, dict) else (live, before)
-    return all(a is b for a, b in zip(*values, strict=True))
+    if isinstance(live, dict):
+        return all(map(is_, live, before)) and all(map(is_, live.values(), before.values()))
+    return all(map(is_, live, before))
 
 
 class _Held:

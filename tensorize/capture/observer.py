@@ -63,15 +63,16 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.differentiates |= func in DERIVATIVES
-        watched = [t for t in _tensors(args, kwargs) if id(t) in self._names]
+        tensors = _tensors(args, kwargs)
+        watched = [tensor for tensor in tensors if id(tensor) in self._names]
         if watched and func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
-        if not self._frozen:
-            result = func(*args, **kwargs)
-        else:
+        if self._frozen and any(map(_is_frozen, tensors)):
             free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
             result = func(*free_args, **free_kwargs)
+        else:
+            result = func(*args, **kwargs)
         if is_transformed():
             self._tell_of_wrapped(args, kwargs)
         names = [self._names[id(weight)][0] for weight in watched]
@@ -81,9 +82,10 @@ class Observer(TorchFunctionMode):
         return result
 
     def _detach(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not _is_frozen(value):
+            return value
         if not isinstance(value, nn.Parameter):
-            inference = isinstance(value, Tensor) and value.is_inference()
-            return value.clone() if inference else value  # which no gradient can pass
+            return value.clone()
         return self._stand_ins[id(value)] if id(value) in self._stand_ins else value.detach()
 
     def _tell_of_wrapped(self, args: tuple, kwargs: dict) -> None:
@@ -128,6 +130,11 @@ class Observer(TorchFunctionMode):
                     return f"{CUSTOM}{frame.f_locals['cls'].__name__}"
             frame = frame.f_back
         return None
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Whether functions get another tensor: a parameter, or what no gradient can pass."""
+    return isinstance(tensor, nn.Parameter) or tensor.is_inference()
 
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
