@@ -15,6 +15,7 @@ from torch import nn
 import tensorize
 from benchmarks.subjects import text
 from examples.llama import load_pretrained as trained_llama
+from tests.marks import slow_but
 from tests.models import CASES, MLP, Case, held_bytes, parameters, relative
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -101,7 +102,7 @@ def test_gradients_reach_every_core(name: str) -> None:
     assert [n for n in without if "pooler" not in n] == []
 
 
-@ALL
+@pytest.mark.parametrize("name", slow_but(("mlp", "gpt", "gpt2"), CASES))
 def test_graphs_show_what_became_of_every_factorized_site(name: str) -> None:
     case = CASES[name]
     small = tensorize.compile(case.model(), budget=0.4, example_inputs=case.batch())

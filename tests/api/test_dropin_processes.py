@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ def _process(rank: int, meeting: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_fsdp2_and_tensor_parallel(tmp_path: Path) -> None:
     meeting = (tmp_path / "meeting").as_uri()
     torch.multiprocessing.spawn(_process, (meeting,), nprocs=2)

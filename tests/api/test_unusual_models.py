@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tensorize
+from tests.marks import slow
 from tests.models import relative
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
@@ -49,7 +50,7 @@ def csr(x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("layout", [coo, csr])
 @pytest.mark.parametrize("how", ["mm", "sparse.mm", "linear"])
-@pytest.mark.parametrize("form", ["low_rank", "tt"])
+@pytest.mark.parametrize("form", ["low_rank", slow("tt")])
 @pytest.mark.parametrize("metric", ["frobenius", "input", "loss"])
 def test_sparse_inputs(layout: Any, how: str, form: str, metric: str) -> None:
     given = layout(SPARSE)

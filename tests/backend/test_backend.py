@@ -17,6 +17,7 @@ from tensorize.backend.options import read_options
 from tensorize.backend.preview import _made
 from tensorize.weight.install import factored
 from tests.backend.lowered_models import Attention, X, compressed
+from tests.marks import slow, slow_but
 from tests.models import CASES, relative
 
 
@@ -25,11 +26,16 @@ def test_the_backend_is_found_by_its_entry_point() -> None:
 
 
 MODELS = ["mlp", "gpt", "llama", "gpt2", "bert", "vit", "t5", "mixtral"]
-SLOW = [pytest.param(name, "auto", marks=pytest.mark.slow) for name in MODELS if name != "llama"]
+FAST = {("mlp", "eager"), ("gpt", "eager"), ("gpt2", "eager"), ("llama", "auto")}
 
 
 @pytest.mark.parametrize(
-    ("name", "inner"), [*[(name, "eager") for name in MODELS], ("llama", "auto"), *SLOW]
+    ("name", "inner"),
+    [
+        (name, inner) if (name, inner) in FAST else slow(name, inner)
+        for name in MODELS
+        for inner in ("eager", "auto")
+    ],
 )
 def test_a_compressed_model_computes_the_same(name: str, inner: str) -> None:
     case = CASES[name]
@@ -38,7 +44,7 @@ def test_a_compressed_model_computes_the_same(name: str, inner: str) -> None:
     assert relative(case.output(lowered), case.output(small)) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(("mlp", "gpt", "llama"), MODELS))
 def test_a_dense_model_is_previewed_with_the_numbers_of_compile(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

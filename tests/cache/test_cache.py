@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tensorize.ir.budget import parse_bytes
 from tensorize.passes.curves import in_groups
 from tensorize.passes.observe.moments import has_moments, moment_bytes
 from tensorize.passes.observe.statistics import CollectStatistics
+from tests.marks import slow
 from tests.paths import ROOT
 
 IDS = [torch.arange(24).reshape(2, 12).roll(k) for k in range(6)]
@@ -229,8 +231,8 @@ print(found.cache, [note for note in found.notes if "cache_dir" in note])
 """
 
 
-@pytest.mark.parametrize("held", [pytest.param("memory", marks=pytest.mark.slow), "mapped"])
-@pytest.mark.parametrize("room", [0, 3000])
+@pytest.mark.parametrize("held", [slow("memory"), "mapped"])
+@pytest.mark.parametrize("room", [0, slow(3000)])
 def test_a_full_disk_costs_the_cache_and_not_the_analysis(
     room: int, held: str, tmp_path: Path
 ) -> None:
@@ -285,22 +287,34 @@ def flipped(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Analysis]:
+    """A cache, and the analysis that wrote it."""
+    folder = tmp_path_factory.mktemp("once")
+    return folder, analysed(folder)
+
+
 DAMAGE = {"cut": cut, "emptied": emptied, "flipped": flipped, "gone": Path.unlink}
 
 
 @pytest.mark.parametrize("what", ["the entry", "a curve", "a shared factor"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_made_good_with_a_warning(
-    damage: str, what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str,
+    what: str,
+    once: tuple[Path, Analysis],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    first = analysed(tmp_path)
+    folder, first = once
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (entry,) = entries(tmp_path)
     names = json.loads(entry.read_text())["analysis"]
-    folder = entry.with_suffix("")
+    made = entry.with_suffix("")
     path = {
         "the entry": entry,
-        "a curve": folder / names["files"]["head.weight"],
-        "a shared factor": folder / names["shared"]["gate.weight"],
+        "a curve": made / names["files"]["head.weight"],
+        "a shared factor": made / names["shared"]["gate.weight"],
     }[what]
     before = path.read_bytes()
     DAMAGE[damage](path)

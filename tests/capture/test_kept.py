@@ -18,6 +18,7 @@ from tensorize.base.errors import ModelError
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import once, untouched
 from tensorize.capture.kept import keeping, watching
+from tests.marks import slow
 
 X = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
 DATA = [X, X * 2, X - 1, X + 1]
@@ -27,7 +28,11 @@ WAYS: list[dict[str, Any]] = [
     {"calibration": DATA, "refine": "polish"},
     {"calibration": DATA, "metric": "input"},
 ]
-by_way = pytest.mark.parametrize("way", WAYS, ids=["weights", "loss", "polish", "input"])
+by_way = pytest.mark.parametrize(
+    "way",
+    [WAYS[0], WAYS[1], slow(WAYS[2]), slow(WAYS[3])],
+    ids=["weights", "loss", "polish", "input"],
+)
 
 
 class Pair(nn.Module):

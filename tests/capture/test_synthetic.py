@@ -14,10 +14,11 @@ from tensorize.base.errors import CaptureError
 from tensorize.capture import synthetic
 from tensorize.capture.synthetic import self_made
 from tensorize.ir.sites import Batch
+from tests.marks import slow
 from tests.models import CASES, MLP
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt", slow("llama"), "gpt2", slow("mixtral")])
 def test_a_decoder_writes_text(name: str) -> None:
     model = CASES[name].model()
     state = torch.get_rng_state()
@@ -28,7 +29,7 @@ def test_a_decoder_writes_text(name: str) -> None:
     assert any("tokens that the model wrote itself" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", pytest.param("t5", marks=pytest.mark.slow), "mlp"])
+@pytest.mark.parametrize("name", ["bert", slow("vit"), slow("t5"), "mlp"])
 def test_any_other_model_gets_inputs_like_its_example(name: str) -> None:
     case = CASES[name]
     given = case.batch()
@@ -155,6 +156,7 @@ def test_second_moments_that_would_fill_the_memory_are_not_taken_unasked(
 
 
 @pytest.mark.own_data
+@pytest.mark.slow
 def test_a_larger_model_makes_less_data(monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     for flops in (1e11, 6e7):

@@ -14,6 +14,7 @@ import tensorize
 from tensorize.cli.telling import CAPTURE, CHECKPOINT, USAGE
 from tensorize.store.manifest import read_report
 from tests.cli.commands import TEXT, invoke, tiny_llama
+from tests.marks import slow
 
 
 @pytest.mark.parametrize("eos", ["<s>", None], ids=["padded by its end token", "one by one"])
@@ -95,7 +96,7 @@ def test_evaluate_a_model_of_ones_own() -> None:
     assert "cosine" in result.stdout
 
 
-@pytest.mark.parametrize("refine", ["none", "polish"])
+@pytest.mark.parametrize("refine", ["none", slow("polish")])
 def test_a_language_model_calibrates_itself(refine: str, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "llama", tokenizer=False)
     result = invoke(

@@ -66,6 +66,7 @@ def test_only_json_on_standard_output() -> None:
     assert "\r" not in done.stderr  # no bar where there is no terminal
 
 
+@pytest.mark.slow
 def test_interrupt_and_errors_in_a_process() -> None:
     done = execute("compile", "clinet:interrupted", "--out", "small")
     assert done.returncode == INTERRUPTED, done.stderr

@@ -16,6 +16,7 @@ from tensorize.algebra.reconstruct import reconstruct
 from tensorize.algebra.rounding import round_tt
 from tensorize.formats.registry import format_of
 from tensorize.ir.spec import TTSpec
+from tests.marks import slow
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -54,7 +55,7 @@ def test_two_factors_reach_the_whitened_svd() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        TTSpec((4, 3), (3, 4), (3,)),
+        slow(TTSpec((4, 3), (3, 4), (3,))),
         pytest.param(TTSpec((3, 2, 2), (2, 3, 2), (3, 3)), marks=pytest.mark.slow),
         TTSpec.low_rank(12, 12, 4),
         pytest.param(TTSpec.block((4, 3), (3, 4), 2), marks=pytest.mark.slow),

@@ -12,10 +12,11 @@ from torch import nn
 import tensorize
 from tensorize.base.errors import CaptureError
 from tests.hub.compressed_models import IDS, MODELS, compress, same_state
+from tests.marks import slow
 from tests.models import CASES, relative
 
 
-@pytest.mark.parametrize("form", ["low_rank", "tt"])
+@pytest.mark.parametrize("form", ["low_rank", slow("tt")])
 def test_layers_kept_in_float32(form: str) -> None:
     """T5 in half precision casts what goes into the layers that stay in float32."""
     case = MODELS["t5"]

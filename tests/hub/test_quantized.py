@@ -11,6 +11,7 @@ import torch
 
 import tensorize
 from tests.hub.compressed_models import AUTO, MODELS
+from tests.marks import slow
 from tests.models import relative
 from tests.weight.quantized_models import put
 
@@ -25,7 +26,12 @@ def compress(name: str, precision: Any, budget: float) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("tied llama", "auto"), ("gpt2", "int8"), ("vit", "int4"), ("mixtral", ("int8", "int3"))],
+    [
+        ("tied llama", "auto"),
+        ("gpt2", "int8"),
+        slow("vit", "int4"),
+        slow("mixtral", ("int8", "int3")),
+    ],
 )
 def test_it_is_saved_and_built_again(name: str, precision: Any, tmp_path: Path) -> None:
     small, case = compress(name, precision, 0.4), MODELS[name]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tensorize
 from tests.hub.compressed_models import FORMS, IDS, MODELS, compress
+from tests.marks import slow
 from tests.models import CASES
 
 TIED = [(n, f) for n, f in FORMS if n in ("gpt2", "t5") or n.endswith("head") or "tied" in n]
@@ -104,7 +105,7 @@ def test_ties_by_patterns(entry: dict[str, str], now: str) -> None:
 # ----------------------------------------------------------------------------------------- resizing
 
 
-@pytest.mark.parametrize("form", ["low_rank", "tt"])
+@pytest.mark.parametrize("form", ["low_rank", slow("tt")])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_resize_token_embeddings_says_why_not(name: str, form: str) -> None:
     case, result = MODELS[name], compress(name, form)

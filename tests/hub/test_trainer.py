@@ -11,10 +11,11 @@ import transformers as hf
 
 import tensorize
 from tests.hub.compressed_models import AUTO, IDS, MODELS, compress, same_state, tokenizer
+from tests.marks import slow
 from tests.models import relative
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert with head", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", "bert with head", slow("mixtral")])
 def test_trainer(name: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     result = compress(name)

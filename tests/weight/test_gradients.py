@@ -13,6 +13,7 @@ from torch import Tensor
 from tensorize.formats import interpret
 from tensorize.ir.spec import TTSpec
 from tensorize.weight.contractions import contractions
+from tests.marks import slow
 from tests.passes.orders.test_by_flops import blocks, specs
 from tests.weight.contraction_cases import (
     SIDES,
@@ -128,10 +129,8 @@ def test_third_derivatives(limit: int | None) -> None:
 # ------------------------------------------------------------------------------- among other things
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(
-    "spec", [pytest.param(SPECS[2], marks=pytest.mark.slow), SPECS[7]], ids=repr
-)
+@pytest.mark.parametrize("dynamic", [slow(False), True])
+@pytest.mark.parametrize("spec", [slow(SPECS[2]), SPECS[7]], ids=repr)
 def test_it_compiles_without_a_graph_break(spec: TTSpec, dynamic: bool) -> None:
     torch._dynamo.reset()
     planned, cores = contractions(spec)["columns"], draw_cores(spec, torch.float32)

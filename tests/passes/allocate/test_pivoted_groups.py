@@ -24,6 +24,7 @@ from tensorize.passes.allocate.groups import GroupPoints, group_points
 from tensorize.passes.allocate.times import dense_times
 from tensorize.passes.curves.curve import Spectrum
 from tensorize.weight.install import factored
+from tests.marks import slow
 from tests.models import parameters, relative
 from tests.weight.factored_models import grouped
 
@@ -134,7 +135,7 @@ def shared(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("refine", [None, "refit", "polish"])
+@pytest.mark.parametrize("refine", [None, "refit", slow("polish")])
 def test_the_model_holds_what_was_planned(refine: str | None, dtype: torch.dtype) -> None:
     model = grouped().to(dtype)
     data = list(torch.randn(8, 16, 48, generator=torch.Generator().manual_seed(2)).to(dtype))

@@ -25,6 +25,7 @@ from tensorize.passes.filling.fill import Filling
 from tensorize.passes.filling.refit import Refit
 from tensorize.passes.filling.weights import Pairs, weights_of
 from tensorize.store.manifest import MANIFEST
+from tests.marks import slow
 from tests.store.saved_models import weights_file
 
 
@@ -87,7 +88,7 @@ def divergence(model: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5])
-@pytest.mark.parametrize("share", [0.2, 0.12])
+@pytest.mark.parametrize("share", [slow(0.2), 0.12])
 def test_a_file_has_at_most_its_bytes_and_not_far_fewer(
     budget: float, share: float, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from tensorize.passes.predict.predictor import Predictor, Trial
 from tensorize.passes.predict.trials import Reference, stand_ins, trial_plan
 from tensorize.passes.rewrite.factorize import best_components, planned_cores
 from tensorize.passes.stages import Learned
+from tests.marks import slow, slow_but
 from tests.models import CASES, MLP, Case
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -209,13 +210,7 @@ def calibration(case: Case, batches: int = 8) -> list[Any]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "mlp",
-        "gpt",
-        "gpt2",
-        "bert",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vit", "mixtral")),
-    ],
+    slow_but(("mlp", "gpt"), ("mlp", "gpt", "gpt2", "bert", "vit", "mixtral")),
 )
 def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> None:
     case = CASES[name]
@@ -248,8 +243,17 @@ def test_trials_measure_what_their_plans_do_on_batches_held_out(name: str) -> No
     assert checked == len(plain) > 1
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", pytest.param("bert", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("refine", ["refit", "polish"])
+@pytest.mark.parametrize(
+    ("name", "refine"),
+    [
+        ("mlp", "refit"),
+        ("gpt", "refit"),
+        slow("bert", "refit"),
+        ("mlp", "polish"),
+        slow("gpt", "polish"),
+        slow("bert", "polish"),
+    ],
+)
 def test_what_refining_gains_is_measured_in_trials(name: str, refine: str) -> None:
     case = CASES[name]
     model, given = case.model(), calibration(case)
@@ -313,7 +317,7 @@ def test_shares_that_are_not_feasible_are_those_of_what_can_be_saved() -> None:
     assert losses == pytest.approx(sorted(t.measured for t in found if t.refine is None))
 
 
-@pytest.mark.parametrize("refine", ["refit", "polish"])
+@pytest.mark.parametrize("refine", ["refit", slow("polish")])
 def test_a_small_part_of_a_model_is_predicted_and_refined_as_all_of_it(refine: str) -> None:
     model = nn.Sequential(
         nn.Linear(48, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 48)
