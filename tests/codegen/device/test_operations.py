@@ -21,6 +21,9 @@ from tensorize.weight.contractions import contractions
 from tensorize.weight.cores import Cores
 from tests.codegen.device.compiled_nets import IDS, compiled
 from tests.kernels import each_device, here, holds_under_the_interpreter
+from tests.marks import slow
+
+PAIR, TRAIN = TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,))
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -112,8 +115,16 @@ def test_what_was_not_measured_runs_by_the_library(monkeypatch: pytest.MonkeyPat
 
 
 @each_device
-@pytest.mark.parametrize("spec", [TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,))], ids=repr)
-@pytest.mark.parametrize("contract", ["columns", "rows"])
+@pytest.mark.parametrize(
+    ("spec", "contract"),
+    [
+        (PAIR, "columns"),
+        slow(PAIR, "rows"),
+        slow(TRAIN, "columns"),
+        (TRAIN, "rows"),
+    ],
+    ids=repr,
+)
 def test_operations_pass_opcheck(spec: TTSpec, contract: str, device: str) -> None:
     def draw(*shape: int, learns: bool = False) -> Tensor:
         return torch.randn(shape, device=device, requires_grad=learns)
@@ -141,9 +152,9 @@ def test_operations_pass_opcheck(spec: TTSpec, contract: str, device: str) -> No
 @pytest.mark.parametrize(
     "spec",
     [
-        TTSpec.low_rank(9, 7, 3),
+        PAIR,
         TTSpec.low_rank(560, 530, 528),  # many rows of such a rank are the library's
-        TTSpec((3, 3), (2, 4), (2,)),
+        TRAIN,
         TTSpec((2, 2, 2), (2, 2, 3), (2, 3)),
     ],
     ids=repr,
