@@ -361,10 +361,12 @@ def forced_point(
         label, tails = labels(np.array(spec.ranks[:1]), spec.pivoted), [curve.distortion.numpy()]
         costs[:, FILE], coded = in_file(filed, (curve,), tails, label, costs[:, BYTES])
         rise, coded = rise + coded, coded * curve.in_nats
+    # What the data say nothing of adds nothing: in units of its own it would hide all the others.
+    rise = rise * curve.in_nats
     return Points(
         site,
         costs,
-        rise * curve.in_nats,
+        rise,
         rise,
         np.array([curve.error(lost)]),
         np.array([-1]),

@@ -278,5 +278,8 @@ def _normalise(
         moment.terms = {c: t for c, t in moment.terms.items() if t.input_rows > 0}
         if not moment.terms:
             why = "no counted output depends on it" if metric == "loss" else "it was not used"
-            notes.append(f"{name}: {why} in the calibration data; judged by its weights alone")
+            notes.append(
+                f"{name}: {why} in the calibration data; judged by its weights alone (if it is of "
+                f"no use at all, ranks={{{name!r}: 1}} leaves its room to the others)"
+            )
     return notes

@@ -13,6 +13,8 @@ import tensorize
 from tensorize.base.errors import BudgetError
 from tensorize.codegen.machine import rates
 from tensorize.ir.budget import Budget
+from tensorize.ir.machine import GENERIC
+from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Site, Use
 from tensorize.ir.spec import DENSE, TTSpec
 from tensorize.passes.allocate.flops import spec_flops
@@ -70,6 +72,20 @@ def test_a_weight_that_no_data_reach_is_worth_what_a_typical_one_is(size: float)
     made = program([*(falling(linear(f"w{k}"), size=0.02) for k in range(4)), unseen])
     ranks = [site.ranks[0] for site in plan(made, 0.4).sites]
     assert max(ranks) - min(ranks) <= 1
+
+
+def test_a_rank_for_a_weight_that_no_data_reach_leaves_its_room_to_the_others() -> None:
+    """Its distortion is in another unit, and hides nothing of what the others lose."""
+    others = [falling(linear(f"w{k}"), size=1e-6 * 3**k) for k in range(4)]
+
+    def found(size: float) -> Plan:
+        idle = replace(falling(linear("idle"), size=size), in_nats=False)
+        made = replace(program([*others, idle]), machine=replace(GENERIC, launch=1e-5))
+        return plan(made, 0.5, ranks={"idle": 1})
+
+    huge, tiny = found(1e6), found(1e-12)
+    assert huge.predicted.parameters >= 0.99 * 0.5 * huge.dense.parameters
+    assert [site.ranks for site in huge.sites] == [site.ranks for site in tiny.sites]
 
 
 def test_what_matters_more_gets_more() -> None:
