@@ -37,6 +37,11 @@ class Cluster:
     others, so that few members use few of them; else a switch joins them. ``best``, ``thin``,
     ``links`` and ``passes`` are the shares of these that are reached. ``itemsize``: bytes of a
     number that it computes with and sends.
+
+    What holds processors back, and GPUs hide or fuse: ``attention`` is the share of a product's
+    speed that attention has, ``eager`` how many times over a layer's operations beside products
+    write and read what is saved, ``start`` the seconds that starting a product takes, and
+    ``updated`` how many parameters a second the device updates (0: as its memory is fast).
     """
 
     name: str
@@ -55,6 +60,10 @@ class Cluster:
     passes: float = _PASSES
     latency: float = _LATENCY
     itemsize: int = 2
+    attention: float = 1.0
+    eager: float = 1.0
+    start: float = 0.0
+    updated: float = 0.0
 
     def __str__(self) -> str:
         rates = f"{self.peak * self.best / 1e9:.4g} GFLOP/s, half of it at a side of"

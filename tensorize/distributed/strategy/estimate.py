@@ -20,10 +20,13 @@ from tensorize.distributed.strategy.memory import (
 )
 from tensorize.distributed.strategy.over_layers import OverLayers
 from tensorize.distributed.strategy.seconds import (
+    BACK,
+    ENDS,
     first_seconds,
     head_seconds,
     message_seconds,
     other_seconds,
+    starts,
 )
 from tensorize.distributed.strategy.strategy import BTP, INPUTS, KEEP, PRODUCTS, Strategy
 from tensorize.distributed.strategy.volumes import (
@@ -174,14 +177,17 @@ class Estimator:
             *(pp, ("other", *how)),
             lambda layer: other_seconds(cluster, layer, style, tp, rows, self.sequence),
         )
-        forward, backward = first + other, 2 * (first + other)
+        begun = cluster.start * self.over.stages(
+            *(pp, ("starts", *how[:2])), lambda layer: starts(layer, style, tp)
+        )
+        forward, backward = first + other + begun, 2 * (first + other) + BACK * begun
         if strategy.checkpoint == PRODUCTS:
             backward = backward + other
         elif strategy.checkpoint == INPUTS:
             backward = backward + forward
-        head = head_seconds(cluster, self.workload.head, tp, rows)
-        forward[-1] += head
-        backward[-1] += 2 * head
+        head, begun = head_seconds(cluster, self.workload.head, tp, rows), ENDS * cluster.start
+        forward[-1] += head + begun
+        backward[-1] += 2 * head + BACK * begun
         return forward, backward
 
     def _messages(self, strategy: Strategy) -> tuple[np.ndarray, np.ndarray]:
@@ -266,6 +272,8 @@ class Estimator:
         """Seconds of the optimizer's update by stage."""
         count = self._parameters(strategy) / strategy.dp
         if not strategy.offload:
+            if self.cluster.updated:
+                return count / self.cluster.updated
             return self.cluster.pass_seconds(_UPDATED * count)
         return count * self._on_host
 

@@ -12,17 +12,20 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tensorize.base import timer
 from tensorize.base.errors import TensorizeError
 from tensorize.distributed.strategy.cluster import Cluster
+from tensorize.distributed.strategy.probe import Eager, eager_figures
 
-_SIZES = tuple(2**k for k in range(12, 25, 2))
-"""Bytes of the sums: 4 KB to 16 MB."""
+_SIZES = {"cpu": range(12, 23), "cuda": range(14, 27)}
+"""Bytes of the sums, as powers of two: 4 KB to 4 MB, and to 64 MB on GPUs."""
 _ROUNDS = 9
 _ROWS = 1024
 _THIN = (16, 64, 256, 1024)
@@ -58,17 +61,28 @@ def measure(device: str = "cpu") -> Cluster:
     peak, thin = saturation(widest, rates)
     copied = _copies(device)
     figures = [latency, *(-x for x in (link, network, peak, copied, _updates(), _to_host(device)))]
-    slowest = torch.tensor([*figures, thin], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    latency, *negative, thin = slowest.tolist()
+    slowest = _slowest([*figures, thin], device)
+    latency, *negative, thin = slowest
     link, network, peak, copied, updates, host = (-x for x in negative)
-    return Cluster(
+    found = Cluster(
         name=f"{count} processes measured, {device}",
         **{"peak": peak, "memory": _memory(device, node), "bandwidth": copied, "node": node},
         **{"link": link, "network": network, "host": host, "updates": updates},
         **{"best": 1.0, "thin": thin, "links": 1.0, "passes": 1.0, "latency": latency},
         itemsize=dtype.itemsize,
     )
+    if device != "cpu":
+        return found
+    own = eager_figures(found, lambda call: _wall(call, device))
+    slowness, eager, start = _slowest([1 / own.attention, own.eager, own.start], device)
+    return replace(found, **asdict(Eager(1 / slowness, eager, start)), updated=updates)
+
+
+def _slowest(figures: Sequence[float], device: str) -> list[float]:
+    """The largest of all processes, of each figure."""
+    found = torch.tensor(figures, dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def alpha_beta(
@@ -105,11 +119,18 @@ def saturation(widths: Sequence[int], rates: Sequence[float]) -> tuple[float, fl
 
 def _sums(group: Any, device: str) -> tuple[list[float], list[float]]:
     """Bytes, and seconds of a sum of so many."""
-    seconds = []
-    for size in _SIZES:
-        x = torch.zeros(size // 4, device=device)
-        seconds.append(_together(lambda x=x: dist.all_reduce(x, group=group), group, device))
-    return list(map(float, _SIZES)), seconds
+    sizes, seconds = [float(2**k) for k in _SIZES[device]], []
+    for size in sizes:
+        x = torch.zeros(int(size) // 4, device=device)
+        seconds.append(_together(lambda x=x: _summed(x, group), group, device))
+    return sizes, seconds
+
+
+def _summed(x: Tensor, group: Any) -> Tensor:
+    """A sum as layers make it: into a tensor of its own."""
+    name = group.group_name
+    found = torch.ops._c10d_functional.all_reduce(x, "sum", name)
+    return torch.ops._c10d_functional.wait_tensor(found)
 
 
 def _together(call: Callable[[], object], group: Any, device: str) -> float:
@@ -157,10 +178,10 @@ def _to_host(device: str) -> float:
 
 
 def _updates() -> float:
-    """Parameters that the host's AdamW updates a second."""
+    """Parameters that the host's AdamW, in one pass over them, updates a second."""
     parameter = torch.nn.Parameter(torch.zeros(_UPDATED))
     parameter.grad = torch.ones(_UPDATED)
-    optimizer = torch.optim.AdamW([parameter])
+    optimizer = torch.optim.AdamW([parameter], fused=True)
     return _UPDATED / _wall(optimizer.step, "cpu")
 
 

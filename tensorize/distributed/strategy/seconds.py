@@ -5,11 +5,19 @@ from __future__ import annotations
 from tensorize.distributed.strategy.cluster import Cluster
 from tensorize.distributed.strategy.memory import saved_elements
 from tensorize.distributed.strategy.strategy import BTP, NAIVE
-from tensorize.distributed.strategy.volumes import Message
+from tensorize.distributed.strategy.volumes import Message, forward_messages
 from tensorize.distributed.strategy.workload import Group, Layer, Linear
 
 _HEAD = 128
 """Kernels of attention fill smaller heads up to this width."""
+AROUND = 4
+"""What a layer of transformers starts beside operations: hooks, caches, masks."""
+BACK = 1.5
+"""What a layer's backward pass starts, over what its forward pass does."""
+_LOSSES = 3
+"""Tensors of the size of the logits that an eager loss makes."""
+ENDS = 10
+"""What the embedding, the head and the loss start, in products."""
 
 
 def first_seconds(cluster: Cluster, layer: Layer, style: str, tp: int, rows: int) -> float:
@@ -35,11 +43,19 @@ def other_seconds(
         # Causal: half of all pairs, once for the scores and once for the values.
         flops = 2 * 2 * rows * (sequence / 2) * layer.attention / tp
         each = max(layer.attention // layer.heads, _HEAD)
-        total += flops / (cluster.peak * cluster.share(each))
-    # What is saved for the backward pass was written once and read once.
-    return total + cluster.pass_seconds(
+        total += flops / (cluster.peak * cluster.share(each) * cluster.attention)
+    # What is saved for the backward pass was written once and read once, or ``eager`` times.
+    return total + cluster.eager * cluster.pass_seconds(
         2 * cluster.itemsize * rows * saved_elements(layer, style, tp)
     )
+
+
+def starts(layer: Layer, style: str, tp: int) -> int:
+    """What a layer's forward pass starts, in products: one a factor, three a collective, four for
+    norms, attention and what stands between, and what a model does around them."""
+    weights = sum(2 * len(group.low_rank) + len(group.dense) for group in layer.groups)
+    messages = len(forward_messages(layer, style)) if tp > 1 else 0
+    return 4 + AROUND + weights + 3 * messages
 
 
 def _second_seconds(cluster: Cluster, group: Group, style: str, tp: int, rows: int) -> float:
@@ -70,8 +86,12 @@ def message_seconds(cluster: Cluster, messages: tuple[Message, ...], tp: int, ro
 
 
 def head_seconds(cluster: Cluster, head: Linear, tp: int, rows: int) -> float:
-    """Seconds of a forward pass's product with the vocabulary."""
+    """Seconds of a forward pass's product with the vocabulary, and of the loss."""
+    # An eager loss copies all logits, and goes over them for their logarithms and exponentials.
+    loss = (cluster.eager - 1) * cluster.pass_seconds(
+        2 * cluster.itemsize * rows * _LOSSES * head.outputs
+    )
     if head.rank is None:
-        return cluster.product_seconds(rows, head.inputs, head.outputs / tp)
+        return loss + cluster.product_seconds(rows, head.inputs, head.outputs / tp)
     first = cluster.product_seconds(rows, head.read, head.rank)
-    return first + cluster.product_seconds(rows, head.rank, head.outputs / tp)
+    return loss + first + cluster.product_seconds(rows, head.rank, head.outputs / tp)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tensorize
 from tensorize import TensorizeError
 from tensorize.cli import app
 from tensorize.distributed import Workload
+from tensorize.distributed.strategy import probe
 from tensorize.distributed.strategy.cluster import CLUSTERS, Cluster, cluster_of, keep
 from tensorize.distributed.strategy.measure import alpha_beta, measure, saturation
+from tensorize.distributed.strategy.seconds import AROUND, other_seconds, starts
 from tests.distributed import processes
 
 MADE = Cluster("made up", 2e10, 8e9, 5e9, 2, 1e9, 5e8, 2e9, 1e8, links=1.0, itemsize=4)
@@ -41,6 +46,55 @@ def test_peak_and_thin_side_are_those_of_the_rates() -> None:
     peak, thin = saturation(widths, [of.peak * of.share(width) for width in widths])
     assert thin == pytest.approx(of.thin, rel=0.05)
     assert peak == pytest.approx(of.peak * of.best, rel=0.05)
+
+
+SLOW = replace(MADE, attention=0.4, eager=3.5, start=2e-4)
+
+
+def test_what_holds_a_processor_back_is_found_again(tmp_path: Path) -> None:
+    """Of blocks that take what the planner says of them."""
+    shapes = iter((probe._NOTHING, None, probe._USUAL))
+
+    def told(call: Callable[[], object]) -> float:
+        call()
+        shape = next(shapes)
+        if shape is None:
+            flops = 3 * 2 * 2 * 768 * 384 * 256
+            return flops / (SLOW.peak * SLOW.share(128) * SLOW.attention)
+        layer = Workload.decoder(shape.width, shape.inner, 1, shape.heads, 1).layers[0]
+        begun = 2.5 * SLOW.start * (starts(layer, "plain", 1) - AROUND)
+        if shape is probe._NOTHING:  # it is taken for nothing but starts
+            return probe._BLOCKS * begun
+        beside = other_seconds(SLOW, layer, "plain", 1, shape.rows, shape.tokens)
+        return probe._BLOCKS * (begun + 3 * beside)
+
+    meet = f"file://{tmp_path}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    try:
+        found = probe.eager_figures(MADE, told)
+    finally:
+        torch.distributed.destroy_process_group()
+    for name in ("attention", "eager", "start"):
+        assert getattr(found, name) == pytest.approx(getattr(SLOW, name), rel=1e-6)
+
+
+def test_what_holds_a_processor_back_has_its_seconds() -> None:
+    workload = Workload.decoder(256, 704, 4, 8, 512, rank=64)
+    options = {"devices": 2, "batch": 4, "sequence": 128}
+    how = tensorize.distributed.Strategy(tp=2, style="btp", rows=4, micro=1)
+
+    def seconds(**change: float) -> dict[str, float]:
+        machine = replace(MADE, **change)
+        return tensorize.distributed.plan(workload, machine=machine, **options).explain(how).seconds
+
+    usual = seconds()
+    # Four layers of 4 + 4 + 14 factors and 4 sums, which start as much as three products each.
+    begun = seconds(start=1e-3)["compute"] - usual["compute"]
+    assert begun == pytest.approx(1e-3 * (1 + 1.5) * (4 * (4 + 4 + 14 + 3 * 4) + 10))
+    for change in ({"eager": 2.0}, {"attention": 0.5}):
+        assert seconds(**change)["compute"] > usual["compute"]
+    rate = workload.parameters / 2 / seconds(updated=2e6)["update"]
+    assert rate == pytest.approx(2e6)
 
 
 def test_what_was_measured_is_kept_and_planned_with(
@@ -90,6 +144,10 @@ def figures_make_sense(folder: Path) -> None:
     positive = "peak", "memory", "bandwidth", "link", "network", "host", "updates", "thin"
     assert all(0 < getattr(found, name) < float("inf") for name in positive)
     assert found.latency >= 0
+    assert 0 < found.attention < float("inf")
+    assert 0 <= found.eager < 100
+    assert 0 < found.start < 1
+    assert found.updated == found.updates
 
 
 @pytest.mark.slow
