@@ -41,7 +41,7 @@ class Cluster:
     What holds processors back, and GPUs hide or fuse: ``attention`` is the share of a product's
     speed that attention has, ``eager`` how many times over a layer's operations beside products
     write and read what is saved, ``start`` the seconds that starting a product takes, and
-    ``updated`` how many parameters a second the device updates (0: as its memory is fast).
+    ``updated`` how many parameters a second it updates (0: the device is no processor).
     """
 
     name: str
@@ -68,12 +68,23 @@ class Cluster:
     def __str__(self) -> str:
         rates = f"{self.peak * self.best / 1e9:.4g} GFLOP/s, half of it at a side of"
         half = -self.thin * math.log1p(-0.5)
+        eager = (
+            f"; an operation starts in {1e6 * self.start:.3g} us, attention has "
+            f"{100 * self.attention:.0f} % of a product's speed, a layer passes {self.eager:.2g} "
+            "times over memory"
+        )
         return (
             f"{self.name}: {rates} {half:.0f}; memory {self.bandwidth * self.passes / 1e9:.3g} "
             f"GB/s; a message {1e6 * self.latency:.3g} us and {self.links * self.link / 1e9:.3g} "
             f"GB/s in a node of {self.node}, {self.links * self.network / 1e9:.3g} out of it; "
             f"{self.updates / 1e6:.4g} M parameters a second updated on the host"
+            f"{eager if self.is_processor else ''}"
         )
+
+    @property
+    def is_processor(self) -> bool:
+        """Whether the devices are processors: their memory is the host's."""
+        return self.updated > 0
 
     def product_seconds(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of (rows, inner) @ (inner, columns): by its FLOPs or by its bytes."""

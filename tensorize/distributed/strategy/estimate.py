@@ -272,7 +272,7 @@ class Estimator:
         """Seconds of the optimizer's update by stage."""
         count = self._parameters(strategy) / strategy.dp
         if not strategy.offload:
-            if self.cluster.updated:
+            if self.cluster.is_processor:
                 return count / self.cluster.updated
             return self.cluster.pass_seconds(_UPDATED * count)
         return count * self._on_host

@@ -66,9 +66,19 @@ def measure(device: str = "cpu") -> Cluster:
     link, network, peak, copied, updates, host = (-x for x in negative)
     found = Cluster(
         name=f"{count} processes measured, {device}",
-        **{"peak": peak, "memory": _memory(device, node), "bandwidth": copied, "node": node},
-        **{"link": link, "network": network, "host": host, "updates": updates},
-        **{"best": 1.0, "thin": thin, "links": 1.0, "passes": 1.0, "latency": latency},
+        peak=peak,
+        memory=_memory(device, node),
+        bandwidth=copied,
+        node=node,
+        link=link,
+        network=network,
+        host=host,
+        updates=updates,
+        best=1.0,
+        thin=thin,
+        links=1.0,
+        passes=1.0,
+        latency=latency,
         itemsize=dtype.itemsize,
     )
     if device != "cpu":

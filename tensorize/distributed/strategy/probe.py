@@ -90,11 +90,11 @@ def _starts(shape: _Shape) -> int:
 def _attention(cluster: Cluster, wall: Wall) -> float:
     """The share of a product's speed that attention has."""
     shape = 1, _HEADS, _TOKENS, _HEAD
-    parts = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    parts = q, k, v = tuple(torch.randn(shape, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape)
 
     def step() -> None:
-        y = F.scaled_dot_product_attention(*parts, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(y, parts, gradient)
 
     flops = _PASSES * 2 * 2 * _TOKENS * (_TOKENS / 2) * _HEADS * _HEAD

@@ -59,13 +59,16 @@ def styles_of(workload: Workload, tp: int) -> tuple[str, ...]:
     return (BTP, NAIVE) if workload.compressed else (MEGATRON,)
 
 
-def variants(workload: Workload, layout: Strategy) -> Iterator[Strategy]:
-    """Micro-batches, checkpointing, sharding and offload of a mesh; larger micro-batches later."""
+def variants(workload: Workload, layout: Strategy, host: bool) -> Iterator[Strategy]:
+    """Micro-batches, checkpointing, sharding and offload of a mesh; larger micro-batches later.
+
+    ``host``: there is one beside the device, which may hold states.
+    """
     sequences = layout.rows * layout.micro
     checkpoints = (KEEP, PRODUCTS, INPUTS) if workload.compressed else (KEEP, INPUTS)
     for checkpoint in checkpoints:
         for sharded in (False, True) if layout.dp > 1 else (False,):
-            for offload in (False, True):
+            for offload in (False, True) if host else (False,):
                 how = replace(layout, checkpoint=checkpoint, sharded=sharded, offload=offload)
                 for rows in divisors(sequences):
                     yield replace(how, rows=rows, micro=sequences // rows)
@@ -88,7 +91,7 @@ def search(estimator: Estimator, devices: int, batch: int) -> Found:
     }
     for layout in layouts(workload, devices, batch):
         least, before = math.inf, len(fitting)
-        for strategy in variants(workload, layout):
+        for strategy in variants(workload, layout, not estimator.cluster.is_processor):
             how = replace(strategy, rows=1, micro=1)
             if how in too_large:
                 continue

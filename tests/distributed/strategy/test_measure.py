@@ -97,6 +97,17 @@ def test_what_holds_a_processor_back_has_its_seconds() -> None:
     assert rate == pytest.approx(2e6)
 
 
+def test_processors_have_no_host_beside_them() -> None:
+    workload = Workload.decoder(256, 704, 4, 8, 512, rank=64)
+    for updated in (0.0, 1e8):
+        machine = replace(MADE, updated=updated)
+        found = tensorize.distributed.plan(
+            workload, devices=2, machine=machine, batch=4, sequence=128
+        )
+        every = {each.strategy.offload for each in (found.best, *found.others)}
+        assert every == ({False} if updated else {False, True})
+
+
 def test_what_was_measured_is_kept_and_planned_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
