@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from tensorize.base.errors import CheckpointError
 from tensorize.base.sharded import by_first_rank, is_first_rank
 from tensorize.base.tensors import unwrapped
+from tensorize.distributed.pipeline import names_in_the_model
 
 _STEP = re.compile(r"step-(\d{9})")
 _WHOLE = ".metadata"  # DCP writes it last, under another name first
@@ -144,11 +145,12 @@ def load(
             way_out="make them as they were when it was saved; the mesh may be another one",
         ) from error
     inner = unwrapped(model)
+    here = {first: here for here, first in names_in_the_model(inner).items()}
     set_state_dict(
         inner,
         optimizer,
         model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
+        optim_state_dict=_renamed(state["optimizer"], here),
         options=_FLAT,
     )
     for name, each in (others or {}).items():
@@ -158,8 +160,22 @@ def load(
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Both by the names of parameters, whatever groups and meshes there are."""
-    of_model, of_optimizer = get_state_dict(unwrapped(model), optimizer, options=_FLAT)
+    inner = unwrapped(model)
+    of_model, of_optimizer = get_state_dict(inner, optimizer, options=_FLAT)
+    # A whole model's optimizer knows a tied parameter by the first of its names.
+    of_optimizer = _renamed(of_optimizer, names_in_the_model(inner))
     return {"model": of_model, "optimizer": of_optimizer}
+
+
+def _renamed(flat: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The flat state of an optimizer (``state.NAME.…``), with other names of parameters."""
+
+    def renamed(key: str) -> str:
+        kind, rest = key.split(".", 1)
+        old = next((name for name in names if rest.startswith(f"{name}.")), None)
+        return key if old is None else f"{kind}.{names[old]}{rest.removeprefix(old)}"
+
+    return {renamed(key): value for key, value in flat.items()}
 
 
 def _steps(directory: Path) -> list[Path]:

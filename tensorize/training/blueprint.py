@@ -9,6 +9,7 @@ numbers on every mesh, and never more in memory than that part and one module.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,9 +42,15 @@ class Blueprint:
 
         Args:
             whole: weights that store no identity by the plan store both factors.
-            give: may be called again for a parameter of several names; the last values count.
+            give: is told every name of a parameter, and may be told other values again for one of
+                several names; the last count.
         """
         skeleton = copy.deepcopy(self.dense)
+        tied: dict[int, list[str]] = defaultdict(list)
+        named = list(self.dense.named_parameters(remove_duplicate=False))
+        for name, parameter in named:
+            tied[id(parameter)].append(name)
+        of_one = {name: tied[id(parameter)] for name, parameter in named}
 
         def hand_over(dense_names: set[str]) -> None:
             for name in sorted(dense_names):
@@ -52,7 +59,9 @@ class Blueprint:
                     value = owner._parameters[leaf]
                     if value is None:
                         continue
-                    give(now, value.detach())
+                    # A tied one that stayed dense is final under the last of its names alone.
+                    for each in of_one[name] if now == name else [now]:
+                        give(each, value.detach())
                     gone = torch.empty_like(value, device="meta")
                     owner._parameters[leaf] = nn.Parameter(gone, value.requires_grad)
 

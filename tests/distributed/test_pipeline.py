@@ -34,7 +34,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "shared first factors": models.shared,
     "fewer key heads than ranks": lambda: low_rank(models.llama(keys=1, layers=4), *ENDS),
     "compressed ends": lambda: low_rank(models.llama(layers=4)),
+    "tied": models.CASES["tied"],
+    "tied of four blocks": lambda: low_rank(models.llama(tied=True, layers=4), models.EMBEDDING),
+    "compressed tied ends": models.CASES["compressed tied ends"],
+    "grouped queries": lambda: low_rank(models.llama(keys=2, layers=4), *ENDS),
     "integers of 8 bits": models.CASES["integers of 8 bits"],
+    "integers of 4 bits": models.CASES["integers of 4 bits"],
     "Mixtral": models.CASES["Mixtral"],
     "GPT-2, untied": lambda: low_rank(models.gpt2(tied=False)),
 }
@@ -44,7 +49,8 @@ def same_gradients(folder: Path, kind: str, chunks: int, case: str = "plain", **
     alone = CASES[case]()
     loss = loss_of(alone, words(8))
     loss.backward()
-    want = models.gradients(alone)
+    named = alone.named_parameters(remove_duplicate=False)  # a stage may have any of the names
+    want = {name: p.grad for name, p in named if p.grad is not None}
     mesh = over(**sizes)
     stage = parallelize(CASES[case](), mesh, chunks=chunks)
     run = schedule(stage, loss_fn, kind, microbatches=4)
@@ -62,39 +68,94 @@ def same(kind: str, chunks: int = 1, case: str = "plain", **sizes: int) -> proce
     return partial(same_gradients, kind=kind, chunks=chunks, case=case, **sizes)
 
 
-def a_pipeline_goes_on_without_one(folder: Path) -> None:
-    stage = parallelize(four_blocks(), over(pp=2))
-    optimizer = torch.optim.SGD(stage.parameters(), lr=0.5, momentum=0.9)
+class Run:
+    """A tied model and its optimizer, as stages over a mesh or on one machine."""
+
+    def __init__(self, mesh: Any = None) -> None:
+        self.model = CASES["compressed tied ends"]()
+        if mesh is not None:
+            self.model = parallelize(self.model, mesh)
+            self.run = schedule(self.model, loss_fn, microbatches=4)
+        self.on_stages = mesh is not None
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5, momentum=0.9)
+
+    def step(self, number: int) -> float:
+        if self.on_stages:
+            loss = self.run.step(words(8, number))
+        else:
+            loss = loss_of(self.model, words(8, number))
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def a_pipeline_goes_on_without_one_and_back(folder: Path) -> None:
+    unbroken, stages, alone, again = Run(), Run(over(pp=2)), Run(), Run(over(pp=2))
+    want = [unbroken.step(number) for number in range(4)]
+    assert [stages.step(number) for number in range(2)] == pytest.approx(want[:2], rel=1e-6)
+    save(stages.model, stages.optimizer, folder / "stages", step=2).wait()
+    assert load(alone.model, alone.optimizer, folder / "stages") == 2
+    assert alone.step(2) == pytest.approx(want[2], rel=1e-6)
+    save(alone.model, alone.optimizer, folder / "alone", step=3).wait()
+    again.step(7)  # of other values, which are gone then
+    assert load(again.model, again.optimizer, folder / "alone") == 3
+    assert again.step(3) == pytest.approx(want[3], rel=1e-6)
+
+
+def gradients_of_two_batches_add_up(folder: Path) -> None:
+    alone, stages = Run(), Run(over(pp=2))
+    for number in range(2):
+        loss_of(alone.model, words(8, number)).backward()
+        stages.run.step(words(8, number))
+    want = dict(alone.model.named_parameters(remove_duplicate=False))
+    for name, parameter in stages.model.named_parameters():
+        assert relative(parameter.grad, want[name].grad) < 2e-6, name
+
+
+def tied_values_stay_one_where_steps_draw_numbers(folder: Path) -> None:
+    stage: Any = parallelize(CASES["tied"]().bfloat16(), over(pp=2))
     run = schedule(stage, loss_fn, microbatches=4)
-    losses = []
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-4)
+    tensorize.training.round_stochastically(optimizer)
+    apart = []
     for number in range(3):
-        if number == 2:
-            save(stage, optimizer, folder / "run", step=number).wait()
-        losses.append(float(run.step(words(8, number))))
+        run.step(words(8, number))
+        (tie,) = stage.ties
+        values = stage.get_parameter(tie.here)
+        everywhere = [torch.empty_like(values.grad) for _ in range(2)]
+        dist.all_gather(everywhere, values.grad)
+        assert torch.equal(*everywhere)
         optimizer.step()
         optimizer.zero_grad()
-    alone = four_blocks()
-    optimizer = torch.optim.SGD(alone.parameters(), lr=0.5, momentum=0.9)
-    assert load(alone, optimizer, folder / "run") == 2
-    assert float(loss_of(alone, words(8, 2)).detach()) == pytest.approx(losses[2], rel=1e-6)
+        dist.all_gather(everywhere, values.detach())
+        apart.append(float((everywhere[0] - everywhere[1]).abs().max()))
+    assert 0 < max(apart) <= 2 * min(apart)  # what one step makes of it, and no more
 
 
 def a_stage_on_meta_is_filled(folder: Path) -> None:
-    def made(**options: Any) -> Any:
-        with torch.device("meta"):
-            return tensorize.initialize(models.llama_of(), 0.5, **options)
+    for tied, exclude in ((False, None), (True, None), (True, "*embed*")):
 
-    want = made().state_dict()
-    stage = tensorize.training.fill(parallelize(made(device="meta"), over(pp=2)))
-    got = stage.state_dict()
-    assert 0 < len(got) < len(want)
-    assert all(torch.equal(got[name], want[name]) for name in got)
+        def made(tied: bool = tied, exclude: str | None = exclude, **options: Any) -> Any:
+            with torch.device("meta"):
+                model = models.llama_of(tie_word_embeddings=tied)
+            return tensorize.initialize(model, 0.5, exclude=exclude, **options)
+
+        want = made().state_dict()
+        stage = tensorize.training.fill(parallelize(made(device="meta"), over(pp=2)))
+        got = stage.state_dict()
+        assert 0 < len(got) < len(want)
+        assert all(torch.equal(got[name], want[name]) for name in got)
 
 
 IN_TWO: list[processes.Check] = [
     same("1f1b", pp=2),
     same("zero-bubble", 2, pp=2),
-    a_pipeline_goes_on_without_one,
+    same("1f1b", case="tied", pp=2),
+    same("1f1b", case="compressed tied ends", pp=2),
+    a_pipeline_goes_on_without_one_and_back,
+    gradients_of_two_batches_add_up,
+    tied_values_stay_one_where_steps_draw_numbers,
     a_stage_on_meta_is_filled,
 ]
 
@@ -112,7 +173,9 @@ def test_two_processes_with_all_schedules(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
     checks = [same("1f1b", case=case, pp=2, tp=2) for case in CASES]
-    checks.append(same("1f1b", pp=2, dp=2))
+    checks += [same("1f1b", case=case, pp=2, dp=2) for case in ("plain", "tied")]
+    checks.append(same("gpipe", case="tied of four blocks", pp=4))
+    checks.append(same("interleaved", 2, case="tied of four blocks", pp=2, tp=2))
     processes.run([*checks, same("zero-bubble", 2, pp=2, tp=2)], 4, tmp_path)
 
 
@@ -122,8 +185,9 @@ def test_what_no_stage_can_be_made_of_is_refused() -> None:
         mesh = over(pp=4)
         with pytest.raises(CaptureError, match=r"2 blocks for 4 stages\n.*pp=2"):
             parallelize(models.llama(), mesh)
-        with pytest.raises(CaptureError, match="shares its weight with the embedding"):
-            parallelize(models.llama(layers=4, tied=True), mesh)
+        tied = models.llama(layers=4, tied=True)
+        with pytest.raises(CaptureError, match=r"two stages of one rank.*\n.*chunks=1"):
+            parallelize(tied, over(pp=1, dp=4), chunks=2)
         with pytest.raises(TensorizeError, match="a Linear is no stage"):
             schedule(torch.nn.Linear(2, 2), loss_fn)
         stage = parallelize(models.llama(layers=4), mesh)
