@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
-from tensorize.base.errors import AnalysisError
 from tensorize.distributed.experts import Stack
 from tensorize.distributed.guarding import sites_of_linear
 from tensorize.distributed.layers import turn
@@ -22,7 +21,6 @@ from tensorize.distributed.matrices import COLUMNS, ROWS, holder_of_bias, matric
 from tensorize.distributed.readings import OneReading
 from tensorize.distributed.shapes import Experts
 from tensorize.distributed.split import Split, part_of
-from tensorize.weight.install import factored
 
 
 class BottleneckSplit(Split):
@@ -32,13 +30,7 @@ class BottleneckSplit(Split):
 
     @classmethod
     def refuse(cls, model: nn.Module, ranks: int) -> None:
-        for name, weight in factored(model):
-            if weight.spec.batch and weight.spec.precision is not None:
-                raise AnalysisError(
-                    "its experts' entries are integers of a few bits, which no rule splits",
-                    site=name,
-                    way_out=f'precision={{"{name}": None}}, or a mesh with dp alone',
-                )
+        """It splits all that ``split_over`` lets through."""
 
     def ends(self, embedding: nn.Module, norm: nn.Module, head: nn.Module, tied: bool) -> None:
         self._norm(norm)
@@ -77,8 +69,8 @@ class BottleneckSplit(Split):
         if first is not None:
             first.place(self.put, COLUMNS)
         last.place(self.put, COLUMNS if first is None else None)
-        opening = Stack(experts, names.opens, opens=True)
-        closing = Stack(experts, names.closes, opens=False)
+        opening = Stack(experts, names.opens, self.ranks, opens=True)
+        closing = Stack(experts, names.closes, self.ranks, opens=False)
         turn(experts, "experts", ranks=self.ranks, opening=opening, closing=closing)
         opening.place(self.put)
         closing.place(self.put)

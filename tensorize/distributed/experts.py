@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
 
-from tensorize.distributed.matrices import Matrix, Put
+from tensorize.distributed.matrices import COLUMNS, ROWS, Matrix, Put, matrices_in
 from tensorize.distributed.ranks import Ranks, fanned, scattered, summed
 from tensorize.weight.cores import cores_name
 from tensorize.weight.products import grouped
@@ -28,20 +27,22 @@ class Stack:
     inputs are hidden units.
     """
 
-    def __init__(self, experts: nn.Module, name: str, *, opens: bool) -> None:
+    def __init__(self, experts: nn.Module, name: str, ranks: Ranks, *, opens: bool) -> None:
         self.opens = opens
         cores = experts._modules.get(cores_name(name))
-        self.first = None if cores is None else Matrix(cores, "core_1")
-        self.last = Matrix(experts, name) if cores is None else Matrix(cores, "core_0")
+        if cores is None:
+            self.first, self.last = None, Matrix(experts, name, stacked=True)
+        else:
+            self.first, self.last = matrices_in(cores, ranks)
 
     def place(self, put: Put) -> None:
         """Split it. All ranks hold a second factor whose rows are two blocks: DCP knows no parts of
         both in one tensor."""
         if self.first is None:
-            put(self.last.module, self.last.leaf, Shard(2))
+            self.last.place(put, COLUMNS)
             return
-        put(self.first.module, self.first.leaf, Shard(2))
-        put(self.last.module, self.last.leaf, Replicate() if self.opens else Shard(1))
+        self.first.place(put, COLUMNS)
+        self.last.place(put, None if self.opens else ROWS)
 
     def __call__(self, x: Tensor, offsets: Tensor, ranks: Ranks) -> Tensor:
         """Rows sorted by expert, up to its offset, times the expert's matrix: this rank's part of

@@ -1,8 +1,8 @@
 """A rank's part of the matrices that weights are made of, whatever they are held as.
 
 Matrices are (outputs, inputs): of low rank the first (r, n) meets the input and the second is
-(m, r), of a dense weight there is one (m, n). They are looked up at every call, as FSDP2 puts
-parameters in their place only while a block runs.
+(m, r), of a dense weight there is one (m, n); experts have a stack of each. They are looked up at
+every call, as FSDP2 puts parameters in their place only while a block runs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Matrix:
-    """A parameter of a module; ``turned``: it holds (inputs, outputs)."""
+    """A parameter of a module; ``turned``: it holds (inputs, outputs); ``stacked``: one matrix for
+    each of several experts."""
 
-    def __init__(self, module: nn.Module, leaf: str, *, turned: bool = False) -> None:
-        self.module, self.leaf, self.turned = module, leaf, turned
+    def __init__(
+        self, module: nn.Module, leaf: str, *, turned: bool = False, stacked: bool = False
+    ) -> None:
+        self.module, self.leaf, self.turned, self.stacked = module, leaf, turned, stacked
 
     @property
     def parameter(self) -> Tensor:
@@ -67,7 +70,7 @@ class Matrix:
         return F.embedding(ids, self(), padding)
 
     def _placement(self, side: int | None) -> Placement:
-        return Replicate() if side is None else Shard(side ^ self.turned)
+        return Replicate() if side is None else Shard((side ^ self.turned) + self.stacked)
 
 
 class PivotedMatrix(Matrix):
@@ -103,16 +106,17 @@ class CodedMatrix(Matrix):
     """
 
     def __init__(self, cores: Any, number: int, ranks: Ranks, *, turned: bool = False) -> None:
-        super().__init__(cores, f"core_{number}", turned=turned)
-        self.number, self.ranks, self.side = number, ranks, None
         spec = cores.spec
+        stacked = bool(spec.batch)
+        super().__init__(cores, f"core_{number}", turned=turned, stacked=stacked)
+        self.number, self.ranks, self.side = number, ranks, None
         self.kind, self.size = spec.kind, spec.inner.core_shapes[number][-1]
         self.unstored = number == 1 and bool(spec.inner.pivoted)
 
     def place(self, put: Put, side: int | None) -> None:
         self.side = None if side is None else side ^ self.turned
         split = self.side is not None and (self.side == ROWS or self._is_apart())
-        placement = Shard(self.side) if split else Replicate()  # type: ignore[arg-type]
+        placement = Shard(self.side + self.stacked) if split else Replicate()  # type: ignore[operator]
         one_for_all = self.side == COLUMNS and self.kind.group is None
         put(self.module, self.leaf, Replicate() if one_for_all else placement)
         if split:
@@ -131,7 +135,7 @@ class CodedMatrix(Matrix):
         if self.unstored:
             found = whole(found, self.module.get_buffer("order"))
         if self.side == COLUMNS and not self._is_apart():
-            found = found[:, self.ranks.part(found.shape[1])]
+            found = found[..., self.ranks.part(found.shape[-1])]
         return found.t() if self.turned else found
 
     def rows(self, ids: Tensor, padding: int | None) -> Tensor:
@@ -171,19 +175,25 @@ def matrices_of(linear: nn.Module, ranks: Ranks) -> tuple[Matrix | None, Matrix]
     cores: Any = linear._modules.get("weight_cores")
     if cores is None:
         return None, Matrix(linear, "weight", turned=turned)
-    if cores.spec.precision is not None:
+    return matrices_in(cores, ranks, turned=turned)
+
+
+def matrices_in(cores: Any, ranks: Ranks, *, turned: bool = False) -> tuple[Matrix | None, Matrix]:
+    """The same of cores, or of stacks of them."""
+    spec, stacked = cores.spec, bool(cores.spec.batch)
+    if spec.precision is not None:
         held = [
             CodedMatrix(cores, number, ranks, turned=turned)
-            for number in range(len(cores.spec.core_shapes))
+            for number in range(len(spec.core_shapes))
         ]
         if turned:
             held.reverse()
         return (None, held[0]) if len(held) == 1 else (held[1], held[0])
     assert not turned
-    first = Matrix(cores, "core_1")
-    if cores.spec.pivoted:
+    first = Matrix(cores, "core_1", stacked=stacked)
+    if spec.pivoted:
         first = PivotedMatrix(cores, "core_1", cores, ranks)
-    return first, Matrix(cores, "core_0")
+    return first, Matrix(cores, "core_0", stacked=stacked)
 
 
 def holder_of_bias(linear: nn.Module) -> nn.Module:

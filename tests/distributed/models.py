@@ -22,6 +22,9 @@ from tests.models import relative
 WORDS, WIDTH, INNER, HEADS, RANK, LAYERS = 128, 64, 96, 8, 16, 2
 
 
+EMBEDDING, ENDS = "*embed*", ("*embed*", "lm_head*")
+
+
 def _jittered(model: nn.Module) -> nn.Module:
     """Gains and biases that are no ones and zeros."""
     for parameter in model.parameters():
@@ -67,8 +70,22 @@ def low_rank(model: nn.Module, *dense: str, rank: int = RANK, **options: Any) ->
 
 def shared() -> nn.Module:
     """Weights of one input have one first factor."""
+    model: Any = low_rank(llama(), *ENDS)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for one, *others in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (mlp.gate_proj, mlp.up_proj),
+        ):
+            for other in others:
+                other.first.weight = one.first.weight
+    return model
+
+
+def shared_by_compile() -> nn.Module:
+    """The same, where that was chosen."""
     data = [words(4, seed) for seed in range(2)]
-    options: dict[str, Any] = {"exclude": ["*embed*", "lm_head*"], "refine": None}
+    options: dict[str, Any] = {"exclude": list(ENDS), "refine": None}
     model = tensorize.compile(llama(), 0.5, formats="shared", calibration=data, **options)
     return tensorize.weight.plain(model)
 
@@ -95,13 +112,12 @@ def no_identity(model: nn.Module, parts: int) -> nn.Module:
     return model
 
 
-EMBEDDING, ENDS = "*embed*", ("*embed*", "lm_head*")
-
 CASES: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: low_rank(llama(), *ENDS),
     "tied": lambda: low_rank(llama(tied=True), EMBEDDING),
     "silu between": lambda: low_rank(llama(), *ENDS, nonlinearity="silu"),
     "shared first factors": shared,
+    "shared first factors, compiled": shared_by_compile,
     "fewer key heads than ranks": lambda: low_rank(llama(keys=1), *ENDS),
     "compressed ends": lambda: low_rank(llama()),
     "compressed tied ends": lambda: low_rank(llama(tied=True)),
@@ -110,7 +126,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "Qwen2": lambda: low_rank(llama("Qwen2"), *ENDS),
     "Qwen3": lambda: low_rank(llama("Qwen3"), *ENDS),
     "no identity": lambda: no_identity(low_rank(llama(tied=True), pivoted=True), 4),
-    "no identity, shared": lambda: no_identity(tensorize.weight.pivoted(shared()), 2),
+    "no identity, shared": lambda: no_identity(tensorize.weight.pivoted(shared()), 4),
     "integers of 8 bits": lambda: integers(llama(), "int8", 0.16),
     "integers of 4 bits": lambda: integers(llama(tied=True), "int4", 0.09),
     "integers alone": lambda: integers(llama(), "int4", 0.9, formats="dense"),
@@ -120,6 +136,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "Mixtral": lambda: low_rank(llama("Mixtral"), *ENDS),
     "Mixtral, dense": lambda: llama("Mixtral"),
     "Mixtral, some dense": lambda: low_rank(llama("Mixtral"), *ENDS, "*gate.*", "*0*down_proj"),
+    "Mixtral, integers of 8 bits": lambda: integers(llama("Mixtral"), "int8", 0.2),
+    "Mixtral, integers of 4 bits": lambda: integers(llama("Mixtral"), "int4", 0.1),
+    "Mixtral, integers alone": lambda: integers(llama("Mixtral"), "int4", 0.9, formats="dense"),
     "GPT-2": lambda: low_rank(gpt2(), "*wte*", "*wpe*"),
     "GPT-2 dense, untied": lambda: gpt2(tied=False),
 }

@@ -37,10 +37,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "tied": models.CASES["tied"],
     "tied of four blocks": lambda: low_rank(models.llama(tied=True, layers=4), models.EMBEDDING),
     "compressed tied ends": models.CASES["compressed tied ends"],
-    "grouped queries": lambda: low_rank(models.llama(keys=2, layers=4), *ENDS),
     "integers of 8 bits": models.CASES["integers of 8 bits"],
     "integers of 4 bits": models.CASES["integers of 4 bits"],
     "Mixtral": models.CASES["Mixtral"],
+    "GPT-2, tied": models.CASES["GPT-2"],
     "GPT-2, untied": lambda: low_rank(models.gpt2(tied=False)),
 }
 

@@ -75,6 +75,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def the_folder_of_one_machine_is_written(folder: Path) -> None:
     others = "no identity", "integers of 8 bits", "GPT-2, integers of 3 bits", "Mixtral"
+    others += ("Mixtral, integers of 4 bits",)
     for case in ("plain", "compressed tied ends", "shared first factors", *others):
         for sizes in ({"tp": 2}, {"dp": 2}):
             model = CASES[case]()
