@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from tensorize.base.errors import AnalysisError, BudgetError, CaptureError, chec
 from tensorize.base.progress import Progress, shown
 from tensorize.capture.forward import in_usual_modes
 from tensorize.capture.inputs import check_model, find_inputs, notes_on_wrapper
+from tensorize.hub import zeros
 from tensorize.ir.budget import Budget
 from tensorize.ir.plan import Plan
 from tensorize.ir.sites import Batch
@@ -157,25 +159,38 @@ def _names_specs(formats: TrainingFormats) -> bool:
 def _found(
     model: nn.Module, inputs: Any, include: Select, exclude: Select, seed: int, tell: Progress
 ) -> Found:
-    """The model's sites: seen in a run, on meta where the model is, or read by type."""
-    batch, source = find_inputs(model, inputs, ())
-    given = Given(
-        model=model,
-        inputs=batch,
-        metric=_METRIC,
-        seed=seed,
-        machine=figures(model),
-        notes=(f"uses of the weights were seen with {source}",),
-        progress=tell,
-    )
+    """The model's sites: seen in a run, on meta where the model is and that can be, or with weights
+    of zero that take no memory; or read by type."""
     find = FindSites(include, exclude)
-    if batch is None or not is_on_meta(model):
-        return run_passes(given, (find,), Found)
-    try:
-        return run_passes(replace(given, inputs=_on_meta(batch)), (find,), Found)
-    except CaptureError as error:
-        note = f"it does not run on the meta device, so modules are read by their type: {error}"
-        return run_passes(replace(given, inputs=None, notes=(note,)), (find,), Found)
+
+    def found(running: nn.Module, batch: Batch | None, note: str) -> Found:
+        given = Given(
+            model=running,
+            inputs=batch,
+            metric=_METRIC,
+            seed=seed,
+            machine=figures(model),
+            notes=(note,),
+            progress=tell,
+        )
+        return replace(run_passes(given, (find,), Found), model=model)
+
+    batch, source = find_inputs(model, inputs, ())
+    note = f"uses of the weights were seen with {source}"
+    if not is_on_meta(model):
+        return found(model, batch, note)
+    if batch is not None:
+        try:
+            return found(model, _on_meta(batch), note)
+        except CaptureError as error:
+            note = f"it does not run on the meta device, so modules are read by their type: {error}"
+    if zeros.CAN_BE_WITHOUT_MEMORY:
+        running = zeros.without_memory(model)
+        batch, source = find_inputs(running, inputs, ())
+        if batch is not None:
+            with contextlib.suppress(CaptureError):
+                return found(running, batch, f"uses of the weights were seen with {source}")
+    return found(model, None, note)
 
 
 def _on_meta(batch: Batch) -> Batch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,14 +12,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 import tensorize
 from tensorize import AnalysisError, CaptureError, CheckpointError, TensorizeError
 from tensorize.distributed import parallelize
+from tensorize.distributed.matrices import local
 from tensorize.passes.curves import spectra
 from tensorize.passes.rewrite import factorize
 from tests.distributed import models, processes
@@ -38,7 +44,7 @@ def on_meta(build: Any = models.llama_of) -> nn.Module:
 
 
 def meta_is_filled_by_parts(folder: Path) -> None:
-    for build in (models.llama_of, models.gpt2_of):
+    for build in (models.llama_of, models.gpt2_of, partial(models.llama_of, "Mixtral")):
         for sizes in ({"tp": 2}, {"dp": 2}):
             want = half(on_meta(build)).state_dict()
             model = parallelize(half(on_meta(build), device="meta"), over(**sizes))
@@ -59,6 +65,37 @@ def ties_stay_when_meta_is_filled(folder: Path) -> None:
     assert models.loss_of(model, words(2)).isfinite()
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes of memory that tensors held at once, of those made in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: Any = WeakIdKeyDictionary()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in pytree.tree_leaves(result):
+            if isinstance(made, Tensor) and not made.is_meta:
+                storage = local(made).untyped_storage()
+                self._alive[storage] = storage.nbytes()
+        self.most = max(self.most, sum(self._alive.values()))
+        return result
+
+
+def a_host_holds_its_part_and_one_module(folder: Path) -> None:
+    weight = 4 * 256 * 256
+    for layers, dimension in itertools.product((2, 6), ("tp", "dp", "pp")):
+        shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": layers}
+        model = half(on_meta(lambda shape=shape: models.llama_of(**shape)), device="meta")
+        model = parallelize(model, over(**{dimension: 2}))
+        with Peak() as peak:
+            tensorize.training.fill(model)
+        own = sum(local(p).nbytes for p in model.parameters())
+        # An attention has four weights, which are dense until it is made; and one's factors.
+        assert own < peak.most < own + 5 * weight, (dimension, layers)
+
+
 def rates_are_those_of_one_machine(folder: Path) -> None:
     def rates(model: nn.Module) -> list[Any]:
         groups = tensorize.training.parameter_groups(model, 1e-3, 0.1)
@@ -76,7 +113,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def the_folder_of_one_machine_is_written(folder: Path) -> None:
     others = "no identity", "integers of 8 bits", "GPT-2, integers of 3 bits", "Mixtral"
     others += ("Mixtral, integers of 4 bits",)
-    for case in ("plain", "compressed tied ends", "shared first factors", *others):
+    for case in ("plain", "compressed tied ends", "shared first factors, compiled", *others):
         for sizes in ({"tp": 2}, {"dp": 2}):
             model = CASES[case]()
             alone = folder / "alone" / "model"
@@ -173,6 +210,7 @@ def ranks_of_a_sharded_model_stay(folder: Path) -> None:
 IN_TWO: list[processes.Check] = [
     meta_is_filled_by_parts,
     ties_stay_when_meta_is_filled,
+    a_host_holds_its_part_and_one_module,
     rates_are_those_of_one_machine,
     the_folder_of_one_machine_is_written,
     compression_is_shared_out,
