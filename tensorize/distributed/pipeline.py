@@ -59,7 +59,7 @@ class Part(nn.Module):
         names = _modules_of(shape, blocks, count)
         self.__dict__["held"] = {name: model.get_submodule(name) for name in names}
         for name, module in self.held.items():
-            hang(self, name, module)
+            hang(self, name, module, shape)
 
     def of_blocks(self) -> list[nn.Module]:
         return [self.get_submodule(f"{self.shape.blocks}.{number}") for number in self.numbers]
@@ -105,7 +105,7 @@ class Stage(nn.Module):
         self.__dict__["parts"] = held
         for part in held:
             for name, module in part.held.items():
-                hang(self, name, module)
+                hang(self, name, module, shape)
         self.train(model.training)
 
     def train(self, mode: bool = True) -> Stage:
@@ -167,12 +167,13 @@ class _Folder(nn.Module):
     """Stands where a module was that holds others."""
 
 
-def hang(tree: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into a tree under its name, with folders on the way."""
+def hang(tree: nn.Module, name: str, module: nn.Module, shape: Shape) -> None:
+    """Put a module into a tree under its name, with folders on the way; blocks are in a list."""
     *folders, leaf = name.split(".")
-    for folder in folders:
+    for place, folder in enumerate(folders, 1):
         if folder not in tree._modules:
-            tree.add_module(folder, _Folder())
+            blocks = ".".join(folders[:place]) == shape.blocks
+            tree.add_module(folder, nn.ModuleList() if blocks else _Folder())
         tree = tree.get_submodule(folder)
     tree.add_module(leaf, module)
 

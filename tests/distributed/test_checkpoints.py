@@ -92,10 +92,6 @@ def experts_go_on_in_four(folder: Path) -> None:
 IN_TWO: list[processes.Check] = [goes_on_in_two]
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    processes.run(IN_TWO, 2, tmp_path)
-
-
 @pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
     processes.run([goes_on_in_four, experts_go_on_in_four], 4, tmp_path)

@@ -103,6 +103,18 @@ def a_pipeline_goes_on_without_one_and_back(folder: Path) -> None:
     assert again.step(3) == pytest.approx(want[3], rel=1e-6)
 
 
+def stages_are_checkpointed(folder: Path) -> None:
+    alone, mesh = four_blocks(), over(pp=2)
+    loss_of(alone, words(8)).backward()
+    want = models.gradients(alone)
+    stage = parallelize(four_blocks().train(), mesh)
+    assert tensorize.training.checkpoint_low_rank(stage) == 2
+    run = schedule(stage, loss_fn, microbatches=4)
+    run.step(words(8))
+    got = models.gradients(stage)
+    assert max(relative(got[name], want[name]) for name in got) < 2e-6
+
+
 def gradients_of_two_batches_add_up(folder: Path) -> None:
     alone, stages = Run(), Run(over(pp=2))
     for number in range(2):
@@ -148,13 +160,14 @@ def a_stage_on_meta_is_filled(folder: Path) -> None:
         assert all(torch.equal(got[name], want[name]) for name in got)
 
 
+OFTEN_IN_TWO: list[processes.Check] = [same("1f1b", case="tied", pp=2)]
 IN_TWO: list[processes.Check] = [
     same("1f1b", pp=2),
     same("zero-bubble", 2, pp=2),
-    same("1f1b", case="tied", pp=2),
     same("1f1b", case="compressed tied ends", pp=2),
     a_pipeline_goes_on_without_one_and_back,
     gradients_of_two_batches_add_up,
+    stages_are_checkpointed,
     tied_values_stay_one_where_steps_draw_numbers,
     a_stage_on_meta_is_filled,
 ]
