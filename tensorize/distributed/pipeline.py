@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.distributed.pipelining import (
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
 from tensorize.distributed.matrices import local
 from tensorize.distributed.shapes import Shape
+from tensorize.reports.attach import attach, known_report
 from tensorize.training.blueprint import pass_on_blueprint
 
 SCHEDULES: dict[str, tuple[type[Any], bool]] = {
@@ -89,6 +90,10 @@ class Stage(nn.Module):
     """
 
     parts: list[Part]
+    way_to_save = (
+        "tensorize.distributed.save(stage, optimizer, run, step=step).wait(), and in one process "
+        "tensorize.distributed.load(model, optimizer, run) and tensorize.save(model, directory)"
+    )
 
     def __init__(self, model: nn.Module, shape: Shape, mesh: DeviceMesh, chunks: int) -> None:
         super().__init__()
@@ -204,6 +209,8 @@ def stage_of(model: nn.Module, shape: Shape, mesh: DeviceMesh, chunks: int) -> S
         )
     stage = Stage(model, shape, mesh, chunks)
     pass_on_blueprint(model, stage)
+    if (found := known_report(model)) is not None:
+        attach(stage, replace(found, weights=()))  # of the model, whose weights are not all here
     return stage
 
 

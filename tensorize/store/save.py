@@ -54,11 +54,16 @@ def save(
 
     Raises:
         CheckpointError: the model carries no report (it does not come from ``tensorize.compile``,
-            ``apply`` or ``load``), holds something that safetensors cannot store, or the directory
-            cannot be written or holds a dense checkpoint. What was saved there before is then still
-            valid.
+            ``apply`` or ``load``), is a stage of a pipeline (``way_to_save`` says what to do then),
+            holds something that safetensors cannot store, or the directory cannot be written or
+            holds a dense checkpoint. What was saved there before is then still valid.
     """
     directory, model = Path(directory), unwrapped(model)
+    if (way_out := getattr(model, "way_to_save", None)) is not None:
+        raise CheckpointError(
+            f"a {type(model).__name__} is a part of a model, and is not saved by itself",
+            way_out=way_out,
+        )
     report = known_report(model)
     if report is None:
         inner = [name for name, part in model.named_modules() if known_report(part)]

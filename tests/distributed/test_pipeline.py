@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tensorize
-from tensorize import CaptureError, TensorizeError
+from tensorize import CaptureError, CheckpointError, TensorizeError
 from tensorize.distributed import load, parallelize, save, schedule
 from tests.distributed import models, processes
 from tests.distributed.models import ENDS, loss_fn, loss_of, low_rank, mine, relative, words
@@ -90,8 +90,9 @@ class Run:
         return float(loss.detach())
 
 
-def a_pipeline_goes_on_without_one_and_back(folder: Path) -> None:
-    unbroken, stages, alone, again = Run(), Run(over(pp=2)), Run(), Run(over(pp=2))
+def a_pipeline_goes_on_without_one_and_back(folder: Path, **others: int) -> None:
+    mesh = over(pp=2, **others)
+    unbroken, stages, alone, again = Run(), Run(mesh), Run(), Run(mesh)
     want = [unbroken.step(number) for number in range(4)]
     assert [stages.step(number) for number in range(2)] == pytest.approx(want[:2], rel=1e-6)
     save(stages.model, stages.optimizer, folder / "stages", step=2).wait()
@@ -189,10 +190,11 @@ def test_four_processes(tmp_path: Path) -> None:
     checks += [same("1f1b", case=case, pp=2, dp=2) for case in ("plain", "tied")]
     checks.append(same("gpipe", case="tied of four blocks", pp=4))
     checks.append(same("interleaved", 2, case="tied of four blocks", pp=2, tp=2))
+    checks.append(partial(a_pipeline_goes_on_without_one_and_back, tp=2))
     processes.run([*checks, same("zero-bubble", 2, pp=2, tp=2)], 4, tmp_path)
 
 
-def test_what_no_stage_can_be_made_of_is_refused() -> None:
+def test_what_no_stage_can_be_made_of_is_refused(tmp_path: Path) -> None:
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
         mesh = over(pp=4)
@@ -203,7 +205,11 @@ def test_what_no_stage_can_be_made_of_is_refused() -> None:
             parallelize(tied, over(pp=1, dp=4), chunks=2)
         with pytest.raises(TensorizeError, match="a Linear is no stage"):
             schedule(torch.nn.Linear(2, 2), loss_fn)
-        stage = parallelize(models.llama(layers=4), mesh)
+        compressed = four_blocks()
+        stage = parallelize(compressed, mesh)
+        with pytest.raises(CheckpointError, match=r"Stage is a part of a model(.|\n)*load\("):
+            tensorize.save(stage, tmp_path)
+        assert tensorize.report(stage).sites == tensorize.report(compressed).sites
         with pytest.raises(TensorizeError, match=r"'interleaved' runs several.*\n.*chunks=2"):
             schedule(stage, loss_fn, "interleaved")
     finally:

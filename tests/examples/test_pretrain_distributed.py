@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -29,15 +30,29 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     tensorize.load(tmp_path / "parts" / "model")
 
 
+def lines_for_a_mesh() -> int:
+    return Path(pretrain_distributed.__file__).read_text().count("  # mesh\n")
+
+
+def test_six_lines_differ_from_one_machine() -> None:
+    assert lines_for_a_mesh() == 6
+
+
 @pytest.mark.slow
-def test_two_processes_go_on_for_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}, {"pp": 2, "dp": 1, "tp": 2}])
+def test_several_processes_go_on_for_one(tmp_path: Path, mesh: dict[str, int]) -> None:
     whole = pretrain(tmp_path / "whole", 6)
     pretrain(tmp_path / "parts", 3)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    asked = [*SMALL, "--out", str(tmp_path / "parts"), "--steps", "6", "--tp", "2"]
+    (tmp_path / "parts" / "model" / "tensorize.json").unlink()
+    count = str(math.prod(mesh.values()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
+    asked = [*SMALL, "--out", str(tmp_path / "parts"), "--steps", "6"]
+    asked += [word for name, size in mesh.items() for word in (f"--{name}", str(size))]
     done = subprocess.run(
         [*torchrun, "-m", "examples.pretrain_distributed", *asked],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"step 6: loss {whole[-1]:.3f}" in done.stdout
+    assert pretrain(tmp_path / "parts", 6) == []  # one process writes the model where stages do not
+    tensorize.load(tmp_path / "parts" / "model")
