@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.base.errors import CaptureError, CheckpointError
+from tensorize.base.errors import CaptureError, CheckpointError, TensorizeError
 from tensorize.base.files import drafts_of, replacing
 from tensorize.base.progress import Progress, shown
 from tensorize.base.records import by_field, plain
@@ -41,6 +41,7 @@ from tensorize.training.distillation import (
     distillation_loss,
     trained_parameters,
 )
+from tensorize.weight.become import is_fully_sharded
 
 log = logging.getLogger("tensorize")
 
@@ -145,6 +146,7 @@ def heal(
     Raises:
         CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
+        TensorizeError: FSDP2 shards the model.
 
     Examples:
         >>> done = tensorize.heal(copy.deepcopy(small), dense, batches, steps=4)
@@ -154,6 +156,12 @@ def heal(
     model, teacher = check_model(model), check_model(teacher)
     if model is teacher:
         raise CaptureError("model and teacher are one", way_out="teacher= is the dense model")
+    if is_fully_sharded(model):
+        raise TensorizeError(
+            "FSDP2 gathers the model's weights while it runs, and their gradients do not come to "
+            "a step of heal",
+            way_out="heal before fully_shard, or over a mesh with tp alone",
+        )
     if steps < 1 or patience < 1 or (rate is not None and not 0 < rate < 1):
         raise CaptureError(
             f"steps={steps}, patience={patience}, rate={rate}: one of them makes no sense",
