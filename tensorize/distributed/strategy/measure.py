@@ -27,6 +27,8 @@ from tensorize.distributed.strategy.probe import Eager, eager_figures
 _SIZES = {"cpu": range(12, 23), "cuda": range(14, 27)}
 """Bytes of the sums, as powers of two: 4 KB to 4 MB, and to 64 MB on GPUs."""
 _ROUNDS = 9
+_TURNS = 6
+"""Products that a collective stands between, at a time."""
 _ROWS = 1024
 _THIN = (16, 64, 256, 1024)
 _COPIED = 2**27
@@ -132,7 +134,7 @@ def _sums(group: Any, device: str) -> tuple[list[float], list[float]]:
     sizes, seconds = [float(2**k) for k in _SIZES[device]], []
     for size in sizes:
         x = torch.zeros(int(size) // 4, device=device)
-        seconds.append(_together(lambda x=x: _summed(x, group), group, device))
+        seconds.append(_among(lambda x=x: _summed(x, group), device))
     return sizes, seconds
 
 
@@ -143,22 +145,19 @@ def _summed(x: Tensor, group: Any) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(found)
 
 
-def _together(call: Callable[[], object], group: Any, device: str) -> float:
-    """Seconds of a collective: the median of rounds that all begin at once."""
+def _among(call: Callable[[], object], device: str) -> float:
+    """Seconds that a collective adds to products that it stands between, as in a step: processes
+    come to it one after the other, and find the caches full of other things."""
+    x = torch.randn(_ROWS // 4, _ROWS, device=device)
+    weight = torch.randn(_ROWS, _ROWS, device=device)
 
-    def wait() -> None:
-        if device != "cpu":
-            torch.cuda.synchronize()
+    def products(then: Callable[[], object] = lambda: None) -> None:
+        for _ in range(_TURNS):
+            torch.nn.functional.linear(x, weight)
+            then()
 
-    found = []
-    for _ in range(_ROUNDS + 2):
-        dist.barrier(group)
-        wait()
-        began = time.perf_counter()
-        call()
-        wait()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[2:])
+    added = _wall(lambda: products(call), device) - _wall(products, device)
+    return max(added, 0.0) / _TURNS
 
 
 def _products(device: str, dtype: torch.dtype) -> tuple[tuple[int, ...], list[float]]:
