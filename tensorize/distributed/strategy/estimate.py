@@ -24,6 +24,7 @@ from tensorize.distributed.strategy.seconds import (
     ENDS,
     first_seconds,
     head_seconds,
+    matrices,
     message_seconds,
     other_seconds,
     starts,
@@ -273,7 +274,10 @@ class Estimator:
         count = self._parameters(strategy) / strategy.dp
         if not strategy.offload:
             if self.cluster.is_processor:
-                return count / self.cluster.updated
+                begun = self.over.stages(
+                    *(strategy.pp, "tensors"), lambda layer: matrices(layer) + layer.norms
+                )
+                return count / self.cluster.updated + self.cluster.start * begun
             return self.cluster.pass_seconds(_UPDATED * count)
         return count * self._on_host
 

@@ -53,9 +53,13 @@ def other_seconds(
 def starts(layer: Layer, style: str, tp: int) -> int:
     """What a layer's forward pass starts, in products: one a factor, three a collective, four for
     norms, attention and what stands between, and what a model does around them."""
-    weights = sum(2 * len(group.low_rank) + len(group.dense) for group in layer.groups)
     messages = len(forward_messages(layer, style)) if tp > 1 else 0
-    return 4 + AROUND + weights + 3 * messages
+    return 4 + AROUND + matrices(layer) + 3 * messages
+
+
+def matrices(layer: Layer) -> int:
+    """The factors and dense weights of a layer."""
+    return sum(2 * len(group.low_rank) + len(group.dense) for group in layer.groups)
 
 
 def _second_seconds(cluster: Cluster, group: Group, style: str, tp: int, rows: int) -> float:
