@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
-from benchmarks.record import keep, kept
+from benchmarks.record import circumstances, keep, kept
 from benchmarks.subjects import BATCH, MANY_SENTENCES, MODELS, SENTENCES, outputs
 from benchmarks.timing import interleaved
 from examples import gpt, llama
@@ -254,10 +254,10 @@ def generate(per_second: float, tokens: int, rounds: int, seed: int) -> dict[str
     }
 
 
-def cost(seed: int, parts: Sequence[str], many: Sequence[int], *, compiled: bool) -> dict[str, Any]:
+def cost(seed: int, part: str, many: Sequence[int], *, compiled: bool) -> dict[str, Any]:
     """Times of guarded models over those of the same ones without; ``compiled``: by inductor."""
     found: dict[str, Any] = {}
-    for m, n, rank in SHAPES if "layers" in parts else ():
+    for m, n, rank in SHAPES if part == "layers" else ():
         for rows in many:
             model = nn.Sequential(nn.Linear(n, m)).requires_grad_(False).eval()
             spec = TTSpec.low_rank(m, n, rank)
@@ -267,7 +267,7 @@ def cost(seed: int, parts: Sequence[str], many: Sequence[int], *, compiled: bool
             found[f"{m}x{n} rank {rank}, {rows} rows"] = _over(
                 model, x, [torch.randn(256, n)], compiled=compiled
             )
-    if "llama" in parts:
+    if part == "llama":
         small = small_llama(seed)
         for rows in many:
             ids = gpt.windows("held_out", max(rows // 256, 1), min(rows, 256), seed)
@@ -312,26 +312,26 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     dtype, seed = DTYPES[given.dtype], given.seed
+    name = f"{given.model} {given.dtype}"
     if given.what == "flips":
-        cell, made = f"{given.model} {given.dtype}", flips(given.model, given.flips, dtype, seed)
+        found = {name: flips(given.model, given.flips, dtype, seed)}
     elif given.what == "alarms":
-        cell, made = f"{given.model} {given.dtype}", alarms(given.model, given.windows, dtype, seed)
+        found = {name: alarms(given.model, given.windows, dtype, seed)}
     elif given.what == "generate":
-        cell, made = "llama", generate(60.0, given.tokens, given.rounds, seed)
+        found = {"llama": generate(60.0, given.tokens, given.rounds, seed)}
     else:
         compiled = given.what == "compiled"
-        cell, made = (
-            f"{given.threads} threads",
-            cost(seed, given.parts, given.rows, compiled=compiled),
-        )
+        found = {
+            f"{part}, {given.threads} threads": cost(seed, part, given.rows, compiled=compiled)
+            for part in given.parts
+        }
     results = kept("faults")
-    if given.what in ("cost", "compiled"):  # of other parts what was measured before
-        made = {**results.get(given.what, {}).get(cell, {}), **made}
-    results.setdefault(given.what, {})[cell] = made
+    for cell, made in found.items():
+        results.setdefault(given.what, {})[cell] = {"made_with": circumstances(), **made}
+        print(given.what, cell, {k: v for k, v in made.items() if k != "missed"})
+        for one in made.get("missed", ())[:10]:
+            print("  missed", one)
     keep("faults", results)
-    print(given.what, cell, {k: v for k, v in made.items() if k != "missed"})
-    for one in made.get("missed", ())[:10]:
-        print("  missed", one)
 
 
 if __name__ == "__main__":
