@@ -6,11 +6,11 @@ That the tables say what the benchmarks have kept, ``tests/benchmarks/test_quote
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from docs.drawing import BLUE, GREEN, ORANGE, SOFT, Point, axes, dot, line, text
+from docs.tables import table
 
 PAGE = Path(__file__).parent / "benchmarks.md"
 LEFT, RIGHT, TOP, BOTTOM = 60, 440, 30, 200
@@ -18,26 +18,18 @@ APART = 17
 """Between the names of two lines, at least."""
 
 
-def rows(head: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The table whose header begins with ``head``: its columns, and its rows by their name."""
-    pattern = rf"^({re.escape(head)}.*)\n\|.*\n((?:\|.*\n)+)"
-    found = re.search(pattern, PAGE.read_text(encoding="utf-8"), re.M)
-    assert found is not None, f"{PAGE.name} has no table {head}"
-    _, *columns = cells(found.group(1))
-    lines = [cells(row) for row in found.group(2).splitlines()]
+def rows(begins: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The table that begins so: its columns, and its rows by their name."""
+    (_, *columns), *lines = table(PAGE, begins)
     return columns, {name: values for name, *values in lines}
-
-
-def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row[1:-1].split("|")]
 
 
 def losses(head: str, across: str, shown: Mapping[str, str]) -> list[str]:
     """What methods lose over what is kept, both on logarithmic axes; a colour a method."""
-    columns, table = rows(head)
+    columns, found = rows(head)
     kept = [math.log(float(column.split("%")[0])) for column in columns]
     values = {
-        name: [math.log10(float(cell.split()[0])) for cell in table[name] if cell != "–"]
+        name: [math.log10(float(cell.split()[0])) for cell in found[name] if cell != "–"]
         for name in shown
     }
     every = [value for name in shown for value in values[name]]
@@ -55,7 +47,7 @@ def losses(head: str, across: str, shown: Mapping[str, str]) -> list[str]:
         drawn.append(text(LEFT + 4, y(power) - 4, f"{10.0**power:.{max(0, -power)}f}"))
     ends = {}
     for name, color in shown.items():
-        places = [share for share, cell in zip(kept, table[name], strict=True) if cell != "–"]
+        places = [share for share, cell in zip(kept, found[name], strict=True) if cell != "–"]
         points = sorted(zip(map(x, places), map(y, values[name]), strict=True))
         drawn.append(line(points, color, 3 if name == next(iter(shown)) else 1.5))
         drawn += [dot(*point, color, 3) for point in points]
@@ -77,7 +69,7 @@ def spread(ends: Mapping[str, Point]) -> dict[str, float]:
 
 
 def speed() -> tuple[str, list[str]]:
-    columns, table = rows("| | prefill")
+    columns, found = rows("| | prefill")
     shown = {
         'tensorize, `torch.compile(backend="tensorize")`': ("tensorize, compiled", BLUE),
         "two `F.linear` by hand": ("two F.linear by hand", GREEN),
@@ -88,9 +80,9 @@ def speed() -> tuple[str, list[str]]:
         top = 14 + 58 * k
         drawn.append(text(190, top + 24, column, anchor="end"))
         for j, (row, (name, color)) in enumerate(shown.items()):
-            width = 70 * float(table[row][k])
+            width = 70 * float(found[row][k])
             drawn.append(bar(200, top + 15 * j, width, color))
-            words = f"{table[row][k]} {name if k == 0 else ''}"
+            words = f"{found[row][k]} {name if k == 0 else ''}"
             drawn.append(text(206 + width, top + 15 * j + 11, words.strip(), color))
     return "Speedups over the dense model of a Llama with a quarter of every linear kept", drawn
 

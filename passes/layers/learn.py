@@ -28,6 +28,7 @@ from tensorize.passes.layers.chain import Back, Part, check_apart
 from tensorize.passes.layers.count import both, masks_of
 from tensorize.passes.layers.gradients import drop_all, has_all, keep_gradient, towards
 from tensorize.passes.layers.layers import Layers, Place, fitted_loss, used_in, wanted_in
+from tensorize.passes.layers.work import Work
 from tensorize.passes.observe.backward import Probed, probing
 from tensorize.passes.observe.gathering import Gathering, Masks, Wanted, probes_for
 from tensorize.passes.observe.loss import LossOption, PreservedLoss
@@ -73,7 +74,7 @@ class LearnInLayers:
         work = self.layers.work
         probes, notes = work.noted(_PROBES), list[str]()
         for part in (None, *range(self.layers.count)):
-            notes += (work.noted(_told(part)) or {"notes": ()})["notes"]
+            notes += _notes_of(work, part)
         first = [probes["note"]] if probes and probes["note"] else []
         return (*first, *sorted(notes))
 
@@ -226,8 +227,7 @@ class _Sweep:
         """Turn moments into curves, each kept as soon as it is made."""
         found, work = self.found, self.layers.work
         observed = gathering.observed(probes.rows, probes.count, len(self.given.learnt))
-        told = work.noted(_told(part)) or {"notes": ()}
-        notes = {*told["notes"], *observed.notes[len(found.notes) :]}
+        notes = {*_notes_of(work, part), *observed.notes[len(found.notes) :]}
         work.note(_told(part), {"notes": sorted(notes)})
         met = {"few": observed.few, "unforeseen": observed.unforeseen}
         moved = found.to(Observed, statistics=observed.statistics, **met)
@@ -264,3 +264,9 @@ def _gradient(k: int, number: int, j: int) -> str:
 
 def _told(part: int | None) -> str:
     return "told-outer" if part is None else f"told-{part:04}"
+
+
+def _notes_of(work: Work, part: int | None) -> Sequence[str]:
+    """What was said of a part's weights so far."""
+    said = work.noted(_told(part))
+    return said["notes"] if said else ()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 import pytest
 
 from benchmarks import bits, prune_peers, pruning, quality
 from benchmarks.record import kept
+from docs.tables import table
 from tensorize.base import printer
 from tests.paths import ROOT
 
@@ -16,13 +16,11 @@ KEYS = {"minilm": "error"}
 NOT_SHOWN = {"ours, no shared factors"}
 
 
-def table(page: str, headers: Sequence[str]) -> list[list[str]]:
+def rows_of(page: str, headers: Sequence[str]) -> list[list[str]]:
     """The rows of the table of a page that has these headers."""
-    head = re.escape("| " + " | ".join(headers).lstrip() + " |\n")
-    found = re.search(rf"^{head}\|[-| ]+\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.M)
-    assert found is not None, f"{page} has no table {headers}"
-    lines = found.group(1).splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    first, *rows = table(ROOT / page, "| " + " | ".join(headers).lstrip() + " |")
+    assert first == list(headers)
+    return rows
 
 
 def runs_of(name: str) -> list[quality.Run]:
@@ -33,7 +31,7 @@ def runs_of(name: str) -> list[quality.Run]:
 def test_tables_of_the_quality(name: str) -> None:
     runs = runs_of(name)
     budgets = [f"{100 * budget:g}% kept" for budget in quality.compared(runs)]
-    rows = table("docs/benchmarks.md", [name, *budgets])
+    rows = rows_of("docs/benchmarks.md", [name, *budgets])
     wanted = quality.summary(runs, KEYS.get(name, "kl"))
     assert rows == [row for row in wanted if row[0] not in NOT_SHOWN]
 
@@ -41,7 +39,7 @@ def test_tables_of_the_quality(name: str) -> None:
 def test_the_table_of_bits() -> None:
     runs = [{m: run[m] for m in bits.METHODS if m in run} for run in kept("bits")["llama"].values()]
     budgets = [f"{100 * budget:g}%" for budget in bits.BUDGETS]
-    assert table("docs/benchmarks.md", ["llama", *budgets]) == list(bits.rows(runs, "kl"))
+    assert rows_of("docs/benchmarks.md", ["llama", *budgets]) == list(bits.rows(runs, "kl"))
 
 
 def test_the_table_of_pruning() -> None:
@@ -57,7 +55,7 @@ def test_the_table_of_pruning() -> None:
     ranks = kept("bits")["llama"]["0"]["ours, ranks alone"]
     rows.append(["ranks alone", *(f"{ranks[str(b)]['kl']:.3g}" for b in pruning.OF_SMALL), "–"])
     head = ["50 %", "25 %", "12.5 %", "2:4, at 63 %"]
-    assert table("docs/when-not.md", ["", *head]) == rows
+    assert rows_of("docs/when-not.md", ["", *head]) == rows
 
 
 def test_what_is_said_beside_distillation() -> None:
@@ -85,4 +83,4 @@ def of_the_readme() -> Iterator[list[str]]:
 
 def test_the_table_of_the_readme() -> None:
     head = ["kept", "predicted (90 %)", "other pages", "docstrings", "docstrings, MPIFA"]
-    assert table("README.md", head) == list(of_the_readme())
+    assert rows_of("README.md", head) == list(of_the_readme())

@@ -156,6 +156,7 @@ def _among(call: Callable[[], object], device: str) -> float:
             torch.nn.functional.linear(x, weight)
             then()
 
+    # Products alone are taken anew every time: what the machine does meanwhile is in both.
     added = _wall(lambda: products(call), device) - _wall(products, device)
     return max(added, 0.0) / _TURNS
 
