@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from tensorize.base import files, timer
 from tensorize.base.records import plain, record
+from tensorize.formats.order import in_order
 from tensorize.ir.machine import GENERIC, Machine
 
 _ROWS = (1, 16, 256, 1024)
@@ -129,6 +130,6 @@ def measure(device: str = "cpu") -> Machine:
     bandwidth = 4 * _WIDE**2 / seconds(wide, 1)
     order = torch.randperm(_WIDTH, generator=generator, device=device).int()
     x = draw(_WIDTH, _WIDTH)
-    by_index = timer.seconds_of(lambda: x.index_select(-1, order), device) / x.numel()
+    by_index = timer.seconds_of(lambda: in_order(x, order), device) / x.numel()
     multiple = 1 if device == "cpu" else _GPU_MULTIPLE
     return Machine(identity(device), _ROWS, tuple(rates), bandwidth, launch, multiple, by_index)

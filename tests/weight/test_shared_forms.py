@@ -126,7 +126,7 @@ def test_gradients_are_those_of_the_plain_form() -> None:
 
 def counted(model: nn.Module, x: Tensor) -> dict[str, int]:
     """How often a call puts columns in order, and adds those that are kept to a product."""
-    seen = {"gather": 0, "add_": 0}
+    seen = {"index_select": 0, "add_": 0}
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -143,7 +143,7 @@ def own(model: nn.Module) -> dict[str, int]:
     """What that is where every layer works for itself, but those of one first factor together."""
     layers = [m for m in model.modules() if isinstance(m, LowRankLinear) and m.spec.pivoted]
     products = {id(layer.first.weight) for layer in layers}
-    return dict.fromkeys(("gather", "add_"), len(products))
+    return dict.fromkeys(("index_select", "add_"), len(products))
 
 
 @torch.no_grad()
