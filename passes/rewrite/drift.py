@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tensorize.algebra.metric import root_times
+from tensorize.algebra.triangle import Held, add_products, hermitian, packed
 from tensorize.capture.matmul import Matmul
 from tensorize.passes.curves.metric import damped, shrinkage
 from tensorize.passes.observe.loss import split
@@ -43,16 +44,22 @@ class Sums:
     """C̃ and E over the rows of some batches."""
 
     def __init__(self) -> None:
-        self.own: Tensor | None = None
-        self.drift: Tensor | None = None
+        self._own: Held | None = None
+        self._drift: Tensor | None = None
 
     def add(self, x: Tensor, seen: Tensor) -> None:
         x, seen = widened(x), widened(seen)
-        if self.own is None or self.drift is None:
-            self.own, self.drift = products(seen), products(x - seen, seen)
+        if self._own is None or self._drift is None:
+            self._own, self._drift = packed(products(seen)), products(x - seen, seen)
         else:
-            self.own.addmm_(seen.t(), seen.conj())
-            self.drift.addmm_((x - seen).t(), seen.conj())
+            add_products(self._own, seen)
+            self._drift.addmm_((x - seen).t(), seen.conj())
+
+    def matrices(self) -> tuple[Tensor, Tensor] | None:
+        """C̃ and E (N, N); None where there are no rows."""
+        if self._own is None or self._drift is None:
+            return None
+        return hermitian(self._own), self._drift
 
 
 class Drift:
@@ -95,11 +102,8 @@ class Drift:
     @cached_property
     def all(self) -> tuple[Tensor, Tensor]:
         """C̃ and E (N, N) over all rows, in float64."""
-        there = [s for s in (self._learnt, self._held_out) if s.own is not None]
-        own, drift = (
-            torch.stack([getattr(sums, side) for sums in there]).sum(0, dtype=torch.float64)
-            for side in ("own", "drift")
-        )
+        there = [m for m in (self._learnt.matrices(), self._held_out.matrices()) if m is not None]
+        own, drift = (sum(one.double() for one in side) for side in zip(*there, strict=True))
         return own, drift
 
     @property
@@ -137,21 +141,20 @@ def best_ridge(
     learnt: Sums, held_out: Sums, weights: Sequence[Tensor], roots: Sequence[Tensor | None]
 ) -> float:
     """The δ that loses least on rows held out; infinite where no change at all does."""
-    if learnt.own is None or learnt.drift is None:
+    learns, judges = learnt.matrices(), held_out.matrices()
+    if learns is None or judges is None:
         return _UNTRIED
-    if held_out.own is None or held_out.drift is None:
-        return _UNTRIED
-    wide = [weight.to(learnt.drift) for weight in weights]
-    weighted = [_narrow(root_times(root, w)) for w, root in zip(wide, roots, strict=True)]
-    moved = [(y @ learnt.drift).t() for y in weighted]
-    wanted = [y @ held_out.drift for y in weighted]
+    own, drift = learns
+    weighted = [_narrow(root_times(r, w.to(drift))) for w, r in zip(weights, roots, strict=True)]
+    moved = [(y @ drift).t() for y in weighted]
+    wanted = [y @ judges[1] for y in weighted]
     best, least = math.inf, 0.0
     for ridge in RIDGES:
-        factor, lost = _solver(learnt.own, ridge), 0.0
+        factor, lost = _solver(own, ridge), 0.0
         for to, rows in zip(wanted, moved, strict=True):
             change = torch.cholesky_solve(rows, factor).t()
             # ‖Y (x − x̃) − change x̃‖² less what it is without any change.
-            lost += float((change * (change @ held_out.own - 2 * to)).sum(dtype=torch.float64))
+            lost += float((change * (change @ judges[0] - 2 * to)).sum(dtype=torch.float64))
         if lost < least:
             best, least = ridge, lost
     return best

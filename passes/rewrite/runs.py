@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tensorize.capture.forward import untouched
+from tensorize.capture.forward import ours, untouched
 from tensorize.capture.inner_gradients import is_transformed
 from tensorize.capture.matmul import Frame, Matmul
 from tensorize.capture.observer import Observer
@@ -62,7 +62,7 @@ class WeightRun:
             self._go.acquire()
             try:
                 if not self._stopped:
-                    with torch.no_grad(), Observer(parameters.items(), self._on_matmul):
+                    with torch.no_grad(), Observer(parameters.items(), instead=self._product):
                         call(model, batch)
             except _Stop:
                 pass
@@ -74,7 +74,10 @@ class WeightRun:
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
-    def _on_matmul(self, name: str, frame: Frame, matmul: Matmul, output: Tensor) -> Tensor:
+    def _product(
+        self, name: str, frame: Frame, matmul: Matmul, dense: Callable[[], Tensor]
+    ) -> Tensor:
+        # Nothing is multiplied before the wait: what all batches wait with is held at once.
         place = self._place.get(name, -1)
         if place > self._at:
             self.matmul, self._at = matmul, place
@@ -83,7 +86,10 @@ class WeightRun:
             self.matmul = None
             if self._stopped:
                 raise _Stop
-        return output if self._compressed is None else self._compressed(name, frame, matmul)
+        if self._compressed is None:
+            return dense()
+        with ours():
+            return self._compressed(name, frame, matmul)
 
     def reach(self, place: int) -> bool:
         """Go on up to the weight at ``place``; False where the run does not come by it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
@@ -38,6 +39,9 @@ class Observer(TorchFunctionMode):
             What either raises leaves the model as ``forward.ours``: run it in ``of_the_model``.
         frozen: hand the functions detached parameters, so that no gradient of a weight is computed.
         stand_ins: what to hand them instead, by the parameter's id.
+        instead: called with (name, frame, matmul, dense) in place of the function of each matmul,
+            which ``dense()`` runs; there is no ``on_matmul`` then. What it raises is the model's
+            own, but for what is raised in ``forward.ours``.
 
     ``differentiates`` says afterwards whether the model asked autograd for gradients.
     """
@@ -45,17 +49,18 @@ class Observer(TorchFunctionMode):
     def __init__(
         self,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        on_matmul: Callable[[str, Frame, Matmul, Tensor], Tensor],
+        on_matmul: Callable[[str, Frame, Matmul, Tensor], Tensor] | None = None,
         on_other: Callable[[str, str], None] | None = None,
         *,
         frozen: bool = False,
         stand_ins: Mapping[int, Tensor] | None = None,
+        instead: Callable[[str, Frame, Matmul, Callable[[], Tensor]], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._names = {id(p): (name, Frame()) for name, p in parameters}
         self._alive: list[Tensor] = []  # a freed view's id may be given to another tensor
         self._on_matmul, self._on_other, self._frozen = on_matmul, on_other, frozen
-        self._stand_ins = stand_ins or {}
+        self._stand_ins, self._instead = stand_ins or {}, instead
         self.differentiates = False
 
     def __torch_function__(
@@ -68,6 +73,13 @@ class Observer(TorchFunctionMode):
         if watched and func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
+        names = [self._names[id(weight)][0] for weight in watched]
+        if self._instead is not None:
+            for weight, name in zip(watched, names, strict=True):
+                matmul = self._matmul(func, args, kwargs, weight, names.count(name) == 1)
+                if matmul is not None:
+                    frame = self._names[id(weight)][1]
+                    return self._instead(name, frame, matmul, partial(func, *args, **kwargs))
         if self._frozen and any(map(_is_frozen, tensors)):
             free_args, free_kwargs = pytree.tree_map(self._detach, (args, kwargs))
             result = func(*free_args, **free_kwargs)
@@ -75,7 +87,6 @@ class Observer(TorchFunctionMode):
             result = func(*args, **kwargs)
         if is_transformed():
             self._tell_of_wrapped(args, kwargs)
-        names = [self._names[id(weight)][0] for weight in watched]
         for weight, name in zip(watched, names, strict=True):
             with ours():
                 result = self._tell(func, args, kwargs, weight, names.count(name) == 1, result)
@@ -105,9 +116,9 @@ class Observer(TorchFunctionMode):
         if self._on_other is not None and (custom := self._custom_function(name)) is not None:
             self._on_other(name, custom)
             return result
-        matmul = read(func, args, kwargs, weight, frame)
-        if matmul is not None and once:  # W Wᵀ is no matmul against a constant
-            return self._on_matmul(name, frame, frame.turn(matmul), result)
+        matmul = self._matmul(func, args, kwargs, weight, once)
+        if matmul is not None and self._on_matmul is not None:
+            return self._on_matmul(name, frame, matmul, result)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return result  # asked for a shape, a dtype, a flag
         derived = view(func, args, kwargs, frame, weight)
@@ -119,6 +130,14 @@ class Observer(TorchFunctionMode):
         elif self._on_other is not None:
             self._on_other(name, getattr(func, "__name__", str(func)))
         return result
+
+    def _matmul(
+        self, func: Any, args: tuple, kwargs: dict, weight: Tensor, once: bool
+    ) -> Matmul | None:
+        """The call as one matmul against the parameter; W Wᵀ is none against a constant."""
+        frame = self._names[id(weight)][1]
+        matmul = read(func, args, kwargs, weight, frame) if once else None
+        return None if matmul is None else frame.turn(matmul)
 
     def _custom_function(self, name: str) -> str | None:
         """The custom autograd function that runs, where it was given the weight of this name."""

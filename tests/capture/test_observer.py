@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,27 @@ def test_frozen_parameters_alone_give_an_output_without_gradient(
     weight, bias, x = parameter(M, N), nn.Parameter(draw((M,))), draw((B, N))
     seen = observe(lambda: run(x, weight, bias), weight, frozen=True)
     assert [output.requires_grad for _, _, output in seen.matmuls] == [False]
+
+
+def test_a_matmul_that_is_computed_instead_does_not_run() -> None:
+    class Counting(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.calls += func is F.linear
+            return func(*args, **(kwargs or {}))
+
+    one, two, x = parameter(M, N), parameter(M, M), draw((B, N))
+
+    def instead(name: str, frame: Frame, matmul: Matmul, dense: Callable[[], Tensor]) -> Tensor:
+        assert torch.equal(matmul.x, x)
+        return matmul.x.new_ones(B, M) if name == "one" else dense()
+
+    for name, ran in (("one", 1), ("another", 2)):
+        with Counting() as beneath, Observer([(name, one)], instead=instead):
+            y = F.linear(F.linear(x, one), two)
+        hidden = torch.ones_like(y) if name == "one" else F.linear(x, one)
+        assert torch.equal(y, F.linear(hidden, two))
+        assert beneath.calls == ran

@@ -245,11 +245,18 @@ def test_a_refit_leaves_out_a_use_that_it_did_not_begin_with(
 
 
 def test_an_error_in_a_batch_names_it_and_ends_every_thread() -> None:
-    model, data = Chain(), batches(4)
+    class Fussy(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.a(x))
+            if len(x) == 3:
+                raise ValueError("three rows")
+            return self.c(torch.tanh(self.b(y)))
+
+    model, data = Fussy(), batches(4)
     learned, sites = ready(model, data, "input", 5)
     threads = threading.active_count()
     with pytest.raises(CaptureError, match="batch 4 does not fit"):
-        refit(learned, sites, given([*data, torch.randn(3, 7)]))
+        refit(learned, sites, given([*data, torch.randn(3, 24)]))
     assert threading.active_count() == threads
 
 
