@@ -62,34 +62,32 @@ def in_parts(
 class CutBatches:
     """Cuts calibration batches to so few samples that a backward pass keeps little of each.
 
-    What it keeps is measured on the largest, and taken to grow with the number of inputs.
     Batches stay as they are where the model gives for some samples anything else than for them
-    among all, and where the caller's loss may do so (``whole``).
+    among others, and where the caller's loss may do so (``whole``).
     """
 
     whole: bool = False
     name: str = "batches"
 
     def run(self, found: Found) -> Found:
-        batches, model = found.calibration, found.model
-        if self.whole or all(_samples(batch) < 2 for batch in batches):
-            return replace(found, summary="as they are")
-        largest = max(batches, key=entries_of)
+        as_they_are = replace(found, summary="as they are")
+        if self.whole:
+            return as_they_are
+        try:
+            cut, together = cut_by_size(found)
+        except ModelError:
+            return as_they_are  # it takes no fewer samples than it was given
+        if together is None:
+            return as_they_are
+        model, (first, _) = found.model, together.parts
+        samples = _samples(cut.calibration[first])
         with untouched(model):
-            kept = _kept(found, largest) / max(entries_of(largest), 1)
-            cut = {batch: _places(batch, kept) for batch in batches}
-            if not cut[largest]:
-                return replace(found, summary="as they are")
-            whole = essential(call(model, largest))
-            if not _is_whole(model, largest, whole, cut[largest]):
-                return replace(found, summary="as they are")
-        smaller = [
-            part
-            for batch in batches
-            for part in ([_part(batch, some) for some in cut[batch]] or [batch])
-        ]
-        summary = f"{len(batches)} cut into {len(smaller)}, each kept within memory"
-        return replace(found, calibration=tuple(smaller), summary=summary)
+            both = essential(call(model, together.batch))
+            if not _is_whole(model, together.batch, both, [slice(samples), slice(samples, None)]):
+                return as_they_are
+        counts = len(found.calibration), len(cut.calibration)
+        summary = f"{counts[0]} cut into {counts[1]}, each kept within memory"
+        return replace(cut, summary=summary)
 
 
 @dataclass(frozen=True)
@@ -101,18 +99,21 @@ class Together:
 
 
 def cut_by_size(found: Found) -> tuple[Found, Together | None]:
-    """The batches as ``CutBatches`` cuts them, for a model that has no values yet.
+    """The batches, cut to what a backward pass may keep of one.
 
-    Where any are cut, what the model gives for some samples together, and for the parts, will tell
-    whether that was right.
+    What it keeps is measured on two samples of the largest, and taken to grow with the number of
+    inputs. Where any are cut, what the model gives for some samples together, and for the parts,
+    tells whether that was right: of a model that has no values yet, later.
     """
     batches, model = found.calibration, found.model
     if all(_samples(batch) < 2 for batch in batches):
         return found, None
     largest = max(batches, key=entries_of)
+    two = _part(largest, slice(2)) if _samples(largest) > 2 else largest
     device = next(model.parameters()).device
     with untouched(model):
-        kept = _kept(found, moved(largest, device)) / max(entries_of(largest), 1)
+        run = moved(two, device) if device.type == "meta" else two
+        kept = _kept(found, run) / max(entries_of(two), 1)
     cut = {batch: _places(batch, kept) for batch in batches}
     if not cut[largest]:
         return found, None
