@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from tensorize.codegen.device.triton_env import interpreting
+from tensorize.codegen.triton import coded, tiles
 from tensorize.codegen.triton import source as triton_source
-from tensorize.codegen.triton import tiles
+from tensorize.codegen.triton.coded import CodedProduct
 from tensorize.codegen.triton.module import Source
+from tensorize.ir.coded import DenseSpec, QuantizedSpec
+from tensorize.ir.precision import FLOAT
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Norm, Work
 from tests.paths import ROOT
@@ -24,6 +27,10 @@ low_rank = TTSpec.low_rank
 
 def pivoted(m: int, n: int, rank: int, neighbours: int = 1) -> TTSpec:
     return low_rank(m, n, rank, pivoted=neighbours)
+
+
+def in_codes(m: int, n: int, precision: str) -> QuantizedSpec:
+    return QuantizedSpec(DenseSpec((m, n)), precision, FLOAT)
 
 
 here = pytest.mark.skipif(
@@ -77,6 +84,10 @@ def _decode(work: Work) -> Callable[[torch.dtype], Source]:
     return lambda dtype: triton_source.decode(work, tiles.default_decode(work, dtype))
 
 
+def _of_codes(product: CodedProduct) -> Callable[[torch.dtype], Source]:
+    return lambda dtype: coded.forward(product, coded.default_tiles(product, dtype.itemsize, 4096))
+
+
 def _lookup(spec: TTSpec) -> Callable[[torch.dtype], Source]:
     return lambda dtype: triton_source.lookup(spec, tiles.default_lookup(spec, dtype))
 
@@ -109,10 +120,16 @@ DECODED: Mapping[str, Work] = {
     "decode grouped": WORKS["grouped"],
     "decode shared": WORKS["shared"],
 }
+CODED: Mapping[str, CodedProduct] = {
+    "codes of eight bits": CodedProduct(in_codes(4096, 4096, "int8"), bias=True),
+    "codes of four bits": CodedProduct(in_codes(4096, 4096, "int4"), added=True),
+    "codes of three bits back": CodedProduct(in_codes(1000, 777, "int3"), "rows"),
+}
 FAMILIES: Mapping[str, Callable[[torch.dtype], Source]] = {
     **{name: _forward(work) for name, work in WORKS.items()},
     **{name: _forward(work) for name, work in PIVOTED.items()},
     **{name: _decode(work) for name, work in DECODED.items()},
+    **{name: _of_codes(product) for name, product in CODED.items()},
     **{f"lookup, {name}": _lookup(spec) for name, spec in TABLES.items()},
     "gradients": _gradients(low_rank(4096, 4096, 128)),
     "gradients, two cores": _gradients(TTSpec((64, 64), (64, 64), (16,))),

@@ -18,7 +18,7 @@ from tensorize.codegen.device.triton_env import DTYPES, interpreting, load, requ
 from tensorize.codegen.triton.module import Source
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx90a", "hip:gfx942")
-_POINTERS = {"float32": "*fp32", "int32": "*i32", "int64": "*i64"}
+_POINTERS = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "int8": "*i8", "uint8": "*u8"}
 WARP = {"cuda": 32, "hip": 64}
 MOST_STAGES = {"cuda": 8, "hip": 2}
 """AMD keeps fewer tiles in flight: its shared memory is a quarter of NVIDIA's."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tensorize.base import html, printer
-from tensorize.codegen.device import autotune, compiler
+from tensorize.codegen.device import autotune, coded, compiler
 from tensorize.codegen.device.compiler import Compiled
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
 from tensorize.codegen.triton.module import Source
 from tensorize.codegen.triton.roles import NotCovered
+from tensorize.ir.coded import QuantizedSpec
 from tensorize.ir.spec import TTSpec
 from tensorize.ir.work import Epilogue, Work
 
@@ -94,12 +95,32 @@ def of_work(work: Work, dtype: torch.dtype, device: str) -> dict[str, Kernel]:
 
     What serves fewer rows than its family does has their most in its name: ``forward_to_64``.
     """
+    return _by_rows(lambda most: autotune.source(work, dtype, most, device), dtype)
+
+
+def of_codes(spec: QuantizedSpec, dtype: torch.dtype, *, bias: bool) -> dict[str, Kernel]:
+    """The same of a weight in codes: ``forward``, and of two factors ``first`` before it."""
+    found: dict[str, Kernel] = {}
+    for k in reversed(range(len(spec.inner.core_shapes))):
+        with_identity = k == 1 and spec.inner.pivoted > 0
+        product = coded.product_of(spec, k, "columns", bias=bias and k == 0, added=with_identity)
+        found |= _by_rows(
+            lambda most, product=product: coded.source_of(product, dtype, most),
+            dtype,
+            "first" if k else "forward",
+        )
+    return found
+
+
+def _by_rows(
+    source_for: Callable[[int], Source | None], dtype: torch.dtype, forward: str = "forward"
+) -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     for most in reversed(autotune.BUCKETS):
-        source = autotune.source(work, dtype, most, device)
+        source = source_for(most)
         if source is None or source in [known.source for known in found.values()]:
             continue
-        family = "decode" if source.counters else "forward"
+        family = "decode" if source.counters else forward
         name = f"{family}_to_{most}" if family in found else family
         found[name] = Kernel(name, source, dtype)
     return found

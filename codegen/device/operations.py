@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tensorize.base.tensors import is_index
-from tensorize.codegen.device import autotune, guarded, launch, reference
+from tensorize.codegen.device import autotune, coded, guarded, launch, reference
 from tensorize.codegen.device.triton_env import DTYPES, check_device
 from tensorize.codegen.triton import source as triton_source
 from tensorize.codegen.triton import tiles
@@ -346,6 +346,8 @@ class TritonContraction:
 
 def why_not(spec: TTSpec) -> str | None:
     """The reason why a weight of this spec has no kernels, None where it has."""
+    if spec.precision is not None:
+        return coded.why_not(spec)
     reasons = (covered(spec, side) for side in _sides(spec))
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -355,11 +357,13 @@ def _sides(spec: TTSpec) -> tuple[str, ...]:
     return ("columns",) if spec.pivoted else tuple(OTHER)
 
 
-def contractions(spec: TTSpec, *, measured: bool = False) -> dict[str, TritonContraction]:
+def contractions(spec: TTSpec, *, measured: bool = False) -> Contractions:
     """What kernels a weight of this spec has, by what they contract; none where x or the gradient
-    of y is not covered."""
+    of y is not covered. Those of weights in codes are not timed, and so are none ``measured``."""
     if why_not(spec) is not None:
         return {}
+    if spec.precision is not None:
+        return {} if measured else coded.contractions(spec)
     text = json.dumps(spec.to_dict())
     planned = weight_contractions.contractions(spec)
 

@@ -10,6 +10,8 @@ triton: the text does, and it runs alone.
     lookup     rows of W by number
     gradients  of two cores, from what the passes over x and over the gradient of y saved
 
+Weights in codes are multiplied matrix by matrix (``coded.py``).
+
 Several weights that read one x are one launch (q, k, v), or one output where ``gated``. The
 gradient for x is ``forward`` with the other ``contract``.
 """

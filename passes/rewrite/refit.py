@@ -119,6 +119,7 @@ def refit_part(
         with contextlib.closing(in_order(order, batches, pair, rows, masks)) as turns:
             for done, (name, drift) in enumerate(turns):
                 dense.progress("refit", done, len(order))
+                give_back(by_name[name].parameters)  # what the runs freed on their way here
                 if drift.seen:
                     group = {n: dense.spectra[n] for n in together[name]}
                     weights = [as_matrix(c.site, parameters[n].detach()) for n, c in group.items()]

@@ -91,11 +91,15 @@ def _runs_by(
         return library("one product with a first factor, in compiled graphs one launch, serves all")
     if not _has_kernels_for(site.kind):
         return library(f"kernels compute no {site.kind}")
+    here = device != "cpu" or interpreting()
+    why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
+    if held.spec.precision is not None:
+        if measured:
+            return library('kernels of codes are not timed: backend="triton" runs by them')
+        return (RunsBy(1, None, "kernels", why=why),)
     work = Work((held.spec,), epilogue=Epilogue(bias=_has_bias(owner, leaf)))
     if measured:
         return _measured(work, held.dtype, device)
-    here = device != "cpu" or interpreting()
-    why = "as asked" if here else "as asked; they do not run on a CPU: move the model to a GPU"
     return _covered(work, held.dtype, device, why)
 
 
@@ -150,15 +154,21 @@ def launches() -> operations.Launches:
     return operations.Launches()
 
 
-def factors_with_kernels(model: nn.Module) -> Iterator[tuple[str, SiteReport, FactoredWeight]]:
-    """The weights that kernels may compute: each once, by the name that it is found by."""
+def _weights(model: nn.Module) -> Iterator[tuple[str, SiteReport, FactoredWeight]]:
+    """The weights whose uses and dtype kernels know: each once, by the name that it is found by."""
     factors = dict(factored(model))
     for site in report(model).sites:
         name = next((n for n in (site.name, *site.aliases) if n in factors), None)
         if name is None or not _has_kernels_for(site.kind):
             continue
-        held = factors[name]
-        if held.format.kernels and not held.spec.batch and held.dtype in DTYPES:
+        if factors[name].dtype in DTYPES:
+            yield name, site, factors[name]
+
+
+def factors_with_kernels(model: nn.Module) -> Iterator[tuple[str, SiteReport, FactoredWeight]]:
+    """Those of them whose products a ``Work`` says: of numbers."""
+    for name, site, held in _weights(model):
+        if held.format.kernels and not held.spec.batch:
             yield name, site, held
 
 
@@ -170,6 +180,10 @@ def kernels_of_weights(model: nn.Module) -> dict[str, Kernel]:
         given = {"bias": _has_bias(*owner_of(model, name)), "lookup": "embedding" in site.kind}
         made = kernel.of_weight(factors.spec, factors.dtype, device, **given)
         found |= kernel.named(name, made)
+    for name, _, factors in _weights(model):
+        if factors.spec.precision is not None and operations.why_not(factors.spec) is None:
+            bias = _has_bias(*owner_of(model, name))
+            found |= kernel.named(name, kernel.of_codes(factors.spec, factors.dtype, bias=bias))
     return found
 
 
