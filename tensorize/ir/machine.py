@@ -31,7 +31,7 @@ class Machine:
     bandwidth: float
     launch: float
     rank_multiple: int = 1
-    by_index: float = 1.5e-9
+    by_index: float = 0.8e-9
 
     @property
     def reads_orders(self) -> bool:
