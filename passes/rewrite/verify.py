@@ -19,6 +19,8 @@ from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.whole_model import numbers
 
 _ROWS = 4
+_ENTRIES = 4_000_000
+"""Of a weight that the interpreter builds at once."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,17 @@ def check_weight(name: str, weight: FactoredWeight) -> float:
         return 0.0  # not used as a matrix of rows; its error is measured as the others'
     if weight.spec.batch:
         weight = weight.seen(replace(weight.frame, expert=0))
-    spec, cores = weight.looked_at()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, weight.shape[-1], generator=generator, dtype=torch.float32)
     x = x.to(weight.device, weight.dtype)
     with torch.no_grad(), inputs_in_full():
         got = F.linear(x, weight)  # type: ignore[arg-type]
-        contract = "rows" if weight.frame.transposed else "columns"
-        want = interpret.apply(spec, cores, x, contract)
+        want = torch.cat([_interpreted(part, x) for part in _parts(weight)], dim=-1)
     difference = relative_difference(got, want)
     # Rounding grows with the square root of the longest sums and the number of steps.
+    spec, cores = weight.spec, len(weight.cores) + len(weight.indices)
     terms = max(*weight.shape, *spec.ranks)
-    allowed = 8 * torch.finfo(weight.dtype).eps * math.sqrt(terms) * len(cores)
+    allowed = 8 * torch.finfo(weight.dtype).eps * math.sqrt(terms) * cores
     if not difference <= allowed:
         raise AnalysisError(
             f"its contraction differs from the interpreter by {difference:.3g}, "
@@ -93,6 +94,23 @@ def check_weight(name: str, weight: FactoredWeight) -> float:
             way_out="this is a defect in tensorize: please report it",
         )
     return difference
+
+
+def _parts(weight: FactoredWeight) -> list[FactoredWeight]:
+    """A weight of two factors by some of its rows: of a large table no more is ever built at once.
+    Others whole."""
+    frame = weight.frame
+    if not weight.format.pair or frame.transposed or frame.rows is not None:
+        return [weight]
+    m, n = weight.shape
+    step = max(_ENTRIES // n, 1)
+    slices = ((start, min(start + step, m)) for start in range(0, m, step))
+    return [weight.seen(frame.slice_rows(*rows)) for rows in slices]
+
+
+def _interpreted(weight: FactoredWeight, x: Tensor) -> Tensor:
+    spec, cores = weight.looked_at()
+    return interpret.apply(spec, cores, x, "rows" if weight.frame.transposed else "columns")
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tensorize
+from tensorize.formats import interpret
 from tensorize.ir.plan import RankPlan
 from tensorize.ir.spec import TTSpec
 from tensorize.passes.observe.sites import FindSites
@@ -99,6 +100,23 @@ def test_a_weight_that_computes_something_else_is_caught(monkeypatch: pytest.Mon
     monkeypatch.setattr("tensorize.weight.products.matmul", wrong)
     with pytest.raises(tensorize.AnalysisError, match="differs from the interpreter"):
         check_weight(name, weight)
+
+
+def test_a_large_weight_is_checked_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run_passes(opened(), (Factorize(),), Rewritten)
+    name, weight = next(iter(factored(done.model)))
+    built: list[int] = []
+    apply = interpret.apply
+
+    def noted(spec: Any, *rest: Any) -> torch.Tensor:
+        built.append(spec.shape[0])
+        return apply(spec, *rest)
+
+    monkeypatch.setattr("tensorize.formats.interpret.apply", noted)
+    monkeypatch.setattr("tensorize.passes.rewrite.verify._ENTRIES", 5 * weight.shape[1])
+    assert check_weight(name, weight) < 1e-5
+    assert max(built) == 5
+    assert sum(built) == weight.shape[0]
 
 
 def test_a_parameter_too_many_is_caught() -> None:
