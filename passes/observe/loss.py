@@ -295,13 +295,20 @@ class PreservedLoss:
 
     def mean_distance(self, model: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> float:
         """The mean rise of the loss a row, over batches that both models are run on."""
+        total, rows = self.total_distance(model, dense, batches)
+        return total / max(rows, 1)
+
+    def total_distance(
+        self, model: nn.Module, dense: nn.Module, batches: Sequence[Batch]
+    ) -> tuple[float, int]:
+        """The rise of the loss over batches that both models are run on: its sum, and rows."""
         total, rows = 0.0, 0
         for batch in batches:
             # In a compressed model factors run as well: what it raises is not told as its own.
             wanted, got = call(dense, batch), once(model, batch)
             part, count = self.rise(wanted, got, batch, model)
             total, rows = total + part, rows + count
-        return total / max(rows, 1)
+        return total, rows
 
 
 def of_the_caller(loss_fn: LossFunction, result: Any, batch: Batch) -> Tensor:

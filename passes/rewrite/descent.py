@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from tensorize.base.sharded import is_sharded, mean_over, mesh_of, split_as, whole
 from tensorize.base.tensors import singled, squared
 
 # The largest relative step of a core is this times the square root of the damage, measured on two
@@ -68,7 +70,9 @@ class State:
 class Descent:
     """Adam on parameters in place; the best values are kept, and in the end put there.
 
-    Steps are taken on float32 copies: in half precision small ones would be rounded away.
+    Steps are taken on float32 copies: in half precision small ones would be rounded away. Where
+    parameters are sharded all of their processes descend together: each learns from batches of its
+    own, and what is decided by is the mean of what they have.
 
     Args:
         learn: the loss of the batch at a position, differentiable.
@@ -122,14 +126,15 @@ class Descent:
 
     def _step(self, position: int) -> None:
         state = self.state
-        with trainable(self.parameters), torch.enable_grad():
+        with asking(self.parameters, True), torch.enable_grad():
             loss = self.learn(position)
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            gradients = _gradients(loss, self.parameters)
+        told = mean_over(mesh_of(self.parameters), loss)
         sizes = [singled(g).norm() for g in gradients if g is not None]
         share = state.scale * share_of_rate(state.done, self.steps)
         state.done += 1
-        self.losses.append(float(loss))
-        if not (sizes and torch.stack([loss.detach().float(), *sizes]).isfinite().all()):
+        self.losses.append(float(told))
+        if not (sizes and torch.stack([told.float(), *sizes]).isfinite().all()):
             self._retreat()
             return
         for group, lr in zip(self.adam.param_groups, self.largest, strict=True):
@@ -162,8 +167,8 @@ class Descent:
         state.scale, state.idle, state.retreats = state.scale / 4, 0, state.retreats + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on from here."""
-        return {
+        """All that a run needs to go on from here, tensors whole: all processes have to ask."""
+        known = {
             "state": asdict(self.state),
             "losses": self.losses,
             "checks": self.checks,
@@ -172,16 +177,24 @@ class Descent:
             "largest": self.largest,
             "best": self.best,
         }
+        return pytree.tree_map_only(Tensor, whole, known)
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``."""
         self.state = State(**found["state"])
         self.losses, self.checks = list(found["losses"]), [(k, x) for k, x in found["checks"]]
-        write(self.masters, found["masters"])
-        self.adam.load_state_dict(found["adam"])
+        write(self.masters, self._parts(found["masters"]))
+        adam = found["adam"]
+        for place, held in adam["state"].items():
+            like = self.masters[place]
+            held.update({k: split_as(v, like) for k, v in held.items() if v.shape == like.shape})
+        self.adam.load_state_dict(adam)
         self.largest = list(found["largest"])
-        write(self.best, found["best"])
+        write(self.best, self._parts(found["best"]))
         write(self.parameters, self.masters)
+
+    def _parts(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [split_as(v, like) for v, like in zip(values, self.masters, strict=True)]
 
 
 def _moving(parameter: Tensor) -> Tensor | None:
@@ -193,12 +206,27 @@ def _moving(parameter: Tensor) -> Tensor | None:
     return None if parameter.dim() < 2 or entries.all() or not entries.any() else entries
 
 
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """What parameters get; where they are sharded FSDP2 sums it up as ``.grad``, and only there."""
+    if not any(map(is_sharded, parameters)):
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        loss.backward()
+        return [p.grad for p in parameters]
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+
+
 @contextmanager
-def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Parameters ask for gradients, whatever the model's own weights do."""
+def asking(parameters: Sequence[Tensor], whether: bool) -> Iterator[None]:
+    """Parameters ask for gradients, or do not, whatever they do outside."""
     before = [p.requires_grad for p in parameters]
     for p in parameters:
-        p.requires_grad_(True)
+        p.requires_grad_(whether)
     try:
         yield
     finally:

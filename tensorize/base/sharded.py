@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,6 +35,49 @@ def device_of_shards(model: nn.Module) -> str:
     """The kind of device that a model's parameters are sharded over; the CPU where they are not."""
     meshes: Any = (p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
     return next((mesh.device_type for mesh in meshes), "cpu")
+
+
+def mesh_of(tensors: Iterable[Tensor]) -> Any:
+    """The processes that hold parts of tensors, as a mesh; None where none is sharded."""
+    meshes: list[Any] = [t.device_mesh for t in tensors if is_sharded(t)]  # type: ignore[attr-defined]
+    return max(meshes, key=lambda mesh: mesh.ndim, default=None)
+
+
+def mean_over(mesh: Any, value: Tensor) -> Tensor:
+    """The mean of what the processes of a mesh have: all of them have to ask.
+
+    As many of them hold each batch, so it is a mean over batches. Without a mesh it is the value.
+    """
+    if mesh is None:
+        return value.detach()
+    total = value.detach().to(mesh.device_type, torch.float64, copy=True)
+    for group in mesh.get_all_groups():
+        dist.all_reduce(total, group=group)
+    return total / mesh.size()
+
+
+def of_all_in(mesh: Any, value: Any) -> list[Any]:
+    """What the processes of a mesh have of a value, in one order: all of them have to ask."""
+    found = [value]
+    for group in () if mesh is None else mesh.get_all_groups():
+        held: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(held, found, group=group)
+        found = [each for part in held for each in part]
+    return found
+
+
+def is_first_in(mesh: Any) -> bool:
+    """Whether this is the process that writes what all of a mesh have."""
+    return mesh is None or not any(mesh.get_coordinate())
+
+
+def resharded(model: nn.Module) -> None:
+    """Let FSDP2 give back what it gathered: without a backward pass the outermost weights stay as
+    they were then, whatever becomes of the parts."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:

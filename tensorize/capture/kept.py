@@ -23,6 +23,7 @@ from torch._C._autograd import _unsafe_set_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensorize.base.sharded import resharded
 from tensorize.base.tensors import plain_parts
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -179,6 +180,7 @@ def keeping(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[Kept]:
     Runs are to be ``watching``. Random numbers go on from where they were.
     """
     numbers, numpys = random.getstate(), np.random.get_state()
+    resharded(model)
     kept = Kept(model, but)
     token = _kept.set((*_kept.get(), kept))
     try:
@@ -186,6 +188,7 @@ def keeping(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[Kept]:
             yield kept
     finally:
         _kept.reset(token)
+        resharded(model)
         kept.put_back()
         random.setstate(numbers)
         np.random.set_state(numpys)

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorize.base.errors import CaptureError, check_one_of
+from tensorize.base.sharded import of_all_in
 from tensorize.base.tensors import is_index, unwrapped
 from tensorize.capture.batches import calibration_batches
 from tensorize.capture.forward import untouched
@@ -83,14 +84,20 @@ class Distillation:
             result = call(model, batch)
         return self._between(model, batch, (wanted, inside), (result, seen))
 
-    def fit(self, batches: Sequence[Batch]) -> PreservedLoss:
-        """Learn what the distance is relative to; the loss to preserve comes back."""
+    def fit(self, batches: Sequence[Batch], mesh: Any = None) -> PreservedLoss:
+        """Learn what the distance is relative to; the loss to preserve comes back.
+
+        Of the processes of a ``mesh`` all take what the first one learnt of its batches.
+        """
         batches = batches[:_FITTED]
         if self.layers and self._inside is None:
             run = partial(_outputs_of_layers, names=self.layers)
-            self._inside = PreservedLoss.fit(self.teacher, batches, None, run)
+            learnt = PreservedLoss.fit(self.teacher, batches, None, run)
+            self._inside = of_all_in(mesh, learnt)[0]
         if self._outputs is None:
-            self._outputs = PreservedLoss.fit(self.teacher, batches, self.loss_fn)
+            learnt = PreservedLoss.fit(self.teacher, batches, self.loss_fn)
+            told = of_all_in(mesh, replace(learnt, loss_fn=None))  # a function is each one's own
+            self._outputs = replace(told[0], loss_fn=learnt.loss_fn)
         return self._outputs
 
     @contextmanager

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorize.base.errors import CaptureError, CheckpointError, TensorizeError
+from tensorize.base.errors import CaptureError, CheckpointError
 from tensorize.base.files import drafts_of, replacing
 from tensorize.base.progress import Progress, shown
 from tensorize.base.records import by_field, plain
+from tensorize.base.sharded import is_first_in, is_sharded, mean_over, mesh_of, of_all_in, resharded
 from tensorize.capture.batches import ToInputs, calibration_batches
 from tensorize.capture.forward import in_usual_modes, untouched
 from tensorize.capture.inputs import check_model
 from tensorize.ir.sites import Batch
 from tensorize.passes.observe.loss import LossFunction, split
-from tensorize.passes.rewrite.descent import Descent, rate_for, rounds, write
+from tensorize.passes.rewrite.descent import Descent, asking, rate_for, rounds, write
 from tensorize.reports.attach import attach, known_report, samples_of
-from tensorize.store.fingerprint import fingerprint
+from tensorize.store.fingerprint import fingerprint, identity
 from tensorize.store.identity import Opaque, content
 from tensorize.training.distillation import (
     CORES,
@@ -41,7 +42,6 @@ from tensorize.training.distillation import (
     distillation_loss,
     trained_parameters,
 )
-from tensorize.weight.become import is_fully_sharded
 
 log = logging.getLogger("tensorize")
 
@@ -146,7 +146,6 @@ def heal(
     Raises:
         CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
-        TensorizeError: FSDP2 shards the model.
 
     Examples:
         >>> done = tensorize.heal(copy.deepcopy(small), dense, batches, steps=4)
@@ -156,12 +155,6 @@ def heal(
     model, teacher = check_model(model), check_model(teacher)
     if model is teacher:
         raise CaptureError("model and teacher are one", way_out="teacher= is the dense model")
-    if is_fully_sharded(model):
-        raise TensorizeError(
-            "FSDP2 gathers the model's weights while it runs, and their gradients do not come to "
-            "a step of heal",
-            way_out="heal before fully_shard, or over a mesh with tp alone",
-        )
     if steps < 1 or patience < 1 or (rate is not None and not 0 < rate < 1):
         raise CaptureError(
             f"steps={steps}, patience={patience}, rate={rate}: one of them makes no sense",
@@ -173,25 +166,40 @@ def heal(
     else:
         learnt = given
         unseen = calibration_batches(held_out, model, tokenizer, "held_out", to_inputs)
+    resharded(model)
     parameters = list(trained_parameters(model, train).values())
+    mesh = mesh_of(parameters)
+    _check_alike(mesh, len(learnt), len(unseen), steps)
+    trained = set(map(id, parameters))
+    # The gradients of what is sharded are gathered by all who ask for one.
+    others = [p for p in model.parameters() if is_sharded(p) and id(p) not in trained]
     distance = distillation_loss(teacher, loss_fn=loss_fn, layers=layers, layer_weight=layer_weight)
     kept = None
     if checkpoint_dir is not None:
         about = (steps, layers, layer_weight, train, rate, patience, seed)
-        known = _identity(model, teacher, learnt, unseen, (*about, loss_fn))
-        kept = None if known is None else _File(Path(checkpoint_dir) / STATE, known)
+        known = _identity(model, teacher, learnt, unseen, (*about, loss_fn), mesh)
+        kept = None if known is None else _File(Path(checkpoint_dir) / STATE, known, mesh)
     start = [p.detach().clone() for p in parameters]
 
     def learn(position: int) -> Tensor:
         torch.manual_seed(seed + run.state.done)
-        return distance.mean(model, learnt[position])[0]
+        loss, rows = distance.mean(model, learnt[position])
+        # The mean of what processes have of gradients is to be that over the rows of all of them.
+        return loss * (max(rows, 1) / _mean_over(mesh, max(rows, 1)))
 
     def judge() -> float:
         torch.manual_seed(seed)
-        return preserved.mean_distance(model, teacher, unseen)
+        total, rows = preserved.total_distance(model, teacher, unseen)
+        resharded(model)
+        return _mean_over(mesh, total) / max(_mean_over(mesh, rows), 1)
 
-    with shown(progress) as tell, untouched(model, but=parameters), untouched(teacher):
-        preserved = distance.fit(learnt)
+    with (
+        shown(progress) as tell,
+        untouched(model, but=parameters),
+        untouched(teacher),
+        asking(others, False),
+    ):
+        preserved = distance.fit(learnt, mesh)
         before = judge()
         if not math.isfinite(before):
             raise CaptureError(
@@ -238,7 +246,7 @@ def _descend(run: Descent, order: Iterator[int], kept: _File | None, tell: Progr
     saved = time.monotonic()
     tell("healing", run.state.done, run.steps)
     for judged in run.run(order):
-        if kept is not None and (judged or time.monotonic() - saved > _SAVE_SECONDS):
+        if kept is not None and kept.is_due(judged, time.monotonic() - saved):
             kept.write(run.state_dict())
             saved = time.monotonic()
         tell("healing", run.state.done, run.steps)
@@ -249,10 +257,35 @@ def _descend(run: Descent, order: Iterator[int], kept: _File | None, tell: Progr
 
 
 class _File:
-    """The state of a run in one file, written at once: a reader sees the old or the new one."""
+    """The state of a run in one file, written at once: a reader sees the old or the new one.
 
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self.identity = path, identity
+    Of the processes of a mesh one writes, and all read: the file is on a disk that they share.
+    """
+
+    def __init__(self, path: Path, identity: str, mesh: Any) -> None:
+        self.path, self.identity, self.mesh = path, identity, mesh
+        self._by_first(self._prepare)
+
+    def is_due(self, judged: bool, seconds: float) -> bool:
+        """Whether to write, which all processes do together."""
+        return judged or _mean_over(self.mesh, seconds > _SAVE_SECONDS) > 0
+
+    def write(self, data: dict[str, Any]) -> None:
+        self._by_first(lambda: self._write(data))
+
+    def _by_first(self, do: Callable[[], None]) -> None:
+        """Let one process do it, and raise in all what it raises."""
+        failure = None
+        if is_first_in(self.mesh):
+            try:
+                do()
+            except CheckpointError as error:
+                failure = error
+        if (failure := of_all_in(self.mesh, failure)[0]) is not None:
+            raise failure
+
+    def _prepare(self) -> None:
+        path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in drafts_of(path):  # by a killed run: they are as large as the state
@@ -260,7 +293,7 @@ class _File:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def write(self, data: dict[str, Any]) -> None:
+    def _write(self, data: dict[str, Any]) -> None:
         try:
             with replacing(self.path) as draft, draft.open("wb") as file:
                 torch.save({"format": _FORMAT, "identity": self.identity, **data}, file)
@@ -300,14 +333,22 @@ def _identity(
     learnt: Sequence[Batch],
     unseen: Sequence[Batch],
     about: Sequence[Any],
+    mesh: Any,
 ) -> str | None:
-    """A hash of all that a run depends on; None, and a warning, where that cannot be told."""
+    """A hash of all that a run depends on; None, and a warning, where that cannot be told.
+
+    Of a sharded model it is the parts of all processes, and their batches.
+    """
     weights = [fingerprint(m.named_parameters()) for m in (model, teacher)]
+    # What shards a model hangs process groups on it, which are other objects in every run.
+    models = [m for m in (model, teacher) if mesh_of(m.parameters()) is None]
     try:
-        return content(weights, model, teacher, tuple(learnt), tuple(unseen), tuple(about))
+        known = content(weights, *models, tuple(learnt), tuple(unseen), tuple(about))
     except Opaque as error:
         log.warning("the state of the healing is not kept in checkpoint_dir: %s", error)
-        return None
+        known = None
+    known = of_all_in(mesh, known)
+    return None if None in known else identity(*known) if mesh is not None else known[0]
 
 
 # ------------------------------------------------------------------------------------ odds and ends
@@ -322,6 +363,22 @@ def _split(batches: tuple[Batch, ...]) -> tuple[tuple[Batch, ...], tuple[Batch, 
     unseen = batches[step - 1 :: step][:_HELD_OUT]
     chosen = set(range(step - 1, step * _HELD_OUT, step))
     return tuple(b for k, b in enumerate(batches) if k not in chosen), unseen
+
+
+def _mean_over(mesh: Any, value: float) -> float:
+    return float(mean_over(mesh, torch.tensor(value, dtype=torch.float64)))
+
+
+def _check_alike(mesh: Any, learnt: int, unseen: int, steps: int) -> None:
+    """Raises CaptureError where processes would not run a sharded model equally often."""
+    counts = of_all_in(mesh, (learnt, unseen, steps))
+    if len(set(counts)) > 1:
+        told = "; ".join(f"{a}, {b} and {c}" for a, b, c in counts)
+        raise CaptureError(
+            "processes have different numbers of batches to learn from, of held-out ones and of "
+            f"steps: {told}",
+            way_out="as many of each in every process; which batches is each one's own",
+        )
 
 
 def _note(model: nn.Module, done: Healing) -> None:
