@@ -113,6 +113,13 @@ class Stage(nn.Module):
                 hang(self, name, module, shape)
         self.train(model.training)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(
+            "a stage of a pipeline computes nothing by itself",
+            way_out="tensorize.distributed.schedule(stage, loss_fn).step(ids), and for what runs a "
+            "model itself (heal, evaluate) a mesh without pp",
+        )
+
     def train(self, mode: bool = True) -> Stage:
         for part in self.__dict__.get("parts", ()):
             part.train(mode)

@@ -123,6 +123,10 @@ def heal(
     held-out batches. An error leaves it as it was, and a run that was killed goes on from
     ``checkpoint_dir`` when it is called again with the same arguments.
 
+    A sharded model is healed by all of its processes: each of ``dp`` gives batches of its own, as
+    many as the others, those of ``tp`` the same. A step learns from what they have together, and
+    all of them come to the same result.
+
     Args:
         model: a compressed model; its factors are changed.
         teacher: the dense model, which stays as it is.
@@ -144,7 +148,8 @@ def heal(
         progress: None: a bar on a terminal; True, False, or a function (stage, done, total).
 
     Raises:
-        CaptureError: there is nothing to train, the batches do not fit, or outputs are not finite.
+        CaptureError: there is nothing to train, the batches do not fit, outputs are not finite, or
+            processes have different numbers of batches.
         CheckpointError: ``checkpoint_dir`` cannot be used, or holds the state of another run.
 
     Examples:

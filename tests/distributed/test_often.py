@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.distributed import processes, test_checkpoints, test_parallelize, test_pipeline
+from tests.distributed import (
+    processes,
+    test_checkpoints,
+    test_healing,
+    test_parallelize,
+    test_pipeline,
+)
 
 
 def test_two_processes(tmp_path: Path) -> None:
     checks = *test_parallelize.IN_TWO, *test_pipeline.OFTEN_IN_TWO, *test_checkpoints.IN_TWO
-    processes.run(checks, 2, tmp_path)
+    processes.run([*checks, *test_healing.OFTEN_IN_TWO], 2, tmp_path)

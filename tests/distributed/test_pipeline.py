@@ -209,6 +209,8 @@ def test_what_no_stage_can_be_made_of_is_refused(tmp_path: Path) -> None:
         stage = parallelize(compressed, mesh)
         with pytest.raises(CheckpointError, match=r"Stage is a part of a model(.|\n)*load\("):
             tensorize.save(stage, tmp_path)
+        with pytest.raises(CaptureError, match=r"stage of .* computes nothing.*\n.*without pp"):
+            tensorize.heal(stage, models.llama(layers=4), [words(2)], steps=1)
         assert tensorize.report(stage).sites == tensorize.report(compressed).sites
         with pytest.raises(TensorizeError, match=r"'interleaved' runs several.*\n.*chunks=2"):
             schedule(stage, loss_fn, "interleaved")

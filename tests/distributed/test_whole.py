@@ -200,19 +200,6 @@ def narrow_parameters_are_rounded_stochastically(folder: Path) -> None:
     assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
 
 
-def heal_over_tp_is_that_of_one_machine(folder: Path) -> None:
-    data, models_of = [words(4, seed) for seed in range(4)], CASES["plain"]
-    alone, spread = models_of(), parallelize(models_of(), over(tp=2))
-    want = tensorize.heal(alone, models.llama(), data, steps=3)
-    assert want.best_step > 0
-    assert tensorize.heal(spread, models.llama(), data, steps=3).best_step == want.best_step
-    healed = dict(alone.named_parameters())
-    for name, parameter in spread.named_parameters():
-        assert models.relative(whole(parameter.detach()), healed[name].detach()) < 2e-6, name
-    with pytest.raises(TensorizeError, match="before fully_shard"):
-        tensorize.heal(parallelize(models_of(), over(dp=2)), models.llama(), data, steps=3)
-
-
 def ranks_of_a_sharded_model_stay(folder: Path) -> None:
     model = parallelize(CASES["plain"](), over(dp=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -231,7 +218,6 @@ IN_TWO: list[processes.Check] = [
     all_processes_hear_of_a_failure,
     memory_is_of_one_rank,
     narrow_parameters_are_rounded_stochastically,
-    heal_over_tp_is_that_of_one_machine,
     ranks_of_a_sharded_model_stay,
 ]
 
