@@ -66,6 +66,19 @@ def of_all_in(mesh: Any, value: Any) -> list[Any]:
     return found
 
 
+def by_first_in(mesh: Any, value: Tensor) -> Tensor:
+    """What the first process of a mesh computed, where all of them did: its bits are all of theirs.
+
+    Eigenvectors have a sign of their own on other machines.
+    """
+    if mesh is None:
+        return value
+    told = value.detach().to(mesh.device_type, copy=True).contiguous()
+    for group in mesh.get_all_groups():
+        dist.broadcast(told, group=group, group_src=0)
+    return told
+
+
 def is_first_in(mesh: Any) -> bool:
     """Whether this is the process that writes what all of a mesh have."""
     return mesh is None or not any(mesh.get_coordinate())

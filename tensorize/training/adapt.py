@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tensorize.algebra.svd import tail_sums
 from tensorize.api.outcome import totals_of
 from tensorize.base.errors import BudgetError, TensorizeError
-from tensorize.base.sharded import is_sharded
+from tensorize.base.sharded import by_first_in, mesh_of, of_all_in, resharded, split_as, whole
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Site
 from tensorize.ir.spec import TTSpec
@@ -38,6 +38,7 @@ from tensorize.store.contents import dtype_name, record_of
 from tensorize.store.transformers_config import note_factors
 from tensorize.training.bonds import Bond, bonds, components, extended
 from tensorize.training.changes import change
+from tensorize.training.resharding import in_place_of, split_dimensions
 from tensorize.weight.install import factored, resize
 from tensorize.weight.lazy import FactoredWeight
 from tensorize.weight.whole_model import numbers
@@ -73,8 +74,9 @@ class RankSchedule:
 
     Cores of other ranks are new parameters; they take the old ones' places in the model and in the
     optimizer's groups, so schedules of learning rates need not know. Wrappers that hold parameters
-    themselves (DDP) are to be made anew. Weights that share a factor with others keep their ranks,
-    and so do those whose entries are integers of a few bits.
+    themselves (DDP) are to be made anew; what FSDP2 or ``parallelize`` sharded is sharded again as
+    it was, and all processes have to call ``step``. Weights that share a factor with others keep
+    their ranks, and so do those whose entries are integers of a few bits.
     A run that stops is resumed by ``load_state_dict`` of the schedule first (it gives the cores
     their shapes), then of the model and the optimizer.
 
@@ -93,8 +95,8 @@ class RankSchedule:
 
     Raises:
         BudgetError: the budget is malformed, or smaller than what the model has at rank one.
-        TensorizeError: the model has no factorized weights, it is sharded, or steps are out of
-            order.
+        TensorizeError: the model has no factorized weights, steps are out of order, the model is a
+            stage of a pipeline, or ranks themselves are split over processes.
     """
 
     def __init__(
@@ -116,11 +118,12 @@ class RankSchedule:
                 f"every={every}, rank_multiple={rank_multiple}",
                 way_out="start=100, end=900",
             )
-        if any(is_sharded(parameter) for parameter in model.parameters()):
+        if hasattr(model, "way_to_save"):
             raise TensorizeError(
-                "the model is sharded, and what shards it knows its weights by their sizes",
-                way_out="let ranks follow the budget before parallelize(model, mesh)",
+                f"{type(model).__name__} is a part of a model, and the budget is for all of it",
+                way_out="a mesh of dp and tp, without pp",
             )
+        resharded(model)
         self.model, self.optimizer = model, optimizer
         self.start, self.end, self.every = start, end, every
         self.until = end if until is None else until
@@ -145,6 +148,8 @@ class RankSchedule:
                 "the model has no factorized weight of its own",
                 way_out="model = tensorize.initialize(model, 0.25) first",
             )
+        for name, weight in found:
+            _check_split(model, name, weight)
         least = self.first - sum(w.spec.parameters - _smallest(w.spec) for _, w in found)
         if self.target < least:
             raise BudgetError(
@@ -166,6 +171,7 @@ class RankSchedule:
         due = self.start <= self.steps <= self.until and (self.steps - self.start) % self.every == 0
         if not due and self.steps != self.end:
             return None
+        resharded(self.model)
         change = self._adapt(self.allowed(self.steps))
         self.trace.append(change)
         _note(self.model, self.trace)
@@ -188,6 +194,7 @@ class RankSchedule:
         Raises:
             TensorizeError: it is of a model with other weights.
         """
+        resharded(self.model)
         known = dict(self._weights())
         if known.keys() != state["ranks"].keys():
             odd = min(known.keys() ^ state["ranks"].keys())
@@ -201,8 +208,8 @@ class RankSchedule:
             if together := state.get("neighbours", {}).get(name):
                 spec = spec.in_order_of(together)
             if spec != known[name].spec:
-                like = known[name].cores[0]
-                cores = [like.new_zeros(shape) for shape in spec.core_shapes]
+                like = {"dtype": known[name].dtype, "device": known[name].device}
+                cores = [torch.zeros(shape, **like) for shape in spec.core_shapes]
                 orders = [
                     old.new_zeros(index.shape)
                     for old, index in zip(known[name].indices, spec.indices, strict=True)
@@ -229,7 +236,7 @@ class RankSchedule:
         weights = self._weights()
         spectra = {
             name: (bonds if factors.nonlinearity is None else components)(
-                factors.spec.plain, factors.plain_cores
+                factors.spec.plain, _whole(factors).plain_cores
             )
             for name, factors in weights
         }
@@ -241,6 +248,7 @@ class RankSchedule:
         # Between two changes the least there is may be above the cubic.
         smallest = [int(np.argmin(p.costs[:, 0])) for p in points]
         choice = smallest if found is None else found.choice
+        choice = of_all_in(mesh_of(self.model.parameters()), list(choice))[0]
         shrunk = grown = 0
         for (name, factors), p, k in zip(weights, points, choice, strict=True):
             spec = p.spec(k)
@@ -292,11 +300,12 @@ class RankSchedule:
     def _resize(
         self, name: str, factors: FactoredWeight, found: Sequence[Bond], spec: TTSpec
     ) -> None:
-        parameters = factors.cores
+        parameters, mesh = factors.cores, mesh_of(factors.cores)
         text = f"{self.seed} {self.steps} {name}"
         generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
-        how = change(factors, found, spec, generator)
-        fresh = self._put(name, parameters, spec, how.cores)
+        how = change(_whole(factors), found, spec, generator)
+        cores = [by_first_in(mesh, core) for core in how.cores]
+        fresh = self._put(name, parameters, spec, cores)
         states = [self.optimizer.state.get(core, {}) for core in fresh]
         for key in sorted({key for state in states for key in state}):
             kept = [state.get(key) for state in states]
@@ -305,9 +314,9 @@ class RankSchedule:
                 for v, core in zip(kept, parameters, strict=True)
             )
             if alike:
-                moved = how.states(kept, squared=key in _SQUARES)  # type: ignore[arg-type]
-                for state, value in zip(states, moved, strict=True):
-                    state[key] = value
+                moved = how.states([whole(v) for v in kept], squared=key in _SQUARES)  # type: ignore[arg-type]
+                for state, value, core in zip(states, moved, fresh, strict=True):
+                    state[key] = split_as(by_first_in(mesh, value), core)
             elif any(isinstance(v, Tensor) and v.dim() > 0 for v in kept):
                 for state in states:
                     state.clear()  # it is of another shape: the optimizer begins anew
@@ -319,7 +328,7 @@ class RankSchedule:
         """Put new cores in the places of old ones, in the model and in the optimizer."""
         old = [core for core in before if isinstance(core, nn.Parameter)]
         indices = cores[len(old) :]
-        fresh = [nn.Parameter(c, p.requires_grad) for c, p in zip(cores, old, strict=False)]
+        fresh = [in_place_of(self.model, p, c) for c, p in zip(cores, old, strict=False)]
         place = {id(p): new for p, new in zip(old, fresh, strict=True)}
         for group in self.optimizer.param_groups:
             group["params"] = [place.get(id(p), p) for p in group["params"]]
@@ -328,6 +337,32 @@ class RankSchedule:
                 self.optimizer.state[new] = self.optimizer.state.pop(parameter)
         resize(self.model, name, spec, [*fresh, *indices])
         return fresh
+
+
+def _whole(factors: FactoredWeight) -> FactoredWeight:
+    """A weight with all of its cores in every process."""
+    return factors.with_cores(tuple(whole(core) for core in factors.cores))
+
+
+def _check_split(model: nn.Module, name: str, weight: FactoredWeight) -> None:
+    """Raises TensorizeError where processes compute with a part of what changes with ranks."""
+    spec = weight.spec
+    both = (spec.with_ranks((rank,) * len(spec.ranks)).core_shapes for rank in (1, 2))
+    for core, *shapes in zip(weight.cores, *both, strict=True):
+        changes = {k for k, (one, two) in enumerate(zip(*shapes, strict=True)) if one != two}
+        if not changes & split_dimensions(model, core):
+            continue
+        if spec.pivoted:
+            raise TensorizeError(
+                "over tp every process has as many columns of its identity, at this rank",
+                site=name,
+                way_out="tensorize.weight.plain(model) before parallelize, or a mesh of dp alone",
+            )
+        raise TensorizeError(
+            "its rank is split over processes",
+            site=name,
+            way_out='parallelize(model, mesh, style="btp")',
+        )
 
 
 def _smallest(spec: TTSpec) -> int:

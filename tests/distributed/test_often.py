@@ -10,9 +10,11 @@ from tests.distributed import (
     test_healing,
     test_parallelize,
     test_pipeline,
+    test_ranks,
 )
 
 
 def test_two_processes(tmp_path: Path) -> None:
     checks = *test_parallelize.IN_TWO, *test_pipeline.OFTEN_IN_TWO, *test_checkpoints.IN_TWO
-    processes.run([*checks, *test_healing.OFTEN_IN_TWO], 2, tmp_path)
+    checks += *test_healing.OFTEN_IN_TWO, *test_ranks.OFTEN_IN_TWO
+    processes.run(checks, 2, tmp_path)

@@ -200,13 +200,6 @@ def narrow_parameters_are_rounded_stochastically(folder: Path) -> None:
     assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
 
 
-def ranks_of_a_sharded_model_stay(folder: Path) -> None:
-    model = parallelize(CASES["plain"](), over(dp=2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(TensorizeError, match="before parallelize"):
-        tensorize.training.RankSchedule(model, optimizer, 0.25, start=0, end=1)
-
-
 IN_TWO: list[processes.Check] = [
     meta_is_filled_by_parts,
     ties_stay_when_meta_is_filled,
@@ -218,7 +211,6 @@ IN_TWO: list[processes.Check] = [
     all_processes_hear_of_a_failure,
     memory_is_of_one_rank,
     narrow_parameters_are_rounded_stochastically,
-    ranks_of_a_sharded_model_stay,
 ]
 
 
