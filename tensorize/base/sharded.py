@@ -111,12 +111,16 @@ def split_as(values: Tensor, like: Tensor) -> Tensor:
     """Values that all processes have, sharded as another tensor; nothing is communicated."""
     if not is_sharded(like):
         return values
+    return split_over(values, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def split_over(values: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """Values that all processes have, sharded over a mesh; nothing is communicated."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     there = values.to(mesh.device_type)
     everywhere = DTensor.from_local(there, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+    return everywhere.redistribute(placements=placements)
 
 
 def is_first_rank() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorize.base.sharded import is_sharded, split_as
+from tensorize.base.sharded import is_sharded, split_as, split_over
 
 
 def in_place_of(model: nn.Module, before: nn.Parameter, values: Tensor) -> nn.Parameter:
@@ -30,10 +30,8 @@ def split_dimensions(model: nn.Module, parameter: Tensor) -> set[int]:
     together before)."""
     if not is_sharded(parameter):
         return set()
-    specs = [
-        group.fsdp_params[number]._unsharded_dtensor_spec
-        for group, number in _places(model, parameter)
-    ] or [parameter]
+    places = _places(model, parameter)
+    specs = [_over_tp(group.fsdp_params[number]) for group, number in places] or [parameter]
     placements = (p for spec in specs if spec is not None for p in spec.placements)  # type: ignore[union-attr]
     return {placement.dim for placement in placements if placement.is_shard()}
 
@@ -44,7 +42,9 @@ def _places(model: nn.Module, parameter: Tensor) -> Iterator[tuple[Any, int]]:
     for module in model.modules() if fsdp is not None else ():
         if not isinstance(module, fsdp.FSDPModule):
             continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        state: Any = module._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)  # older torch has one, or none
+        for group in filter(None, [state._fsdp_param_group] if several is None else several):
             for number, held in enumerate(group.fsdp_params):
                 if held.sharded_param is parameter:
                     yield group, number
@@ -52,8 +52,8 @@ def _places(model: nn.Module, parameter: Tensor) -> Iterator[tuple[Any, int]]:
 
 def _of_fsdp(group: Any, number: int, values: Tensor) -> nn.Parameter:
     old = group.fsdp_params[number]
-    if old._unsharded_dtensor_spec is not None:  # split over tp as well, which is done first
-        values = _over(old._unsharded_dtensor_spec, values)
+    if (spec := _over_tp(old)) is not None:  # that is done first
+        values = split_over(values, spec.mesh, spec.placements)
     given = nn.Parameter(values.to(group.device), requires_grad=old.sharded_param.requires_grad)
     new = type(old)(
         given,
@@ -72,10 +72,7 @@ def _of_fsdp(group: Any, number: int, values: Tensor) -> nn.Parameter:
     return new.sharded_param
 
 
-def _over(spec: Any, values: Tensor) -> Tensor:
-    """Values that all processes have, over the mesh of a spec and in its placements."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    there = values.to(spec.mesh.device_type)
-    everywhere = DTensor.from_local(there, spec.mesh, [Replicate()] * spec.mesh.ndim)
-    return everywhere.redistribute(placements=spec.placements)
+def _over_tp(held: Any) -> Any:
+    """How a parameter of FSDP2 is split over ``tp`` as well, if it is."""
+    older = getattr(held, "_tp_spec", None)
+    return getattr(held, "_unsharded_dtensor_spec", older)

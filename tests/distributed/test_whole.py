@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,18 @@ def a_host_holds_its_part_and_one_module(folder: Path) -> None:
         assert own < peak.most < own + 5 * weight, (dimension, layers)
 
 
-def rates_are_those_of_one_machine(folder: Path) -> None:
+Meshes = tuple[dict[str, int], ...]
+EACH: Meshes = ({"tp": 2}, {"dp": 2})
+BOTH: Meshes = ({"dp": 2, "tp": 2},)
+
+
+def rates_are_those_of_one_machine(folder: Path, meshes: Meshes = EACH) -> None:
     def rates(model: nn.Module) -> list[Any]:
         groups = tensorize.training.parameter_groups(model, 1e-3, 0.1)
         return [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in groups]
 
     want = rates(CASES["plain"]())
-    for sizes in ({"tp": 2}, {"dp": 2}):
+    for sizes in meshes:
         assert rates(parallelize(CASES["plain"](), over(**sizes))) == want
 
 
@@ -110,11 +116,11 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def the_folder_of_one_machine_is_written(folder: Path) -> None:
+def the_folder_of_one_machine_is_written(folder: Path, meshes: Meshes = EACH) -> None:
     others = "no identity", "integers of 8 bits", "GPT-2, integers of 3 bits", "Mixtral"
     others += ("Mixtral, integers of 4 bits",)
     for case in ("plain", "compressed tied ends", "shared first factors, compiled", *others):
-        for sizes in ({"tp": 2}, {"dp": 2}):
+        for sizes in meshes:
             model = CASES[case]()
             alone = folder / "alone" / "model"
             if dist.get_rank() == 0:  # it says how long making it took
@@ -179,25 +185,42 @@ def memory_is_of_one_rank(folder: Path) -> None:
     got = tensorize.training.memory(split, batch=ids)
     assert got.parameters == want.parameters / 2
     assert want.activations / 2 < got.activations < want.activations
-    sharded = parallelize(CASES["plain"](), over(dp=2))
-    assert tensorize.training.memory(sharded).optimizer == want.optimizer / 2
-    with pytest.raises(TensorizeError, match="before fully_shard"):
-        tensorize.training.memory(sharded, batch=ids)
 
 
-def narrow_parameters_are_rounded_stochastically(folder: Path) -> None:
-    model = parallelize(CASES["plain"]().bfloat16(), over(dp=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # far below half a spacing
-    tensorize.training.round_stochastically(optimizer)
-    before = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
-    for seed in range(4):
-        models.loss_of(model, words(4, seed)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
-    large = [name for name in before if before[name].dim() == 2]
-    assert not any(torch.equal(after[name], before[name]) for name in large)
-    assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+def memory_is_shared_by_dp(folder: Path, meshes: Meshes = EACH[1:]) -> None:
+    want = tensorize.training.memory(CASES["plain"]())
+    for sizes in meshes:
+        sharded = parallelize(CASES["plain"](), over(**sizes))
+        got = tensorize.training.memory(sharded)
+        assert got.optimizer == want.optimizer / math.prod(sizes.values())
+        with pytest.raises(TensorizeError, match="before fully_shard"):
+            tensorize.training.memory(sharded, batch={"input_ids": words(2)})
+
+
+def narrow_parameters_are_rounded_stochastically(folder: Path, meshes: Meshes = EACH) -> None:
+    """Steps far below half a spacing: without it none would be taken."""
+    for sizes in meshes:
+        model = parallelize(CASES["plain"]().bfloat16(), over(**sizes))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        tensorize.training.round_stochastically(optimizer)
+        before = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
+        for seed in range(4):
+            models.loss_of(model, words(4, seed)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = {name: whole(p.detach()).float() for name, p in model.named_parameters()}
+        large = [name for name in before if before[name].dim() == 2]
+        assert not any(torch.equal(after[name], before[name]) for name in large)
+        assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+
+
+def the_report_is_that_of_one_machine(folder: Path, meshes: Meshes = EACH) -> None:
+    for case in ("plain", "integers of 4 bits"):
+        alone = CASES[case]()
+        want = tensorize.report(alone)
+        for sizes in meshes:
+            got = tensorize.report(parallelize(copy.deepcopy(alone), over(**sizes)))
+            assert (got.sites, got.totals, got.notes) == (want.sites, want.totals, want.notes)
 
 
 IN_TWO: list[processes.Check] = [
@@ -210,8 +233,27 @@ IN_TWO: list[processes.Check] = [
     what_is_learned_is_the_same_on_all,
     all_processes_hear_of_a_failure,
     memory_is_of_one_rank,
+    memory_is_shared_by_dp,
     narrow_parameters_are_rounded_stochastically,
+    the_report_is_that_of_one_machine,
 ]
+
+
+IN_FOUR: list[processes.Check] = [
+    partial(check, meshes=BOTH)
+    for check in (
+        rates_are_those_of_one_machine,
+        the_folder_of_one_machine_is_written,
+        memory_is_shared_by_dp,
+        narrow_parameters_are_rounded_stochastically,
+        the_report_is_that_of_one_machine,
+    )
+]
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    processes.run(IN_FOUR, 4, tmp_path)
 
 
 @pytest.mark.slow
