@@ -194,6 +194,32 @@ def test_four_processes(tmp_path: Path) -> None:
     processes.run([*checks, same("zero-bubble", 2, pp=2, tp=2)], 4, tmp_path)
 
 
+def a_checkpoint_of_stages(folder: Path) -> None:
+    stage: Any = parallelize(CASES["tied"](), over(pp=2))
+    optimizer = torch.optim.AdamW(stage.parameters())
+    run = schedule(stage, loss_fn, microbatches=4)
+    run.step(words(8))
+    optimizer.step()
+    save(stage, optimizer, folder / "run", step=1).wait()
+
+
+@pytest.mark.slow
+def test_what_a_stage_says_of_being_saved_works(tmp_path: Path) -> None:
+    """In one process: load the checkpoint that stages wrote, and save that."""
+    processes.run([a_checkpoint_of_stages], 2, tmp_path)
+    model, trained = CASES["tied"](), CASES["tied"]()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert load(model, optimizer, tmp_path / "run") == 1
+    tensorize.save(model, tmp_path / "model")
+    loss_of(trained, words(8)).backward()
+    torch.optim.AdamW(trained.parameters()).step()
+    found = tensorize.load(tmp_path / "model", model=CASES["tied"]())
+    with torch.no_grad():
+        before, want, got = (loss_of(each, words(8)) for each in (CASES["tied"](), trained, found))
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    assert float(want) < float(before) - 1e-3
+
+
 def test_what_no_stage_can_be_made_of_is_refused(tmp_path: Path) -> None:
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
