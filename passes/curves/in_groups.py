@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from tensorize.base import printer
 from tensorize.base.errors import MemoryLimitError
 from tensorize.ir.sites import Site
+from tensorize.passes.curves.side_by_side import notes_of_all, own_share
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.moments import has_moments, moment_bytes
 from tensorize.passes.observe.statistics import CollectStatistics
@@ -26,7 +27,8 @@ class LearnInGroups:
     """Learns curves of groups of weights whose second moments take ``max_bytes``.
 
     None: all that have no curve yet are one group. Curves that the store of ``spectra`` has kept
-    are not made again.
+    are not made again. Where processes share the work, each collects the moments that its own
+    curves are made of.
 
     Raises:
         MemoryLimitError: the moments of a single weight take more.
@@ -44,11 +46,11 @@ class LearnInGroups:
         groups = groups_that_fit(todo, found.metric, self.max_bytes)
         notes, last, begun = found.notes, (), time.perf_counter()
         for last in groups:
-            names = frozenset(site.name for site in last)
+            names = frozenset(site.name for site in own_share(last))
             observed = found.to(Observed, statistics={})
             if any(has_moments(site, found.metric) for site in last):
                 observed = replace(self.statistics, only=names).run(found)
-            notes += observed.notes[len(found.notes) :]
+            notes += notes_of_all(observed.notes[len(found.notes) :])
             begun = time.perf_counter()
             spectra = self.spectra.curves(observed, last, spectra)
         learned = self.spectra.learned(replace(found, notes=notes), spectra, last, begun)

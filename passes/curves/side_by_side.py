@@ -18,7 +18,7 @@ from typing import ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 
-from tensorize.base.sharded import of_all_ranks
+from tensorize.base.sharded import of_each_rank
 from tensorize.ir.sites import Site
 
 Item = TypeVar("Item")
@@ -74,17 +74,32 @@ def is_shared_by_ranks() -> bool:
     return bool(_Shared.devices)
 
 
+def own_share(items: Sequence[Item]) -> Sequence[Item]:
+    """The pieces that this process does: where none are shared, all of them."""
+    if not _Shared.devices:
+        return items
+    # Neighbours stay together: what they have in common is sent once.
+    count, this = dist.get_world_size(), dist.get_rank()
+    first, end = (k * len(items) // count for k in (this, this + 1))
+    return items[first:end]
+
+
+def notes_of_all(own: Sequence[str]) -> tuple[str, ...]:
+    """What is to be said of the shares of all processes, each thing once."""
+    if not _Shared.devices:
+        return tuple(own)
+    everywhere = of_each_rank(list(own), "cpu")
+    return tuple(dict.fromkeys(note for notes in everywhere for note in notes))
+
+
 def _by_ranks(
     work: Callable[[Item], Result],
     items: Sequence[Item],
     is_small: Callable[[Item], bool],
     device: torch.device,
 ) -> Iterator[Result]:
-    # Neighbours stay together: what they have in common is sent once.
-    count, this = dist.get_world_size(), dist.get_rank()
-    first, end = (k * len(items) // count for k in (this, this + 1))
-    own = list(_here(work, items[first:end], is_small))
-    for results in of_all_ranks(own, device):
+    own = list(_here(work, own_share(items), is_small))
+    for results in of_each_rank(own, device):
         yield from results
 
 

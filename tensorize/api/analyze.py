@@ -22,7 +22,7 @@ from tensorize.api.options import Options
 from tensorize.api.wiring import figures
 from tensorize.base.errors import AnalysisError, ModelError
 from tensorize.base.progress import Progress, announce, no_progress, shown
-from tensorize.base.sharded import of_all_ranks
+from tensorize.base.sharded import of_each_rank
 from tensorize.base.tensors import unwrapped
 from tensorize.cache import analyses as disk
 from tensorize.cache.curve_files import Curves, Held
@@ -43,7 +43,7 @@ from tensorize.passes.beside.rehearse import Rehearse
 from tensorize.passes.curves.formats import FormatsOption, formats_by_site
 from tensorize.passes.curves.in_groups import LearnInGroups
 from tensorize.passes.curves.precisions import PrecisionOption, check_own, integers
-from tensorize.passes.curves.side_by_side import shared_by_ranks
+from tensorize.passes.curves.side_by_side import is_shared_by_ranks, shared_by_ranks
 from tensorize.passes.curves.spectra import ComputeSpectra
 from tensorize.passes.observe.counted import CountRows
 from tensorize.passes.observe.loss import LossOption, PreservedLoss, function_of, split
@@ -139,7 +139,7 @@ def _analyzed_together(model: nn.Module, options: Options) -> Analysis:
     with shared_by_ranks(device):
         analysis = analyzed(gathered(model), options)
     alike = repr(analysis.curve())
-    if any(other != alike for other in of_all_ranks(alike, "cpu")):
+    if set(of_each_rank(alike, "cpu")) != {alike}:
         raise AnalysisError(
             "processes learned different things of one model",
             way_out="give all of them the same calibration data, on machines of one kind",
@@ -276,9 +276,9 @@ def _analysis_passes(
     spectra = ComputeSpectra(options.formats, integers(options.precision))
     largest = MeasureLargest(found.calibration, loss)
     prediction = CalibratePrediction(learnt, held_out, loss, refinements, options.metrics)
-    if curves is None:
+    if curves is None and not is_shared_by_ranks():
         return rows, statistics, spectra, largest, prediction
-    stored = replace(spectra, store=curves)
+    stored = replace(spectra, store=curves)  # None: they are kept nowhere
     return rows, LearnInGroups(statistics, stored, options.max_memory), largest, prediction
 
 

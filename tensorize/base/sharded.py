@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -136,18 +136,22 @@ def of_first_rank(value: Any) -> Any:
     return held[0]
 
 
-def of_all_ranks(value: Any, device: torch.device | str) -> list[Any]:
-    """What every process has of a value, tensors on this one's device; all have to ask."""
-    written = io.BytesIO()
-    torch.save(value, written)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, written.getvalue())
-    return [
-        value
-        if rank == dist.get_rank()
-        else torch.load(io.BytesIO(held), map_location=device, weights_only=False)
-        for rank, held in enumerate(found)
-    ]
+def of_each_rank(value: Any, device: torch.device | str) -> Iterator[Any]:
+    """What every process has of a value, one after the other; tensors lie on this one's device.
+
+    All have to ask for all of them. Of what is sent only one process's is in memory at a time.
+    """
+    for rank in range(dist.get_world_size()):
+        written = io.BytesIO()
+        if rank == dist.get_rank():
+            torch.save(value, written)
+        held = [written.getvalue()]
+        del written
+        dist.broadcast_object_list(held, src=rank)
+        if rank == dist.get_rank():
+            yield value
+        else:
+            yield torch.load(io.BytesIO(held.pop()), map_location=device, weights_only=False)
 
 
 def on_any_rank(happened: bool, device: torch.device | str) -> bool:

@@ -26,6 +26,7 @@ from tensorize import AnalysisError, CaptureError, CheckpointError, TensorizeErr
 from tensorize.distributed import parallelize
 from tensorize.distributed.matrices import local
 from tensorize.passes.curves import spectra
+from tensorize.passes.observe.statistics import CollectStatistics
 from tensorize.passes.rewrite import factorize
 from tests.distributed import models, processes
 from tests.distributed.models import CASES, whole, words
@@ -137,9 +138,15 @@ def compression_is_shared_out(folder: Path) -> None:
     options: dict[str, Any] = {"calibration": [words(4, seed) for seed in range(5)]}
     alone, sharded = models.llama(), parallelize(models.llama(), over(dp=2))
     want = tensorize.analyze(alone, **options)
-    with mock.patch.object(spectra, "spectrum", wraps=spectra.spectrum) as made:
+    run: Any = {"autospec": True, "side_effect": CollectStatistics.run}
+    with (
+        mock.patch.object(spectra, "spectrum", wraps=spectra.spectrum) as made,
+        mock.patch.object(CollectStatistics, "run", **run) as collected,
+    ):
         got = tensorize.analyze(sharded, **options)
     assert made.call_count in (7, 8)  # of 16 weights, without those of trial plans
+    (call,) = collected.call_args_list
+    assert len(call.args[0].only) == made.call_count
     for refine in ("refit", None):
         plans = [each.plan(0.5, refine=refine) for each in (got, want)]
         assert plans[0] == plans[1]
