@@ -203,6 +203,7 @@ def heal(
         untouched(model, but=parameters),
         untouched(teacher),
         asking(others, False),
+        asking(parameters, True),  # by the first run FSDP2 has learnt which do
     ):
         preserved = distance.fit(learnt, mesh)
         before = judge()

@@ -112,9 +112,11 @@ def _everywhere(value: Any) -> bool:
 def processes_decide_the_same(folder: Path) -> None:
     """Whatever each of them has seen, and what is not of theirs to decide is refused in all."""
     small, dense = perceptrons()
+    small.requires_grad_(False)
     rank = dist.get_rank()
     own = [batch * (1 + rank) for batch in numbers(8)[rank::2]]
-    spread, dense = (parallelize(each, mesh_of({"dp": 2})) for each in (small, dense))
+    how: dict[str, Any] = {"compute_dtype": torch.bfloat16}
+    spread, dense = (parallelize(each, mesh_of({"dp": 2}), **how) for each in (small, dense))
     assert _everywhere(tensorize.heal(spread, dense, own, steps=STEPS))
     before = [whole(p.detach()).clone() for p in spread.parameters()]
     with pytest.raises(CaptureError, match=r"4, 1 and 2; 4, 2 and 2\n.*as many of each"):
