@@ -88,7 +88,10 @@ def resharded(model: nn.Module) -> None:
     """Let FSDP2 give back what it gathered: without a backward pass the outermost weights stay as
     they were then, whatever becomes of the parts."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
-    for module in model.modules() if fsdp is not None else ():
+    if fsdp is None:
+        return
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 

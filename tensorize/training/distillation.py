@@ -94,11 +94,12 @@ class Distillation:
             run = partial(_outputs_of_layers, names=self.layers)
             learnt = PreservedLoss.fit(self.teacher, batches, None, run)
             self._inside = of_all_in(mesh, learnt)[0]
-        if self._outputs is None:
-            learnt = PreservedLoss.fit(self.teacher, batches, self.loss_fn)
-            told = of_all_in(mesh, replace(learnt, loss_fn=None))  # a function is each one's own
-            self._outputs = replace(told[0], loss_fn=learnt.loss_fn)
-        return self._outputs
+        if self._outputs is not None:
+            return self._outputs
+        learnt = PreservedLoss.fit(self.teacher, batches, self.loss_fn)
+        told = of_all_in(mesh, replace(learnt, loss_fn=None))  # a function is each one's own
+        self._outputs = found = replace(told[0], loss_fn=learnt.loss_fn)
+        return found
 
     @contextmanager
     def compute_loss_func(self, model: nn.Module) -> Iterator[Callable[..., Tensor]]:

@@ -39,10 +39,11 @@ def split_dimensions(model: nn.Module, parameter: Tensor) -> set[int]:
 def _places(model: nn.Module, parameter: Tensor) -> Iterator[tuple[Any, int]]:
     """The group of FSDP2 that a parameter belongs to, and its number there."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
-    for module in model.modules() if fsdp is not None else ():
-        if not isinstance(module, fsdp.FSDPModule):
-            continue
-        state: Any = module._get_fsdp_state()
+    if fsdp is None:
+        return
+    sharded: list[Any] = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    for module in sharded:
+        state = module._get_fsdp_state()
         several = getattr(state, "_fsdp_param_groups", None)  # older torch has one, or none
         for group in filter(None, [state._fsdp_param_group] if several is None else several):
             for number, held in enumerate(group.fsdp_params):
