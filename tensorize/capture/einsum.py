@@ -1,8 +1,9 @@
-"""Read an einsum with a weight as a matmul."""
+"""Read an einsum or a tensordot with a weight as a matmul."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_letters
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_einsum(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     if axes is None or any(len(set(term)) != len(term) for term in axes):
         return None
     *terms, output = axes
-    found = _others(terms, operands, weight)
+    found = _others(terms, output, operands, weight)
     if found is None:
         return None
     w_axes, x_axes, x = found
@@ -132,22 +133,60 @@ def _axes(equation: str, operands: Sequence[Any]) -> list[str] | None:
 
 
 def _others(
-    terms: Sequence[str], operands: Sequence[Any], weight: Any
+    terms: Sequence[str], output: str, operands: Sequence[Any], weight: Any
 ) -> tuple[str, str, Tensor] | None:
     """The weight's axes, and all other operands as one: its axes and its values.
 
-    Several others are multiplied first, where that is no larger than one of them.
+    Several others are multiplied first, where that is no larger than one of them, or than the
+    weight's product with the first of them.
     """
     own = [term for term, value in zip(terms, operands, strict=True) if value is weight]
     rest = [(t, v) for t, v in zip(terms, operands, strict=True) if v is not weight]
     if len(own) != 1 or not rest:
         return None
     x_axes, x = rest[0]
-    for axes, value in rest[1:]:  # dynamo knows no max() with a key
-        if len(axes) > len(x_axes):
-            x_axes, x = axes, value
-    if len(rest) > 1:
-        if any(set(t) - set(x_axes) or not isinstance(v, Tensor) for t, v in rest):
-            return None
-        x = torch.einsum(f"{','.join(t for t, _ in rest)}->{x_axes}", *(v for _, v in rest))
-    return own[0], x_axes, x
+    if len(rest) == 1:
+        return own[0], x_axes, x
+    values = [v for _, v in rest]
+    if not all(isinstance(v, Tensor) for v in values):
+        return None
+    every = "".join(dict.fromkeys("".join(t for t, _ in rest)))
+    x_axes = "".join(axis for axis in every if axis in own[0] or axis in output)
+    sizes: dict[str, int] = {}
+    for term, value in zip(terms, operands, strict=True):
+        for axis, size in zip(term, value.shape, strict=True):
+            sizes[axis] = max(size, sizes.get(axis, 1))
+    beside = {*own[0], *rest[0][0]}
+    product = [axis for axis in beside if axis in output or any(axis in t for t, _ in rest[1:])]
+    bounds = [*(t for t, _ in rest), product]
+    if not any(_numbers(x_axes, sizes) <= _numbers(axes, sizes) for axes in bounds):
+        return None
+    return own[0], x_axes, torch.einsum(f"{','.join(t for t, _ in rest)}->{x_axes}", *values)
+
+
+def _numbers(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def read_tensordot(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
+    """A tensordot as the einsum that it is: axes of both, a pair of lists, are summed."""
+    call = {"dims": 2, "out": None, **dict(zip(("a", "b", "dims", "out"), args, strict=False))}
+    call |= kwargs
+    if len(args) > 4 or call.keys() != {"a", "b", "dims", "out"} or call["out"] is not None:
+        return None
+    a, b, dims = call["a"], call["b"], call["dims"]
+    if isinstance(dims, int):
+        dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
+    if (
+        not isinstance(dims, list | tuple)
+        or len(dims) != 2
+        or a.dim() + b.dim() > len(ascii_letters)
+    ):
+        return None
+    first = list(ascii_letters[: a.dim()])
+    second = list(ascii_letters[a.dim() : a.dim() + b.dim()])
+    of_a, of_b = ([one] if isinstance(one, int) else list(one) for one in dims)
+    for i, j in zip(of_a, of_b, strict=True):
+        second[j] = first[i]
+    output = [axis for axis in first + second if not (axis in first and axis in second)]
+    return read_einsum((f"{''.join(first)},{''.join(second)}->{''.join(output)}", a, b), {}, weight)

@@ -64,8 +64,9 @@ class Frame:
     """How a tensor that the model holds derives from a parameter's matrix.
 
     It may be transposed, of one ``expert`` in a stack or of several (a tensor of their numbers),
-    some of the ``rows`` (first, end), or in another ``shape`` than the matrix (a convolution's, a
-    projection of several heads; a spectral convolution's, whose last ``modes`` axes stack them).
+    some of the ``rows`` (first, end), times a number, the ``scale``, or in another ``shape`` than the
+    matrix (a convolution's, a projection of several heads; a spectral convolution's, whose last
+    ``modes`` axes stack them).
     """
 
     transposed: bool = False
@@ -73,6 +74,7 @@ class Frame:
     shape: tuple[int, ...] | None = None
     rows: tuple[int, int] | None = None
     modes: int = 0
+    scale: float = 1.0
 
     @classmethod
     def of(cls, shape: tuple[int, ...], stack: tuple[int, ...]) -> Frame:
@@ -92,13 +94,15 @@ class Frame:
     def allows(self, matmul: Matmul) -> bool:
         """Whether a call on what this frame shows can be told in terms of the parameter itself."""
         if matmul.contract == "lookup":
-            return not self.transposed and self.rows is None
+            return not self.transposed and self.rows is None and self.scale == 1
         if matmul.split or matmul.modes:
             return not self.transposed and self.expert is None and self.rows is None
         return True
 
     def turn(self, matmul: Matmul) -> Matmul:
-        """The same call, told in terms of the parameter itself."""
+        """The same call, told in terms of the parameter itself: what scales it scales its input."""
+        if self.scale != 1:
+            matmul = replace(matmul, x=matmul.x * self.scale)
         if not self.transposed or matmul.contract == "lookup":
             return matmul
         flipped = "rows" if matmul.contract == "columns" else "columns"

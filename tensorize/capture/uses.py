@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorize.capture.einsum import read_einsum
+from tensorize.capture.einsum import read_einsum, read_tensordot
 from tensorize.capture.matmul import Convolution, Frame, Matmul, swapped
 
 Reader = Callable[[tuple, dict, Any], "Matmul | None"]
@@ -252,6 +252,7 @@ _READERS: dict[Any, Reader] = {
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
     torch.einsum: read_einsum,
+    torch.tensordot: read_tensordot,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
     **dict.fromkeys(
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution_transpose

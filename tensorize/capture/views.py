@@ -1,12 +1,14 @@
 """Calls that only look at a weight in another way, and functions whose bodies use weights.
 
-The transpose of a weight, one expert of a stack or some of its rows are told as a ``Frame``.
+The transpose of a weight, a multiple of it, one expert of a stack or some of its rows are told as a
+``Frame``.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import isfinite
 from types import FunctionType
 from typing import Any
 
@@ -24,12 +26,16 @@ _SPLITS = (torch.split, torch.Tensor.split, torch.functional.split)
 DETACHES = (torch.Tensor.detach, torch.detach)
 _IDENTITIES = (torch.Tensor.contiguous, *DETACHES)
 _CASTS = (torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.type)
+_TIMES = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+_OVER = (torch.div, torch.Tensor.div, torch.Tensor.__truediv__)
 
 
 def view(
     func: Any, args: tuple, kwargs: dict, frame: Frame, weight: Any
 ) -> Frame | tuple[Frame, ...] | None:
     """The frames of what the call returns if it only looks at ``weight`` another way, else None."""
+    if (scale := _scale(func, args, kwargs, weight)) is not None:
+        return replace(frame, scale=frame.scale * scale)
     if not args or args[0] is not weight:
         return None
     dims = weight.dim()
@@ -56,6 +62,22 @@ def view(
     if dims == 2 and not frame.transposed:
         return _parts(func, args, kwargs, frame, weight.shape[0])
     return None
+
+
+def _scale(func: Any, args: tuple, kwargs: dict, weight: Any) -> float | None:
+    """What a matrix of floating-point numbers is multiplied by, where it is one number."""
+    if kwargs or len(args) != 2 or weight.dim() < 2 or not weight.is_floating_point():
+        return None
+    number = args[1] if args[0] is weight else args[0] if func in _TIMES else None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    if func in _TIMES:
+        scale = float(number)
+    elif func in _OVER and number:
+        scale = 1 / number
+    else:
+        return None
+    return scale if scale and isfinite(scale) else None
 
 
 def _parts(

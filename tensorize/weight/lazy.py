@@ -137,6 +137,8 @@ class FactoredWeight:
         else:
             weight = format_of(spec).reconstruct(spec, cores)
         weight = self.frame.shaped(weight)
+        if self.frame.scale != 1:
+            weight = weight * self.frame.scale
         return weight.transpose(-1, -2) if self.frame.transposed else weight
 
     @property

@@ -135,6 +135,31 @@ CALLS = {
         (M, N),
         lambda w: torch.einsum("bt,mn,btn->bmt", draw((B, T)), w, draw((B, T, N))),
     ),
+    "einsum, others that share no axis of the weight": Call(
+        "einsum",
+        "rows",
+        (2, 3, N),
+        lambda w: torch.einsum("uvn,zu,zv->zn", w, draw((B, 2)), draw((B, 3))),
+        split=2,
+    ),
+    "einsum, others with an axis of their own": Call(
+        "einsum",
+        "rows",
+        (2, 3, N),
+        lambda w: torch.einsum("uvn,zui,zvi->zn", w, draw((B, 2, 3)), draw((B, 3, 3))),
+        split=2,
+    ),
+    "tensordot": Call("einsum", "rows", (M, N), lambda w: torch.tensordot(draw((B, M)), w, dims=1)),
+    "tensordot, the weight first": Call(
+        "einsum", "columns", (M, N), lambda w: torch.tensordot(w, draw((B, N, T)), ([1], [1]))
+    ),
+    "tensordot, several axes": Call(
+        "einsum",
+        "rows",
+        (2, 3, N),
+        lambda w: torch.tensordot(draw((B, 3, 2)), w, dims=((2, 1), (0, 1))),
+        split=2,
+    ),
     "einsum, one row": Call("einsum", "columns", (M, N), einsum("n,mn->m", (N,))),
     "einsum, a list": Call(
         "einsum", "columns", (M, N), lambda w: torch.einsum("bn,mn->bm", [draw((B, N)), w])
@@ -303,8 +328,19 @@ NO_MATMULS: dict[str, tuple[tuple[int, ...], Callable[[Any], Any]]] = {
         (4, 3, 2),
         lambda w: F.conv1d(draw((B, 2, 9)), w.transpose(1, 2)),
     ),
-    "arithmetic": ((M, N), lambda w: 2 * w),
-    "arithmetic first": ((M, N), lambda w: F.linear(draw((B, N)), w * 0.5)),
+    "arithmetic": ((M, N), lambda w: 2 + w),
+    "a multiple by a tensor": ((M, N), lambda w: F.linear(draw((B, N)), w * draw((1,)))),
+    "a multiple looked up": ((9, N), lambda w: F.embedding(IDS, 2 * w)),
+    "nothing of it": ((M, N), lambda w: F.linear(draw((B, N)), 0 * w)),
+    "a number over it": ((M, N), lambda w: F.linear(draw((B, N)), 2 / w)),
+    "tensordot, axes apart": (
+        (2, N, 3),
+        lambda w: torch.tensordot(draw((B, 2, 3)), w, ((1, 2), (0, 2))),
+    ),
+    "einsum, others that are large together": (
+        (2, 3, N),
+        lambda w: torch.einsum("uvn,zu,yv->zyn", w, draw((40, 2)), draw((40, 3))),
+    ),
     "another shape": ((M, N), lambda w: F.linear(draw((B, M)), w.reshape(N, M))),
     "another shape by view_as": ((M, N), lambda w: F.linear(draw((B, M)), w.view_as(draw((N, M))))),
     "another dtype": ((M, N), lambda w: F.linear(draw((B, N)).float(), w.float())),

@@ -40,6 +40,26 @@ UNCHANGED = {
     "view_as": lambda w: w.view_as(w),
 }
 
+MULTIPLES = {
+    "times a number": (lambda w: w * 0.5, 0.5),
+    "a number first": (lambda w: -2 * w, -2.0),
+    "over a number": (lambda w: w / 4, 0.25),
+    "torch.mul, torch.div": (lambda w: torch.div(torch.mul(w, 3), 2), 1.5),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_a_multiple_of_a_weight_is_still_the_parameter(name: str) -> None:
+    look, scale = MULTIPLES[name]
+    weight = parameter(M, N)
+    frame, matmul, output = the_matmul(lambda: F.linear(draw((B, N)), look(weight)), weight)
+    assert (frame, matmul.contract) == (Frame(scale=scale), "columns")
+    check(frame, matmul, output, weight)
+    frame, matmul, output = the_matmul(
+        lambda: draw((B, M - 2)) @ look(weight[1:].t()).t()[1:], weight
+    )
+    assert (frame, matmul.contract) == (Frame(scale=scale, rows=(2, M)), "rows")
+
 
 @pytest.mark.parametrize("look", TRANSPOSED.values(), ids=TRANSPOSED)
 def test_a_transposed_weight_is_still_the_parameter(look: Callable[[Tensor], Tensor]) -> None:
