@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 NAMES, COMMANDS = "<!-- names -->", "<!-- commands -->"
 
 GROUPS = {
-    "Compress": ("compile", "analyze", "Analysis", "apply", "compile_checkpoint", "Budget"),
+    "Compress": (
+        "compile", "analyze", "Analysis", "apply", "compile_checkpoint", "separate", "Budget",
+    ),
     "Look": (
         "report", "Report", "Plan", "Prediction", "Site", "graphs", "kernels", "Kernel", "densify",
         "evaluate", "Evaluation",

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below
     from tensorize.training.from_scratch import initialize as initialize
     from tensorize.training.healing import Healing as Healing
     from tensorize.training.healing import heal as heal
+    from tensorize.vectors.separate import separate as separate
 
 _HELD = {
     "api.analysis": "Analysis",
@@ -86,6 +87,7 @@ _HELD = {
     "training.distillation": "distillation_loss",
     "training.from_scratch": "initialize",
     "training.healing": "Healing heal",
+    "vectors.separate": "separate",
 }
 _HOMES = {name: f"tensorize.{home}" for home, names in _HELD.items() for name in names.split()}
 

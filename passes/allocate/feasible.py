@@ -115,7 +115,10 @@ def _largest(demand: Demand) -> str:
     name = max(rest, key=rest.__getitem__, default="")
     if not name or rest[name] < _LARGE * sum(n for n, _ in demand.analysed.sizes.values()):
         return ""
-    return f"; the largest is {name}, a vector of {rest[name]:,} numbers"
+    return (
+        f"; the largest is {name}, a vector of {rest[name]:,} numbers: if it "
+        "is cut into matrices, tensorize.separate(model, inputs) makes them weights"
+    )
 
 
 def _too_small(

@@ -177,14 +177,11 @@ def read_tensordot(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:
     a, b, dims = call["a"], call["b"], call["dims"]
     if isinstance(dims, int):
         dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
-    if (
-        not isinstance(dims, list | tuple)
-        or len(dims) != 2
-        or a.dim() + b.dim() > len(ascii_letters)
-    ):
+    letters = a.dim() + b.dim()
+    if not isinstance(dims, list | tuple) or len(dims) != 2 or letters > len(ascii_letters):
         return None
     first = list(ascii_letters[: a.dim()])
-    second = list(ascii_letters[a.dim() : a.dim() + b.dim()])
+    second = list(ascii_letters[a.dim() : letters])
     of_a, of_b = ([one] if isinstance(one, int) else list(one) for one in dims)
     for i, j in zip(of_a, of_b, strict=True):
         second[j] = first[i]

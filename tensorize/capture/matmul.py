@@ -64,7 +64,7 @@ class Frame:
     """How a tensor that the model holds derives from a parameter's matrix.
 
     It may be transposed, of one ``expert`` in a stack or of several (a tensor of their numbers),
-    some of the ``rows`` (first, end), times a number, the ``scale``, or in another ``shape`` than the
+    some of the ``rows`` (first, end), times a number, ``scale``, or in another ``shape`` than the
     matrix (a convolution's, a projection of several heads; a spectral convolution's, whose last
     ``modes`` axes stack them).
     """

@@ -33,6 +33,11 @@ def become(owner: nn.Module, kind: type[nn.Module], **state: Any) -> None:
         setattr(owner, name, value)
 
 
+def redefine(owner: nn.Module, kind: type[nn.Module]) -> None:
+    """Let a module be one of class ``kind`` in the dense model, too."""
+    owner.__class__ = kind
+
+
 def dense_class(owner: nn.Module) -> type[nn.Module]:
     """The class that a module has in the dense model."""
     return getattr(owner, "_dense_class", unsharded_class(type(owner)))

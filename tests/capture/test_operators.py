@@ -160,24 +160,3 @@ def test_a_module_may_show_something_else_than_what_it_holds() -> None:
     half = tensorize.compile(model, 0.9, calibration=data, refine=None)
     assert sum(p.numel() for p in half.parameters()) <= 0.9 * 528
     assert torch.equal(model(data[0]), wanted)
-
-
-def test_a_vector_that_holds_matrices_is_named_where_it_is_in_the_way() -> None:
-    """As of e3nn: matrices for scalars and for vectors lie one after the other in one vector."""
-
-    class Equivariant(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.flat = nn.Parameter(torch.randn(16 * 16 + 8 * 8) / 4)
-            self.out = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            scalars, vectors = x[:, :16], x[:, 16:].unflatten(1, (8, 3))
-            scalars = scalars @ self.flat[:256].reshape(16, 16)
-            vectors = torch.einsum("bui,uv->bvi", vectors, self.flat[256:].reshape(8, 8))
-            return self.out(scalars) + vectors.square().sum((1, 2))[:, None]
-
-    torch.manual_seed(0)
-    data = [torch.randn(32, 40) for _ in range(4)]
-    with pytest.raises(BudgetError, match="the largest is flat, a vector of 320 numbers"):
-        tensorize.compile(Equivariant(), 0.25, calibration=data, refine=None)
