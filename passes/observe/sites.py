@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from tensorize.base.printer import percent
 from tensorize.base.tensors import adapted_layers, is_index, is_plain, reals
 from tensorize.capture.fit import fitting
 from tensorize.capture.forward import once, untouched
@@ -80,7 +81,26 @@ class FindSites:
         free = sum(site.blocked is None and site.last_resort is None for site in sites)
         summary = f"{free} of {len(sites)} weights can be factorized"
         sizes = {n[0]: (reals(p), p.numel() * p.element_size()) for p, n in names.values()}
-        return given.to(Found, sites=tuple(sites), sizes=sizes, summary=summary)
+        found = given.to(Found, sites=tuple(sites), sizes=sizes, summary=summary)
+        cut = sum(p.numel() for p, n in names.values() if p.dim() == 1 and _is_cut(other.get(n[0])))
+        share = cut / max(sum(p.numel() for p, _ in names.values()), 1)
+        if share < _MUCH:
+            return found
+        return found.noted(
+            f"{percent(share)} of the parameters are vectors that are cut up, no weights: where "
+            "the pieces are matrices, tensorize.separate(model, inputs) makes them weights"
+        )
+
+
+_MUCH = 0.05
+"""A share of the parameters that is worth a note."""
+
+_CUTS = ("reshape", "view", "narrow", "__getitem__", "split", "chunk", "slice", "unflatten")
+
+
+def _is_cut(function: str | None) -> bool:
+    """Whether a function takes a piece of a vector; TorchScript's have their kind behind a dot."""
+    return function is not None and function.partition(".")[0] in _CUTS
 
 
 _OF_ITSELF = (

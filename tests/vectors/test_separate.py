@@ -174,6 +174,16 @@ def test_torchscript_is_named_as_what_hides_a_matrix() -> None:
     assert 'jit_mode="eager"' in (raised.value.way_out or "")
 
 
+def test_vectors_that_are_cut_up_have_a_note_with_their_share(model: nn.Module) -> None:
+    whole = tensorize.analyze(model, calibration=batches(), refine=None)
+    (note,) = [note for note in whole.plan(0.9).notes if "vectors" in note]
+    assert note.startswith("67.6 % of the parameters are vectors that are cut up")
+    assert "tensorize.separate(model, inputs)" in note
+    apart = tensorize.separate(model, (batches()[0],))
+    plan = tensorize.analyze(apart, calibration=batches(), refine=None).plan(0.9)
+    assert not any("vectors" in note for note in plan.notes)
+
+
 def test_a_vector_in_a_budgets_way_is_named_with_the_way_out(model: nn.Module) -> None:
     data = batches()
     with pytest.raises(BudgetError, match="the largest is flat, a vector of 833 numbers") as raised:
