@@ -23,8 +23,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import tensorize
+from examples.budgets import Row, shown
 from examples.fitting import fit
-from tensorize.base.printer import count, interval, number, percent, table
 
 DAY, WEEK = 24, 168
 PAST, FUTURE = 96, 24
@@ -148,22 +148,13 @@ def mean_loss(model: nn.Module, batches: Sequence[Data]) -> float:
     return sum(losses) / len(losses)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A model at one budget (None: dense): its own loss on series never seen, and what it was
-    predicted to lose (a share of the forecasts' variance, or nats), with its 90 % interval."""
-
-    budget: float | None
-    parameters: int
-    loss: float
-    lost: float = 0.0
-    predicted: tuple[float, float] | None = None
-
-
 def compare(
     shape: Shape, budgets: Sequence[float], known: Sequence[Data], unseen: Sequence[Data]
 ) -> list[Row]:
-    """The dense model, and one for every budget, calibrated on the batches that are known."""
+    """The dense model, and one for every budget, calibrated on the batches that are known.
+
+    What is lost is a share of the forecasts' variance, or nats where a loss of its own is kept.
+    """
     dense = shape.model
     analysis = tensorize.analyze(dense, calibration=known, loss_fn=shape.loss_fn, refine=None)
     rows = [Row(None, sum(p.numel() for p in dense.parameters()), mean_loss(dense, unseen))]
@@ -174,24 +165,10 @@ def compare(
         if shape.loss_fn is None:
             lost = tensorize.evaluate(small, dense, unseen, time=False).models[0].quality.distance
         else:
-            lost = loss - rows[0].loss
+            lost = loss - rows[0].own
         parameters = sum(p.numel() for p in small.parameters())
         rows.append(Row(budget, parameters, loss, lost, plan.predicted.loss_interval))
     return rows
-
-
-def shown(rows: Sequence[Row], unit: str) -> str:
-    """The rows as a table."""
-    body = [
-        (
-            "dense" if row.budget is None else percent(row.budget),
-            count(row.parameters),
-            number(row.loss),
-            "–" if row.budget is None else f"{number(row.lost)} ({interval(row.predicted)})",
-        )
-        for row in rows
-    ]
-    return table(("model", "parameters", "own loss", f"lost, {unit} (predicted)"), body)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
@@ -214,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
         known, unseen = drawn[: options.batches], drawn[options.batches :]
         found[name] = compare(shape, options.budgets, known, unseen)
         unit = "of the variance" if shape.loss_fn is None else "nats"
-        print(f"{name}, trained {options.steps} steps\n{shown(found[name], unit)}\n")
+        print(f"{name}, trained {options.steps} steps")
+        print(f"{shown(found[name], 'own loss', f'lost, {unit}')}\n")
     return found
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 import tensorize
+from examples.budgets import Row, shown
 from examples.fitting import fit
-from tensorize.base.printer import count, interval, number, percent, table
+from tensorize.base.printer import number, percent
 
 COLOURS = {
     "red": (200, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 200),
@@ -232,18 +232,6 @@ def _answer(text: str) -> str:
     return text.partition(QUESTION)[2]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A model at one budget (None: dense): answers that are right, KL to the dense model in nats a
-    word, and where it was predicted to be (90 %)."""
-
-    budget: float | None
-    parameters: int
-    right: float
-    lost: float = 0.0
-    predicted: tuple[float, float] | None = None
-
-
 def compare(
     model: nn.Module,
     processor: Processor,
@@ -266,20 +254,6 @@ def compare(
     return rows
 
 
-def shown(rows: Sequence[Row]) -> str:
-    """The rows as a table."""
-    body = [
-        (
-            "dense" if row.budget is None else percent(row.budget),
-            count(row.parameters),
-            percent(row.right),
-            "–" if row.budget is None else f"{number(row.lost)} ({interval(row.predicted)})",
-        )
-        for row in rows
-    ]
-    return table(("model", "parameters", "right", "KL, nats a word (predicted)"), body)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Learn, compress, answer; the rows of every shape."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -300,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
         print(f"{name}: trained {options.steps} steps to {number(loss)} nats a word")
         known, unseen = (pairs(n, generator) for n in (options.known, options.unseen))
         found[name] = compare(model, processor, options.budgets, known, unseen)
-        print(shown(found[name]))
+        print(shown(found[name], "right", "KL, nats a word", percent))
     return found
 
 

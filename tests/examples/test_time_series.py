@@ -53,6 +53,6 @@ def test_forecasters_are_learnt_and_compressed(
     assert large.parameters <= 0.75 * dense.parameters
     assert small.parameters <= 0.25 * dense.parameters
     assert abs(large.lost) < 0.05
-    assert large.loss < dense.loss + 0.05
+    assert large.own < dense.own + 0.05
     assert abs(large.lost) <= small.lost + 1e-3
     assert "own loss" in capsys.readouterr().out

@@ -95,8 +95,8 @@ def test_answers_are_learnt_and_kept(capsys: pytest.CaptureFixture[str]) -> None
     arguments = "--shape llava --steps 120 --budgets 0.75 0.15 --known 64 --unseen 32"
     (rows,) = vlm.main(arguments.split()).values()
     dense, large, small = rows
-    assert dense.right > 0.6  # by chance one of 24
-    assert large.right > dense.right - 0.1
+    assert dense.own > 0.6  # by chance one of 24
+    assert large.own > dense.own - 0.1
     assert small.lost > 10 * large.lost
     assert large.parameters <= 0.75 * dense.parameters
     assert "nats a word" in capsys.readouterr().out
