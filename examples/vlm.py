@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--known", type=int, default=128, help="pairs to calibrate on")
     parser.add_argument("--unseen", type=int, default=64, help="pairs to measure on")

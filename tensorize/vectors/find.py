@@ -5,7 +5,6 @@ Views of a vector lie in its memory: where a piece begins and what shape it has 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,22 +19,7 @@ from tensorize.capture.matmul import Frame
 from tensorize.capture.uses import read
 from tensorize.capture.views import view
 from tensorize.ir.sites import Batch
-
-
-@dataclass(frozen=True, order=True)
-class Piece:
-    """Numbers of a vector from ``begin`` on, in a shape: a matrix, or what lies between some."""
-
-    begin: int
-    shape: tuple[int, ...]
-
-    @property
-    def end(self) -> int:
-        return self.begin + math.prod(self.shape)
-
-    def meets(self, other: Piece) -> bool:
-        """Whether the two have numbers in common."""
-        return self.begin < other.end and other.begin < self.end
+from tensorize.vectors.pieces import Piece
 
 
 @dataclass
@@ -56,7 +40,7 @@ class Vector:
             return "no use of it was seen"
         if any(a.meets(b) for a, b in pairwise(sorted(self.matrices))):
             return "its matrices have numbers in common"
-        if all(max(piece.shape) == math.prod(piece.shape) for piece in self.matrices):
+        if all(max(p.shape) == p.end - p.begin for p in self.matrices):
             return "its matrices are single rows"
         return None
 

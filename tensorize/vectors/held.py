@@ -10,32 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensorize.vectors.find import Piece
+from tensorize.vectors.pieces import Piece, pieces_of
 from tensorize.weight.become import redefine, subclass
 from tensorize.weight.lazy import FactoredWeight
 
 
 class Stretch:
-    """Numbers of a vector whose matrices are kept apart, in some shape.
+    """Numbers of a vector that follow each other, in some shape, while a model cuts the vector up.
 
-    A view that is one of the matrices is that parameter, or what stands for it; any other view is
-    again a stretch. Every other function gets the numbers, in one tensor made for that call.
+    One of the vector's matrices in its own shape is that parameter, or what stands for it; any
+    other view is again a stretch. Other functions get the numbers, in a tensor made for that call.
 
     Args:
         parts: every piece of the vector, in order, and what holds its values.
-        shown: a tensor without values, a view of one as long as the vector.
+        piece: where the numbers begin, and their shape.
     """
 
-    def __init__(self, parts: tuple[tuple[Piece, Any], ...], shown: Tensor) -> None:
-        self.parts, self.shown = parts, shown
+    def __init__(self, parts: tuple[tuple[Piece, Any], ...], piece: Piece) -> None:
+        self.parts, self.piece = parts, piece
 
     @property
     def shape(self) -> torch.Size:
-        return self.shown.shape
+        return torch.Size(self.piece.shape)
 
     @property
     def ndim(self) -> int:
-        return self.shown.dim()
+        return len(self.piece.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,31 +54,29 @@ class Stretch:
         return self.device.type == "meta"
 
     def dim(self) -> int:
-        return self.shown.dim()
+        return len(self.piece.shape)
 
     def numel(self) -> int:
-        return self.shown.numel()
+        return self.piece.end - self.piece.begin
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
     def __len__(self) -> int:
-        return len(self.shown)
+        return self.piece.shape[0]
 
     def __repr__(self) -> str:
-        return f"Stretch({tuple(self.shape)} of {len(self.parts)} parts)"
+        return f"Stretch({self.piece})"
 
     def dense(self) -> Tensor:
         """Its numbers in one tensor, differentiably."""
-        shown, begin = self.shown, self.shown.storage_offset()
-        if not shown.numel():
-            return torch.empty(shown.shape, dtype=self.dtype, device=self.device)
-        last = sum((n - 1) * step for n, step in zip(shown.shape, shown.stride(), strict=True))
-        span = Piece(begin, (last + 1,))
-        met = [(piece, value) for piece, value in self.parts if piece.meets(span)]
-        values = (v.dense() if isinstance(v, FactoredWeight) else v for _, v in met)
-        numbers = torch.cat([value.flatten() for value in values])
-        return numbers.as_strided(shown.shape, shown.stride(), begin - met[0][0].begin)
+        met = [(piece, value) for piece, value in self.parts if piece.meets(self.piece)]
+        if not met:  # no numbers at all
+            return torch.empty(self.piece.shape, dtype=self.dtype, device=self.device)
+        values = [v.dense() if isinstance(v, FactoredWeight) else v for _, v in met]
+        first = self.piece.begin - met[0][0].begin
+        numbers = torch.cat([value.reshape(-1) for value in values])
+        return numbers[first : first + self.numel()].reshape(self.piece.shape)
 
     def __getitem__(self, index: Any) -> Any:
         return Stretch.__torch_function__(torch.Tensor.__getitem__, (), (self, index))
@@ -96,13 +94,12 @@ class Stretch:
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _VIEWS and isinstance(args[0], Stretch):
-            stretch = args[0]
-            looked = func(stretch.shown, *args[1:], **kwargs)
-            several = looked if isinstance(looked, tuple | list) else (looked,)
-            if all(map(stretch._shows, several)):
-                seen = tuple(map(stretch._seen, several))
-                return seen if looked is several else seen[0]
+        if args and isinstance(args[0], Stretch):
+            found = pieces_of(args[0].piece, func, args[1:], kwargs)
+            if isinstance(found, Piece):
+                return args[0].seen(found)
+            if found is not None:
+                return tuple(args[0].seen(piece) for piece in found)
 
         def plain(value: Any) -> Any:
             return value.dense() if isinstance(value, Stretch) else value
@@ -110,27 +107,12 @@ class Stretch:
         args, keywords = pytree.tree_map(plain, (args, kwargs))
         return func(*args, **keywords)
 
-    def _shows(self, view: Tensor) -> bool:
-        """Whether a tensor without values is a view of the vector, and no copy."""
-        return view.untyped_storage()._cdata == self.shown.untyped_storage()._cdata
-
-    def _seen(self, view: Tensor) -> Any:
-        if view.is_contiguous():
-            piece = Piece(view.storage_offset(), tuple(view.shape))
-            for own, value in self.parts:
-                if own == piece and view.dim() > 1:
-                    return value
-        return Stretch(self.parts, view)
-
-
-_VIEWS = {
-    *(torch.Tensor.__getitem__, torch.Tensor.contiguous),
-    *(torch.reshape, torch.Tensor.reshape, torch.Tensor.view),
-    *(torch.narrow, torch.Tensor.narrow, torch.flatten, torch.Tensor.flatten),
-    *(torch.split, torch.Tensor.split, torch.chunk, torch.Tensor.chunk),
-    *(torch.unsqueeze, torch.Tensor.unsqueeze, torch.squeeze, torch.Tensor.squeeze),
-    *(torch.unflatten, torch.Tensor.unflatten),
-}
+    def seen(self, piece: Piece) -> Any:
+        """What is there for a piece of the vector: a matrix, or a stretch."""
+        for own, value in self.parts:
+            if own == piece and len(piece.shape) > 1:
+                return value
+        return Stretch(self.parts, piece)
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -161,7 +143,7 @@ class Matrices(nn.Module):
 
     def forward(self) -> Stretch:
         parts = tuple((piece, getattr(self, _name_of(piece))) for piece in self.pieces)
-        return Stretch(parts, torch.empty(self.pieces[-1].end, device="meta"))
+        return Stretch(parts, Piece(0, (self.pieces[-1].end,)))
 
     def extra_repr(self) -> str:
         return f"a vector of {self.pieces[-1].end:,} numbers"

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
+from benchmarks.graph_models import SevenNet, graphs_of, in_vectors, rotation
 
 
 def _missing(*packages: str) -> pytest.MarkDecorator:
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)}")
-
-
-def _rotation() -> Tensor:
-    """By some 70° about an axis of no importance."""
-    axis = torch.tensor([[0.0, -0.6, 0.9], [0.6, 0.0, -0.7], [-0.9, 0.7, 0.0]])
-    return torch.linalg.matrix_exp(axis.double())
 
 
 class Layers(nn.Module):
@@ -57,9 +52,9 @@ def test_vectors_turn_with_their_inputs_and_scalars_stay() -> None:
     )
     x, v = data[0]
     scalars, vectors = (found.detach() for found in small(x, v))
-    same, turned = small(x, v @ _rotation().T)
+    same, turned = small(x, v @ rotation().double().T)
     torch.testing.assert_close(same.detach(), scalars)
-    torch.testing.assert_close(turned.detach(), vectors @ _rotation().T)
+    torch.testing.assert_close(turned.detach(), vectors @ rotation().double().T)
     # The factors are no idle ones: other numbers than the dense model's.
     assert not torch.allclose(scalars, model(x, v)[0], atol=1e-3)
 
@@ -123,8 +118,7 @@ def test_an_e3nn_network_turns_with_its_inputs(e3nn: Any, optimize: bool) -> Non
     data = [({**draw()},) for _ in range(6)]
     apart = tensorize.separate(model, data[0])
     torch.testing.assert_close(apart(*data[0]), model(*data[0]))
-    left = sum(p.numel() for p in apart.parameters() if p.dim() < 2)
-    assert left < 0.02 * sum(p.numel() for p in model.parameters())
+    assert in_vectors(apart) < 0.02
     small = tensorize.compile(apart, 0.5, calibration=data, refine=None)
     assert sum(p.numel() for p in small.parameters()) <= 0.5 * sum(
         p.numel() for p in model.parameters()
@@ -135,9 +129,9 @@ def test_an_e3nn_network_turns_with_its_inputs(e3nn: Any, optimize: bool) -> Non
 
 def _turns(small: nn.Module, inputs: dict[str, Tensor]) -> None:
     found = small(inputs)
-    turned = small({**inputs, "pos": inputs["pos"] @ _rotation().T})
+    turned = small({**inputs, "pos": inputs["pos"] @ rotation().double().T})
     torch.testing.assert_close(turned[:, :2], found[:, :2])
-    vectors = found[:, 2:].unflatten(1, (2, 3)) @ _rotation().T
+    vectors = found[:, 2:].unflatten(1, (2, 3)) @ rotation().double().T
     torch.testing.assert_close(turned[:, 2:], vectors.flatten(1))
     assert float(found[:, 2:].abs().max()) > 0
 
@@ -156,59 +150,40 @@ def _differentiates_twice(
 # --------------------------------------------------------------------------------------- SevenNet
 
 
-class SevenNet(nn.Module):
-    """The trained potential, from graphs of crystals to energies an atom (B, 1), and forces."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        checkpoint = importlib.import_module("sevenn.util").load_checkpoint("7net-0")
-        self.network = checkpoint.build_model()
-
-    def forward(self, graph: Any) -> dict[str, Tensor]:
-        found = self.network(graph.clone())  # it writes to what it gets
-        energies = found["inferred_total_energy"] / found["num_atoms"]
-        return {"energy": energies[:, None], "forces": found["inferred_force"]}
-
-
-def _graphs(cutoff: float, turn: Tensor | None = None) -> list[Any]:
-    """Batches of two crystals each, displaced at random, perhaps turned after that."""
+def _crystals() -> list[Any]:
+    """Crystals of two elements, displaced at random."""
     build = importlib.import_module("ase.build").bulk
-    data = importlib.import_module("sevenn.atom_graph_data").AtomGraphData
-    graph = importlib.import_module("sevenn.train.dataload").unlabeled_atoms_to_graph
-    batch = importlib.import_module("torch_geometric.data").Batch
-    made = []
     kinds = [("NaCl", "rocksalt", 5.64), ("GaAs", "zincblende", 5.65), ("MgO", "rocksalt", 4.21),
              ("KBr", "rocksalt", 6.6), ("ZnS", "zincblende", 5.41), ("CaO", "rocksalt", 4.81),
              ("LiF", "rocksalt", 4.03), ("InP", "zincblende", 5.87)]  # fmt: skip
+    made = []
     for k, (name, structure, side) in enumerate(kinds):
         atoms = build(name, structure, a=side, cubic=True)
         atoms.rattle(0.08, seed=k)
-        if turn is not None:
-            atoms.set_cell(atoms.cell[:] @ turn.T.numpy(), scale_atoms=True)
-        made.append(data.from_numpy_dict(graph(atoms, cutoff, with_shift=False)))
-    return [batch.from_data_list(made[k : k + 2]) for k in range(0, len(made), 2)]
+        made.append(atoms)
+    return made
 
 
 @pytest.mark.slow
 @_missing("sevenn", "e3nn", "ase", "torch_geometric")
 @pytest.mark.filterwarnings("ignore")
 def test_sevennet_is_compressed_whole_and_stays_equivariant(e3nn: Any) -> None:
-    model = SevenNet().eval()
-    graphs = _graphs(model.network.cutoff)
-    before = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    model, crystals = SevenNet().eval(), _crystals()
+    cutoff = model.network.cutoff
+    graphs = [graphs_of(crystals[k : k + 2], cutoff) for k in range(0, len(crystals), 2)]
     total = sum(p.numel() for p in model.parameters())
-    assert before > 0.7 * total
+    assert in_vectors(model) > 0.7
     apart = tensorize.separate(model, (graphs[0],))
-    assert sum(p.numel() for p in apart.parameters() if p.dim() < 2) < 0.002 * total
+    assert in_vectors(apart) < 0.002
     data = [{"graph": graph} for graph in graphs]
     small = tensorize.compile(apart, 0.75, calibration=data, refine=None)
     assert sum(p.numel() for p in small.parameters()) <= 0.75 * total
     found, wanted = small(graphs[0]), model(graphs[0])
-    (turned,) = (small(graph) for graph in _graphs(model.network.cutoff, _rotation())[:1])
+    turned = small(graphs_of(crystals[:2], cutoff, rotation()))
     # Edges come in another order after a turn, and sums of float32 with them.
     bound = 1e-4 * float(wanted["forces"].abs().max())
     torch.testing.assert_close(turned["energy"], found["energy"], atol=1e-4, rtol=0)
-    rotated = found["forces"] @ _rotation().T.float()
+    rotated = found["forces"] @ rotation().T
     torch.testing.assert_close(turned["forces"], rotated, atol=bound, rtol=0)
     assert float((found["energy"] - wanted["energy"]).abs().max()) > 1e-4  # it was compressed
     small.train()

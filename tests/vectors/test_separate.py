@@ -125,6 +125,19 @@ def test_any_other_function_gets_the_vector(model: nn.Module, apart: nn.Module) 
         torch.testing.assert_close(function(flat), function(wanted))
 
 
+@pytest.mark.slow
+def test_a_compiled_graph_and_an_exported_one_cut_the_vector_up_alike(apart: nn.Module) -> None:
+    data = batches()
+    small = tensorize.compile(apart, 0.6, calibration=data, refine=None)
+    torch.compiler.reset()
+    traced = torch.compile(small, fullgraph=True, backend="eager")
+    exported = torch.export.export(small, (data[0],)).module()
+    with torch.no_grad():
+        wanted = small(data[0])
+        torch.testing.assert_close(traced(data[0]), wanted)
+        torch.testing.assert_close(exported(data[0]), wanted)
+
+
 def _used(use: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     class Own(nn.Module):
         def __init__(self) -> None:
