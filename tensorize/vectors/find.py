@@ -91,7 +91,7 @@ class _Watch(TorchFunctionMode):
         """Of which vector a tensor is which piece, and how it is looked at."""
         name = self._name(tensor)
         if name is not None and tensor.is_contiguous():
-            return name, Piece(tensor.storage_offset(), tuple(tensor.shape)), Frame()
+            return name, Piece(int(tensor.storage_offset()), tuple(tensor.shape)), Frame()
         if id(tensor) in self._multiples:
             return self._multiples[id(tensor)]
         return None if name is None else (name, self._whole(name), Frame())

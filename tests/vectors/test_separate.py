@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_it_is_copied_pickled_saved_and_trained(apart: nn.Module, tmp_path: Path
 
 
 def test_any_other_function_gets_the_vector(model: nn.Module, apart: nn.Module) -> None:
-    flat, wanted = apart.flat, model.flat
+    flat: Any = apart.flat
+    wanted: Any = model.flat
     assert (flat.shape, flat.dtype, flat.device) == (wanted.shape, wanted.dtype, wanted.device)
     assert (flat.dim(), flat.ndim, flat.numel(), len(flat)) == (1, 1, 833, 833)
     assert flat.requires_grad
