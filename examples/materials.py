@@ -142,7 +142,7 @@ def force_error(found: dict, graphs: Any, dense: dict) -> Tensor:
 
 METRICS = {ENERGY: energy_error, FORCES: force_error}
 OWN_ERRORS = {ENERGY: 30.0, FORCES: 77.0}
-RATE = 0.001  # of healing: the largest step, relative to a parameter's size
+RATE = 0.0002  # of healing: the largest step, relative to a parameter's size
 HELD_OUT = 3  # batches to judge by while healing
 
 
@@ -248,9 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5])
     parser.add_argument("--crystals", type=int, default=180)
     parser.add_argument("--unseen", type=int, default=32, help="of them, to measure on")
-    parser.add_argument("--calibrated", type=int, default=80, help="of them; healing takes all")
     parser.add_argument("--most-atoms", type=int, default=12)
-    parser.add_argument("--heal", type=int, default=60, help="steps, of budgets below 80 %%")
+    parser.add_argument("--heal", type=int, default=30, help="steps, of budgets below 80 %%")
     parser.add_argument("--relax", type=int, default=30, help="steps, of one crystal never seen")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -260,8 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     pairs = zip(structures, graphs_of(potential, structures), strict=True)
     structures, graphs = zip(*(pair for pair in pairs if is_sane(potential, pair[1])), strict=True)
     known = graphs[options.unseen :]
-    first, fresh = known[: options.calibrated], known[options.calibrated :]
-    batches = [list(first[k : k + _BATCH]) for k in range(0, len(first), _BATCH)]
+    batches = [list(known[k : k + _BATCH]) for k in range(0, len(known), _BATCH)]
     unseen = [list(graphs[k : k + _BATCH]) for k in range(0, options.unseen, _BATCH)]
     wanted = [answers(potential, graphs) for graphs in unseen]
     data = [{"graphs": batch} for batch in batches]
@@ -269,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     analysis = tensorize.analyze(
         potential, calibration=data, metrics=METRICS, refine=None, precision="auto", seed=seed
     )
-    print(f"analysed in {time.perf_counter() - begun:.0f} s, on {len(first)} crystals")
+    print(f"analysed in {time.perf_counter() - begun:.0f} s, on {len(known)} crystals")
     rows: list[Row] = []
     models: dict[str, Any] = {"dense": potential}
     for budget in sorted(options.budgets, reverse=True):
@@ -280,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             small = models[how] = tensorize.apply(potential, plan)
             rows.append(measured(f"{kept}, {how}", small, plan, unseen, wanted))
         if options.heal and budget < HEALED:
-            heal(small, potential, [*fresh, *first], options.heal)
+            heal(small, potential, known, options.heal)
             healed = measured(f"{kept}, healed", small, ranks, unseen, wanted)
             rows.append(replace(healed, predicted={}))
     print(f"\nerrors on {options.unseen} crystals never seen (what was predicted of them, 90 %)")
