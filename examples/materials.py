@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--crystals", type=int, default=180)
     parser.add_argument("--unseen", type=int, default=32, help="of them, to measure on")
     parser.add_argument("--most-atoms", type=int, default=12)
-    parser.add_argument("--heal", type=int, default=30, help="steps, of budgets below 80 %%")
+    parser.add_argument("--heal", type=int, default=120, help="steps, of budgets below 80 %%")
     parser.add_argument("--relax", type=int, default=30, help="steps, of one crystal never seen")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
