@@ -1,7 +1,7 @@
 """A surrogate for a solver, compressed: how far may it be cut before its forecasts suffer?
 
     python -m examples.science_surrogate --budgets 0.75 0.5 0.25 --within 1.25
-    python -m examples.science_surrogate --operator --width 20
+    python -m examples.science_surrogate --operator
 
 The solver is made here: a concentration that is carried by a steady flow of four vortices and
 diffuses, ∂c/∂t + u·∇c = ν ∇²c on a periodic square (advection–diffusion), in Fourier space, with
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], Tensor]:
     parser.add_argument("--within", type=float, default=1.25, help="of the dense model's error")
     parser.add_argument("--operator", action="store_true", help="a Fourier neural operator")
     parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, help="96, of an operator 20")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=32)
@@ -274,9 +274,11 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], Tensor]:
     solver = Solver(options.side)
     states = solver.trajectories(options.fields, options.times, generator)
     tests = solver.trajectories(16, options.times, generator)
-    model: nn.Module = Surrogate(options.side, options.width, options.layers)
+    model: nn.Module
     if options.operator:
-        model = Operator(options.width, options.layers, modes=options.side // 4)
+        model = Operator(options.width or 20, options.layers, modes=options.side // 4)
+    else:
+        model = Surrogate(options.side, options.width or 96, options.layers)
     error = train(model, states, options.steps, options.batch, generator)
     print(f"trained {options.steps} steps: the change of one interval is off by {percent(error)}")
     rows = compare(model, options.budgets, options.within, states, tests)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from string import ascii_letters
 from typing import Any
@@ -165,7 +164,10 @@ def _others(
 
 
 def _numbers(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[axis] for axis in axes)
+    total = 1
+    for axis in axes:  # dynamo knows no math.prod of a generator
+        total *= sizes[axis]
+    return total
 
 
 def read_tensordot(args: tuple, kwargs: dict, weight: Any) -> Matmul | None:

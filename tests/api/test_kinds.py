@@ -106,6 +106,8 @@ KINDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[Tensor, Tenso
         X,
         lambda x, w: torch.einsum("btd,bt,kd->btk", x, x[..., 0], w),
     ),
+    "tensordot": ((48, 32), X, lambda x, w: torch.tensordot(x, w, dims=([2], [1]))),
+    "a multiple": ((48, 32), X, lambda x, w: x @ (w / 8).t()),
     "grouped_mm": ((6, 32, 48), (14, 32), grouped),
     "grouped_mm, experts transposed": (
         (6, 48, 32),
