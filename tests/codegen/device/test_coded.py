@@ -25,7 +25,7 @@ from tests.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-M, N, R = 70, 150, 33
+M, N, R = 24, 70, 9
 INSIDE: dict[str, Spec] = {
     "dense": DenseSpec((M, N)),
     "low rank": TTSpec.low_rank(M, N, R),
