@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], Tensor]:
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--width", type=int, help="96, of an operator 20")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, help="1500, of an operator 1000")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--fields", type=int, default=128, help="initial states to learn from")
     parser.add_argument("--times", type=int, default=10)
@@ -275,12 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], Tensor]:
     states = solver.trajectories(options.fields, options.times, generator)
     tests = solver.trajectories(16, options.times, generator)
     model: nn.Module
+    steps = options.steps or (1000 if options.operator else 1500)
     if options.operator:
         model = Operator(options.width or 20, options.layers, modes=options.side // 4)
     else:
         model = Surrogate(options.side, options.width or 96, options.layers)
-    error = train(model, states, options.steps, options.batch, generator)
-    print(f"trained {options.steps} steps: the change of one interval is off by {percent(error)}")
+    error = train(model, states, steps, options.batch, generator)
+    print(f"trained {steps} steps: the change of one interval is off by {percent(error)}")
     rows = compare(model, options.budgets, options.within, states, tests)
     persistence = torch.stack([(tests[0] - truth).norm() / truth.norm() for truth in tests[1:]])
     print(shown(rows, persistence))
