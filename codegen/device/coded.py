@@ -79,10 +79,10 @@ def _multiply(
     """x Wᵀ or x W, + bias + added, of a matrix as it is held: scales, codes, zero points."""
     product = _product(spec, contract, bias is not None, added is not None)
     check_device(x)
-    rows = _rows(x)
+    rows = launch.rows_of(x)
     y = x.new_empty(*x.shape[:-1], _width(product))
     source = source_of(product, x.dtype, autotune.bucket(max(len(rows), 1)))
-    more = [t for t in (bias, None if added is None else _rows(added)) if t is not None]
+    more = [t for t in (bias, None if added is None else launch.rows_of(added)) if t is not None]
     launch.run(source, rows, *(t.contiguous() for t in held), *more, y.view(-1, y.shape[-1]))
     return y
 
@@ -106,11 +106,6 @@ def _product(spec: str, contract: str, bias: bool, added: bool) -> CodedProduct:
 
 def _width(product: CodedProduct) -> int:
     return product.spec.shape[0 if product.contract == "columns" else 1]
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 # ----------------------------------------------------------------------- what weights call

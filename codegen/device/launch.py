@@ -48,6 +48,12 @@ def run(source: Source, *tensors: Tensor) -> None:
         fit(partial(launch, *tensors, **options), most, (source.text, x.dtype, x.device))
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """The last axis as rows, whose entries stand together."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def fit(launch: Callable[..., None], most: int, key: Hashable) -> None:
     """Launch with as many tiles in flight as the device has room for, ``most`` at most.
 

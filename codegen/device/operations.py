@@ -83,12 +83,6 @@ def _outputs(x: Tensor, spec: TTSpec, contract: str, saved: bool) -> tuple[Tenso
     return y, x.new_empty(*x.shape[:-1], _saved_width(spec, contract))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The last axis as rows, whose entries stand together."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 # ------------------------------------------------------------------------------- operations
 
 
@@ -127,7 +121,7 @@ def _launch(
     known: Sequence[guarded.Known] = (),
 ) -> Tensor | None:
     """One launch, of inputs of any leading shape; what it counted, where it is guarded."""
-    rows = _rows(inputs[0])
+    rows = launch.rows_of(inputs[0])
     source = autotune.source(work, rows.dtype, rows.shape[0], str(rows.device))
     assert source is not None, work
     wrong = None
@@ -135,7 +129,7 @@ def _launch(
         own, wrong = guarded.operands(work, source.checked, work.cores(inputs), known)
         inputs = [*inputs, *own, wrong]
     others = [
-        _rows(tensor) if name.startswith("residual") else tensor.contiguous()
+        launch.rows_of(tensor) if name.startswith("residual") else tensor.contiguous()
         for name, tensor in zip(source.inputs[1:], inputs[1:], strict=True)
     ]
     launch.run(source, rows, *others, *(y.view(-1, y.shape[-1]) for y in outputs))
@@ -225,7 +219,7 @@ def _core_gradients(
     factors = _spec(spec)
     found = [x.new_empty(shape) for shape in factors.core_shapes]
     source = triton_source.gradients(factors, contract, tiles.default_gradients(factors, x.dtype))
-    launch.run(source, *(_rows(tensor) for tensor in (x, dy, t, s)), *found)
+    launch.run(source, *(launch.rows_of(tensor) for tensor in (x, dy, t, s)), *found)
     return found
 
 

@@ -87,13 +87,16 @@ def is_first_in(mesh: Any) -> bool:
 def resharded(model: nn.Module) -> None:
     """Let FSDP2 give back what it gathered: without a backward pass the outermost weights stay as
     they were then, whatever becomes of the parts."""
+    for module in fully_sharded(model):
+        module.reshard()
+
+
+def fully_sharded(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 shards."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
     if fsdp is None:
-        return
-    modules: Iterator[Any] = model.modules()
-    for module in modules:
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:

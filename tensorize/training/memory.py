@@ -16,10 +16,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tensorize.base import printer
 from tensorize.base.errors import CaptureError, TensorizeError, check_one_of
-from tensorize.base.sharded import own_part
+from tensorize.base.sharded import fully_sharded, own_part
 from tensorize.capture.inputs import batch_of
 from tensorize.capture.kept import keeping
-from tensorize.weight.become import is_fully_sharded
 
 # Bytes a parameter: the weights themselves (mixed: float32 masters and their bfloat16 copies),
 # gradients, each of the optimizer's states, and what else there is of every parameter (mixed: the
@@ -122,7 +121,7 @@ def activations(model: nn.Module, batch: Any, *, autocast: bool = False) -> int:
     Raises:
         CaptureError: the batch does not fit the model, or the forward pass needs values.
     """
-    if is_fully_sharded(model):
+    if fully_sharded(model):
         raise TensorizeError(
             "FSDP2 gathers weights while the model runs, so there is none to trace",
             way_out="count activations before fully_shard, or parallelize with dp: they are the "

@@ -6,13 +6,12 @@ is made anew here; the groups, hooks and buffers of its modules stay. Torch has 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from tensorize.base.sharded import is_sharded, split_as, split_over
+from tensorize.base.sharded import fully_sharded, is_sharded, split_as, split_over
 
 
 def in_place_of(model: nn.Module, before: nn.Parameter, values: Tensor) -> nn.Parameter:
@@ -38,11 +37,7 @@ def split_dimensions(model: nn.Module, parameter: Tensor) -> set[int]:
 
 def _places(model: nn.Module, parameter: Tensor) -> Iterator[tuple[Any, int]]:
     """The group of FSDP2 that a parameter belongs to, and its number there."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
-    if fsdp is None:
-        return
-    sharded: list[Any] = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
-    for module in sharded:
+    for module in fully_sharded(model):
         state = module._get_fsdp_state()
         several = getattr(state, "_fsdp_param_groups", None)  # older torch has one, or none
         for group in filter(None, [state._fsdp_param_group] if several is None else several):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tensorize.vectors.pieces import Piece, pieces_of
 from tensorize.weight.become import redefine, subclass
-from tensorize.weight.lazy import FactoredWeight
+from tensorize.weight.lazy import ARITHMETIC, FactoredWeight, give_operators
 
 
 class Stretch:
@@ -115,20 +115,7 @@ class Stretch:
         return Stretch(self.parts, piece)
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    method = getattr(torch.Tensor, name)
-
-    def operate(stretch: Stretch, *others: Any) -> Any:
-        return Stretch.__torch_function__(method, (), (stretch, *others))
-
-    return operate
-
-
-for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs"),
-    *("matmul", "rmatmul"),
-):
-    setattr(Stretch, f"__{_name}__", _operator(f"__{_name}__"))
+give_operators(Stretch, (*ARITHMETIC, "matmul", "rmatmul"))
 
 
 class Matrices(nn.Module):

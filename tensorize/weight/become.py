@@ -51,11 +51,6 @@ def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
     return kind.__mro__[2]  # after the derived one, and FSDPModule
 
 
-def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` gathers weights of it while it runs."""
-    return any(unsharded_class(type(module)) is not type(module) for module in model.modules())
-
-
 def become_dense(owner: nn.Module) -> None:
     """Undo ``become``: what the class of now declares goes, where the dense class does not."""
     dense = dense_class(owner)

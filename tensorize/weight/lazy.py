@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -357,21 +357,29 @@ _OF_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.regi
 """Functions that want to know of the gradient of a weight itself."""
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    """An operator of tensors, on the dense matrix."""
+ARITHMETIC = (
+    *("add", "radd", "sub", "rsub", "mul", "rmul"),
+    *("truediv", "rtruediv", "pow", "neg", "abs"),
+)
+"""Operators, without their underscores."""
+
+
+def give_operators(kind: Any, names: Iterable[str]) -> None:
+    """Let what stands for a tensor answer operators, as functions of torch on its numbers."""
+    for name in names:
+        setattr(kind, f"__{name}__", _operator(kind, f"__{name}__"))
+
+
+def _operator(kind: Any, name: str) -> Callable[..., Any]:
     method = getattr(torch.Tensor, name)
 
-    def operate(weight: FactoredWeight, *others: Any) -> Any:
-        return FactoredWeight.__torch_function__(method, (), (weight, *others))
+    def operate(lazy: Any, *others: Any) -> Any:
+        return kind.__torch_function__(method, (), (lazy, *others))
 
     return operate
 
 
-for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "abs"),
-    *("lt", "le", "gt", "ge", "eq", "ne"),
-):
-    setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
+give_operators(FactoredWeight, (*ARITHMETIC, "lt", "le", "gt", "ge", "eq", "ne"))
 
 
 # Calls that dynamo does not hand to a lazy weight as Python does: the private ones are those of
