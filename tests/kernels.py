@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,12 +179,12 @@ SMALL: Mapping[str, Callable[[torch.dtype], Source]] = {
 }
 
 
-def holds_under_the_interpreter(file: str, marks: str = "not slow") -> None:
-    """Run the tests of a file in a process of its own, in which triton interprets kernels."""
+def holds_under_the_interpreter(*files: str | Path, marks: str = "not slow") -> None:
+    """Run the tests of files in a process of its own, in which triton interprets kernels."""
     if interpreting():
         pytest.skip("this is that process")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""},
         capture_output=True,
         text=True,

@@ -110,15 +110,9 @@ def test_quantized_layers_are_left_alone() -> None:
 # --------------------------------------------------------------------------- nothing dense survives
 
 
-@pytest.mark.parametrize(
-    ("inplace", "calibrated"),
-    [
-        pytest.param(False, False, marks=pytest.mark.slow, id="a copy, by its weights"),
-        pytest.param(False, True, marks=pytest.mark.slow, id="a copy, calibrated"),
-        pytest.param(True, False, id="in place, by its weights"),
-        pytest.param(True, True, marks=pytest.mark.slow, id="in place, calibrated"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("inplace", [False, True], ids=["a copy", "in place"])
+@pytest.mark.parametrize("calibrated", [False, True], ids=["by its weights", "calibrated"])
 def test_no_dense_weight_survives_anywhere(inplace: bool, calibrated: bool) -> None:
     """Not in a buffer, a closure or a cache, whatever was done with the model since."""
 

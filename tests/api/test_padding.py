@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
+from tests.marks import slow, slow_but
 from tests.passes.observe import routed
 from tests.passes.observe.routed import Routed, build, data
 
@@ -64,8 +65,8 @@ def same(kind: Callable[[], Routed], **options: Any) -> None:
             assert apart <= 1e-3 * error
 
 
-@pytest.mark.parametrize("kind", routed.EVERY)
-@pytest.mark.parametrize("metric", ["loss", "input"])
+@pytest.mark.parametrize("kind", slow_but((routed.Encoder, routed.Packed), routed.EVERY))
+@pytest.mark.parametrize("metric", ["loss", slow("input")])
 def test_a_refit_of_what_is_padded(kind: Callable[[], Routed], metric: str) -> None:
     same(kind, metric=metric, refine="refit")
 
@@ -76,7 +77,7 @@ def test_a_polish_of_what_is_padded(kind: Callable[[], Routed]) -> None:
     same(kind, refine="polish")
 
 
-@pytest.mark.parametrize("kind", [routed.TimeFirst, routed.Masked, routed.Encoder])
+@pytest.mark.parametrize("kind", [slow(routed.TimeFirst), slow(routed.Masked), routed.Encoder])
 def test_padding_on_the_left(kind: Callable[[], Routed]) -> None:
     same(kind, refine="refit", left=True)
 

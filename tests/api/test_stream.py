@@ -19,6 +19,7 @@ from tensorize.base.tensorfile import ALIGNMENT, Layout, Writer
 from tensorize.hub import shards
 from tensorize.ir.machine import Machine
 from tests.api.checkpoints import assert_same, compiled, llama, saved
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("a_short_curve")
 
@@ -93,7 +94,7 @@ def test_streaming_writes_what_compile_and_save_write(name: str, tmp_path: Path)
     )
 
 
-@pytest.mark.parametrize("name", ["tied llama", "llama in bfloat16", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["tied llama", slow("llama in bfloat16"), slow("gpt2"), "mixtral"])
 def test_streaming_takes_bits(name: str, tmp_path: Path) -> None:
     dense, how = saved(MODELS[name](), tmp_path / "dense"), {"precision": "auto"}
     report = tensorize.compile_checkpoint(dense, tmp_path / "streamed", 0.2, **how)

@@ -29,7 +29,7 @@ from tensorize.ir.budget import parse_bytes
 from tensorize.passes.curves import in_groups
 from tensorize.passes.observe.moments import has_moments, moment_bytes
 from tensorize.passes.observe.statistics import CollectStatistics
-from tests.marks import slow
+from tests.marks import slow, slow_but
 from tests.paths import ROOT
 
 IDS = [torch.arange(24).reshape(2, 12).roll(k) for k in range(6)]
@@ -297,8 +297,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Analysis]:
 DAMAGE = {"cut": cut, "emptied": emptied, "flipped": flipped, "gone": Path.unlink}
 
 
-@pytest.mark.parametrize("what", ["the entry", "a curve", "a shared factor"])
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("what", ["the entry", "a curve", slow("a shared factor")])
+@pytest.mark.parametrize("damage", slow_but(("flipped", "gone"), DAMAGE))
 def test_damage_is_found_and_made_good_with_a_warning(
     damage: str,
     what: str,

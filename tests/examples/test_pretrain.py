@@ -51,7 +51,7 @@ def test_dense_and_compressed_side_by_side(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--shrink-from", "0.9"], id="ranks"),
+        pytest.param(["--shrink-from", "0.9"], id="ranks", marks=pytest.mark.slow),
         pytest.param(["--precision", "stochastic"], id="stochastic", marks=pytest.mark.slow),
     ],
 )

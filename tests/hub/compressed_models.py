@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
 import tensorize
+from tests.marks import slow
 from tests.models import CASES, Case
 
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -85,6 +88,14 @@ AUTO = {
 FORMS = [(name, form) for name in MODELS for form in ("low_rank", "tt")]
 FORMS.remove(("mixtral", "tt"))  # stacks of experts are low rank
 FORMS += [("gpt2", "block"), ("tied llama", "block")]
+
+
+def forms(of: Container[str] = MODELS) -> Any:
+    """Some models in every form; ``make test`` has each as low rank, and one in the others."""
+    found = [(name, form) for name, form in FORMS if name in of]
+    often = [pair for pair in found if pair[1] == "low_rank" or pair[0] == "gpt2"]
+    given = [pair if pair in often else slow(*pair) for pair in found]
+    return pytest.mark.parametrize(("name", "form"), given, ids=[" in ".join(f) for f in found])
 
 
 def compress(name: str, form: str = "low_rank") -> Any:

@@ -16,10 +16,10 @@ import transformers as hf
 import tensorize
 from tensorize.base.errors import CheckpointError
 from tensorize.weight.install import factored
-from tests.hub.compressed_models import AUTO, FORMS, MODELS, compress, same_state
+from tests.hub.compressed_models import AUTO, MODELS, compress, forms, same_state
 from tests.models import CASES, relative
 
-ALL = pytest.mark.parametrize(("name", "form"), FORMS, ids=[" in ".join(f) for f in FORMS])
+ALL = forms()
 
 
 @ALL

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import tensorize
-from tests.hub.compressed_models import FORMS, IDS, MODELS, compress
+from tests.hub.compressed_models import FORMS, IDS, MODELS, compress, forms
 from tests.models import CASES, relative
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -20,10 +20,8 @@ WAYS = {
     "no cache": {"use_cache": False},
 }
 
-GENERATE = [(n, f) for n, f in FORMS if n in ("llama", "gpt2", "t5", "mixtral")]
 
-
-@pytest.mark.parametrize(("name", "form"), GENERATE, ids=[" in ".join(f) for f in GENERATE])
+@forms(("llama", "gpt2", "t5", "mixtral"))
 def test_generate_token_for_token(name: str, form: str) -> None:
     result = compress(name, form)
     plain = tensorize.densify(result)

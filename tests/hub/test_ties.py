@@ -10,17 +10,17 @@ import transformers as hf
 from torch import Tensor, nn
 
 import tensorize
-from tests.hub.compressed_models import FORMS, IDS, MODELS, compress
+from tests.hub.compressed_models import IDS, MODELS, compress, forms
 from tests.marks import slow
 from tests.models import CASES
 
-TIED = [(n, f) for n, f in FORMS if n in ("gpt2", "t5") or n.endswith("head") or "tied" in n]
+TIED = forms([n for n in MODELS if n in ("gpt2", "t5") or n.endswith("head") or "tied" in n])
 
 
 # ------------------------------------------------------------------------------------- tied weights
 
 
-@pytest.mark.parametrize(("name", "form"), TIED, ids=[" in ".join(f) for f in TIED])
+@TIED
 def test_weights_are_tied_under_their_new_names(name: str, form: str) -> None:
     case, result = MODELS[name], compress(name, form)
     before, count = case.output(result), sum(p.numel() for p in result.parameters())
@@ -33,7 +33,7 @@ def test_weights_are_tied_under_their_new_names(name: str, form: str) -> None:
     assert sum(p.numel() for p in result.parameters()) == count
 
 
-@pytest.mark.parametrize(("name", "form"), TIED, ids=[" in ".join(f) for f in TIED])
+@TIED
 def test_densify_gives_the_tables_of_ties_back(name: str, form: str) -> None:
     model, plain = MODELS[name].model(), tensorize.densify(compress(name, form))
     for before, after in zip(model.modules(), plain.modules(), strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorize
+from tests.marks import slow
 
 FORMS = ["low_rank", "block", "tt"]
 DATA = [torch.randint(0, 48, (16, 6), generator=torch.Generator().manual_seed(k)) for k in range(4)]
@@ -55,8 +56,8 @@ def test_of_the_weights_alone(form: str, rows: tuple[int, ...], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("refine", [None, "refit", "polish"])
+@pytest.mark.parametrize("tied", [slow(False), True])
+@pytest.mark.parametrize("refine", [slow(None), "refit", slow("polish")])
 def test_refined_and_healed(form: str, tied: bool, refine: str | None) -> None:
     model = Bag(tied)
     formats = {"table*": form, "head*": "low_rank"}

@@ -175,7 +175,7 @@ def test_lower_precision_stays_within_its_rounding(spec: TTSpec, dtype: torch.dt
 modes = st.lists(st.integers(1, 3), min_size=3, max_size=3)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     modes, modes, st.tuples(*[st.integers(1, 3)] * 2), st.sampled_from([0, 2]),
     st.sampled_from(SIDES),

@@ -32,7 +32,7 @@ def test_everything_holds_under_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_what_takes_longer_holds_under_the_interpreter() -> None:
-    holds_under_the_interpreter(__file__, "slow")
+    holds_under_the_interpreter(__file__, marks="slow")
 
 
 def test_choices_are_deterministic_and_never_kernels_where_nothing_was_measured() -> None:

@@ -20,7 +20,7 @@ from tensorize.codegen.triton.roles import NotCovered
 from tensorize.formats.registry import format_of
 from tensorize.ir.coded import DenseSpec, QuantizedSpec
 from tensorize.ir.spec import Spec, TTSpec
-from tests.kernels import each_device, here, holds_under_the_interpreter, in_codes
+from tests.kernels import each_device, here, in_codes
 from tests.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -32,10 +32,6 @@ INSIDE: dict[str, Spec] = {
     "pivoted": TTSpec.low_rank(M, N, R, pivoted=1),
 }
 PRECISIONS = ("int8", "int4", "int3", "int2")
-
-
-def test_everything_holds_under_the_interpreter() -> None:
-    holds_under_the_interpreter(__file__)
 
 
 def held(spec: QuantizedSpec, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:

@@ -28,13 +28,9 @@ PAIR, TRAIN = TTSpec.low_rank(9, 7, 3), TTSpec((3, 3), (2, 4), (2,))
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-def test_everything_holds_under_the_interpreter() -> None:
-    holds_under_the_interpreter(__file__)
-
-
 @pytest.mark.slow
 def test_what_takes_longer_holds_under_the_interpreter() -> None:
-    holds_under_the_interpreter(__file__, "slow")
+    holds_under_the_interpreter(__file__, marks="slow")
 
 
 @each_device

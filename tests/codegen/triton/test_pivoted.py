@@ -18,13 +18,9 @@ from tests.kernels import each_device, holds_under_the_interpreter, low_rank, pi
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-def test_everything_holds_under_the_interpreter() -> None:
-    holds_under_the_interpreter(__file__)
-
-
 @pytest.mark.slow
 def test_what_takes_longer_holds_under_the_interpreter() -> None:
-    holds_under_the_interpreter(__file__, "slow and not gpu")
+    holds_under_the_interpreter(__file__, marks="slow and not gpu")
 
 
 ROWS = 19

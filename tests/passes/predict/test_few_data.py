@@ -16,6 +16,7 @@ from tensorize.ir.plan import OF_VARIANCE, RUINED
 from tensorize.ir.sufficiency import Sufficiency
 from tensorize.passes.observe.loss import split
 from tensorize.passes.predict.predictor import NORMAL_90, Predictor, Trial, student_90
+from tests.marks import slow_but
 
 
 def mlp(width: int, hidden: int, out: int) -> nn.Module:
@@ -47,7 +48,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS.keys() - {"classes"}, MODELS))
 def test_what_is_lost_on_new_data_lies_in_the_interval(name: str) -> None:
     """Of one batch. Intervals are to hold nine of ten; plans of one draw are out together."""
     build, width = MODELS[name]

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import tensorize
 from tensorize.ir.machine import Machine
+from tests.marks import slow
 
 
 class Net(nn.Module):
@@ -90,7 +91,9 @@ def test_they_are_estimated_again_and_it_is_said(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "options", [{"refine": None}, {"refine": "refit", "budget": 0.5}], ids=["unasked", "worse"]
+    "options",
+    [{"refine": None}, slow({"refine": "refit", "budget": 0.5})],
+    ids=["unasked", "worse"],
 )
 def test_they_stay_where_nobody_asked_or_it_gains_nothing(options: dict[str, Any]) -> None:
     model, data = trained()

@@ -20,6 +20,7 @@ from tensorize.passes.rewrite.drift import RIDGES, Drift, Sums, best_ridge
 from tensorize.passes.rewrite.factorize import planned_cores
 from tensorize.passes.rewrite.refit import refit
 from tensorize.passes.stages import Learned
+from tests.marks import slow
 from tests.models import CASES, MLP, relative
 
 
@@ -135,7 +136,7 @@ def test_a_refit_brings_the_outputs_nearer(metric: str) -> None:
     assert errors["refit"] < errors[None]
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert", "t5", "mixtral", "vit"])
+@pytest.mark.parametrize("name", ["gpt", slow("bert"), slow("t5"), "mixtral", slow("vit")])
 def test_a_refit_leaves_the_model_as_it_was_and_no_thread_behind(name: str) -> None:
     case = CASES[name]
     model, data = case.model(), [case.batch(seed) for seed in range(4)]
@@ -273,7 +274,7 @@ def test_a_weight_that_only_zeros_reach_keeps_its_factors() -> None:
 # ----------------------------------------------------------------------------------- the polish
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 def test_a_polish_brings_the_outputs_nearer_still(dtype: torch.dtype) -> None:
     model, data = Chain().to(dtype), [x.to(dtype) for x in batches(24)]
     test = torch.cat(batches(28)[24:]).to(dtype)
