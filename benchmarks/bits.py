@@ -31,7 +31,7 @@ from torch import nn
 
 import tensorize
 from benchmarks import bit_peers
-from benchmarks.quality import TITLES, Run
+from benchmarks.quality import TITLES, Run, accuracy, predicted, show_predictions
 from benchmarks.record import keep, kept
 from benchmarks.subjects import COMPARED, DECODERS, Measure, Subject
 from tensorize.base.errors import BudgetError
@@ -111,7 +111,8 @@ class Draw:
         took = {"seconds": time.perf_counter() - began, "share": stored_bytes(small) / self.bytes}
         runs = {f"{key} {AS_IT_RUNS}": value for key, value in self.unseen(small).items()}
         with inputs_in_full():
-            return {**took, **self.unseen(small.to(torch.float32)), **runs}
+            full = self.unseen(small.to(torch.float32))
+        return {**took, **full, **runs, **predicted(plan.predicted)}
 
     def _of_others(self, method: str) -> Iterator[tuple[str, dict[str, float]]]:
         calibration = self.subject.calibration.batches
@@ -193,6 +194,11 @@ def show(name: str) -> None:
     key = next(key for key in TITLES if key in figures)
     print(f"\n{TITLES[key]}, by share of the bytes in bfloat16; seeds {', '.join(draws)}\n")
     print(markdown([name, *(f"{100 * budget:g}%" for budget in BUDGETS)], rows(runs, key)))
+    # What is predicted is of other text of the calibration's files, not of other files.
+    for method in (method for method in OURS if method in runs[0]):
+        points = [point for run in runs for point in run[method].values() if "predicted" in point]
+        if points:
+            show_predictions(name, {method: accuracy(points, f"{key} {AS_IT_RUNS}")}, "other files")
     for method in (method for method in runs[0] if not method.startswith("ours")):
         chosen = (f"{100 * budget:g}%: {best(runs[0][method], budget, key)}" for budget in BUDGETS)
         print(f"\n{method}: {'; '.join(chosen)}")

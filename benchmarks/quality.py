@@ -53,6 +53,7 @@ BUDGETS = (0.1, 0.25, 0.5, 0.75)
 OF_LARGE = (0.75, 0.9)  # those of a model that takes long
 MEASURED = (*BUDGETS, 0.9)  # budgets at which ours are measured
 PREDICTED = (0.25, 0.5, 0.75, 0.9)  # those at which predictions are meant to hold
+FROM = f"from {PREDICTED[0]:.0%} kept on"
 PREDICTED_ON = {"alike": "other text of the calibration's files", "unseen": "text of other files"}
 OURS = {"ours, one-shot": None, "ours, refit": "refit", "ours, polish": "polish"}
 UNPOLISHED = tuple(method for method, refine in OURS.items() if refine != "polish")
@@ -113,7 +114,7 @@ def compare(
             small = compress(budget)
             figures = {"seconds": time.perf_counter() - began, "parameters": small.parameters}
             figures |= subject.unseen(small.model)
-            if said := predicted(small):
+            if said := predicted(small.predicted):
                 figures |= {**said, "alike": first(subject.alike(small.model))}
             found.setdefault(method, {})[str(budget)] = figures
             shown = " ".join(f"{key} {figures[key]:.5f}" for key in figures if key in TITLES)
@@ -157,7 +158,7 @@ def predict_alone(name: str, seed: int, budgets: Sequence[float] = MEASURED) -> 
         for budget in budgets:
             small = compress(budget)
             figures = {
-                **predicted(small),
+                **predicted(small.predicted),
                 "alike": first(subject.alike(small.model)),
                 "unseen": first(subject.unseen(small.model)),
             }
@@ -166,9 +167,8 @@ def predict_alone(name: str, seed: int, budgets: Sequence[float] = MEASURED) -> 
     return found
 
 
-def predicted(small: peers.Compressed) -> dict[str, float]:
+def predicted(said: tensorize.Prediction | None) -> dict[str, float]:
     """The loss that a plan predicts, and the ends of its interval."""
-    said = small.predicted
     if said is None or said.loss is None or said.loss_interval is None:
         return {}
     low, high = said.loss_interval
@@ -247,12 +247,17 @@ def prediction(runs: Sequence[Run], key: str) -> dict[str, dict[str, float]]:
     found = {}
     for method in (method for method in OURS if method in runs[0]):
         points = [run[method][str(b)] for run in runs for b in PREDICTED if str(b) in run[method]]
-        found[method] = {
-            "median_error": statistics.median(abs(p["predicted"] / p[key] - 1) for p in points),
-            "inside": sum(p["low"] <= p[key] <= p["high"] for p in points) / len(points),
-            "widest": max(p["high"] / p["low"] for p in points),
-        }
+        found[method] = accuracy(points, key)
     return found
+
+
+def accuracy(points: Sequence[Mapping[str, float]], key: str) -> dict[str, float]:
+    """How well predictions hold for a figure."""
+    return {
+        "median_error": statistics.median(abs(p["predicted"] / p[key] - 1) for p in points),
+        "inside": sum(p["low"] <= p[key] <= p["high"] for p in points) / len(points),
+        "widest": max(p["high"] / p["low"] for p in points),
+    }
 
 
 def result(draws: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     for key, where in zip(
         ("prediction", "prediction_other_files"), PREDICTED_ON.values(), strict=True
     ):
-        show_predictions(name, found[key], where)
+        show_predictions(name, found[key], f"{FROM}, {where}")
     seeds = [draw["rank_correlation"] for draw in draws if draw["rank_correlation"]]
     if not seeds:
         return
@@ -296,7 +301,7 @@ def show(name: str, found: Mapping[str, Any]) -> None:
 
 
 def show_predictions(name: str, found: Mapping[str, Mapping[str, float]], where: str) -> None:
-    print(f"\n{name}: predictions from {PREDICTED[0]:.0%} kept on, on {where}")
+    print(f"\n{name}: predictions, {where}")
     for method, held in found.items():
         print(
             f"{method}: median error {held['median_error']:.1%}, {held['inside']:.0%} inside "
@@ -322,7 +327,7 @@ def main() -> None:
             found = {"runs": runs, "held": held["alike"], "held_other_files": held["unseen"]}
             keep("predictions", {**kept("predictions"), name: found})
             for key, where in PREDICTED_ON.items():
-                show_predictions(name, held[key], where)
+                show_predictions(name, held[key], f"{FROM}, {where}")
         return
     if options.trains:
         for name in options.models:

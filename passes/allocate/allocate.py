@@ -94,7 +94,7 @@ class Allocate:
     def run(self, analysed: Analysed) -> Planned:
         if self.budget is None:
             points = self._points(analysed, last_resort=False)
-            return self._planned(analysed, Chosen(points, [0] * len(points), 0.0))
+            return self._planned(self._predicting(analysed), Chosen(points, [0] * len(points), 0.0))
         return self.within(self._demand_of(analysed))
 
     def within(self, demand: Demand) -> Planned:
@@ -145,7 +145,7 @@ class Allocate:
         overhead = np.append(other_costs(analysed, sizes), np.zeros(len(sizes)))
         times = [f"{kind}[{k}]" for kind in ("latency", SLOWER) for k in range(len(sizes))]
         return Demand(
-            analysed,
+            self._predicting(analysed),
             (*([] if fast is None else [fast]), *tiers),
             int(fast is not None),
             len(tiers) > 1,
@@ -157,6 +157,13 @@ class Allocate:
             self.even,
             COSTS.index("bytes" if integers(self.precision) else "params"),
         )
+
+    def _predicting(self, analysed: Analysed) -> Analysed:
+        """The same, which knows what sums of distortions cost in plans made as this one."""
+        found = analysed.predictor
+        if found is None or not integers(self.precision):
+            return analysed
+        return replace(analysed, predictor=found.with_bits)
 
     # ---------------------------------------------------------------------------- the points
 

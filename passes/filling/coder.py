@@ -101,12 +101,12 @@ def _error(tensor: Tensor, made: Coded) -> float:
 
 def rise(predictor: Predictor, distortion: float) -> tuple[float, tuple[float, float]]:
     """What codes are expected to add to the loss, and its 90 % interval."""
-    return predictor.predict(_worth(predictor) * distortion)
+    return predictor.with_bits.predict(_worth(predictor) * distortion)
 
 
 def allowed(predictor: Predictor, loss: float) -> float:
     """The largest sum of distortions whose expected rise is within a limit."""
-    return predictor.inverse(loss) / _worth(predictor)
+    return predictor.with_bits.inverse(loss) / _worth(predictor)
 
 
 def _worth(predictor: Predictor) -> float:

@@ -116,12 +116,13 @@ class CalibratePrediction:
             sufficiency=_sufficiency(learned, reference),
         )
         predictor = self._with_families(ranks, learned, reference)
-        plain = [trial for trial in predictor.trials if trial.refine is None]
-        ratios = ", ".join(f"{t.measured / t.raw:.2f}" for t in plain)
         notes = _of_few(learned, reference, bool(self.held_out))
-        summary = f"measured : predicted {ratios or 'nothing to measure'} ({self.loss.unit})"
+        summary = f"measured : predicted {_ratios(predictor.trials) or 'nothing to measure'}"
+        summary += f" ({self.loss.unit})"
         for family, worth in predictor.worth.items():
             summary += f"; {family} count {worth:.2f}"
+        if predictor.rounded:
+            summary += f"; with bits {_ratios(predictor.rounded)}"
         known = {"predictor": predictor, "summary": summary}
         return learned.to(Analysed, **known, notes=(*learned.notes, *notes))
 
@@ -138,8 +139,8 @@ class CalibratePrediction:
         wanted: list[tuple[Planned, str | None]] = [(plan, None) for plan in plans.values()]
         if REFIT in self.refinements:
             wanted += [(plan, REFIT) for lost, plan in plans.items() if lost in REFIT_LOSSES]
-        trials = (*ranks.trials, *self._measured(learned, wanted, reference))
-        return replace(ranks, trials=_ordered(trials), worth=worth)
+        rounded = _ordered(self._measured(learned, wanted, reference))
+        return replace(ranks, rounded=rounded, worth=worth)
 
     def _measured(
         self,
@@ -196,6 +197,10 @@ def refined_shares(
         yield share
         if lost[share] > RUINED.get(unit, math.inf):
             return
+
+
+def _ratios(trials: Sequence[Trial]) -> str:
+    return ", ".join(f"{t.measured / t.raw:.2f}" for t in trials if t.refine is None)
 
 
 def _trial(planned: Planned, found: Measurement, refine: str | None) -> Trial:

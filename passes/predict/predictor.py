@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -70,6 +70,7 @@ class Predictor:
     """From the sum of distortions of a plan to the rise of the loss on unseen data."""
 
     trials: tuple[Trial, ...]
+    """Of plans of ranks alone, by their sums."""
     unit: str
     held_out: bool
     refinements: tuple[str, ...] = ()
@@ -78,6 +79,8 @@ class Predictor:
     """Where nothing was held out: the rise with none of the weights that may be compressed."""
     worth: Mapping[str, float] = field(default_factory=dict)
     """What a distortion of each family of forms counts in sums, beside that of ranks: as much."""
+    rounded: tuple[Trial, ...] = ()
+    """Of plans in which weights may have fewer bits, by their sums."""
     metrics: tuple[tuple[str, float, float], ...] = ()
     """The caller's own: name, and the dense model's mean and its standard error."""
     batches: int = 0
@@ -90,6 +93,27 @@ class Predictor:
     """How many images the batch holds by which uses were seen; 0 where a row is no image."""
     sufficiency: Sufficiency = field(default_factory=Sufficiency)
     """How far the calibration data suffice."""
+
+    @property
+    def with_bits(self) -> Predictor:
+        """That of plans in which weights may have fewer bits: by trials of such plans.
+
+        What ranks lose on new data is partly what the calibration data did not show of the inputs;
+        rounding keeps all directions, and loses less than that. What a refinement gains where no
+        such plan was refined is what it gains of ranks.
+        """
+        if not self.rounded:
+            return self
+        found = replace(self, trials=self.rounded, rounded=())
+        known = {trial.refine for trial in self.rounded}
+        moved = []
+        for trial in self.trials:
+            if trial.refine not in known:
+                gain = self._gain(math.log(trial.raw), trial.refine)
+                rise = found.predict(trial.raw)[0] * math.exp(gain)
+                moved.append(replace(trial, measured=rise, metrics=()))
+        trials = sorted((*self.rounded, *moved), key=lambda trial: trial.raw)
+        return replace(found, trials=tuple(trials))
 
     def _of(self, refine: str | None) -> list[Trial]:
         return [trial for trial in self.trials if trial.refine == refine]
@@ -131,7 +155,7 @@ class Predictor:
     def predict_metrics(
         self, loss: float, interval: tuple[float, float]
     ) -> tuple[PredictedMetric, ...]:
-        """The caller's metrics where the loss rises so, by all trials."""
+        """The caller's metrics where the loss rises so."""
         student = student_90(self.batches - 1) if self.batches > 1 else NORMAL_90
         return tuple(
             predicted_metric(

@@ -121,7 +121,7 @@ class Analysis:
             for site in self.program.free:
                 self.program.spectra[site.name].require(chosen[site.name])
         self._require(options.precision)
-        refine, why_not = self._refinement(options.refine, budget)
+        refine, why_not = self._refinement(options.refine, budget, options.precision)
         return Allocate(
             budget,
             ranks=options.ranks,
@@ -148,7 +148,7 @@ class Analysis:
                 )
 
     def _refinement(
-        self, refine: str | None, budget: Budget | None
+        self, refine: str | None, budget: Budget | None, precision: PrecisionOption
     ) -> tuple[str | None, str | None]:
         """What ``refine`` comes to, and why "auto" is no refit.
 
@@ -161,6 +161,8 @@ class Analysis:
                 return None, None  # nobody gave data
             if budget is not None and budget.error is not None:
                 return None, "it moves errors between weights, and the budget limits each"
+            if predictor is not None and integers(precision):
+                predictor = predictor.with_bits
             if predictor is not None and not predictor.pays(REFIT):
                 return None, "in trials it did not lower the loss"
             return REFIT, None

@@ -144,6 +144,7 @@ def _complete(base: str, curves: Curves, analysed: Analysed) -> None:
             "batches": predictor.batches,
             "sufficiency": plain(predictor.sufficiency),
             "trials": [astuple(trial) for trial in predictor.trials],
+            "rounded": [astuple(trial) for trial in predictor.rounded],
         },
     }
     if curves.lost:  # of those that were kept just now

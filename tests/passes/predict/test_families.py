@@ -83,6 +83,43 @@ def test_what_was_not_tried_counts_as_ranks_do() -> None:
     assert worth_of_families(RANKS, {BITS: []}) == {BITS: 1.0}
 
 
+# ------------------------------------------------------------------------ by trials of its own kind
+
+BITS_LOSE_LESS = replace(
+    RANKS,
+    trials=(*RANKS.trials, Trial(0.01, 0.01, 0.0, 0.1, "polish")),
+    rounded=(Trial(0.01, 0.004, 0.0, 0.1), Trial(1.0, 0.4, 0.0, 0.4)),
+)
+
+
+def test_plans_with_bits_are_predicted_by_trials_with_bits() -> None:
+    """And plans of ranks alone as if no bits had been analysed."""
+    found = BITS_LOSE_LESS
+    assert [found.predict(raw)[0] for raw in (0.01, 0.1, 1.0)] == [
+        RANKS.predict(raw)[0] for raw in (0.01, 0.1, 1.0)
+    ]
+    assert found.with_bits.predict(0.1)[0] == pytest.approx(0.04)
+    assert found.with_bits.inverse(0.04) == pytest.approx(0.1)
+
+
+def test_what_was_refined_of_ranks_alone_gains_as_much_with_bits() -> None:
+    assert BITS_LOSE_LESS.predict(0.01, "polish")[0] == pytest.approx(0.01)  # of 0.02
+    assert BITS_LOSE_LESS.with_bits.predict(0.01, "polish")[0] == pytest.approx(0.002)
+
+
+def test_without_such_trials_there_is_one_prediction() -> None:
+    assert RANKS.with_bits is RANKS
+
+
+def test_an_analysis_of_bits_predicts_ranks_alone_as_one_without(
+    analysis: tensorize.Analysis, model: nn.Module, batches: list[Tensor]
+) -> None:
+    alone = tensorize.analyze(model, calibration=batches).plan(0.5)
+    both = analysis.plan(0.5, precision=None)
+    assert both.predicted.loss == pytest.approx(alone.predicted.loss, rel=1e-6)
+    assert both.predicted.loss_interval == pytest.approx(alone.predicted.loss_interval, rel=1e-6)
+
+
 # -------------------------------------------------------------------------------- the trials
 
 
@@ -102,7 +139,7 @@ def test_plans_of_all_that_is_allowed_are_tried_as_they_come_and_refitted(
     assert all(0.2 < worth < 5 for worth in found.worth.values())
     for refine, losses in ((None, MIXED_LOSSES), ("refit", REFIT_LOSSES)):
         near = [
-            any(0.5 * lost < each.raw <= lost for each in found.trials if each.refine == refine)
+            any(0.5 * lost < each.raw <= lost for each in found.rounded if each.refine == refine)
             for lost in losses
         ]
         assert sum(near) >= len(near) - 1  # all of the weights may not lose so much
@@ -132,7 +169,7 @@ def test_a_trial_measures_what_its_plan_does_once_it_is_carried_out(
     for lost in MIXED_LOSSES[:3]:
         made = Allocate(Budget(loss=lost), precision="auto", fingerprint=analysis.fingerprint)
         plan = made.run(program).plan
-        tried = next(t for t in found.trials if t.raw == pytest.approx(summed(plan), rel=1e-9))
+        tried = next(t for t in found.rounded if t.raw == pytest.approx(summed(plan), rel=1e-9))
         with_analysis = replace(analysis.plan(0.5, refine=None), **vars(plan))
         small = tensorize.apply(model, with_analysis, refine=None)
         found_now = rise(model, small, split(tuple(batches))[1], batches)
@@ -157,7 +194,7 @@ def test_predictions_with_bits_hold_on_new_data(
 def test_the_prediction_is_of_the_sum_that_the_plan_says(analysis: tensorize.Analysis) -> None:
     plan = analysis.plan(0.2, refine=None)
     assert analysis.program.predictor is not None
-    expected, _ = analysis.program.predictor.predict(summed(plan))
+    expected, _ = analysis.program.predictor.with_bits.predict(summed(plan))
     assert plan.predicted.loss == pytest.approx(expected, rel=1e-9)
 
 
