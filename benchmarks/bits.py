@@ -48,7 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
 UNIFORM = "ours, the same integers for all"
 INTEGERS = ("int4", "int3", "int2")
 METHODS = (*OURS, UNIFORM, *bit_peers.METHODS)
-AS_IT_RUNS = "as it runs"
+AS_IT_RUNS, FORETOLD = "as it runs", "predicted"
 
 
 @dataclass
@@ -162,7 +162,7 @@ def best(found: Mapping[str, Mapping[str, float]], budget: float, key: str) -> s
 
 
 def rows(runs: Sequence[Run], key: str) -> Iterator[list[str]]:
-    """A row a method: the mean over draws by budget; ours a second time, as it runs."""
+    """A row a method: the mean over the draws that have it; ours a second time, as it runs."""
     for method in runs[0]:
         for suffix in ("", f" {AS_IT_RUNS}"):
             figure = key + suffix
@@ -173,7 +173,7 @@ def rows(runs: Sequence[Run], key: str) -> Iterator[list[str]]:
 
 def cell(runs: Sequence[Run], method: str, budget: float, key: str) -> str:
     values = []
-    for run in runs:
+    for run in (run for run in runs if method in run):
         name = best(run[method], budget, key)
         if name is None:
             return "–"
@@ -195,10 +195,14 @@ def show(name: str) -> None:
     print(f"\n{TITLES[key]}, by share of the bytes in bfloat16; seeds {', '.join(draws)}\n")
     print(markdown([name, *(f"{100 * budget:g}%" for budget in BUDGETS)], rows(runs, key)))
     # What is predicted is of other text of the calibration's files, not of other files.
-    for method in (method for method in OURS if method in runs[0]):
-        points = [point for run in runs for point in run[method].values() if "predicted" in point]
-        if points:
-            show_predictions(name, {method: accuracy(points, f"{key} {AS_IT_RUNS}")}, "other files")
+    ours = {
+        method: [
+            point for run in runs for point in run.get(method, {}).values() if FORETOLD in point
+        ]
+        for method in OURS
+    }
+    held = {m: accuracy(points, f"{key} {AS_IT_RUNS}") for m, points in ours.items() if points}
+    show_predictions(name, held, "other files")
     for method in (method for method in runs[0] if not method.startswith("ours")):
         chosen = (f"{100 * budget:g}%: {best(runs[0][method], budget, key)}" for budget in BUDGETS)
         print(f"\n{method}: {'; '.join(chosen)}")
