@@ -32,6 +32,15 @@ KINDS = [kind for kinds in FAMILIES.values() for kind in kinds.split()]
 OFTEN = {kinds.split()[0] for kinds in list(FAMILIES.values())[::3]} - {"mobilebert"}
 
 
+LEAST = {
+    "efficientnet": 0.97,  # half of it is one weight, whose ranks are steps of 1.7 %
+    # Random weights, which rebuild kernels that have no factors: of two plans that do the smaller
+    # one is taken, as more parameters would do without, with up to ten times the error.
+    "vits": 0.89,
+}
+"""What part of the budget is used, where that is less than usual."""
+
+
 def test_the_list_is_long_and_holds_nothing_twice() -> None:
     assert len(KINDS) == len(set(KINDS)) >= 60
     assert set(KINDS) <= set(zoo.types())
@@ -44,7 +53,7 @@ def test_architecture_compiles_within_budget_and_equals_its_dense_form(kind: str
     outcome = zoo.examine(kind)
     assert outcome.status == "ok", outcome.reason
     assert outcome.factorized > 0
-    assert 0.98 * zoo.BUDGET < outcome.kept <= zoo.BUDGET
+    assert LEAST.get(kind, 0.98) * zoo.BUDGET < outcome.kept <= zoo.BUDGET
     assert outcome.difference < zoo.TOLERANCE
     assert outcome.change > 1e-6, "the inputs reach none of what was compressed"
     assert outcome.every_weight == "ok", outcome.every_weight
