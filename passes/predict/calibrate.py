@@ -55,7 +55,8 @@ class CalibratePrediction:
 
     Trial plans are measured on ``held_out`` batches, or on those ``learnt`` from where there are
     none; ``refinements`` are measured as well, and so are ``metrics`` of the caller's.
-    ``measuring`` gives what measures plans there, where the model is not in memory.
+    ``measuring`` gives what measures plans there, where the model is not in memory. No plan will
+    keep less than a ``share`` of the parameters.
     """
 
     learnt: tuple[Batch, ...]
@@ -64,6 +65,7 @@ class CalibratePrediction:
     refinements: tuple[str, ...] = ()
     metrics: Mapping[str, MetricFunction] | None = None
     measuring: Callable[[], Measuring] | None = None
+    share: float = 0.0
     name: str = "predict"
 
     @property
@@ -98,6 +100,7 @@ class CalibratePrediction:
                 self.loss.unit,
                 pooled=reference.one_row_a_sample,
                 few=bool(learned.few),
+                least=self.share,
             )
         ]
         trials = plain + self._measured(learned, refined, reference)
@@ -182,12 +185,13 @@ class CalibratePrediction:
 
 
 def refined_shares(
-    refine: str, lost: Mapping[float, float], unit: str, *, pooled: bool, few: bool
+    refine: str, lost: Mapping[float, float], unit: str, *, pooled: bool, few: bool, least: float
 ) -> Iterator[float]:
     """Of the shares at which plans were tried, those at which a refinement of them is.
 
     ``lost``: what each lost, in ``unit``. Where a model is ruined, one trial tells enough.
-    ``pooled``: it has one output row a sample; ``few``: weights met few rows.
+    ``pooled``: it has one output row a sample; ``few``: weights met few rows. ``least`` is the
+    smallest share that is asked for: what smaller trials say changes no prediction of larger ones.
     """
     wanted = _REFINED_POOLED if pooled else _REFINED_SHARES[refine]
     if refine == REFIT and few:
@@ -195,7 +199,7 @@ def refined_shares(
         wanted = TRIAL_SHARES
     for share in (share for share in wanted if share in lost):
         yield share
-        if lost[share] > RUINED.get(unit, math.inf):
+        if share <= least or lost[share] > RUINED.get(unit, math.inf):
             return
 
 

@@ -275,7 +275,11 @@ def _analysis_passes(
     statistics = CollectStatistics(learnt, loss)
     spectra = ComputeSpectra(options.formats, integers(options.precision))
     largest = MeasureLargest(found.calibration, loss)
-    prediction = CalibratePrediction(learnt, held_out, loss, refinements, options.metrics)
+    # What is kept on disk is for every budget.
+    share = options.share if options.cache_dir is None else 0.0
+    prediction = CalibratePrediction(
+        learnt, held_out, loss, refinements, options.metrics, share=share
+    )
     if curves is None and not is_shared_by_ranks():
         return rows, statistics, spectra, largest, prediction
     stored = replace(spectra, store=curves)  # None: they are kept nowhere

@@ -128,6 +128,17 @@ class Options:
         return cls(**{name: value for name, value in given.items() if name in names})
 
     @property
+    def share(self) -> float:
+        """The share of the parameters that plans keep, as far as the budget says; 0: it does not.
+
+        An analysis of no budget has the small one that is the default.
+        """
+        if not isinstance(self.budget, Budget):
+            return 0.0
+        given = (self.budget.params, self.budget.bytes, self.budget.stored)
+        return next((limit for limit in given if isinstance(limit, float)), 0.0)
+
+    @property
     def says_nothing_of_data(self) -> bool:
         """Whether data, metric and loss are all left open."""
         return self.calibration is None and self.metric is None and self.loss_fn is None

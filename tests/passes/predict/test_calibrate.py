@@ -448,14 +448,26 @@ def test_refinements_are_tried_up_to_where_the_model_is_ruined() -> None:
     small = {0.9: 0.001, 0.75: 0.01, 0.5: 0.1, 0.25: 0.6, 0.1: 2.0}
     real = {0.9: 0.06, 0.75: 0.3, 0.5: 1.2, 0.25: 3.0, 0.1: 5.4}
 
-    def shares(lost: dict[float, float], unit: str = NATS, **how: bool) -> list[float]:
-        return list(refined_shares(REFIT, lost, unit, **{"pooled": False, "few": False, **how}))
+    def shares(lost: dict[float, float], unit: str = NATS, **how: Any) -> list[float]:
+        given = {"pooled": False, "few": False, "least": 0.0, **how}
+        return list(refined_shares(REFIT, lost, unit, **given))
 
     assert shares(small) == [0.5, 0.25]
     assert shares(real) == [0.5]
     assert shares(real, few=True) == [0.9, 0.75, 0.5]
     assert shares(real, OF_VARIANCE, pooled=True) == [0.75, 0.5]
     assert shares(real, THE_CALLERS) == [0.5, 0.25], "nobody knows what ruins it"
+    assert [shares(small, least=least) for least in (0.75, 0.5)] == [[0.5]] * 2
+    assert shares(small, least=0.4) == [0.5, 0.25]
+    assert shares(small, pooled=True, least=0.6) == [0.75, 0.5]
+
+
+def test_a_compile_predicts_what_an_analysis_of_any_budget_does() -> None:
+    """With fewer trials: those of refits far below the budget say nothing of it."""
+    model, batches = MLP().eval(), [torch.randn(64, 48) for _ in range(8)]
+    analysis = tensorize.analyze(model, calibration=batches)
+    small = tensorize.compile(model, 0.6, calibration=batches, refine="refit")
+    assert tensorize.report(small).plan.predicted == analysis.plan(0.6, refine="refit").predicted
 
 
 # ------------------------------------------------------------------------------ trained weights
