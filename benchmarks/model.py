@@ -8,8 +8,8 @@ the others by inductor): a forward pass of 256 tokens (prefill;
 8 x 64 tokens for a sentence encoder, one image for a vision model), one token at a time with a
 cache (decode), and a batch of four. Interleaved rounds, medians, with one thread of the processor's
 time; speedups are over eager dense. The peak of resident memory is that of a process of its own
-which loads the model and runs it. Energy is measured where zeus is installed and the machine tells
-it; else it is null.
+which loads the model and runs it. Joules of a call are measured where the machine tells them; else
+they are null.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import tensorize
 from benchmarks.record import circumstances, keep, kept, processor
 from benchmarks.timing import interleaved
 from examples import demo_minilm
+from tensorize.evaluation.energy import joules_of
 from tensorize.weight.low_rank import LowRankLinear
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -179,31 +180,13 @@ def measure(name: str, rounds: int, tasks: Sequence[str], *, compiled: bool) -> 
                 for how in ("", ", compiled")
                 if (key := f"tensorize{how}") in times
             },
-            "joules": energy(calls),
+            **{f"joules, {key}": joules_of(each, "cpu") for key, each in calls.items()},
         }
         print(name, task, {k: v if v is None else round(v, 3) for k, v in found[task].items()})
     count = {"dense": dense, "tensorize": small}
     found["parameters"] = {k: sum(p.numel() for p in m.parameters()) for k, m in count.items()}
     found["peak MB"] = memory(name, {"dense": dense, "tensorize": small})
     print(name, found["parameters"], found["peak MB"], flush=True)
-    return found
-
-
-def energy(calls: dict[str, Callable[[], object]]) -> Any:
-    """Joules of each call, by zeus; None where it is not installed or the machine does not tell."""
-    try:
-        from zeus.monitor import ZeusMonitor  # type: ignore[import-not-found]
-
-        monitor = ZeusMonitor()
-    except Exception:  # no zeus, no counters, no right to read them
-        return None
-    found = {}
-    for key, call in calls.items():
-        monitor.begin_window(key)
-        for _ in range(10):
-            call()
-        used = monitor.end_window(key)
-        found[key] = (used.total_energy + sum((used.cpu_energy or {}).values())) / 10
     return found
 
 

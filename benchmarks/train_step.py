@@ -24,6 +24,7 @@ import tensorize
 from benchmarks.model import ByHand, llama, ranks
 from benchmarks.record import keep
 from benchmarks.timing import interleaved
+from tensorize.evaluation.energy import joules_of
 from tensorize.training import memory
 from tensorize.training.checkpointing import checkpoint_low_rank
 from tensorize.training.groups import parameter_groups
@@ -97,6 +98,7 @@ def measure(rounds: int) -> dict[str, Any]:
         compiled = torch.compile(model, backend=backend)
         calls[f"{name}, compiled"] = partial(step, compiled, optimizers[name], ids)
     times = interleaved(calls, rounds)
+    energy = {name: joules_of(each, "cpu") for name, each in calls.items()}
     for name, model in models.items():
         sizes[name] = held(model, optimizers[name], ids)
         predicted = memory(model, precision="float32", batch={"input_ids": ids, "labels": ids})
@@ -111,6 +113,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "tensorize over by hand": times["by hand"].over(times["tensorize"]),
         "parameters": count,
         "MB": sizes,
+        "joules a step": energy,
     }
 
 

@@ -4,8 +4,8 @@
 
 Three runs for every seed, of one architecture and one learning rate: dense; compressed for the
 same tokens, at a share of the FLOPs; compressed for the same FLOPs, on more tokens. It prints a
-table and draws loss against steps, FLOPs, seconds and (where zeus can tell) joules. Checkpoints are
-written while it trains; killed at any moment and started again, it goes on to the same losses.
+table and draws loss against steps, FLOPs, seconds and (where the machine tells) joules. Checkpoints
+are written while it trains; killed at any moment and started again, it goes on to the same losses.
 ``--through trainer`` trains by Hugging Face's ``Trainer`` instead of the loop below.
 """
 
@@ -34,6 +34,7 @@ from examples import stdlib_text
 from examples.gpt import GPT, GPTConfig, encode, evaluate, next_token_loss
 from examples.train_stdlib import batches, schedule, train_tokenizer
 from tensorize.base import printer
+from tensorize.evaluation.energy import meter
 from tensorize.training.adapt import RankSchedule
 from tensorize.training.groups import parameter_groups
 from tensorize.training.rounding import round_stochastically
@@ -112,32 +113,6 @@ def read_text(words: int, characters: int | None) -> Text:
 # ------------------------------------------------------------------------------ the plain loop
 
 
-class Energy:
-    """Joules since it was made, by zeus; None where it is not installed or nothing can be read."""
-
-    def __init__(self) -> None:
-        try:
-            from zeus.monitor import ZeusMonitor  # type: ignore[import-not-found]
-
-            self._monitor: Any = ZeusMonitor()
-        except Exception:  # no zeus, no counters, no right to read them
-            self._monitor = None
-        self._joules = 0.0
-        self._begin()
-
-    def _begin(self) -> None:
-        if self._monitor is not None:
-            self._monitor.begin_window("training")
-
-    def read(self) -> float | None:
-        if self._monitor is None:
-            return None
-        used = self._monitor.end_window("training")
-        self._joules += used.total_energy + sum((used.cpu_energy or {}).values())
-        self._begin()
-        return self._joules
-
-
 def step_flops(model: nn.Module, ids: Tensor) -> int:
     """FLOPs of one forward and backward pass, counted by torch."""
     with FlopCounterMode(display=False) as counter:
@@ -159,7 +134,7 @@ def train(run: Run, text: Text, folder: Path, every: int) -> list[dict[str, Any]
     began, log = resume(folder, model, optimizer, ranks, rounding)
     generator = torch.Generator().manual_seed(run.seed)
     data = islice(batches(text.train, run.batch, run.config.context, generator), began, run.steps)
-    energy, pending, flops = Energy(), None, 0
+    energy, pending, flops = meter("cpu"), None, 0
     last = log[-1] if log else {"seconds": 0.0, "flops": 0, "joules": None}
     clock, changed = time.monotonic(), True
     for step, ids in enumerate(data, began):
@@ -179,8 +154,7 @@ def train(run: Run, text: Text, folder: Path, every: int) -> list[dict[str, Any]
         seconds = last["seconds"] + time.monotonic() - clock
         log.append({"step": step + 1, "loss": loss.item(), "flops": total, "seconds": seconds})
         if (step + 1) % every == 0 or step + 1 == run.steps:
-            joules = energy.read()
-            log[-1]["joules"] = None if joules is None else joules + (last["joules"] or 0.0)
+            log[-1]["joules"] = energy and energy.read() + (last["joules"] or 0.0)
             log[-1]["validation"] = evaluate(model, text.validation, context=run.config.context)
             if pending is not None:
                 pending.result()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,38 @@ _SHORTEST = 0.5
 Counter = Callable[[], float]
 
 
-def joules_of(call: Callable[[], object], device: str, root: Path = POWERCAP) -> float | None:
-    """Joules of a call, a mean over half a second of them; None where no counter can be read.
+class Meter:
+    """Joules that the machine has used since it was made."""
+
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        self._counters = counters
+        self._before = [counter() for counter in counters]
+
+    def read(self) -> float:
+        """So many. A counter begins again after some minutes: it is to be read before that."""
+        pairs = zip(self._counters, self._before, strict=True)
+        return sum(counter() - start for counter, start in pairs)
+
+
+def meter(device: str, root: Path = POWERCAP) -> Meter | None:
+    """One of the counters of a device, None where none can be read.
 
     On a CPU those of its packages (RAPL), on an NVIDIA GPU those of the board.
     """
     counters = _of_gpu(device) if device.startswith("cuda") else _of_packages(root)
-    if not counters:
+    return Meter(counters) if counters else None
+
+
+def joules_of(call: Callable[[], object], device: str, root: Path = POWERCAP) -> float | None:
+    """Joules of a call, a mean over half a second of them; None where no counter can be read."""
+    used = meter(device, root)
+    if used is None:
         return None
-    before, began, count = [counter() for counter in counters], time.perf_counter(), 0
+    began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < _SHORTEST:
         call()
         count += 1
-    used = sum(counter() - start for counter, start in zip(counters, before, strict=True))
-    return used / count
+    return used.read() / count
 
 
 def _of_packages(root: Path) -> list[Counter]:

@@ -41,7 +41,7 @@ from tensorize.evaluation.evaluation import Evaluation
 from tensorize.evaluation.meter import Meter, Sample, continued, size_in_bytes
 from tensorize.evaluation.quality import CLASSES, OUTPUTS, TEXT, ChoiceFigures, TaskFigures
 from tensorize.evaluation.results import Figures, Spectrum, WeightFigures
-from tensorize.evaluation.speed import first_sample, times
+from tensorize.evaluation.speed import first_sample, joules, times
 from tensorize.formats.dense import is_dense
 from tensorize.ir.budget import Budget
 from tensorize.ir.sites import Batch
@@ -156,7 +156,7 @@ def evaluate(
         decode = getattr(tokenizer, "decode", None)
         qualities = {name: meter.quality(decode) for name, meter in meters.items()}
         counted = meters["dense"].rows
-        latencies, throughputs = _timed(rows, samples, time)
+        costs = _costs(rows, samples) if time else [{} for _ in rows]
         starts = _prompts(prompts, samples, tokenizer) if causal else []
         written = _written(rows, starts, samples, tokenizer, tell)
         answers = _answered(rows, asked, answers_of_all, samples, tell)
@@ -167,8 +167,7 @@ def evaluate(
                 parameters=numbers(each),
                 bytes=size_in_bytes(each),
                 quality=qualities[name],
-                latency=latencies[k],
-                throughput=throughputs[k],
+                **costs[k],
                 written=tuple(written[name]),
                 weights=_weights(each),
                 choices=answers.get(name),
@@ -337,13 +336,11 @@ def _quantized(model: nn.Module, way: str) -> nn.Module:
 # --------------------------------------------------------------------------- times, text, pictures
 
 
-def _timed(
-    rows: Mapping[str, nn.Module], samples: Sequence[Sample], wanted: bool
-) -> tuple[list[float | None], list[float | None]]:
-    """Seconds of one sample, and rows a second of the first batch, for every model."""
-    nothing: list[float | None] = [None] * len(rows)
-    if not wanted:
-        return nothing, nothing
+def _costs(
+    rows: Mapping[str, nn.Module], samples: Sequence[Sample]
+) -> list[dict[str, float | None]]:
+    """Seconds of one sample, rows a second of the first batch, and joules of one of these rows, for
+    every model."""
     models, batch = list(rows.values()), samples[0].batch
     with contextlib.ExitStack() as stack:
         for model in models:
@@ -352,7 +349,15 @@ def _timed(
         output = outputs_of(results[0], batch, models[0])[0]
         single = times(models, first_sample(batch))
         whole = times(models, batch)
-    return list(single), [len(output.rows) / max(seconds, 1e-9) for seconds in whole]
+        count, used = len(output.rows), joules(models, batch)
+    return [
+        {
+            "latency": latency,
+            "throughput": count / max(seconds, 1e-9),
+            "joules": None if energy is None else energy / count,
+        }
+        for latency, seconds, energy in zip(single, whole, used, strict=True)
+    ]
 
 
 def _prompts(

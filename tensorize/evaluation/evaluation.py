@@ -179,6 +179,13 @@ class _Column:
         return "–" if value is None else self.show(value)
 
 
+class _Timed(_Column):
+    """A column with a dash where a machine does not tell it, beside times."""
+
+    def has(self, figures: Figures) -> bool:
+        return figures.latency is not None
+
+
 _COLUMNS = (
     _Column("kept", lambda f: f.parameters, printer.count),
     _Column("bytes", lambda f: f.bytes, printer.bytes_),
@@ -196,6 +203,7 @@ _COLUMNS = (
     _Column(f"{NEIGHBOURS} nearest", lambda f: f.quality.neighbours, printer.percent),
     _Column("latency", lambda f: f.latency, printer.seconds),
     _Column("{row}s/s", lambda f: f.throughput, printer.count),
+    _Timed("J/{row}", lambda f: f.joules, printer.number),
 )
 
 

@@ -87,6 +87,13 @@ class _Row:
 
 Read = Callable[[Figures], float | None]
 
+_SHOW = {
+    "bytes": printer.bytes_,
+    "count": printer.count,
+    "seconds": printer.seconds,
+    "joules": lambda value: f"{printer.number(value)} J",
+}
+
 
 def _groups(evaluation: Evaluation) -> list[tuple[str, str, list[_Row]]]:
     """What is gained and what is lost: key, title, rows."""
@@ -95,6 +102,7 @@ def _groups(evaluation: Evaluation) -> list[tuple[str, str, list[_Row]]]:
         _less(evaluation, "Parameters", "each counted once", lambda f: f.parameters, "count"),
         _less(evaluation, "Latency", "one sample", lambda f: f.latency, "seconds"),
         _speed(evaluation),
+        _less(evaluation, "Energy", f"a {evaluation.row}", lambda f: f.joules, "joules"),
     ]
     losses = [
         _text_loss(evaluation),
@@ -128,11 +136,11 @@ def _tables(evaluation: Evaluation) -> list[tuple[str, str, str, str, list[Any]]
 
 def _less(evaluation: Evaluation, title: str, hint: str, read: Read, unit: str) -> _Row | None:
     """A figure that is better the smaller it is."""
-    show = {"bytes": printer.bytes_, "count": printer.count, "seconds": printer.seconds}[unit]
+    show = _SHOW[unit]
     dense = read(evaluation.dense)
     if not dense:
         return None
-    how = "faster" if unit == "seconds" else "smaller"
+    how = {"seconds": "faster", "joules": "less"}.get(unit, "smaller")
     values = [read(figures) or 0.0 for figures in evaluation.models]
     least = min(dense, *values)
     cells = [
@@ -154,7 +162,7 @@ def _times(before: float, after: float, how: str) -> str:
     ratio = before / after
     if 1 / _SAME < ratio < _SAME:
         return "the same"
-    other = {"smaller": "larger", "faster": "slower"}[how]
+    other = {"smaller": "larger", "faster": "slower", "less": "more"}[how]
     text = printer.number(max(ratio, 1 / ratio), 2 if max(ratio, 1 / ratio) < 10 else 3)
     return f"{text}× {how if ratio > 1 else other}"
 

@@ -32,7 +32,8 @@ class Figures:
     """One model.
 
     ``latency`` is the seconds of a call with one sample, ``throughput`` rows a second with the
-    first batch. ``written`` continues the prompts of the evaluation, ``choices`` answers its
+    first batch, ``joules`` what the machine used for a row of that, where it has a counter that can
+    be read. ``written`` continues the prompts of the evaluation, ``choices`` answers its
     questions, and ``tasks`` holds what its tasks gave.
     """
 
@@ -42,6 +43,7 @@ class Figures:
     quality: Quality
     latency: float | None = None
     throughput: float | None = None
+    joules: float | None = None
     written: tuple[str, ...] = ()
     weights: tuple[WeightFigures, ...] = ()
     choices: ChoiceFigures | None = None

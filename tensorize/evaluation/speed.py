@@ -91,9 +91,7 @@ def speeds(
         for count in samples:
             repeated = _repeated(first_sample(batch), count)
             seconds = times(list(calls.values()), repeated)
-            energy = [
-                joules_of(each, device_of(dense)) for each in _calls([*calls.values()], repeated)
-            ]
+            energy = joules([*calls.values()], repeated)
             found += [
                 Timed(name, count, took, seconds[0] / took, used)
                 for name, took, used in zip(calls, seconds, energy, strict=True)
@@ -104,6 +102,11 @@ def speeds(
 def times(models: Sequence[nn.Module], batch: Batch) -> list[float]:
     """Seconds of a call of each model, in turn."""
     return timer.seconds_in_turn(_calls(models, batch), device_of(models[0]))
+
+
+def joules(models: Sequence[nn.Module], batch: Batch) -> list[float | None]:
+    """What the machine uses for a call of each model; None where no counter can be read."""
+    return [joules_of(each, device_of(models[0])) for each in _calls(models, batch)]
 
 
 def _calls(models: Sequence[nn.Module], batch: Batch) -> list[Callable[[], object]]:
