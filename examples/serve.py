@@ -24,13 +24,17 @@ from tokenizers import Tokenizer
 import tensorize
 from examples import gpt, llama, stdlib_text
 from tensorize.base.printer import count, percent
-from tensorize.serve.http import PATIENCE, Batcher, Server
+from tensorize.serve.http import Server
+from tensorize.serve.writer import Writer
+
+PATIENCE = 60.0  # seconds
 
 
 def ask(url: str, prompt: str, tokens: int) -> dict[str, Any]:
     """One request to a server, answered."""
-    body = json.dumps({"prompt": prompt, "tokens": tokens}).encode()
-    with request.urlopen(request.Request(f"{url}/generate", body), timeout=PATIENCE) as answer:
+    body = json.dumps({"prompt": prompt, "max_tokens": tokens}).encode()
+    path = f"{url}/v1/completions"
+    with request.urlopen(request.Request(path, body), timeout=PATIENCE) as answer:
         return json.load(answer)
 
 
@@ -65,21 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--documents", type=int, default=16, help="to calibrate on")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--wait", type=float, default=0.01, help="seconds, for others to come")
+    parser.add_argument("--batch", type=int, default=8, help="requests that are written at a time")
     parser.add_argument("--requests", type=int, default=0, help="ask them, and stop")
     parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args(arguments)
     model = compressed(options.model, options.budget, options.documents)
     totals = tensorize.report(model).totals
-    batcher = Batcher(
+    writer = Writer(
         model,
         tokenizer_in(options.tokenizer or options.model),
         most=options.batch,
-        wait=options.wait,
         about={"parameters": totals.after.parameters, "kept": totals.share.parameters},
     )
-    with Server((options.host, options.port), batcher) as server:
+    with Server((options.host, options.port), writer) as server:
         url = f"http://{options.host}:{server.server_address[1]}"
         kept = percent(totals.share.parameters)
         print(f"{count(totals.after.parameters)} parameters, {kept} of the dense model, at {url}")
@@ -93,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         except KeyboardInterrupt:
             return {}
         finally:
-            batcher.close()
+            writer.close()
     print(
         f"{options.requests} requests at once: {found['tokens_per_second']:.0f} tokens a second, "
-        f"{found['seconds']:.2f} s, batches of {found['mean_batch']:.1f}"
+        f"{found['seconds']:.2f} s"
     )
     return found
 
@@ -111,8 +113,7 @@ def measured(url: str, requests: int, tokens: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
-        "tokens_per_second": sum(a["tokens"] for a in answers) / seconds,
-        "mean_batch": sum(a["batch"] for a in answers) / requests,
+        "tokens_per_second": sum(a["usage"]["completion_tokens"] for a in answers) / seconds,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,13 +74,39 @@ def require_match(sites: Sequence[Site], patterns: Sequence[str], option: str) -
         )
 
 
+def _routers(sites: Sequence[Site]) -> set[str]:
+    """The names of weights that choose among the experts of a stack: of a layer within the stack's
+    own module, or else beside it, with as many rows as there are experts."""
+
+    def above(name: str) -> str:
+        return name.rpartition(".")[0]
+
+    flat: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for site in sites:
+        if len(site.shape) == 2:
+            flat[above(above(site.name)), site.shape[0]].add(site.name)
+    found: set[str] = set()
+    for stack in (s for s in sites if s.experts and s.groups == 1 and not s.modes):
+        own, count = above(stack.name), stack.experts
+        found |= flat.get((own, count)) or flat.get((above(own), count), set())
+    return found
+
+
 def selected(sites: list[Site], include: Select, exclude: Select) -> list[Site]:
+    """The sites that may be compressed, and the others with the reason.
+
+    Routers are left alone where they are not asked for: a small error of a score changes which
+    experts a row meets, and they are small themselves.
+    """
     for option, select in (("include", include), ("exclude", exclude)):
         if select is not None and not callable(select):
             require_match(sites, _patterns(select), option)
     chosen: list[Site] = []
+    routers = _routers(sites) if include is None else ()
     for site in sites:
         blocked = site.blocked
+        if blocked is None and site.name in routers:
+            blocked = "it chooses among experts: include='*' has it compressed, too"
         if blocked is None and include is not None and not matches(site, include):
             blocked = "not named by include"
         if blocked is None and matches(site, exclude):

@@ -94,7 +94,7 @@ COMMANDS = {
         Command(
             "serve",
             "serve",
-            "Answer OpenAI's completions over HTTP, a batch at a time; a small server, no engine.",
+            "Answer OpenAI's completions over HTTP; a small server, no engine.",
             "tensorize serve ./small --port 8017",
         ),
         Command(

@@ -15,7 +15,8 @@ from tensorize.base.errors import CheckpointError, TensorizeError
 from tensorize.cli.telling import errors_told, say
 
 if TYPE_CHECKING:
-    from tensorize.serve.http import Batcher, Server
+    from tensorize.serve.http import Server
+    from tensorize.serve.writer import Writer
 
 _TOKENIZER = "tokenizer.json"
 
@@ -27,14 +28,16 @@ def serve_command(
     ],
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are answered together.")] = 8,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds that one waits for others.")] = 0.01,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that are written at a time.")] = 8,
+    longest: Annotated[
+        int, typer.Option(min=2, help="Tokens of a prompt and its answer; they take memory.")
+    ] = 2048,
 ) -> None:
-    """Answer OpenAI's completions over HTTP, a batch at a time; a small server, no engine.
+    """Answer OpenAI's completions over HTTP; a small server, no engine.
 
     Where many ask at once, `vllm serve DIR` serves the same folder.
     """
-    from tensorize.serve.http import Batcher
+    from tensorize.serve.writer import Writer
 
     with errors_told():
         with contextlib.redirect_stdout(sys.stderr):
@@ -42,27 +45,22 @@ def serve_command(
             totals = tensorize.report(model).totals
             about = {"parameters": totals.after.parameters, "kept": totals.share.parameters}
             tokenizer = _tokenizer_in(source)
-        if not hasattr(model, "generate"):
-            raise TensorizeError(
-                f"a {type(model).__name__} writes no text: it has no generate()",
-                way_out="tensorize.load(directory), in a server of your own",
-            )
-        batcher = Batcher(model.eval(), tokenizer, most=batch, wait=wait, about=about)
+        writer = Writer(model, tokenizer, most=batch, longest=longest, about=about)
         try:
-            with _listening(host, port, batcher) as server:
+            with _listening(host, port, writer) as server:
                 url = f"http://{host}:{server.server_address[1]}"
                 kept = printer.percent(totals.share.parameters)
                 say(f"{kept} of the parameters, at {url}/v1/completions; Ctrl-C ends it")
                 server.serve_forever()
         finally:
-            batcher.close()
+            writer.close()
 
 
-def _listening(host: str, port: int, batcher: Batcher) -> Server:
+def _listening(host: str, port: int, writer: Writer) -> Server:
     from tensorize.serve.http import Server
 
     try:
-        return Server((host, port), batcher)
+        return Server((host, port), writer)
     except OSError as error:
         raise TensorizeError(
             f"nothing can listen at {host}:{port}: {error.strerror}",

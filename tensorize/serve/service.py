@@ -11,6 +11,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.base.printer import count
 from tensorize.formats.registry import format_of
 from tensorize.ir.coded import QuantizedSpec
+from tensorize.serve.experts import STACKS
 from tensorize.serve.matrices import stays_two
 from tensorize.store.contents import SiteRecord
 from tensorize.store.manifest import read_manifest
@@ -61,8 +62,11 @@ def _service(site: SiteRecord) -> Service:
         why = f"it has {site.nonlinearity} between its factors: it is no matrix"
         return Service(name, title, stored, stored, why)
     if spec.batch:
-        why = "it is a stack of experts in factors, and the engine's experts are dense"
-        return Service(name, title, stored, stored, why)
+        if name.rpartition(".")[2] not in STACKS:
+            why = "it is a stack of matrices that are no experts of the engine's"
+            return Service(name, title, stored, stored, why)
+        how = f"{title}: products of each expert"
+        return Service(name, how, stored, spec.plain.parameters)
     if stays_two(spec) and len(site.shape) == 2:
         how = f"{title}: two products"
         inner = spec.inner if isinstance(spec, QuantizedSpec) else spec

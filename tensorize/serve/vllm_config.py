@@ -7,13 +7,14 @@ chooses how each of vLLM's layers is run, and knows which weight of the checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -23,7 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from tensorize.base.errors import CheckpointError
 from tensorize.formats.registry import format_of
+from tensorize.serve.experts import STACKS, UP
 from tensorize.serve.service import check, services, told
+from tensorize.serve.vllm_experts import FactoredExperts
 from tensorize.serve.vllm_linear import FactoredLinear, Part
 from tensorize.serve.vllm_table import FactoredTable
 from tensorize.serve.waiting import Waiting
@@ -36,6 +39,9 @@ log = init_logger("vllm.tensorize")
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 """Models of transformers that have layers which keep their weights as (in, out), and these."""
+
+_MOVED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
+"""Models of transformers whose parts have other names in vLLM, and these."""
 
 _HEADS = ("lm_head", "embed_out", "output")
 """What heads are called."""
@@ -54,6 +60,7 @@ class TensorizeConfig(QuantizationConfig):
         super().__init__()
         self.sites, self.aliases, self.weights = tuple(sites), dict(aliases), weights
         self.turned: tuple[str, ...] = ()
+        self.moved: tuple[str, str] = ("", "")
         self.claimed: list[SiteRecord] = []
         self.waiting: Waiting | None = None
         self._at = {name: site for site in sites for name in site.names}
@@ -94,7 +101,30 @@ class TensorizeConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        self.turned = _CONV1D.get(getattr(hf_config, "model_type", ""), ())
+        kind = getattr(hf_config, "model_type", "")
+        self.turned, self.moved = _CONV1D.get(kind, ()), _MOVED.get(kind, ("", ""))
+        self._at = {self.name_of(name): site for name, site in self._at.items()}
+
+    def key_of(self, key: str) -> str:
+        """What transformers calls what has a name in a checkpoint, which may be an older one."""
+        return key.replace(*self.moved[::-1]) if self.moved[0] else key
+
+    def name_of(self, key: str) -> str:
+        """What vLLM calls it."""
+        return key.replace(*self.moved) if self.moved[0] else key
+
+    def given(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What vLLM's own loaders are to see of a tensor: of a stack of experts, one after another
+        where they know no stacks."""
+        name = self.name_of(key)
+        path, _, leaf = name.rpartition(".")
+        if not self.moved[0] or not path.endswith(".experts") or leaf not in STACKS:
+            yield name, tensor
+            return
+        parts = ("w1", "w3") if leaf == UP else ("w2",)
+        for expert, weight in enumerate(tensor):
+            for part, own in zip(parts, weight.chunk(len(parts)), strict=True):
+                yield f"{path}.{expert}.{part}.weight", own
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         rename = hf_to_vllm_mapper.get_rename_mapper().map_name
@@ -107,12 +137,22 @@ class TensorizeConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):  # heads are such ones too
             site = self._table(layer, prefix)
             return None if site is None else FactoredTable(self._claim(site), self)
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = self._parts(prefix)
         if all(part.site is None for part in parts):
             return UnquantizedLinearMethod()
         return FactoredLinear(parts, self)
+
+    def _experts(self, layer: Any, prefix: str) -> FactoredExperts | None:
+        """None where no stack of a layer is in factors."""
+        found = {stack: self._at.get(f"{prefix}.{stack}") for stack in STACKS}
+        if not any(found.values()):
+            return None
+        sites = {stack: site and self._claim(site) for stack, site in found.items()}
+        return FactoredExperts(layer.moe_config, sites, self)
 
     def _parts(self, prefix: str) -> list[Part]:
         """The weights of the checkpoint that are one of vLLM's linear layers."""

@@ -88,13 +88,14 @@ def _weights(
     config.waiting = Waiting(ours, config.aliases)
     dropped = {key for site in elsewhere for keys in keys_of(site, config.aliases) for key in keys}
     tensors = _decoded(given(loader, model_config, model))
-    directory = Path(model_config.model)
-    yield from sorted_out(
-        tensors, config.waiting, bias_names(config.sites), dropped, _expected(directory)
-    )
+    known = ((config.key_of(key), tensor) for key, tensor in tensors)
+    expected = map(config.key_of, _expected(Path(model_config.model)))
+    biases = bias_names(config.sites)
+    for key, tensor in sorted_out(known, config.waiting, biases, dropped, {*expected}):
+        yield from config.given(key, tensor)
     for name, site in whole:
         log.info("tensorize: %s is made whole: vLLM's layer for it takes no factors", name)
-        yield site.names[0], config.whole(site)
+        yield from config.given(site.names[0], config.whole(site))
 
 
 def _decoded(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

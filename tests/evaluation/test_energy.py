@@ -75,4 +75,6 @@ def test_an_evaluation_tells_joules_a_row_or_has_a_dash(monkeypatch: pytest.Monk
     monkeypatch.setattr("tensorize.evaluation.speed.joules_of", lambda call, device: 20.0)
     told = tensorize.evaluate(small, dense, batches, progress=False)
     assert (told.dense.joules, told.models[0].joules) == (2.0, 2.0)
-    assert "J/sample" not in str(tensorize.evaluate(small, dense, batches, time=False, progress=False))
+    assert "J/sample" not in str(
+        tensorize.evaluate(small, dense, batches, time=False, progress=False)
+    )

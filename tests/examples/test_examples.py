@@ -127,10 +127,9 @@ def test_an_operator_rolls_out_as_before_at_half_its_parameters() -> None:
 
 @pytest.mark.slow  # it compresses a model of its own
 def test_serve(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--port 0 --requests 4 --tokens 4 --documents 2 --wait 0.5 --budget 0.6"
+    arguments = "--port 0 --requests 4 --tokens 4 --documents 2 --budget 0.6"
     found = serve.main(arguments.split())
     assert found["tokens_per_second"] > 0
-    assert found["mean_batch"] > 1
     assert "tokens a second" in capsys.readouterr().out
 
 

@@ -51,6 +51,23 @@ def gpt2(**options: Any) -> Any:
     return model
 
 
+_EXPERTS = {
+    "vocab_size": WORDS, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def qwen3_moe(**options: Any) -> Any:
+    sizes = {**_EXPERTS, "head_dim": 32, "num_experts": 4, "moe_intermediate_size": 96}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**{**sizes, **options}))
+
+
+def mixtral(**options: Any) -> Any:
+    sizes = {**_EXPERTS, "num_local_experts": 4, "intermediate_size": 128}
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**{**sizes, **options}))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, and how it is compressed."""
@@ -78,6 +95,11 @@ CASES: dict[str, Case] = {
     "conv1d": Case(gpt2, options={"ranks": {"*": 64}, "formats": "low_rank"}, pivoted=True),
     "train": Case(llama, options={"budget": 0.6, "formats": "tt"}),
     "int8": Case(llama, options={"budget": 0.2, "precision": "int8"}),
+    "experts": Case(qwen3_moe, options={"ranks": {"*": 40}, "formats": "low_rank"}),
+    "some experts": Case(
+        mixtral,
+        options={"ranks": {"*": 40}, "formats": "low_rank", "exclude": ["*.0.*down_proj"]},
+    ),
     "int4": Case(gpt2, options={"budget": 0.12, "precision": "int4"}),
 }
 

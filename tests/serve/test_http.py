@@ -1,4 +1,4 @@
-"""The small server of our own: batches, errors, and what OpenAI's clients expect."""
+"""The small server of our own: requests come and go at every token, and clients need not change."""
 
 from __future__ import annotations
 
@@ -10,78 +10,145 @@ from typing import Any
 from urllib import error, request
 
 import pytest
+import torch
+from torch import nn
 
 import tensorize
 from examples import gpt, llama
 from examples.serve import ask
+from tensorize.base.errors import TensorizeError
 from tensorize.serve import http
-
-
-@pytest.fixture(scope="module")
-def small() -> Any:
-    model = llama.load_pretrained()
-    return tensorize.compile(model, 0.6, metric="frobenius")
-
-
-@pytest.fixture
-def served(small: Any) -> Iterator[tuple[str, http.Batcher]]:
-    batcher = http.Batcher(small, gpt.load_tokenizer(), most=4, wait=0.5, about={"kept": 0.6})
-    with http.Server(("127.0.0.1", 0), batcher) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", batcher
-        server.shutdown()
-        thread.join()
-    batcher.close()
-
+from tensorize.serve.writer import Failed, Request, TooMany, Writer
 
 PROMPTS = ("def read_file(path):", "import", "class Error(Exception):\n    ", "return x")
 
 
-def test_requests_that_come_together_are_one_batch_and_get_their_own_answers(
-    small: Any, served: tuple[str, http.Batcher]
+@pytest.fixture(scope="module")
+def small() -> Any:
+    return tensorize.compile(llama.load_pretrained(), 0.6, metric="frobenius")
+
+
+@pytest.fixture(scope="module")
+def alone(small: Any) -> dict[str, list[int]]:
+    """Forty of the likeliest tokens after each prompt, by generate."""
+    return {prompt: generated(small, prompt, 40) for prompt in PROMPTS}
+
+
+@torch.no_grad()
+def generated(model: Any, prompt: str, tokens: int) -> list[int]:
+    ids = torch.tensor([gpt.load_tokenizer().encode(prompt).ids])
+    how = {"max_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return model.generate(ids, pad_token_id=0, **how)[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture
+def writer(small: Any) -> Iterator[Writer]:
+    made = Writer(small, gpt.load_tokenizer(), most=4, queued=6, patience=30, about={"kept": 0.6})
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def url(writer: Writer) -> Iterator[str]:
+    with http.Server(("127.0.0.1", 0), writer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------ the writing
+
+
+def test_each_gets_the_tokens_that_it_would_get_alone(
+    writer: Writer, alone: dict[str, list[int]]
 ) -> None:
-    url, _ = served
-    lengths = (9, 3, 12, 5)
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda k: ask(url, PROMPTS[k], lengths[k]), range(4)))
-    assert [answer["batch"] for answer in answers] == [4] * 4
-    assert [answer["tokens"] for answer in answers] == list(lengths)
-    tokenizer = gpt.load_tokenizer()
-    for prompt, length, answer in zip(PROMPTS, lengths, answers, strict=True):
-        ids = tokenizer.encode(prompt).ids
-        (alone,) = http.generate(small, [ids], length)
-        assert answer["text"] == tokenizer.decode(alone)
+    lengths = (9, 40, 3, 12)
+    asked = [writer.ask(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    for prompt, length, each in zip(PROMPTS, lengths, asked, strict=True):
+        assert list(each) == alone[prompt][:length]
+        assert (each.written, each.stopped) == (length, False)
 
 
-def test_more_requests_than_a_batch_holds(served: tuple[str, http.Batcher]) -> None:
-    url, _ = served
-    with ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(lambda k: ask(url, PROMPTS[k % 4], 2), range(10)))
-    assert max(answer["batch"] for answer in answers) <= 4
-    assert sum(answer["batch"] for answer in answers) > 10
+def test_who_comes_later_does_not_wait_for_who_came_before(writer: Writer) -> None:
+    """A short request that comes while a long one is written is answered before it ends."""
+    long = iter(writer.ask(PROMPTS[0], 40))
+    next(long)
+    short = writer.ask(PROMPTS[1], 2)
+    assert len(list(short)) == 2
+    assert len(list(long)) > 10, "it was written to its end meanwhile"
 
 
-def test_requests_that_are_too_long_together_are_answered_one_after_the_other(
-    small: Any, served: tuple[str, http.Batcher]
+def test_more_than_are_written_at_a_time_wait_and_too_many_are_told(writer: Writer) -> None:
+    asked = [writer.ask(PROMPTS[k % 4], 5) for k in range(10)]
+    with pytest.raises(TooMany):
+        writer.ask("x", 2)
+    assert [len(list(each)) for each in asked] == [5] * 10
+    assert len(list(writer.ask("x", 2))) == 2
+
+
+def test_text_that_ends_before_its_length_says_so(small: Any, alone: dict[str, list[int]]) -> None:
+    wanted = alone[PROMPTS[0]]
+    end = next(token for k, token in enumerate(wanted) if k > 3 and token not in wanted[:k])
+    given = small.generation_config.eos_token_id
+    small.generation_config.eos_token_id = end
+    writer = Writer(small, gpt.load_tokenizer(), most=1, patience=30)
+    try:
+        found = writer.ask(PROMPTS[0], 40)
+        assert list(found) == wanted[: wanted.index(end) + 1]
+        assert found.stopped
+    finally:
+        writer.close()
+        small.generation_config.eos_token_id = given
+
+
+def test_a_model_that_failed_is_asked_again(
+    writer: Writer, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long prompt with a short answer, and a short prompt with a long answer."""
-    url, _ = served
-    longest = small.config.max_position_embeddings
-    ids = gpt.load_tokenizer().encode("import os\n" * longest).ids[: longest - 8]
-    long = gpt.load_tokenizer().decode(ids)
-    with ThreadPoolExecutor(2) as pool:
-        pairs = ((long, 1), ("import", longest // 2))
-        answers = list(pool.map(lambda pair: ask(url, *pair), pairs))
-    assert [answer["tokens"] for answer in answers] == [1, longest // 2]
-    assert [answer["batch"] for answer in answers] == [1, 1]
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.model, "forward", broken)
+        with pytest.raises(Failed, match="out of memory"):
+            list(writer.ask(PROMPTS[1], 4))
+    assert list(writer.ask(PROMPTS[1], 4)) == alone[PROMPTS[1]][:4]
+
+
+def test_what_waits_is_answered_when_it_closes(small: Any) -> None:
+    writer = Writer(small, gpt.load_tokenizer(), most=2, patience=30)
+    waiting = [writer.ask("x", 2) for _ in range(5)]
+    writer.close()
+    assert [len(list(each)) for each in waiting] == [2] * 5
+    with pytest.raises(TooMany):
+        writer.ask("x", 2)
+
+
+def test_what_writes_no_text_is_refused() -> None:
+    with pytest.raises(TensorizeError, match="Linear is not served: it writes no text"):
+        Writer(nn.Linear(2, 2), None)
+
+
+def test_halves_of_characters_wait_for_the_rest() -> None:
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    asked = Request([1], 4, frozenset(), patience=1.0)
+    asked.put(*"aé€".encode(), None)
+    assert list(http.texts(asked, Bytes())) == ["a", "é", "€"]
+    cut = Request([1], 4, frozenset(), patience=1.0)
+    cut.put(*"a€".encode()[:-1], None)
+    assert list(http.texts(cut, Bytes())) == ["a", "\ufffd"]
+
+
+# ------------------------------------------------------------------------------------- the server
 
 
 def test_bad_requests_are_told_and_harm_nobody(
-    served: tuple[str, http.Batcher], monkeypatch: pytest.MonkeyPatch
+    url: str, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, batcher = served
-
     def post(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         try:
             with request.urlopen(request.Request(url + path, body), timeout=30) as answer:
@@ -93,58 +160,65 @@ def test_bad_requests_are_told_and_harm_nobody(
     def asked(**fields: Any) -> bytes:
         return json.dumps(fields).encode()
 
-    assert post("/generate", b"{")[0] == 400
-    assert post("/generate", b"[1]")[0] == 400
-    assert post("/generate", asked(tokens=3))[0] == 400
-    assert post("/generate", asked(prompt="x", tokens=10**6))[0] == 400
-    assert post("/generate", asked(prompt="", tokens=3))[0] == 400
-    assert post("/v1/completions", asked(prompt="x", stream=True))[0] == 400
-    assert post("/v1/completions", asked(prompt="x", temperature=0.7))[0] == 400
-    assert post("/v1/completions", asked(prompt=["x", "y"]))[0] == 400
-    assert post("/v1/completions", asked(prompt="x", logit_bias={"1": 2}))[0] == 400
+    path = "/v1/completions"
+    assert post(path, b"{")[0] == 400
+    assert post(path, b"[1]")[0] == 400
+    assert post(path, asked(max_tokens=3))[0] == 400
+    assert post(path, asked(prompt="x", max_tokens=10**6))[0] == 400
+    assert post(path, asked(prompt="", max_tokens=3))[0] == 400
+    assert post(path, asked(prompt="x", temperature=0.7))[0] == 400
+    assert post(path, asked(prompt=["x", "y"]))[0] == 400
+    assert post(path, asked(prompt="x", logit_bias={"1": 2}))[0] == 400
     assert post("/elsewhere", asked(prompt="x"))[0] == 404
-    assert post("/generate", asked(prompt="x" * http.MOST_BYTES))[0] == 413
+    assert post(path, asked(prompt="x" * http.MOST_BYTES))[0] == 413
     with monkeypatch.context() as patch:
-        patch.setattr(batcher, "model", _Failing())
-        code, said = post("/generate", asked(prompt="x", tokens=2))
-        assert (code, said["error"]) == (500, "RuntimeError: out of memory")
-    assert post("/generate", asked(prompt="x", tokens=2))[0] == 200
+
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        patch.setattr(writer.model, "forward", broken)
+        for stream in (False, True):
+            code, said = post(path, asked(prompt="x", max_tokens=2, stream=stream))
+            assert code == 500
+            assert "out of memory" in said["error"]
+    assert post(path, asked(prompt="x", max_tokens=2))[0] == 200
     with request.urlopen(f"{url}/health") as answer:
         assert json.load(answer) == {"kept": 0.6}
 
 
 def test_clients_of_openais_completions_need_not_change(
-    small: Any, served: tuple[str, http.Batcher]
+    url: str, alone: dict[str, list[int]]
 ) -> None:
-    url, _ = served
-    body = {"model": "any", "prompt": PROMPTS[0], "max_tokens": 5, "temperature": 0, "n": 1}
-    with request.urlopen(f"{url}/v1/completions", json.dumps(body).encode(), timeout=30) as said:
-        found = json.load(said)
-    ids = gpt.load_tokenizer().encode(PROMPTS[0]).ids
-    (alone,) = http.generate(small, [ids], 5)
+    found = ask(url, PROMPTS[0], 5)
+    tokenizer = gpt.load_tokenizer()
     (choice,) = found["choices"]
     assert found["object"] == "text_completion"
-    assert choice["text"] == gpt.load_tokenizer().decode(alone)
+    assert choice["text"] == tokenizer.decode(alone[PROMPTS[0]][:5])
     assert choice["finish_reason"] == "length"
-    usage = {"prompt_tokens": len(ids), "completion_tokens": 5, "total_tokens": len(ids) + 5}
+    count = len(tokenizer.encode(PROMPTS[0]).ids)
+    usage = {"prompt_tokens": count, "completion_tokens": 5, "total_tokens": count + 5}
     assert found["usage"] == usage
     with request.urlopen(f"{url}/v1/models", timeout=30) as said:
         assert json.load(said)["data"][0]["id"] == found["model"]
 
 
-class _Failing:
-    """A model that cannot generate."""
+def test_text_is_streamed_as_it_is_written(url: str) -> None:
+    body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 8, "stream": True}).encode()
+    sent = request.Request(f"{url}/v1/completions", body)
+    with request.urlopen(sent, timeout=30) as answer:
+        assert answer.headers["Content-Type"] == "text/event-stream"
+        lines = answer.read().decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    choices = [event["choices"][0] for event in events]
+    assert "".join(c["text"] for c in choices) == ask(url, PROMPTS[0], 8)["choices"][0]["text"]
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert len(choices) > 3
 
-    config = llama.build().config
 
-    def generate(self, **options: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-
-def test_what_waits_is_answered_when_the_server_closes(small: Any) -> None:
-    batcher = http.Batcher(small, gpt.load_tokenizer(), most=2, wait=0.0)
-    waiting = [batcher.submit("x", 2) for _ in range(5)]
-    batcher.close()
-    assert [future.result(0).tokens for future in waiting] == [2] * 5
-    with pytest.raises(http.TooMany):
-        batcher.submit("x", 2)
+def test_several_clients_at_once(url: str, alone: dict[str, list[int]]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda k: ask(url, PROMPTS[k % 4], 6), range(8)))
+    tokenizer = gpt.load_tokenizer()
+    for k, each in enumerate(found):
+        assert each["choices"][0]["text"] == tokenizer.decode(alone[PROMPTS[k % 4]][:6])

@@ -30,6 +30,7 @@ def test_every_way_of_serving_is_a_line() -> None:
         site("a.weight", LOW), site("b.weight", LOW), site("c.weight", PIVOTED),
         site("d.weight", TTSpec((8, 8), (8, 4), (5,))),
         site("e.weight", QuantizedSpec(DenseSpec((64, 32)), "int8")),
+        site("mlp.experts.down_proj", TTSpec.low_rank(64, 32, 8, experts=4)),
     ]  # fmt: skip
     assert told(services(sites)) == [
         "2 x low rank: two products (1.54 K numbers)",
@@ -37,6 +38,7 @@ def test_every_way_of_serving_is_a_line() -> None:
         "the engine)",
         "1 x tensor train: made whole when loaded (480 numbers, 2.05 K in the engine)",
         "1 x dense in int8: made whole when loaded (2.05 K numbers)",
+        "1 x low rank: products of each expert (3.07 K numbers)",
     ]
     check(services(sites))
 
@@ -48,7 +50,7 @@ def test_a_model_without_factors_is_any_other() -> None:
 @pytest.mark.parametrize(
     ("refused", "why"),
     [
-        (site("mlp.experts.up", TTSpec.low_rank(64, 32, 8, experts=4)), "stack of experts"),
+        (site("heads.up", TTSpec.low_rank(64, 32, 8, experts=4)), "no experts of the engine"),
         (site("mlp.up.weight", LOW, "silu"), "silu between its factors"),
     ],
 )

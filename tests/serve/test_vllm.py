@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from tensorize.base.records import checksum
@@ -64,6 +65,16 @@ def check_same(directory: Path, **options: Any) -> None:
 @pytest.mark.parametrize("name", models.CASES)
 def test_tokens_are_those_of_transformers(name: str, folder: Callable[[str], Path]) -> None:
     check_same(folder(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", "some experts"])
+def test_a_folder_that_transformers_wrote(
+    name: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whose tensors may have other names: those of older versions."""
+    hf.AutoModelForCausalLM.from_pretrained(folder(name)).save_pretrained(tmp_path)
+    check_same(tmp_path)
 
 
 @pytest.mark.slow
@@ -155,7 +166,10 @@ def test_what_cannot_be_served_is_refused_by_name(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [("mixed", 2), ("tied", 2), ("shared", 2), ("conv1d", 2), ("int8", 2), ("bias", 4)],
+    [
+        *(("mixed", 2), ("tied", 2), ("shared", 2), ("conv1d", 2), ("int8", 2), ("experts", 2)),
+        *(("some experts", 2), ("bias", 4)),
+    ],
 )
 def test_tensor_parallel(name: str, ranks: int, folder: Callable[[str], Path]) -> None:
     check_same(folder(name), tensor_parallel_size=ranks)
@@ -169,7 +183,7 @@ def test_pipeline_parallel(name: str, folder: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixed", "shared"])
+@pytest.mark.parametrize("name", ["mixed", "shared", "experts"])
 def test_compiled(name: str, folder: Callable[[str], Path]) -> None:
     check_same(folder(name), enforce_eager=False)
 

@@ -1,0 +1,202 @@
+"""Text of a decoder, written for several requests at once that come and go at every token.
+
+transformers calls this continuous batching, and does it: a request joins the others as soon as
+there is room, and leaves them when it has its tokens. Tables for keys and values are made once, for
+so many requests of so many tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorize.base.errors import TensorizeError
+
+_PAGE = 64
+"""Tokens that a request's tables grow by: the fewer, the less is held that nobody uses."""
+
+_STEP = 256
+"""Tokens of prompts that are read in one step, beside one token for every request."""
+
+_IDLE = 0.1  # seconds between two looks for what was written
+
+
+class TooMany(Exception):
+    """More requests wait than can be answered in time, or there will be no more answers."""
+
+
+class Failed(Exception):
+    """The model failed while it wrote; others that were written at the time failed as well."""
+
+
+@dataclass
+class Request:
+    """Tokens that follow a prompt, as they come.
+
+    ``written``: how many came; ``stopped``: the last one ends the text.
+    """
+
+    prompt: list[int]
+    tokens: int
+    stops: frozenset[int]
+    patience: float
+    written: int = 0
+    stopped: bool = False
+    _waiting: queue.Queue[int | Exception | None] = field(default_factory=queue.Queue)
+
+    def __iter__(self) -> Iterator[int]:
+        """Each token once.
+
+        Raises:
+            Failed: the model failed.
+            TimeoutError: no token came for ``patience`` seconds.
+        """
+        while True:
+            try:
+                found = self._waiting.get(timeout=self.patience)
+            except queue.Empty:
+                raise TimeoutError from None
+            if found is None:
+                return
+            if isinstance(found, Exception):
+                raise found
+            self.written, self.stopped = self.written + 1, found in self.stops
+            yield found
+
+    def put(self, *found: int | Exception | None) -> None:
+        for each in found:
+            self._waiting.put(each)
+
+
+class Writer:
+    """Writes the likeliest tokens for at most ``most`` requests at a time; ``queued`` may wait.
+
+    A prompt and its answer are at most ``longest`` tokens, and no more than the model can see. What
+    a server tells of the model is ``about``.
+
+    Raises:
+        TensorizeError: the model writes no text by continuous batching.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        most: int = 8,
+        queued: int = 256,
+        longest: int = 2048,
+        patience: float = 60.0,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        why = _why_not(model)
+        if why is not None:
+            raise TensorizeError(
+                f"a {type(model).__name__} is not served: {why}",
+                way_out="tensorize.load(directory), in a server of your own",
+            )
+        self.model, self.tokenizer, self.about = model, tokenizer, dict(about or {})
+        self.longest = min(longest, model.config.max_position_embeddings)
+        self._most, self._queued, self._patience = most, queued, patience
+        self._lock, self._closed = threading.Lock(), False
+        self._live: dict[str, tuple[Request, int]] = {}
+        self._manager = self._started()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def ask(self, prompt: str, tokens: int) -> Request:
+        """Ask for so many tokens after a prompt.
+
+        Raises:
+            ValueError: the prompt is empty, or too long with its answer.
+            TooMany: so many wait already, or the writer is closed.
+        """
+        ids = self.tokenizer.encode(prompt).ids
+        if not ids or tokens < 1 or len(ids) + tokens > self.longest:
+            raise ValueError(f"1 to {self.longest} tokens, of prompt and answer together")
+        request = Request(ids, tokens, self._stops, self._patience)
+        with self._lock:
+            if self._closed or len(self._live) >= self._most + self._queued:
+                raise TooMany
+            if not self._manager.is_running():  # a model that failed may do better with others
+                self._manager = self._started()
+            name = self._manager.add_request(ids, max_new_tokens=tokens, streaming=True)
+            if name is None:
+                raise TooMany
+            self._live[name] = request, 0
+        return request
+
+    def close(self) -> None:
+        """Answer what waits, and stop."""
+        with self._lock:
+            self._closed = True
+        self._manager.stop(block=True)
+        self._reader.join()
+
+    def _started(self) -> Any:
+        from transformers import ContinuousBatchingConfig
+
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.do_sample = False
+        ends = settings.eos_token_id
+        self._stops = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        blocks = self._most * math.ceil(self.longest / _PAGE)
+        limits = ContinuousBatchingConfig(
+            page_size=_PAGE,
+            num_blocks=blocks,
+            max_batch_tokens=_STEP + self._most,
+            max_requests_per_batch=self._most,
+        )
+        manager = self.model.init_continuous_batching(settings, limits)
+        manager.start()
+        return manager
+
+    def _read(self) -> None:
+        """Give every request what was written for it, until all have all of it."""
+        while True:
+            with self._lock:
+                manager, done = self._manager, self._closed and not self._live
+            if done:
+                return
+            found = manager.get_result(timeout=_IDLE)
+            if found is not None:
+                self._deliver(found)
+            elif not manager.is_running():
+                self._give_up(manager)
+
+    def _deliver(self, found: Any) -> None:
+        with self._lock:
+            if found.request_id not in self._live:
+                return
+            request, before = self._live[found.request_id]
+            self._live[found.request_id] = request, len(found.generated_tokens)
+            if found.is_finished():
+                del self._live[found.request_id]
+        request.put(*found.generated_tokens[before:])
+        if found.error is not None:
+            request.put(Failed(found.error))
+        elif found.is_finished():
+            request.put(None)
+
+    def _give_up(self, manager: Any) -> None:
+        """What a manager that ended has left is never written."""
+        with self._lock:
+            if manager is not self._manager:
+                return
+            left, self._live = list(self._live.values()), {}
+        for request, _ in left:
+            request.put(Failed("the model failed"))
+        threading.Event().wait(_IDLE)
+
+
+def _why_not(model: Any) -> str | None:
+    if not hasattr(model, "init_continuous_batching"):
+        return "it writes no text, as it is no decoder of transformers"
+    if model.config.is_encoder_decoder:
+        return "it has an encoder, and only decoders are written with others"
+    return None
