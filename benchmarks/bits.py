@@ -72,6 +72,11 @@ class Draw:
         return replace(self.subject.unseen, model=self.reference)
 
     @cached_property
+    def alike(self) -> Measure:
+        """On other text of the calibration's files, which is what predictions are of."""
+        return replace(self.subject.alike, model=self.reference)
+
+    @cached_property
     def analysis(self) -> tensorize.Analysis:
         return tensorize.analyze(
             self.model,

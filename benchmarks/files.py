@@ -38,7 +38,7 @@ import tensorize
 from benchmarks import bits
 from benchmarks.bits import Draw, stored_bytes
 from benchmarks.record import keep, kept
-from benchmarks.subjects import COMPARED
+from benchmarks.subjects import COMPARED, first
 from examples import science_surrogate
 from tensorize.base.tensors import raw_bytes
 from tensorize.coding.tensors import decode, encode, range_of
@@ -245,7 +245,8 @@ def _in_metric(draw: Draw, share: float) -> dict[str, float]:
         low, high = told["loss_interval"]
         figures |= {"predicted": told["loss"], "low": low, "high": high}
     with inputs_in_full():
-        return {**figures, **draw.unseen(again.float())}
+        alike = {"alike": first(draw.alike(again.float()))}
+        return {**figures, **draw.unseen(again.float()), **alike}
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
     make serve-test                                  # makes the environment
     .venv-serve/bin/python -m benchmarks.serve
 
-A Llama of 134 M parameters with random weights, in bfloat16: dense, and with a quarter of the
-parameters of every weight. Each is an engine in a process of its own, eager and with one thread;
-rounds are interleaved. Rates are tokens a second of the processor's
+A Llama of 134 M parameters with random weights, in bfloat16: dense; with a quarter of the
+parameters of every weight; the same factors in int8; and every dense linear layer in int8, in the
+format of compressed-tensors, which vLLM reads without us. Each is an engine in a process of its
+own, eager and with one thread; rounds are interleaved. Rates are tokens a second of the processor's
 time, and their ratios to dense the medians over rounds. Then requests come at random moments at
 some rates: time to the first token and between tokens, in milliseconds, as percentiles.
 """
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ SIZES = {
     "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }  # fmt: skip
-SHARES = {"dense": 1.0, "quarter": 0.25}
+KINDS = ("dense", "quarter", "quarter in int8", "dense in int8")
 REQUESTS, LENGTH, WRITTEN = 12, 64, 24
 PERCENTILES = (50, 90, 99)
 
@@ -56,19 +58,38 @@ def made(folder: Path, kinds: list[str]) -> dict[str, Path]:
             continue
         torch.manual_seed(0)
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).to(torch.bfloat16).eval()
-        if SHARES[name] == 1:
+        given = {"example_inputs": {"input_ids": torch.zeros(1, 8, dtype=torch.long)}}
+        given |= {"progress": False}
+        if name == "dense":
             model.save_pretrained(target)
-            continue
-        # Ranks by shapes alone: a plan for random weights would give the tables up first.
-        small = tensorize.initialize(
-            model,
-            SHARES[name],
-            example_inputs={"input_ids": torch.zeros(1, 8, dtype=torch.long)},
-            formats="low_rank",
-            progress=False,
-        )
-        tensorize.save(small, target)
+        elif name == "dense in int8":
+            linears = {"include": "*_proj.weight", "formats": "dense", "precision": "int8"}
+            small = tensorize.compile(model, 1.0, metric="frobenius", **linears, **given)
+            tensorize.save(small, target, format="compressed-tensors")
+        else:
+            # Ranks by shapes alone: a plan for random weights would give the tables up first.
+            small = tensorize.initialize(model, 0.25, formats="low_rank", **given)
+            tensorize.save(small if name == "quarter" else in_int8(model, small, given), target)
     return found
+
+
+def in_int8(model: Any, small: Any, given: dict[str, Any]) -> Any:
+    """The weights of a model in factors of the ranks that another one has, in eight bits."""
+    import tensorize
+    from tensorize.ir.coded import QuantizedSpec
+
+    analysis = tensorize.analyze(
+        model, metric="frobenius", formats="low_rank", precision="int8", **given
+    )
+    plan, chosen = analysis.plan(1.0), tensorize.report(small).plan
+    specs = {site.name: site.spec for site in chosen.sites if site.spec is not None}
+    sites = tuple(
+        replace(site, spec=QuantizedSpec(specs[site.name], "int8")) if site.name in specs else site
+        for site in plan.sites
+    )
+    return tensorize.apply(
+        model, replace(plan, sites=sites, predicted=chosen.predicted), progress=False
+    )
 
 
 # ------------------------------------------------------------------------------- inside an engine
@@ -193,7 +214,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("build/serve"), help="where they lie")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rates", default="1,2,4", help="requests a second; '': none")
-    parser.add_argument("--kinds", default=",".join(SHARES), help="dense first")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="dense first")
     options = parser.parse_args()
     if options.worker:
         work(options.worker)

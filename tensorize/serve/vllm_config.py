@@ -107,11 +107,13 @@ class TensorizeConfig(QuantizationConfig):
 
     def key_of(self, key: str) -> str:
         """What transformers calls what has a name in a checkpoint, which may be an older one."""
-        return key.replace(*self.moved[::-1]) if self.moved[0] else key
+        own, vllms = self.moved
+        return key.replace(vllms, own) if own else key
 
     def name_of(self, key: str) -> str:
         """What vLLM calls it."""
-        return key.replace(*self.moved) if self.moved[0] else key
+        own, vllms = self.moved
+        return key.replace(own, vllms) if own else key
 
     def given(self, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What vLLM's own loaders are to see of a tensor: of a stack of experts, one after another

@@ -189,8 +189,9 @@ def test_compiled(name: str, folder: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixed", "tied", "shared", "int8", "conv1d"])
+@pytest.mark.parametrize("name", ["mixed", "tied", "shared", "int8"])
 def test_models_of_transformers_in_vllm(name: str, folder: Callable[[str], Path]) -> None:
+    # GPT-2 fails so in vLLM 0.32, dense as well: it misses the biases of what makes q, k and v.
     check_same(folder(name), model_impl="transformers")
 
 
