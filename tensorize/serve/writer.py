@@ -11,6 +11,7 @@ import copy
 import math
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,7 +192,7 @@ class Writer:
             left, self._live = list(self._live.values()), {}
         for request, _ in left:
             request.put(Failed("the model failed"))
-        threading.Event().wait(_IDLE)
+        time.sleep(_IDLE)
 
 
 def _why_not(model: Any) -> str | None:
