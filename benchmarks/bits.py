@@ -48,7 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
 UNIFORM = "ours, the same integers for all"
 INTEGERS = ("int4", "int3", "int2")
 METHODS = (*OURS, UNIFORM, *bit_peers.METHODS)
-AS_IT_RUNS, FORETOLD = "as it runs", "predicted"
+AS_IT_RUNS = "as it runs"
 
 
 @dataclass
@@ -202,7 +202,7 @@ def show(name: str) -> None:
     # What is predicted is of other text of the calibration's files, not of other files.
     ours = {
         method: [
-            point for run in runs for point in run.get(method, {}).values() if FORETOLD in point
+            point for run in runs for point in run.get(method, {}).values() if "predicted" in point
         ]
         for method in OURS
     }

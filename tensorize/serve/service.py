@@ -81,13 +81,17 @@ def check(found: Sequence[Service]) -> None:
     """Raises CheckpointError for the first weight that cannot be served."""
     refused = [each for each in found if each.refusal is not None]
     if refused:
-        names = ", ".join(repr(each.name) for each in refused[:3])
-        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise CheckpointError(
-            f"it cannot be served: {refused[0].refusal}",
-            site=refused[0].name,
-            way_out=f"compress the model again with exclude=[{names}]{more}",
-        )
+        raise refused_by_name(refused[0].refusal, [each.name for each in refused])
+
+
+def refused_by_name(why: str | None, names: Sequence[str]) -> CheckpointError:
+    """The error for weights that cannot be served; ``why``: what keeps the first of them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return CheckpointError(
+        f"it cannot be served: {why}",
+        site=names[0],
+        way_out=f"compress the model again with exclude=[{', '.join(map(repr, names[:3]))}]{more}",
+    )
 
 
 def told(found: Sequence[Service]) -> list[str]:

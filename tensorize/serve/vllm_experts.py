@@ -11,9 +11,9 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from tensorize.base.errors import CheckpointError
 from tensorize.serve.experts import DOWN, UP, Stack, mixed
 from tensorize.serve.layout import columns_of_rank, rows_of_rank
+from tensorize.serve.service import refused_by_name
 from tensorize.store.contents import SiteRecord
 
 
@@ -58,11 +58,7 @@ class FactoredExperts(FusedMoEMethodBase):
         }
         for reason, holds in reasons.items():
             if holds:
-                raise CheckpointError(
-                    f"it cannot be served: {reason}",
-                    site=site.names[0],
-                    way_out=f"compress the model again with exclude=[{site.names[0]!r}]",
-                )
+                raise refused_by_name(reason, site.names[:1])
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None

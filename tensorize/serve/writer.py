@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,11 @@ class Request:
     """
 
     prompt: list[int]
-    tokens: int
     stops: frozenset[int]
     patience: float
     written: int = 0
     stopped: bool = False
+    _told: int = 0
     _waiting: queue.Queue[int | Exception | None] = field(default_factory=queue.Queue)
 
     def __iter__(self) -> Iterator[int]:
@@ -69,9 +69,15 @@ class Request:
             self.written, self.stopped = self.written + 1, found in self.stops
             yield found
 
-    def put(self, *found: int | Exception | None) -> None:
-        for each in found:
-            self._waiting.put(each)
+    def tell(self, tokens: Sequence[int]) -> None:
+        """All that was written so far, of which the first may have been told before."""
+        for token in tokens[self._told :]:
+            self._waiting.put(token)
+        self._told = len(tokens)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing follows what was told; ``error``: why not."""
+        self._waiting.put(error)
 
 
 class Writer:
@@ -105,7 +111,7 @@ class Writer:
         self.longest = min(longest, model.config.max_position_embeddings)
         self._most, self._queued, self._patience = most, queued, patience
         self._lock, self._closed = threading.Lock(), False
-        self._live: dict[str, tuple[Request, int]] = {}
+        self._live: dict[str, Request] = {}
         self._manager = self._started()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -120,7 +126,7 @@ class Writer:
         ids = self.tokenizer.encode(prompt).ids
         if not ids or tokens < 1 or len(ids) + tokens > self.longest:
             raise ValueError(f"1 to {self.longest} tokens, of prompt and answer together")
-        request = Request(ids, tokens, self._stops, self._patience)
+        request = Request(ids, self._stops, self._patience)
         with self._lock:
             if self._closed or len(self._live) >= self._most + self._queued:
                 raise TooMany
@@ -129,7 +135,7 @@ class Writer:
             name = self._manager.add_request(ids, max_new_tokens=tokens, streaming=True)
             if name is None:
                 raise TooMany
-            self._live[name] = request, 0
+            self._live[name] = request
         return request
 
     def close(self) -> None:
@@ -171,18 +177,14 @@ class Writer:
                 self._give_up(manager)
 
     def _deliver(self, found: Any) -> None:
+        ends = found.is_finished()
         with self._lock:
-            if found.request_id not in self._live:
-                return
-            request, before = self._live[found.request_id]
-            self._live[found.request_id] = request, len(found.generated_tokens)
-            if found.is_finished():
-                del self._live[found.request_id]
-        request.put(*found.generated_tokens[before:])
-        if found.error is not None:
-            request.put(Failed(found.error))
-        elif found.is_finished():
-            request.put(None)
+            request = (self._live.pop if ends else self._live.get)(found.request_id, None)
+        if request is None:
+            return
+        request.tell(found.generated_tokens)
+        if ends:
+            request.end(None if found.error is None else Failed(found.error))
 
     def _give_up(self, manager: Any) -> None:
         """What a manager that ended has left is never written."""
@@ -190,8 +192,8 @@ class Writer:
             if manager is not self._manager:
                 return
             left, self._live = list(self._live.values()), {}
-        for request, _ in left:
-            request.put(Failed("the model failed"))
+        for request in left:
+            request.end(Failed("the model failed"))
         time.sleep(_IDLE)
 
 

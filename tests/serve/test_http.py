@@ -41,6 +41,11 @@ def generated(model: Any, prompt: str, tokens: int) -> list[int]:
     return model.generate(ids, pad_token_id=0, **how)[0, ids.shape[1] :].tolist()
 
 
+def broken(*_: Any, **__: Any) -> Any:
+    """A forward that fails."""
+    raise RuntimeError("out of memory")
+
+
 @pytest.fixture
 def writer(small: Any) -> Iterator[Writer]:
     made = Writer(small, gpt.load_tokenizer(), most=4, queued=6, patience=30, about={"kept": 0.6})
@@ -106,9 +111,6 @@ def test_text_that_ends_before_its_length_says_so(small: Any, alone: dict[str, l
 def test_a_model_that_failed_is_asked_again(
     writer: Writer, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("out of memory")
-
     with monkeypatch.context() as patch:
         patch.setattr(writer.model, "forward", broken)
         with pytest.raises(Failed, match="out of memory"):
@@ -135,11 +137,13 @@ def test_halves_of_characters_wait_for_the_rest() -> None:
         def decode(self, ids: list[int]) -> str:
             return bytes(ids).decode("utf-8", "replace")
 
-    asked = Request([1], 4, frozenset(), patience=1.0)
-    asked.put(*"aé€".encode(), None)
+    asked = Request([1], frozenset(), patience=1.0)
+    asked.tell("aé€".encode())
+    asked.end()
     assert list(http.texts(asked, Bytes())) == ["a", "é", "€"]
-    cut = Request([1], 4, frozenset(), patience=1.0)
-    cut.put(*"a€".encode()[:-1], None)
+    cut = Request([1], frozenset(), patience=1.0)
+    cut.tell("a€".encode()[:-1])
+    cut.end()
     assert list(http.texts(cut, Bytes())) == ["a", "\ufffd"]
 
 
@@ -172,10 +176,6 @@ def test_bad_requests_are_told_and_harm_nobody(
     assert post("/elsewhere", asked(prompt="x"))[0] == 404
     assert post(path, asked(prompt="x" * http.MOST_BYTES))[0] == 413
     with monkeypatch.context() as patch:
-
-        def broken(*_: Any, **__: Any) -> Any:
-            raise RuntimeError("out of memory")
-
         patch.setattr(writer.model, "forward", broken)
         for stream in (False, True):
             code, said = post(path, asked(prompt="x", max_tokens=2, stream=stream))
