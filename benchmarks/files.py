@@ -9,7 +9,8 @@ The models, texts and measures are those of ``benchmarks/quality.py``, the model
 bytes sizes are shares of. ``lossless``: zstd alone, planes of bytes with zstd as ours, and what a
 code of bfloat16's exponents alone comes to (DFloat11: its entropy, the other bits as they are).
 ``bound``: SZ3, zfp and ours at a largest error relative to each tensor's range. ``loss``: ours at
-shares of the bytes, ranks and codes chosen for the file on the calibration data. ``integers``: in
+shares of the bytes, ranks and codes chosen for the file on the calibration data, and beside what
+is told of codes what they add, on other files and on other text of the same. ``integers``: in
 groups (RTN, which GGUF's are like, and GPTQ) as ``benchmarks/bits.py`` kept them, of the same model
 and text. ``fields``: states of the flow of ``examples/science_surrogate.py``, in float32, as the
 last two. Figures are kept after every row, beside those that were there.
@@ -26,6 +27,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +247,11 @@ def _in_metric(draw: Draw, share: float) -> dict[str, float]:
         low, high = told["loss_interval"]
         figures |= {"predicted": told["loss"], "low": low, "high": high}
     with inputs_in_full():
-        alike = {"alike": first(draw.alike(again.float()))}
-        return {**figures, **draw.unseen(again.float()), **alike}
+        whole, coded = small.float(), again.float()
+        # What was told is what codes add to the loss of the model that was saved.
+        for name, measure in (("added", draw.unseen), ("added, alike", draw.alike)):
+            figures[name] = first(replace(measure, model=whole)(coded))
+        return {**figures, **draw.unseen(coded)}
 
 
 def main() -> None:

@@ -37,6 +37,15 @@ class Filled:
     def bytes(self) -> int:
         return sum(len(data) for *_, data in self.groups)
 
+    @property
+    def numbers(self) -> dict[int, Tensor]:
+        """What is read from the bytes, in float32, by the id of each tensor."""
+        return {
+            id(tensor): numbers
+            for tensors, group, data in self.groups
+            for tensor, numbers in zip(tensors, groups.decode(group, memoryview(data)), strict=True)
+        }
+
 
 def within_bytes(
     filling: Filling, limit: int, beside: Callable[[Filled], int], about: int = 0

@@ -260,8 +260,8 @@ class _InMetric:
                 way_out="analyze(model, calibration=...), or coded=tensorize.Budget(file=...)",
             )
         self._trial: Trial | None = None
-        if refit is not None and self._predictor is not None:
-            self._trial = Trial.of(model, weights, refit, data.loss_fn)
+        if self._predictor is not None:
+            self._trial = Trial.of(self._filling, data.loss_fn)
 
     @torch.no_grad()
     def __call__(self, stored: Mapping[str, Tensor]) -> CodedTensors:
@@ -275,9 +275,9 @@ class _InMetric:
             limit = coder.allowed(self._predictor, self._asked.loss)
             expected = self._filling.within_distortion(limit)
             if self._trial is not None:
-                cost = self._trial.within(self._asked.loss, expected.theta)
-                expected = self._filling.expected(cost.theta)
-            made = coder.coded(self._filling, expected)
+                made, cost = self._trial.within(self._asked.loss, expected.theta)
+            else:
+                made = coder.coded(self._filling, expected)
         else:
             given = self._asked.limits(self._plan.dense)["file"]
             made = coder.within_bytes(
@@ -286,8 +286,8 @@ class _InMetric:
                 lambda made: self._all(others, made, None).size - made.bytes,
                 sum(len(data) for _, data in others.values()) + _SAID * (len(stored) + 24),
             )
-        if cost is None and self._trial is not None:
-            cost = self._trial.cost(made.expected.theta)
+            if self._trial is not None:
+                cost = self._trial.cost(made)
         return self._all(others, made, cost)
 
     def _all(
