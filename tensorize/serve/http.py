@@ -15,13 +15,14 @@ Answers: 400 a request that cannot be read; 404 another path; 413 too long; 500 
 from __future__ import annotations
 
 import json
+import socket
 import time
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
-from tensorize.serve.writer import Failed, Request, TooMany, Writer
+from tensorize.serve.writer import Failed, Left, Request, TooMany, Writer
 
 MOST_BYTES = 64_000  # of the body of a request
 NAME = "compressed"  # of the model, to OpenAI's clients
@@ -123,21 +124,34 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             prompt, tokens, stream = completion(json.loads(body))
-            request = self._writer.ask(prompt, tokens)
-            pieces = texts(request, self._writer.tokenizer)
-            name = f"cmpl-{uuid.uuid4().hex}"
-            if stream:
-                self._stream(pieces, request, name)
-            else:
-                self._answer("".join(pieces), request, name)
+            request = self._writer.ask(prompt, tokens, self._left)
+            try:
+                self._complete(request, stream)
+            finally:
+                self._writer.leave(request)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._say(400, {"error": f"{type(error).__name__}: {error}"})
         except (TooMany, TimeoutError):
             self._say(503, {"error": "too many requests, try again"})
-        except ConnectionError:
-            self.close_connection = True  # nobody reads it any more
+        except (ConnectionError, Left):
+            self.close_connection = True
         except Failed as error:
             self._say(500, {"error": f"{type(error).__name__}: {error}"})
+
+    def _complete(self, request: Request, stream: bool) -> None:
+        pieces = texts(request, self._writer.tokenizer)
+        name = f"cmpl-{uuid.uuid4().hex}"
+        if stream:
+            self._stream(pieces, request, name)
+        else:
+            self._answer("".join(pieces), request, name)
+
+    def _left(self) -> bool:
+        """Whether the client has closed its end."""
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
 
     def _answer(self, text: str, request: Request, name: str) -> None:
         made = completed(text, _reason(request), name)

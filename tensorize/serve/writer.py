@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ _PAGE = 64
 _STEP = 256
 """Tokens of prompts that are read in one step, beside one token for every request."""
 
-_IDLE = 0.1  # seconds between two looks for what was written
+_IDLE = 0.1  # seconds between two looks for what was written, or for who left
 
 
 class TooMany(Exception):
@@ -35,16 +35,26 @@ class Failed(Exception):
     """The model failed while it wrote; others that were written at the time failed as well."""
 
 
+class Left(Exception):
+    """Nobody reads what is written."""
+
+
+def _nobody_leaves() -> bool:
+    return False
+
+
 @dataclass
 class Request:
     """Tokens that follow a prompt, as they come.
 
-    ``written``: how many came; ``stopped``: the last one ends the text.
+    ``left`` says whether who asked is gone; ``written``: how many came; ``stopped``: the last one
+    ends the text.
     """
 
     prompt: list[int]
     stops: frozenset[int]
     patience: float
+    left: Callable[[], bool] = _nobody_leaves
     written: int = 0
     stopped: bool = False
     _told: int = 0
@@ -55,13 +65,20 @@ class Request:
 
         Raises:
             Failed: the model failed.
+            Left: who asked is gone.
             TimeoutError: no token came for ``patience`` seconds.
         """
+        since = time.monotonic()
         while True:
+            if self.left():
+                raise Left
             try:
-                found = self._waiting.get(timeout=self.patience)
+                found = self._waiting.get(timeout=_IDLE)
             except queue.Empty:
-                raise TimeoutError from None
+                if time.monotonic() - since > self.patience:
+                    raise TimeoutError from None
+                continue
+            since = time.monotonic()
             if found is None:
                 return
             if isinstance(found, Exception):
@@ -116,8 +133,8 @@ class Writer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def ask(self, prompt: str, tokens: int) -> Request:
-        """Ask for so many tokens after a prompt.
+    def ask(self, prompt: str, tokens: int, left: Callable[[], bool] = _nobody_leaves) -> Request:
+        """Ask for so many tokens after a prompt; ``left`` says whether they are for nobody now.
 
         Raises:
             ValueError: the prompt is empty, or too long with its answer.
@@ -126,7 +143,7 @@ class Writer:
         ids = self.tokenizer.encode(prompt).ids
         if not ids or tokens < 1 or len(ids) + tokens > self.longest:
             raise ValueError(f"1 to {self.longest} tokens, of prompt and answer together")
-        request = Request(ids, self._stops, self._patience)
+        request = Request(ids, self._stops, self._patience, left)
         with self._lock:
             if self._closed or len(self._live) >= self._most + self._queued:
                 raise TooMany
@@ -137,6 +154,13 @@ class Writer:
                 raise TooMany
             self._live[name] = request
         return request
+
+    def leave(self, request: Request) -> None:
+        """Write no more for a request, if there is more to come."""
+        with self._lock:
+            for name in [name for name, each in self._live.items() if each is request]:
+                del self._live[name]
+                self._manager.cancel_request(name)
 
     def close(self) -> None:
         """Answer what waits, and stop."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -222,3 +224,43 @@ def test_several_clients_at_once(url: str, alone: dict[str, list[int]]) -> None:
     tokenizer = gpt.load_tokenizer()
     for k, each in enumerate(found):
         assert each["choices"][0]["text"] == tokenizer.decode(alone[PROMPTS[k % 4]][:6])
+
+
+@pytest.mark.parametrize(
+    ("stream", "begun"), [(True, True), (False, True), (True, False), (False, False)]
+)
+def test_nothing_is_written_for_who_left(
+    stream: bool,
+    begun: bool,
+    url: str,
+    writer: Writer,
+    alone: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While text is streamed or waited for, and before there is any; others get their own."""
+    calls = 0
+    forward = writer.model.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.01)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(writer.model, "forward", slow)
+    body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall((head + body).encode())
+        while begun and calls < 5:
+            time.sleep(0.01)
+        if stream and begun:
+            assert b"200 OK" in client.recv(1000)
+    found = ask(url, PROMPTS[1], 6)["choices"][0]["text"]
+    assert found == gpt.load_tokenizer().decode(alone[PROMPTS[1]][:6])
+    seen = -1
+    while seen != calls:
+        seen = calls
+        time.sleep(0.5)
+    assert calls < 100
