@@ -22,6 +22,7 @@ its own time and not the clock's.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import tempfile
@@ -218,8 +219,6 @@ def _figures(coder: Coder, weights: dict[str, Tensor], whole: int) -> dict[str, 
 
 
 def _with(draw: Draw, changed: dict[str, Tensor]) -> torch.nn.Module:
-    import copy
-
     model = copy.deepcopy(draw.reference)
     model.load_state_dict({k: v.float() for k, v in changed.items()}, strict=False)
     return model
@@ -238,7 +237,7 @@ def _in_metric(draw: Draw, share: float) -> dict[str, float]:
         size = weights.stat().st_size
         told = json.loads((folder / MANIFEST).read_text())["coding"]
         loading = time.process_time()
-        again = tensorize.load(folder)
+        again = tensorize.load(folder, model=copy.deepcopy(draw.model))
         loaded = time.process_time() - loading
     kept_share = plan.predicted.parameters / plan.dense.parameters
     figures = {"share": size / draw.bytes, "seconds": saved - began, "loading seconds": loaded}

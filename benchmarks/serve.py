@@ -4,8 +4,9 @@
     .venv-serve/bin/python -m benchmarks.serve
 
 A Llama of 134 M parameters with random weights, in bfloat16: dense; with a quarter of the
-parameters of every weight; the same factors in int8; and every dense linear layer in int8 (by us:
-on a CPU vLLM 0.32 reads no weights of eight bits from compressed-tensors, but of four). Each is an
+parameters of every weight; the same factors in int8; and every dense linear layer in int8, by us
+and by torchao (its weights alone: on a CPU vLLM 0.32 reads no weights of eight bits from
+compressed-tensors, but of four, and torchao's rounding of inputs is half as fast). Each is an
 engine in a process of its own, eager and with one thread; rounds are interleaved. Rates are tokens
 a second of the processor's time, and their ratios to dense the medians over rounds. Then requests
 come at random moments at some rates: time to the first token and between tokens, in milliseconds,
@@ -37,7 +38,8 @@ SIZES = {
     "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }  # fmt: skip
-KINDS = ("dense", "quarter", "quarter in int8", "dense in int8")
+TORCHAO = "dense in torchao's int8"  # rounded by vLLM when it loads the dense folder
+KINDS = ("dense", "quarter", "quarter in int8", "dense in int8", TORCHAO)
 REQUESTS, LENGTH, WRITTEN = 12, 64, 24
 PERCENTILES = (50, 90, 99)
 
@@ -54,7 +56,7 @@ def made(folder: Path, kinds: list[str]) -> dict[str, Path]:
 
     found = {}
     for name in kinds:
-        found[name] = target = folder / name.replace(" ", "-")
+        found[name] = target = folder / _written(name).replace(" ", "-")
         if target.exists():
             continue
         torch.manual_seed(0)
@@ -72,6 +74,11 @@ def made(folder: Path, kinds: list[str]) -> dict[str, Path]:
             small = tensorize.initialize(model, 0.25, formats="low_rank", **given)
             tensorize.save(small if name == "quarter" else in_int8(model, small, given), target)
     return found
+
+
+def _written(kind: str) -> str:
+    """The kind whose folder an engine is given."""
+    return "dense" if kind == TORCHAO else kind
 
 
 def in_int8(model: Any, small: Any, given: dict[str, Any]) -> Any:
@@ -96,13 +103,14 @@ def in_int8(model: Any, small: Any, given: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------- inside an engine
 
 
-def work(directory: str) -> None:
+def work(directory: str, kind: str) -> None:
     """Measure as often as a line is read, and answer with a line."""
     from vllm import LLM  # pyright: ignore[reportMissingImports]
 
     engine = LLM(
         model=directory, dtype="bfloat16", max_model_len=512, max_num_seqs=16, enforce_eager=True,
         enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True, seed=0,
+        **(_rounded_by_torchao() if kind == TORCHAO else {}),
     )  # fmt: skip
     _took(engine, 1, 16, 4)
     print("ready", flush=True)
@@ -110,6 +118,14 @@ def work(directory: str) -> None:
         asked = json.loads(line)
         answer = _waits(engine, asked["rate"]) if "rate" in asked else _rates(engine)
         print(json.dumps(answer), flush=True)
+
+
+def _rounded_by_torchao() -> dict[str, Any]:
+    from torchao.core.config import config_to_dict  # pyright: ignore[reportMissingImports]
+    from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
+
+    how = json.dumps(config_to_dict(Int8WeightOnlyConfig()))
+    return {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": how}}
 
 
 def _prompts(count: int, length: int) -> list[dict[str, list[int]]]:
@@ -174,9 +190,9 @@ def _waits(engine: Any, rate: float) -> dict[str, list[float]]:
 class Engine:
     """A process with one engine in it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kind: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serve", "--worker", str(directory)],
+            [sys.executable, "-m", "benchmarks.serve", "--worker", str(directory), "--kinds", kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -218,12 +234,12 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help="dense first")
     options = parser.parse_args()
     if options.worker:
-        work(options.worker)
+        work(options.worker, options.kinds)
         return
     from benchmarks.record import keep
 
     folders = made(options.models, options.kinds.split(","))
-    engines = {name: Engine(folder) for name, folder in folders.items()}
+    engines = {name: Engine(folder, name) for name, folder in folders.items()}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for _ in range(options.rounds):
         for name, engine in engines.items():

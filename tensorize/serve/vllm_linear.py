@@ -117,6 +117,15 @@ class FactoredLinear(LinearMethodBase):
         layer.lasts = nn.ModuleList(
             nn.Identity() if last is None else Product(last, device) for last in lasts
         )
+        # A call of one row is short: modules are not looked up, nor called as such, in it.
+        self._across = [product.forward for product in layer.across]
+        self._lasts = [last.forward for last in layer.lasts]
+        widths = [len(matrix.entries) for matrix in layout.products]
+        whole = [slice(0, width) for width in widths]
+        self._columns = [
+            None if piece.columns == whole[piece.product] else piece.columns
+            for piece in layout.pieces
+        ]
         self.pieces, self.dense = layout.pieces, {}
 
     def _weight(self, part: Part) -> Weight:
@@ -148,13 +157,11 @@ class FactoredLinear(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(self.pieces) == 1 and self.pieces[0].last is not None:
-            return layer.lasts[0](layer.across[0](x), bias)
-        across = [product(x) for product in layer.across]
+            return self._lasts[0](self._across[0](x), bias)
+        across = [product(x) for product in self._across]
         outputs = []
-        for piece, last in zip(self.pieces, layer.lasts, strict=True):
+        for piece, columns, last in zip(self.pieces, self._columns, self._lasts, strict=True):
             found = across[piece.product]
-            if piece.columns != slice(0, found.shape[-1]):
-                found = found[..., piece.columns].contiguous()
-            outputs.append(last(found))
+            outputs.append(last(found if columns is None else found[..., columns].contiguous()))
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y if bias is None else y + bias
