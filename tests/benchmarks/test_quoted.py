@@ -58,6 +58,31 @@ def test_the_table_of_pruning() -> None:
     assert rows_of("docs/when-not.md", ["", *head]) == rows
 
 
+def test_the_table_of_serving() -> None:
+    rows = []
+    for kind, found in kept("serve")["kinds"].items():
+        speeds = [found[what]["times_dense"] for what in ("decoding 1", "decoding 8", "prefill")]
+        waits = found["2 requests a second"]
+        ends = [f"{waits[w][0]:.0f}, {waits[w][-1]:.0f} ms" for w in ("first", "between")]
+        rows.append([kind, *(f"{speed:.2f}" for speed in speeds), *ends])
+    head = ["decoding 1", "decoding 8", "prefill", "first token, 2/s", "between tokens, 2/s"]
+    assert rows_of("docs/serving.md", ["", *head]) == rows
+
+
+def test_the_table_of_drafts() -> None:
+    columns = {
+        "parameters kept": ("budget", "g"),
+        "KL, predicted": ("predicted_kl", ".4f"),
+        "KL": ("kl", ".4f"),
+        "1 - √(KL/π)": ("acceptance_of_the_kl", ".3f"),
+        "greedy tokens the same": ("acceptance", ".3f"),
+        "tokens a call of the dense model": ("tokens_a_dense_call", ".2f"),
+        "times as fast": ("times_as_fast", ".2f"),
+    }
+    rows = [[format(row[key], how) for key, how in columns.values()] for row in kept("draft")]
+    assert rows_of("docs/serving.md", list(columns)) == rows
+
+
 def test_what_is_said_beside_distillation() -> None:
     text = " ".join((ROOT / "docs/when-not.md").read_text().split())
     found = kept("distil")["0.1"]
