@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.utils import set_weight_attrs
 
 from tensorize.serve.experts import DOWN, UP, Stack, mixed
+from tensorize.serve.folder import Folder
 from tensorize.serve.layout import columns_of_rank, rows_of_rank
 from tensorize.serve.service import refused_by_name
 from tensorize.store.contents import SiteRecord
@@ -24,9 +25,9 @@ class FactoredExperts(FusedMoEMethodBase):
     the factors are taken from what waits once all is loaded.
     """
 
-    def __init__(self, moe: Any, sites: dict[str, SiteRecord | None], config: Any) -> None:
+    def __init__(self, moe: Any, sites: dict[str, SiteRecord | None], folder: Folder) -> None:
         super().__init__(moe)
-        self.sites, self.config = sites, config
+        self.sites, self.folder = sites, folder
 
     def create_weights(
         self,
@@ -77,7 +78,7 @@ class FactoredExperts(FusedMoEMethodBase):
         site = self.sites[stack]
         if site is None:
             return None
-        held, _ = self.config.waiting.take(site)
+        held, _ = self.folder.take(site)
         return Stack.of(site.spec, held, self.dtype)
 
     def apply(

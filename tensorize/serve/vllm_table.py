@@ -15,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from tensorize.base.errors import CheckpointError
+from tensorize.serve.folder import Folder
 from tensorize.serve.matrices import Matrix, weight_of
 from tensorize.serve.vllm_linear import Product
 from tensorize.store.contents import SiteRecord
@@ -43,8 +44,8 @@ class FactoredTable(QuantizeMethodBase):
     ``table`` of the layer holds them; a tied head has that of the embedding.
     """
 
-    def __init__(self, site: SiteRecord, config: Any) -> None:
-        self.site, self.config, self.tied = site, config, False
+    def __init__(self, site: SiteRecord, folder: Folder) -> None:
+        self.site, self.folder, self.tied = site, folder, False
 
     def create_weights(
         self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **extra: Any
@@ -63,13 +64,13 @@ class FactoredTable(QuantizeMethodBase):
                 way_out="set tie_word_embeddings to false in config.json",
             )
         self.tied, layer.table = True, embed_tokens.table
-        self.config.claimed.remove(self.site)
+        self.folder.claimed.remove(self.site)
         return layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.tied:
             return
-        held, source = self.config.waiting.take(self.site)
+        held, source = self.folder.take(self.site)
         weight = weight_of(self.site.spec, held, source, self.dtype)
         places, device = layer.shard_indices, layer.weight.device
         words = slice(places.org_vocab_start_index, places.org_vocab_end_index)
