@@ -20,6 +20,8 @@ from tensorize.cli.telling import check_target, errors_told, print_json, say
 if TYPE_CHECKING:
     from torch import nn
 
+    from tensorize.serve.service import Engine
+
 
 def report_command(
     directory: Annotated[
@@ -30,7 +32,7 @@ def report_command(
         Path | None, typer.Option(help="Write it as a page.", show_default=False)
     ] = None,
     serve: Annotated[
-        Literal["vllm"] | None,
+        Literal["vllm", "sglang"] | None,
         typer.Option(help="Say how an engine serves each weight instead.", show_default=False),
     ] = None,
     as_json: Json = False,
@@ -41,7 +43,7 @@ def report_command(
     with errors_told():
         check_target(html, "--html")
         if serve is not None:
-            _say_how_it_is_served(directory, as_json)
+            _say_how_it_is_served(directory, serve, as_json)
             return
         report = read_report(directory)
         if html is not None:
@@ -116,10 +118,10 @@ def _told(known: dict[str, Any]) -> str:
     return printer.plain("\n".join(lines))
 
 
-def _say_how_it_is_served(directory: Path, as_json: bool) -> None:
+def _say_how_it_is_served(directory: Path, engine: Engine, as_json: bool) -> None:
     from tensorize.serve.service import check, services_of, told
 
-    found = services_of(directory)
+    found = services_of(directory, engine)
     if as_json:
         print_json({"weights": [asdict(each) for each in found]})
     else:

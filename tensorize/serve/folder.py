@@ -19,7 +19,7 @@ from tensorize.base.errors import CheckpointError
 from tensorize.formats.registry import format_of
 from tensorize.serve.experts import STACKS, UP
 from tensorize.serve.layout import Part
-from tensorize.serve.service import check, services, told
+from tensorize.serve.service import Engine, check, services, told
 from tensorize.serve.waiting import Named, Waiting, bias_names, keys_of, sorted_out
 from tensorize.store.coded import decoded
 from tensorize.store.contents import SiteRecord
@@ -50,7 +50,9 @@ class Folder:
     transformers that has another name in the engine, and that.
     """
 
-    def __init__(self, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], engine: Engine, say: Callable[[str], None]
+    ) -> None:
         version = config.get("format_version")
         if type(version) is not int or version > FORMAT_VERSION:
             raise CheckpointError(
@@ -60,7 +62,7 @@ class Folder:
             )
         aliases = config.get("aliases") or {}
         sites, named = factors_from_dict(config["sites"], aliases, config.get("sha256"))
-        found = services(sites)
+        found = services(sites, engine)
         check(found)
         for line in told(found):
             say(line)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tensorize.base.errors import CheckpointError
 from tensorize.base.printer import count
@@ -15,6 +16,8 @@ from tensorize.serve.experts import STACKS
 from tensorize.serve.matrices import stays_two
 from tensorize.store.contents import SiteRecord
 from tensorize.store.manifest import read_manifest
+
+Engine = Literal["vllm", "sglang"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Service:
     refusal: str | None = None
 
 
-def services_of(directory: Path) -> list[Service]:
+def services_of(directory: Path, engine: Engine = "vllm") -> list[Service]:
     """How every factorized weight of a saved model is served; reads the manifest only.
 
     Raises:
@@ -44,15 +47,15 @@ def services_of(directory: Path) -> list[Service]:
             "transformers",
             way_out="tensorize.load(directory, model) runs it in a program of your own",
         )
-    return services(manifest.contents.sites)
+    return services(manifest.contents.sites, engine)
 
 
-def services(sites: Iterable[SiteRecord]) -> list[Service]:
+def services(sites: Iterable[SiteRecord], engine: Engine = "vllm") -> list[Service]:
     """How every factorized weight is served."""
-    return [_service(site) for site in sites]
+    return [_service(site, engine) for site in sites]
 
 
-def _service(site: SiteRecord) -> Service:
+def _service(site: SiteRecord, engine: Engine) -> Service:
     spec, name = site.spec, site.names[0]
     title = format_of(spec).title
     if spec.precision is not None:
@@ -64,6 +67,9 @@ def _service(site: SiteRecord) -> Service:
     if spec.batch:
         if name.rpartition(".")[2] not in STACKS:
             why = "it is a stack of matrices that are no experts of the engine's"
+            return Service(name, title, stored, stored, why)
+        if engine == "sglang":
+            why = "SGLang runs no experts in factors"
             return Service(name, title, stored, stored, why)
         how = f"{title}: products of each expert"
         return Service(name, how, stored, spec.plain.parameters)

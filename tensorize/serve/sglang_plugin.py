@@ -18,7 +18,6 @@ import torch
 from sglang.srt.distributed.utils import get_group_rank_size
 from sglang.srt.layers import quantization
 from sglang.srt.layers.linear import LinearBase, QKVParallelLinear
-from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.model_loader.loader import DefaultModelLoader
@@ -29,7 +28,6 @@ from tensorize.base.errors import CheckpointError, TensorizeError
 from tensorize.serve.folder import Folder
 from tensorize.serve.layout import MergedLinear, sections
 from tensorize.serve.matrices import Matrix
-from tensorize.serve.service import refused_by_name
 from tensorize.store.manifest import SAVE_AGAIN
 from tensorize.store.transformers_config import METHOD
 
@@ -110,7 +108,7 @@ class TensorizeConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TensorizeConfig:
-        folder = Folder(config, lambda line: log.info("tensorize: %s", line))
+        folder = Folder(config, "sglang", lambda line: log.info("tensorize: %s", line))
         folder.of_model(getattr(config.get("hf_config"), "model_type", ""))
         found = cls(folder)
         found.update_packed_modules_mapping(config.get("packed_modules_mapping") or {})
@@ -123,9 +121,6 @@ class TensorizeConfig(QuantizationConfig):
         return not self.folder.has_factors(prefix, self._packed)
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        if isinstance(layer, FusedMoE) and any(sites := self.folder.experts(prefix).values()):
-            names = [site.names[0] for site in sites if site is not None]
-            raise refused_by_name("SGLang runs no experts in factors", names)
         if not isinstance(layer, LinearBase):
             return None
         if self.is_linear_unquantized(prefix):

@@ -52,7 +52,7 @@ class TensorizeConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TensorizeConfig:
-        return cls(Folder(config, lambda line: log.info("tensorize: %s", line)))
+        return cls(Folder(config, "vllm", lambda line: log.info("tensorize: %s", line)))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

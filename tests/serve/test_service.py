@@ -43,6 +43,14 @@ def test_every_way_of_serving_is_a_line() -> None:
     check(services(sites))
 
 
+def test_experts_are_refused_where_an_engine_runs_none_in_factors() -> None:
+    sites = [site("mlp.experts.down_proj", TTSpec.low_rank(64, 32, 8, experts=4))]
+    check(services(sites, "vllm"))
+    with pytest.raises(CheckpointError, match="SGLang runs no experts") as error:
+        check(services(sites, "sglang"))
+    assert "exclude=['mlp.experts.down_proj']" in str(error.value)
+
+
 def test_a_model_without_factors_is_any_other() -> None:
     assert told([]) == ["no weight is factorized: the model is served as any other"]
 

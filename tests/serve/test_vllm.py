@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tensorize.base.records import checksum
 from tensorize.formats.quantized import inputs_in_full
-from tests.serve import engine, models
+from tests.serve import damaged, engine, models
 
 pytestmark = [
     pytest.mark.skipif(
@@ -94,18 +92,6 @@ def test_products_of_integers_are_as_close_as_those_of_transformers(
 # ------------------------------------------------------------------------------ nothing half loaded
 
 
-def without(directory: Path, key: str, target: Path, *, manifest: bool = True) -> Path:
-    """A copy of a folder whose file lacks a tensor."""
-    shutil.copytree(directory, target, dirs_exist_ok=True)
-    (file,) = target.glob("*.safetensors")
-    tensors = load_file(file)
-    del tensors[key]
-    save_file(tensors, file, metadata={"format": "pt"})
-    if not manifest:
-        (target / "tensorize.json").unlink()
-    return target
-
-
 @pytest.mark.parametrize(
     ("key", "manifest"),
     [
@@ -120,41 +106,21 @@ def without(directory: Path, key: str, target: Path, *, manifest: bool = True) -
 def test_a_missing_tensor_is_named(
     key: str, manifest: bool, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    found = served(without(folder("mixed"), key, tmp_path, manifest=manifest))
+    found = served(damaged.without(folder("mixed"), key, tmp_path, manifest=manifest))
     assert key in found["error"]
-
-
-def with_site(directory: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a folder in whose configuration one weight is another."""
-    shutil.copytree(directory, target, dirs_exist_ok=True)
-    config = json.loads((target / "config.json").read_text())
-    noted = config["quantization_config"]
-    site = next(s for s in noted["sites"] if s["names"] == ["model.layers.0.mlp.down_proj.weight"])
-    change(site)
-    noted["sha256"] = checksum({name: noted[name] for name in ("sites", "aliases")})
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def _renamed(site: dict[str, Any]) -> None:
-    site["names"] = ["model.layers.0.mlp.dawn_proj.weight"]
-
-
-def _bent(site: dict[str, Any]) -> None:
-    site["nonlinearity"] = "silu"
 
 
 @pytest.mark.parametrize(
     ("change", "name", "cause"),
     [
-        (_renamed, "model.layers.0.mlp.dawn_proj.weight", "has no weight"),
-        (_bent, "model.layers.0.mlp.down_proj.weight", "silu between its factors"),
+        (damaged.renamed, "model.layers.0.mlp.dawn_proj.weight", "has no weight"),
+        (damaged.bent, "model.layers.0.mlp.down_proj.weight", "silu between its factors"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(
     change: Any, name: str, cause: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    found = served(with_site(folder("mixed"), tmp_path, change))
+    found = served(damaged.with_site(folder("mixed"), tmp_path, change))
     assert cause in found["error"]
     assert name in found["error"]
     assert "exclude=" in found["error"]
