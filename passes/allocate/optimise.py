@@ -9,13 +9,17 @@ as the price falls, one weight after the other takes the next point of its lower
 (Shoham & Gersho 1988). Each choice on the path is an optimum for its own cost, and between two of
 them a straight line is a bound that no choice is below. Between two there are others that take
 points above the hulls, in the same way. Several costs have paths for several mixtures of them.
+
+The gaps of a path are as wide as the steps of its largest weight, which a table of words may be
+half of: so there are paths, too, on which that weight stays at one of its points (a branch of
+branch and bound, Land & Doig 1960).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -24,6 +28,10 @@ from tensorize.passes.allocate.candidates import Points
 # The most pairs of a choice of some weights and a point of the next that are compared, for one
 # limited cost and for several.
 _PAIRS, _PAIRS_OF_SEVERAL = 100_000, 8_000
+
+_LARGE, _LARGER = 0.02, 4.0
+"""A step that leaves a gap which is worth paths of its own: its share of all costs, and how many
+times it is as large as those of most weights."""
 
 _MIXTURES = {1: (1,), 2: (0, 1, 4, 16), 3: (0, 1, 4)}
 """The shares of several costs that are tried in a mixture, by the number of costs."""
@@ -141,6 +149,17 @@ class Path(Choices):
         )
 
 
+@dataclass(frozen=True)
+class Branch(Path):
+    """A path on which one weight stays as it is: it bounds no other choice."""
+
+    def least_objective(self, caps: np.ndarray) -> float:
+        return 0.0
+
+    def least_cost(self, objective: float, column: int) -> float:
+        return 0.0
+
+
 def choices_of(
     points: Sequence[Points], limited: Sequence[int], *, even: bool = False
 ) -> tuple[Choices, ...]:
@@ -242,8 +261,27 @@ def _paths(points: Sequence[Points], columns: list[int]) -> tuple[Path, ...]:
     for mixture in mixtures:
         prices = np.zeros(points[0].costs.shape[1])
         prices[columns] = np.array(mixture) / np.maximum(largest, 1e-300)
-        found.append(_path(points, [np.arange(len(p.labels)) for p in points], prices))
+        rows = [np.arange(len(p.labels)) for p in points]
+        found.append(_path(points, rows, prices))
+        found += _branches(points, rows, prices)
     return tuple(found)
+
+
+def _branches(
+    points: Sequence[Points], rows: Sequence[np.ndarray], prices: np.ndarray
+) -> Iterator[Path]:
+    """Paths on which the weight of the largest step stays at one end of a large one, for each."""
+    hulls = [lower_hull(p.costs @ prices, p.objective) for p in points]
+    spent = [p.costs[hull] @ prices for p, hull in zip(points, hulls, strict=True)]
+    largest = np.array([np.diff(each).max(initial=0.0) for each in spent])
+    i = int(largest.argmax())
+    total = sum(float(each[-1]) for each in spent)
+    least = max(_LARGE * total, _LARGER * float(np.median(largest)))
+    large = np.flatnonzero(np.diff(spent[i]) >= least)
+    for end in sorted({*large.tolist(), *(large + 1).tolist()}):
+        kept = [*rows[:i], hulls[i][end : end + 1], *rows[i + 1 :]]
+        path = _path(points, kept, prices)
+        yield Branch(**{part.name: getattr(path, part.name) for part in fields(path)})
 
 
 def _path(points: Sequence[Points], rows: Sequence[np.ndarray], prices: np.ndarray) -> Path:

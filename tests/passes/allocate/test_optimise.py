@@ -145,6 +145,26 @@ def test_the_gap_of_a_large_instance_is_small(seed: int) -> None:
     assert 0 <= found.gap < 1e-2
 
 
+@pytest.mark.parametrize("share", [0.3, 0.45, 0.6, 0.75])
+def test_a_weight_as_large_as_all_others_is_no_gap(share: float) -> None:
+    """A table of words has few points, far from each other: what they leave of a budget is spent
+    on the others, and what they want of it is taken from these."""
+    others = instance(0, weights=60, count=40)
+    size = sum(float(p.costs[-1, 0]) for p in others)
+    step = np.array([[0.13 * size], [0.26 * size], [0.52 * size], [size]])
+    table = bare(step, lost(others, [0] * 60) * np.array([0.5, 0.1, 0.02, 0.0]))
+    caps = between([*others, table], share, [0])
+    alone = []
+    for k, cost in enumerate(table.costs):
+        rest = solve(others, caps - cost)
+        if rest is not None:
+            alone.append(rest.lost + float(table.distortion[k]))
+    found = solve([*others, table], caps)
+    assert found is not None
+    assert found.lost <= 1.001 * min(alone)
+    assert 0 <= found.gap < 1
+
+
 @quick
 @given(st.integers(0, 10**6), st.floats(0, 1), st.sets(st.integers(0, 2), min_size=1))
 def test_no_cap_is_ever_exceeded(seed: int, share: float, active: set[int]) -> None:
