@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from tensorize.formats.registry import format_of
 from tensorize.serve.matrices import Matrix, Weight, below, weight_of
 from tensorize.store.contents import SiteRecord
 from tensorize.store.manifest import SAVE_AGAIN
+
+if TYPE_CHECKING:
+    from tensorize.serve.folder import Folder
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class MergedLinear:
     integers = False
     """Whether the engine multiplies codes of eight bits."""
 
-    def __init__(self, parts: list[Part], folder: Any) -> None:
+    def __init__(self, parts: list[Part], folder: Folder) -> None:
         self.parts, self.folder = parts, folder
         self.pieces: tuple[Piece, ...] = ()
 
