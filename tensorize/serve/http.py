@@ -14,6 +14,7 @@ Answers: 400 a request that cannot be read; 404 another path; 413 too long; 500 
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import time
@@ -171,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         try:
-            for piece in (first, *pieces):
+            for piece in itertools.chain((first,), pieces):
                 self._event(json.dumps(completed(piece, None, name)))
             self._event(json.dumps(completed("", _reason(request), name)))
         except (TimeoutError, Failed) as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from typing import Any
 from urllib import error, request
 
@@ -46,6 +48,34 @@ def generated(model: Any, prompt: str, tokens: int) -> list[int]:
 def broken(*_: Any, **__: Any) -> Any:
     """A forward that fails."""
     raise RuntimeError("out of memory")
+
+
+class Counted:
+    """A forward that takes its time, and how often it was called."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.calls, self._forward = 0, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        time.sleep(0.01)
+        return self._forward(*args, **kwargs)
+
+    def when_done(self) -> int:
+        """The calls, once there are no more."""
+        seen = -1
+        while seen != self.calls:
+            seen = self.calls
+            time.sleep(0.5)
+        return seen
+
+
+@pytest.fixture
+def slow(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """The model of the writer."""
+    made = Counted(writer.model.forward)
+    monkeypatch.setattr(writer.model, "forward", made)
+    return made
 
 
 @pytest.fixture
@@ -204,18 +234,52 @@ def test_clients_of_openais_completions_need_not_change(
         assert json.load(said)["data"][0]["id"] == found["model"]
 
 
-def test_text_is_streamed_as_it_is_written(url: str) -> None:
-    body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 8, "stream": True}).encode()
-    sent = request.Request(f"{url}/v1/completions", body)
-    with request.urlopen(sent, timeout=30) as answer:
-        assert answer.headers["Content-Type"] == "text/event-stream"
-        lines = answer.read().decode().split("\n\n")
+def streamed(url: str, prompt: str, tokens: int) -> HTTPResponse:
+    """An answer whose events are still to come."""
+    body = json.dumps({"prompt": prompt, "max_tokens": tokens, "stream": True}).encode()
+    return request.urlopen(request.Request(f"{url}/v1/completions", body), timeout=30)
+
+
+def choices_in(events: bytes) -> list[dict[str, Any]]:
+    """What is in the events of a whole answer, which has its end."""
+    lines = events.decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
-    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-    choices = [event["choices"][0] for event in events]
-    assert "".join(c["text"] for c in choices) == ask(url, PROMPTS[0], 8)["choices"][0]["text"]
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-2]]
+
+
+def text_in(events: bytes) -> str:
+    return "".join(choice["text"] for choice in choices_in(events))
+
+
+def test_text_is_streamed(url: str) -> None:
+    with streamed(url, PROMPTS[0], 8) as answer:
+        assert answer.headers["Content-Type"] == "text/event-stream"
+        events = answer.read()
+    choices = choices_in(events)
+    assert text_in(events) == ask(url, PROMPTS[0], 8)["choices"][0]["text"]
     assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
     assert len(choices) > 3
+
+
+def test_an_event_is_sent_before_the_next_is_written(
+    url: str, writer: Writer, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model waits in the middle of a text until the client has read its first event."""
+    read, calls, forward = threading.Event(), itertools.count(), writer.model.forward
+    in_time: list[bool] = []
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 4:
+            in_time.append(read.wait(5))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(writer.model, "forward", waits)
+    with streamed(url, PROMPTS[0], 40) as answer:
+        first = answer.readline()
+        read.set()
+        found = text_in(first + answer.read())
+    assert in_time == [True]
+    assert found == gpt.load_tokenizer().decode(alone[PROMPTS[0]])
 
 
 def test_several_clients_at_once(url: str, alone: dict[str, list[int]]) -> None:
@@ -233,34 +297,53 @@ def test_nothing_is_written_for_who_left(
     stream: bool,
     begun: bool,
     url: str,
-    writer: Writer,
+    slow: Counted,
     alone: dict[str, list[int]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While text is streamed or waited for, and before there is any; others get their own."""
-    calls = 0
-    forward = writer.model.forward
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        time.sleep(0.01)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(writer.model, "forward", slow)
     body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 200, "stream": stream})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as client:
         client.sendall((head + body).encode())
-        while begun and calls < 5:
+        while begun and slow.calls < 5:
             time.sleep(0.01)
         if stream and begun:
             assert b"200 OK" in client.recv(1000)
     found = ask(url, PROMPTS[1], 6)["choices"][0]["text"]
     assert found == gpt.load_tokenizer().decode(alone[PROMPTS[1]][:6])
-    seen = -1
-    while seen != calls:
-        seen = calls
-        time.sleep(0.5)
-    assert calls < 100
+    assert slow.when_done() < 100
+
+
+def test_one_of_several_leaves_and_the_others_have_their_text(
+    url: str, slow: Counted, alone: dict[str, list[int]]
+) -> None:
+    """All are in the middle of theirs, one step of the model writing for all of them."""
+    stays, leaves, waits = (streamed(url, PROMPTS[k], n) for k, n in ((1, 40), (0, 200), (2, 40)))
+    with stays, waits:
+        heard = {each: each.readline() for each in (stays, leaves, waits)}
+        leaves.close()
+        tokenizer = gpt.load_tokenizer()
+        for each, prompt in ((stays, PROMPTS[1]), (waits, PROMPTS[2])):
+            assert text_in(heard[each] + each.read()) == tokenizer.decode(alone[prompt])
+    assert slow.when_done() < 100
+
+
+def test_who_is_served_when_it_stops_has_the_whole_text(
+    url: str, writer: Writer, slow: Counted, alone: dict[str, list[int]]
+) -> None:
+    """Streamed or waited for; who comes later is told."""
+    tokenizer = gpt.load_tokenizer()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, url, PROMPTS[1], 40)
+        while slow.calls < 2:
+            time.sleep(0.01)
+        with streamed(url, PROMPTS[0], 40) as answer:
+            first = answer.readline()
+            assert not waiting.done()
+            writer.close()
+            assert text_in(first + answer.read()) == tokenizer.decode(alone[PROMPTS[0]])
+        assert waiting.result()["choices"][0]["text"] == tokenizer.decode(alone[PROMPTS[1]])
+    with pytest.raises(error.HTTPError, match="503") as late:
+        ask(url, PROMPTS[0], 2)
+    late.value.close()
