@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,8 @@ def serve_command(
             about = {"parameters": totals.after.parameters, "kept": totals.share.parameters}
             tokenizer = _tokenizer_in(source)
         writer = Writer(model, tokenizer, most=batch, longest=longest, about=about)
+        # What a supervisor sends ends it as Ctrl-C does: who is being answered gets the rest.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with _listening(host, port, writer) as server:
                 url = f"http://{host}:{server.server_address[1]}"
@@ -54,6 +57,7 @@ def serve_command(
                 server.serve_forever()
         finally:
             writer.close()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _listening(host: str, port: int, writer: Writer) -> Server:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 from urllib import error, request
 
@@ -347,3 +351,35 @@ def test_who_is_served_when_it_stops_has_the_whole_text(
     with pytest.raises(error.HTTPError, match="503") as late:
         ask(url, PROMPTS[0], 2)
     late.value.close()
+
+
+@pytest.mark.parametrize(
+    "sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_server_that_is_ended_gives_the_rest_of_what_it_writes(
+    sent: signal.Signals, small: Any, tmp_path: Path
+) -> None:
+    tensorize.save(small, tmp_path)
+    gpt.load_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    command = [
+        sys.executable,
+        "-c",
+        "import tensorize.cli as cli; cli.main()",
+        "serve",
+        str(tmp_path),
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "/v1/completions" in line)
+        url = line[line.index("http://") : line.index("/v1/completions")]
+        body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 200, "stream": True})
+        with request.urlopen(f"{url}/v1/completions", body.encode(), timeout=60) as answer:
+            first = answer.readline()
+            process.send_signal(sent)
+            rest = answer.read().decode()
+        process.wait(timeout=60)
+    assert first.startswith(b"data: {")
+    assert rest.endswith("data: [DONE]\n\n")
+    assert '"finish_reason": "length"' in rest
