@@ -37,6 +37,10 @@ TESTED = "0.5.23"
 log = logging.getLogger("sglang.tensorize")
 
 
+def _say(line: str) -> None:
+    log.info("tensorize: %s", line)
+
+
 def register() -> None:
     """Let SGLang know compressed models. Others are loaded as ever."""
     for known in (quantization.QUANTIZATION_METHODS, quantization.CPU_QUANTIZATION_METHODS):
@@ -108,7 +112,7 @@ class TensorizeConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TensorizeConfig:
-        folder = Folder(config, "sglang", lambda line: log.info("tensorize: %s", line))
+        folder = Folder(config, "sglang", _say)
         folder.of_model(getattr(config.get("hf_config"), "model_type", ""))
         found = cls(folder)
         found.update_packed_modules_mapping(config.get("packed_modules_mapping") or {})

@@ -27,6 +27,11 @@ _MOVED = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 """Models of transformers whose parts have other names in vLLM, and these."""
 
 
+def _say(line: str) -> None:
+    """A function by name, as vLLM sends the configuration to its other processes."""
+    log.info("tensorize: %s", line)
+
+
 class TensorizeConfig(QuantizationConfig):
     """Chooses how each of vLLM's layers is run."""
 
@@ -52,7 +57,7 @@ class TensorizeConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TensorizeConfig:
-        return cls(Folder(config, "vllm", lambda line: log.info("tensorize: %s", line)))
+        return cls(Folder(config, "vllm", _say))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,13 @@ def test_a_weight_that_has_no_place_is_named(directory: Path, tmp_path: Path) ->
     folder = opened(damaged.with_site(directory, tmp_path, damaged.renamed))
     with pytest.raises(CheckpointError, match="dawn_proj"):
         load(layers(folder, 0, 1), folder, directory, tensors(directory))
+
+
+def test_it_is_sent_to_other_processes(directory: Path) -> None:
+    folder = opened(directory)
+    again = pickle.loads(pickle.dumps(folder))
+    assert again.sites == folder.sites
+    assert again.table(Table("lm_head", (models.WORDS, WIDTH))) is not None
 
 
 def test_newer_folders_are_refused(directory: Path) -> None:
