@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -280,11 +280,15 @@ def _branches(
     large = np.flatnonzero(np.diff(spent[i]) >= least)
     for end in sorted({*large.tolist(), *(large + 1).tolist()}):
         kept = [*rows[:i], hulls[i][end : end + 1], *rows[i + 1 :]]
-        path = _path(points, kept, prices)
-        yield Branch(**{part.name: getattr(path, part.name) for part in fields(path)})
+        yield _path(points, kept, prices, Branch)
 
 
-def _path(points: Sequence[Points], rows: Sequence[np.ndarray], prices: np.ndarray) -> Path:
+def _path(
+    points: Sequence[Points],
+    rows: Sequence[np.ndarray],
+    prices: np.ndarray,
+    kind: type[Path] = Path,
+) -> Path:
     """From every weight at its cheapest to all at their best, one step of one weight at a time."""
     hulls = [
         own[lower_hull(p.costs[own] @ prices, p.objective[own])]
@@ -321,7 +325,7 @@ def _path(points: Sequence[Points], rows: Sequence[np.ndarray], prices: np.ndarr
         return choice
 
     first = np.sum([p.costs[k] for p, k in zip(points, start, strict=True)], axis=0)
-    return Path(
+    return kind(
         np.cumsum(np.concatenate([first[None], along(lambda p: p.costs)]), axis=0),
         falling(lambda p: p.distortion),
         falling(lambda p: p.objective),

@@ -7,6 +7,7 @@ dense. What no layer claimed is made whole for them.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from tensorize.serve.waiting import Named, Waiting, bias_names, keys_of, sorted_
 from tensorize.store.coded import decoded
 from tensorize.store.contents import SiteRecord
 from tensorize.store.manifest import FORMAT_VERSION, MANIFEST, SAVE_AGAIN, read_manifest
-from tensorize.store.transformers_config import factors_from_dict
+from tensorize.store.transformers_config import METHOD, factors_from_dict
 from tensorize.weight.install import turned_spec
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc")}
@@ -40,6 +41,23 @@ class Table:
 
     name: str
     shape: tuple[int, int]
+
+
+def hook(loader: Any, method: str, weights: Callable[..., Iterator[Named]]) -> None:
+    """Let an engine's loader read a checkpoint of ours by ``weights``, which is given its own
+    method first; others as ever."""
+    given = getattr(loader, method)
+    if getattr(given, "_by_tensorize", False):  # a process may call this several times
+        return
+
+    @functools.wraps(given)
+    def read(self: Any, model_config: Any, model: nn.Module) -> Iterator[Named]:
+        if model_config.quantization != METHOD:
+            return given(self, model_config, model)
+        return weights(given, self, model_config, model)
+
+    read._by_tensorize = True  # type: ignore[attr-defined]
+    setattr(loader, method, read)
 
 
 class Folder:
@@ -153,6 +171,11 @@ class Folder:
         return _layer(site.names[0]) in self.turned
 
     # -------------------------------------------------------------------------- its checkpoint
+
+    def let_it_read_our_file(self, model: Any) -> None:
+        """A killed save may have left another one."""
+        if self.weights is not None:
+            model.allow_patterns_overrides = [self.weights]
 
     def seen(
         self,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensorize.base.errors import CheckpointError, TensorizeError
-from tensorize.serve.folder import Folder
+from tensorize.serve.folder import Folder, hook
 from tensorize.serve.layout import MergedLinear, sections
 from tensorize.serve.matrices import Matrix
 from tensorize.store.manifest import SAVE_AGAIN
@@ -45,18 +45,7 @@ def register() -> None:
     """Let SGLang know compressed models. Others are loaded as ever."""
     for known in (quantization.QUANTIZATION_METHODS, quantization.CPU_QUANTIZATION_METHODS):
         known[METHOD] = TensorizeConfig
-    given = DefaultModelLoader._get_all_weights
-    if getattr(given, "_by_tensorize", False):  # a process may call this several times
-        return
-
-    @functools.wraps(given)
-    def get_all_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[Any]:
-        if model_config.quantization != METHOD:
-            return given(loader, model_config, model)
-        return _weights(given, loader, model_config, model)
-
-    get_all_weights._by_tensorize = True  # type: ignore[attr-defined]
-    DefaultModelLoader._get_all_weights = get_all_weights
+    hook(DefaultModelLoader, "_get_all_weights", _weights)
 
 
 class Product(nn.Module):
@@ -157,8 +146,7 @@ def _weights(
             way_out=f"install SGLang {TESTED}",
         )
     folder = config.folder
-    if folder.weights is not None:  # a killed save may have left another file
-        model.allow_patterns_overrides = [folder.weights]  # type: ignore[assignment]
+    folder.let_it_read_our_file(model)
     _require_all(model)
     tensors = given(loader, model_config, model)
     return folder.seen(tensors, model, Path(model_config.model_path))

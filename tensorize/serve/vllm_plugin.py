@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import inspect
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from tensorize.base.errors import TensorizeError
-from tensorize.serve.folder import Folder
+from tensorize.serve.folder import Folder, hook
 from tensorize.serve.vllm_config import TensorizeConfig
 from tensorize.store.transformers_config import METHOD
 
@@ -27,18 +26,7 @@ TESTED = ("0.32.0",)
 def register() -> None:
     """Let vLLM know compressed models. Others are loaded as ever."""
     register_quantization_config(METHOD)(TensorizeConfig)
-    given = DefaultModelLoader.get_all_weights
-    if getattr(given, "_by_tensorize", False):  # a process may call this several times
-        return
-
-    @functools.wraps(given)
-    def get_all_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[Any]:
-        if model_config.quantization != METHOD:
-            return given(loader, model_config, model)
-        return _weights(given, loader, model_config, model)
-
-    get_all_weights._by_tensorize = True  # type: ignore[attr-defined]
-    DefaultModelLoader.get_all_weights = get_all_weights
+    hook(DefaultModelLoader, "get_all_weights", _weights)
 
 
 def check_version() -> None:
@@ -73,8 +61,7 @@ def _weights(
     check_version()
     folder = _folder_of(model)
     loader.enable_weights_track = True  # vLLM checks no quantized model unless it is told to
-    if folder.weights is not None:  # a killed save may have left another file
-        model.allow_patterns_overrides = [folder.weights]  # type: ignore[assignment]
+    folder.let_it_read_our_file(model)
     away = [n for n, m in model.named_modules() if isinstance(m, PPMissingLayer)]
     tensors = given(loader, model_config, model)
     yield from folder.seen(tensors, model, Path(model_config.model), away)

@@ -361,15 +361,7 @@ def test_a_server_that_is_ended_gives_the_rest_of_what_it_writes(
 ) -> None:
     tensorize.save(small, tmp_path)
     gpt.load_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    command = [
-        sys.executable,
-        "-c",
-        "import tensorize.cli as cli; cli.main()",
-        "serve",
-        str(tmp_path),
-        "--port",
-        "0",
-    ]
+    command = [sys.executable, "-m", "tensorize.cli", "serve", str(tmp_path), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if "/v1/completions" in line)
